@@ -1,0 +1,1 @@
+"""Self-Improving Pretraining on Megatron-Core and SGLang."""

@@ -1,0 +1,90 @@
+"""The records that flow through one step; nothing else is passed between the rooms of this package.
+
+Task -> Candidate -> Group -> Example -> packed rows. All are frozen, hold token ids as plain lists of ints and no
+tensors, so that they pickle small, compare by value and can be written as JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+CandidateKind = Literal["suffix", "rewrite", "rollout"]
+CANDIDATE_KINDS: tuple[CandidateKind, ...] = ("suffix", "rewrite", "rollout")
+
+Role = Literal["chosen", "rejected", "target"]
+"""What a branch is trained as: one side of a DPO pair, or a plain NLL target."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One prefix-conditioned suffix generation task (paper section 2.1).
+
+    `index` is the number of tasks drawn before it in the run: with the seed it determines the task completely.
+    """
+
+    index: int
+    prefix_ids: list[int]
+    suffix_ids: list[int]
+    prefix_text: str
+    suffix_text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One possible continuation of a task's prefix.
+
+    `logprobs` are the engine's log-probs of `ids`, natural log, at `weight_version`; both only for rollouts.
+    """
+
+    kind: CandidateKind
+    ids: list[int]
+    text: str
+    logprobs: list[float] | None = None
+    weight_version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A task with its candidates and, once judged, one combined score a candidate.
+
+    `criterion_scores` keeps each criterion's score a candidate and `votes` the number of verdicts behind them (a list of
+    ints a candidate). `dropped` names the reason when the group cannot be used; its scores are then None. An error never
+    becomes a score.
+    """
+
+    task: Task
+    candidates: list[Candidate]
+    scores: list[float] | None = None
+    criterion_scores: dict[str, list[float]] = field(default_factory=dict)
+    votes: dict[str, list[int]] = field(default_factory=dict)
+    dropped: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict that `group_from_json` turns back into an equal Group."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What the trainer learns from: completions ("branches") of one prefix, each with a role.
+
+    A DPO example is (chosen, rejected), an NLL example one target. `kinds` says where each branch came from, and
+    `engine_logprobs` what the engine thought of it (None unless it is a rollout); both only feed metrics.
+    """
+
+    task_index: int
+    prefix_ids: list[int]
+    branches: list[list[int]]
+    roles: list[Role]
+    kinds: list[CandidateKind]
+    weight: float = 1.0
+    engine_logprobs: list[list[float] | None] = field(default_factory=list)
+
+
+def group_from_json(record: dict[str, Any]) -> Group:
+    """Inverse of `Group.to_json`."""
+    fields = dict(record)
+    fields["task"] = Task(**fields["task"])
+    fields["candidates"] = [Candidate(**candidate) for candidate in fields["candidates"]]
+    return Group(**fields)
