@@ -1,0 +1,56 @@
+"""Stock SGLang on a machine without a GPU, through SGLang's own plug-in point for platforms.
+
+    python -m sglang.launch_server --model-path DIR --device cpu --attention-backend torch_native --sampling-backend pytorch
+
+`pyproject.toml` declares `activate` in the entry-point group `sglang.srt.platforms`; SGLang calls it at start-up in
+every process. With a GPU it declines and SGLang runs as if this package were not there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+CPU_PLATFORM = "megatron_sip.platform.sglang_cpu:EagerCpuPlatform"
+
+
+def has_accelerator() -> bool:
+    """True when torch sees a GPU (CUDA, ROCm or XPU), so that SGLang must choose its own platform."""
+    return torch.cuda.is_available() or torch.xpu.is_available()
+
+
+def activate() -> str | None:
+    """Entry point: the platform class that SGLang is to load, or None when there is a GPU."""
+    return None if has_accelerator() else CPU_PLATFORM
+
+
+def _platform_class() -> type:
+    from sglang.srt.platforms.cpu import CpuSRTPlatform
+    from sglang.srt.platforms.device_mixin import PlatformEnum
+    from sglang.srt.platforms.interface import PlatformCapabilities
+
+    class EagerCpuPlatform(CpuSRTPlatform):
+        """SGLang's CPU platform with plain torch kernels.
+
+        It counts as out-of-tree, because the in-tree CPU platform takes for granted the AMX kernels of SGLang's own
+        CPU build, which the wheel from the package index does not hold.
+        """
+
+        _enum = PlatformEnum.OOT
+        capabilities = PlatformCapabilities(graph_capture=False)
+
+        def get_default_attention_backend(self) -> str:
+            return "torch_native"
+
+        def get_dispatch_key_name(self) -> str:
+            return "native"
+
+    return EagerCpuPlatform
+
+
+def __getattr__(name: str) -> type:
+    # The class needs sglang as its base; this module is also imported by processes that must not load sglang.
+    if name == "EagerCpuPlatform":
+        return _platform_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
