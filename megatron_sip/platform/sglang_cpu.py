@@ -1,14 +1,13 @@
 """Stock SGLang on a machine without a GPU, through SGLang's own plug-in point for platforms.
 
-    python -m sglang.launch_server --model-path DIR --device cpu --attention-backend torch_native --sampling-backend pytorch
+    python -m sglang.launch_server --model-path DIR --device cpu --attention-backend torch_native \\
+        --sampling-backend pytorch --disable-overlap-schedule
 
 `pyproject.toml` declares `activate` in the entry-point group `sglang.srt.platforms`; SGLang calls it at start-up in
 every process. With a GPU it declines and SGLang runs as if this package were not there.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 
