@@ -1,0 +1,196 @@
+"""Runs stock megatron-core (0.19.2, with `megatron.training`) on CPU and gloo when there is no CUDA.
+
+Megatron names the device "cuda" in its factories, seeds, streams and type checks. Without a GPU those names are given
+a CPU meaning here, once per process, before Megatron initialises:
+
+    from megatron_sip.platform.megatron_cpu import cpu_default_arguments, enable_cpu
+    enable_cpu()
+    args = parse_and_validate_args(args_defaults=...)   # with cpu_default_arguments() put before the user's flags
+    initialize_megatron(allow_no_cuda=True, store=rendezvous_store())
+
+This file and `sglang_cpu.py` are the only places of the project that replace anything in a library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch.distributed import HashStore
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def cpu_default_arguments() -> list[str]:
+    """Return the Megatron flags that a run without CUDA needs; an empty list with CUDA.
+
+    Put them before the user's own flags, so that the user's win where both are given.
+    """
+    if torch.cuda.is_available():
+        return []
+    return [
+        *("--transformer-impl", "local"),
+        *("--distributed-backend", "gloo"),
+        "--use-cpu-initialization",
+        "--disable-jit-fuser",  # its torch.compile graphs cost more than they save on small CPU runs
+        "--no-gradient-accumulation-fusion",
+        "--no-masked-softmax-fusion",
+        "--no-persist-layer-norm",
+        "--no-bias-swiglu-fusion",
+        "--no-bias-dropout-fusion",
+        "--no-rope-fusion",
+    ]
+
+
+def rendezvous_store() -> torch.distributed.Store | None:
+    """Return the `store` for `initialize_megatron`: an in-process one for a single process without torchrun, else None."""
+    return None if torch.distributed.is_torchelastic_launched() or "MASTER_ADDR" in os.environ else HashStore()
+
+
+@functools.cache
+def enable_cpu() -> None:
+    """Give Megatron's CUDA calls a CPU meaning in this process and thread. With CUDA present it leaves CUDA alone.
+
+    Idempotent. Must run before Megatron is initialised and before a model is built, in every process of the run. The
+    device names are mapped by a `TorchFunctionMode`, which is per thread: build and run models in the calling thread.
+    """
+    _skip_dataset_helper_build()
+    if torch.cuda.is_available():
+        return
+    _hide_cuda_packages()
+    _replace_cuda_runtime()
+    _replace_random_state()
+    _CudaNamesMeanCpu().__enter__()  # for the life of the process
+
+
+def _hide_cuda_packages() -> None:
+    """Make `import flash_mla` (it comes with SGLang) an ImportError, which Megatron expects.
+
+    Left alone it raises OSError on a machine without libcuda, which Megatron does not catch.
+    """
+    if "flash_mla" not in sys.modules:
+        sys.modules["flash_mla"] = None  # type: ignore[assignment]
+
+
+class _CudaNamesMeanCpu(TorchFunctionMode):
+    """Maps `device="cuda"` to the CPU, `.cuda()` to the identity and `.type()` to the names Megatron's optimizers check."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")
+        if func is torch.Tensor.backward:  # the mode is off inside a handler, but backward hooks need it
+            with self:
+                return torch.autograd.backward(*args, **kwargs)
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": CPU}
+        if func is torch.Tensor.to and any(_is_cuda(arg) for arg in args[1:]):
+            args = (args[0], *(CPU if _is_cuda(arg) else arg for arg in args[1:]))
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _NoStream:
+    """Stands for `torch.cuda.Stream` and `torch.cuda.Event`: CPU work is finished when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: _NoStream) -> float:
+        return 0.0
+
+    def record_event(self, event: _NoStream | None = None) -> _NoStream:
+        return event or _NoStream()
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    wait_stream = wait_event = synchronize = record = wait = _nothing
+
+
+class _CpuProperties:
+    """What Megatron reads of `torch.cuda.get_device_properties`."""
+
+    name = "cpu"
+    major = 10  # the newest generation: older ones make Megatron ask for CUDA_DEVICE_MAX_CONNECTIONS=1
+    minor = 0
+    multi_processor_count = 1
+    total_memory = 0
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _replace_cuda_runtime() -> None:
+    """Point the functions of `torch.cuda` that Megatron calls unconditionally at CPU equivalents."""
+    replacements: dict[str, Any] = {
+        "current_device": lambda: CPU,
+        "device_count": lambda: 1,  # Megatron sets up model parallelism and seeds only for a positive count
+        "set_device": _nothing,
+        "get_device_properties": lambda *_: _CpuProperties(),
+        "get_device_capability": lambda *_: (_CpuProperties.major, _CpuProperties.minor),
+        "get_device_name": lambda *_: _CpuProperties.name,
+        "synchronize": _nothing,
+        "empty_cache": _nothing,
+        "reset_peak_memory_stats": _nothing,
+        "memory_stats": lambda *_: {},
+        "Stream": _NoStream,
+        "Event": _NoStream,
+        "current_stream": lambda *_: _NoStream(),
+        "default_stream": lambda *_: _NoStream(),
+        "set_stream": _nothing,
+        "stream": lambda *_: contextlib.nullcontext(),
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+
+
+def _replace_random_state() -> None:
+    """Let the CUDA random state be that of the CPU generator, for Megatron's tracker and checkpoints."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    for module in (torch.cuda, torch.cuda.random):
+        setattr(module, "get_rng_state", get_state)
+        setattr(module, "set_rng_state", set_state)
+        setattr(module, "manual_seed", torch.manual_seed)
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
+
+
+def _skip_dataset_helper_build() -> None:
+    """Do not run `make` for Megatron's dataset helper where the installed wheel has no Makefile.
+
+    The wheel carries the compiled helper but not its Makefile, and `initialize_megatron` ends the process when `make`
+    fails. This concerns GPU machines as well.
+    """
+    from megatron.core.datasets import utils
+
+    if not (Path(utils.__file__).parent / "Makefile").exists():
+        utils.compile_helpers = _nothing
