@@ -196,7 +196,7 @@ def _prefix_cut(index: int, prefix: int, branches: Sequence[int], row_length: in
         raise ValueError(f"example {index} has branch lengths {list(branches)}: needs at least one, none of them empty")
     if sum(branches) >= row_length:
         raise ValueError(
-            f"example {index}: its branches take {sum(branches)} tokens, a row holds {row_length} and must keep one for "
+            f"example {index}: its branches take {sum(branches)} tokens, a row holds {row_length}, of which one is for "
             "the prefix; raise the row length (--seq-length) or train on fewer or shorter branches"
         )
     return max(0, prefix + sum(branches) - row_length)
