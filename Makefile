@@ -1,0 +1,53 @@
+# make install    everything into .venv (Python 3.12 and a C++ compiler are all it needs)
+# make demo       Self-Improving Pretraining on this machine; DATA="my/*.jsonl" trains on your own text
+# make test       unit tests, then the integration tests with real Megatron and real SGLang
+# make lint       ruff, mypy, shellcheck
+# make bench      the CPU benchmarks, results under benchmarks/results/
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN_DIR ?= runs/demo
+DATA ?=
+BIN := $(VENV)/bin
+
+.PHONY: install demo test test-unit test-integration lint format bench clean
+
+install: $(VENV)/installed
+
+# torch comes first: the extension modules are built against the one that is then used.
+$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 12), f"Python 3.12 is needed, this is {sys.version}"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python "torch==2.14.1" "setuptools>=80" wheel ninja "pybind11>=3.0"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation --editable ".[dev]"
+	touch $@
+
+demo: install
+	PATH="$(abspath $(BIN)):$$PATH" examples/demo.sh --run-dir "$(RUN_DIR)" $(if $(DATA),--data "$(DATA)")
+
+test: test-unit test-integration
+
+test-unit: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
+
+test-integration: install
+	$(BIN)/python -m pytest tests/integration
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck $(wildcard examples/*.sh examples/*.sbatch) .ci/run
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	for script in logprob_op attention train_step judge_schedules judge_client; do \
+		$(BIN)/python benchmarks/$$script.py --json benchmarks/results/$${script}_cpu.json || exit 1; \
+	done
+
+clean:
+	rm -rf build *.egg-info megatron_sip/*.so

@@ -1,0 +1,390 @@
+"""The flags of Self-Improving Pretraining, on top of Megatron's own strict parser.
+
+`parse_arguments` reads and checks everything once; nothing changes the namespace afterwards except Megatron itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_sip.samples import CANDIDATE_KINDS
+
+GROUP_TITLE = "self-improving pretraining"
+
+
+class ArgumentError(SystemExit):
+    """A combination of flags that cannot work; the message names the flag and the mend."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add our flags to Megatron's parser, in one group of their own."""
+    group = parser.add_argument_group(title=GROUP_TITLE)
+    _add_task_flags(group)
+    _add_objective_flags(group)
+    _add_rollout_flags(group)
+    _add_teacher_flags(group)
+    _add_run_flags(group)
+    return parser
+
+
+def _add_task_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--hf-config",
+        metavar="DIR",
+        help="HF folder with config.json and tokenizer of the policy: gives the architecture flags and the tokenizer, and "
+        "is what the engines serve. Default: the folder hf/ inside --pretrained-checkpoint, which the converter writes.",
+    )
+    group.add_argument(
+        "--suffix-length", type=int, default=128, metavar="N", help="Tokens of a suffix, a rewrite and a rollout."
+    )
+    group.add_argument(
+        "--task-mode",
+        choices=["random", "stream"],
+        default="random",
+        help="random: one seeded cut a document and epoch. stream: every chunk of --suffix-length tokens in turn.",
+    )
+    group.add_argument("--text-field", default="text", help="Field of jsonl and parquet records that holds the text.")
+    group.add_argument(
+        "--row-length",
+        type=int,
+        default=None,
+        metavar="TOKENS",
+        help="Longest packed row (micro-batch). Several groups share a row. Default: just enough for one full group, "
+        "--seq-length, and --suffix-length more when the objective is dpo.",
+    )
+
+
+def _add_objective_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--objective",
+        choices=["sft", "rf-nll", "dpo"],
+        default="dpo",
+        help="sft: NLL of --sft-target. rf-nll: NLL of the best-judged candidate. dpo: online DPO, best against worst.",
+    )
+    group.add_argument(
+        "--candidates",
+        nargs="+",
+        choices=CANDIDATE_KINDS,
+        default=["suffix", "rollout"],
+        metavar="KIND",
+        help="Kinds of candidates that are judged: suffix, rewrite, rollout.",
+    )
+    group.add_argument(
+        "--sft-target", choices=CANDIDATE_KINDS, default="suffix", help="What --objective sft learns; asks no judge."
+    )
+    group.add_argument(
+        "--dpo-pair",
+        nargs=2,
+        choices=CANDIDATE_KINDS,
+        default=None,
+        metavar=("CHOSEN", "REJECTED"),
+        help="Fix the roles of the DPO pair by kind and ask no judge, e.g. --dpo-pair rewrite rollout.",
+    )
+    group.add_argument("--dpo-beta", type=float, default=0.1, help="DPO's temperature on the log-ratio margin.")
+    group.add_argument("--dpo-nll-coef", type=float, default=0.0, help="Weight of an NLL term on the chosen branch.")
+    group.add_argument("--dpo-label-smoothing", type=float, default=0.0, help="Assumed rate of flipped preferences.")
+    group.add_argument("--dpo-loss", choices=["sigmoid", "ipo"], default="sigmoid", help="Shape of the pair loss.")
+    group.add_argument(
+        "--ref-update-interval",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="Copy the policy into the DPO reference every so many steps; 0 keeps the initial policy for ever.",
+    )
+
+
+def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--num-rollouts", type=int, default=16, metavar="K", help="Rollouts of the policy per prefix.")
+    group.add_argument("--rollout-temperature", type=float, default=1.0, help="0 is greedy.")
+    group.add_argument("--rollout-top-p", type=float, default=1.0, help="Nucleus of the rollouts' sampling.")
+    group.add_argument(
+        "--rollout-start-step",
+        type=int,
+        default=0,
+        metavar="STEP",
+        help="Before this step only suffix and rewrite are candidates (early rollouts of a fresh policy are noise).",
+    )
+    group.add_argument("--rollout-url", nargs="+", metavar="URL", help="Running SGLang engines that serve the policy.")
+    group.add_argument(
+        "--rollout-local", type=int, default=0, metavar="N", help="Start N SGLang engines on this node instead."
+    )
+    group.add_argument("--rollout-timeout", type=float, default=600.0, metavar="SECONDS", help="For one engine call.")
+    group.add_argument(
+        "--rollout-concurrency", type=int, default=256, metavar="CALLS", help="Calls in flight, over all engines."
+    )
+    group.add_argument(
+        "--local-engine-dtype",
+        choices=["bfloat16", "float16", "float32"],
+        default="bfloat16",
+        help="Number format of the servers that --rollout-local and --teacher-model start.",
+    )
+    group.add_argument(
+        "--local-engine-tokens",
+        type=int,
+        default=None,
+        metavar="TOKENS",
+        help="Size of a local server's KV cache. Default: SGLang's choice with a GPU, 32768 without.",
+    )
+    group.add_argument(
+        "--weight-sync",
+        choices=["distributed", "disk"],
+        default="distributed",
+        help="distributed: broadcast buckets to the engines (NCCL, or gloo without GPUs). disk: through --weight-sync-dir.",
+    )
+    group.add_argument(
+        "--weight-sync-dir", metavar="DIR", help="Folder that trainer and engines share. Default: RUN_DIR/weights."
+    )
+    group.add_argument("--weight-sync-bucket-mb", type=int, default=512, metavar="MB", help="Size of one broadcast.")
+    group.add_argument(
+        "--max-staleness",
+        type=int,
+        choices=[0],
+        default=0,
+        help="Optimizer steps that the engines' weights may be behind; 0 is strictly on-policy.",
+    )
+
+
+def _add_teacher_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--teacher-url", nargs="+", metavar="URL", help="Running servers of the judge and rewriter.")
+    group.add_argument("--teacher-model", metavar="DIR", help="Start an SGLang server of this HF model on this node.")
+    group.add_argument(
+        "--teacher-api",
+        choices=["sglang", "openai"],
+        default="sglang",
+        help="sglang: native API (likelihood and soft verdicts). openai: any OpenAI-compatible server.",
+    )
+    group.add_argument("--teacher-name", default=None, metavar="MODEL", help="Model name sent to an OpenAI-type server.")
+    group.add_argument(
+        "--teacher-key-variable", default=None, metavar="NAME", help="Environment variable that holds the API key."
+    )
+    group.add_argument(
+        "--criteria",
+        nargs="+",
+        default=["likelihood=1"],
+        metavar="NAME=WEIGHT",
+        help="What the judge scores, summed with weights: quality, safety, factuality, likelihood.",
+    )
+    group.add_argument("--judge-votes", type=int, default=5, help="Verdicts asked per judgement (paper: 5).")
+    group.add_argument(
+        "--judge-schedule",
+        default="all_pairs",
+        help="Which pairs a pairwise criterion compares: all_pairs, all_pairs_swap, pivot, circulant_bt, two_ended_bt.",
+    )
+    group.add_argument("--judge-temperature", type=float, default=1.0, help="Sampling of verdicts (paper: 1.0).")
+    group.add_argument("--judge-top-p", type=float, default=0.6, help="Nucleus of the verdicts' sampling (paper: 0.6).")
+    group.add_argument(
+        "--judge-deadline", type=float, default=900.0, metavar="SECONDS", help="For all judgements of one step."
+    )
+    group.add_argument("--judge-concurrency", type=int, default=256, metavar="CALLS", help="Teacher calls in flight.")
+    group.add_argument("--judge-cache", metavar="DIR", help="Keep verdicts on disk; a resumed step then asks no one.")
+    group.add_argument("--rewrite-temperature", type=float, default=0.0, help="Sampling of the rewriter; 0 is greedy.")
+
+
+def _add_run_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help="Folder for metrics.jsonl, samples, server logs, plots and summary.json. Default: the folder of --save.",
+    )
+    group.add_argument(
+        "--win-rate-prompts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="At the end compare the trained policy with the initial one on N held-out prefixes; 0 skips it.",
+    )
+    group.add_argument(
+        "--win-rate-temperature", type=float, default=0.0, help="Sampling of the compared continuations; 0 is greedy."
+    )
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check Megatron's flags and ours, and set Megatron's global state (arguments, tokenizer, writers).
+
+    Defaults are filled from the policy's HF config (architecture, tokenizer) and, without a GPU, from what Megatron
+    needs to run on CPU; flags on the command line win over both.
+
+    Raises:
+        ArgumentError: flags that cannot work together, or a file they name that is not there.
+    """
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_sip.platform.megatron_cpu import cpu_default_arguments
+
+    given = list(sys.argv[1:] if argv is None else argv)
+    asks_help = "-h" in given or "--help" in given
+    implied = [] if asks_help else _implied_by_model(given)
+    sys.argv = [sys.argv[0], *cpu_default_arguments(), *implied, *given]
+    args = parse_and_validate_args(add_arguments, args_defaults={"micro_batch_size": 1})
+    validate(args)
+    return args
+
+
+def _implied_by_model(given: Sequence[str]) -> list[str]:
+    """Architecture and tokenizer flags of the policy's HF config, plus the settings every run of ours shares."""
+    from transformers import AutoConfig
+
+    from megatron_sip.model.hf_weights import megatron_arguments_from_hf
+
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--hf-config")
+    early.add_argument("--pretrained-checkpoint")
+    known, _ = early.parse_known_args(given)
+    folder = find_hf_config(known.hf_config, known.pretrained_checkpoint)
+    return [
+        *megatron_arguments_from_hf(AutoConfig.from_pretrained(folder)),
+        *("--hf-config", str(folder)),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder)),
+        # One packed row is a micro-batch, and the loss is divided by the step's global count of examples or tokens.
+        *("--micro-batch-size", "1", "--calculate-per-token-loss"),
+        *("--attention-dropout", "0", "--hidden-dropout", "0"),
+        *("--ckpt-format", "torch_dist"),
+    ]
+
+
+def find_hf_config(hf_config: str | None, pretrained_checkpoint: str | None) -> Path:
+    """The folder with the policy's config.json and tokenizer.
+
+    Raises:
+        ArgumentError: neither flag leads to a folder with a config.json.
+    """
+    if hf_config is not None:
+        folder = Path(hf_config)
+        hint = "--hf-config must name a folder with config.json and the tokenizer"
+    elif pretrained_checkpoint is not None:
+        folder = Path(pretrained_checkpoint) / "hf"
+        hint = "convert the model with tools/convert_checkpoint.py hf-to-megatron, or give --hf-config"
+    else:
+        raise ArgumentError("--pretrained-checkpoint (continue) or --hf-config (from scratch) is required")
+    if not (folder / "config.json").is_file():
+        raise ArgumentError(f"{folder}/config.json does not exist: {hint}")
+    return folder
+
+
+def uses_judge(args: argparse.Namespace) -> bool:
+    """Whether selection needs scores: not for SFT, nor for DPO with roles fixed by kind."""
+    return args.objective != "sft" and args.dpo_pair is None
+
+
+def candidate_kinds(args: argparse.Namespace) -> tuple[str, ...]:
+    """The kinds of candidates that the run needs, in canonical order."""
+    if args.objective == "sft":
+        wanted = {args.sft_target}
+    elif args.dpo_pair is not None:
+        wanted = set(args.dpo_pair)
+    else:
+        wanted = set(args.candidates)
+    return tuple(kind for kind in CANDIDATE_KINDS if kind in wanted)
+
+
+def needs_teacher(args: argparse.Namespace) -> bool:
+    """Whether a judge or a rewriter is asked anything."""
+    return uses_judge(args) or "rewrite" in candidate_kinds(args) or args.win_rate_prompts > 0
+
+
+def needs_engines(args: argparse.Namespace) -> bool:
+    """Whether the policy is sampled."""
+    return "rollout" in candidate_kinds(args) or args.win_rate_prompts > 0
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Refuse what cannot work, before hours are spent, and fill the defaults that depend on other flags.
+
+    Raises:
+        ArgumentError: names the flag and what would be right.
+    """
+    for check in (_check_lengths, _check_objective, _check_servers, _check_batch):
+        check(args)
+    if args.save is None:
+        raise ArgumentError("--save is required: the folder for checkpoints (and for metrics, unless --run-dir is given)")
+    if args.run_dir is None:
+        args.run_dir = args.save
+    if args.load is None:  # the same command again continues the run
+        args.load = args.save
+    if args.weight_sync_dir is None:
+        args.weight_sync_dir = str(Path(args.run_dir) / "weights")
+
+
+def _check_lengths(args: argparse.Namespace) -> None:
+    if args.suffix_length < 1:
+        raise ArgumentError(f"--suffix-length {args.suffix_length}: must be at least 1")
+    if args.suffix_length >= args.seq_length:
+        raise ArgumentError(
+            f"--suffix-length {args.suffix_length} leaves no room for a prefix in --seq-length {args.seq_length}: "
+            "lower the first or raise the second"
+        )
+    needed = args.seq_length + (args.suffix_length if args.objective == "dpo" else 0)
+    if args.row_length is None:
+        args.row_length = needed
+    if args.row_length < needed:
+        raise ArgumentError(
+            f"--row-length {args.row_length} does not hold one full group: it must be at least {needed} "
+            "(--seq-length, and --suffix-length more for dpo)"
+        )
+    if args.context_parallel_size != 1:
+        raise ArgumentError("--context-parallel-size: packed prefix trees are not split along the sequence; use 1")
+    if args.micro_batch_size != 1:
+        raise ArgumentError("--micro-batch-size must be 1: a packed row is a micro-batch; --row-length makes it larger")
+
+
+def _check_objective(args: argparse.Namespace) -> None:
+    kinds = candidate_kinds(args)
+    if "rollout" in kinds and args.num_rollouts < 1:
+        raise ArgumentError(f"--num-rollouts {args.num_rollouts}: must be at least 1 when rollout is a candidate")
+    count = sum(args.num_rollouts if kind == "rollout" else 1 for kind in kinds)
+    if args.objective == "dpo" and count < 2:
+        raise ArgumentError("--objective dpo compares two candidates: add a kind to --candidates or raise --num-rollouts")
+    if args.dpo_pair is not None and args.objective != "dpo":
+        raise ArgumentError(f"--dpo-pair belongs to --objective dpo, not {args.objective}")
+    if args.dpo_pair is not None and args.dpo_pair[0] == args.dpo_pair[1]:
+        raise ArgumentError("--dpo-pair needs two different kinds")
+    if args.rollout_start_step > 0:
+        others = len([kind for kind in kinds if kind != "rollout"])
+        if others < (2 if args.objective == "dpo" else 1):
+            raise ArgumentError(
+                f"--rollout-start-step {args.rollout_start_step} leaves {others} candidate(s) before that step, too few for "
+                f"--objective {args.objective}: add suffix or rewrite to --candidates, or set it to 0"
+            )
+    if args.dpo_beta <= 0:
+        raise ArgumentError(f"--dpo-beta {args.dpo_beta}: must be above 0")
+    if args.ref_update_interval and args.objective != "dpo":
+        raise ArgumentError("--ref-update-interval: only --objective dpo has a reference; remove it")
+
+
+def _check_servers(args: argparse.Namespace) -> None:
+    if needs_engines(args) and not args.rollout_url and not args.rollout_local:
+        raise ArgumentError("rollouts need engines: give --rollout-url URL ..., or --rollout-local N to start them here")
+    if args.rollout_url and args.rollout_local:
+        raise ArgumentError("--rollout-url and --rollout-local exclude each other: use one")
+    if needs_teacher(args) and not args.teacher_url and not args.teacher_model:
+        raise ArgumentError("the judge or rewriter needs a server: give --teacher-url URL ..., or --teacher-model DIR")
+    if args.teacher_url and args.teacher_model:
+        raise ArgumentError("--teacher-url and --teacher-model exclude each other: use one")
+    if args.teacher_model and not (Path(args.teacher_model) / "config.json").is_file():
+        raise ArgumentError(f"--teacher-model {args.teacher_model}: no config.json there; give an HF model folder")
+    if args.teacher_api == "openai" and not args.teacher_name:
+        raise ArgumentError("--teacher-api openai needs --teacher-name, the model name that the server expects")
+    if needs_teacher(args):
+        from megatron_sip.judge.criteria import parse_criteria
+
+        try:
+            parse_criteria(args.criteria)
+        except ValueError as error:
+            raise ArgumentError(f"--criteria: {error}") from None
+        if args.teacher_api == "openai" and any(name.startswith("likelihood") for name in args.criteria):
+            raise ArgumentError("--criteria likelihood reads prompt log-probs and needs --teacher-api sglang")
+
+
+def _check_batch(args: argparse.Namespace) -> None:
+    if args.data_path is None:
+        raise ArgumentError("--data-path is required: jsonl, parquet or .bin/.idx files, optionally with weights")
+    if args.global_batch_size % args.data_parallel_size:
+        raise ArgumentError(
+            f"--global-batch-size {args.global_batch_size} prompts do not divide among {args.data_parallel_size} "
+            "data-parallel replicas"
+        )
+    if args.train_iters is None:
+        raise ArgumentError("--train-iters is required: the number of steps")

@@ -1,0 +1,179 @@
+"""From tasks to training examples: rollouts, rewrites, judgement, selection. Runs on each data-parallel leader.
+
+           +-> engines: K rollouts a prefix --+
+    tasks -+                                  +-> judge -> select -> examples
+           +-> teacher: rewrite --------------+
+
+Rollouts and rewrites of all tasks are asked for at once; the judge starts when both are there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatron_sip.learning.metrics import Mean, Metrics
+from megatron_sip.learning.selection import SelectionSettings, select
+from megatron_sip.rollout.sglang import Failure, SamplingSettings, SGLangPool
+from megatron_sip.samples import Candidate, CandidateKind, Example, Group, Task
+
+
+class ScoresGroups(Protocol):
+    """What is needed of a judge."""
+
+    async def score(self, groups: Sequence[Group], *, objective: str) -> list[Group]:
+        """The same groups in order, each with scores or with the reason why it is dropped."""
+        ...
+
+    def counters(self) -> dict[str, float]:
+        """Running totals of calls, tokens, failures and so on."""
+        ...
+
+
+class RewritesSuffixes(Protocol):
+    """What is needed of a rewriter."""
+
+    async def rewrite(self, tasks: Sequence[Task]) -> list[Candidate | None]:
+        """A rewrite for each task, None where there is none."""
+        ...
+
+    def counters(self) -> dict[str, float]:
+        """Running totals."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ExperienceSettings:
+    """kinds: candidates to make. rollout_start_step: before it, rollouts are left out."""
+
+    kinds: tuple[CandidateKind, ...]
+    sampling: SamplingSettings
+    selection: SelectionSettings
+    rollout_start_step: int = 0
+    uses_judge: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """What one leader made of its share of a step's tasks."""
+
+    examples: list[Example]
+    metrics: Metrics
+    groups: list[Group] = field(default_factory=list)
+
+
+class ExperienceMaker:
+    """Turns tasks into examples, by way of the engines and the teacher."""
+
+    def __init__(
+        self,
+        settings: ExperienceSettings,
+        tokenizer: Any,
+        engines: SGLangPool | None,
+        judge: ScoresGroups | None,
+        rewriter: RewritesSuffixes | None,
+    ) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._engines = engines
+        self._judge = judge
+        self._rewriter = rewriter
+        self._seen_counters: dict[str, float] = {}
+
+    async def make(self, step: int, tasks: Sequence[Task]) -> Experience:
+        """Candidates, scores and examples for `tasks` at optimizer step `step` (0 is the first)."""
+        started = time.monotonic()
+        kinds = [k for k in self._settings.kinds if k != "rollout" or step >= self._settings.rollout_start_step]
+        rollouts, rewrites = await asyncio.gather(
+            self._rollouts(tasks) if "rollout" in kinds else _none_each(tasks),
+            self._rewrites(tasks) if "rewrite" in kinds else _none_each(tasks),
+        )
+        groups = [
+            build_group(task, kinds, made, rewrite)
+            for task, made, rewrite in zip(tasks, rollouts, rewrites, strict=True)
+        ]
+        made_at = time.monotonic()
+        if self._settings.uses_judge:
+            assert self._judge is not None
+            groups = await self._judge.score(groups, objective=self._settings.selection.objective)
+        judged_at = time.monotonic()
+        selected = select(groups, self._settings.selection)
+        metrics: Metrics = dict(selected.metrics)
+        metrics |= group_metrics(groups)
+        metrics |= {f"dropped/{reason}": float(count) for reason, count in selected.dropped.items()}
+        metrics |= self._counter_deltas()
+        metrics["groups"] = float(len(groups))
+        metrics["seconds/rollout"] = made_at - started
+        metrics["seconds/judge"] = judged_at - made_at
+        return Experience(selected.examples, metrics, groups)
+
+    async def _rollouts(self, tasks: Sequence[Task]) -> list[list[Candidate] | str]:
+        """K rollouts a task, or the reason why there are none."""
+        assert self._engines is not None
+        answers = await self._engines.generate([task.prefix_ids for task in tasks], self._settings.sampling)
+        return [answer.reason if isinstance(answer, Failure) else self._as_candidates(answer) for answer in answers]
+
+    def _as_candidates(self, completions: Sequence[Any]) -> list[Candidate]:
+        texts = self._tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+        return [
+            Candidate("rollout", list(c.ids), text, list(c.logprobs), c.weight_version)
+            for c, text in zip(completions, texts, strict=True)
+        ]
+
+    async def _rewrites(self, tasks: Sequence[Task]) -> list[Candidate | None]:
+        assert self._rewriter is not None
+        return await self._rewriter.rewrite(tasks)
+
+    def _counter_deltas(self) -> dict[str, float]:
+        """What the clients' running totals grew by since the last step; gauges such as percentiles stay as they are."""
+        totals: dict[str, float] = {}
+        for room, source in (("rollout", self._engines), ("judge", self._judge), ("rewriter", self._rewriter)):
+            if source is not None:
+                totals |= {f"{room}/{name}": value for name, value in source.counters().items()}
+        deltas = {name: value - self._seen_counters.get(name, 0.0) for name, value in totals.items()}
+        self._seen_counters = totals
+        return deltas
+
+
+async def _none_each(tasks: Sequence[Task]) -> list[None]:
+    return [None] * len(tasks)
+
+
+def build_group(
+    task: Task,
+    kinds: Sequence[CandidateKind],
+    rollouts: list[Candidate] | str | None,
+    rewrite: Candidate | None,
+) -> Group:
+    """The candidates of a task in canonical order; a task whose rollouts failed is dropped with that reason.
+
+    A missing rewrite (refused, empty) only leaves the group without it: the rewriter counts why.
+    """
+    candidates = []
+    if "suffix" in kinds:
+        candidates.append(Candidate("suffix", task.suffix_ids, task.suffix_text))
+    if rewrite is not None:
+        candidates.append(rewrite)
+    if isinstance(rollouts, str):
+        return Group(task, candidates, dropped=f"rollout {rollouts}")
+    candidates += [rollout for rollout in rollouts or [] if rollout.ids]
+    return Group(task, candidates)
+
+
+def group_metrics(groups: Sequence[Group]) -> Metrics:
+    """Mean score, win share and length by candidate kind, over the groups that were scored."""
+    scores: dict[str, Mean] = {}
+    lengths: dict[str, Mean] = {}
+    for group in groups:
+        for candidate in group.candidates:
+            length = lengths.get(candidate.kind, Mean(0.0, 0.0))
+            lengths[candidate.kind] = length + Mean(float(len(candidate.ids)))
+        for candidate, score in zip(group.candidates, group.scores or [], strict=False):
+            scores[candidate.kind] = scores.get(candidate.kind, Mean(0.0, 0.0)) + Mean(score)
+    metrics: Metrics = {f"score/{kind}": mean for kind, mean in scores.items()}
+    metrics |= {f"length/{kind}": mean for kind, mean in lengths.items()}
+    return metrics
+

@@ -1,0 +1,73 @@
+"""Checkpoints of a run: Megatron's own, kept readable after a kill at any moment.
+
+Megatron commits a checkpoint by writing its tracker file last. A run killed while saving leaves a folder that no tracker
+names, or an empty tracker; both are mended at the next start, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron.training.async_utils import maybe_finalize_async_save
+from megatron.training.checkpointing import save_checkpoint as megatron_save_checkpoint
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def mend_checkpoint_folder(save: Path) -> list[str]:
+    """Remove what a killed run left half-written below `save`, and repair the tracker; returns what was done.
+
+    Only one rank may call this, before any rank loads.
+    """
+    done: list[str] = []
+    if not save.is_dir():
+        return done
+    tracker = save / TRACKER
+    committed = _tracked_iteration(tracker)
+    complete = {i: path for i, path in _iteration_folders(save).items() if (path / "metadata.json").is_file()}
+    if tracker.exists() and committed is None:
+        if complete:
+            committed = max(complete)
+            write_tracker(tracker, committed)
+            done.append(f"{tracker} was unreadable: set to {committed}, the newest complete checkpoint")
+        else:
+            tracker.unlink()
+            done.append(f"{tracker} was unreadable and there is no complete checkpoint: removed")
+    for iteration, path in _iteration_folders(save).items():
+        if committed is None or iteration > committed:
+            shutil.rmtree(path)
+            done.append(f"{path} was not committed: removed")
+    return done
+
+
+def write_tracker(tracker: Path, iteration: int) -> None:
+    """Name `iteration` as the latest checkpoint, in one move."""
+    staged = tracker.with_suffix(".tmp")
+    staged.write_text(str(iteration))
+    os.replace(staged, tracker)  # noqa: PTH105 (atomic on one file system)
+
+
+def _tracked_iteration(tracker: Path) -> int | None:
+    if not tracker.exists():
+        return None
+    text = tracker.read_text().strip()
+    return int(text) if text.isdigit() else None
+
+
+def _iteration_folders(save: Path) -> dict[int, Path]:
+    folders = [path for path in save.glob("iter_*") if path.is_dir()]
+    return {int(m.group(1)): path for path in folders if (m := re.fullmatch(r"iter_(\d+)", path.name))}
+
+
+def save_checkpoint(iteration: int, model: list[Any], optimizer: Any, scheduler: Any, context: dict[str, Any]) -> None:
+    """Save model, optimizer, scheduler, RNG and the cursor (consumed samples, in Megatron's arguments) together."""
+    megatron_save_checkpoint(iteration, model, optimizer, scheduler, 0, checkpointing_context=context)
+
+
+def finish_saving(*, wait: bool) -> None:
+    """Commit asynchronous saves that are done (all of them when `wait`)."""
+    maybe_finalize_async_save(blocking=wait, terminate=wait)

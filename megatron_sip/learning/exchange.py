@@ -1,0 +1,68 @@
+"""What ranks tell each other about a step, as plain objects over gloo.
+
+Leaders (the first tensor- and pipeline-parallel rank of each replica) make experience; everyone trains on all of it.
+Waiting happens on gloo groups with a long time-out: a leader may wait minutes for its judge, and must not trip NCCL's
+watchdog or keep a GPU spinning.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+
+class LeaderExchange:
+    """Gathers one object from every leader and gives the list to every rank."""
+
+    def __init__(self, timeout_seconds: float) -> None:
+        timeout = timedelta(seconds=timeout_seconds)
+        self.is_leader = (
+            parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0
+        )
+        self.replica = parallel_state.get_data_parallel_rank()
+        self.num_replicas = parallel_state.get_data_parallel_world_size()
+        placement = [None] * dist.get_world_size()
+        dist.all_gather_object(placement, (self.replica, self.is_leader))
+        replicas = [rank_place[0] for rank_place in placement]  # type: ignore[index]
+        leaders = [rank for rank, place in enumerate(placement) if place[1]]  # type: ignore[index]
+        self._leaders = sorted(leaders, key=lambda rank: replicas[rank])
+        self._leader_group = dist.new_group(self._leaders, timeout=timeout, backend="gloo")
+        for replica in range(self.num_replicas):
+            members = [rank for rank, place in enumerate(replicas) if place == replica]
+            group = dist.new_group(members, timeout=timeout, backend="gloo")
+            if replica == self.replica:
+                self._replica_group = group
+        self._everyone = dist.new_group(timeout=timeout, backend="gloo")
+
+    def share(self, mine: Any) -> list[Any]:
+        """The leaders' objects in order of replica, on every rank; `mine` is ignored on other ranks."""
+        gathered: list[Any] = [None] * self.num_replicas
+        if self.is_leader:
+            dist.all_gather_object(gathered, mine, group=self._leader_group)
+        box = [gathered]
+        dist.broadcast_object_list(box, src=self._leaders[self.replica], group=self._replica_group)
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank."""
+        vote = torch.tensor([int(flag)])
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self._everyone)
+        return bool(vote.item())
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier(group=self._everyone)
+
+    def gather_last_stage(self, mine: Any) -> list[Any]:
+        """`mine` of the last pipeline stage of every replica, on every rank (one tensor-parallel rank speaks)."""
+        speaks = (
+            parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine if speaks else None, group=self._everyone)
+        return [part for part in gathered if part is not None]

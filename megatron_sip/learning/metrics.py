@@ -1,0 +1,135 @@
+"""Step metrics: how they add up over rows and ranks, and where they are written.
+
+A metric is a plain float (a count, adds up), a `Mean` (adds up as total and count) or, under `seconds/`, a duration of
+which ranks report the longest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A weighted mean kept as its total and its weight, so that parts can be merged exactly."""
+
+    total: float
+    weight: float = 1.0
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    @property
+    def value(self) -> float:
+        """The mean; NaN without weight."""
+        return self.total / self.weight if self.weight else math.nan
+
+
+Metrics = dict[str, "float | Mean"]
+
+
+def merge(parts: Iterable[Mapping[str, float | Mean]]) -> Metrics:
+    """Add up the metrics of several rows or ranks; `seconds/*` keeps the longest."""
+    merged: Metrics = {}
+    for part in parts:
+        for name, value in part.items():
+            if name not in merged:
+                merged[name] = value
+                continue
+            present = merged[name]
+            if isinstance(value, Mean) and isinstance(present, Mean):
+                merged[name] = present + value
+            elif isinstance(value, Mean) or isinstance(present, Mean):
+                raise TypeError(f"metric {name} is a mean in one part and a plain number in another")
+            else:
+                merged[name] = max(present, value) if name.startswith("seconds/") else present + value
+    return merged
+
+
+def flatten(metrics: Mapping[str, float | Mean]) -> dict[str, float]:
+    """Plain numbers for writers; means without weight (nothing was measured) are left out."""
+    plain = {name: value.value if isinstance(value, Mean) else float(value) for name, value in metrics.items()}
+    return {name: value for name, value in plain.items() if not math.isnan(value)}
+
+
+class MetricsWriter:
+    """Writes a step's numbers to metrics.jsonl, tensorboard and wandb, and the progress line to standard output.
+
+    On resume, lines of steps after the loaded checkpoint are removed: each step stands in the file once.
+    """
+
+    def __init__(
+        self, run_dir: Path, resume_step: int, total_steps: int, tensorboard: Any = None, wandb: Any = None
+    ) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / "metrics.jsonl"
+        drop_steps_after(self.path, resume_step)
+        self._file: TextIO = self.path.open("a", encoding="utf-8")
+        self._tensorboard = tensorboard
+        self._wandb = wandb
+        self._total_steps = total_steps
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Record `numbers` for `step` (1 is the first) everywhere and print the progress line."""
+        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(numbers), step=step)
+        print(progress_line(step, self._total_steps, numbers), flush=True)
+
+    def close(self) -> None:
+        """Flush and close the file; the other writers belong to Megatron."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The steps of a metrics.jsonl; a half-written last line, left by a killed run, is ignored."""
+    steps = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            steps.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return steps
+
+
+def drop_steps_after(path: Path, step: int) -> None:
+    """Keep only the lines of steps up to `step`, replacing the file in one move."""
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    staged = path.with_suffix(".tmp")
+    staged.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(staged, path)  # noqa: PTH105 (atomic on one file system)
+
+
+def progress_line(step: int, total_steps: int, numbers: Mapping[str, float]) -> str:
+    """One line a step: step, loss, mean score by candidate kind, rollout chosen rate, seconds by phase."""
+    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
+    if "loss" in numbers:
+        parts.append(f"loss {numbers['loss']:.4f}")
+    scores = [f"{name[6:]} {value:.3f}" for name, value in sorted(numbers.items()) if name.startswith("score/")]
+    if scores:
+        parts.append("score " + " ".join(scores))
+    if "rollout_chosen_rate" in numbers:
+        parts.append(f"rollout chosen {numbers['rollout_chosen_rate']:.2f}")
+    if "reward_accuracy" in numbers:
+        parts.append(f"accuracy {numbers['reward_accuracy']:.2f}")
+    dropped = sum(value for name, value in numbers.items() if name.startswith("dropped/"))
+    if dropped:
+        parts.append(f"dropped {dropped:.0f}")
+    order = ("rollout", "judge", "reference", "train", "sync", "save")
+    phases = [f"{phase} {numbers[f'seconds/{phase}']:.1f}" for phase in order if numbers.get(f"seconds/{phase}", 0) >= 0.05]
+    total = numbers.get("seconds/total")
+    if total is not None:
+        parts.append(f"{total:.1f} s" + (f" ({', '.join(phases)})" if phases else ""))
+    return " | ".join(parts)

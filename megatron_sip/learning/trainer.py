@@ -1,0 +1,222 @@
+"""One optimizer step of the policy on examples, over Megatron's own pipeline schedules.
+
+    examples -> rows (packed, same plan on every rank) -> reference log-probs -> forward/backward -> optimizer
+
+Every rank knows all examples, so the plan needs no talking; each replica trains its own rows. The number of
+micro-batches varies from step to step, and the loss is divided by the step's global count of examples (DPO) or target
+tokens (SFT, RF-NLL), whatever the rows they landed in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from megatron.training.training import setup_model_and_optimizer
+from torch import Tensor
+
+from megatron_sip.learning.exchange import LeaderExchange
+from megatron_sip.learning.metrics import Mean, Metrics, merge
+from megatron_sip.learning.objectives import METRIC_COUNTS, LossTerms, ObjectiveSettings, row_loss
+from megatron_sip.learning.packing import PackedRow, RowPlan, build_row, example_lengths, plan_rows
+from megatron_sip.model.gpt import model_provider, row_logprobs
+from megatron_sip.samples import Example
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or gradient norm is NaN or infinite; the last checkpoint is from before."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """A packed row on the training device, with the reference's log-prob of each branch when there is one."""
+
+    row: PackedRow
+    reference_branch_logprobs: Tensor | None = None
+
+
+class PolicyTrainer:
+    """The policy with its optimizer and schedule, and the step that trains it."""
+
+    def __init__(
+        self, args: argparse.Namespace, settings: ObjectiveSettings, exchange: LeaderExchange, pad_id: int
+    ) -> None:
+        self.checkpointing_context: dict[str, Any] = {}
+        self.model, self.optimizer, self.scheduler = setup_model_and_optimizer(
+            ModelType.encoder_or_decoder, model_provider, checkpointing_context=self.checkpointing_context
+        )
+        self._args = args
+        self._settings = settings
+        self._exchange = exchange
+        self._pad_id = pad_id
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._connect_schedule()
+
+    def _connect_schedule(self) -> None:
+        """What Megatron's own train() sets on the model config before its first step."""
+        config = get_model_config(self.model[0])
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
+        ddp = self.model[0].ddp_config
+        if ddp.overlap_grad_reduce:
+            config.no_sync_func = [chunk.no_sync for chunk in self.model]
+            if self._args.align_grad_reduce:
+                config.grad_sync_func = [chunk.start_grad_sync for chunk in self.model]
+            if len(self.model) == 1:
+                config.no_sync_func = config.no_sync_func[0]
+                config.grad_sync_func = config.grad_sync_func[0] if config.grad_sync_func else None
+
+    def train_step(self, examples: Sequence[Example], reference: list[Any] | None) -> Metrics:
+        """Update the policy on `examples` (all replicas' together); returns the step's metrics on every rank.
+
+        Without examples nothing is updated. Raises NonFiniteLossError when the loss or the gradient norm is not finite.
+        """
+        if not examples:
+            return {"skipped_steps": 1.0}
+        plan, micro_batches = self._micro_batches(examples)
+        started = time.monotonic()
+        if reference is not None:
+            micro_batches = self._with_reference(reference, micro_batches, plan.row_length)
+        referenced = time.monotonic()
+        metrics = self._update(examples, micro_batches, plan.row_length)
+        metrics |= plan_metrics(plan, len(examples))
+        metrics["seconds/reference"] = referenced - started
+        metrics["seconds/train"] = time.monotonic() - referenced
+        return metrics
+
+    def _micro_batches(self, examples: Sequence[Example]) -> tuple[RowPlan, list[MicroBatch]]:
+        tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
+        plan = plan_rows(
+            example_lengths(examples),
+            self._args.row_length,
+            self._exchange.num_replicas,
+            multiple_of=math.lcm(16, tensor_parallel),
+        )
+        mine = plan.rows[self._exchange.replica]
+        rows = [build_row(examples, indices, plan.row_length, self._pad_id) for indices in mine]
+        return plan, [MicroBatch(row.to(self._device, non_blocking=True)) for row in rows]
+
+    @torch.no_grad()
+    def _with_reference(
+        self, reference: list[Any], micro_batches: list[MicroBatch], row_length: int
+    ) -> list[MicroBatch]:
+        """The same micro-batches with the reference's branch log-probs (present on the last pipeline stage)."""
+        found = get_forward_backward_func()(
+            forward_step_func=_forward_reference,
+            data_iterator=_iterators(micro_batches, reference),
+            model=reference,
+            num_microbatches=len(micro_batches),
+            seq_length=row_length,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            return micro_batches
+        return [MicroBatch(batch.row, logprobs) for batch, logprobs in zip(micro_batches, found, strict=True)]
+
+    def _update(self, examples: Sequence[Example], micro_batches: list[MicroBatch], row_length: int) -> Metrics:
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
+            batch = next(iterator)
+            output = row_logprobs(chunk, batch.row)
+
+            def loss_function(token_logprobs: Tensor) -> tuple[Tensor, Tensor, LossTerms]:
+                terms = row_loss(
+                    self._settings,
+                    examples,
+                    batch.row,
+                    token_logprobs,
+                    branch_sums(token_logprobs, batch.row.branch_offsets),
+                    batch.reference_branch_logprobs,
+                )
+                count = torch.tensor(terms.count, dtype=torch.int, device=token_logprobs.device)
+                return terms.sum, count, terms
+
+            return output, loss_function
+
+        parts = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=_iterators(micro_batches, self.model),
+            model=self.model,
+            num_microbatches=len(micro_batches),
+            seq_length=row_length,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        metrics = merge(self._exchange.gather_last_stage(merge(map(loss_metrics, parts))))
+        self._require_finite("loss", metrics["loss"].value)  # type: ignore[union-attr]
+        updated, grad_norm, _ = self.optimizer.step()
+        if grad_norm is not None:
+            self._require_finite("gradient norm", float(grad_norm))
+            metrics["grad_norm"] = float(grad_norm)
+        metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        if updated:
+            self.scheduler.step(increment=self._args.global_batch_size)
+        else:
+            metrics["skipped_steps"] = 1.0
+        return metrics
+
+    @staticmethod
+    def _require_finite(name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"the {name} is {value}: lower --lr or --dpo-beta, raise --adam-eps, or look at the last checkpoint's data"
+            )
+
+
+def _forward_reference(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
+    row = next(iterator).row
+
+    def branch_logprobs(token_logprobs: Tensor, non_loss_data: bool = True) -> Tensor:
+        return branch_sums(token_logprobs, row.branch_offsets)
+
+    return row_logprobs(chunk, row), branch_logprobs
+
+
+def _iterators(micro_batches: list[MicroBatch], model: list[Any]) -> Any:
+    """One iterator a virtual pipeline chunk, as Megatron's schedules expect."""
+    iterators = [iter(micro_batches) for _ in model]
+    return iterators[0] if len(iterators) == 1 else iterators
+
+
+def branch_sums(token_logprobs: Tensor, offsets: Tensor) -> Tensor:
+    """Log-probs of whole branches [B] from those of their tokens [L]; branch b owns offsets[b]:offsets[b + 1]."""
+    branch_of = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
+    return token_logprobs.new_zeros(len(offsets) - 1).index_add(0, branch_of, token_logprobs)
+
+
+def loss_metrics(terms: LossTerms) -> Metrics:
+    """A row's loss and metrics as numbers that add up."""
+    plain = {name: float(value) for name, value in terms.metrics.items()}
+    metrics: Metrics = {name: value for name, value in plain.items() if name not in METRIC_COUNTS}
+    metrics |= {name: Mean(value, plain[METRIC_COUNTS[name]]) for name, value in plain.items() if name in METRIC_COUNTS}
+    return {"loss": Mean(float(terms.sum.detach()), float(terms.count)), **metrics}
+
+
+def plan_metrics(plan: RowPlan, examples: int) -> Metrics:
+    """What packing did in this step."""
+    computed = plan.tokens + plan.padding
+    return {
+        "examples": float(examples),
+        "packing/rows": float(sum(len(replica) for replica in plan.rows)),
+        "packing/row_length": float(plan.row_length),
+        "packing/tokens": float(plan.tokens),
+        "packing/unshared_tokens": float(plan.unshared_tokens),
+        "packing/waste": Mean(float(plan.padding), float(computed)),
+        "packing/cut_tokens": float(plan.cut_tokens),
+    }
