@@ -1,0 +1,261 @@
+"""Cut documents into prefix-conditioned suffix generation tasks (paper sections 2.1 and 3.1, appendix B.1).
+
+Task i of a run is a function of (seed, i): random access, no iterator state. A checkpoint stores one integer, and any
+rank can recompute any step's tasks. Documents too short to cut are counted in `report()`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_sip.data.documents import Corpus, DocumentSource
+from megatron_sip.data.errors import DataError
+from megatron_sip.data.ordering import Permutation, hash64, make_blend, uniform_below
+from megatron_sip.data.token_store import bin_path, check_token_ids
+from megatron_sip.samples import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TaskMode = Literal["random", "stream"]
+_SHUFFLE, _CUT = 1, 2  # separate the draws that share a seed
+_LOOKAHEAD = 4  # tokens that complete any UTF-8 character cut at the end of a suffix
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSettings:
+    """How documents are cut.
+
+    random: one task a document and epoch, its cut uniform among the valid ones, another one each epoch.
+    stream: every chunk of `suffix_length` tokens but a document's first, in turn; documents are shuffled each epoch.
+    The suffix has exactly `suffix_length` tokens, the prefix the most recent seq_length - suffix_length tokens before
+    it or fewer, but at least `min_prefix_length`. Raises ValueError for impossible lengths.
+    """
+
+    seq_length: int
+    suffix_length: int = 128
+    mode: TaskMode = "random"
+    seed: int = 1234
+    min_prefix_length: int = 1
+
+    def __post_init__(self) -> None:
+        if self.suffix_length < 1:
+            raise ValueError(f"--suffix-length must be at least 1, got {self.suffix_length}")
+        if self.min_prefix_length < 1:
+            raise ValueError(f"min_prefix_length must be at least 1, got {self.min_prefix_length}")
+        if self.suffix_length + self.min_prefix_length > self.seq_length:
+            raise ValueError(
+                f"--suffix-length {self.suffix_length} leaves {self.seq_length - self.suffix_length} tokens of "
+                f"--seq-length {self.seq_length} for the prefix, which needs at least {self.min_prefix_length}; shorten the suffix"
+            )
+        if self.mode not in ("random", "stream"):
+            raise ValueError(f"--task-mode must be random or stream, got {self.mode!r}")
+
+    @property
+    def first_chunk(self) -> int:
+        """stream: the number of the first chunk that has a long enough prefix."""
+        return -(-self.min_prefix_length // self.suffix_length)
+
+    @property
+    def min_document_length(self) -> int:
+        """Tokens of the shortest document that gives a task."""
+        if self.mode == "stream":
+            return (self.first_chunk + 1) * self.suffix_length
+        return self.min_prefix_length + self.suffix_length
+
+    def tasks_per_document(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64: tasks an epoch that documents of these lengths (tokens) give."""
+        if self.mode == "stream":
+            return np.maximum(lengths // self.suffix_length - self.first_chunk, 0)
+        return (lengths >= self.min_document_length).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReport:
+    """What a split of one source holds; `empty_documents` is of the whole source, found when it was tokenised."""
+
+    name: str
+    weight: float
+    documents: int
+    tokens: int
+    too_short: int
+    too_short_tokens: int
+    empty_documents: int
+    tasks_per_epoch: int
+
+
+class _CutSource:
+    """The tasks of one source, numbered through all epochs: which document, and where it is cut."""
+
+    def __init__(self, source: DocumentSource, number: int, documents: npt.NDArray[np.int64], settings: TaskSettings):
+        tasks = settings.tasks_per_document(source.lengths[documents])
+        self.source = source
+        self.documents = documents[tasks > 0]
+        self.tasks_per_epoch = int(tasks.sum())
+        self._tasks = tasks[tasks > 0]
+        self._number = number
+        self._settings = settings
+        # Stream mode needs the running total of tasks in shuffled order. Two epochs are kept: a step may straddle them.
+        self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
+
+    def cut(self, sample: int) -> tuple[int, int]:
+        """(document number, first token of the suffix) of the source's `sample`-th task, counted over epochs."""
+        settings = self._settings
+        epoch, position = divmod(sample, self.tasks_per_epoch)
+        if settings.mode == "random":
+            document = int(self.documents[self._shuffle(epoch)(position)])
+            choices = int(self.source.lengths[document]) - settings.min_document_length + 1
+            draw = uniform_below(choices, settings.seed, _CUT, self._number, epoch, document)
+            return document, settings.min_prefix_length + draw
+        order, ends = self._epoch_order(epoch)
+        place = int(np.searchsorted(ends, position, side="right"))
+        chunk = position - (int(ends[place - 1]) if place else 0) + settings.first_chunk
+        return int(self.documents[order[place]]), chunk * settings.suffix_length
+
+    def _shuffle(self, epoch: int) -> Permutation:
+        return Permutation(len(self.documents), hash64(self._settings.seed, _SHUFFLE, self._number, epoch))
+
+    def _make_epoch_order(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        order = self._shuffle(epoch).take(np.arange(len(self.documents), dtype=np.int64))
+        return order, np.cumsum(self._tasks[order])
+
+
+class TaskSource:
+    """Random access to the tasks of a corpus (or of a split of it).
+
+        tasks = TaskSource(corpus.split("969,30,1")["train"], tokenizer, TaskSettings(seq_length=2048))
+        tasks.task(7), tasks.tasks(step * batch, batch), tasks.report()
+
+    Raises `DataError` when a source has no document long enough.
+    """
+
+    def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, settings: TaskSettings) -> None:
+        self.settings = settings
+        self._corpus = corpus
+        self._tokenizer = tokenizer
+        self._blend = make_blend(corpus.weights)
+        self._sources: list[_CutSource] = []
+        self._reports: list[SourceReport] = []
+        for number, source in enumerate(corpus.sources):
+            documents = corpus.documents(number)
+            cuts = _CutSource(source, number, documents, settings)
+            report = _source_report(source, float(self._blend.weights[number]), documents, cuts, settings)
+            if not cuts.tasks_per_epoch:
+                raise DataError(_nothing_long_enough(report, corpus, source.lengths[documents], settings))
+            self._sources.append(cuts)
+            self._reports.append(report)
+
+    @property
+    def tasks_per_epoch(self) -> list[int]:
+        """Tasks an epoch of each source."""
+        return [source.tasks_per_epoch for source in self._sources]
+
+    def task(self, index: int) -> Task:
+        """Task `index` (>= 0; past the first epoch too). Raises `DataError` for token ids beyond the vocabulary."""
+        if index < 0:
+            raise IndexError(f"task index must not be negative, got {index}")
+        number, sample = self._blend.locate(index)
+        document, cut = self._sources[number].cut(sample)
+        source, settings = self._corpus.sources[number], self.settings
+        tokens = source.tokens(document)
+        start, end = max(0, cut - (settings.seq_length - settings.suffix_length)), cut + settings.suffix_length
+        window = tokens[start : end + _LOOKAHEAD]
+        check_token_ids(window, self._corpus.vocab_size, bin_path(source.locate(document)[0]))
+        ids = window.tolist()
+        prefix, suffix, after = ids[: cut - start], ids[cut - start : end - start], ids[end - start :]
+        prefix_text, suffix_text = continuation_texts(self._tokenizer, prefix, suffix, after)
+        # A context cut out of the middle of a document may begin inside a character.
+        return Task(index, prefix, suffix, prefix_text.lstrip("\ufffd") if start else prefix_text, suffix_text)
+
+    def tasks(self, start: int, count: int) -> list[Task]:
+        """Tasks start, ..., start + count - 1."""
+        return [self.task(index) for index in range(start, start + count)]
+
+    def report(self, num_tasks: int | None = None) -> dict[str, Any]:
+        """Counts over all sources and, under "sources", of each (see `SourceReport`).
+
+        With `num_tasks` also the "epochs" that so many tasks make of each source, fractions included.
+        """
+        sources = [{name: getattr(r, name) for name in SourceReport.__dataclass_fields__} for r in self._reports]
+        if num_tasks is not None:
+            for source, count in zip(sources, self._blend.count_before(num_tasks), strict=True):
+                source["epochs"] = count / source["tasks_per_epoch"]
+        totals = ("documents", "tokens", "too_short", "too_short_tokens", "empty_documents", "tasks_per_epoch")
+        report: dict[str, Any] = {name: sum(source[name] for source in sources) for name in totals}
+        return report | {"split": self._corpus.split_name, "sources": sources}
+
+    def fingerprint(self) -> str:
+        """A hash of the documents' lengths and of all settings: equal ones give equal tasks, unless text was edited in
+        place to the same lengths. A checkpoint keeps it, so that a cursor is not resumed on other data."""
+        digest = hashlib.sha256(repr((self.settings, self._blend.weights)).encode())
+        for cuts in self._sources:
+            digest.update(cuts.documents.tobytes())
+            digest.update(cuts.source.lengths[cuts.documents].tobytes())
+        return digest.hexdigest()
+
+
+def continuation_texts(
+    tokenizer: PreTrainedTokenizerBase, prefix: Sequence[int], suffix: Sequence[int], after: Sequence[int] = ()
+) -> tuple[str, str]:
+    """(prefix text, suffix text) whose concatenation is the decoded document: spaces at the seam are kept.
+
+    Decoding the suffix alone would lose a leading space with some tokenizers. A character whose bytes straddle the seam
+    belongs whole to the suffix; one that the suffix begins but does not finish is left out (`after`, the tokens that
+    follow, tell it from a replacement character that stands in the document). Special tokens are not shown.
+    """
+    whole = _decode(tokenizer, [*prefix, *suffix])
+    if whole.endswith("\ufffd"):
+        whole = _trim_to(whole, _decode(tokenizer, [*prefix, *suffix, *after])) if after else whole
+    before = _trim_to(_decode(tokenizer, prefix), whole)
+    if whole.startswith(before):
+        return before, whole[len(before) :]
+    return before, _decode(tokenizer, suffix)  # a decoder whose output for a prefix depends on what follows
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _trim_to(text: str, longer: str) -> str:
+    """`text` without the trailing replacement characters that are not in `longer`, the decoding of more tokens."""
+    while text.endswith("\ufffd") and not longer.startswith(text):
+        text = text[:-1]
+    return text
+
+
+def _source_report(
+    source: DocumentSource, weight: float, documents: npt.NDArray[np.int64], cuts: _CutSource, settings: TaskSettings
+) -> SourceReport:
+    lengths = source.lengths[documents]
+    short = lengths[lengths < settings.min_document_length]
+    return SourceReport(
+        name=source.name,
+        weight=weight,
+        documents=len(documents),
+        tokens=int(lengths.sum()),
+        too_short=len(short),
+        too_short_tokens=int(short.sum()),
+        empty_documents=sum(report.empty_documents for report in source.reports),
+        tasks_per_epoch=cuts.tasks_per_epoch,
+    )
+
+
+def _nothing_long_enough(
+    report: SourceReport, corpus: Corpus, lengths: npt.NDArray[np.int64], settings: TaskSettings
+) -> str:
+    where = f"{report.name} ({corpus.split_name} split)"
+    if not report.documents:
+        return f"{where}: no document; name more text or give this split more with --split"
+    return (
+        f"{where}: none of its {report.documents} documents is long enough: the longest has {int(lengths.max())} tokens, "
+        f"a {settings.mode} task needs {settings.min_document_length} (--suffix-length {settings.suffix_length} after a "
+        f"prefix of at least {settings.min_prefix_length}; --seq-length {settings.seq_length}); shorten --suffix-length "
+        "or use longer text"
+    )

@@ -1,0 +1,228 @@
+"""Tokenise a text source once into a token store, and find it again next time.
+
+A finished cache entry is a folder `<name>-<key>` with tokens.bin, tokens.idx and report.json; the key is a hash of the
+source's path, size and modification time, the tokenizer and the settings. The folder is written under another name and
+renamed when complete, so that a killed run leaves nothing that looks finished and two nodes that start together cannot
+mix their writes; a lock keeps processes that share a machine (or a file system with locks) from doing the work twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import filelock
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from tqdm import tqdm
+
+from megatron_sip.data.errors import DataError
+from megatron_sip.data.text_sources import TextBatch, read_texts
+from megatron_sip.data.token_store import TokenStoreWriter, token_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CACHE_VERSION = 1
+DEFAULT_CACHE = Path.home() / ".cache" / "megatron_sip" / "tokens"
+_BYTES_PER_WORKER = 128_000_000
+_BATCH_TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeSettings:
+    """How text becomes tokens.
+
+    `append_eos` ends every document with the tokenizer's EOS (Megatron's --append-eod), `prepend_bos` starts it with
+    BOS. Special tokens written out in a document ("<|im_end|>") are tokenised as the plain text that they are.
+    `workers` 0 means one process a 128 MB of source, at most one a core; `lock_timeout_s` is how long to wait while
+    another process tokenises the same source.
+    """
+
+    text_field: str = "text"
+    append_eos: bool = True
+    prepend_bos: bool = False
+    cache_dir: Path = DEFAULT_CACHE
+    workers: int = 0
+    progress: bool = True
+    lock_timeout_s: float = 4 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeReport:
+    """What became of one source: `documents` were kept, `empty_documents` had no token and were left out."""
+
+    source: str
+    documents: int
+    empty_documents: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentEncoder:
+    """Texts to token ids, without transformers, so that worker processes start in a fraction of a second."""
+
+    definition: str
+    """The tokenizers library's JSON, without truncation and padding."""
+    vocab_size: int
+    bos: int | None
+    eos: int | None
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> DocumentEncoder:
+        """Raises `DataError` for a tokenizer without a fast backend, or without the EOS or BOS that is asked for."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, tokenizers.Tokenizer):
+            raise DataError(f"{type(tokenizer).__name__} has no fast backend; use a tokenizer with a tokenizer.json")
+        if settings.append_eos and tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no EOS token to append to documents; switch append_eos off")
+        if settings.prepend_bos and tokenizer.bos_token_id is None:
+            raise DataError("the tokenizer has no BOS token to put before documents; switch prepend_bos off")
+        definition = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+        return cls(
+            json.dumps(definition, sort_keys=True, ensure_ascii=False),
+            len(tokenizer),
+            tokenizer.bos_token_id if settings.prepend_bos else None,
+            tokenizer.eos_token_id if settings.append_eos else None,
+        )
+
+    def fingerprint(self) -> str:
+        """A hash that changes with vocabulary, merges, normalisation and the tokens put around documents."""
+        return hashlib.sha256(f"{self.definition}|{self.vocab_size}|{self.bos}|{self.eos}".encode()).hexdigest()
+
+    def backend(self) -> tokenizers.Tokenizer:
+        """A tokenizer of its own: settings of the caller's are neither seen nor changed."""
+        backend = tokenizers.Tokenizer.from_str(self.definition)
+        backend.encode_special_tokens = True
+        return backend
+
+
+@dataclass(frozen=True, slots=True)
+class _EncodedBatch:
+    tokens: npt.NDArray[np.generic]
+    lengths: npt.NDArray[np.int32]
+    empty: int
+    position: int
+
+
+def _encode(backend: tokenizers.Tokenizer, encoder: DocumentEncoder, batch: TextBatch) -> _EncodedBatch:
+    before = [] if encoder.bos is None else [encoder.bos]
+    after = [] if encoder.eos is None else [encoder.eos]
+    documents = [e.ids for e in backend.encode_batch_fast(batch.texts, add_special_tokens=False)]
+    kept = [np.asarray(before + ids + after, token_dtype(encoder.vocab_size)) for ids in documents if ids]
+    tokens = np.concatenate(kept) if kept else np.zeros(0, token_dtype(encoder.vocab_size))
+    lengths = np.fromiter(map(len, kept), np.int32, len(kept))
+    return _EncodedBatch(tokens, lengths, len(documents) - len(kept), batch.position)
+
+
+class _Worker:
+    """The state of one worker process, set once by the pool's initializer."""
+
+    encoder: DocumentEncoder
+    backend: tokenizers.Tokenizer
+
+    @classmethod
+    def start(cls, encoder: DocumentEncoder) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool is the parallelism
+        cls.encoder, cls.backend = encoder, encoder.backend()
+
+    @classmethod
+    def encode(cls, batch: TextBatch) -> _EncodedBatch:
+        return _encode(cls.backend, cls.encoder, batch)
+
+
+def _encode_all(batches: Iterator[TextBatch], encoder: DocumentEncoder, workers: int) -> Iterator[_EncodedBatch]:
+    """The batches encoded, in order; at most two batches a worker are in memory."""
+    if workers <= 1:
+        backend = encoder.backend()
+        for batch in batches:
+            yield _encode(backend, encoder, batch)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _Worker.start, (encoder,)) as pool:
+        pending: deque[Future[_EncodedBatch]] = deque()
+        try:
+            for batch in batches:
+                pending.append(pool.submit(_Worker.encode, batch))
+                if len(pending) >= 2 * workers:
+                    yield pending.popleft().result(_BATCH_TIMEOUT_S)
+            while pending:
+                yield pending.popleft().result(_BATCH_TIMEOUT_S)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def tokenize_file(source: Path, prefix: Path, encoder: DocumentEncoder, settings: TokenizeSettings) -> TokenizeReport:
+    """Tokenise `source` to `prefix`.bin/.idx with a progress bar and return what was written.
+
+    Raises `DataError` where the source is broken; `prefix` then has no .idx.
+    """
+    size = source.stat().st_size
+    workers = settings.workers or max(1, min(len(os.sched_getaffinity(0)), size // _BYTES_PER_WORKER))
+    documents = empty = tokens = 0
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenise {source.name}", disable=not settings.progress)
+    with bar, TokenStoreWriter(prefix, token_dtype(encoder.vocab_size)) as writer:
+        for batch in _encode_all(read_texts(source, settings.text_field), encoder, workers):
+            writer.add(batch.tokens, batch.lengths)
+            documents, empty, tokens = documents + len(batch.lengths), empty + batch.empty, tokens + len(batch.tokens)
+            bar.set_postfix(documents=documents, tokens=tokens, refresh=False)
+            bar.update(batch.position - bar.n)
+    return TokenizeReport(str(source), documents, empty, tokens)
+
+
+def cached_tokens(source: Path, encoder: DocumentEncoder, settings: TokenizeSettings) -> tuple[Path, TokenizeReport]:
+    """(prefix of the token store of `source`, its report), tokenising it first when the cache lacks it.
+
+    Raises `DataError` for a broken source, or when another process holds the lock longer than `lock_timeout_s`.
+    """
+    entry = _entry_path(source, encoder, settings)
+    if not _finished(entry):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        lock_path = entry.with_name(entry.name + ".lock")
+        try:
+            with filelock.FileLock(lock_path, timeout=settings.lock_timeout_s):
+                if not _finished(entry):
+                    _fill(entry, source, encoder, settings)
+        except filelock.Timeout as error:
+            raise DataError(
+                f"{source}: another process has been tokenising it for {settings.lock_timeout_s:.0f} s "
+                f"(lock {lock_path}); wait for it, raise the time-out, or end that process"
+            ) from error
+    return entry / "tokens", TokenizeReport(**json.loads((entry / "report.json").read_text()))
+
+
+def _entry_path(source: Path, encoder: DocumentEncoder, settings: TokenizeSettings) -> Path:
+    source = source.resolve()
+    stat = source.stat()
+    identity = [CACHE_VERSION, str(source), stat.st_size, stat.st_mtime_ns, encoder.fingerprint(), settings.text_field]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
+    return settings.cache_dir.expanduser() / f"{source.name[:60]}-{key}"
+
+
+def _finished(entry: Path) -> bool:
+    return (entry / "report.json").is_file()
+
+
+def _fill(entry: Path, source: Path, encoder: DocumentEncoder, settings: TokenizeSettings) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{entry.name}-", dir=entry.parent, ignore_cleanup_errors=True) as work:
+        staged = Path(work) / "entry"
+        staged.mkdir()
+        report = tokenize_file(source, staged / "tokens", encoder, settings)
+        (staged / "report.json").write_text(json.dumps(asdict(report), indent=1))
+        # Where locks do not reach across nodes, another one may have finished first: its entry is equal, ours goes.
+        with suppress(OSError):
+            staged.rename(entry)
+        if not _finished(entry):
+            shutil.rmtree(entry, ignore_errors=True)  # a damaged entry, e.g. emptied by hand
+            staged.rename(entry)
