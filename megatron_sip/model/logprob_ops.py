@@ -1,0 +1,85 @@
+"""The `megatron_sip::` torch operators behind `model/logprob.py`: schemas, shape functions, and who implements them.
+
+A row's statistics are float64: `reference` [T] (a value no more than 20 below the row's maximum, -inf without finite
+logits), `sums` [2, T] (sum of w and of w * (x - reference), w = exp(x - reference)) and `target_logits` [L] (0 where
+another shard owns the target). Only the first `columns` columns count, the others being padding: their gradient is 0.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from megatron_sip.model import logprob_reference
+
+try:
+    from megatron_sip import _kernels as extension
+except ModuleNotFoundError:
+    extension = None
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "megatron_sip"
+
+_STATISTICS = "Tensor logit_rows, Tensor targets, int vocab_start, int columns) -> (Tensor, Tensor, Tensor)"
+_GRADIENT = (
+    "Tensor logit_rows, Tensor targets, Tensor logprobs, Tensor log_normaliser, Tensor grad, "
+    "int vocab_start, int columns, bool stored_softmax) -> "
+)
+SCHEMAS = {
+    "row_statistics": f"(Tensor logits, {_STATISTICS}",
+    "softmax_statistics_": f"(Tensor(a!) logits, {_STATISTICS}",
+    "gradient": f"(Tensor logits, {_GRADIENT}Tensor",
+    "gradient_": f"(Tensor(a!) logits, {_GRADIENT}()",
+}
+
+
+def compiled_devices() -> tuple[str, ...]:
+    """Dispatch keys ("CPU", "CUDA") that the built extension serves; empty when it is not built."""
+    return tuple(extension.devices()) if extension is not None else ()
+
+
+def _fake_statistics(
+    logits: Tensor, logit_rows: Tensor, targets: Tensor, vocab_start: int, columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    return (
+        logits.new_empty(rows, dtype=torch.float64),
+        logits.new_empty((2, rows), dtype=torch.float64),
+        logits.new_empty(targets.shape[0], dtype=torch.float64),
+    )
+
+
+def _fake_gradient(logits: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _fake_gradient_(logits: Tensor, *_: object) -> None:
+    return None
+
+
+def _register() -> None:
+    """Defines the operators, and serves the devices that the extension does not with the pure-torch kernels."""
+    for name, schema in SCHEMAS.items():
+        torch.library.define(f"{NAMESPACE}::{name}", schema)
+    for device in ("CPU", "CUDA"):
+        if device not in compiled_devices():
+            for name in SCHEMAS:
+                torch.library.impl(f"{NAMESPACE}::{name}", device, getattr(logprob_reference, name))
+    for name, shapes in (
+        ("row_statistics", _fake_statistics),
+        ("softmax_statistics_", _fake_statistics),
+        ("gradient", _fake_gradient),
+        ("gradient_", _fake_gradient_),
+    ):
+        torch.library.register_fake(f"{NAMESPACE}::{name}", shapes)
+    if extension is None:
+        logger.warning(
+            "megatron_sip._kernels is not built: log-probs run in pure torch, slowly and with float64 temporaries"
+        )
+
+
+_register()
+operators = torch.ops.megatron_sip
