@@ -1,0 +1,291 @@
+"""Start SGLang servers on this machine, and be sure that they end.
+
+    with LocalServer(ServerSettings(model_path="SmolLM2-135M-Instruct")) as server:
+        ...  # POST to server.url + "/generate"
+
+Each server runs under `rollout.guard`, so it ends with this process however this process ends. Servers on other
+machines are started by the user's own scheduler and given to the trainer as URLs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+from megatron_sip.platform.sglang_cpu import has_accelerator
+from megatron_sip.rollout.guard import end
+
+LOG_TAIL_LINES = 30
+PORT_ATTEMPTS = 3
+PORT_TAKEN = re.compile(r"address already in use|EADDRINUSE|port \d+ is (not available|already in use)", re.IGNORECASE)
+
+CPU_FLAGS = (
+    "--device=cpu",
+    "--attention-backend=torch_native",
+    "--sampling-backend=pytorch",
+    "--disable-overlap-schedule",
+)
+# Without these SGLang would claim most of the machine's memory, which the trainer shares.
+CPU_MEM_FRACTION = 0.2
+CPU_MAX_TOTAL_TOKENS = 32768
+
+
+class ServerStartError(RuntimeError):
+    """A server ended or stayed silent while starting; the message holds the tail of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """How to start one SGLang server.
+
+    `port` 0 takes a free one. `mem_fraction` and `max_total_tokens` None leave the choice to SGLang on a GPU and to
+    CPU_MEM_FRACTION and CPU_MAX_TOTAL_TOKENS without one. `threads` is the number of OpenMP threads (None: all cores).
+    `devices` are the GPU indices that the server may see (None: all). `extra_args` are SGLang flags, passed as they
+    are, last. `log_file` None makes a temporary file. `start_timeout_s` covers loading the weights.
+    """
+
+    model_path: str | Path
+    host: str = "127.0.0.1"
+    port: int = 0
+    tp_size: int = 1
+    dtype: str = "auto"
+    mem_fraction: float | None = None
+    max_total_tokens: int | None = None
+    context_length: int | None = None
+    max_running_requests: int | None = None
+    weight_version: str | None = None
+    seed: int | None = None
+    threads: int | None = None
+    devices: tuple[int, ...] | None = None
+    extra_args: tuple[str, ...] = ()
+    log_file: Path | None = None
+    start_timeout_s: float = 300.0
+    stop_timeout_s: float = 15.0
+
+
+def server_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[str]:
+    """The command line of `python -m sglang.launch_server` for these settings."""
+    mem_fraction, max_total_tokens = settings.mem_fraction, settings.max_total_tokens
+    if on_cpu:
+        mem_fraction = CPU_MEM_FRACTION if mem_fraction is None else mem_fraction
+        max_total_tokens = CPU_MAX_TOTAL_TOKENS if max_total_tokens is None else max_total_tokens
+    optional = {
+        "--mem-fraction-static": mem_fraction,
+        "--max-total-tokens": max_total_tokens,
+        "--context-length": settings.context_length,
+        "--max-running-requests": settings.max_running_requests,
+        "--weight-version": settings.weight_version,
+        "--random-seed": settings.seed,
+    }
+    return [
+        sys.executable,
+        "-m",
+        "sglang.launch_server",
+        f"--model-path={settings.model_path}",
+        f"--host={settings.host}",
+        f"--port={port}",
+        f"--tp-size={settings.tp_size}",
+        f"--dtype={settings.dtype}",
+        "--skip-server-warmup",
+        *(f"{flag}={value}" for flag, value in optional.items() if value is not None),
+        *(CPU_FLAGS if on_cpu else ()),
+        *settings.extra_args,
+    ]
+
+
+def server_environment(settings: ServerSettings) -> dict[str, str]:
+    """The environment of the server: ours without the trainer's torchrun variables, plus threads and devices."""
+    # torchrun's rendezvous variables would make SGLang believe that it is a rank of the trainer.
+    torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR"}
+    torchrun |= {"MASTER_PORT", "OMP_NUM_THREADS"}
+    kept = {k: v for k, v in os.environ.items() if k not in torchrun and not k.startswith("TORCHELASTIC_")}
+    if settings.threads is not None:
+        kept["OMP_NUM_THREADS"] = str(settings.threads)
+    if settings.devices is not None:
+        kept["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, settings.devices))
+    return kept
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that is free now. Another process may still take it first: callers retry."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+class LocalServer:
+    """One SGLang server process of this machine. A context manager; `start`, `stop` and `restart` also work alone."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.log_file = settings.log_file or Path(tempfile.mkdtemp(prefix="sglang-")) / "server.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = settings.port
+
+    @property
+    def url(self) -> str:
+        """Base URL, without a slash at the end."""
+        return f"http://{self.settings.host}:{self._port}"
+
+    @property
+    def pid(self) -> int | None:
+        """Process group id of the server (that of its guard), None when it was never started."""
+        return None if self._process is None else self._process.pid
+
+    def alive(self) -> bool:
+        """True while the server's process exists; says nothing about its health."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> Self:
+        """Start and wait until healthy. Raises ServerStartError (with the log's tail) or FileNotFoundError."""
+        if self.alive():
+            raise RuntimeError(f"the server at {self.url} is already running")
+        _check_model_path(self.settings.model_path)
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(PORT_ATTEMPTS):
+            self._port = self.settings.port or free_port(self.settings.host)
+            try:
+                self._spawn()
+                self._wait_until_healthy()
+                return self
+            except BaseException as error:
+                self.stop()
+                lost_port = isinstance(error, ServerStartError) and PORT_TAKEN.search(str(error)) is not None
+                if not lost_port or self.settings.port or attempt == PORT_ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    def stop(self) -> None:
+        """End the server and all its processes: SIGTERM, then SIGKILL after `stop_timeout_s`. Safe to repeat."""
+        if self._process is None:
+            return
+        end(self._process, self._process.pid, self.settings.stop_timeout_s)
+        self._process.wait()
+
+    def restart(self) -> Self:
+        """Stop, then start from `model_path` again, on the same port unless another process has taken it."""
+        self.stop()
+        return self.start()
+
+    def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
+        """The last lines of the log, decoded leniently."""
+        if not self.log_file.exists():
+            return "(no log was written)"
+        return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _spawn(self) -> None:
+        command = server_command(self.settings, self._port, on_cpu=not has_accelerator())
+        guarded = [sys.executable, "-m", "megatron_sip.rollout.guard", str(os.getpid()), *command]
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                guarded,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=server_environment(self.settings),
+            )
+
+    def _wait_until_healthy(self) -> None:
+        assert self._process is not None
+        started = time.monotonic()
+        while True:
+            status = self._process.poll()
+            waited = time.monotonic() - started
+            if status is not None:
+                raise self._start_error(f"ended with status {status} after {waited:.0f} s")
+            if waited > self.settings.start_timeout_s:
+                raise self._start_error(f"was not healthy within {self.settings.start_timeout_s:.0f} s")
+            if self._answers():
+                return
+            time.sleep(0.25)
+
+    def _answers(self) -> bool:
+        """Healthy, and really our server: on a lost port race another server could be the one that answers."""
+        try:
+            with urllib.request.urlopen(self.url + "/health", timeout=25):
+                pass
+            with urllib.request.urlopen(self.url + "/model_info", timeout=10) as reply:
+                return json.load(reply)["model_path"] == str(self.settings.model_path)
+        except (OSError, urllib.error.URLError, ValueError, KeyError):
+            return False
+
+    def _start_error(self, what: str) -> ServerStartError:
+        return ServerStartError(
+            f"SGLang for {self.settings.model_path} at {self.url} {what}. "
+            f"Log {self.log_file}, last lines:\n{self.log_tail()}"
+        )
+
+
+def start_servers(count: int, settings: ServerSettings, progress: bool = True) -> list[LocalServer]:
+    """Start `count` equal servers at once; all of them or, when one fails, none.
+
+    Each gets its own free port (so `settings.port` must be 0 for more than one), its own log file (the name gets
+    `.0`, `.1`, ... before its suffix) and, when `settings.devices` is given, its share of the GPUs in order.
+    """
+    if count < 1:
+        raise ValueError(f"the number of servers must be at least 1, not {count}")
+    if count > 1 and settings.port:
+        raise ValueError(f"{count} servers cannot share port {settings.port}; use port 0 to take free ones")
+    servers = [LocalServer(_numbered(settings, index, count)) for index in range(count)]
+    with ThreadPoolExecutor(count) as threads, tqdm(total=count, desc="SGLang servers", disable=not progress) as bar:
+        futures = [threads.submit(server.start) for server in servers]
+        for future in futures:
+            future.add_done_callback(lambda _: bar.update())
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        stop_servers(servers)
+        raise errors[0]
+    return servers
+
+
+def stop_servers(servers: Sequence[LocalServer]) -> None:
+    """Stop several servers at the same time."""
+    if servers:
+        with ThreadPoolExecutor(len(servers)) as threads:
+            list(threads.map(LocalServer.stop, servers))
+
+
+def _numbered(settings: ServerSettings, index: int, count: int) -> ServerSettings:
+    if count == 1:
+        return settings
+    log_file, devices = settings.log_file, settings.devices
+    if log_file is not None:
+        log_file = log_file.with_name(f"{log_file.stem}.{index}{log_file.suffix}")
+    if devices is not None:
+        if len(devices) != count * settings.tp_size:
+            raise ValueError(f"{count} servers of {settings.tp_size} GPUs need that many devices, not {len(devices)}")
+        devices = devices[index * settings.tp_size : (index + 1) * settings.tp_size]
+    return replace(settings, log_file=log_file, devices=devices)
+
+
+def _check_model_path(model_path: str | Path) -> None:
+    # A hub name such as "org/model" is SGLang's business; anything that looks like a path must be a checkpoint.
+    path = Path(model_path)
+    looks_local = path.is_absolute() or path.exists() or str(model_path).startswith((".", "~"))
+    if looks_local and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{model_path} holds no config.json: give the folder of a Hugging Face checkpoint")
