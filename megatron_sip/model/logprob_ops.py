@@ -7,17 +7,15 @@ another shard owns the target). Only the first `columns` columns count, the othe
 
 from __future__ import annotations
 
+import importlib
 import logging
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from megatron_sip.model import logprob_reference
 
-try:
-    from megatron_sip import _kernels as extension
-except ModuleNotFoundError:
-    extension = None
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +32,17 @@ SCHEMAS = {
     "gradient": f"(Tensor logits, {_GRADIENT}Tensor",
     "gradient_": f"(Tensor(a!) logits, {_GRADIENT}()",
 }
+
+
+def _load_extension() -> ModuleType | None:
+    """The built kernels, or None without them. One that is there but does not load is an error, not a fallback."""
+    try:
+        return importlib.import_module("megatron_sip._kernels")
+    except ModuleNotFoundError:
+        return None
+
+
+extension = _load_extension()
 
 
 def compiled_devices() -> tuple[str, ...]:
