@@ -46,7 +46,7 @@ def parse_data_path(data_path: Sequence[str]) -> list[SourceSpec]:
     """Sources from `[weight] path` entries: text files, .bin/.idx prefixes or globs (`**` too).
 
     Without weights all files are one source, so that every document is as likely. Raises `DataError` for a missing
-    file, an empty glob, an unknown format, a weight without a path, weights on some entries only, or a file named twice.
+    file, an empty glob, an unknown format, a weight without a path, weights on some entries only, a repeated file.
     """
     if not data_path:
         raise DataError(f"--data-path is empty; name text files ({SUPPORTED}), .bin/.idx prefixes or globs")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, lcm
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ _ROUNDS = 6
 MAX_BLEND_PERIOD = 1 << 16
 
 
-def mix64(value):  # type: ignore[no-untyped-def]  # int -> int or uint64 array -> uint64 array
+def mix64(value: Any) -> Any:  # int -> int, or uint64 array -> uint64 array
     """SplitMix64's output function: a bijection of 64-bit numbers whose every output bit depends on every input bit."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
@@ -76,7 +77,7 @@ class Permutation:
         return values.astype(np.int64)
 
 
-def _feistel(value, half: int, keys: list[int]):  # type: ignore[no-untyped-def]  # int or uint64 array, like mix64
+def _feistel(value: Any, half: int, keys: list[int]) -> Any:  # int or uint64 array, like mix64
     mask = (1 << half) - 1
     left, right = value >> half, value & mask
     for key in keys:

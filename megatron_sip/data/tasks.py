@@ -53,7 +53,8 @@ class TaskSettings:
         if self.suffix_length + self.min_prefix_length > self.seq_length:
             raise ValueError(
                 f"--suffix-length {self.suffix_length} leaves {self.seq_length - self.suffix_length} tokens of "
-                f"--seq-length {self.seq_length} for the prefix, which needs at least {self.min_prefix_length}; shorten the suffix"
+                f"--seq-length {self.seq_length} for the prefix, which needs at "
+                f"least {self.min_prefix_length}; shorten the suffix"
             )
         if self.mode not in ("random", "stream"):
             raise ValueError(f"--task-mode must be random or stream, got {self.mode!r}")
@@ -254,8 +255,8 @@ def _nothing_long_enough(
     if not report.documents:
         return f"{where}: no document; name more text or give this split more with --split"
     return (
-        f"{where}: none of its {report.documents} documents is long enough: the longest has {int(lengths.max())} tokens, "
-        f"a {settings.mode} task needs {settings.min_document_length} (--suffix-length {settings.suffix_length} after a "
-        f"prefix of at least {settings.min_prefix_length}; --seq-length {settings.seq_length}); shorten --suffix-length "
-        "or use longer text"
+        f"{where}: none of its {report.documents} documents is long enough: the longest has {int(lengths.max())} "
+        f"tokens, a {settings.mode} task needs {settings.min_document_length} (--suffix-length "
+        f"{settings.suffix_length} after a prefix of at least {settings.min_prefix_length}; --seq-length "
+        f"{settings.seq_length}); shorten --suffix-length or use longer text"
     )

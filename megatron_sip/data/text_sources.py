@@ -78,7 +78,7 @@ def _json_texts(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
 
 def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
     if path.name.lower().endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
     if path.name.lower().endswith(".zst"):
         return io.BufferedReader(_ZstdFrames(raw))
     return raw
