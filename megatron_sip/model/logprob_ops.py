@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megatron_sip.model import logprob_reference
 
-
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "megatron_sip"
