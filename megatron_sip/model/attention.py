@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_sip.model.tree_attention_cpu import tree_attention_cpu
 from megatron_sip.model.tree_attention_dense import tree_attention_dense
+from megatron_sip.model.tree_attention_flex import FlexTreeAttention
 
 
 class PrefixTreeAttention(MegatronModule):
@@ -21,6 +24,10 @@ class PrefixTreeAttention(MegatronModule):
     argument, it survives activation recomputation and travels to every pipeline stage with the micro-batch. Heads are
     already split over tensor parallel ranks and the sequence is already gathered when this is called, so neither needs
     anything here. There are no parameters.
+
+    On CPU it runs `tree_attention_cpu`, on a GPU `flex` (float64 there: the dense mask). Giving all layers of a model one
+    `flex` object, as `functools.partial(PrefixTreeAttention, flex=FlexTreeAttention())` in the layer spec does, lets them
+    share the row's block mask.
     """
 
     def __init__(
@@ -33,6 +40,7 @@ class PrefixTreeAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        flex: FlexTreeAttention | None = None,
     ) -> None:
         super().__init__(config=config)
         _check_supported(config, attn_mask_type, attention_type, attention_dropout)
@@ -40,6 +48,7 @@ class PrefixTreeAttention(MegatronModule):
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         if config.apply_query_key_layer_scaling:
             self.softmax_scale /= self.layer_number
+        self._flex = FlexTreeAttention() if flex is None else flex
 
     def forward(
         self,
@@ -65,7 +74,13 @@ class PrefixTreeAttention(MegatronModule):
             raise ValueError(f"attention_mask must be a packed row's layout, int32 [B, 4]; got shape {shape}")
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("prefix-tree attention takes neither attention_bias nor packed_seq_params")
-        output = tree_attention_dense(query[:, 0], key[:, 0], value[:, 0], attention_mask, self.softmax_scale)
+        inputs = (query[:, 0], key[:, 0], value[:, 0], attention_mask, self.softmax_scale)
+        if query.device.type == "cpu":
+            output = tree_attention_cpu(*inputs)
+        elif query.dtype == torch.float64:
+            output = tree_attention_dense(*inputs)
+        else:
+            output = self._flex(*inputs)
         return output.reshape(query.shape[0], 1, -1)
 
 
