@@ -46,6 +46,9 @@ def _add_task_flags(group: argparse._ArgumentGroup) -> None:
         default="random",
         help="random: one seeded cut a document and epoch. stream: every chunk of --suffix-length tokens in turn.",
     )
+    group.add_argument(
+        "--min-prefix-length", type=int, default=16, metavar="N", help="Shortest prefix that a document is cut into."
+    )
     group.add_argument("--text-field", default="text", help="Field of jsonl and parquet records that holds the text.")
     group.add_argument(
         "--row-length",
@@ -311,10 +314,10 @@ def validate(args: argparse.Namespace) -> None:
 def _check_lengths(args: argparse.Namespace) -> None:
     if args.suffix_length < 1:
         raise ArgumentError(f"--suffix-length {args.suffix_length}: must be at least 1")
-    if args.suffix_length >= args.seq_length:
+    if args.suffix_length + args.min_prefix_length > args.seq_length:
         raise ArgumentError(
-            f"--suffix-length {args.suffix_length} leaves no room for a prefix in --seq-length {args.seq_length}: "
-            "lower the first or raise the second"
+            f"--suffix-length {args.suffix_length} leaves no room for a prefix of --min-prefix-length "
+            f"{args.min_prefix_length} in --seq-length {args.seq_length}: lower the first or raise the last"
         )
     needed = args.seq_length + (args.suffix_length if args.objective == "dpo" else 0)
     if args.row_length is None:

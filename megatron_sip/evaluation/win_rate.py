@@ -108,6 +108,37 @@ async def compare(
     )
 
 
+class HeldOutComparison:
+    """The trained policy against the initial one on fixed held-out prefixes, through the same engines and judge."""
+
+    def __init__(
+        self, tasks: Sequence[Task], sampling: SamplingSettings, tokenizer: Any, initial: Path, seed: int
+    ) -> None:
+        self._tasks = tasks
+        self._sampling = sampling
+        self._tokenizer = tokenizer
+        self._initial = initial
+        self._seed = seed
+
+    async def record_initial(self, engines: SGLangPool) -> None:
+        """Write the initial policy's continuations, before the first step."""
+        save_continuations(self._initial, await self._continue(engines))
+
+    async def finish(self, engines: SGLangPool, judge: ScoresGroups) -> tuple[WinRate, list[Comparison]]:
+        """Continue with the present weights and judge against the initial continuations.
+
+        Raises:
+            FileNotFoundError: the initial continuations are gone, so there is nothing to compare with.
+        """
+        if not self._initial.exists():
+            raise FileNotFoundError(f"{self._initial}: the initial policy's continuations, written at step 0, are gone")
+        before = load_continuations(self._initial)
+        return await compare(judge, self._tasks, before, await self._continue(engines), self._seed)
+
+    async def _continue(self, engines: SGLangPool) -> list[Candidate | None]:
+        return await continue_prefixes(engines, self._tasks, self._sampling, self._tokenizer)
+
+
 def as_comparison(group: Group) -> Comparison:
     """A judged (before, after) group as a line of the report."""
     before, after = group.candidates

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: Megatron's own, kept readable after a kill at any moment.
+"""The folder of Megatron's checkpoints, kept readable after a kill at any moment.
 
 Megatron commits a checkpoint by writing its tracker file last. A run killed while saving leaves a folder that no tracker
 names, or an empty tracker; both are mended at the next start, before anything is loaded.
@@ -10,10 +10,6 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
-
-from megatron.training.async_utils import maybe_finalize_async_save
-from megatron.training.checkpointing import save_checkpoint as megatron_save_checkpoint
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -62,12 +58,3 @@ def _iteration_folders(save: Path) -> dict[int, Path]:
     folders = [path for path in save.glob("iter_*") if path.is_dir()]
     return {int(m.group(1)): path for path in folders if (m := re.fullmatch(r"iter_(\d+)", path.name))}
 
-
-def save_checkpoint(iteration: int, model: list[Any], optimizer: Any, scheduler: Any, context: dict[str, Any]) -> None:
-    """Save model, optimizer, scheduler, RNG and the cursor (consumed samples, in Megatron's arguments) together."""
-    megatron_save_checkpoint(iteration, model, optimizer, scheduler, 0, checkpointing_context=context)
-
-
-def finish_saving(*, wait: bool) -> None:
-    """Commit asynchronous saves that are done (all of them when `wait`)."""
-    maybe_finalize_async_save(blocking=wait, terminate=wait)

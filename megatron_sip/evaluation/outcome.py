@@ -1,0 +1,43 @@
+"""The end of a run: the held-out comparison, summary.json, comparisons.jsonl, plots and report.html."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_sip.evaluation.report import write_report
+from megatron_sip.evaluation.win_rate import Comparison, WinRate
+from megatron_sip.learning.metrics import read_metrics
+
+FINAL_STEPS = 10
+
+
+def summarize(steps: Sequence[dict[str, float]], win_rate: WinRate | None) -> dict[str, Any]:
+    """What summary.json holds. The final rollout chosen rate is the mean over the last FINAL_STEPS steps."""
+    rates = [step["rollout_chosen_rate"] for step in steps[-FINAL_STEPS:] if "rollout_chosen_rate" in step]
+    return {
+        "steps": len(steps),
+        "seconds": round(sum(step.get("seconds/total", 0.0) for step in steps), 1),
+        "win_rate": win_rate.win_rate if win_rate is not None else None,
+        "win_rate_ci95": list(win_rate.win_rate_ci95) if win_rate is not None else None,
+        "prompts": win_rate.prompts if win_rate is not None else 0,
+        "prompts_without_verdict": win_rate.failed if win_rate is not None else 0,
+        "mean_scores": list(win_rate.mean_scores) if win_rate is not None else None,
+        "final_rollout_chosen_rate": sum(rates) / len(rates) if rates else None,
+    }
+
+
+def write_outcome(run_dir: Path, win_rate: WinRate | None, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Write everything that stands at the end of a run folder; returns the summary."""
+    summary = summarize(read_metrics(run_dir / "metrics.jsonl"), win_rate)
+    lines = (json.dumps(asdict(comparison), ensure_ascii=False) + "\n" for comparison in comparisons)
+    (run_dir / "comparisons.jsonl").write_text("".join(lines), encoding="utf-8")
+    staged = run_dir / "summary.tmp"
+    staged.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    os.replace(staged, run_dir / "summary.json")  # noqa: PTH105 (atomic on one file system)
+    write_report(run_dir)
+    return summary

@@ -1,0 +1,254 @@
+"""What a run consists of on this rank, and how it is set up from the flags: cheap checks first, the model last."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.training.async_utils import maybe_finalize_async_save
+from megatron.training.checkpointing import save_checkpoint
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+from transformers import AutoConfig, AutoTokenizer
+
+from megatron_sip.arguments import needs_engines
+from megatron_sip.data.documents import open_corpus
+from megatron_sip.data.errors import DataError
+from megatron_sip.data.tasks import TaskSettings, TaskSource
+from megatron_sip.data.tokenization import TokenizeSettings
+from megatron_sip.evaluation.win_rate import HeldOutComparison
+from megatron_sip.learning.checkpoint_folder import mend_checkpoint_folder
+from megatron_sip.learning.exchange import LeaderExchange
+from megatron_sip.learning.metrics import MetricsWriter
+from megatron_sip.learning.objectives import ObjectiveSettings
+from megatron_sip.learning.reference import ReferenceStore, build_reference, copy_policy
+from megatron_sip.learning.trainer import PolicyTrainer
+from megatron_sip.model.hf_weights import export_hf_weights
+from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, WeightSync
+from megatron_sip.samples import Task
+from megatron_sip.services import Leader, LocalServers, rollout_sampling
+
+
+@dataclass
+class Run:
+    """The parts of a run on this rank. `leader`, `tasks`, `writer`, `comparison` are None on ranks without that duty."""
+
+    args: argparse.Namespace
+    exchange: LeaderExchange
+    trainer: PolicyTrainer
+    reference: list[Any] | None
+    reference_store: ReferenceStore
+    tasks: TaskSource | None
+    leader: Leader | None
+    weight_sync: WeightSync | None
+    hf_config: Any
+    writer: MetricsWriter | None
+    comparison: HeldOutComparison | None
+
+    def my_tasks(self) -> list[Task]:
+        """This leader's share of the present step: contiguous, by replica; a function of the cursor alone."""
+        assert self.tasks is not None
+        share = self.args.global_batch_size // self.exchange.num_replicas
+        return self.tasks.tasks(self.args.consumed_train_samples + self.exchange.replica * share, share)
+
+    def refresh_reference(self) -> None:
+        """Copy the policy into the reference when --ref-update-interval says so, and keep it on disk."""
+        interval = self.args.ref_update_interval
+        if self.reference is not None and interval and self.args.iteration % interval == 0:
+            copy_policy(self.trainer.model, self.reference)
+            self.reference_store.save(self.reference, self.args.iteration)
+
+    def push_weights(self) -> None:
+        """Give the engines the policy's weights; the version they then report is the iteration."""
+        if self.weight_sync is not None:
+            weights = export_hf_weights(self.trainer.model, self.hf_config)
+            self.weight_sync.push(weights, version=str(self.args.iteration))
+
+    def save(self) -> None:
+        """Save a checkpoint of the present iteration, unless the last one is of it already."""
+        if self.args.iteration == self.args.last_saved_iteration:
+            return
+        trainer = self.trainer
+        # The cursor, consumed_train_samples, is among Megatron's arguments, which are part of the checkpoint.
+        save_checkpoint(
+            self.args.iteration,
+            trainer.model,
+            trainer.optimizer,
+            trainer.scheduler,
+            0,
+            checkpointing_context=trainer.checkpointing_context,
+        )
+        self.args.last_saved_iteration = self.args.iteration
+
+    def finish_saving(self, *, wait: bool) -> None:
+        """Commit the asynchronous saves that are done, or all of them when `wait`."""
+        maybe_finalize_async_save(blocking=wait, terminate=wait)
+
+
+def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
+    """Check data and servers, build and load the model, connect the engines; `stack` gets everything to be closed.
+
+    Raises:
+        DataError, SettingsError, ServerStartError, EngineError: what the user can mend, before any training.
+    """
+    exchange = LeaderExchange(timeout_seconds=args.judge_deadline + 4 * args.rollout_timeout + 600)
+    tokenizer = AutoTokenizer.from_pretrained(args.hf_config)
+    tasks, held_out = open_tasks(args, tokenizer, exchange)
+    servers = LocalServers(args) if args.rank == 0 else None
+    if servers is not None:
+        stack.callback(servers.stop)
+    local = bool(args.rollout_local or args.teacher_model)
+    leader = None if local else open_leader(args, tokenizer, exchange, servers, stack)
+    trainer, reference, store = load_policy(args, exchange, tasks, tokenizer)
+    if local:
+        leader = open_leader(args, tokenizer, exchange, servers, stack)
+    run = Run(
+        args=args,
+        exchange=exchange,
+        trainer=trainer,
+        reference=reference,
+        reference_store=store,
+        tasks=tasks,
+        leader=leader,
+        weight_sync=open_weight_sync(args, stack),
+        hf_config=AutoConfig.from_pretrained(args.hf_config),
+        writer=open_writer(args, stack),
+        comparison=open_comparison(args, held_out, tokenizer),
+    )
+    run.push_weights()
+    if run.comparison is not None and run.leader is not None and args.iteration == 0:
+        run.leader.run(run.comparison.record_initial(run.leader.engines))
+    exchange.barrier()
+    return run
+
+
+def open_tasks(
+    args: argparse.Namespace, tokenizer: Any, exchange: LeaderExchange
+) -> tuple[TaskSource | None, TaskSource | None]:
+    """(training tasks, held-out tasks) on leaders; rank 0 goes first, so that text is tokenised once."""
+    settings = TaskSettings(
+        seq_length=args.seq_length,
+        suffix_length=args.suffix_length,
+        mode=args.task_mode,
+        seed=args.seed,
+        min_prefix_length=args.min_prefix_length,
+    )
+    training = held_out = None
+    for turn in (True, False):
+        if exchange.is_leader and (args.rank == 0) == turn:
+            corpus = open_corpus(args.data_path, tokenizer, TokenizeSettings(text_field=args.text_field))
+            splits = corpus.split(args.split)
+            training = TaskSource(splits["train"], tokenizer, settings)
+            if args.rank == 0:
+                print(f"tasks: {training.report(args.train_iters * args.global_batch_size)}", flush=True)
+                if args.win_rate_prompts:
+                    held_out = TaskSource(splits["test"], tokenizer, settings)
+        exchange.barrier()
+    return training, held_out
+
+
+def open_leader(
+    args: argparse.Namespace,
+    tokenizer: Any,
+    exchange: LeaderExchange,
+    servers: LocalServers | None,
+    stack: contextlib.ExitStack,
+) -> Leader | None:
+    """The clients of engines and teacher, on leaders. All ranks learn the URLs of servers that rank 0 started."""
+    started = servers.urls() if servers is not None else ([], [])
+    engines, teachers = exchange.share(started)[0]
+    args.rollout_url = args.rollout_url or engines
+    args.teacher_url = args.teacher_url or teachers
+    if not exchange.is_leader:
+        return None
+    leader = Leader(args, tokenizer, args.rollout_url, args.teacher_url)
+    stack.callback(leader.close)
+    return leader
+
+
+def load_policy(
+    args: argparse.Namespace, exchange: LeaderExchange, tasks: TaskSource | None, tokenizer: Any
+) -> tuple[PolicyTrainer, list[Any] | None, ReferenceStore]:
+    """The policy at its last checkpoint (or its initial weights), and the reference that goes with it."""
+    save = Path(args.save)
+    if args.rank == 0:
+        for line in mend_checkpoint_folder(save):
+            print(f"checkpoint: {line}", flush=True)
+    exchange.barrier()
+    args.task_fingerprint = exchange.share(tasks.fingerprint() if tasks is not None else None)[0]
+    objective = ObjectiveSettings(
+        objective=args.objective,
+        beta=args.dpo_beta,
+        nll_coef=args.dpo_nll_coef,
+        label_smoothing=args.dpo_label_smoothing,
+        dpo_loss=args.dpo_loss,
+    )
+    trainer = PolicyTrainer(args, objective, exchange, pad_id=tokenizer.pad_token_id or 0)
+    args.last_saved_iteration = args.iteration if args.iteration else None
+    if args.iteration:
+        require_same_tasks(args)
+    store = ReferenceStore(save)
+    if not objective.needs_reference:
+        return trainer, None, store
+    reference = build_reference()
+    if args.iteration:
+        store.load(reference, args.iteration)
+    else:
+        copy_policy(trainer.model, reference)
+        store.save(reference, 0)
+    return trainer, reference, store
+
+
+def require_same_tasks(args: argparse.Namespace) -> None:
+    """Refuse to continue on other data: the cursor would point at other tasks.
+
+    Raises:
+        DataError: the checkpoint was trained on other documents or other cuts.
+    """
+    folder = Path(args.load) / f"iter_{args.iteration:07d}"
+    saved = dist_checkpointing.load_common_state_dict(str(folder))["args"]
+    if getattr(saved, "task_fingerprint", args.task_fingerprint) != args.task_fingerprint:
+        raise DataError(
+            f"{folder} was trained on other data or cuts (--data-path, --split, --seq-length, --suffix-length, --task-mode, "
+            "--seed): continue with the same flags, or start a new run in another --save folder"
+        )
+
+
+def open_weight_sync(args: argparse.Namespace, stack: contextlib.ExitStack) -> WeightSync | None:
+    """The way to the engines, on the ranks of the first replica, which hold all weights between them."""
+    if not needs_engines(args) or parallel_state.get_data_parallel_rank() != 0:
+        return None
+    sync: WeightSync
+    if args.weight_sync == "disk":
+        sync = DiskWeightSync(args.rollout_url, Path(args.weight_sync_dir), Path(args.hf_config))
+    else:
+        sync = DistributedWeightSync(args.rollout_url, bucket_bytes=args.weight_sync_bucket_mb << 20)
+    sync.connect()
+    stack.callback(sync.close)
+    return sync
+
+
+def open_writer(args: argparse.Namespace, stack: contextlib.ExitStack) -> MetricsWriter | None:
+    """On the last rank, where Megatron keeps its tensorboard and wandb writers."""
+    if args.rank != dist.get_world_size() - 1:
+        return None
+    writer = MetricsWriter(
+        Path(args.run_dir), args.iteration, args.train_iters, get_tensorboard_writer(), get_wandb_writer()
+    )
+    stack.callback(writer.close)
+    return writer
+
+
+def open_comparison(
+    args: argparse.Namespace, held_out: TaskSource | None, tokenizer: Any
+) -> HeldOutComparison | None:
+    """The comparison with the initial policy, on rank 0 when --win-rate-prompts asks for it."""
+    if held_out is None:
+        return None
+    sampling = rollout_sampling(args, num=1, temperature=args.win_rate_temperature)
+    prompts = held_out.tasks(0, args.win_rate_prompts)
+    return HeldOutComparison(prompts, sampling, tokenizer, Path(args.run_dir) / "initial_continuations.json", args.seed)

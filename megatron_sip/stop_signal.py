@@ -1,0 +1,48 @@
+"""SIGTERM as a request: finish what is safe, save, exit 0. SLURM and torchrun send it before they kill."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+POLL_SECONDS = 0.25
+
+
+class StopSignal:
+    """While entered, SIGTERM (and SIGUSR1, which SLURM's --signal can send early) only sets `requested`."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in self.SIGNALS:
+            self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    async def run[T](self, work: Coroutine[Any, Any, T]) -> T | None:
+        """The result of `work`, or None, with `work` cancelled, once a stop is requested."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not self.requested:
+                done, _ = await asyncio.wait({task}, timeout=POLL_SECONDS)
+                if done:
+                    return task.result()
+        finally:
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return None

@@ -1,0 +1,122 @@
+"""Pretrain a policy by Self-Improving Pretraining.
+
+    python -m megatron_sip.train --pretrained-checkpoint CKPT --save RUN --data-path 'text/*.jsonl' \\
+        --seq-length 2048 --global-batch-size 256 --train-iters 2000 --lr 5e-6 \\
+        --rollout-local 1 --teacher-model TEACHER            # one process; or under torchrun, or srun (examples/)
+
+The same command again continues the run at its last checkpoint. `--help` lists Megatron's flags and, in a group of
+their own, ours. The whole step is `run_steps`:
+
+    leaders: tasks -> rollouts, rewrites -> judge -> select -+
+                                                             +-> everyone: train -> push weights -> save -> log
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from megatron_sip.arguments import ArgumentError, parse_arguments
+from megatron_sip.data.errors import DataError
+from megatron_sip.evaluation.outcome import write_outcome
+from megatron_sip.judge.settings import SettingsError
+from megatron_sip.learning.metrics import Metrics, flatten, merge
+from megatron_sip.platform.megatron_cpu import enable_cpu, rendezvous_store
+from megatron_sip.rollout.launch import ServerStartError
+from megatron_sip.rollout.sglang import EngineError
+from megatron_sip.stop_signal import StopSignal
+
+if TYPE_CHECKING:
+    from megatron_sip.run import Run
+
+USER_ERRORS = (DataError, SettingsError, ServerStartError, EngineError)
+
+
+def main() -> None:
+    """Set up, train, compare. Exits 0 after the last step, or after a SIGTERM with the last step saved."""
+    enable_cpu()  # before anything imports Megatron
+    args = parse_arguments()
+    from megatron.training.initialize import initialize_megatron
+
+    from megatron_sip.run import set_up
+
+    initialize_megatron(allow_no_cuda=True, store=rendezvous_store())
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        try:
+            run = set_up(args, stack)
+        except USER_ERRORS as error:
+            raise ArgumentError(f"{type(error).__name__}: {error}") from error
+        if run_steps(run, stop):
+            conclude(run)
+        run.exchange.barrier()
+    dist.destroy_process_group()
+
+
+def run_steps(run: Run, stop: StopSignal) -> bool:
+    """All remaining steps; False when a stop was requested (the last finished step is then saved)."""
+    args, exchange = run.args, run.exchange
+    while args.iteration < args.train_iters:
+        started = time.monotonic()
+        mine = run.leader.make_experience(args.iteration, run.my_tasks(), stop) if run.leader else None
+        shared = exchange.share(mine)
+        if any(part is None for part in shared):
+            return stop_early(run)
+        examples = [example for part in shared for example in part.examples]
+        metrics = merge(part.metrics for part in shared)
+        metrics |= run.trainer.train_step(examples, run.reference)
+        args.iteration += 1
+        args.consumed_train_samples += args.global_batch_size
+        metrics |= timed("seconds/sync", run.refresh_reference, run.push_weights)
+        stopping = exchange.any(stop.requested)
+        if args.iteration % args.save_interval == 0 or args.iteration == args.train_iters:
+            metrics |= timed("seconds/save", run.save)
+        metrics["seconds/total"] = time.monotonic() - started
+        if run.writer is not None:
+            run.writer.write(args.iteration, flatten(metrics))
+        if stopping and args.iteration < args.train_iters:
+            return stop_early(run)
+        run.finish_saving(wait=False)
+    run.finish_saving(wait=True)
+    return True
+
+
+def conclude(run: Run) -> None:
+    """Compare the trained policy with the initial one, and write summary, plots and report (rank 0)."""
+    run.exchange.barrier()  # the last metrics are written
+    if run.args.rank != 0:
+        return
+    win_rate, comparisons = None, []
+    if run.comparison is not None and run.leader is not None:
+        work = run.comparison.finish(run.leader.engines, run.leader.judge)
+        win_rate, comparisons = run.leader.run(work)
+    summary = write_outcome(Path(run.args.run_dir), win_rate, comparisons)
+    print(json.dumps(summary, indent=2), flush=True)
+
+
+def stop_early(run: Run) -> bool:
+    """Save the last finished step; returns False."""
+    run.save()
+    run.finish_saving(wait=True)
+    if run.args.rank == 0:
+        print(f"stopped on request after step {run.args.iteration}; the same command continues", flush=True)
+    return False
+
+
+def timed(name: str, *actions: Callable[[], None]) -> Metrics:
+    """Run `actions`; how long they took, in seconds, under `name`."""
+    started = time.monotonic()
+    for action in actions:
+        action()
+    return {name: time.monotonic() - started}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

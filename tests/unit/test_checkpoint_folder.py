@@ -1,0 +1,62 @@
+"""What a kill during a save leaves behind is mended before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sip.learning.checkpoint_folder import TRACKER, mend_checkpoint_folder
+
+
+def checkpoint(save: Path, iteration: int, *, complete: bool = True) -> Path:
+    folder = save / f"iter_{iteration:07d}"
+    folder.mkdir(parents=True)
+    (folder / "__0_0.distcp").write_bytes(b"weights")
+    if complete:
+        (folder / "metadata.json").write_text("{}")
+    return folder
+
+
+def test_a_folder_that_was_not_committed_is_removed(tmp_path: Path) -> None:
+    kept = checkpoint(tmp_path, 10)
+    half = checkpoint(tmp_path, 15, complete=False)
+    (tmp_path / TRACKER).write_text("10")
+    done = mend_checkpoint_folder(tmp_path)
+    assert kept.exists()
+    assert not half.exists()
+    assert len(done) == 1
+    assert str(half) in done[0]
+
+
+def test_a_complete_folder_that_the_tracker_does_not_name_is_removed_too(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 10)
+    untracked = checkpoint(tmp_path, 15)
+    (tmp_path / TRACKER).write_text("10")
+    mend_checkpoint_folder(tmp_path)
+    assert not untracked.exists()
+
+
+@pytest.mark.parametrize("content", ["", "1x"])
+def test_an_unreadable_tracker_is_set_to_the_newest_complete_checkpoint(tmp_path: Path, content: str) -> None:
+    checkpoint(tmp_path, 5)
+    checkpoint(tmp_path, 10)
+    half = checkpoint(tmp_path, 15, complete=False)
+    (tmp_path / TRACKER).write_text(content)
+    mend_checkpoint_folder(tmp_path)
+    assert (tmp_path / TRACKER).read_text() == "10"
+    assert not half.exists()
+
+
+def test_a_tracker_without_any_checkpoint_is_removed(tmp_path: Path) -> None:
+    (tmp_path / TRACKER).write_text("")
+    mend_checkpoint_folder(tmp_path)
+    assert not (tmp_path / TRACKER).exists()
+
+
+def test_a_sound_folder_is_left_alone(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 5)
+    checkpoint(tmp_path, 10)
+    (tmp_path / TRACKER).write_text("10")
+    assert mend_checkpoint_folder(tmp_path) == []
+    assert mend_checkpoint_folder(tmp_path / "absent") == []

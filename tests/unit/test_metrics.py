@@ -1,0 +1,75 @@
+"""Metrics add up exactly, and the files they are written to survive kills and resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sip.learning.metrics import (
+    Mean,
+    MetricsWriter,
+    drop_steps_after,
+    flatten,
+    merge,
+    progress_line,
+    read_metrics,
+)
+
+
+@given(st.lists(st.lists(st.integers(-1000, 1000), min_size=1), min_size=1))
+def test_merged_means_equal_the_mean_of_everything(parts: list[list[int]]) -> None:
+    merged = merge({"score": Mean(float(sum(part)), float(len(part))), "calls": float(len(part))} for part in parts)
+    everything = [value for part in parts for value in part]
+    assert flatten(merged)["score"] == pytest.approx(sum(everything) / len(everything))
+    assert merged["calls"] == len(everything)
+
+
+def test_durations_are_those_of_the_slowest_rank() -> None:
+    assert merge([{"seconds/judge": 2.0}, {"seconds/judge": 5.0}, {}]) == {"seconds/judge": 5.0}
+
+
+def test_mixing_a_mean_with_a_number_is_refused() -> None:
+    with pytest.raises(TypeError, match="loss"):
+        merge([{"loss": 1.0}, {"loss": Mean(1.0)}])
+
+
+def test_a_mean_without_weight_is_left_out() -> None:
+    assert math.isnan(Mean(0.0, 0.0).value)
+    assert flatten({"score/rewrite": Mean(0.0, 0.0), "groups": 3.0}) == {"groups": 3.0}
+
+
+def test_resume_keeps_each_step_once_and_drops_a_half_written_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": step / 10}) + "\n" for step in range(1, 6)) + '{"step": 6, "lo')
+    writer = MetricsWriter(tmp_path, resume_step=3, total_steps=9)
+    writer.write(4, {"loss": 7.0})
+    writer.close()
+    assert [(record["step"], record["loss"]) for record in read_metrics(path)] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 7.0)]
+
+
+def test_a_new_run_starts_with_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    drop_steps_after(path, 0)
+    assert path.read_text() == ""
+
+
+def test_the_progress_line_shows_what_a_step_is_judged_by() -> None:
+    numbers = {
+        "loss": 0.6931,
+        "score/suffix": -3.2,
+        "score/rollout": -2.5,
+        "rollout_chosen_rate": 0.75,
+        "dropped/tied": 2.0,
+        "seconds/rollout": 6.1,
+        "seconds/train": 2.0,
+        "seconds/total": 9.0,
+    }
+    line = progress_line(7, 40, numbers)
+    for part in ("step  7/40", "loss 0.6931", "rollout -2.500 suffix -3.200", "chosen 0.75", "dropped 2", "9.0 s (rollout 6.1, train 2.0)"):
+        assert part in line
