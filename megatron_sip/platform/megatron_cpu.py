@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -30,28 +31,33 @@ CPU = torch.device("cpu")
 
 
 def cpu_default_arguments() -> list[str]:
-    """Return the Megatron flags that a run without CUDA needs; an empty list with CUDA.
+    """Return the Megatron flags for what this machine lacks: CUDA, or with CUDA the Transformer Engine.
 
     Put them before the user's own flags, so that the user's win where both are given.
     """
-    if torch.cuda.is_available():
+    if importlib.util.find_spec("transformer_engine") and torch.cuda.is_available():
         return []
-    return [
+    local_layers = [
         *("--transformer-impl", "local"),
-        *("--distributed-backend", "gloo"),
-        "--use-cpu-initialization",
-        "--disable-jit-fuser",  # its torch.compile graphs cost more than they save on small CPU runs
         "--no-gradient-accumulation-fusion",
         "--no-masked-softmax-fusion",
         "--no-persist-layer-norm",
+        "--no-rope-fusion",
+    ]
+    if torch.cuda.is_available():
+        return local_layers
+    return [
+        *local_layers,
+        *("--distributed-backend", "gloo"),
+        "--use-cpu-initialization",
+        "--disable-jit-fuser",  # its torch.compile graphs cost more than they save on small CPU runs
         "--no-bias-swiglu-fusion",
         "--no-bias-dropout-fusion",
-        "--no-rope-fusion",
     ]
 
 
 def rendezvous_store() -> torch.distributed.Store | None:
-    """Return the `store` for `initialize_megatron`: an in-process one for a single process without torchrun, else None."""
+    """Return the `store` for `initialize_megatron`: None under torchrun, else one in this process."""
     return None if torch.distributed.is_torchelastic_launched() or "MASTER_ADDR" in os.environ else HashStore()
 
 
@@ -81,7 +87,7 @@ def _hide_cuda_packages() -> None:
 
 
 class _CudaNamesMeanCpu(TorchFunctionMode):
-    """Maps `device="cuda"` to the CPU, `.cuda()` to the identity and `.type()` to the names Megatron's optimizers check."""
+    """Maps `device="cuda"` to the CPU, `.cuda()` to the identity, `.type()` to the names that optimizers check."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -177,9 +183,9 @@ def _replace_random_state() -> None:
         torch.set_rng_state(state)
 
     for module in (torch.cuda, torch.cuda.random):
-        setattr(module, "get_rng_state", get_state)
-        setattr(module, "set_rng_state", set_state)
-        setattr(module, "manual_seed", torch.manual_seed)
+        module.get_rng_state = get_state
+        module.set_rng_state = set_state
+        module.manual_seed = torch.manual_seed
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
 

@@ -1,0 +1,189 @@
+"""The policy: Megatron's GPTModel over packed prefix trees, returning log-probs of the branch tokens only.
+
+    model, optimizer, scheduler = setup_model_and_optimizer(ModelType.encoder_or_decoder, model_provider)
+    token_logprobs = row_logprobs(model[0], row)      # float32 [L] on the last pipeline stage
+
+A packed row is one micro-batch of size 1. Its layout travels as `attention_mask` to `PrefixTreeAttention`; rotary
+angles are looked up by position id, since every branch restarts at the end of its prefix; the output layer runs only
+on the hidden states that predict a branch token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_sip.learning.packing import PackedRow
+from megatron_sip.model.attention import PrefixTreeAttention
+from megatron_sip.model.logprob import branch_logprobs
+from megatron_sip.model.norm import RMSNorm
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose rotary angles follow the position ids, over layers with prefix-tree attention.
+
+    Takes GPTModel's arguments, and `unpadded_vocab_size`: Megatron pads the vocabulary, and the entries from this one
+    on are left out of the softmax. Use it through `row_logprobs`.
+    """
+
+    def __init__(self, *args: Any, unpadded_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unpadded_vocab_size = unpadded_vocab_size
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """GPTModel's, with the angles [S, 1, 1, d] of the row picked by its position ids int64 [1, S].
+
+        A token's position is never larger than its index in the row, so Megatron's table of S angles covers it.
+        """
+        decoder_input, angles, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        return (decoder_input, angles.index_select(0, position_ids[0]), *rest)
+
+    def suffix_logprobs(self, hidden_states: Tensor, row: PackedRow, output_weight: Tensor | None) -> Tensor:
+        """Log-probs, float32 [L], of the row's targets from the last layer's hidden states [S(/tp), 1, H].
+
+        The same on every tensor-parallel rank. Only the `hidden_index` positions are projected on the vocabulary.
+        """
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            # Each rank's gradient of the gathered states is complete after the head's all-reduce: backward only splits.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=group
+            )
+        predicting = hidden_states[:, 0].index_select(0, row.hidden_index)
+        weight = self.output_layer.weight if output_weight is None else output_weight
+        logits = linear_with_grad_accumulation_and_async_allreduce(
+            input=predicting.unsqueeze(1),
+            weight=weight,
+            bias=None,
+            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion and weight.requires_grad,
+            allreduce_dgrad=group.size() > 1,
+            sequence_parallel=False,
+            tp_group=group,
+        ).squeeze(1)
+        token_logprobs, _ = branch_logprobs(
+            logits,
+            row.logit_rows,
+            row.targets,
+            row.branch_offsets,
+            tp_group=group,
+            vocab_start=group.rank() * weight.shape[0],
+            vocab_size=self.unpadded_vocab_size,
+        )
+        return token_logprobs
+
+
+def row_logprobs(model: torch.nn.Module, row: PackedRow) -> Tensor:
+    """Run one packed row through a (possibly wrapped) PolicyModel stage.
+
+    Args:
+        model: what `setup_model_and_optimizer` or `get_model` returned for this stage.
+        row: the micro-batch, on the model's device.
+
+    Returns:
+        On the last pipeline stage the log-prob of each target, float32 [L], equal on all tensor-parallel ranks; the
+        slice `branch_offsets[b]:branch_offsets[b + 1]` belongs to branch b. Elsewhere the stage's hidden states.
+    """
+    return model(
+        input_ids=row.tokens[None],
+        position_ids=row.position_ids[None],
+        attention_mask=row.layout,
+        output_processor=_suffix_logprobs,
+        output_processor_context=(_unwrapped(model), row),
+    )
+
+
+def model_provider(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: TransformerConfig | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> PolicyModel:
+    """Build this rank's part of the policy from Megatron's global arguments (for `megatron.training.get_model`).
+
+    Raises:
+        ValueError: an argument asks for what packed rows cannot do (see `check_arguments`).
+    """
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    args = get_args()
+    check_arguments(args)
+    config = config or core_transformer_config_from_args(args)
+    return PolicyModel(
+        config=config,
+        transformer_layer_spec=block_submodules(config, vp_stage),
+        vocab_size=args.padded_vocab_size,
+        unpadded_vocab_size=args.vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+
+
+def block_submodules(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of one stage with prefix-tree attention: Transformer Engine's where it is installed, else local."""
+    if config.transformer_impl == "transformer_engine" and HAVE_TE and torch.cuda.is_available():
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        norm: Any = TENorm
+    else:
+        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        norm = RMSNorm
+        layer.submodules.input_layernorm = norm
+        layer.submodules.pre_mlp_layernorm = norm
+        if config.qk_layernorm:
+            layer.submodules.self_attention.submodules.q_layernorm = norm
+            layer.submodules.self_attention.submodules.k_layernorm = norm
+    layer.submodules.self_attention.submodules.core_attention = PrefixTreeAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)
+
+
+def check_arguments(args: Any) -> None:
+    """Raise ValueError, naming flag and mend, when Megatron's arguments ask for what packed rows cannot do."""
+    wrong = [
+        (args.position_embedding_type != "rope", "--position-embedding-type must be rope"),
+        (args.normalization != "RMSNorm", "--normalization must be RMSNorm"),
+        (args.micro_batch_size != 1, "--micro-batch-size must be 1: a packed row is a micro-batch"),
+        (args.context_parallel_size != 1, "--context-parallel-size must be 1: a prefix tree is not split over ranks"),
+        (args.num_experts is not None, "--num-experts is not supported: the policy is a dense model"),
+        (args.vocab_size is None, "--vocab-size is needed: entries that Megatron adds as padding are masked"),
+    ]
+    messages = [message for is_wrong, message in wrong if is_wrong]
+    if messages:
+        raise ValueError("; ".join(messages))
+
+
+def _suffix_logprobs(
+    *, hidden_states: Tensor, output_weight: Tensor | None, context: tuple[PolicyModel, PackedRow], **_: Any
+) -> Tensor:
+    """GPTModel's `output_processor`: called on the last pipeline stage instead of the output layer and the loss."""
+    model, row = context
+    return model.suffix_logprobs(hidden_states, row, output_weight)
+
+
+def _unwrapped(model: torch.nn.Module) -> PolicyModel:
+    while not isinstance(model, PolicyModel):
+        model = model.module  # type: ignore[assignment]
+    return model

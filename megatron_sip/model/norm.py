@@ -1,0 +1,18 @@
+"""RMSNorm for the local (not Transformer Engine) layers."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with a Megatron norm's constructor, usable under sequence parallelism.
+
+    Megatron refuses torch's norms there because nothing tells it to sum the weight's gradient over the tensor-parallel
+    ranks, each of which sees a part of the sequence. The `sequence_parallel` mark on the weight does.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
