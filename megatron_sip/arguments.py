@@ -159,7 +159,9 @@ def _add_teacher_flags(group: argparse._ArgumentGroup) -> None:
         default="sglang",
         help="sglang: native API (likelihood and soft verdicts). openai: any OpenAI-compatible server.",
     )
-    group.add_argument("--teacher-name", default=None, metavar="MODEL", help="Model name sent to an OpenAI-type server.")
+    group.add_argument(
+        "--teacher-name", default=None, metavar="MODEL", help="Model name sent to an OpenAI-type server."
+    )
     group.add_argument(
         "--teacher-key-variable", default=None, metavar="NAME", help="Environment variable that holds the API key."
     )
@@ -302,7 +304,9 @@ def validate(args: argparse.Namespace) -> None:
     for check in (_check_lengths, _check_objective, _check_servers, _check_batch):
         check(args)
     if args.save is None:
-        raise ArgumentError("--save is required: the folder for checkpoints (and for metrics, unless --run-dir is given)")
+        raise ArgumentError(
+            "--save is required: the folder for checkpoints (and for metrics, unless --run-dir is given)"
+        )
     if args.run_dir is None:
         args.run_dir = args.save
     if args.load is None:  # the same command again continues the run
@@ -339,7 +343,9 @@ def _check_objective(args: argparse.Namespace) -> None:
         raise ArgumentError(f"--num-rollouts {args.num_rollouts}: must be at least 1 when rollout is a candidate")
     count = sum(args.num_rollouts if kind == "rollout" else 1 for kind in kinds)
     if args.objective == "dpo" and count < 2:
-        raise ArgumentError("--objective dpo compares two candidates: add a kind to --candidates or raise --num-rollouts")
+        raise ArgumentError(
+            "--objective dpo compares two candidates: add a kind to --candidates or raise --num-rollouts"
+        )
     if args.dpo_pair is not None and args.objective != "dpo":
         raise ArgumentError(f"--dpo-pair belongs to --objective dpo, not {args.objective}")
     if args.dpo_pair is not None and args.dpo_pair[0] == args.dpo_pair[1]:
@@ -359,7 +365,9 @@ def _check_objective(args: argparse.Namespace) -> None:
 
 def _check_servers(args: argparse.Namespace) -> None:
     if needs_engines(args) and not args.rollout_url and not args.rollout_local:
-        raise ArgumentError("rollouts need engines: give --rollout-url URL ..., or --rollout-local N to start them here")
+        raise ArgumentError(
+            "rollouts need engines: give --rollout-url URL ..., or --rollout-local N to start them here"
+        )
     if args.rollout_url and args.rollout_local:
         raise ArgumentError("--rollout-url and --rollout-local exclude each other: use one")
     if needs_teacher(args) and not args.teacher_url and not args.teacher_model:

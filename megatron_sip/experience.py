@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_sip.learning.metrics import Mean, Metrics
-from megatron_sip.learning.selection import SelectionSettings, select
+from megatron_sip.learning.selection import SelectionSettings, metric_sums, select
 from megatron_sip.rollout.sglang import Failure, SamplingSettings, SGLangPool
-from megatron_sip.samples import Candidate, CandidateKind, Example, Group, Task
+from megatron_sip.samples import CANDIDATE_KINDS, Candidate, CandidateKind, Example, Group, Task
 
 
 class ScoresGroups(Protocol):
@@ -53,7 +53,6 @@ class ExperienceSettings:
     sampling: SamplingSettings
     selection: SelectionSettings
     rollout_start_step: int = 0
-    uses_judge: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +95,16 @@ class ExperienceMaker:
             for task, made, rewrite in zip(tasks, rollouts, rewrites, strict=True)
         ]
         made_at = time.monotonic()
-        if self._settings.uses_judge:
+        if self._settings.selection.needs_judge:
             assert self._judge is not None
             groups = await self._judge.score(groups, objective=self._settings.selection.objective)
         judged_at = time.monotonic()
         selected = select(groups, self._settings.selection)
-        metrics: Metrics = dict(selected.metrics)
-        metrics |= group_metrics(groups)
+        metrics: Metrics = {name: Mean(*sums) for name, sums in metric_sums(groups, selected).items()}
+        metrics |= candidate_lengths(groups)
         metrics |= {f"dropped/{reason}": float(count) for reason, count in selected.dropped.items()}
         metrics |= self._counter_deltas()
-        metrics["groups"] = float(len(groups))
+        metrics |= {"groups": float(len(groups)), "merged_candidates": float(selected.merged)}
         metrics["seconds/rollout"] = made_at - started
         metrics["seconds/judge"] = judged_at - made_at
         return Experience(selected.examples, metrics, groups)
@@ -163,17 +162,10 @@ def build_group(
     return Group(task, candidates)
 
 
-def group_metrics(groups: Sequence[Group]) -> Metrics:
-    """Mean score, win share and length by candidate kind, over the groups that were scored."""
-    scores: dict[str, Mean] = {}
-    lengths: dict[str, Mean] = {}
-    for group in groups:
-        for candidate in group.candidates:
-            length = lengths.get(candidate.kind, Mean(0.0, 0.0))
-            lengths[candidate.kind] = length + Mean(float(len(candidate.ids)))
-        for candidate, score in zip(group.candidates, group.scores or [], strict=False):
-            scores[candidate.kind] = scores.get(candidate.kind, Mean(0.0, 0.0)) + Mean(score)
-    metrics: Metrics = {f"score/{kind}": mean for kind, mean in scores.items()}
-    metrics |= {f"length/{kind}": mean for kind, mean in lengths.items()}
-    return metrics
-
+def candidate_lengths(groups: Sequence[Group]) -> Metrics:
+    """Mean tokens by candidate kind."""
+    lengths: Metrics = {}
+    for kind in CANDIDATE_KINDS:
+        counts = [len(candidate.ids) for group in groups for candidate in group.candidates if candidate.kind == kind]
+        lengths[f"length/{kind}"] = Mean(float(sum(counts)), float(len(counts)))
+    return lengths

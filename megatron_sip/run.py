@@ -243,9 +243,7 @@ def open_writer(args: argparse.Namespace, stack: contextlib.ExitStack) -> Metric
     return writer
 
 
-def open_comparison(
-    args: argparse.Namespace, held_out: TaskSource | None, tokenizer: Any
-) -> HeldOutComparison | None:
+def open_comparison(args: argparse.Namespace, held_out: TaskSource | None, tokenizer: Any) -> HeldOutComparison | None:
     """The comparison with the initial policy, on rank 0 when --win-rate-prompts asks for it."""
     if held_out is None:
         return None

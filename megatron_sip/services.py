@@ -9,10 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_sip.arguments import candidate_kinds, needs_engines, needs_teacher, uses_judge
+from megatron_sip.arguments import candidate_kinds, needs_engines, needs_teacher
 from megatron_sip.experience import Experience, ExperienceMaker, ExperienceSettings
 from megatron_sip.judge.judge import Judge
-from megatron_sip.judge.rewriter import Rewriter, RewriterSettings
+from megatron_sip.judge.rewriter import Rewriter
 from megatron_sip.judge.settings import Endpoint, JudgeSettings, ScheduleSettings, parse_criteria
 from megatron_sip.learning.selection import SelectionSettings
 from megatron_sip.rollout.launch import LocalServer, ServerSettings, start_servers, stop_servers
@@ -69,24 +69,23 @@ class LocalServers:
 
 def rollout_sampling(args: argparse.Namespace, *, num: int, temperature: float) -> SamplingSettings:
     """How the engines sample `num` continuations a prefix."""
-    return SamplingSettings(
-        max_new_tokens=args.suffix_length, temperature=temperature, top_p=args.rollout_top_p, n=num
-    )
+    return SamplingSettings(max_new_tokens=args.suffix_length, temperature=temperature, top_p=args.rollout_top_p, n=num)
 
 
 def experience_settings(args: argparse.Namespace) -> ExperienceSettings:
     """The flags that the leaders' experience depends on."""
+    kinds = cast("tuple[CandidateKind, ...]", candidate_kinds(args))
     return ExperienceSettings(
-        kinds=cast("tuple[CandidateKind, ...]", candidate_kinds(args)),
+        kinds=kinds,
         sampling=rollout_sampling(args, num=args.num_rollouts, temperature=args.rollout_temperature),
         selection=SelectionSettings(
             objective=args.objective,
+            candidates=kinds,
             sft_target=args.sft_target,
-            dpo_roles=tuple(args.dpo_pair) if args.dpo_pair is not None else None,
+            fixed_roles=tuple(args.dpo_pair) if args.dpo_pair is not None else None,
             seed=args.seed,
         ),
         rollout_start_step=args.rollout_start_step,
-        uses_judge=uses_judge(args),
     )
 
 

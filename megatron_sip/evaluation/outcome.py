@@ -18,7 +18,7 @@ FINAL_STEPS = 10
 
 def summarize(steps: Sequence[dict[str, float]], win_rate: WinRate | None) -> dict[str, Any]:
     """What summary.json holds. The final rollout chosen rate is the mean over the last FINAL_STEPS steps."""
-    rates = [step["rollout_chosen_rate"] for step in steps[-FINAL_STEPS:] if "rollout_chosen_rate" in step]
+    rates = [step["chosen_rate/rollout"] for step in steps[-FINAL_STEPS:] if "chosen_rate/rollout" in step]
     return {
         "steps": len(steps),
         "seconds": round(sum(step.get("seconds/total", 0.0) for step in steps), 1),

@@ -57,4 +57,3 @@ def _tracked_iteration(tracker: Path) -> int | None:
 def _iteration_folders(save: Path) -> dict[int, Path]:
     folders = [path for path in save.glob("iter_*") if path.is_dir()]
     return {int(m.group(1)): path for path in folders if (m := re.fullmatch(r"iter_(\d+)", path.name))}
-

@@ -21,7 +21,8 @@ class LeaderExchange:
     def __init__(self, timeout_seconds: float) -> None:
         timeout = timedelta(seconds=timeout_seconds)
         self.is_leader = (
-            parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0
+            parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_pipeline_model_parallel_rank() == 0
         )
         self.replica = parallel_state.get_data_parallel_rank()
         self.num_replicas = parallel_state.get_data_parallel_world_size()

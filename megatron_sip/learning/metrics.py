@@ -120,15 +120,17 @@ def progress_line(step: int, total_steps: int, numbers: Mapping[str, float]) -> 
     scores = [f"{name[6:]} {value:.3f}" for name, value in sorted(numbers.items()) if name.startswith("score/")]
     if scores:
         parts.append("score " + " ".join(scores))
-    if "rollout_chosen_rate" in numbers:
-        parts.append(f"rollout chosen {numbers['rollout_chosen_rate']:.2f}")
+    if "chosen_rate/rollout" in numbers:
+        parts.append(f"rollout chosen {numbers['chosen_rate/rollout']:.2f}")
     if "reward_accuracy" in numbers:
         parts.append(f"accuracy {numbers['reward_accuracy']:.2f}")
     dropped = sum(value for name, value in numbers.items() if name.startswith("dropped/"))
     if dropped:
         parts.append(f"dropped {dropped:.0f}")
     order = ("rollout", "judge", "reference", "train", "sync", "save")
-    phases = [f"{phase} {numbers[f'seconds/{phase}']:.1f}" for phase in order if numbers.get(f"seconds/{phase}", 0) >= 0.05]
+    phases = [
+        f"{phase} {numbers[f'seconds/{phase}']:.1f}" for phase in order if numbers.get(f"seconds/{phase}", 0) >= 0.05
+    ]
     total = numbers.get("seconds/total")
     if total is not None:
         parts.append(f"{total:.1f} s" + (f" ({', '.join(phases)})" if phases else ""))

@@ -45,11 +45,18 @@ def test_a_mean_without_weight_is_left_out() -> None:
 
 def test_resume_keeps_each_step_once_and_drops_a_half_written_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step, "loss": step / 10}) + "\n" for step in range(1, 6)) + '{"step": 6, "lo')
+    path.write_text(
+        "".join(json.dumps({"step": step, "loss": step / 10}) + "\n" for step in range(1, 6)) + '{"step": 6, "lo'
+    )
     writer = MetricsWriter(tmp_path, resume_step=3, total_steps=9)
     writer.write(4, {"loss": 7.0})
     writer.close()
-    assert [(record["step"], record["loss"]) for record in read_metrics(path)] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 7.0)]
+    assert [(record["step"], record["loss"]) for record in read_metrics(path)] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.3),
+        (4, 7.0),
+    ]
 
 
 def test_a_new_run_starts_with_an_empty_file(tmp_path: Path) -> None:
@@ -64,12 +71,19 @@ def test_the_progress_line_shows_what_a_step_is_judged_by() -> None:
         "loss": 0.6931,
         "score/suffix": -3.2,
         "score/rollout": -2.5,
-        "rollout_chosen_rate": 0.75,
+        "chosen_rate/rollout": 0.75,
         "dropped/tied": 2.0,
         "seconds/rollout": 6.1,
         "seconds/train": 2.0,
         "seconds/total": 9.0,
     }
     line = progress_line(7, 40, numbers)
-    for part in ("step  7/40", "loss 0.6931", "rollout -2.500 suffix -3.200", "chosen 0.75", "dropped 2", "9.0 s (rollout 6.1, train 2.0)"):
+    for part in (
+        "step  7/40",
+        "loss 0.6931",
+        "rollout -2.500 suffix -3.200",
+        "chosen 0.75",
+        "dropped 2",
+        "9.0 s (rollout 6.1, train 2.0)",
+    ):
         assert part in line
