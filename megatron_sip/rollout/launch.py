@@ -76,7 +76,7 @@ class ServerSettings:
     extra_args: tuple[str, ...] = ()
     log_file: Path | None = None
     start_timeout_s: float = 300.0
-    stop_timeout_s: float = 15.0
+    stop_timeout_s: float = 5.0
 
 
 def server_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[str]:
