@@ -119,14 +119,19 @@ def model_provider(
     """
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
+    from megatron.training.vocab_utils import calculate_padded_vocab_size
 
     args = get_args()
     check_arguments(args)
     config = config or core_transformer_config_from_args(args)
+    # From the model's vocabulary, not from args.padded_vocab_size: a tokenizer may know fewer tokens than the model.
+    padded_vocab_size = calculate_padded_vocab_size(
+        args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, logging_enabled=False
+    )
     return PolicyModel(
         config=config,
         transformer_layer_spec=block_submodules(config, vp_stage),
-        vocab_size=args.padded_vocab_size,
+        vocab_size=padded_vocab_size,
         unpadded_vocab_size=args.vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,

@@ -42,9 +42,10 @@ INDEX_FILE = "model.safetensors.index.json"
 def named_parameters(model_chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
     """This rank's parameters by their name in the tables: global layer numbers, unfused norm names, no wrappers."""
     parameters = {}
-    for chunk in model_chunks:
+    for wrapped in model_chunks:
+        chunk: Any = wrapped
         while not hasattr(chunk, "decoder"):
-            chunk = chunk.module  # type: ignore[assignment]
+            chunk = chunk.module
         for name, parameter in chunk.named_parameters():
             parameters[_table_name(name, chunk)] = parameter
     return parameters
@@ -54,9 +55,9 @@ def export_hf_weights(model_chunks: Sequence[torch.nn.Module], hf_config: Any) -
     """Yield the model's HF tensors, whole and unpadded, in the order of the forward pass.
 
     Collective over all tensor and pipeline parallel ranks: each must iterate to the end, and each sees every name. The
-    tensor comes on the source rank, tensor-parallel rank 0 of data-parallel rank 0 of the stage that owns it; others get
-    None. Stages take turns: one starts when the ranks of the one before have consumed their last tensor. A tensor is a
-    contiguous copy or a view of the parameter: use it before the next optimizer step.
+    tensor comes on the source rank: tensor-parallel rank 0 of data-parallel rank 0 of the stage that owns it; others
+    get None. Stages take turns: one starts when the ranks of the one before have consumed their last tensor. A tensor
+    is a contiguous copy or a view of the parameter: use it before the next optimizer step.
 
     Raises:
         ValueError: the model's parameters are not those of the config's architecture.
@@ -64,16 +65,16 @@ def export_hf_weights(model_chunks: Sequence[torch.nn.Module], hf_config: Any) -
     parameters = named_parameters(model_chunks)
     maps = tensor_maps(hf_config)
     owners = _owning_stages(set(parameters), maps)
-    stage_group, stage = parallel_state.get_pipeline_model_parallel_group(), dist.get_rank(_pipeline_group())
+    stages = parallel_state.get_pipeline_model_parallel_group()
     is_source = parallel_state.get_data_parallel_rank() == 0
     previous = owners[maps[0].megatron]
     for entry in maps:
         owner = owners[entry.megatron]
         if owner != previous:
-            dist.barrier(group=stage_group)
+            dist.barrier(group=stages)
         previous = owner
         tensors: Sequence[Tensor | None] = [None] * len(entry.hf)
-        if owner == stage and is_source:
+        if owner == stages.rank() and is_source:
             shards = _gather_shards(entry, parameters[entry.megatron].detach())
             if shards is not None:
                 tensors = from_shards(entry.layout, shards, attention_shape(hf_config), hf_config.vocab_size)
@@ -121,7 +122,7 @@ def load_hf_weights(model_chunks: Sequence[torch.nn.Module], hf_dir: Path | str)
             parameter.copy_(shard)
 
 
-def _table_name(name: str, chunk: torch.nn.Module) -> str:
+def _table_name(name: str, chunk: Any) -> str:
     """A parameter's name in the tables, from its name inside a pipeline stage."""
     prefix = "decoder.layers."
     if not name.startswith(prefix):
@@ -131,13 +132,9 @@ def _table_name(name: str, chunk: torch.nn.Module) -> str:
     return f"{prefix}{number}.{TRANSFORMER_ENGINE_NAMES.get(rest, rest)}"
 
 
-def _pipeline_group() -> dist.ProcessGroup:
-    return parallel_state.get_pipeline_model_parallel_group()
-
-
 def _owning_stages(local_names: set[str], maps: Sequence[TensorMap]) -> dict[str, int]:
     """Pipeline rank of each Megatron parameter in the tables; ValueError if the model has others or lacks one."""
-    group = _pipeline_group()
+    group = parallel_state.get_pipeline_model_parallel_group()
     names_by_stage: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(names_by_stage, sorted(local_names), group=group)
     owners: dict[str, int] = {}
@@ -149,7 +146,8 @@ def _owning_stages(local_names: set[str], maps: Sequence[TensorMap]) -> dict[str
     missing = expected - set(owners)
     if missing or unexpected:
         raise ValueError(
-            f"the model does not match the HF config: missing {sorted(missing)[:5]}, unexpected {sorted(unexpected)[:5]}"
+            "the model's parameters are not those of the HF config: "
+            f"missing {sorted(missing)[:5]}, unexpected {sorted(unexpected)[:5]}"
         )
     return owners
 

@@ -65,10 +65,13 @@ def rendezvous_store() -> torch.distributed.Store | None:
 def enable_cpu() -> None:
     """Give Megatron's CUDA calls a CPU meaning in this process and thread. With CUDA present it leaves CUDA alone.
 
-    Idempotent. Must run before Megatron is initialised and before a model is built, in every process of the run. The
-    device names are mapped by a `TorchFunctionMode`, which is per thread: build and run models in the calling thread.
+    Two faults of the pip wheel are mended on every machine: they end the run where Transformer Engine or the dataset
+    helper's sources are missing. Idempotent. Must run before Megatron is initialised and before a model is built, in
+    every process of the run. The device names are mapped by a `TorchFunctionMode`, which is per thread: build and run
+    models in the calling thread.
     """
     _skip_dataset_helper_build()
+    _let_distributed_optimizer_load()
     if torch.cuda.is_available():
         return
     _hide_cuda_packages()
@@ -182,7 +185,8 @@ def _replace_random_state() -> None:
     def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(state)
 
-    for module in (torch.cuda, torch.cuda.random):
+    cuda_modules: tuple[Any, ...] = (torch.cuda, torch.cuda.random)
+    for module in cuda_modules:
         module.get_rng_state = get_state
         module.set_rng_state = set_state
         module.manual_seed = torch.manual_seed
@@ -200,3 +204,28 @@ def _skip_dataset_helper_build() -> None:
 
     if not (Path(utils.__file__).parent / "Makefile").exists():
         utils.compile_helpers = _nothing
+
+
+def _let_distributed_optimizer_load() -> None:
+    """Fill the distributed optimizer's empty state before a checkpoint is loaded into it, when torch's Adam is used.
+
+    Without Transformer Engine and Apex its `state_dict` reads the step from the per-parameter state, which a fresh
+    optimizer does not have: Megatron then stops at an assertion instead of resuming. The values are overwritten by the
+    checkpoint.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer = distrib_optimizer.DistributedOptimizer
+    original = optimizer.sharded_state_dict
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+
+    @functools.wraps(original)
+    def sharded_state_dict(
+        self: Any, model_sharded_state_dict: Any, is_loading: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return original(self, model_sharded_state_dict, is_loading, *args, **kwargs)
+
+    optimizer.sharded_state_dict = sharded_state_dict
