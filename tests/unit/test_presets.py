@@ -1,0 +1,131 @@
+"""Presets: expansion, its errors, and what every preset of the paper comes to."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from megatron_sip.arguments import add_arguments, candidate_kinds, uses_judge
+from megatron_sip.judge.settings import ScheduleSettings, parse_criteria
+from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.presets import PRESETS, PresetError, expand_presets, known_presets
+
+# preset -> (objective, candidates, rollouts, asks a judge), read off the paper's tables 1, 2, 6, 14 and 18.
+PAPER = {
+    "quality": ("dpo", ("rollout",), 16, True),
+    "factuality": ("dpo", ("rollout",), 16, True),
+    "safety": ("dpo", ("suffix", "rollout"), 16, True),
+    "from-scratch": ("rf-nll", ("rewrite", "rollout"), 1, True),
+    "from-scratch-baseline": ("sft", ("suffix",), None, False),
+    "from-scratch-rewrite": ("sft", ("rewrite",), None, False),
+    "from-scratch-suffix-rewrite": ("rf-nll", ("suffix", "rewrite"), None, True),
+    "safety-baseline": ("sft", ("suffix",), None, False),
+    "safety-sft-rewrite": ("sft", ("rewrite",), None, False),
+    "safety-sft-rollout": ("sft", ("rollout",), 1, False),
+    "safety-dpo-rewrite-over-rollout": ("dpo", ("rewrite", "rollout"), 1, False),
+    "safety-rf-nll-rewrite-1": ("rf-nll", ("rewrite", "rollout"), 1, True),
+    "safety-rf-nll-suffix-rewrite-1": ("rf-nll", ("suffix", "rewrite", "rollout"), 1, True),
+    "safety-rewrite-1": ("dpo", ("rewrite", "rollout"), 1, True),
+    "safety-16": ("dpo", ("rollout",), 16, True),
+    "safety-pivot-16": ("dpo", ("suffix", "rollout"), 16, True),
+    "quality-pivot-8": ("dpo", ("suffix", "rollout"), 8, True),
+    "factuality-pivot-8": ("dpo", ("suffix", "rollout"), 8, True),
+    **{f"safety-suffix-{k}": ("dpo", ("suffix", "rollout"), k, True) for k in (1, 2, 4, 8, 16)},
+    **{f"safety-suffix-rewrite-{k}": ("dpo", ("suffix", "rewrite", "rollout"), k, True) for k in (1, 2, 4, 8, 16)},
+    **{f"{goal}-{k}": ("dpo", ("rollout",), k, True) for goal in ("quality", "factuality") for k in (2, 4, 8, 16)},
+}
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    """Megatron's flags and ours, strict: an unknown flag is an error."""
+    enable_cpu()
+    from megatron.training.arguments import add_megatron_arguments
+
+    return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+def parse(parser: argparse.ArgumentParser, *argv: str) -> argparse.Namespace:
+    return parser.parse_args(expand_presets(argv))
+
+
+def test_every_row_of_the_paper_has_a_preset_and_every_preset_is_checked() -> None:
+    assert set(known_presets()) == {*PAPER, "continual"}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_preset_gives_the_papers_candidates_and_objective(parser: argparse.ArgumentParser, name: str) -> None:
+    args = parse(parser, "--preset", name)
+    objective, kinds, rollouts, judged = PAPER[name]
+    assert (args.objective, candidate_kinds(args), uses_judge(args)) == (objective, kinds, judged)
+    assert rollouts is None or args.num_rollouts == rollouts
+    ScheduleSettings(name=args.judge_schedule)
+    goal = name.split("-")[0]
+    expected = {"quality": {"quality"}, "factuality": {"quality", "factuality"}}.get(goal, {"quality", "safety"})
+    assert parse_criteria(args.criteria) == dict.fromkeys(expected, 1.0)
+    assert args.judge_schedule == ("pivot" if "pivot" in name else "all_pairs")
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_preset_gives_the_papers_hyper_parameters(parser: argparse.ArgumentParser, name: str) -> None:
+    args = parse(parser, "--preset", name)
+    scratch = name.startswith("from-scratch")
+    assert (args.train_iters, args.lr, args.lr_warmup_iters) == ((21000, 5e-4, 2000) if scratch else (2000, 5e-6, 100))
+    assert args.min_lr == pytest.approx(0.1 * args.lr)
+    assert args.lr_decay_style == "cosine"
+    assert (args.global_batch_size, args.seq_length, args.suffix_length) == (256, 2048, 128)
+    assert (args.rollout_temperature, args.rollout_top_p) == (1.0, 1.0)
+    prompted = name.startswith(("quality", "factuality"))  # GPT-OSS-120B: section 3.2.2
+    assert (args.judge_votes, args.judge_temperature, args.judge_top_p) == (5, 1.0, 1.0 if prompted else 0.6)
+
+
+def test_fixed_roles_are_chosen_rewrite_rejected_rollout(parser: argparse.ArgumentParser) -> None:
+    assert parse(parser, "--preset", "safety-dpo-rewrite-over-rollout").dpo_pair == ["rewrite", "rollout"]
+
+
+def test_flags_after_the_preset_win_and_flags_before_it_lose(parser: argparse.ArgumentParser) -> None:
+    args = parse(parser, "--num-rollouts", "3", "--preset", "safety", "--lr", "1e-5")
+    assert (args.num_rollouts, args.lr) == (16, 1e-5)
+
+
+def test_preset_by_path_may_build_on_a_file_beside_it_and_on_a_known_one(tmp_path: Path) -> None:
+    (tmp_path / "base.args").write_text("--preset continual\n--criteria 'my prompt.txt=2'  # a comment\n")
+    (tmp_path / "mine.args").write_text("\n# all of it\n--preset=./base.args\n--data-path a.jsonl b.jsonl\n")
+    continual = expand_presets(["--preset", "continual"])
+    expanded = expand_presets(["--bf16", f"--preset={tmp_path / 'mine.args'}", "--lr", "1"])
+    mine = ["--criteria", "my prompt.txt=2", "--data-path", "a.jsonl", "b.jsonl"]
+    assert expanded == ["--bf16", *continual, *mine, "--lr", "1"]
+
+
+def test_presets_are_found_in_the_checkout() -> None:
+    assert Path(__file__).parents[2] / "examples" / "presets" == PRESETS
+
+
+@pytest.mark.parametrize("argv", [["--preset", "qualty"], ["--preset=qualty"]])
+def test_unknown_name_lists_the_known_ones(argv: list[str]) -> None:
+    with pytest.raises(PresetError, match=r"qualty\.args; known presets: continual, .*quality, .*safety"):
+        expand_presets(argv)
+
+
+@pytest.mark.parametrize("argv", [["--preset"], ["--preset="], ["--preset", "--lr", "1"]])
+def test_missing_value_is_an_error(argv: list[str]) -> None:
+    with pytest.raises(PresetError, match="--preset needs a name or a file; known presets"):
+        expand_presets(argv)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("--lr 1\nobjective dpo\n", r"bad\.args:2: 'objective' is no flag"),
+        ("--criteria 'quality=1\n", r"bad\.args:1: No closing quotation"),
+        ("\n--preset nothing-here\n", r"bad\.args:2: there is no file .*nothing-here\.args; known presets"),
+        ("--preset quality safety\n", r"bad\.args:1: --preset takes one name or file, not 2"),
+        ("--preset ./bad.args\n", r"bad\.args: presets include each other: bad\.args -> bad\.args"),
+    ],
+)
+def test_bad_line_names_file_and_line(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "bad.args").write_text(content)
+    with pytest.raises(PresetError, match=message):
+        expand_presets(["--preset", str(tmp_path / "bad.args")])
