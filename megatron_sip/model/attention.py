@@ -25,9 +25,9 @@ class PrefixTreeAttention(MegatronModule):
     already split over tensor parallel ranks and the sequence is already gathered when this is called, so neither needs
     anything here. There are no parameters.
 
-    On CPU it runs `tree_attention_cpu`, on a GPU `flex` (float64 there: the dense mask). Giving all layers of a model one
-    `flex` object, as `functools.partial(PrefixTreeAttention, flex=FlexTreeAttention())` in the layer spec does, lets them
-    share the row's block mask.
+    On CPU it runs `tree_attention_cpu`, on a GPU `flex` (float64 there: the dense mask). Giving all layers of a model
+    one `flex` object, as `functools.partial(PrefixTreeAttention, flex=FlexTreeAttention())` in the layer spec does,
+    lets them share the row's block mask.
     """
 
     def __init__(

@@ -164,6 +164,7 @@ def test_dpo_metrics_are_sums_that_mean_metrics_divides():
     settings = ObjectiveSettings("dpo", beta=0.4)
     terms = over_rows(settings, examples, [[0, 1], [2]], policy=policy, reference=reference)
     means = mean_metrics(terms.metrics)
+    policy, reference = ({k: v.detach() for k, v in m.items()} for m in (policy, reference))
     chosen = [
         float(selected(policy[e, 0], x.branches[0]).sum() - selected(reference[e, 0], x.branches[0]).sum())
         for e, x in enumerate(examples)

@@ -1,0 +1,143 @@
+"""Attention over packed prefix trees against separate causal rows and against a dense mask, forward + backward.
+
+    python benchmarks/attention.py [--json FILE] [--rounds N] [--heads 8] [--key-heads 8] [--head-dim 64] [--device cpu|cuda]
+
+"separate" gives every branch its own row [prefix; branch] and runs them as one batch of torch's causal attention: what
+training without shared prefixes computes. "ideal" is the share of its scores that the tree needs; "GEMM peak" the
+measured speed of the tree's attention as a share of a large matrix product's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import Case, describe_machine, format_table, gemm_peak, time_interleaved, write_report
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_sip.model.tree_attention_cpu import tree_attention_cpu
+from megatron_sip.model.tree_attention_dense import tree_attention_dense
+from megatron_sip.model.tree_attention_flex import FlexTreeAttention
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One group: a prefix and equally long branches."""
+
+    prefix: int
+    branches: int
+    branch: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.prefix}+{self.branches}x{self.branch}"
+
+    @property
+    def row(self) -> int:
+        return self.prefix + self.branches * self.branch
+
+    @property
+    def tree_scores(self) -> int:
+        """Query-key pairs of one head in the tree."""
+        causal = self.prefix * (self.prefix + 1) // 2 + self.branches * self.branch * (self.branch + 1) // 2
+        return causal + self.branches * self.branch * self.prefix
+
+    @property
+    def separate_scores(self) -> int:
+        """Query-key pairs of one head over all separate rows."""
+        length = self.prefix + self.branch
+        return self.branches * length * (length + 1) // 2
+
+    def layout(self, device: str) -> Tensor:
+        starts = range(self.prefix, self.row, self.branch)
+        lines = [[0, self.prefix, start, start + self.branch] for start in starts]
+        return torch.tensor(lines, dtype=torch.int32, device=device)
+
+
+SHAPES = (Shape(896, 2, 128), Shape(896, 16, 128), Shape(1920, 2, 128), Shape(1024, 16, 512))
+
+
+def forward_backward(attention: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], None]:
+    """One call: output and the gradients of all inputs for a fixed output gradient."""
+    grad = torch.randn_like(attention(*inputs).detach())
+
+    def run() -> None:
+        torch.autograd.grad(attention(*inputs), inputs, grad)
+
+    return run
+
+
+def cases(shape: Shape, dtype: torch.dtype, args: argparse.Namespace) -> list[Case]:
+    """The contestants on one shape: ours, dense mask, separate rows."""
+
+    def leaf(*size: int) -> Tensor:
+        return torch.randn(*size, args.head_dim, device=args.device).to(dtype).requires_grad_()
+
+    scale, layout = args.head_dim**-0.5, shape.layout(args.device)
+    tree = tree_attention_cpu if args.device == "cpu" else FlexTreeAttention()
+    heads = (args.heads, args.key_heads, args.key_heads)
+    packed = [leaf(shape.row, h) for h in heads]
+    rows = [leaf(shape.branches, h, shape.prefix + shape.branch) for h in heads]
+    grouped = args.heads != args.key_heads
+    return [
+        Case("tree", forward_backward(lambda q, k, v: tree(q, k, v, layout, scale), packed)),
+        Case("dense mask", forward_backward(lambda q, k, v: tree_attention_dense(q, k, v, layout, scale), packed)),
+        Case(
+            "separate",
+            forward_backward(
+                lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped), rows
+            ),
+        ),
+    ]
+
+
+def measure(shape: Shape, dtype_name: str, peak: float, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the report for one shape and dtype."""
+    timings = time_interleaved(cases(shape, DTYPES[dtype_name], args), rounds=args.rounds, device=args.device)
+    separate = timings["separate"].median_s
+    # Two matrix products forward and five backward, two operations a multiply-add.
+    operations = 14 * shape.tree_scores * args.heads * args.head_dim
+    rows = []
+    for name, timing in timings.items():
+        row = {"name": name, "shape": shape.name, "dtype": dtype_name, "median_s": timing.median_s}
+        row |= {"vs_separate": timing.median_s / separate, "ideal": shape.tree_scores / shape.separate_scores}
+        row["of_gemm_peak"] = operations / timing.median_s / peak if name == "tree" else None
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=None, help="report file (default: results/attention_DEVICE.json)")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--key-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args()
+    peaks = {name: gemm_peak(dtype, args.device) for name, dtype in DTYPES.items()}
+    rows = [row for dtype in DTYPES for shape in SHAPES for row in measure(shape, dtype, peaks[dtype], args)]
+    header = ("shape", "dtype", "attention", "ms", "vs separate", "ideal", "GEMM peak")
+    table = [
+        (r["shape"], r["dtype"], r["name"], 1e3 * r["median_s"], r["vs_separate"], r["ideal"], r["of_gemm_peak"] or "")
+        for r in rows
+    ]
+    print(format_table(header, table))
+    ratios = {f"{r['shape']} {r['dtype']}": r["vs_separate"] for r in rows if r["name"] == "tree"}
+    settings = {"heads": args.heads, "key_heads": args.key_heads, "head_dim": args.head_dim, "rounds": args.rounds}
+    report = {"machine": describe_machine(args.device), "gemm_peak_flops": peaks, "settings": settings}
+    write_report(
+        args.json or RESULTS / f"attention_{args.device}.json", report | {"rows": rows, "tree_vs_separate": ratios}
+    )
+
+
+if __name__ == "__main__":
+    main()
