@@ -7,7 +7,6 @@ rank can recompute any step's tasks. Documents too short to cut are counted in `
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from megatron_sip.data.continuation_text import LOOKAHEAD, continuation_texts
 from megatron_sip.data.documents import Corpus, DocumentSource
 from megatron_sip.data.errors import DataError
 from megatron_sip.data.ordering import Permutation, hash64, make_blend, uniform_below
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 TaskMode = Literal["random", "stream"]
 _SHUFFLE, _CUT = 1, 2  # separate the draws that share a seed
-_LOOKAHEAD = 4  # tokens that complete any UTF-8 character cut at the end of a suffix
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,13 +166,12 @@ class TaskSource:
         source, settings = self._corpus.sources[number], self.settings
         tokens = source.tokens(document)
         start, end = max(0, cut - (settings.seq_length - settings.suffix_length)), cut + settings.suffix_length
-        window = tokens[start : end + _LOOKAHEAD]
+        window = tokens[start : end + LOOKAHEAD]
         check_token_ids(window, self._corpus.vocab_size, bin_path(source.locate(document)[0]))
         ids = window.tolist()
         prefix, suffix, after = ids[: cut - start], ids[cut - start : end - start], ids[end - start :]
-        prefix_text, suffix_text = continuation_texts(self._tokenizer, prefix, suffix, after)
-        # A context cut out of the middle of a document may begin inside a character.
-        return Task(index, prefix, suffix, prefix_text.lstrip("\ufffd") if start else prefix_text, suffix_text)
+        texts = continuation_texts(self._tokenizer, prefix, suffix, after, cut_before=start > 0)
+        return Task(index, prefix, suffix, *texts)
 
     def tasks(self, start: int, count: int) -> list[Task]:
         """Tasks start, ..., start + count - 1."""
@@ -200,35 +198,6 @@ class TaskSource:
             digest.update(cuts.documents.tobytes())
             digest.update(cuts.source.lengths[cuts.documents].tobytes())
         return digest.hexdigest()
-
-
-def continuation_texts(
-    tokenizer: PreTrainedTokenizerBase, prefix: Sequence[int], suffix: Sequence[int], after: Sequence[int] = ()
-) -> tuple[str, str]:
-    """(prefix text, suffix text) whose concatenation is the decoded document: spaces at the seam are kept.
-
-    Decoding the suffix alone would lose a leading space with some tokenizers. A character whose bytes straddle the seam
-    belongs whole to the suffix; one that the suffix begins but does not finish is left out (`after`, the tokens that
-    follow, tell it from a replacement character that stands in the document). Special tokens are not shown.
-    """
-    whole = _decode(tokenizer, [*prefix, *suffix])
-    if whole.endswith("\ufffd"):
-        whole = _trim_to(whole, _decode(tokenizer, [*prefix, *suffix, *after])) if after else whole
-    before = _trim_to(_decode(tokenizer, prefix), whole)
-    if whole.startswith(before):
-        return before, whole[len(before) :]
-    return before, _decode(tokenizer, suffix)  # a decoder whose output for a prefix depends on what follows
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _trim_to(text: str, longer: str) -> str:
-    """`text` without the trailing replacement characters that are not in `longer`, the decoding of more tokens."""
-    while text.endswith("\ufffd") and not longer.startswith(text):
-        text = text[:-1]
-    return text
 
 
 def _source_report(

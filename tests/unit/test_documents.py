@@ -1,0 +1,466 @@
+"""Reading, tokenising and indexing documents; formats agree with each other and with Megatron; errors say what to mend."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import multiprocessing
+import os
+import runpy
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_tokenizer import MULTILINGUAL, byte_level_tokenizer
+
+from megatron_sip.data.documents import Corpus, DocumentSource, open_corpus, parse_data_path, parse_split
+from megatron_sip.data.errors import DataError
+from megatron_sip.data.ordering import Permutation, make_blend
+from megatron_sip.data.token_store import TokenStore, TokenStoreWriter, bin_path, idx_path
+from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, cached_tokens, tokenize_file
+
+TOKENIZER = byte_level_tokenizer()
+TEXTS = [*MULTILINGUAL, "", "line\nbreak \u2028 and <|im_end|> markers", " leading and trailing "]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> TokenizeSettings:
+    return TokenizeSettings(cache_dir=tmp_path / "cache", progress=False)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    lines = [json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def stored(corpus: Corpus) -> list[list[int]]:
+    return [source.tokens(i).tolist() for source in corpus.sources for i in range(len(source))]
+
+
+def write_store(prefix: Path, documents: list[list[int]], dtype: type[np.generic] = np.uint16) -> Path:
+    with TokenStoreWriter(prefix, dtype) as writer:
+        for ids in documents:
+            writer.add(np.asarray(ids, dtype), np.asarray([len(ids)], np.int32))
+    return prefix
+
+
+# ---------------------------------------------------------------- formats
+
+
+def test_jsonl_becomes_each_document_and_eos(tmp_path: Path, settings: TokenizeSettings) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    corpus = open_corpus([str(path)], TOKENIZER, settings)
+    expected = [
+        [*TOKENIZER(text, add_special_tokens=False, split_special_tokens=True).input_ids, TOKENIZER.eos_token_id]
+        for text in TEXTS
+        if text
+    ]
+    assert stored(corpus) == expected
+    (report,) = corpus.sources[0].reports
+    assert (report.documents, report.empty_documents, report.tokens) == (7, 1, sum(map(len, expected)))
+
+
+def test_special_tokens_in_a_document_stay_text(tmp_path: Path, settings: TokenizeSettings) -> None:
+    corpus = open_corpus([str(write_jsonl(tmp_path / "a.jsonl", ["x <|im_end|><|eos|> y"]))], TOKENIZER, settings)
+    (ids,) = stored(corpus)
+    assert TOKENIZER.convert_tokens_to_ids("<|im_end|>") not in ids
+    assert ids.index(TOKENIZER.eos_token_id) == len(ids) - 1
+    assert TOKENIZER.decode(ids[:-1]) == "x <|im_end|><|eos|> y"
+
+
+def test_bos_and_eos_are_configurable(tmp_path: Path, settings: TokenizeSettings) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", ["dog"]))
+    plain = TOKENIZER("dog", add_special_tokens=False).input_ids
+    both = TokenizeSettings(cache_dir=settings.cache_dir, progress=False, prepend_bos=True)
+    neither = TokenizeSettings(cache_dir=settings.cache_dir, progress=False, append_eos=False)
+    assert stored(open_corpus([path], TOKENIZER, both)) == [[TOKENIZER.bos_token_id, *plain, TOKENIZER.eos_token_id]]
+    assert stored(open_corpus([path], TOKENIZER, neither)) == [plain]
+
+
+def two_zstd_frames(data: bytes) -> bytes:
+    half = len(data) // 2
+    return zstandard.compress(data[:half]) + zstandard.compress(data[half:])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".jsonl.gz", gzip.compress), (".jsonl.zst", zstandard.compress), (".json.zst", two_zstd_frames)],
+)
+def test_compressed_equals_plain(tmp_path: Path, settings: TokenizeSettings, suffix: str, compress) -> None:
+    plain = write_jsonl(tmp_path / "plain.jsonl", TEXTS * 50)
+    packed = tmp_path / f"packed{suffix}"
+    packed.write_bytes(compress(plain.read_bytes()))
+    assert stored(open_corpus([str(packed)], TOKENIZER, settings)) == stored(
+        open_corpus([str(plain)], TOKENIZER, settings)
+    )
+
+
+def test_parquet_and_token_store_equal_jsonl(tmp_path: Path, settings: TokenizeSettings) -> None:
+    plain = write_jsonl(tmp_path / "plain.jsonl", TEXTS * 50)
+    pq.write_table(pa.table({"body": TEXTS * 50, "n": range(400)}), tmp_path / "t.parquet", row_group_size=64)
+    expected = stored(open_corpus([str(plain)], TOKENIZER, settings))
+    body = TokenizeSettings(text_field="body", cache_dir=settings.cache_dir, progress=False)
+    assert stored(open_corpus([str(tmp_path / "t.parquet")], TOKENIZER, body)) == expected
+    tokenize_file(plain, tmp_path / "made.v1", DocumentEncoder.of(TOKENIZER, settings), settings)
+    for name in ("made.v1", "made.v1.bin", "made.v1.idx", "made.*"):
+        assert stored(open_corpus([str(tmp_path / name)], TOKENIZER, settings)) == expected
+
+
+def test_worker_processes_change_nothing(tmp_path: Path, settings: TokenizeSettings) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 500)
+    encoder = DocumentEncoder.of(TOKENIZER, settings)
+    two = TokenizeSettings(workers=2, progress=False)
+    reports = [tokenize_file(source, tmp_path / name, encoder, s) for name, s in (("one", settings), ("two", two))]
+    assert reports[0] == reports[1]
+    for path in (bin_path, idx_path):
+        assert path(tmp_path / "one").read_bytes() == path(tmp_path / "two").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_megatron_reads_what_we_write(tmp_path: Path, dtype: type[np.generic]) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    documents = [[1, 2, 3], [65_000], list(range(1000)), [7]]
+    theirs = IndexedDataset(str(write_store(tmp_path / "ours", documents, dtype)))
+    assert [theirs[i].tolist() for i in range(len(theirs))] == documents
+    assert theirs.document_indices.tolist() == [0, 1, 2, 3, 4]
+    assert theirs.index.dtype is dtype
+
+
+def test_we_read_what_megatron_writes(tmp_path: Path) -> None:
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    documents = [[[1, 2], [3]], [[4]], [], [[5, 6, 7]], []]  # documents of several sequences, and empty ones
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.int32)
+    for sequences in documents:
+        for ids in sequences:
+            builder.add_item(torch.tensor(ids))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    ours = TokenStore(tmp_path / "theirs")
+    assert [ours[i].tolist() for i in range(len(ours))] == [[1, 2, 3], [4], [], [5, 6, 7], []]
+    assert ours.num_tokens == 7
+
+
+# ---------------------------------------------------------------- cache
+
+
+def test_a_finished_cache_is_reused_and_a_changed_source_or_setting_is_not(
+    tmp_path: Path, settings: TokenizeSettings
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    encoder = DocumentEncoder.of(TOKENIZER, settings)
+    prefix, report = cached_tokens(source, encoder, settings)
+    written = bin_path(prefix).stat().st_mtime_ns
+    assert cached_tokens(source, encoder, settings) == (prefix, report)
+    assert bin_path(prefix).stat().st_mtime_ns == written
+    other_tokenizer = DocumentEncoder.of(byte_level_tokenizer(300), settings)
+    no_eos = DocumentEncoder.of(TOKENIZER, TokenizeSettings(append_eos=False))
+    assert len({prefix, *(cached_tokens(source, e, settings)[0] for e in (other_tokenizer, no_eos))}) == 3
+    write_jsonl(source, TEXTS[:2])
+    assert cached_tokens(source, encoder, settings)[1].documents == 2
+
+
+def test_truncation_set_on_the_callers_tokenizer_is_neither_used_nor_changed(
+    tmp_path: Path, settings: TokenizeSettings
+) -> None:
+    tokenizer = byte_level_tokenizer()
+    before = DocumentEncoder.of(tokenizer, settings).fingerprint()
+    tokenizer("some text", truncation=True, max_length=2)
+    assert tokenizer.backend_tokenizer.truncation is not None
+    assert DocumentEncoder.of(tokenizer, settings).fingerprint() == before
+    corpus = open_corpus([str(write_jsonl(tmp_path / "a.jsonl", [TEXTS[0]]))], tokenizer, settings)
+    assert len(stored(corpus)[0]) > 3
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 2
+
+
+def test_a_failed_source_leaves_no_cache_entry(tmp_path: Path, settings: TokenizeSettings) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "fine"}\n{"text": broken}\n')
+    with pytest.raises(DataError):
+        open_corpus([str(source)], TOKENIZER, settings)
+    assert [path.name for path in settings.cache_dir.iterdir() if not path.name.endswith(".lock")] == []
+    source.write_text('{"text": "fine"}\n')
+    assert len(stored(open_corpus([str(source)], TOKENIZER, settings))) == 1
+
+
+def _open_together(source: str, cache: str, barrier, results) -> None:
+    settings = TokenizeSettings(cache_dir=Path(cache), progress=False)
+    barrier.wait(60)
+    results.put(stored(open_corpus([source], byte_level_tokenizer(), settings)))
+
+
+def test_processes_that_start_together_agree(tmp_path: Path, settings: TokenizeSettings) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 200)
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.Queue()
+    arguments = (str(source), str(settings.cache_dir), barrier, results)
+    processes = [context.Process(target=_open_together, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    answers = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 7 * 200
+    assert len([path for path in settings.cache_dir.iterdir() if path.is_dir()]) == 1
+
+
+def test_a_node_whose_locks_are_not_seen_loses_the_race_harmlessly(tmp_path: Path, settings: TokenizeSettings) -> None:
+    """Without a common lock both tokenise; the second to finish must keep the first one's entry, which may be in use."""
+    from megatron_sip.data.tokenization import _entry_path, _fill
+
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    encoder = DocumentEncoder.of(TOKENIZER, settings)
+    prefix, _ = cached_tokens(source, encoder, settings)
+    inode = bin_path(prefix).stat().st_ino
+    _fill(_entry_path(source, encoder, settings), source, encoder, settings)
+    assert bin_path(prefix).stat().st_ino == inode
+    assert not [path for path in settings.cache_dir.iterdir() if path.name.startswith(".")]
+
+
+def test_waiting_for_another_process_ends(tmp_path: Path, settings: TokenizeSettings) -> None:
+    from megatron_sip.data.tokenization import _entry_path
+
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    encoder = DocumentEncoder.of(TOKENIZER, settings)
+    entry = _entry_path(source, encoder, settings)
+    entry.parent.mkdir(parents=True)
+    impatient = TokenizeSettings(cache_dir=settings.cache_dir, progress=False, lock_timeout_s=0.2)
+    with (
+        filelock.FileLock(entry.with_name(entry.name + ".lock")),
+        pytest.raises(DataError, match=r"another process has been tokenising it for 0 s \(lock .*a\.jsonl-.*\.lock\)"),
+    ):
+        cached_tokens(source, encoder, impatient)
+
+
+# ---------------------------------------------------------------- errors
+
+GOOD = '{"text": "good"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            GOOD + '{"text": "cut',
+            r"a\.jsonl:2: not valid JSON \(.*\): '\{\"text\": \"cut'; each line must be one object",
+        ),
+        (GOOD + "\n" + '{"text": oops}\n', r"a\.jsonl:3: not valid JSON"),
+        (GOOD * 3000 + "[1, 2]\n", r"a\.jsonl:3001: expected a JSON object, found list: '\[1, 2\]'"),
+        (GOOD + '{"txt": "a", "id": 1}\n', r"a\.jsonl:2: no field 'text'; this line has \['id', 'txt'\]"),
+        ('{"text": 7}\n', r"a\.jsonl:1: field 'text' must be a string, found int"),
+        ('{"text": null}\n', r"a\.jsonl:1: field 'text' must be a string, found NoneType"),
+        ('{"text": "' + "x" * 500 + '"\n', r"a\.jsonl:1: not valid JSON .*x\.\.\.'; each"),
+    ],
+)
+def test_broken_lines(tmp_path: Path, settings: TokenizeSettings, content: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        open_corpus([str(tmp_path / "a.jsonl")], TOKENIZER, settings)
+
+
+def test_bytes_that_are_no_text(tmp_path: Path, settings: TokenizeSettings) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD.encode() + b'{"text": "\xff\xfe"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not valid JSON"):
+        open_corpus([str(tmp_path / "a.jsonl")], TOKENIZER, settings)
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_truncated_archives(tmp_path: Path, settings: TokenizeSettings, suffix: str, compress) -> None:
+    lines = "".join(json.dumps({"text": os.urandom(200).hex()}) + "\n" for _ in range(2000))
+    data = compress(lines.encode())
+    path = tmp_path / f"a.jsonl{suffix}"
+    for cut in (len(data) - 3, len(data) // 2):
+        path.write_bytes(data[:cut])
+        with pytest.raises(DataError, match=r"a\.jsonl.*(cut short or damaged|not valid JSON)"):
+            open_corpus([str(path)], TOKENIZER, settings)
+    path.write_bytes(b"not an archive at all")
+    with pytest.raises(DataError, match=r"cannot be decompressed after line 0"):
+        open_corpus([str(path)], TOKENIZER, settings)
+
+
+def test_parquet_errors(tmp_path: Path, settings: TokenizeSettings) -> None:
+    path = tmp_path / "t.parquet"
+    for table, message in (
+        (pa.table({"body": ["a"]}), r"t\.parquet: no column 'text'; it has \['body'\]"),
+        (pa.table({"text": [1, 2]}), r"t\.parquet: column 'text' must hold strings, it holds int64"),
+        (pa.table({"text": ["a", None]}), r"t\.parquet: row 2: column 'text' is null"),
+    ):
+        pq.write_table(table, path)
+        with pytest.raises(DataError, match=message):
+            open_corpus([str(path)], TOKENIZER, settings)
+    path.write_bytes(b"PAR1 nonsense")
+    with pytest.raises(DataError, match=r"t\.parquet: cannot be read as parquet"):
+        open_corpus([str(path)], TOKENIZER, settings)
+
+
+def test_token_store_errors(tmp_path: Path, settings: TokenizeSettings) -> None:
+    prefix = write_store(tmp_path / "s", [[1, 2, 3], [4, len(TOKENIZER)]])
+    with pytest.raises(
+        DataError, match=rf"s\.bin: token id {len(TOKENIZER)}, but the tokenizer has only {len(TOKENIZER)}"
+    ):
+        open_corpus([str(prefix)], TOKENIZER, settings)
+    bin_path(prefix).write_bytes(bin_path(prefix).read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"s\.bin: 8 bytes, but its index needs 10; the file is cut short"):
+        TokenStore(prefix)
+    whole = idx_path(prefix).read_bytes()
+    idx_path(prefix).write_bytes(whole[:-4])
+    with pytest.raises(DataError, match=r"s\.idx: .* too few for 2 sequences"):
+        TokenStore(prefix)
+    idx_path(prefix).write_bytes(b"something else")
+    with pytest.raises(DataError, match=r"s\.idx: not an index of Megatron's format"):
+        TokenStore(prefix)
+    bin_path(prefix).unlink()
+    with pytest.raises(DataError, match=r"s\.bin: no such file"):
+        TokenStore(prefix)
+
+
+def test_data_path_errors(tmp_path: Path) -> None:
+    a, b = (str(write_jsonl(tmp_path / name, ["x"])) for name in ("a.jsonl", "b.jsonl"))
+    (tmp_path / "notes.txt").write_text("x")
+    for data_path, message in (
+        ([], "--data-path is empty"),
+        ([str(tmp_path / "none.jsonl")], "no such file: '.*none.jsonl'"),
+        ([str(tmp_path / "*.parquet")], "no file matches '.*parquet'"),
+        ([str(tmp_path)], r"is a folder; name its files, e.g. '.*/\*\.jsonl'"),
+        ([str(tmp_path / "notes.txt")], "notes.txt' has an unknown format; readable are .jsonl"),
+        (["0.5", a, b], "b.jsonl' has no weight"),
+        (["0.5", "0.2", a], "'0.2' follows a weight"),
+        ([a, "0.5"], "ends with the weight '0.5'"),
+        (["-1", a], "weight '-1' must be positive"),
+        (["1", a, "2", str(tmp_path / "*.jsonl")], "a.jsonl is in both"),
+    ):
+        with pytest.raises(DataError, match=message):
+            parse_data_path(data_path)
+
+
+def test_data_path_forms(tmp_path: Path) -> None:
+    a, b = (write_jsonl(tmp_path / name, ["x"]) for name in ("a.jsonl", "b.jsonl"))
+    for data_path in ([str(tmp_path / "*.jsonl")], [str(b), str(a)], [str(a), str(b), str(a)]):
+        (spec,) = parse_data_path(data_path)
+        assert spec.paths == (a, b)
+        assert spec.weight is None
+    specs = parse_data_path(["0.7", str(b), "3e-1", str(a)])
+    assert [(spec.weight, spec.paths) for spec in specs] == [(Fraction(7, 10), (b,)), (Fraction(3, 10), (a,))]
+
+
+def test_tokenizers_that_cannot_serve(settings: TokenizeSettings) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="no EOS token"):
+        DocumentEncoder.of(tokenizer, settings)
+    with pytest.raises(DataError, match="str has no fast backend"):
+        DocumentEncoder.of("tokenizer", settings)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- splits, permutations and blends
+
+
+@given(st.integers(0, 400), st.lists(st.integers(0, 1000), min_size=1, max_size=3).filter(any))
+def test_splits_are_disjoint_cover_everything_and_have_their_share(documents: int, weights: list[int]) -> None:
+    source = DocumentSource.__new__(DocumentSource)
+    source.lengths = np.full(documents, 5)
+    splits = Corpus((source,), (Fraction(1),), 10).split(",".join(map(str, weights)))
+    parts = [splits[name].documents(0) for name in ("train", "valid", "test")]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(documents))
+    for part, weight in zip(parts, weights, strict=False):
+        assert abs(len(part) - documents * weight / sum(weights)) <= 1
+
+
+@pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "-1,2", "0,0", "1,,2"])
+def test_bad_splits(split: str) -> None:
+    with pytest.raises(DataError, match="expected 1 to 3 non-negative numbers for train,valid,test like 969,30,1"):
+        parse_split(split)
+
+
+def test_the_split_does_not_depend_on_the_order_of_files(tmp_path: Path, settings: TokenizeSettings) -> None:
+    a = write_jsonl(tmp_path / "a.jsonl", [f"first {i}" for i in range(40)])
+    b = write_jsonl(tmp_path / "b.jsonl", [f"second {i}" for i in range(30)])
+
+    def held_out(data_path: list[Path]) -> set[str]:
+        valid = open_corpus(list(map(str, data_path)), TOKENIZER, settings).split("8,2")["valid"]
+        return {TOKENIZER.decode(valid.sources[0].tokens(i)) for i in valid.documents(0)}
+
+    assert held_out([a, b]) == held_out([b, a])
+    assert len(held_out([a, b])) == 14
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**63))
+def test_permutations_are_bijections_and_scalar_equals_array(size: int, seed: int) -> None:
+    permutation = Permutation(size, seed)
+    images = permutation.take(np.arange(size))
+    assert sorted(images.tolist()) == list(range(size))
+    assert [permutation(i) for i in range(min(size, 20))] == images[:20].tolist()
+
+
+def test_permutations_of_different_seeds_look_independent() -> None:
+    images = np.array([Permutation(20, seed).take(np.arange(20)) for seed in range(4000)])
+    counts = np.array([np.bincount(column, minlength=20) for column in images.T])  # where each position goes: 200 each
+    assert (((counts - 200) ** 2 / 200).sum(axis=1) < 45).all()  # chi-square, 19 degrees of freedom: p < 0.001
+    pairs = np.bincount(images[:, 0] * 20 + images[:, 1], minlength=400).reshape(20, 20)
+    assert pairs[~np.eye(20, dtype=bool)].min() > 0  # no pair of neighbours is impossible
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(0, 3000))
+def test_blend_is_never_a_whole_task_off_its_share(weights: list[int], index: int) -> None:
+    blend = make_blend([Fraction(w, 7) for w in weights])
+    for i in (index, *range(40)):
+        for count, weight in zip(blend.count_before(i), weights, strict=True):
+            assert abs(count - i * weight / sum(weights)) < 1
+    source, earlier = blend.locate(index)
+    assert blend.count_before(index)[source] == earlier
+    assert blend.count_before(index + 1)[source] == earlier + 1
+
+
+def test_blend_of_awkward_weights_is_rounded_not_refused() -> None:
+    blend = make_blend([Fraction("0.3333333"), Fraction("0.6666668"), Fraction("0.0000001")])
+    assert sum(blend.weights) == pytest.approx(1)
+    assert blend.weights[0] == pytest.approx(1 / 3, abs=2e-5)
+    with pytest.raises(ValueError, match="must be positive"):
+        make_blend([Fraction(1), Fraction(0)])
+
+
+# ---------------------------------------------------------------- the command-line tools
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+
+
+def test_preprocess_data_tool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    TOKENIZER.save_pretrained(tmp_path / "tok")
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    arguments = ["--input", str(source), "--tokenizer", str(tmp_path / "tok")]
+    arguments += ["--output-prefix", str(tmp_path / "out" / "train")]
+    run_tool(monkeypatch, "preprocess_data.py", *arguments)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["documents"] == 7
+    assert len(TokenStore(tmp_path / "out" / "train")) == 7
+    with pytest.raises(SystemExit, match=r"error: .*train\.idx exists; pass --overwrite"):
+        run_tool(monkeypatch, "preprocess_data.py", *arguments)
+    run_tool(monkeypatch, "preprocess_data.py", *arguments, "--overwrite")
+
+
+def test_demo_corpus(tmp_path: Path, settings: TokenizeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = tmp_path / "topics.jsonl"
+    run_tool(monkeypatch, "write_demo_corpus.py", "--save", str(save))
+    written = save.stat().st_mtime_ns
+    run_tool(monkeypatch, "write_demo_corpus.py", "--save", str(save))
+    assert save.stat().st_mtime_ns == written  # an unchanged corpus keeps its tokenised cache
+    assert len(stored(open_corpus([str(save)], TOKENIZER, settings))) > 70
