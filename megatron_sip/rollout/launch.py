@@ -115,6 +115,8 @@ def server_environment(settings: ServerSettings) -> dict[str, str]:
     torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR"}
     torchrun |= {"MASTER_PORT", "OMP_NUM_THREADS"}
     kept = {k: v for k, v in os.environ.items() if k not in torchrun and not k.startswith("TORCHELASTIC_")}
+    # Log-probs of the model itself at any sampling temperature, comparable with the trainer's.
+    kept["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"
     if settings.threads is not None:
         kept["OMP_NUM_THREADS"] = str(settings.threads)
     if settings.devices is not None:

@@ -1,0 +1,69 @@
+"""Can an engine's model exchange token ids with the trainer's? Checked before training, from the engine's behaviour."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sip.rollout.protocol import EngineError
+
+Control = Callable[..., Awaitable[Any]]
+"""`await control(url, method, path, body=None)`: the JSON that the engine answers, or EngineError."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelContract:
+    """What the trainer expects of every engine.
+
+    `vocab_size` is the HF config's (no padding for tensor parallelism), `context_length` the tokens of prefix and
+    completion together, and `probe_ids` what the trainer's tokenizer makes of `probe_text` without special tokens.
+    """
+
+    vocab_size: int
+    context_length: int
+    probe_text: str
+    probe_ids: tuple[int, ...]
+
+
+async def check_engine(control: Control, url: str, contract: ModelContract) -> None:
+    """Raise ValueError, naming the engine and what to do, when it does not fulfil `contract`."""
+    models = await control(url, "GET", "/v1/models")
+    served = int(models["data"][0]["max_model_len"])
+    if served < contract.context_length:
+        raise ValueError(
+            f"the engine at {url} has a context of {served} tokens, training needs {contract.context_length}: "
+            "start it with a larger --context-length or lower --seq-length"
+        )
+    vocab_size = await _vocab_size(control, url)
+    if vocab_size != contract.vocab_size:
+        raise ValueError(
+            f"the engine at {url} serves a vocabulary of {vocab_size} tokens, the trainer's checkpoint has "
+            f"{contract.vocab_size}: serve the checkpoint that is trained"
+        )
+    body = {"prompt": contract.probe_text, "add_special_tokens": False}
+    ids = (await control(url, "POST", "/tokenize", body))["tokens"]
+    if ids != list(contract.probe_ids):
+        raise ValueError(
+            f"the engine at {url} has another tokenizer than the trainer: it makes {len(ids)} tokens of a test text "
+            f"that has {len(contract.probe_ids)} here, or others: give both the same tokenizer files"
+        )
+
+
+async def _vocab_size(control: Control, url: str) -> int:
+    """SGLang has no field for it, but names it when it refuses a token id outside of the vocabulary."""
+    body = {
+        "input_ids": [0],
+        "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+        "return_logprob": True,
+        "token_ids_logprob": [2**31 - 1],
+    }
+    try:
+        await control(url, "POST", "/generate", body)
+    except EngineError as error:
+        size = re.search(r"valid range is \[0, (\d+)\)", str(error))
+        if size is None:
+            raise
+        return int(size.group(1))
+    raise EngineError("bad-response", url, "accepted a token id far outside of any vocabulary")

@@ -1,0 +1,202 @@
+"""SGLang's native /generate on the wire: our records, the request bodies, and the checks on what comes back.
+
+Pure functions over plain JSON values. Token ids go in and come out; text is only a by-product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FailureKind = Literal[
+    "timeout",  # no answer within the call's time
+    "deadline",  # the whole request ran out of time, retries included
+    "connection",  # refused, reset, name not resolved
+    "http-5xx",
+    "http-4xx",  # the request itself is wrong: not retried
+    "aborted",  # the engine gave up the generation
+    "bad-response",  # an answer that contradicts itself or the request
+    "stale-weights",  # generated with other weights than the caller asked for
+]
+RETRYABLE: frozenset[FailureKind] = frozenset(
+    ("timeout", "connection", "http-5xx", "aborted", "bad-response", "stale-weights")
+)
+
+
+class EngineError(RuntimeError):
+    """A call to one engine failed; `kind` says how and the message names the URL."""
+
+    def __init__(self, kind: FailureKind, url: str, message: str) -> None:
+        super().__init__(f"{url}: {message}")
+        self.kind: FailureKind = kind
+        self.url = url
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled continuation.
+
+    `ids` holds exactly `max_new_tokens` tokens, or fewer when it ends with an EOS (or stop) token, which is kept: the
+    policy must be able to learn to end. `logprobs` (natural log) has one entry for each id. They are those of the
+    model's own distribution at temperature 1 when the engine runs with SGLANG_RETURN_ORIGINAL_LOGPROB=1, as
+    `rollout.launch` starts it, or when the sampling temperature is 0 or 1; otherwise those of the scaled one.
+    """
+
+    ids: list[int]
+    text: str | None
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+    weight_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a request has no result. Never to be read as an empty completion."""
+
+    kind: FailureKind
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSettings:
+    """How to sample. `temperature` 0 is greedy; `top_k` -1 and `top_p` 1 are off; `n` completions for each prefix.
+
+    `ignore_eos` makes every completion exactly `max_new_tokens` long. `return_text` False leaves out the text.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    n: int = 1
+    min_new_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    return_text: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.n < 1:
+            raise ValueError(f"n must be at least 1, not {self.n}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(f"min_new_tokens must be in [0, {self.max_new_tokens}], not {self.min_new_tokens}")
+
+
+def generate_body(prefix: Sequence[int], settings: SamplingSettings, seed: int | None = None) -> dict[str, Any]:
+    """JSON body that asks for `settings.n` completions of one prefix, with log-probs."""
+    sampling: dict[str, Any] = {
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "n": settings.n,
+        "ignore_eos": settings.ignore_eos,
+    }
+    if settings.min_new_tokens:
+        sampling["min_new_tokens"] = settings.min_new_tokens
+    if settings.stop_token_ids:
+        sampling["stop_token_ids"] = list(settings.stop_token_ids)
+    if seed is not None:
+        sampling["sampling_seed"] = seed
+    return {"input_ids": list(prefix), "sampling_params": sampling, "return_logprob": True}
+
+
+def score_body(prefix: Sequence[int], continuations: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """JSON body that prefills prefix + continuation for each continuation and returns its tokens' log-probs."""
+    count = len(continuations)
+    return {
+        "input_ids": [[*prefix, *continuation] for continuation in continuations],
+        "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
+        "return_logprob": True,
+        # The entry at the start position has no log-prob, so start one before the continuation.
+        "logprob_start_len": [len(prefix) - 1] * count,
+    }
+
+
+def parse_completions(reply: Any, settings: SamplingSettings, url: str) -> list[Completion]:
+    """The `settings.n` completions in a /generate reply. Raises EngineError when they are not what was asked for."""
+    results = _results(reply, settings.n, url)
+    return [_completion(result, settings, url) for result in results]
+
+
+def parse_scores(reply: Any, continuations: Sequence[Sequence[int]], url: str) -> list[list[float]]:
+    """Log-probs of each continuation's tokens, of the continuations' lengths, from the reply to `score_body`."""
+    results = _results(reply, len(continuations), url)
+    return [_score(result, continuation, url) for result, continuation in zip(results, continuations, strict=True)]
+
+
+def served_versions(reply: Any) -> set[str]:
+    """All weight versions that took part in a reply; more than one when weights changed during the generation."""
+    versions: set[str] = set()
+    for result in reply if isinstance(reply, list) else [reply]:
+        meta = result["meta_info"]
+        spans = meta.get("weight_versions") or [{"version": meta["weight_version"]}]
+        versions.update(str(span["version"]) for span in spans)
+    return versions
+
+
+def token_counts(reply: Any) -> tuple[int, int, int]:
+    """(prompt, cached prompt, completion) tokens that a reply reports, summed over its results."""
+    metas = [result["meta_info"] for result in (reply if isinstance(reply, list) else [reply])]
+    return (
+        sum(int(meta.get("prompt_tokens", 0)) for meta in metas),
+        sum(int(meta.get("cached_tokens", 0)) for meta in metas),
+        sum(int(meta.get("completion_tokens", 0)) for meta in metas),
+    )
+
+
+def _results(reply: Any, count: int, url: str) -> list[Mapping[str, Any]]:
+    results = reply if isinstance(reply, list) else [reply]
+    if len(results) != count:
+        raise EngineError("bad-response", url, f"{len(results)} results instead of {count}")
+    for result in results:
+        if not isinstance(result, dict) or not isinstance(result.get("meta_info"), dict):
+            raise EngineError("bad-response", url, f"no meta_info in the result {str(result)[:200]!r}")
+        reason = result["meta_info"].get("finish_reason") or {}
+        if reason.get("type") == "abort":
+            raise EngineError("aborted", url, f"the engine aborted the request: {reason.get('message', 'no reason')}")
+    return results
+
+
+def _completion(result: Mapping[str, Any], settings: SamplingSettings, url: str) -> Completion:
+    meta = result["meta_info"]
+    ids = result.get("output_ids")
+    finish_reason = (meta.get("finish_reason") or {}).get("type")
+    if not isinstance(ids, list) or not ids:
+        raise EngineError("bad-response", url, "a result without output_ids")
+    if finish_reason not in ("stop", "length"):
+        raise EngineError("bad-response", url, f"unknown finish reason {finish_reason!r}")
+    if len(ids) > settings.max_new_tokens or (finish_reason == "length" and len(ids) != settings.max_new_tokens):
+        raise EngineError(
+            "bad-response", url, f"{len(ids)} tokens and finish reason {finish_reason}, asked {settings.max_new_tokens}"
+        )
+    logprobs = _aligned(meta.get("output_token_logprobs"), ids, url)
+    text = str(result.get("text", "")) if settings.return_text else None
+    return Completion(list(ids), text, logprobs, finish_reason, str(meta.get("weight_version")))
+
+
+def _score(result: Mapping[str, Any], continuation: Sequence[int], url: str) -> list[float]:
+    entries = result["meta_info"].get("input_token_logprobs")
+    if not isinstance(entries, list):
+        raise EngineError("bad-response", url, "a result without input_token_logprobs")
+    return _aligned(entries[1:], continuation, url)
+
+
+def _aligned(entries: Any, ids: Sequence[int], url: str) -> list[float]:
+    """The log-probs of SGLang's [log-prob, token id, text] entries, when they are those of `ids`, in order."""
+    if not isinstance(entries, list) or len(entries) != len(ids):
+        found = len(entries) if isinstance(entries, list) else "no"
+        raise EngineError("bad-response", url, f"{found} log-probs for {len(ids)} tokens")
+    if any(entry[1] != token for entry, token in zip(entries, ids, strict=True)):
+        raise EngineError("bad-response", url, "log-probs of other tokens than the output's")
+    logprobs = [entry[0] for entry in entries]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in logprobs):
+        raise EngineError("bad-response", url, "a log-prob that is not a finite number")
+    return [float(value) for value in logprobs]

@@ -1,0 +1,65 @@
+"""Models and SGLang servers that the integration tests share; each server is started once for the whole session."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+from fetch_smollm2 import DEFAULT_SAVE, fetch
+
+from megatron_sip.rollout.launch import LocalServer, ServerSettings
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, fetched once for this machine."""
+    return fetch(DEFAULT_SAVE)
+
+
+@pytest.fixture(scope="session")
+def smollm2_server(smollm2_dir: Path) -> Iterator[LocalServer]:
+    """A running SGLang server of SmolLM2-135M-Instruct in bf16; its `.url` is the base URL. Do not change its weights."""
+    settings = ServerSettings(smollm2_dir, context_length=2048, max_total_tokens=16384)
+    with LocalServer(settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made-up float32 Llama (2 layers, 4 heads, 2 KV heads, untied) with SmolLM2's tokenizer, as a folder.
+
+    Its weights are large enough that the next token is far from uniform.
+    """
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2_dir).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_server(tiny_llama_dir: Path) -> Iterator[LocalServer]:
+    """A running float32 server of `tiny_llama_dir`; tests may change its weights, so each states what it expects."""
+    settings = ServerSettings(tiny_llama_dir, dtype="float32", max_total_tokens=8192)
+    with LocalServer(settings) as server:
+        yield server
