@@ -116,8 +116,8 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, str) and device.startswith("cuda")
 
 
-class _NoStream:
-    """Stands for `torch.cuda.Stream` and `torch.cuda.Event`: CPU work is finished when the call returns."""
+class _NoEvent:
+    """Stands for `torch.cuda.Event`: CPU work is finished when the call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -125,16 +125,22 @@ class _NoStream:
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, end: _NoStream) -> float:
+    def elapsed_time(self, end: _NoEvent) -> float:
         return 0.0
-
-    def record_event(self, event: _NoStream | None = None) -> _NoStream:
-        return event or _NoStream()
 
     def _nothing(self, *args: Any, **kwargs: Any) -> None:
         return None
 
-    wait_stream = wait_event = synchronize = record = wait = _nothing
+    synchronize = record = wait = _nothing
+
+
+class _NoStream(_NoEvent):
+    """Stands for `torch.cuda.Stream`."""
+
+    def record_event(self, event: _NoEvent | None = None) -> _NoEvent:
+        return event or _NoEvent()
+
+    wait_stream = wait_event = _NoEvent._nothing
 
 
 class _CpuProperties:
@@ -147,8 +153,9 @@ class _CpuProperties:
     total_memory = 0
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+def _no_operation() -> Callable[..., None]:
+    """A new function that does nothing. New each time: torch's compiler keeps one rule a function object."""
+    return lambda *args, **kwargs: None
 
 
 def _replace_cuda_runtime() -> None:
@@ -156,19 +163,19 @@ def _replace_cuda_runtime() -> None:
     replacements: dict[str, Any] = {
         "current_device": lambda: CPU,
         "device_count": lambda: 1,  # Megatron sets up model parallelism and seeds only for a positive count
-        "set_device": _nothing,
+        "set_device": _no_operation(),
         "get_device_properties": lambda *_: _CpuProperties(),
         "get_device_capability": lambda *_: (_CpuProperties.major, _CpuProperties.minor),
         "get_device_name": lambda *_: _CpuProperties.name,
-        "synchronize": _nothing,
-        "empty_cache": _nothing,
-        "reset_peak_memory_stats": _nothing,
+        "synchronize": _no_operation(),
+        "empty_cache": _no_operation(),
+        "reset_peak_memory_stats": _no_operation(),
         "memory_stats": lambda *_: {},
         "Stream": _NoStream,
-        "Event": _NoStream,
+        "Event": _NoEvent,
         "current_stream": lambda *_: _NoStream(),
         "default_stream": lambda *_: _NoStream(),
-        "set_stream": _nothing,
+        "set_stream": _no_operation(),
         "stream": lambda *_: contextlib.nullcontext(),
     }
     for name, replacement in replacements.items():
@@ -185,11 +192,14 @@ def _replace_random_state() -> None:
     def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(state)
 
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
+
     cuda_modules: tuple[Any, ...] = (torch.cuda, torch.cuda.random)
     for module in cuda_modules:
         module.get_rng_state = get_state
         module.set_rng_state = set_state
-        module.manual_seed = torch.manual_seed
+        module.manual_seed = manual_seed
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
 
@@ -203,7 +213,7 @@ def _skip_dataset_helper_build() -> None:
     from megatron.core.datasets import utils
 
     if not (Path(utils.__file__).parent / "Makefile").exists():
-        utils.compile_helpers = _nothing
+        utils.compile_helpers = _no_operation()
 
 
 def _let_distributed_optimizer_load() -> None:
