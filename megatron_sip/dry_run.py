@@ -1,0 +1,217 @@
+"""What a run does and what it will cost, from its flags alone: `python -m megatron_sip.train ... --dry-run`.
+
+All figures are upper bounds: full prefixes, full-length continuations, no identical candidates, no cached verdict,
+answers as long as allowed. Judgements are counted as the paper counts them: one verdict about one candidate or pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from megatron_sip.arguments import candidate_kinds, needs_teacher, uses_judge
+from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
+from megatron_sip.judge.schedules import make_schedule, planned_pairs
+from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings
+from megatron_sip.services import judge_settings
+
+CHARACTERS_PER_TOKEN = 4
+"""Of the instructions in prompt files; texts are counted in the policy's tokens."""
+
+REWRITE_START_TOKENS = 8
+"""About the five words that a rewrite's answer is started with, shown twice in its prompt."""
+
+Cost = dict[str, int]
+"""Name of a quantity, with its unit, -> how much of it; adds up."""
+
+
+def describe(args: argparse.Namespace) -> str:
+    """The text that --dry-run prints; `args` as `parse_arguments` returns them."""
+    settings = judge_settings(args, args.teacher_url or ["http://teacher"]) if needs_teacher(args) else None
+    judge = _judge(args, settings) if settings is not None and uses_judge(args) else ["none"]
+    facts = [
+        ("objective", _objective(args)),
+        ("candidates", _candidates(args)),
+        *(("judge", line) for line in judge),
+        ("schedule", _schedule(args)),
+        ("rows", _rows(args)),
+    ]
+    if args.win_rate_prompts:
+        facts.append(
+            ("at the end", f"{args.win_rate_prompts:,} held-out prefixes: trained against initial policy, judged")
+        )
+    lines = ["What this run does", *(f"  {name:<11} {text}" for name, text in facts)]
+    lines += ["", "What it costs at most", *_table(args, settings)]
+    return "\n".join(lines) + "\n"
+
+
+def prompt_cost(args: argparse.Namespace, settings: JudgeSettings | None, with_rollouts: bool = True) -> Cost:
+    """What one prompt (task) costs. `settings` is needed when the run has a judge."""
+    kinds = [kind for kind in candidate_kinds(args) if with_rollouts or kind != "rollout"]
+    prefix, suffix = args.seq_length - args.suffix_length, args.suffix_length
+    cost: Cost = {}
+    if "rollout" in kinds:
+        cost["rollout tokens, prefilled"] = prefix
+        cost["rollout tokens, generated"] = args.num_rollouts * suffix
+    if "rewrite" in kinds:
+        cost["rewriter calls"] = 1
+        instructions = _instruction_tokens(builtin_prompt("rewrite"))
+        cost["rewriter tokens, prompt"] = instructions + prefix + suffix + 3 * REWRITE_START_TOKENS
+        cost["rewriter tokens, answer"] = suffix
+    if uses_judge(args):
+        assert settings is not None
+        count = candidate_count(args, with_rollouts)
+        cost |= add_costs(criterion_cost(name, settings, count, prefix, suffix) for name in settings.criteria)
+    branches = 2 if args.objective == "dpo" else 1
+    cost["training tokens, packed"] = prefix + branches * suffix
+    cost["training tokens, unpacked"] = branches * (prefix + suffix)
+    if args.objective == "dpo":
+        cost["reference tokens, packed"] = prefix + branches * suffix
+    return cost
+
+
+def candidate_count(args: argparse.Namespace, with_rollouts: bool = True) -> int:
+    """Candidates of one prompt."""
+    rollouts = args.num_rollouts if with_rollouts else 0
+    return sum(rollouts if kind == "rollout" else 1 for kind in candidate_kinds(args))
+
+
+def criterion_cost(name: str, settings: JudgeSettings, count: int, prefix: int, suffix: int) -> Cost:
+    """What one criterion asks about `count` candidates of `suffix` tokens after `prefix` tokens.
+
+    Requests are HTTP calls, which ask for all votes of a judgement at once; with a warm prefix cache the server computes the
+    instructions and the prefix only once a prompt.
+    """
+    if name == LIKELIHOOD:
+        requests, kind = count, "likelihood judgements"
+        judgements, answer, shown, once = count, 0, suffix, prefix
+    else:
+        prompt = read_prompt_file(Path(name)) if name.endswith(".txt") else builtin_prompt(name)
+        pairwise = prompt.kind == "pairwise"
+        kind = "pair judgements" if pairwise else "point judgements"
+        judgements, requests = (_pairwise if pairwise else _pointwise)(settings, name, count)
+        answer = judgements * settings.max_tokens if settings.mode(name) == "hard" else 0
+        shown = 2 * suffix if pairwise else suffix
+        once = (
+            _instruction_tokens(prompt) + prefix * ("prefix" in prompt.slots) + suffix * ("reference" in prompt.slots)
+        )
+    return {
+        kind: judgements,
+        "judge requests": requests,
+        "judge tokens, prompts": requests * (once + shown),
+        "judge tokens, uncached": (once if requests else 0) + requests * shown,
+        "judge tokens, answers": answer,
+    }
+
+
+def _pairwise(settings: JudgeSettings, name: str, count: int) -> tuple[int, int]:
+    """(judgements, requests); each order of the two options is a request of its own."""
+    pairs = planned_pairs(settings.schedule, count)
+    schedule = make_schedule(settings.schedule)
+    if settings.mode(name) == "soft":
+        orders = 1 if schedule.balanced else 2
+        return pairs * orders, pairs * orders
+    if schedule.both_orders:
+        return 2 * pairs * settings.votes, 2 * pairs
+    return pairs * settings.votes, pairs * min(2, settings.votes)
+
+
+def _pointwise(settings: JudgeSettings, name: str, count: int) -> tuple[int, int]:
+    """(judgements, requests)"""
+    return count * (settings.votes if settings.mode(name) == "hard" else 1), count
+
+
+def _instruction_tokens(prompt: PromptFile) -> int:
+    return sum(map(len, prompt.body[::2])) // CHARACTERS_PER_TOKEN
+
+
+def add_costs(costs: Iterable[Cost]) -> Cost:
+    """The quantities of several costs together."""
+    total: Cost = {}
+    for cost in costs:
+        for name, value in cost.items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+def run_cost(args: argparse.Namespace, settings: JudgeSettings | None) -> Cost:
+    """What the whole run costs; before --rollout-start-step there are no rollouts."""
+    without = min(args.rollout_start_step, args.train_iters) if "rollout" in candidate_kinds(args) else 0
+    phases = [(args.train_iters - without, prompt_cost(args, settings))]
+    if without:
+        phases.append((without, prompt_cost(args, settings, with_rollouts=False)))
+    return add_costs(_times(cost, steps * args.global_batch_size) for steps, cost in phases)
+
+
+def _times(cost: Mapping[str, int], factor: int) -> Cost:
+    return {name: factor * value for name, value in cost.items()}
+
+
+def _table(args: argparse.Namespace, settings: JudgeSettings | None) -> list[str]:
+    prompt, run = prompt_cost(args, settings), run_cost(args, settings)
+    step = _times(prompt, args.global_batch_size)
+    width = max(map(len, run))
+    columns = [("a prompt", prompt), ("a step", step), (f"{args.train_iters:,} steps", run)]
+    lines = ["  " + " " * width + "".join(f"{title:>20}" for title, _ in columns)]
+    lines += [f"  {name:<{width}}" + "".join(f"{cost.get(name, 0):>20,}" for _, cost in columns) for name in prompt]
+    ratio = prompt["training tokens, packed"] / prompt["training tokens, unpacked"]
+    if ratio < 1:
+        lines.append(f"  Packed, with the prefix shared by the pair, training takes {ratio:.0%} of the tokens.")
+    return lines
+
+
+def _objective(args: argparse.Namespace) -> str:
+    if args.objective == "sft":
+        return f"NLL of the {args.sft_target}"
+    if args.objective == "rf-nll":
+        return "RF-NLL: NLL of the best-judged candidate"
+    roles = "best against worst candidate"
+    if args.dpo_pair is not None:
+        roles = f"chosen {args.dpo_pair[0]}, rejected {args.dpo_pair[1]}"
+    interval = args.ref_update_interval
+    reference = f"refreshed every {interval} steps" if interval else "frozen"
+    return f"online DPO, {roles}; beta {args.dpo_beta:g}, reference {reference}"
+
+
+def _candidates(args: argparse.Namespace) -> str:
+    kinds = candidate_kinds(args)
+    names = [f"{args.num_rollouts} rollouts" if kind == "rollout" else kind for kind in kinds]
+    text = f"{' + '.join(names)} = {candidate_count(args)} a prompt, {args.suffix_length} tokens each"
+    if "rollout" not in kinds:
+        return text
+    start = f", from step {args.rollout_start_step}" if args.rollout_start_step else ""
+    return f"{text}; rollouts at T={args.rollout_temperature:g}, top-p {args.rollout_top_p:g}{start}"
+
+
+def _judge(args: argparse.Namespace, settings: JudgeSettings) -> list[str]:
+    count = candidate_count(args)
+    lines = []
+    for name, weight in settings.criteria.items():
+        cost = criterion_cost(name, settings, count, 0, 0)
+        kind, judgements = next(iter(cost.items()))
+        how = "mean token log-prob" if name == LIKELIHOOD else f"{settings.mode(name)} verdicts"
+        if kind == "pair judgements":
+            pairs = planned_pairs(settings.schedule, count)
+            how += f", {settings.schedule.name}: {pairs} of {count * (count - 1) // 2} pairs"
+        if name != LIKELIHOOD and settings.mode(name) == "hard":
+            how += f", {settings.votes} votes at T={settings.temperature:g}, top-p {settings.top_p:g}"
+        lines.append(f"{name} (weight {weight:g}): {how}; {judgements} {kind} a prompt")
+    return lines
+
+
+def _schedule(args: argparse.Namespace) -> str:
+    prompts = args.train_iters * args.global_batch_size
+    rate = f"lr {args.lr:g}" if args.lr is not None else "lr not given"
+    rate += f" {args.lr_decay_style} to {args.min_lr:g}, warm-up {args.lr_warmup_iters} steps"
+    return f"{args.train_iters:,} steps x {args.global_batch_size} prompts = {prompts:,} prompts; {rate}"
+
+
+def _rows(args: argparse.Namespace) -> str:
+    prefix = args.seq_length - args.suffix_length
+    branches = 2 if args.objective == "dpo" else 1
+    example = prefix + branches * args.suffix_length
+    return (
+        f"micro-batches of up to {args.row_length:,} tokens; an example has up to {example:,} "
+        f"({prefix:,} of prefix, {branches} x {args.suffix_length})"
+    )
