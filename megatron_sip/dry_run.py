@@ -62,7 +62,8 @@ def prompt_cost(args: argparse.Namespace, settings: JudgeSettings | None, with_r
     if uses_judge(args):
         assert settings is not None
         count = candidate_count(args, with_rollouts)
-        cost |= add_costs(criterion_cost(name, settings, count, prefix, suffix) for name in settings.criteria)
+        judge = add_costs(criterion_cost(name, settings, count, prefix, suffix) for name in settings.criteria)
+        cost |= dict(sorted(judge.items(), key=lambda item: not item[0].endswith("judgements")))
     branches = 2 if args.objective == "dpo" else 1
     cost["training tokens, packed"] = prefix + branches * suffix
     cost["training tokens, unpacked"] = branches * (prefix + suffix)
@@ -176,7 +177,8 @@ def _objective(args: argparse.Namespace) -> str:
 
 def _candidates(args: argparse.Namespace) -> str:
     kinds = candidate_kinds(args)
-    names = [f"{args.num_rollouts} rollouts" if kind == "rollout" else kind for kind in kinds]
+    rollouts = "1 rollout" if args.num_rollouts == 1 else f"{args.num_rollouts} rollouts"
+    names = [rollouts if kind == "rollout" else kind for kind in kinds]
     text = f"{' + '.join(names)} = {candidate_count(args)} a prompt, {args.suffix_length} tokens each"
     if "rollout" not in kinds:
         return text
@@ -203,7 +205,7 @@ def _judge(args: argparse.Namespace, settings: JudgeSettings) -> list[str]:
 def _schedule(args: argparse.Namespace) -> str:
     prompts = args.train_iters * args.global_batch_size
     rate = f"lr {args.lr:g}" if args.lr is not None else "lr not given"
-    rate += f" {args.lr_decay_style} to {args.min_lr:g}, warm-up {args.lr_warmup_iters} steps"
+    rate += f" {args.lr_decay_style} to {args.min_lr:g}, warm-up {args.lr_warmup_iters:,} steps"
     return f"{args.train_iters:,} steps x {args.global_batch_size} prompts = {prompts:,} prompts; {rate}"
 
 
