@@ -94,28 +94,29 @@ class RowPlan:
 
 
 def plan_rows(lengths: Sequence[Lengths], row_length: int, num_replicas: int, *, multiple_of: int = 1) -> RowPlan:
-    """Assign examples to rows of at most `row_length` tokens, the same number of rows on every replica.
+    """Assign examples to rows of at most `row_length` tokens, rounded up, the same number of rows on every replica.
 
     Best-fit decreasing finds the number of rows, which is rounded up to a multiple of `num_replicas`; the examples are
-    then spread evenly over that many rows, so that the common length, the longest row rounded up to `multiple_of`
-    (tensor-parallel size under sequence parallelism, vector widths), is small. An example is never split. Deterministic
-    in its arguments.
+    then spread evenly over that many rows, so that the common length, that of the longest row, is small. Lengths are
+    rounded up to `multiple_of` (tensor-parallel size under sequence parallelism, vector widths). An example is never
+    split. Deterministic in its arguments.
 
     Raises:
         ValueError: a bad row_length, num_replicas or multiple_of, an empty prefix or branch, or branches that leave no
             room for a single prefix token.
     """
     _check_plan_arguments(row_length, num_replicas, multiple_of)
+    row_length = _round_up(row_length, multiple_of)
     cuts = [_prefix_cut(index, prefix, branches, row_length) for index, (prefix, branches) in enumerate(lengths)]
     sizes = [prefix - cut + sum(branches) for (prefix, branches), cut in zip(lengths, cuts, strict=True)]
     rows = _balanced_rows(sizes, row_length, num_replicas)
     loads = [sum(sizes[index] for index in row) for row in rows]
-    common = -(-max(loads, default=0) // multiple_of) * multiple_of
+    common = max(_round_up(max(loads), multiple_of), multiple_of)
     return RowPlan(
         rows=_deal(rows, loads, num_replicas),
-        row_length=max(common, multiple_of),
+        row_length=common,
         tokens=sum(sizes),
-        padding=max(common, multiple_of) * len(rows) - sum(sizes),
+        padding=common * len(rows) - sum(sizes),
         unshared_tokens=sum(
             sum(prefix - cut + n for n in branches) for (prefix, branches), cut in zip(lengths, cuts, strict=True)
         ),
@@ -184,8 +185,12 @@ def _check_plan_arguments(row_length: int, num_replicas: int, multiple_of: int) 
         raise ValueError(f"num_replicas is {num_replicas}, must be at least 1")
     if multiple_of < 1:
         raise ValueError(f"multiple_of is {multiple_of}, must be at least 1")
-    if row_length < 1 or row_length % multiple_of:
-        raise ValueError(f"row_length is {row_length}, must be a positive multiple of {multiple_of}")
+    if row_length < 1:
+        raise ValueError(f"row_length is {row_length}, must be at least 1")
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def _prefix_cut(index: int, prefix: int, branches: Sequence[int], row_length: int) -> int:
@@ -205,7 +210,7 @@ def _prefix_cut(index: int, prefix: int, branches: Sequence[int], row_length: in
 def _balanced_rows(sizes: Sequence[int], row_length: int, num_replicas: int) -> list[list[int]]:
     """Example indices a row; the number of rows is the smallest multiple of num_replicas (>= 1) that best-fit needs."""
     packed = _best_fit(sizes, row_length)
-    count = -(-max(len(packed), 1) // num_replicas) * num_replicas
+    count = _round_up(max(len(packed), 1), num_replicas)
     packed = _split_to(packed, sizes, count)
     spread = _spread(sizes, count)
 

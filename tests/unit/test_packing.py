@@ -207,9 +207,12 @@ def test_bad_lengths_are_named(arguments, message):
         plan_rows(*arguments)
 
 
-def test_row_length_must_allow_the_multiple():
-    with pytest.raises(ValueError, match="row_length is 10, must be a positive multiple of 4"):
-        plan_rows([], 10, 1, multiple_of=4)
+def test_row_length_is_rounded_up_to_the_multiple():
+    """A prefix is cut to the rounded length, which is the length that `build_row` gets."""
+    examples = make_examples([(30, [4])])
+    plan = plan_rows(example_lengths(examples), 13, 1, multiple_of=8)
+    assert (plan.row_length, plan.cut_tokens, plan.padding) == (16, 18, 0)
+    assert build_row(examples, plan.rows[0][0], plan.row_length, PAD).tokens[0] == 18
 
 
 def test_examples_that_do_not_fit_together_are_refused():
