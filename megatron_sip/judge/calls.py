@@ -1,0 +1,69 @@
+"""What a judge's server can be asked: three kinds of calls, independent of the server's protocol.
+
+An answer is plain JSON data, so that it can be cached: a list of values or texts for `GenerateCall`, one value for
+`ChoiceCall`, one log-prob for `LikelihoodCall`. None inside it is a missing vote; None instead of it a failed call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from megatron_sip.judge.verdicts import VerdictRule
+
+Answer = list[float | None] | list[str] | float | None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateCall:
+    """`n` sampled answers to a prompt. With `rule` they are read as verdicts (list[float | None]), else kept as texts.
+
+    `start` begins the answer; a server's text does not repeat it.
+    """
+
+    identity: str
+    prompt: tuple[str, ...]
+    n: int
+    max_tokens: int
+    temperature: float
+    top_p: float
+    rule: VerdictRule | None = None
+    start: str = ""
+    salt: int = 0
+
+    def cache_fields(self) -> list[Any]:
+        return ["generate", self.n, self.max_tokens, self.temperature, self.top_p, self.start, self.salt]
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceCall:
+    """The expected value of the verdict by its probabilities after `rule.start`: one forward pass, no sampling."""
+
+    identity: str
+    prompt: tuple[str, ...]
+    rule: VerdictRule
+    max_tokens: int = 512
+
+    def cache_fields(self) -> list[Any]:
+        return ["choice", self.rule.start]
+
+
+@dataclass(frozen=True, slots=True)
+class LikelihoodCall:
+    """Mean log-prob (nats) of the continuation's tokens after the prefix, in the judge's own tokens, no chat template."""
+
+    identity: str
+    prompt: tuple[str, str]  # prefix, continuation
+
+    def cache_fields(self) -> list[Any]:
+        return ["likelihood"]
+
+
+Call = GenerateCall | ChoiceCall | LikelihoodCall
+
+
+def cache_material(call: Call, model: str) -> bytes:
+    """Everything that an answer depends on, as bytes: judge model, prompt version and wording, sampling, texts."""
+    return orjson.dumps([model, call.identity, *call.cache_fields(), *call.prompt])

@@ -1,0 +1,207 @@
+"""Asks a judge's servers: calls in, answers out, through the cache, in batches where the server takes them.
+
+    async with JudgeClient(settings) as client:
+        answers = await client.ask(calls, "quality", affinity, deadline)
+
+A failed call's answer is None, and is counted by kind. Nothing but a server's readable answer becomes an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Self
+
+import aiohttp
+import orjson
+
+from megatron_sip.http import HttpPool, Request, RequestError, RetryPolicy, Server
+from megatron_sip.judge.cache import AnswerCache, cache_key
+from megatron_sip.judge.calls import Answer, Call, GenerateCall, LikelihoodCall, cache_material
+from megatron_sip.judge.encoding import ChatEncoder, EncodingError
+from megatron_sip.judge.settings import ClientSettings, Endpoint, SettingsError
+from megatron_sip.judge.wire import OPENAI_PATH, SGLANG_PATH, openai_answer, openai_body, sglang_answers, sglang_body
+
+log = logging.getLogger(__name__)
+
+PREFILL_BATCH = 32
+"""Prompts in one native request that generates at most one token each."""
+GENERATE_BATCH = 8
+"""Prompts in one native request that generates: few, since the batch is as slow as its slowest answer."""
+CHECK_TIMEOUT_S = 30.0
+
+
+class EndpointError(RuntimeError):
+    """An endpoint that does not answer at start; the message names its URL."""
+
+
+class JudgeClient:
+    """Transport of one judge. Use as an async context manager; `check` first, so that mistakes show at start."""
+
+    def __init__(self, settings: ClientSettings) -> None:
+        self._settings = settings
+        servers = [_server(endpoint) for endpoint in settings.endpoints]
+        self.pool = HttpPool(
+            servers,
+            concurrency=settings.concurrency,
+            call_timeout_s=settings.call_timeout_s,
+            policy=RetryPolicy(attempts=settings.attempts),
+            seed=settings.seed,
+        )
+        self.counts: Counter[str] = Counter()
+        self._cache: AnswerCache | None = None
+        self._encoder = ChatEncoder.load(settings.tokenizer) if settings.tokenizer else None
+
+    async def __aenter__(self) -> Self:
+        if self._settings.cache_path is not None:
+            self._cache = AnswerCache(self._settings.cache_path)
+        await self.pool.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.pool.__aexit__(*exc_info)
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
+
+    async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
+        """Wait until every endpoint answers. Raises EndpointError after `timeout_s`, EncodingError, SettingsError."""
+        await asyncio.gather(*(self._check_endpoint(server, timeout_s) for server in self.pool.servers))
+        if any(endpoint.kind == "sglang" for endpoint in self._settings.endpoints):
+            _ = self.encoder
+
+    @property
+    def encoder(self) -> ChatEncoder:
+        """Raises SettingsError when there is no tokenizer for the sglang endpoints."""
+        if self._encoder is None:
+            raise SettingsError("an sglang judge endpoint needs the judge's tokenizer: give its folder")
+        return self._encoder
+
+    async def ask(self, calls: Sequence[Call], criterion: str, affinity: int, deadline: float) -> list[Answer]:
+        """Answers in the order of `calls`; None for a call that failed or had not ended at `deadline` (loop time)."""
+        allowed = self._settings.endpoints_for(criterion)
+        model = allowed[0].model
+        keys = [cache_key(cache_material(call, model)) for call in calls]
+        known = self._cache.get_many(keys) if self._cache is not None else {}
+        open_calls = {key: call for key, call in zip(keys, calls, strict=True) if key not in known}
+        self.counts["calls"] += len(calls)
+        self.counts["cached"] += len(calls) - len(open_calls)
+        if open_calls:
+            fresh = await self._ask_servers(open_calls, allowed, affinity, deadline)
+            if self._cache is not None:
+                self._cache.put_many(fresh.items())
+            known |= fresh
+        return [known.get(key) for key in keys]
+
+    def flush(self) -> None:
+        if self._cache is not None:
+            self._cache.flush()
+
+    async def _ask_servers(
+        self, calls: dict[bytes, Call], allowed: tuple[Endpoint, ...], affinity: int, deadline: float
+    ) -> dict[bytes, Answer]:
+        one_each = any(endpoint.kind == "openai" for endpoint in allowed)  # chat completions take one prompt each
+        batches = [[key] for key in calls] if one_each else _batches(calls)
+        results = await asyncio.gather(
+            *(self._send([calls[key] for key in batch], allowed, affinity, deadline) for batch in batches)
+        )
+        answers: dict[bytes, Answer] = {}
+        for batch, result in zip(batches, results, strict=True):
+            if result is not None:
+                answers.update(zip(batch, result, strict=True))
+        return answers
+
+    async def _send(
+        self, calls: list[Call], allowed: tuple[Endpoint, ...], affinity: int, deadline: float
+    ) -> list[Answer] | None:
+        request = Request(
+            affinity,
+            path=lambda server: SGLANG_PATH if server.tag.kind == "sglang" else OPENAI_PATH,
+            body=lambda server: self._body(calls, server.tag),
+            parse=lambda server, response: self._parse(calls, server.tag, response),
+            allowed=lambda server: server.tag in allowed,
+        )
+        try:
+            return await self.pool.send(request, deadline)
+        except RequestError as failure:
+            name = f"failed/{failure.kind}"
+            self.counts[name] += len(calls)
+            if self.counts[name] == len(calls):  # the first of its kind is worth a line, not a flood
+                log.warning("judge call failed, its votes are missing: %s", failure)
+            return None
+
+    def _body(self, calls: list[Call], endpoint: Endpoint) -> bytes:
+        if endpoint.kind == "sglang":
+            return orjson.dumps(sglang_body(calls, self.encoder, endpoint))
+        assert not isinstance(calls[0], LikelihoodCall)
+        return orjson.dumps(openai_body(calls[0], endpoint))
+
+    def _parse(self, calls: list[Call], endpoint: Endpoint, response: Any) -> list[Answer]:
+        if endpoint.kind == "sglang":
+            answers, prompt_tokens, generated = sglang_answers(calls, self.encoder, response)
+        else:
+            assert not isinstance(calls[0], LikelihoodCall)
+            answer, prompt_tokens, generated = openai_answer(calls[0], endpoint, response)
+            answers = [answer]
+        self.counts["prompt-tokens"] += prompt_tokens
+        self.counts["generated-tokens"] += generated
+        return answers
+
+    async def _check_endpoint(self, server: Server, timeout_s: float) -> None:
+        endpoint: Endpoint = server.tag
+        path = "/model_info" if endpoint.kind == "sglang" else "/v1/models"
+        loop = asyncio.get_running_loop()
+        deadline, last = loop.time() + timeout_s, "no answer"
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=min(10.0, timeout_s))) as session:
+            while loop.time() < deadline:
+                try:
+                    async with session.get(server.url + path, headers=server.headers) as response:
+                        if response.status == 200:
+                            await self._learn_tokenizer(endpoint, response)
+                            return
+                        last = f"status {response.status}"
+                        if response.status in (401, 403):
+                            break
+                except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+                    last = str(error) or type(error).__name__
+                await asyncio.sleep(min(1.0, max(0.0, deadline - loop.time())))
+        raise EndpointError(
+            f"judge endpoint {server.url} ({endpoint.kind}) gave no good answer to {path} within {timeout_s:.0f} s: "
+            f"{last}. Is the server running, and is the URL right?"
+        )
+
+    async def _learn_tokenizer(self, endpoint: Endpoint, response: aiohttp.ClientResponse) -> None:
+        if endpoint.kind == "sglang" and self._encoder is None:
+            info = await response.json()
+            path = info.get("tokenizer_path") or info.get("model_path")
+            if path:
+                try:
+                    self._encoder = ChatEncoder.load(path)
+                except EncodingError as error:
+                    raise EncodingError(f"{error}; give the judge's tokenizer explicitly") from error
+
+
+def _server(endpoint: Endpoint) -> Server:
+    key = endpoint.api_key()
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    return Server(endpoint.url, headers, endpoint.requests_per_s, endpoint)
+
+
+def _batches(calls: dict[bytes, Call]) -> list[list[bytes]]:
+    """Keys of calls that may share a native request: same kind, prompt identity and number of samples."""
+    alike: dict[Any, list[bytes]] = {}
+    for key, call in calls.items():
+        alike.setdefault((call.identity, *map(str, call.cache_fields())), []).append(key)
+    batches = []
+    for keys in alike.values():
+        size = GENERATE_BATCH if isinstance(calls[keys[0]], GenerateCall) else PREFILL_BATCH
+        batches += [keys[begin : begin + size] for begin in range(0, len(keys), size)]
+    return batches
+
+
+def affinity_of(prefix: str) -> int:
+    """The routing key of a prompt: equal prefixes, equal servers."""
+    return int.from_bytes(hashlib.blake2b(prefix.encode(errors="surrogatepass"), digest_size=8).digest())

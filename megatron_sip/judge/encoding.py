@@ -1,0 +1,101 @@
+"""Token ids of judge prompts, made piece by piece so that what prompts share is tokenized once.
+
+A task's prefix occurs in every judgement of the task, each candidate in several. Pieces meet at line ends, where
+tokenizers split anyway. Texts are encoded with special tokens switched off: no text can yield one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+_SENTINEL = "SIP-CONTENT-SENTINEL"
+
+
+class EncodingError(ValueError):
+    """A tokenizer that cannot be used as asked; the message says what would be right."""
+
+
+class ChatEncoder:
+    """Prompts and continuations of one tokenizer, as token ids.
+
+    tokenizer: a transformers tokenizer. Raises EncodingError when it has no usable chat template and one is needed.
+    """
+
+    def __init__(self, tokenizer: Any, cached_pieces: int = 4096) -> None:
+        self._tokenizer = tokenizer
+        self._cached_pieces = cached_pieces
+        self._pieces: OrderedDict[str, list[int]] = OrderedDict()
+        self._frame: tuple[list[int], list[int]] | None = None
+        self._choices: dict[tuple[str, tuple[str, ...]], tuple[list[int], list[int]]] = {}
+
+    @classmethod
+    def load(cls, name_or_path: str) -> ChatEncoder:
+        """Raises EncodingError when there is no tokenizer at `name_or_path`."""
+        from transformers import AutoTokenizer
+
+        try:
+            return cls(AutoTokenizer.from_pretrained(name_or_path))
+        except (OSError, ValueError) as error:
+            raise EncodingError(f"judge tokenizer '{name_or_path}' cannot be loaded: {error}") from error
+
+    def text(self, text: str) -> list[int]:
+        """Ids of plain text: no special tokens added, none recognised in it. Do not modify the list."""
+        ids = self._pieces.get(text)
+        if ids is None:
+            ids = self._encode(text)
+            self._pieces[text] = ids
+            if len(self._pieces) > self._cached_pieces:
+                self._pieces.popitem(last=False)
+        else:
+            self._pieces.move_to_end(text)
+        return ids
+
+    def document_start(self) -> list[int]:
+        """The beginning-of-sequence id if this tokenizer puts one before plain text, else nothing."""
+        bos = self._tokenizer.bos_token_id
+        return [bos] if bos is not None and self._tokenizer("a")["input_ids"][:1] == [bos] else []
+
+    def chat(self, prompt: Sequence[str], answer_prefix: str = "", start: str = "") -> list[int]:
+        """Ids of a chat with one user message made of the pieces of `prompt`, up to where the answer begins."""
+        head, tail = self._chat_frame()
+        ids = list(head)
+        for piece in prompt:
+            ids += self.text(piece)
+        ids += tail
+        if answer_prefix:
+            ids += self._tokenizer.encode(answer_prefix, add_special_tokens=False)
+        return ids + self.text(start) if start else ids
+
+    def choices(self, start: str, labels: tuple[str, ...]) -> tuple[list[int], list[int]]:
+        """`start` up to where the labels differ, and the id with which each label goes on from there.
+
+        Raises EncodingError when two labels begin with the same token.
+        """
+        key = (start, labels)
+        if key not in self._choices:
+            encoded = [self._encode(start + label) for label in labels]
+            shared = 0
+            while all(len(ids) > shared for ids in encoded) and len({ids[shared] for ids in encoded}) == 1:
+                shared += 1
+            firsts = [ids[shared] for ids in encoded if len(ids) > shared]
+            if len(set(firsts)) < len(labels):
+                raise EncodingError(f"soft verdicts impossible: the verdicts {list(labels)} do not differ in one token")
+            self._choices[key] = (encoded[0][:shared], firsts)
+        return self._choices[key]
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def _chat_frame(self) -> tuple[list[int], list[int]]:
+        if self._frame is None:
+            if not getattr(self._tokenizer, "chat_template", None):
+                raise EncodingError("the judge's tokenizer has no chat template: serve a post-trained (chat) model")
+            message = [{"role": "user", "content": _SENTINEL}]
+            rendered = self._tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            head, found, tail = rendered.partition(_SENTINEL)
+            if not found:
+                raise EncodingError("the judge's chat template does not show the user's message")
+            self._frame = tuple(self._tokenizer.encode(part, add_special_tokens=False) for part in (head, tail))
+        return self._frame

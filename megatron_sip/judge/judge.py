@@ -1,0 +1,192 @@
+"""The judge: groups of candidates in, scored groups out.
+
+    async with Judge(settings) as judge:
+        await judge.check()
+        groups = await judge.score(groups, objective="dpo")
+
+A group comes back either with one score a candidate, made of real verdicts alone, or with `dropped` naming the reason.
+Equal texts are judged once and share their score. All draws depend only on the seed and the task, so that a resumed
+step asks the same questions and finds their answers in the cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+
+from megatron_sip.judge.calls import Answer, Call
+from megatron_sip.judge.client import JudgeClient, affinity_of
+from megatron_sip.judge.criteria import Criterion, CriterionScores, Pairwise, Sheet, comparable, make_criterion
+from megatron_sip.judge.prompts import fence_code
+from megatron_sip.judge.schedules import AllPairs
+from megatron_sip.judge.settings import JudgeSettings, Objective
+from megatron_sip.samples import Group
+
+PROMPTS_IN_FLIGHT_SHARE = 4
+"""Groups worked on at once: concurrency / this. Enough to fill it; few keep prompts together and memory flat."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Weighted:
+    setting: str  # the name in the settings: routing and modes go by it
+    weight: float
+    criterion: Criterion
+
+
+class Judge:
+    """See the module. Use as an async context manager on one event loop."""
+
+    def __init__(self, settings: JudgeSettings) -> None:
+        self._settings = settings
+        self._client = JudgeClient(settings.client)
+        self._criteria = [
+            _Weighted(name, weight, make_criterion(name, settings)) for name, weight in settings.criteria.items()
+        ]
+        self._audits = {
+            item.setting: make_criterion(item.setting, settings, AllPairs())
+            for item in self._criteria
+            if isinstance(item.criterion, Pairwise) and settings.schedule.name not in ("all_pairs", "all_pairs_swap")
+        }
+        self._counts: Counter[str] = Counter()
+
+    async def __aenter__(self) -> Self:
+        await self._client.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._client.__aexit__(*exc_info)
+
+    async def check(self, timeout_s: float = 30.0) -> None:
+        """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
+        await self._client.check(timeout_s)
+
+    async def score(
+        self, groups: Sequence[Group], *, objective: Objective = "dpo", deadline_s: float | None = None
+    ) -> list[Group]:
+        """The groups in order, scored or dropped, within `deadline_s` (default: the settings').
+
+        Groups that arrive dropped stay so. Candidates that are all the same text tie without being compared.
+        """
+        deadline = asyncio.get_running_loop().time() + (deadline_s or self._settings.deadline_s)
+        gate = asyncio.Semaphore(max(16, self._settings.concurrency // PROMPTS_IN_FLIGHT_SHARE))
+
+        async def bounded(group: Group) -> Group:
+            async with gate:
+                return await self._score_group(group, objective, deadline)
+
+        judged = list(await asyncio.gather(*map(bounded, groups)))
+        self._client.flush()
+        return judged
+
+    async def _score_group(self, group: Group, objective: Objective, deadline: float) -> Group:
+        if group.dropped is not None:
+            return group
+        texts = list(dict.fromkeys(candidate.text for candidate in group.candidates))
+        if not texts:
+            return self._drop(group, "judge-no-candidates")
+        sheet = self._sheet(group, texts, objective)
+        results = await asyncio.gather(
+            *(self._ask_criterion(item.criterion, item.setting, sheet, deadline) for item in self._criteria)
+        )
+        for item, result in zip(self._criteria, results, strict=True):
+            self._count_verdicts(item.criterion.name, result)
+        for item, result in zip(self._criteria, results, strict=True):
+            if result.missing is not None:
+                late = asyncio.get_running_loop().time() >= deadline
+                return self._drop(group, f"judge-{item.criterion.name}-{'deadline' if late else result.missing}")
+        await self._audit(sheet, results, deadline)
+        self._counts["groups/scored"] += 1
+        return self._scored(group, texts, results)
+
+    async def _ask_criterion(
+        self, criterion: Criterion, setting: str, sheet: Sheet, deadline: float
+    ) -> CriterionScores:
+        affinity = affinity_of(sheet.prefix)
+
+        async def ask(calls: Sequence[Call]) -> list[Answer]:
+            return await self._client.ask(calls, setting, affinity, deadline)
+
+        seed = (*sheet.seed, zlib.crc32(setting.encode()))
+        return await criterion.score(replace(sheet, seed=seed), ask)
+
+    def _sheet(self, group: Group, texts: list[str], objective: Objective) -> Sheet:
+        kinds = {candidate.text: candidate.kind for candidate in reversed(group.candidates)}
+        prefix = cut_prefix(group.task.prefix_text, self._settings.prefix_chars)
+        reference = group.task.suffix_text
+        code = fence_code(self._settings.seed, group.task.prefix_text, [*texts, reference])
+        seed = (self._settings.seed, group.task.index)
+        return Sheet(prefix, reference, tuple(texts), tuple(kinds[text] for text in texts), code, seed, objective)
+
+    def _scored(self, group: Group, texts: list[str], results: Sequence[CriterionScores]) -> Group:
+        """The group with scores for all its candidates, duplicates sharing theirs."""
+        place = {text: i for i, text in enumerate(texts)}
+        order = [place[candidate.text] for candidate in group.candidates]
+        total = np.zeros(len(texts))
+        alone = len(self._criteria) == 1
+        for item, result in zip(self._criteria, results, strict=True):
+            scale = self._settings.likelihood_scale
+            total += item.weight * comparable(item.criterion.name, result.scores, alone, scale)
+        named = list(zip((item.criterion.name for item in self._criteria), results, strict=True))
+        return replace(
+            group,
+            scores=[float(total[i]) for i in order],
+            criterion_scores={name: [result.scores[i] for i in order] for name, result in named},
+            votes={name: [result.votes[i] for i in order] for name, result in named},
+        )
+
+    def _drop(self, group: Group, reason: str) -> Group:
+        self._counts[f"groups/dropped/{reason}"] += 1
+        return replace(group, scores=None, dropped=reason)
+
+    async def _audit(self, sheet: Sheet, results: Sequence[CriterionScores], deadline: float) -> None:
+        """On a sampled share of the groups: does the schedule find the best and worst that all pairs find?"""
+        drawn = np.random.default_rng((*sheet.seed, 1)).random()
+        if drawn >= self._settings.audit_rate:
+            return
+        for item, result in zip(self._criteria, results, strict=True):
+            if item.setting not in self._audits:
+                continue
+            full = await self._ask_criterion(self._audits[item.setting], item.setting, sheet, deadline)
+            if full.missing is None:
+                name = item.criterion.name
+                self._counts[f"audit/{name}/groups"] += 1
+                self._counts[f"audit/{name}/same-best"] += int(np.argmax(full.scores) == np.argmax(result.scores))
+                self._counts[f"audit/{name}/same-worst"] += int(np.argmin(full.scores) == np.argmin(result.scores))
+
+    def _count_verdicts(self, name: str, result: CriterionScores) -> None:
+        self._counts[f"verdicts/{name}"] += result.received
+        self._counts[f"verdicts-missing/{name}"] += result.planned - result.received
+        if result.history is not None and result.history.first.size:
+            self._counts[f"first-shown-preferred/{name}"] += float(result.history.outcome.sum())  # type: ignore[assignment]
+
+    def counters(self) -> dict[str, float]:
+        """Totals since the start as flat numbers: groups, verdicts, calls, tokens, failures, latency, agreement."""
+        return flat_counters(self._counts, self._client)
+
+
+def flat_counters(counts: Mapping[str, float], client: JudgeClient) -> dict[str, float]:
+    """Counters of a judge or rewriter together with those of its transport, and the shares that follow from them."""
+    values: dict[str, float] = {**counts, **client.counts, **client.pool.counts}
+    values["cached-share"] = client.counts["cached"] / max(1, client.counts["calls"])
+    for share in (50, 95, 99):
+        values[f"latency-p{share}-s"] = client.pool.latency.percentile(share / 100)
+    for key in list(values):
+        kind, _, name = key.partition("/")
+        if kind == "first-shown-preferred":
+            values[key] = values[key] / max(1.0, values[f"verdicts/{name}"])
+    return values
+
+
+def cut_prefix(text: str, chars: int) -> str:
+    """The last `chars` characters, from the next word on when that is near."""
+    if len(text) <= chars:
+        return text
+    tail = text[-chars:]
+    space = tail.find(" ", 0, 50)
+    return tail[space + 1 :] if space >= 0 else tail

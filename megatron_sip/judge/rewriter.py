@@ -1,0 +1,171 @@
+"""The rewriter: a post-trained model's better version of a suffix, as a candidate (paper sections 2.2 and 3.2.1).
+
+    async with Rewriter(settings, policy_tokenizer, max_tokens=128) as rewriter:
+        await rewriter.check()
+        rewrites = await rewriter.rewrite(tasks)
+
+The model sees the prefix and the suffix, the latter with the prefix's last five words before it, and has to start its
+answer with these words, which are cut off again: so the rewrite continues the prefix smoothly. It needs no rollouts,
+so it can run ahead of the policy, or offline for a whole corpus (tools/rewrite_corpus.py fills the same cache).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from megatron_sip.judge.calls import Answer, GenerateCall
+from megatron_sip.judge.client import JudgeClient, affinity_of
+from megatron_sip.judge.judge import cut_prefix, flat_counters
+from megatron_sip.judge.prompts import builtin_prompt, fence_code
+from megatron_sip.judge.settings import ClientSettings, SettingsError
+from megatron_sip.judge.verdicts import own_answer
+from megatron_sip.samples import Candidate, Task
+
+START_WORDS = 5
+_REFUSAL = re.compile(
+    r"\W*(?:(?:I['’]?m|I am|We['’]?re) (?:very |really |so )?(?:sorry|unable|not able)"
+    r"|I (?:can['’]?t|can ?not|won['’]?t|could not)"
+    r"|Sorry,? (?:but )?I|As an AI|As a (?:responsible|helpful|large)|I must (?:decline|refuse))"
+    r".{0,120}?\b(?:assist|help|fulfil|fulfill|provide|rewrite|continue|comply|create|generate|write|engage|request|content)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RewriterSettings:
+    """client: servers and cache. temperature 0 is greedy. max_tokens: of the rewriter's own tokens, None: twice the
+    suffix length. deadline_s: for one `rewrite` call. prefix_chars: how much of the prefix's end is shown."""
+
+    client: ClientSettings
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int | None = None
+    deadline_s: float = 600.0
+    prefix_chars: int = 16_000
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        self.client.endpoints_for("rewrite")
+        if self.temperature < 0:
+            raise SettingsError(f"rewrite temperature {self.temperature}: a number of at least 0 is needed")
+
+
+class Rewriter:
+    """See the module. policy_tokenizer: transformers tokenizer of the policy; max_tokens: its tokens a rewrite."""
+
+    def __init__(self, settings: RewriterSettings, policy_tokenizer: Any, max_tokens: int) -> None:
+        self._settings = settings
+        self._tokenizer = policy_tokenizer
+        self._max_tokens = max_tokens
+        self._prompt = builtin_prompt("rewrite")
+        self._client = JudgeClient(settings.client)
+        self._counts: Counter[str] = Counter()
+
+    async def __aenter__(self) -> Self:
+        await self._client.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._client.__aexit__(*exc_info)
+
+    async def check(self, timeout_s: float = 30.0) -> None:
+        """Raises EndpointError naming an endpoint that does not answer within `timeout_s`."""
+        await self._client.check(timeout_s)
+
+    async def rewrite(self, tasks: Sequence[Task]) -> list[Candidate | None]:
+        """One rewrite a task, in order; None where there is none, counted by reason.
+
+        A rewrite that copies the suffix is the suffix's own ids and text, so that the two merge in selection.
+        """
+        deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
+        gate = asyncio.Semaphore(self._settings.client.concurrency)
+
+        async def bounded(task: Task) -> Candidate | None:
+            async with gate:
+                return await self._rewrite_task(task, deadline)
+
+        rewrites = list(await asyncio.gather(*map(bounded, tasks)))
+        self._client.flush()
+        return rewrites
+
+    async def _rewrite_task(self, task: Task, deadline: float) -> Candidate | None:
+        words = last_words(task.prefix_text)
+        call = self._call(task, words)
+        [answer] = await self._client.ask([call], "rewrite", affinity_of(task.prefix_text), deadline)
+        forced = any(e.kind == "sglang" or e.prefill for e in self._settings.client.endpoints_for("rewrite"))
+        text, problem = read_rewrite(answer, task, words, start_required=not forced)
+        if problem:
+            self._counts[f"dropped/{problem}"] += 1
+            return None
+        return self._candidate(task, text)
+
+    def _candidate(self, task: Task, text: str) -> Candidate:
+        ids = list(self._tokenizer.encode(text, add_special_tokens=False))[: self._max_tokens]
+        cut = self._tokenizer.decode(ids, skip_special_tokens=True)
+        if ids == task.suffix_ids or cut.strip() == task.suffix_text.strip():
+            self._counts["copies"] += 1
+            return Candidate("rewrite", list(task.suffix_ids), task.suffix_text)
+        self._counts["rewrites"] += 1
+        return Candidate("rewrite", ids, cut)
+
+    def _call(self, task: Task, words: str) -> GenerateCall:
+        prefix = cut_prefix(task.prefix_text, self._settings.prefix_chars)
+        texts = {"prefix": prefix, "continuation": words + task.suffix_text}
+        code = fence_code(self._settings.seed, task.prefix_text, [task.suffix_text])
+        pieces = self._prompt.fill(texts, code, words.strip())
+        max_tokens = self._settings.max_tokens or 2 * self._max_tokens
+        settings = self._settings
+        start = words.strip()
+        return GenerateCall(
+            self._prompt.identity, pieces, 1, max_tokens, settings.temperature, settings.top_p, start=start
+        )
+
+    def counters(self) -> dict[str, float]:
+        """Totals since the start as flat numbers: rewrites, copies, dropped by reason, calls, tokens, failures."""
+        return flat_counters(self._counts, self._client)
+
+
+def read_rewrite(answer: Answer, task: Task, words: str, *, start_required: bool) -> tuple[str, str]:
+    """(text, "") or ("", why there is no rewrite: failed, wrong-start, empty, refused)."""
+    if not isinstance(answer, list) or not answer or not isinstance(answer[0], str):
+        return "", "failed"
+    text = without_start(own_answer(answer[0]), words, required=start_required)
+    if text is None:
+        return "", "wrong-start"
+    text = fit_whitespace(text, task.prefix_text)
+    if not text.strip():
+        return "", "empty"
+    if _REFUSAL.match(text) and not _REFUSAL.match(task.suffix_text):
+        return "", "refused"
+    return text, ""
+
+
+def last_words(prefix: str, count: int = START_WORDS) -> str:
+    """The last `count` words of a text with the white space that follows them; a cut-off word counts as one."""
+    match = re.search(rf"(?:\S+\s+){{0,{count - 1}}}\S+\s*\Z", prefix)
+    return match[0] if match else ""
+
+
+def without_start(answer: str, words: str, *, required: bool) -> str | None:
+    """`answer` after the words it had to start with; None when they are `required` and missing.
+
+    Where the server forced them they are not part of the answer, but some models repeat them.
+    """
+    wanted = words.split()
+    if not wanted:
+        return answer
+    pattern = r"[\s\"'“”*_]*" + r"\s+".join(map(re.escape, wanted))
+    match = re.match(pattern, answer, re.IGNORECASE)
+    if match:
+        return answer[match.end() :]
+    return None if required else answer
+
+
+def fit_whitespace(text: str, prefix: str) -> str:
+    """`text` without leading white space where the prefix already ends with some, and without any trailing."""
+    return text.rstrip() if not prefix or not prefix[-1].isspace() else text.strip()

@@ -1,0 +1,249 @@
+"""What a judge is told: endpoints, criteria and how to ask. Read-only once made; everything is checked here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_sip.judge.prompts import PromptError, builtin_names, builtin_prompt, read_prompt_file
+
+VerdictMode = Literal["hard", "soft"]
+EndpointKind = Literal["sglang", "openai"]
+Objective = Literal["dpo", "rf-nll"]
+
+LIKELIHOOD = "likelihood"
+SCHEDULE_NAMES = ("all_pairs", "all_pairs_swap", "pivot", "circulant_bt", "two_ended_bt")
+
+
+class SettingsError(ValueError):
+    """A setting that cannot work; the message names it and what would be right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One server.
+
+    kind: sglang speaks SGLang's native /generate with token ids, openai /v1/chat/completions.
+    criteria: restricts it to some criteria; empty: all.
+    api_key_env: name of the environment variable that holds the key, which is never stored or logged.
+    prefill: an openai server that continues a started answer (vLLM, SGLang).
+    answer_prefix: goes between chat template and a forced answer (gpt-oss: `<|channel|>final<|message|>`).
+    reasoning_tokens: tokens for reasoning, on top of each answer's own budget.
+    requests_per_s: rate limit, 0: none.
+    """
+
+    url: str
+    kind: EndpointKind = "sglang"
+    model: str = "default"
+    criteria: tuple[str, ...] = ()
+    api_key_env: str | None = None
+    prefill: bool = False
+    answer_prefix: str = ""
+    reasoning_tokens: int = 0
+    requests_per_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise SettingsError(f"endpoint '{self.url}': an URL starts with http:// or https://")
+        if self.kind not in ("sglang", "openai"):
+            raise SettingsError(f"endpoint {self.url}: kind '{self.kind}' is neither sglang nor openai")
+
+    def api_key(self) -> str | None:
+        """The key from the environment. Raises SettingsError when the named variable is not set."""
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env)
+        if not key:
+            raise SettingsError(f"endpoint {self.url}: environment variable {self.api_key_env} holds no API key")
+        return key
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """How to reach the servers of a judge or rewriter.
+
+    tokenizer: folder or name of their model's tokenizer, for sglang endpoints (None: the path that the server reports).
+    cache_path: file that keeps answers (None: nothing is kept). call_timeout_s: for one attempt of one request.
+    attempts: per request; a refused connection counts as none, the request waits for the server up to its deadline.
+    concurrency: requests in flight. seed: of the jitter between attempts.
+    """
+
+    endpoints: tuple[Endpoint, ...]
+    tokenizer: str | None = None
+    cache_path: Path | None = None
+    call_timeout_s: float = 120.0
+    attempts: int = 5
+    concurrency: int = 256
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        if not self.endpoints:
+            raise SettingsError("a judge or rewriter needs at least one endpoint (URL)")
+        for name, value in (("concurrency", self.concurrency), ("attempts", self.attempts)):
+            if value < 1:
+                raise SettingsError(f"judge {name} {value}: at least 1 is needed")
+        if self.call_timeout_s <= 0:
+            raise SettingsError(f"judge call_timeout_s {self.call_timeout_s}: a number above 0 is needed")
+
+    def endpoints_for(self, criterion: str) -> tuple[Endpoint, ...]:
+        """The endpoints that may be asked about a criterion; likelihood needs SGLang's prefill log-probs.
+
+        Raises SettingsError when there is none, or when they serve different models.
+        """
+        serving = tuple(
+            endpoint
+            for endpoint in self.endpoints
+            if (not endpoint.criteria or criterion in endpoint.criteria)
+            and (criterion != LIKELIHOOD or endpoint.kind == "sglang")
+        )
+        if not serving:
+            hint = "; likelihood needs an endpoint of kind sglang" if criterion == LIKELIHOOD else ""
+            raise SettingsError(f"criterion {criterion}: no endpoint serves it{hint}")
+        if len(models := sorted({endpoint.model for endpoint in serving})) > 1:
+            raise SettingsError(f"criterion {criterion}: its endpoints serve different models ({', '.join(models)})")
+        return serving
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleSettings:
+    """Which pairs a pairwise criterion asks for; see schedules.py."""
+
+    name: str = "circulant_bt"
+    degree: int = 6
+    budget: int = 48
+    pivot: Literal["suffix", "rollout"] = "suffix"
+    likelihood_prior: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in SCHEDULE_NAMES:
+            raise SettingsError(f"judge schedule '{self.name}' is unknown; there are: {', '.join(SCHEDULE_NAMES)}")
+        if self.degree < 2 or self.degree % 2:
+            raise SettingsError(f"judge schedule degree {self.degree}: an even number of at least 2 is needed")
+        if self.pivot not in ("suffix", "rollout"):
+            raise SettingsError(f"judge schedule pivot '{self.pivot}': suffix or rollout is needed")
+        if self.budget < 1:
+            raise SettingsError(f"judge schedule budget {self.budget}: at least one pair is needed")
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeSettings:
+    """Everything a `Judge` needs.
+
+    criteria: weight of each criterion; names as `parse_criteria` knows them, or paths of prompt files.
+    votes: verdicts asked for a hard judgement (a soft one reads the probability once per order instead).
+    verdicts: hard or soft for each criterion; those not named are `default_verdict`.
+    quorum: share of the planned verdicts that must have arrived for a group to be scored.
+    deadline_s: seconds for one `score` call; call_timeout_s: for one attempt of one request.
+    tokenizer: folder or name of the judge's tokenizer, for sglang endpoints (None: the path the server reports).
+    likelihood_scale: nats per token; see criteria.py on scales. prefix_chars: how much of the prefix's end is shown.
+    audit_rate: share of groups whose schedule is compared with all pairs.
+    """
+
+    criteria: Mapping[str, float]
+    endpoints: tuple[Endpoint, ...]
+    votes: int = 5
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    verdicts: Mapping[str, VerdictMode] = field(default_factory=dict)
+    default_verdict: VerdictMode = "soft"
+    temperature: float = 1.0
+    top_p: float = 0.6
+    max_tokens: int = 512
+    quorum: float = 0.5
+    deadline_s: float = 600.0
+    call_timeout_s: float = 120.0
+    attempts: int = 5
+    concurrency: int = 256
+    seed: int = 1234
+    tokenizer: str | None = None
+    cache_path: Path | None = None
+    likelihood_scale: float = 0.25
+    prefix_chars: int = 16_000
+    audit_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.criteria:
+            raise SettingsError("the judge needs at least one criterion, for example quality=1")
+        for name, low, value in (
+            ("votes", 1, self.votes),
+            ("max_tokens", 1, self.max_tokens),
+        ):
+            if value < low:
+                raise SettingsError(f"judge {name} {value}: at least {low} is needed")
+        for name, number in (
+            ("deadline_s", self.deadline_s),
+            ("likelihood_scale", self.likelihood_scale),
+        ):
+            if number <= 0:
+                raise SettingsError(f"judge {name} {number}: a number above 0 is needed")
+        if not 0 < self.quorum <= 1:
+            raise SettingsError(f"judge quorum {self.quorum}: a share above 0 and at most 1 is needed")
+        for name in self.criteria:
+            check_criterion_name(name)
+            self.client.endpoints_for(name)
+        if self.schedule.likelihood_prior:
+            self.client.endpoints_for(LIKELIHOOD)
+
+    @property
+    def client(self) -> ClientSettings:
+        """How to reach the judge's servers."""
+        return ClientSettings(
+            self.endpoints,
+            self.tokenizer,
+            self.cache_path,
+            self.call_timeout_s,
+            self.attempts,
+            self.concurrency,
+            self.seed,
+        )
+
+    def mode(self, criterion: str) -> VerdictMode:
+        return self.verdicts.get(criterion, self.default_verdict)
+
+
+def known_criteria() -> list[str]:
+    """The names that `--criteria` accepts besides paths of prompt files."""
+    scored = [name for name in builtin_names() if builtin_prompt(name).kind != "text" and name != "coherence"]
+    return sorted([LIKELIHOOD, "factuality", "factuality-noref", *scored])
+
+
+def check_criterion_name(name: str) -> None:
+    """Raises SettingsError unless `name` is a known criterion or the path of a usable prompt file."""
+    if name.endswith(".txt"):
+        try:
+            prompt = read_prompt_file(Path(name))
+        except FileNotFoundError:
+            raise SettingsError(f"criterion '{name}': there is no such prompt file") from None
+        except PromptError as error:
+            raise SettingsError(f"criterion '{name}': {error}") from error
+        if prompt.rule is None:
+            raise SettingsError(f"criterion '{name}': a criterion needs kind = pointwise or pairwise")
+    elif name not in known_criteria():
+        raise SettingsError(
+            f"unknown criterion '{name}'; known criteria: {', '.join(known_criteria())}, "
+            "or the path of a prompt file (*.txt)"
+        )
+
+
+def parse_criteria(items: Iterable[str]) -> dict[str, float]:
+    """`["quality=1", "safety=0.5"]` -> weights; a bare name weighs 1. Raises SettingsError with what would be right."""
+    weights: dict[str, float] = {}
+    for item in items:
+        name, number = item.rsplit("=", 1) if "=" in item else (item, "1")
+        name = name.strip()
+        try:
+            weight = float(number)
+        except ValueError:
+            message = f"criterion '{item}': '{number}' is no number; write NAME=WEIGHT, as in quality=1"
+            raise SettingsError(message) from None
+        if not 0 < weight < float("inf"):
+            raise SettingsError(f"criterion '{item}': the weight must be a finite number above 0")
+        check_criterion_name(name)
+        if name in weights:
+            raise SettingsError(f"criterion '{name}' is given twice")
+        weights[name] = weight
+    if not weights:
+        raise SettingsError(f"no criteria given; known criteria: {', '.join(known_criteria())}")
+    return weights

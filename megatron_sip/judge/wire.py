@@ -1,0 +1,192 @@
+"""The two protocols a judge's server may speak: requests from calls, answers from responses. Pure functions.
+
+A response of an unexpected shape raises BadResponseError: it is retried, and never becomes a verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_sip.http import BadResponseError
+from megatron_sip.judge.calls import Answer, Call, ChoiceCall, GenerateCall, LikelihoodCall
+from megatron_sip.judge.encoding import ChatEncoder
+from megatron_sip.judge.settings import Endpoint
+from megatron_sip.judge.verdicts import VerdictRule
+
+SGLANG_PATH = "/generate"
+OPENAI_PATH = "/v1/chat/completions"
+TOP_LOGPROBS = 20
+
+
+# ---- SGLang, native -------------------------------------------------------------------------------------------------
+
+
+def sglang_body(calls: Sequence[Call], encoder: ChatEncoder, endpoint: Endpoint) -> dict[str, Any]:
+    """One batch request for calls of one kind and the same sampling."""
+    first = calls[0]
+    if isinstance(first, LikelihoodCall):
+        start = encoder.document_start()
+        prefixes = [start + encoder.text(call.prompt[0]) for call in calls]
+        return {
+            "input_ids": [ids + encoder.text(call.prompt[1]) for ids, call in zip(prefixes, calls, strict=True)],
+            "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
+            "return_logprob": True,
+            "logprob_start_len": [max(len(ids) - 1, 0) for ids in prefixes],
+        }
+    if isinstance(first, ChoiceCall):
+        context, label_ids = encoder.choices(first.rule.start, first.rule.labels)
+        return {
+            "input_ids": [encoder.chat(call.prompt, endpoint.answer_prefix) + context for call in calls],
+            "sampling_params": {"max_new_tokens": 1, "temperature": 1.0, "ignore_eos": True},
+            "return_logprob": True,
+            "token_ids_logprob": [label_ids] * len(calls),
+        }
+    prefix = endpoint.answer_prefix if first.start else ""
+    return {
+        "input_ids": [
+            encoder.chat(call.prompt, prefix, call.start) for call in calls if isinstance(call, GenerateCall)
+        ],
+        "sampling_params": {
+            "n": first.n,
+            "max_new_tokens": first.max_tokens + endpoint.reasoning_tokens,
+            "temperature": first.temperature,
+            "top_p": first.top_p,
+            # Marks of reasoning channels are special tokens; the parser needs to see them.
+            "skip_special_tokens": endpoint.reasoning_tokens == 0,
+        },
+    }
+
+
+def sglang_answers(calls: Sequence[Call], encoder: ChatEncoder, response: Any) -> tuple[list[Answer], int, int]:
+    """Answers in the order of `calls`, prompt tokens, generated tokens. Raises BadResponseError."""
+    outputs = response if isinstance(response, list) else [response]
+    copies = calls[0].n if isinstance(calls[0], GenerateCall) else 1
+    if len(outputs) != copies * len(calls):
+        raise BadResponseError(f"{len(outputs)} outputs for {len(calls)} prompts with n={copies}")
+    answers: list[Answer] = []
+    try:
+        for place, call in enumerate(calls):
+            own = outputs[place * copies : (place + 1) * copies]
+            if isinstance(call, GenerateCall):
+                answers.append(read_texts(call, [output["text"] for output in own]))
+            elif isinstance(call, ChoiceCall):
+                answers.append(_sglang_choice(call, encoder, own[0]["meta_info"]))
+            else:
+                answers.append(_sglang_likelihood(call, encoder, own[0]["meta_info"]))
+        prompt_tokens = sum(int(output["meta_info"]["prompt_tokens"]) for output in outputs)
+        generated = sum(int(output["meta_info"]["completion_tokens"]) for output in outputs)
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        raise BadResponseError(f"response without the expected fields: {error!r}") from error
+    return answers, prompt_tokens, generated
+
+
+def _sglang_choice(call: ChoiceCall, encoder: ChatEncoder, meta: dict[str, Any]) -> float | None:
+    _, label_ids = encoder.choices(call.rule.start, call.rule.labels)
+    found = {entry[1]: float(entry[0]) for entry in meta["output_token_ids_logprobs"][0]}
+    return call.rule.expected_value([found[label_id] for label_id in label_ids])
+
+
+def _sglang_likelihood(call: LikelihoodCall, encoder: ChatEncoder, meta: dict[str, Any]) -> float | None:
+    expected = encoder.text(call.prompt[1])
+    entries = meta["input_token_logprobs"][-len(expected) :] if expected else []
+    if [entry[1] for entry in entries] != expected:
+        raise BadResponseError("the log-probs returned are not those of the continuation's tokens")
+    values = [entry[0] for entry in entries if entry[0] is not None]
+    mean = math.fsum(values) / len(values) if values else math.nan
+    return mean if math.isfinite(mean) else None
+
+
+# ---- OpenAI-compatible ----------------------------------------------------------------------------------------------
+
+
+def openai_body(call: GenerateCall | ChoiceCall, endpoint: Endpoint) -> dict[str, Any]:
+    """One chat completion; a soft verdict is forced where the server continues a started answer, else generated."""
+    messages = [{"role": "user", "content": "".join(call.prompt)}]
+    body: dict[str, Any] = {"model": endpoint.model, "messages": messages}
+    if isinstance(call, ChoiceCall):
+        body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS, "temperature": 1.0}
+        if not endpoint.prefill:
+            return body | {"max_tokens": call.max_tokens + endpoint.reasoning_tokens}
+        return body | {"max_tokens": 3} | _continued(messages, call.rule.start)
+    body |= {
+        "n": call.n,
+        "temperature": call.temperature,
+        "top_p": call.top_p,
+        "max_tokens": call.max_tokens + endpoint.reasoning_tokens,
+    }
+    return body | _continued(messages, call.start) if call.start and endpoint.prefill else body
+
+
+def _continued(messages: list[dict[str, str]], start: str) -> dict[str, Any]:
+    return {
+        "messages": [*messages, {"role": "assistant", "content": start.rstrip()}],
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+    }
+
+
+def openai_answer(call: GenerateCall | ChoiceCall, endpoint: Endpoint, response: Any) -> tuple[Answer, int, int]:
+    """Answer, prompt tokens, generated tokens. Fewer choices than `n` are missing votes. Raises BadResponseError."""
+    try:
+        choices = response["choices"]
+        if not choices:
+            raise BadResponseError("no choices in the response")
+        usage = response.get("usage") or {}
+        tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        if isinstance(call, GenerateCall):
+            return read_texts(call, [choice["message"]["content"] or "" for choice in choices]), *tokens
+        return _openai_choice(call, endpoint, choices[0]), *tokens
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        raise BadResponseError(f"response without the expected fields: {error!r}") from error
+
+
+def read_texts(call: GenerateCall, texts: list[str]) -> Answer:
+    """Texts as the call wants them: verdict values, padded with missing votes up to n, or the texts themselves."""
+    if call.rule is None:
+        return texts[: call.n]
+    votes = [call.rule.parse(text) for text in texts[: call.n]]
+    return votes + [None] * (call.n - len(votes))
+
+
+def _openai_choice(call: ChoiceCall, endpoint: Endpoint, choice: dict[str, Any]) -> float | None:
+    content = choice["message"]["content"] or ""
+    tokens = (choice.get("logprobs") or {}).get("content") or []
+    if endpoint.prefill:
+        return _first_choice(call.rule, tokens)
+    return _generated_choice(call.rule, content, tokens)
+
+
+def _first_choice(rule: VerdictRule, tokens: Sequence[dict[str, Any]]) -> float | None:
+    """The expected value at the first token that is more than white space."""
+    token = next((token for token in tokens if token["token"].strip()), None)
+    return None if token is None else rule.expected_value(label_logprobs(rule, token["top_logprobs"]))
+
+
+def _generated_choice(rule: VerdictRule, content: str, tokens: Sequence[dict[str, Any]]) -> float | None:
+    """The expected value where the last verdict of a generated answer begins; without log-probs, its value."""
+    hard = rule.parse(content)
+    if hard is None or not tokens:
+        return hard
+    text, starts = "", []
+    for token in tokens:
+        starts.append(len(text))
+        text += token["token"]
+    match = next(reversed(list(rule.pattern.finditer(text))), None)
+    if match is None:
+        return hard
+    place = max(i for i, start in enumerate(starts) if start <= match.start(1))
+    soft = rule.expected_value(label_logprobs(rule, tokens[place]["top_logprobs"]))
+    return hard if soft is None else soft
+
+
+def label_logprobs(rule: VerdictRule, top: Sequence[dict[str, Any]]) -> list[float]:
+    """Log-prob of each label: the probabilities of all listed tokens that begin it, added up; -inf when none does."""
+    masses = dict.fromkeys(rule.labels, 0.0)
+    for entry in top:
+        token = entry["token"].strip().casefold()
+        matching = [label for label in rule.labels if token and label.casefold().startswith(token)]
+        if len(matching) == 1:
+            masses[matching[0]] += math.exp(float(entry["logprob"]))
+    return [math.log(mass) if mass > 0 else -math.inf for mass in masses.values()]
