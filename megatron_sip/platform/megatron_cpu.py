@@ -71,7 +71,7 @@ def enable_cpu() -> None:
     models in the calling thread.
     """
     _skip_dataset_helper_build()
-    _let_distributed_optimizer_load()
+    _let_torch_adam_resume()
     if torch.cuda.is_available():
         return
     _hide_cuda_packages()
@@ -216,26 +216,34 @@ def _skip_dataset_helper_build() -> None:
         utils.compile_helpers = _no_operation()
 
 
-def _let_distributed_optimizer_load() -> None:
-    """Fill the distributed optimizer's empty state before a checkpoint is loaded into it, when torch's Adam is used.
+def _let_torch_adam_resume() -> None:
+    """Make the distributed optimizer's checkpoints load when torch's Adam is inside it (no Transformer Engine, no Apex).
 
-    Without Transformer Engine and Apex its `state_dict` reads the step from the per-parameter state, which a fresh
-    optimizer does not have: Megatron then stops at an assertion instead of resuming. The values are overwritten by the
-    checkpoint.
+    Three faults of Megatron 0.19.2 end or falsify a resumed run there: a fresh optimizer has no per-parameter state,
+    of which `state_dict` wants the step; the reshardable formats hold no step, which loading looks up; and the restored
+    step is one tensor shared by all parameters, so that each of them advances it for all.
     """
     from megatron.core.optimizer import distrib_optimizer
 
-    optimizer = distrib_optimizer.DistributedOptimizer
-    original = optimizer.sharded_state_dict
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
+    optimizer = distrib_optimizer.DistributedOptimizer
+    sharded_state_dict, load_state_dict = optimizer.sharded_state_dict, optimizer.load_state_dict
+    set_states = optimizer._set_main_param_and_optimizer_states
 
-    @functools.wraps(original)
-    def sharded_state_dict(
-        self: Any, model_sharded_state_dict: Any, is_loading: bool = False, *args: Any, **kwargs: Any
-    ) -> Any:
+    def fill_then_shard(self: Any, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
         if is_loading and not self.optimizer.state:
-            self._init_optimizer_states_with_dummy_values()
-        return original(self, model_sharded_state_dict, is_loading, *args, **kwargs)
+            self._init_optimizer_states_with_dummy_values()  # the checkpoint overwrites them
+        return sharded_state_dict(self, model_state, is_loading, *args, **kwargs)
 
-    optimizer.sharded_state_dict = sharded_state_dict
+    def load_then_unshare_step(self: Any, state_dict: Any) -> None:
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    def set_states_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, model_param, {**tensors, "step": None})  # `load_state_dict` has set it
+
+    optimizer.sharded_state_dict = fill_then_shard
+    optimizer.load_state_dict = load_then_unshare_step
+    optimizer._set_main_param_and_optimizer_states = set_states_but_step
