@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_sip.model.hf_families import megatron_arguments_from_hf
 from megatron_sip.platform.megatron_cpu import cpu_default_arguments, enable_cpu, rendezvous_store
 
 PRECISION_FLAGS = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"], torch.float32: []}
@@ -22,19 +23,19 @@ def initialize_megatron_for(hf_config: Any, flags: Sequence[str] = ()) -> Any:
     Raises:
         ValueError: the architecture or its dtype is not supported.
     """
+    dtype = getattr(hf_config, "dtype", None) or torch.float32
+    if dtype not in PRECISION_FLAGS:
+        raise ValueError(f"dtype {dtype} in the HF config is not supported, only float32, bfloat16 and float16")
+    architecture = megatron_arguments_from_hf(hf_config)
     enable_cpu()
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_sip.model.hf_families import megatron_arguments_from_hf
-
-    dtype = getattr(hf_config, "dtype", None) or torch.float32
-    if dtype not in PRECISION_FLAGS:
-        raise ValueError(f"dtype {dtype} in the HF config is not supported, only float32, bfloat16 and float16")
     fixed = ["--micro-batch-size", "1", "--train-iters", "1", "--lr", "0", "--ckpt-format", "torch_dist"]
+    fixed += ["--rerun-mode", "disabled"]  # it wants Megatron's own training loop
     fixed += ["--seq-length", str(hf_config.max_position_embeddings), *PRECISION_FLAGS[dtype]]
     command_line = sys.argv
-    sys.argv = [sys.argv[0], *cpu_default_arguments(), *megatron_arguments_from_hf(hf_config), *fixed, *flags]
+    sys.argv = [sys.argv[0], *cpu_default_arguments(), *architecture, *fixed, *flags]
     try:
         args = parse_and_validate_args()
     finally:

@@ -1,0 +1,138 @@
+"""Runs policies at several parallel layouts in one torchrun and writes what each gave, for test_model_parity.
+
+    torchrun --nproc-per-node 4 tests/integration/parity_worker.py CASES.json RESULTS_DIR
+
+CASES.json is a list of cases: {"name", "hf_dir", "examples", "flags", "row_length", "import" | "load"}. Each builds model
+and optimizer as the trainer does, takes the weights from hf_dir ("import") or a Megatron checkpoint ("load"), trains one
+step at learning rate 0 on all examples, exports the weights, and writes them all to RESULTS_DIR/NAME.RANK.json.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_sip.learning.packing import build_row
+from megatron_sip.model.standalone import initialize_megatron_for
+from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.samples import Example
+
+
+def main() -> None:
+    cases, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    enable_cpu()
+    for case in cases:
+        result = run_case(case)
+        (results / f"{case['name']}.{dist.get_rank()}.json").write_text(json.dumps(result))
+        forget_megatron()
+    dist.destroy_process_group()
+
+
+def run_case(case: dict) -> dict:
+    from megatron.core import parallel_state
+    from megatron.core.enums import ModelType
+    from megatron.training.checkpointing import save_checkpoint
+    from megatron.training.training import setup_model_and_optimizer
+    from transformers import AutoConfig
+
+    from megatron_sip.model.gpt import model_provider
+    from megatron_sip.model.hf_weights import export_hf_weights, load_hf_weights
+
+    hf_config = AutoConfig.from_pretrained(case["hf_dir"])
+    hf_config.dtype = torch.float32
+    initialize_megatron_for(hf_config, [*case["flags"], "--global-batch-size", "4", "--calculate-per-token-loss"])
+    model, optimizer, _ = setup_model_and_optimizer(ModelType.encoder_or_decoder, model_provider)
+    if case["import"]:
+        load_hf_weights(model, case["hf_dir"])
+        optimizer.reload_model_params()
+        save_checkpoint(0, model, None, None, 0, release=True)
+    logprobs, loss = train_step(case, model)
+    _, grad_norm, _ = optimizer.step()
+    digests = {name: digest(tensor) for name, tensor in export_hf_weights(model, hf_config) if tensor is not None}
+    return {
+        "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
+        "logprobs": logprobs,
+        "loss": loss,
+        "grad_norm": float(grad_norm),
+        "digests": digests,
+    }
+
+
+def train_step(case: dict, model: list) -> tuple[dict[str, list[float]], float | None]:
+    """Forward and backward over this replica's rows; log-probs by example and the mean loss, on the last stage."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_model_config
+
+    from megatron_sip.model.gpt import row_logprobs
+
+    get_model_config(model[0]).finalize_model_grads_func = finalize_model_grads
+    examples = [
+        Example(
+            task_index=0,
+            prefix_ids=entry["prefix"],
+            branches=entry["branches"],
+            roles=["chosen"] * len(entry["branches"]),
+            kinds=["suffix"] * len(entry["branches"]),
+        )
+        for entry in case["examples"]
+    ]
+    # Two examples share a row, and one row is a filler, as an uneven step has.
+    contents = [(0, 1), (2,), (3,), ()]
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    mine = contents[replica::replicas]
+    logprobs = {}
+
+    def forward_step(iterator, chunk):
+        indices = next(iterator)
+        row = build_row(examples, indices, case["row_length"], pad_id=0)
+
+        def loss_function(token_logprobs):
+            if indices:
+                logprobs[",".join(map(str, indices))] = token_logprobs.tolist()
+            return -token_logprobs.sum(), torch.tensor(len(token_logprobs), dtype=torch.int), {}
+
+        return row_logprobs(chunk, row), loss_function
+
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(mine),
+        model=model,
+        num_microbatches=len(mine),
+        seq_length=case["row_length"],
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    if not parallel_state.is_pipeline_last_stage():
+        return {}, None
+    flat = [value for values in logprobs.values() for value in values]
+    sums = torch.tensor([-sum(flat), len(flat)], dtype=torch.float64)
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    return logprobs, float(sums[0] / sums[1])
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()}"
+
+
+def forget_megatron() -> None:
+    """Drop Megatron's global state but the process group, so that the next case can have other sizes."""
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+    from megatron.training.global_vars import destroy_global_vars
+
+    parallel_state.destroy_model_parallel()
+    destroy_global_vars()
+    destroy_num_microbatches_calculator()
+    destroy_rerun_state_machine()
+
+
+if __name__ == "__main__":
+    main()

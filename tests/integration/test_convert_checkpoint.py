@@ -1,0 +1,121 @@
+"""tools/convert_checkpoint.py as a user runs it: HF -> Megatron -> HF bit for bit, and what it says of bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from convert_checkpoint import shards_of
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def convert(*arguments: str | Path, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
+    return subprocess.run(
+        [sys.executable, *launcher, str(TOOL), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+
+
+def succeed(*arguments: str | Path, processes: int = 1) -> None:
+    done = convert(*arguments, processes=processes)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+def assert_same_model(original: Path, converted: Path) -> None:
+    """Every tensor equal in name, dtype and bits; config and tokenizer load in transformers as the original's."""
+    expected, actual = (read_tensors(folder) for folder in (original, converted))
+    assert set(actual) == set(expected)
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype
+        assert torch.equal(actual[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    assert AutoConfig.from_pretrained(converted).to_dict() == {
+        **AutoConfig.from_pretrained(original).to_dict(),
+        "_name_or_path": str(converted),
+    }
+    text = "Größe, 日本語 and a plain sentence."
+    assert AutoTokenizer.from_pretrained(converted)(text) == AutoTokenizer.from_pretrained(original)(text)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def smollm2_checkpoint(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("convert") / "smollm2"
+    succeed("hf-to-megatron", "--load", smollm2_dir, "--save", folder)
+    return folder
+
+
+def test_smollm2_round_trip_is_bit_identical(smollm2_dir: Path, smollm2_checkpoint: Path, tmp_path: Path) -> None:
+    succeed("megatron-to-hf", "--load", smollm2_checkpoint, "--save", tmp_path / "hf")
+    assert_same_model(smollm2_dir, tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+
+
+def test_split_over_tensor_and_pipeline_ranks(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """Written by TP2 x PP2, read by one process, and the other way round."""
+    sizes = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
+    succeed("hf-to-megatron", "--load", tiny_llama_dir, "--save", tmp_path / "split", *sizes, processes=4)
+    succeed("megatron-to-hf", "--load", tmp_path / "split", "--save", tmp_path / "one")
+    assert_same_model(tiny_llama_dir, tmp_path / "one")
+    succeed("megatron-to-hf", "--load", tmp_path / "split", "--save", tmp_path / "hf", *sizes, processes=4)
+    assert_same_model(tiny_llama_dir, tmp_path / "hf")
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"]["model.embed_tokens.weight"] == "model-00001-of-00002.safetensors"
+    assert index["weight_map"]["lm_head.weight"] == "model-00002-of-00002.safetensors"
+
+
+def test_shards_are_cut_at_the_size_limit() -> None:
+    weights = [("a", torch.zeros(3)), ("b", None), ("c", torch.zeros(2)), ("d", torch.zeros(9)), ("e", torch.zeros(1))]
+    shards = [(list(shard), size) for shard, size in shards_of(weights, max_shard_bytes=20)]
+    assert shards == [(["a", "c"], 20), (["d"], 36), (["e"], 4)]
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_missing_source_is_named(direction: str, tmp_path: Path) -> None:
+    done = convert(direction, "--load", tmp_path / "nowhere", "--save", tmp_path / "new")
+    assert done.returncode == 1
+    assert str(tmp_path / "nowhere") in done.stdout
+    assert "--load" in done.stdout.splitlines()[-1]
+
+
+def test_unsupported_architecture_is_named_with_those_supported(tmp_path: Path) -> None:
+    MistralConfig(architectures=["MistralForCausalLM"]).save_pretrained(tmp_path / "mistral")
+    done = convert("hf-to-megatron", "--load", tmp_path / "mistral", "--save", tmp_path / "new")
+    assert done.returncode == 1
+    last = done.stdout.splitlines()[-1]
+    assert "MistralForCausalLM" in last
+    assert "LlamaForCausalLM" in last
+    assert not (tmp_path / "new").exists()
+
+
+def test_destination_that_holds_a_checkpoint_is_kept(smollm2_dir: Path, smollm2_checkpoint: Path) -> None:
+    tracker = smollm2_checkpoint / "latest_checkpointed_iteration.txt"
+    written = tracker.stat().st_mtime_ns
+    done = convert("hf-to-megatron", "--load", smollm2_dir, "--save", smollm2_checkpoint)
+    assert done.returncode == 1
+    assert f"--save {smollm2_checkpoint} already holds files" in done.stdout
+    assert tracker.stat().st_mtime_ns == written
+
+
+def test_parallel_sizes_without_torchrun_say_how_to_launch(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    done = convert(
+        *("hf-to-megatron", "--load", tiny_llama_dir, "--save", tmp_path / "new"),
+        *("--tensor-model-parallel-size", "2"),
+    )
+    assert done.returncode == 1
+    assert "torchrun --nproc-per-node 2" in done.stdout.splitlines()[-1]

@@ -1,0 +1,233 @@
+"""Megatron's policy against transformers: log-probs, loss, gradient norm and weights, at every parallel layout.
+
+Four torchrun processes load the same Megatron checkpoint at TP1, TP2, PP2 and TP2xPP2 (the rest is data parallel) and
+take a training step; transformers computes the same from unpacked sequences in one process.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+WORKER = Path(__file__).with_name("parity_worker.py")
+VOCABULARY = 211  # no multiple of anything: Megatron pads it
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 256,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+TINY_MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**TINY)),
+    "llama3": lambda: LlamaForCausalLM(
+        LlamaConfig(**{**TINY, "max_position_embeddings": 16384, "rope_parameters": LLAMA3_ROPE})
+    ),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**{**TINY, "tie_word_embeddings": True})),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**TINY, head_dim=32)),
+}
+LAYOUTS = {
+    "dp4": [],
+    "tp2": ["--tensor-model-parallel-size", "2", "--use-distributed-optimizer"],
+    "pp2": ["--pipeline-model-parallel-size", "2"],
+    "tp2pp2": ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"],
+    "tp2sp": [
+        *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+        *("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
+    ],
+}
+ROW_LENGTH = 160
+RUNS = [(model, layout) for model in TINY_MODELS for layout in LAYOUTS] + [("smollm2", "dp4"), ("smollm2", "pp2")]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers gives for the examples of a model, in float32."""
+
+    hf_dir: Path
+    examples: list[dict]
+    logprobs: list[list[float]]
+    loss: float
+    grad_norm: float
+
+
+def randomise(model: PreTrainedModel) -> None:
+    """Large random values everywhere (biases and norms too), so that a tensor in the wrong place cannot hide."""
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * 0.15
+        parameter.data.copy_(noise + 1 if "norm" in name else noise)
+
+
+def random_examples(seed: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(VOCABULARY, (length,), generator=generator).tolist()
+
+    sizes = [(30, (9, 12)), (41, (15, 1)), (100, (30, 20)), (64, (40,))]
+    return [{"prefix": ids(prefix), "branches": [ids(n) for n in branches]} for prefix, branches in sizes]
+
+
+def text_examples(hf_dir: Path) -> list[dict]:
+    """The documents' own continuation, and another document's, after a prefix of real text."""
+    tokenizer = AutoTokenizer.from_pretrained(hf_dir)
+    documents = [tokenizer(topics[name])["input_ids"] for name in ("assert", "class", "for", "lambda", "with")]
+    return [
+        {"prefix": own[:40], "branches": [own[40:60], other[10:25]]} for own, other in itertools.pairwise(documents)
+    ]
+
+
+def reference_of(model: PreTrainedModel, hf_dir: Path, examples: list[dict]) -> Reference:
+    """Each branch in a sequence of its own; the loss is the mean over all branch tokens."""
+    model.float().eval()
+    per_example, total, count = [], torch.zeros(()), 0
+    for example in examples:
+        values = []
+        for branch in example["branches"]:
+            ids = torch.tensor([example["prefix"] + branch])
+            logits = model(ids).logits[0, len(example["prefix"]) - 1 : -1]
+            logprobs = logits.log_softmax(-1).gather(1, torch.tensor(branch)[:, None])[:, 0]
+            total, count = total - logprobs.sum(), count + len(branch)
+            values += logprobs.tolist()
+        per_example.append(values)
+    loss = total / count
+    model.zero_grad()
+    loss.backward()
+    grad_norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+    return Reference(hf_dir, examples, per_example, loss.item(), grad_norm)
+
+
+@pytest.fixture(scope="module")
+def references(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    folder = tmp_path_factory.mktemp("models")
+    found = {}
+    for seed, (name, make) in enumerate(TINY_MODELS.items()):
+        model = make()
+        randomise(model)
+        model.save_pretrained(folder / name)
+        found[name] = reference_of(model, folder / name, random_examples(seed))
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
+    found["smollm2"] = reference_of(model, smollm2_dir, text_examples(smollm2_dir))
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(references: dict[str, Reference], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    """By "model-layout" the results of the four ranks, all from one torchrun."""
+    folder = tmp_path_factory.mktemp("parity")
+    cases = [case(references[model], model, layout, folder) for model, layout in RUNS]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command += [str(WORKER), str(folder / "cases.json"), str(folder)]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    return {
+        entry["name"]: [json.loads((folder / f"{entry['name']}.{rank}.json").read_text()) for rank in range(4)]
+        for entry in cases
+    }
+
+
+def case(reference: Reference, model: str, layout: str, folder: Path) -> dict:
+    """The first layout takes the HF weights and saves a Megatron checkpoint, which the others load."""
+    checkpoint, first = str(folder / f"checkpoint-{model}"), layout == "dp4"
+    if first:
+        storage = ["--save", checkpoint, "--save-interval", "1", "--no-save-optim", "--no-save-rng"]
+    else:
+        storage = ["--pretrained-checkpoint", checkpoint, "--no-load-optim", "--no-load-rng"]
+    return {
+        "name": f"{model}-{layout}",
+        "hf_dir": str(reference.hf_dir),
+        "examples": reference.examples,
+        "row_length": ROW_LENGTH,
+        "flags": [*LAYOUTS[layout], *storage],
+        "import": first,
+    }
+
+
+@pytest.fixture(params=RUNS, ids=lambda run: "-".join(run))
+def run(
+    request: pytest.FixtureRequest, results: dict[str, list[dict]], references: dict[str, Reference]
+) -> tuple[list[dict], Reference]:
+    """The four ranks' results of one model at one layout, and what transformers gave."""
+    model, layout = request.param
+    return results[f"{model}-{layout}"], references[model]
+
+
+def test_logprobs_equal_transformers(run: tuple[list[dict], Reference]) -> None:
+    ranks, reference = run
+    compared = set()
+    for rank in ranks:
+        for indices, values in rank["logprobs"].items():
+            expected = [value for index in indices.split(",") for value in reference.logprobs[int(index)]]
+            assert torch.tensor(values).sub(torch.tensor(expected)).abs().max() <= 1e-4
+            compared.add(indices)
+    assert compared == {"0,1", "2", "3"}
+
+
+def test_loss_equals_transformers(run: tuple[list[dict], Reference]) -> None:
+    ranks, reference = run
+    losses = [rank["loss"] for rank in ranks if rank["loss"] is not None]
+    assert losses
+    for loss in losses:
+        assert loss == pytest.approx(reference.loss, rel=1e-5)
+
+
+def test_gradient_norm_equals_transformers(run: tuple[list[dict], Reference]) -> None:
+    ranks, reference = run
+    for rank in ranks:
+        assert rank["grad_norm"] == pytest.approx(reference.grad_norm, rel=1e-4)
+
+
+def test_exported_weights_are_the_files_bit_for_bit(run: tuple[list[dict], Reference]) -> None:
+    ranks, reference = run
+    tensors = load_file(reference.hf_dir / "model.safetensors")
+    exported: dict[str, str] = {}
+    for rank in ranks:
+        assert not set(rank["digests"]) & set(exported), "a tensor came from two ranks"
+        exported |= rank["digests"]
+    assert exported == {name: digest(tensor.float()) for name, tensor in tensors.items()}
+
+
+def digest(tensor: torch.Tensor) -> str:
+    content = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+    return f"{tensor.dtype} {list(tensor.shape)} {content}"
