@@ -1,0 +1,223 @@
+"""A run's plots and its report.html, from the files of the run folder; works while the run is still going.
+
+    metrics.jsonl      one flat object a step                    required
+    summary.json       how it ended, with the win rate           missing while it runs
+    comparisons.jsonl  held-out continuations before and after   missing while it runs
+
+report.html is one file that needs nothing else: its images are inside.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from megatron_sip.evaluation.plots import (
+    DARK,
+    FEW_STEPS,
+    LIGHT,
+    Plot,
+    Steps,
+    available_plots,
+    average_window,
+    render_png,
+)
+from megatron_sip.learning.metrics import read_metrics
+
+SAMPLES = 3
+PREFIX_CHARACTERS = 700
+"""Of a sample's prefix its end is shown."""
+
+OTHER_COUNTS = {
+    "merged_candidates": "identical candidates judged as one",
+    "packing/cut_tokens": "prefix tokens cut to fit a row",
+    "skipped_steps": "steps without an update",
+}
+
+
+def write_report(run_dir: Path) -> None:
+    """Write plots/*.png and report.html into `run_dir`.
+
+    Raises:
+        FileNotFoundError: there is no metrics.jsonl in it.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: name the folder that the run was given as --run-dir or --save")
+    steps = read_metrics(path)
+    plots = available_plots(steps)
+    images = {plot.name: (render_png(plot, steps, LIGHT), render_png(plot, steps, DARK)) for plot in plots}
+    folder = run_dir / "plots"
+    folder.mkdir(exist_ok=True)
+    for name, (light, _) in images.items():
+        (folder / f"{name}.png").write_bytes(light)
+    page = render_page(
+        run_dir.resolve().name,
+        steps,
+        read_summary(run_dir),
+        read_comparisons(run_dir),
+        [(p, *images[p.name]) for p in plots],
+    )
+    staged = run_dir / "report.tmp"
+    staged.write_text(page, encoding="utf-8")
+    os.replace(staged, run_dir / "report.html")  # noqa: PTH105 (atomic on one file system)
+
+
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """summary.json, or None while there is none."""
+    path = run_dir / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def read_comparisons(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of comparisons.jsonl; none while there is no such file."""
+    path = run_dir / "comparisons.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def render_page(
+    name: str,
+    steps: Steps,
+    summary: Mapping[str, Any] | None,
+    comparisons: Sequence[Mapping[str, Any]],
+    images: Sequence[tuple[Plot, bytes, bytes]],
+) -> str:
+    """The whole page. `images`: each plot with its light and its dark PNG."""
+    state = "finished" if summary is not None else "not finished"
+    count = f"{len(steps):,} step" + "s" * (len(steps) != 1)
+    sections = [
+        _section("Result", _table(result_rows(steps, summary))),
+        _section("Training", _figures(images, len(steps)) if images else "<p>No step has been finished yet.</p>"),
+        _section("Before and after", _samples(comparisons)),
+        _section("Dropped prompts", _dropped(steps)),
+    ]
+    style = (files("megatron_sip.evaluation") / "report.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(name)} · Self-Improving Pretraining</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f"<header><h1>{escape(name)}</h1><p>Self-Improving Pretraining, {count}, {state}</p></header>\n"
+        + "\n".join(sections)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def result_rows(steps: Steps, summary: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the run came to, as (name, value) of the summary table."""
+    rows = []
+    if summary is not None and summary.get("win_rate") is not None:
+        low, high = summary["win_rate_ci95"]
+        rows.append(
+            (
+                "Win rate over the initial policy",
+                f"{summary['win_rate']:.1%} (95% interval {low:.1%} to {high:.1%}, {summary['prompts']:,} held-out prefixes)",
+            )
+        )
+        if summary.get("prompts_without_verdict"):
+            rows.append(("Prefixes without a verdict", f"{summary['prompts_without_verdict']:,}"))
+        if summary.get("mean_scores") is not None:
+            before, after = summary["mean_scores"]
+            rows.append(("Mean score, initial and trained policy", f"{before:.4g} and {after:.4g}"))
+    elif summary is not None:
+        rows.append(("Win rate over the initial policy", "not measured (--win-rate-prompts 0)"))
+    else:
+        rows.append(("Win rate over the initial policy", "measured when the run ends"))
+    if summary is not None and summary.get("final_rollout_chosen_rate") is not None:
+        rows.append(("Rollout chosen rate, last steps", f"{summary['final_rollout_chosen_rate']:.1%}"))
+    seconds = sum(step.get("seconds/total", 0.0) for step in steps)
+    rows.append(("Steps", f"{len(steps):,}"))
+    rows.append(("Training time", duration(seconds)))
+    examples = sum(step.get("examples", 0.0) for step in steps)
+    if examples:
+        rows.append(("Training examples", f"{examples:,.0f} of {total(steps, 'groups'):,.0f} prompts"))
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    minutes, hours = seconds / 60, seconds / 3600
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
+
+
+def total(steps: Steps, name: str) -> float:
+    """A count added up over all steps."""
+    return sum(step.get(name, 0.0) for step in steps)
+
+
+def dropped_counts(steps: Steps) -> dict[str, float]:
+    """Prompts that gave no example, by reason, most frequent first."""
+    names = {name for step in steps for name in step if name.startswith("dropped/")}
+    counts = {name.removeprefix("dropped/"): total(steps, name) for name in sorted(names)}
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n{content}\n</section>"
+
+
+def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
+    top = "<thead><tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr></thead>" if head else ""
+    lines = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>{top}<tbody>\n{lines}\n</tbody></table>"
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _figures(images: Sequence[tuple[Plot, bytes, bytes]], count: int) -> str:
+    window = average_window(count)
+    lines = f"Thin lines show every step, thick lines the mean of the last {window} steps."
+    figures = [
+        "<figure><picture>"
+        f'<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark)}">'
+        f'<img src="{_data_uri(light)}" alt="{escape(plot.title)}"></picture>'
+        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
+        for plot, light, dark in images
+    ]
+    note = f"<p>{lines}</p>\n" if count > FEW_STEPS else ""
+    return note + '<div class="plots">\n' + "\n".join(figures) + "\n</div>"
+
+
+def _samples(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    if not comparisons:
+        return "<p>There is no held-out comparison (yet).</p>"
+    shown = comparisons[:SAMPLES]
+    note = f"<p>The first {len(shown)} of {len(comparisons):,} held-out prefixes, not a selection.</p>"
+    return note + "\n" + "\n".join(_sample(comparison) for comparison in shown)
+
+
+def _sample(comparison: Mapping[str, Any]) -> str:
+    prefix = str(comparison["prefix"])
+    end = prefix if len(prefix) <= PREFIX_CHARACTERS else "… " + prefix[-PREFIX_CHARACTERS:]
+    before, after = comparison.get("score_before"), comparison.get("score_after")
+    sides = (("Initial policy", "before", before), ("Trained policy", "after", after))
+    columns = "".join(
+        f"<div><h4>{title}<span>{_score(score)}</span></h4><pre>{escape(str(comparison[key]))}</pre></div>"
+        for title, key, score in sides
+    )
+    return f'<article><h4>Prefix</h4><pre class="prefix">{escape(end)}</pre><div class="pair">{columns}</div></article>'
+
+
+def _score(score: float | None) -> str:
+    return "no verdict" if score is None else f"score {score:.3f}"
+
+
+def _dropped(steps: Steps) -> str:
+    counts = dropped_counts(steps)
+    groups = total(steps, "groups")
+    rows = [(reason, f"{count:,.0f}", f"{count / groups:.2%}" if groups else "") for reason, count in counts.items()]
+    content = _table(rows, ("Reason", "Prompts", "Share")) if rows else "<p>Every prompt gave a training example.</p>"
+    others = [(text, f"{total(steps, name):,.0f}") for name, text in OTHER_COUNTS.items() if total(steps, name)]
+    return content + ("\n<h3>Also counted</h3>\n" + _table(others) if others else "")

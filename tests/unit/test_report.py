@@ -1,0 +1,217 @@
+"""Plots and report of a run folder: complete, cut short, or with hostile text in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sip.evaluation.plots import MAX_BARS, available_plots, binned_seconds, moving_average, series
+from megatron_sip.evaluation.report import dropped_counts, result_rows, write_report
+
+ALL_PLOTS = {"rollout_chosen_rate", "scores", "preferences", "kl", "loss", "seconds", "engine_difference"}
+HOSTILE = '<script>alert("x")</script> & <img src=http://evil.example/a.png> \'"'
+
+
+def make_step(number: int) -> dict[str, float]:
+    metrics = {f"score/{kind}": 0.5 for kind in ("suffix", "rewrite", "rollout")}
+    metrics |= {"chosen_rate/rollout": 0.25, "reward_margin": 0.1 * number, "reward_accuracy": 0.5}
+    metrics |= {"chosen_reward": 0.0, "rejected_reward": -0.1, "kl_to_reference": 0.01, "loss": 0.7, "grad_norm": 1.0}
+    metrics |= {"engine_logprob_abs_diff": 0.01, "groups": 8.0, "examples": 6.0, "dropped/tied": 2.0}
+    metrics |= {"seconds/rollout": 3.0, "seconds/judge": 2.0, "seconds/train": 1.0, "seconds/total": 7.0}
+    return {"step": number, **metrics}
+
+
+def make_comparison(number: int) -> dict[str, Any]:
+    texts = {"prefix": f"prefix {number}", "before": f"old text {number}", "after": f"new text {number}"}
+    return {**texts, "score_before": -2.0, "score_after": -1.5}
+
+
+def make_run(
+    folder: Path,
+    steps: list[dict[str, float]],
+    summary: dict[str, Any] | None = None,
+    comparisons: list[dict[str, Any]] | None = None,
+) -> str:
+    """Write a run folder and its report; returns the page."""
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    if summary is not None:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    if comparisons is not None:
+        (folder / "comparisons.jsonl").write_text("".join(json.dumps(line) + "\n" for line in comparisons))
+    write_report(folder)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def make_summary() -> dict[str, Any]:
+    measured = {"win_rate": 0.713, "win_rate_ci95": [0.652, 0.77], "prompts": 200, "prompts_without_verdict": 3}
+    return {"steps": 3, "seconds": 21.0, **measured, "mean_scores": [-2.0, -1.5], "final_rollout_chosen_rate": 0.25}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside of style."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if "style" in self.open else data
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
+
+
+def test_complete_run_has_every_plot_and_a_self_contained_page(tmp_path: Path) -> None:
+    source = make_run(
+        tmp_path, [make_step(n) for n in (1, 2, 3)], make_summary(), [make_comparison(n) for n in range(1, 6)]
+    )
+    page = Page(source)
+    assert {path.stem for path in (tmp_path / "plots").glob("*.png")} == ALL_PLOTS
+    assert all(png_size(path)[0] > 1000 for path in (tmp_path / "plots").glob("*.png"))
+    images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
+    assert len(images) == len(ALL_PLOTS)
+    addresses = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "srcset", "href")]
+    assert all(value is not None and value.startswith("data:image/png;base64,") for value in addresses)
+    assert "url(" not in source
+    assert "@import" not in source
+    assert page.open == []  # every tag is closed
+    for text in (
+        "71.3% (95% interval 65.2% to 77.0%, 200 held-out prefixes)",
+        "-2 and -1.5",
+        "25.0%",
+        "18 of 24 prompts",
+    ):
+        assert text in page.text
+    assert [f"new text {n}" in page.text for n in range(1, 6)] == [True] * 3 + [False] * 2
+
+
+def test_texts_of_the_run_cannot_become_markup(tmp_path: Path) -> None:
+    hostile = {**make_comparison(1), "prefix": HOSTILE, "before": HOSTILE, "after": HOSTILE}
+    page = Page(make_run(tmp_path, [{"step": 1, f"dropped/{HOSTILE}": 1.0}], make_summary(), [hostile]))
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img"})
+    assert page.text.count(HOSTILE) == 4
+
+
+def test_unfinished_run_gets_a_report_of_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(make_step(1)) + '\n{"step": 2, "lo')
+    write_report(tmp_path)
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "1 step, not finished" in text
+    assert "measured when the run ends" in text
+    assert "no held-out comparison" in text
+
+
+def test_run_without_any_step_says_so(tmp_path: Path) -> None:
+    assert "No step has been finished yet." in make_run(tmp_path, [])
+    assert list((tmp_path / "plots").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "plot"),
+    [
+        ("chosen_rate/rollout", "rollout_chosen_rate"),
+        ("kl_to_reference", "kl"),
+        ("engine_logprob_abs_diff", "engine_difference"),
+    ],
+)
+def test_missing_metric_omits_its_plot(metric: str, plot: str) -> None:
+    steps = [{name: value for name, value in make_step(n).items() if name != metric} for n in (1, 2)]
+    assert {plot.name for plot in available_plots(steps)} == ALL_PLOTS - {plot}
+
+
+def test_plot_with_one_of_two_panels_missing_is_shorter(tmp_path: Path) -> None:
+    heights = []
+    for rewards in ({"reward_margin": 0.1}, {"reward_margin": 0.1, "reward_accuracy": 0.5}):
+        make_run(tmp_path, [{"step": 1, **rewards}])
+        heights.append(png_size(tmp_path / "plots/preferences.png")[1])
+    assert heights[0] < heights[1]
+
+
+def test_sft_run_has_only_its_own_plots() -> None:
+    assert {p.name for p in available_plots([{"step": 1, "loss": 2.0, "seconds/train": 1.0}])} == {"loss", "seconds"}
+
+
+def test_long_prefix_is_cut_at_its_start(tmp_path: Path) -> None:
+    comparison = {**make_comparison(1), "prefix": "start " + "x" * 5000 + " end"}
+    text = Page(make_run(tmp_path, [{"step": 1}], make_summary(), [comparison])).text
+    assert "start " not in text
+    assert re.search(r"… x{690,}.* end", text)
+
+
+def test_sample_without_verdict_shows_no_score(tmp_path: Path) -> None:
+    comparison = {**make_comparison(1), "score_before": None, "score_after": None}
+    text = Page(make_run(tmp_path, [{"step": 1}], make_summary(), [comparison])).text
+    assert text.count("no verdict") == 2
+
+
+def test_dropped_prompts_add_up_over_steps_most_frequent_first(tmp_path: Path) -> None:
+    steps = [{"step": 1, "dropped/a": 1.0, "groups": 5.0}, {"step": 2, "dropped/b": 3.0, "groups": 5.0}]
+    assert list(dropped_counts(steps).items()) == [("b", 3.0), ("a", 1.0)]
+    assert "30.00%" in make_run(tmp_path, steps)
+
+
+def test_win_rate_that_was_not_asked_for_is_named_as_such() -> None:
+    assert ("Win rate over the initial policy", "not measured (--win-rate-prompts 0)") in result_rows(
+        [], {"steps": 1, "win_rate": None, "win_rate_ci95": None, "prompts": 0}
+    )
+
+
+def test_moving_average_is_the_trailing_mean_of_known_values() -> None:
+    values = np.random.default_rng(0).normal(size=50)
+    values[[7, 20, 21]] = np.nan
+    expected = [np.nanmean(values[max(0, i - 9) : i + 1]) for i in range(50)]
+    np.testing.assert_allclose(moving_average(values, 10), expected, rtol=1e-12)
+    assert np.isnan(moving_average(np.array([np.nan, 1.0]), 2)).tolist() == [True, False]
+
+
+def test_series_skips_steps_without_the_metric() -> None:
+    x, y = series([{"step": 1, "a": 2.0}, {"step": 2}, {"step": 3, "a": 4.0}], "a")
+    assert (x.tolist(), y.tolist()) == ([1.0, 3.0], [2.0, 4.0])
+
+
+@pytest.mark.parametrize("count", [1, 79, 80, 81, 1000])
+def test_bars_of_time_lose_no_second(count: int) -> None:
+    rng = np.random.default_rng(count)
+    steps = [
+        {"step": n, "seconds/train": t, "seconds/total": t + 1.0} for n, t in enumerate(rng.random(count), start=1)
+    ]
+    phases, centres, widths, seconds = binned_seconds(steps)
+    assert phases == ["train", "other"]
+    assert len(centres) == min(count, MAX_BARS)
+    steps_a_bar = widths / 0.85
+    assert seconds[0] @ steps_a_bar == pytest.approx(sum(step["seconds/train"] for step in steps))
+    assert seconds[1] @ steps_a_bar == pytest.approx(count)
+
+
+def test_plot_run_tool(tmp_path: Path) -> None:
+    tool = [sys.executable, str(Path(__file__).parents[2] / "tools" / "plot_run.py"), str(tmp_path)]
+    refused = subprocess.run(tool, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2
+    assert f"{tmp_path}/metrics.jsonl is not there: name the folder" in refused.stderr
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
+    done = subprocess.run(tool, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"{tmp_path}/report.html and 1 plots in {tmp_path}/plots\n"
