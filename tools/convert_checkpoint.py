@@ -112,8 +112,8 @@ def megatron_to_hf(args: argparse.Namespace) -> None:
 def initialize(hf_config: Any, args: argparse.Namespace, *flags: str) -> None:
     """Initialise Megatron with the command line's parallel sizes; ConversionError when the processes do not fit."""
     needed = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    sizes = ("--tensor-model-parallel-size", str(args.tensor_model_parallel_size))
-    sizes += ("--pipeline-model-parallel-size", str(args.pipeline_model_parallel_size))
+    sizes = ["--tensor-model-parallel-size", str(args.tensor_model_parallel_size)]
+    sizes += ["--pipeline-model-parallel-size", str(args.pipeline_model_parallel_size)]
     if needed > 1 and not dist.is_torchelastic_launched():
         raise ConversionError(f"the parallel sizes need {needed} processes: torchrun --nproc-per-node {needed} ...")
     initialize_megatron_for(hf_config, [*sizes, *flags])
@@ -156,7 +156,7 @@ def save_safetensors(
     if dist.get_rank() != 0:
         return
     parts = [part for rank_parts in by_rank for part in rank_parts]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (temporary, names, _) in enumerate(parts, start=1):
         final = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         (folder / temporary).rename(folder / final)

@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 4 tests/integration/parity_worker.py CASES.json RESULTS_DIR
 
-CASES.json is a list of cases: {"name", "hf_dir", "examples", "flags", "row_length", "import" | "load"}. Each builds model
-and optimizer as the trainer does, takes the weights from hf_dir ("import") or a Megatron checkpoint ("load"), trains one
-step at learning rate 0 on all examples, exports the weights, and writes them all to RESULTS_DIR/NAME.RANK.json.
+CASES.json is a list of cases: {"name", "hf_dir", "examples", "flags", "row_length", "import", "steps", "save"}. Each
+builds model and optimizer as the trainer does (its flags may load a checkpoint), takes the weights from hf_dir if
+"import" (and saves them as a checkpoint where the flags say), trains "steps" steps on all examples, saves a resumable
+checkpoint if "save", and writes losses, log-probs and digests of the exported weights to RESULTS_DIR/NAME.RANK.json.
 """
 
 import hashlib
@@ -34,6 +35,7 @@ def main() -> None:
 def run_case(case: dict) -> dict:
     from megatron.core import parallel_state
     from megatron.core.enums import ModelType
+    from megatron.training import get_args
     from megatron.training.checkpointing import save_checkpoint
     from megatron.training.training import setup_model_and_optimizer
     from transformers import AutoConfig
@@ -44,18 +46,27 @@ def run_case(case: dict) -> dict:
     hf_config = AutoConfig.from_pretrained(case["hf_dir"])
     hf_config.dtype = torch.float32
     initialize_megatron_for(hf_config, [*case["flags"], "--global-batch-size", "4", "--calculate-per-token-loss"])
-    model, optimizer, _ = setup_model_and_optimizer(ModelType.encoder_or_decoder, model_provider)
+    args = get_args()
+    model, optimizer, scheduler = setup_model_and_optimizer(ModelType.encoder_or_decoder, model_provider)
     if case["import"]:
         load_hf_weights(model, case["hf_dir"])
         optimizer.reload_model_params()
-        save_checkpoint(0, model, None, None, 0, release=True)
-    logprobs, loss = train_step(case, model)
-    _, grad_norm, _ = optimizer.step()
+        if args.save:
+            save_checkpoint(0, model, None, None, 0, release=True)
+    losses = []
+    for _ in range(case["steps"]):
+        optimizer.zero_grad()
+        logprobs, loss = train_step(case, model)
+        losses.append(loss)
+        _, grad_norm, _ = optimizer.step()
+        scheduler.step(increment=args.global_batch_size)
+    if case["save"]:
+        save_checkpoint(args.iteration + case["steps"], model, optimizer, scheduler, 0)
     digests = {name: digest(tensor) for name, tensor in export_hf_weights(model, hf_config) if tensor is not None}
     return {
         "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
         "logprobs": logprobs,
-        "loss": loss,
+        "losses": losses,
         "grad_norm": float(grad_norm),
         "digests": digests,
     }

@@ -68,8 +68,9 @@ LAYOUTS = {
         *("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
     ],
 }
+CHECKPOINT_FORMATS = {"same-size": [], "reshardable": ["--dist-ckpt-optim-fully-reshardable"]}
 ROW_LENGTH = 160
-RUNS = [(model, layout) for model in TINY_MODELS for layout in LAYOUTS] + [("smollm2", "dp4"), ("smollm2", "pp2")]
+RUNS = [(model, layout) for model in TINY_MODELS for layout in LAYOUTS] + [("smollm2", "pp2")]  # it has 3 KV heads
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ def results(references: dict[str, Reference], tmp_path_factory: pytest.TempPathF
     """By "model-layout" the results of the four ranks, all from one torchrun."""
     folder = tmp_path_factory.mktemp("parity")
     cases = [case(references[model], model, layout, folder) for model, layout in RUNS]
+    cases += resume_cases(references["llama"], folder)
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     command += [str(WORKER), str(folder / "cases.json"), str(folder)]
@@ -168,9 +170,11 @@ def results(references: dict[str, Reference], tmp_path_factory: pytest.TempPathF
 
 
 def case(reference: Reference, model: str, layout: str, folder: Path) -> dict:
-    """The first layout takes the HF weights and saves a Megatron checkpoint, which the others load."""
-    checkpoint, first = str(folder / f"checkpoint-{model}"), layout == "dp4"
-    if first:
+    """A tiny model's first layout takes the HF weights and saves a Megatron checkpoint, which the others load."""
+    checkpoint, first = str(folder / f"checkpoint-{model}"), model == "smollm2" or layout == "dp4"
+    if model == "smollm2":
+        storage = []
+    elif first:
         storage = ["--save", checkpoint, "--save-interval", "1", "--no-save-optim", "--no-save-rng"]
     else:
         storage = ["--pretrained-checkpoint", checkpoint, "--no-load-optim", "--no-load-rng"]
@@ -181,7 +185,29 @@ def case(reference: Reference, model: str, layout: str, folder: Path) -> dict:
         "row_length": ROW_LENGTH,
         "flags": [*LAYOUTS[layout], *storage],
         "import": first,
+        "steps": 1,
+        "save": False,
     }
+
+
+def resume_cases(reference: Reference, folder: Path) -> list[dict]:
+    """Four training steps in one go, and twice two with a checkpoint between them; the second half also at TP2."""
+    start = ["--pretrained-checkpoint", str(folder / "checkpoint-llama"), "--no-load-optim", "--no-load-rng"]
+    training = ["--use-distributed-optimizer", "--train-iters", "4", "--lr", "0.01", "--lr-decay-style", "constant"]
+    cases = []
+
+    def add(name: str, steps: int, save: bool, *flags: str) -> None:
+        entry = case(reference, "llama", "dp4", folder)
+        entry |= {"name": name, "flags": [*training, *flags], "import": False, "steps": steps, "save": save}
+        cases.append(entry)
+
+    add("straight", 4, False, *start)
+    for kind, extra in CHECKPOINT_FORMATS.items():
+        saved = str(folder / f"resume-{kind}")
+        add(f"{kind}-first", 2, True, *start, *extra, "--save", saved, "--save-interval", "2")
+        add(f"{kind}-second", 2, False, *extra, "--load", saved)
+    add("reshardable-tp2", 2, False, *CHECKPOINT_FORMATS["reshardable"], "--load", saved, *LAYOUTS["tp2"])
+    return cases
 
 
 @pytest.fixture(params=RUNS, ids=lambda run: "-".join(run))
@@ -206,7 +232,7 @@ def test_logprobs_equal_transformers(run: tuple[list[dict], Reference]) -> None:
 
 def test_loss_equals_transformers(run: tuple[list[dict], Reference]) -> None:
     ranks, reference = run
-    losses = [rank["loss"] for rank in ranks if rank["loss"] is not None]
+    losses = [loss for rank in ranks for loss in rank["losses"] if loss is not None]
     assert losses
     for loss in losses:
         assert loss == pytest.approx(reference.loss, rel=1e-5)
@@ -226,6 +252,18 @@ def test_exported_weights_are_the_files_bit_for_bit(run: tuple[list[dict], Refer
         assert not set(rank["digests"]) & set(exported), "a tensor came from two ranks"
         exported |= rank["digests"]
     assert exported == {name: digest(tensor.float()) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINT_FORMATS)
+def test_resumed_training_equals_uninterrupted(kind: str, results: dict[str, list[dict]]) -> None:
+    straight = results["straight"][0]["losses"]
+    assert straight[3] < straight[2] < straight[1] < straight[0]  # it learns, so the steps can be told apart
+    assert results[f"{kind}-first"][0]["losses"] == straight[:2]
+    assert results[f"{kind}-second"][0]["losses"] == straight[2:]
+
+
+def test_training_resumes_at_another_parallel_size(results: dict[str, list[dict]]) -> None:
+    assert results["reshardable-tp2"][0]["losses"] == pytest.approx(results["straight"][0]["losses"][2:], rel=1e-5)
 
 
 def digest(tensor: torch.Tensor) -> str:

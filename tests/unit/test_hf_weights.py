@@ -1,6 +1,7 @@
 """The HF tables and layouts: splitting for any TP size and putting together again gives every bit back."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from megatron_sip.model.hf_families import (
     tensor_maps,
 )
 from megatron_sip.model.hf_layouts import AttentionShape, Layout, from_shards, to_shard
+from megatron_sip.model.hf_weights import load_hf_weights
 
 ANY_ATTENTION = AttentionShape(heads=4, groups=2, head_dim=2)
 
@@ -119,6 +121,28 @@ def test_tp_size_that_does_not_divide_the_query_groups_is_refused() -> None:
     attention = AttentionShape(heads=6, groups=3, head_dim=1)
     with pytest.raises(ValueError, match=r"--tensor-model-parallel-size 2 does not divide the number of query groups"):
         to_shard(Layout.QKV, tensors, torch.Size([6, 1]), attention, 0, 0, 2)
+
+
+def save_tiny(folder: Path, names: set[str]) -> None:
+    """A one-layer Llama's config and, for each of `names`, a tensor."""
+    LlamaConfig(num_hidden_layers=1, tie_word_embeddings=True).save_pretrained(folder)
+    save_file({name: torch.zeros(1) for name in names}, folder / "model.safetensors")
+
+
+def test_a_file_with_other_tensors_than_the_configs_is_refused(tmp_path: Path) -> None:
+    maps = tensor_maps(LlamaConfig(num_hidden_layers=1, tie_word_embeddings=True))
+    names = {name for entry in maps for name in entry.hf}
+    # A tied model's file may repeat the embedding, and old files hold the rotary frequencies.
+    harmless = {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
+    save_tiny(tmp_path, names - {"model.norm.weight"} | harmless | {"model.layers.1.mlp.up_proj.weight"})
+    with pytest.raises(ValueError, match=r"missing \['model.norm.weight'\], unexpected \['model.layers.1.mlp.up_proj"):
+        load_hf_weights([], tmp_path)
+
+
+def test_a_folder_without_safetensors_is_named(tmp_path: Path) -> None:
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} .*model.safetensors"):
+        load_hf_weights([], tmp_path)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
