@@ -463,4 +463,8 @@ def test_demo_corpus(tmp_path: Path, settings: TokenizeSettings, monkeypatch: py
     written = save.stat().st_mtime_ns
     run_tool(monkeypatch, "write_demo_corpus.py", "--save", str(save))
     assert save.stat().st_mtime_ns == written  # an unchanged corpus keeps its tokenised cache
-    assert len(stored(open_corpus([str(save)], TOKENIZER, settings))) > 70
+    texts = [json.loads(line)["text"] for line in save.read_text(encoding="utf-8").splitlines()]
+    assert len(stored(open_corpus([str(save)], TOKENIZER, settings))) == len(texts) > 45
+    for text in texts:  # no document is a section of another: a held-out one was not seen in training
+        middle = text[len(text) // 2 :][:200]
+        assert sum(middle in other for other in texts) == 1
