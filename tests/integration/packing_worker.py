@@ -1,0 +1,186 @@
+"""Gradients of packed or separate rows at several parallel layouts, for test_packed_equals_separate.
+
+    torchrun --nproc-per-node 4 tests/integration/packing_worker.py CASES.json RESULTS_DIR
+
+CASES.json is a list of {"name", "problem", "hf_dir", "flags", "row_length", "separate"}. Every rank writes the loss and
+those gradients, whole and by their HF names, that the weight export hands it, to RESULTS_DIR/NAME.RANK.pt.
+
+"separate" runs each branch in an unpadded row of its own and one plain autograd graph over all of them (one process);
+otherwise the rows are planned as in training and go through Megatron's schedule, DDP and gradient finalisation.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from parity_worker import forget_megatron
+from torch import Tensor
+
+from megatron_sip.learning.objectives import LossTerms, ObjectiveSettings, row_loss
+from megatron_sip.learning.packing import PackedRow, build_row, example_lengths, plan_rows
+from megatron_sip.model.standalone import initialize_megatron_for
+from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.samples import Example
+
+VOCABULARY = 131
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Examples with what else their objective needs, by (example, branch)."""
+
+    settings: ObjectiveSettings
+    examples: list[Example]
+    reference: dict[tuple[int, int], Tensor]
+    advantages: dict[tuple[int, int], float]
+
+
+def make_problem(name: str) -> Problem:
+    """dpo: 7 pairs of random lengths; grpo: groups of 1, 2, 5 and 16 branches; few: 5 pairs of one size."""
+    rng = random.Random(name)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [rng.randrange(VOCABULARY) for _ in range(rng.randint(low, high))]
+
+    shapes = {"dpo": [(1, 40, 1, 20, 2)] * 7, "few": [(30, 30, 8, 8, 2)] * 5}
+    shapes["grpo"] = [(1, 30, 1, 12, branches) for branches in (1, 2, 5, 16)]
+    examples = []
+    for task, (low, high, shortest, longest, count) in enumerate(shapes[name]):
+        roles = ["target"] * count if name == "grpo" else ["chosen", "rejected"]
+        branches = [ids(shortest, longest) for _ in range(count)]
+        examples.append(Example(task, ids(low, high), branches, roles, ["rollout"] * count, weight=rng.uniform(0.5, 2)))
+    keys = [(e, b) for e, example in enumerate(examples) for b in range(len(example.branches))]
+    # Near the log-probs of the random model under test, so that neither the sigmoid nor the KL term is saturated.
+    reference = {
+        (e, b): torch.tensor([rng.uniform(-6, -4) for _ in examples[e].branches[b]], dtype=torch.float32)
+        for e, b in keys
+    }
+    settings = ObjectiveSettings("grpo", kl_coef=0.1) if name == "grpo" else ObjectiveSettings("dpo", nll_coef=0.2)
+    return Problem(settings, examples, reference, {key: rng.uniform(-1, 1) for key in keys})
+
+
+def loss_of(problem: Problem, row: PackedRow, token_logprobs: Tensor) -> LossTerms:
+    keys = list(zip(row.examples, row.branches, strict=True))
+    empty = torch.zeros(0)
+    sums = [part.sum() for part in token_logprobs.split(row.branch_offsets.diff().tolist())]
+    grpo = {}
+    if problem.settings.objective == "grpo":
+        grpo["reference_token_logprobs"] = torch.cat([empty, *(problem.reference[key] for key in keys)])
+        grpo["advantages"] = torch.tensor([problem.advantages[key] for key in keys])
+    return row_loss(
+        problem.settings,
+        problem.examples,
+        row,
+        token_logprobs,
+        torch.stack(sums) if sums else token_logprobs[:0],
+        torch.tensor([problem.reference[key].sum() for key in keys]),
+        **grpo,
+    )
+
+
+def train_on_packed_rows(problem: Problem, model: list, row_length: int) -> tuple[float, int]:
+    """Gradients into main_grad; returns this replica's loss sum and its number of filler rows (last stage)."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_model_config
+
+    from megatron_sip.model.gpt import row_logprobs
+
+    get_model_config(model[0]).finalize_model_grads_func = finalize_model_grads
+    plan = plan_rows(
+        example_lengths(problem.examples),
+        row_length,
+        parallel_state.get_data_parallel_world_size(),
+        multiple_of=16,
+    )
+    mine = plan.rows[parallel_state.get_data_parallel_rank()]
+    losses = []
+
+    def forward_step(iterator, chunk):
+        row = build_row(problem.examples, next(iterator), plan.row_length, pad_id=0)
+
+        def loss_function(token_logprobs: Tensor):
+            terms = loss_of(problem, row, token_logprobs)
+            losses.append((terms.sum.item(), terms.count))
+            return terms.sum, torch.tensor(terms.count, dtype=torch.int), {}
+
+        return row_logprobs(chunk, row), loss_function
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(mine),
+        model=model,
+        num_microbatches=len(mine),
+        seq_length=plan.row_length,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    total = torch.tensor([sum(s for s, _ in losses), sum(c for _, c in losses)], dtype=torch.float64)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    loss = float(total[0] / total[1]) if parallel_state.is_pipeline_last_stage() else float("nan")
+    return loss, plan.filler_rows
+
+
+def train_on_separate_rows(problem: Problem, model: list) -> tuple[float, int]:
+    from megatron_sip.model.gpt import row_logprobs
+
+    everything = build_row(problem.examples, range(len(problem.examples)), 10_000, pad_id=0)
+    parts = []
+    for e, b in zip(everything.examples, everything.branches, strict=True):
+        example = problem.examples[e]
+        ids = example.branches[b]
+        alone = Example(example.task_index, example.prefix_ids, [ids], ["target"], ["rollout"])
+        parts.append(row_logprobs(model[0], build_row([alone], [0], len(example.prefix_ids) + len(ids), pad_id=0)))
+    terms = loss_of(problem, everything, torch.cat(parts))
+    loss = terms.sum / terms.count
+    torch.autograd.backward(loss)
+    return loss.item(), 0
+
+
+def run_case(case: dict) -> dict:
+    from megatron.training.training import get_model
+    from transformers import AutoConfig
+
+    from megatron_sip.model.gpt import model_provider
+    from megatron_sip.model.hf_weights import export_hf_weights, load_hf_weights
+
+    hf_config = AutoConfig.from_pretrained(case["hf_dir"])
+    hf_config.dtype = torch.float32
+    initialize_megatron_for(hf_config, [*case["flags"], "--global-batch-size", "4", "--calculate-per-token-loss"])
+    model = get_model(model_provider, wrap_with_ddp=True)
+    load_hf_weights(model, case["hf_dir"])
+    for chunk in model:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    problem = make_problem(case["problem"])
+    if case["separate"]:
+        loss, fillers = train_on_separate_rows(problem, model)
+    else:
+        loss, fillers = train_on_packed_rows(problem, model, case["row_length"])
+    # The export knows how to put shards together: hand it the gradients as if they were the weights.
+    for chunk in model:
+        for parameter in chunk.parameters():
+            parameter.data.copy_(parameter.main_grad)
+    grads = {name: grad.clone() for name, grad in export_hf_weights(model, hf_config) if grad is not None}
+    return {"loss": loss, "fillers": fillers, "grads": grads}
+
+
+def main() -> None:
+    cases, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    enable_cpu()
+    for case in cases:
+        result = run_case(case)
+        torch.save(result, results / f"{case['name']}.{dist.get_rank()}.pt")
+        forget_megatron()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Packed prefix trees train exactly as separate rows do: loss and every parameter's gradient, at every layout.
+
+The reference is one process, every branch alone behind its own copy of the prefix, plain autograd. Against it stand
+packed rows through Megatron's schedule with tensor, pipeline, sequence and data parallelism and recomputation.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+WORKER = Path(__file__).parent / "packing_worker.py"
+RELATIVE = 1e-5
+TIMEOUT_S = 400
+
+TP2 = ("--tensor-model-parallel-size", "2")
+PP2 = ("--pipeline-model-parallel-size", "2")
+SELECTIVE = ("--recompute-granularity", "selective")
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+
+ONE_PROCESS = {
+    "plain": (),
+    "selective_recompute": SELECTIVE,
+    "full_recompute": FULL,
+}
+FOUR_PROCESSES = {
+    "dp4": (),
+    "tp2_dp2": TP2,
+    "tp2_sp_dp2_full_recompute": (*TP2, "--sequence-parallel", *FULL),
+    "pp2_dp2": PP2,
+    "tp2_pp2_sp_selective_recompute": (*TP2, *PP2, "--sequence-parallel", *SELECTIVE),
+}
+PROBLEMS = {"dpo": "untied", "grpo": "tied"}
+
+
+def make_model(folder: Path, tied: bool) -> Path:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=131,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def launch(cases: list[dict], processes: int, folder: Path) -> None:
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*command, str(WORKER), str(folder / "cases.json"), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[done.stderr.find("Traceback") :][:4000]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cases, run in two launches; the folder with their result files."""
+    folder = tmp_path_factory.mktemp("packing")
+    models = {kind: str(make_model(folder / kind, kind == "tied")) for kind in ("tied", "untied")}
+
+    def case(name: str, problem: str, flags: tuple[str, ...], row_length: int = 160, separate: bool = False) -> dict:
+        model = models[PROBLEMS.get(problem, "untied")]
+        entry = {"name": f"{problem}_{name}", "problem": problem, "hf_dir": model, "flags": flags}
+        return entry | {"row_length": row_length, "separate": separate}
+
+    alone = [case("separate", problem, (), separate=True) for problem in (*PROBLEMS, "few")]
+    packed = {
+        processes: [case(name, problem, flags, 240) for problem in PROBLEMS for name, flags in layouts.items()]
+        for processes, layouts in ((1, ONE_PROCESS), (4, FOUR_PROCESSES))
+    }
+    launch(alone + packed[1], 1, folder)
+    # Five rows of one pair each for four replicas: three of the eight micro-batches are fillers.
+    launch([*packed[4], case("fillers", "few", (), row_length=48)], 4, folder)
+    return folder
+
+
+def read(results: Path, name: str) -> tuple[float, int, dict[str, torch.Tensor]]:
+    files = [torch.load(path) for path in sorted(results.glob(f"{name}.*.pt"))]
+    losses = {round(file["loss"], 6) for file in files if file["loss"] == file["loss"]}
+    assert len(losses) == 1
+    grads: dict[str, torch.Tensor] = {}
+    for file in files:
+        assert not grads.keys() & file["grads"].keys()
+        grads |= file["grads"]
+    loss = next(file["loss"] for file in files if file["loss"] == file["loss"])
+    return loss, files[0]["fillers"], grads
+
+
+def assert_equal(results: Path, problem: str, name: str) -> int:
+    loss, fillers, grads = read(results, f"{problem}_{name}")
+    expected_loss, _, expected = read(results, f"{problem}_separate")
+    assert loss == pytest.approx(expected_loss, rel=RELATIVE)
+    assert grads.keys() == expected.keys()
+    assert len(grads) == 2 * 9 + 2 + (PROBLEMS.get(problem) != "tied")
+    for key, grad in expected.items():
+        assert grad.abs().max() > 1e-6, f"{key} has no gradient to compare"
+        error = (grads[key] - grad).abs().max() / grad.abs().max()
+        assert error <= RELATIVE, f"{name} {key}: relative error {error:.2e}"
+    return fillers
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("layout", [*ONE_PROCESS, *FOUR_PROCESSES])
+def test_packed_rows_give_the_loss_and_gradients_of_separate_rows(results, problem, layout):
+    assert_equal(results, problem, layout)
+
+
+def test_filler_rows_change_nothing(results):
+    assert assert_equal(results, "few", "fillers") == 3
