@@ -1,0 +1,177 @@
+"""A process group of one trainer rank and the ranks of one SGLang engine, over which weights are broadcast.
+
+The group stands beside torch.distributed's default group, which belongs to Megatron: it is a bare gloo or NCCL
+backend on a store of its own, registered nowhere. One group an engine rather than one for all: an engine that hangs
+or dies then spoils only its own group.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_sip.rollout.http import call
+from megatron_sip.rollout.protocol import EngineError
+
+Backend = Literal["gloo", "nccl"]
+POLL_S = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Tensors of a model, laid end to end in one uint8 tensor in the order of `names`."""
+
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    data: torch.Tensor
+
+
+def make_bucket(tensors: list[tuple[str, torch.Tensor]], device: torch.device) -> Bucket:
+    """Flatten named tensors of any dtypes into one bucket on `device`.
+
+    Wide dtypes come first, so that every tensor starts at a multiple of its item size, which the receiver requires.
+    """
+    ordered = sorted(tensors, key=lambda item: -item[1].element_size())
+    flat = [tensor.detach().to(device).contiguous().reshape(-1).view(torch.uint8) for _, tensor in ordered]
+    return Bucket(
+        names=tuple(name for name, _ in ordered),
+        dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in ordered),
+        shapes=tuple(tuple(tensor.shape) for _, tensor in ordered),
+        data=torch.cat(flat),
+    )
+
+
+class EngineGroup:
+    """The group with one engine; this trainer rank is its rank 0. Not thread-safe: one thread at a time uses it."""
+
+    def __init__(self, url: str, source: str, backend: Backend, address: str, timeout_s: float) -> None:
+        self.url = url
+        self._source = source
+        self._backend: Backend = backend
+        self._address = address
+        self._timeout_s = timeout_s
+        self._name: str | None = None
+        self._group: Any = None
+        self._startup_time: Any = None
+        # A broken gloo group waits for its pending work when it is freed; it must not do so in the training loop.
+        self._broken: list[Any] = []
+
+    def ensure_joined(self) -> bool:
+        """Join unless we are joined with this very process of the engine. True when a join was needed."""
+        info = call(self.url, "GET", "/server_info", timeout_s=self._timeout_s)
+        startup_time = info.get("startup_time")
+        if self._group is not None and startup_time == self._startup_time:
+            return False
+        self.leave(tell_engine=startup_time == self._startup_time)
+        self._join(int(info.get("tp_size", 1)))
+        self._startup_time = startup_time
+        return True
+
+    def broadcast(self, bucket: Bucket) -> None:
+        """Have the engine load a bucket. Raises EngineError, after which the group is gone and must be joined anew."""
+        body = {
+            "names": bucket.names,
+            "dtypes": bucket.dtypes,
+            "shapes": bucket.shapes,
+            "group_name": self._name,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        deadline = time.monotonic() + self._timeout_s
+        threads = ThreadPoolExecutor(1, thread_name_prefix="weight-sync-http")
+        try:
+            # The engine only enters the broadcast once it has the request, so both must be under way together.
+            request = threads.submit(
+                call, self.url, "POST", "/update_weights_from_distributed", body, timeout_s=self._timeout_s
+            )
+            options = dist.BroadcastOptions()
+            options.rootRank = 0
+            work = self._group.broadcast([bucket.data], options)
+            self._await(work, request, deadline)
+            request.result(timeout=max(1.0, deadline - time.monotonic()))
+        except Exception as error:
+            self._abandon()
+            if isinstance(error, EngineError):
+                raise
+            raise EngineError(
+                "connection", self.url, f"weight broadcast failed: {error or type(error).__name__}"
+            ) from error
+        finally:
+            threads.shutdown(wait=False)
+
+    def leave(self, tell_engine: bool = True) -> None:
+        """Forget the group here and, best effort, in the engine."""
+        if self._group is None:
+            return
+        name = self._name
+        self._abandon()
+        if tell_engine:
+            try:
+                call(self.url, "POST", "/destroy_weights_update_group", {"group_name": name}, timeout_s=10.0)
+            except EngineError:
+                return  # an engine that is gone has no group either
+
+    def _join(self, engine_ranks: int) -> None:
+        timeout = timedelta(seconds=self._timeout_s)
+        store = dist.TCPStore(self._address, 0, is_master=True, wait_for_workers=False, timeout=timeout, use_libuv=True)
+        name = f"sip-{self._source}-{uuid.uuid4().hex[:8]}"
+        body = {
+            "master_address": self._address,
+            "master_port": store.port,
+            "rank_offset": 1,
+            "world_size": 1 + engine_ranks,
+            "group_name": name,
+            "backend": self._backend,
+        }
+        threads = ThreadPoolExecutor(2, thread_name_prefix="weight-sync-join")
+        try:
+            request = threads.submit(
+                call, self.url, "POST", "/init_weights_update_group", body, timeout_s=self._timeout_s
+            )
+            ours = threads.submit(_backend_group, store, name, self._backend, 1 + engine_ranks, timeout)
+            request.result(timeout=self._timeout_s + 5)
+            self._group = ours.result(timeout=self._timeout_s + 5)
+        except TimeoutError as error:
+            raise EngineError("timeout", self.url, f"no weight group within {self._timeout_s:g} s") from error
+        except (RuntimeError, dist.DistError) as error:
+            if isinstance(error, EngineError):
+                raise
+            raise EngineError("connection", self.url, f"no weight group at {self._address}: {error}") from error
+        finally:
+            threads.shutdown(wait=False)
+        self._name = name
+
+    def _await(self, work: Any, request: Future[Any], deadline: float) -> None:
+        while not work.is_completed():
+            if request.done() and request.exception() is not None:
+                request.result()
+            if time.monotonic() > deadline:
+                raise EngineError("timeout", self.url, f"took no weights within {self._timeout_s:g} s")
+            time.sleep(POLL_S)
+        work.wait()
+
+    def _abandon(self) -> None:
+        if self._group is not None:
+            self._group.abort()  # closes the connection, which wakes an engine that still waits for our broadcast
+            self._broken.append(self._group)
+        self._group = self._name = None
+
+
+def _backend_group(store: dist.TCPStore, name: str, backend: Backend, world_size: int, timeout: timedelta) -> Any:
+    """Rank 0's side of the group that SGLang makes with torch's process-group helper: the store prefixes are its."""
+    device = "cpu" if backend == "gloo" else "cuda"
+    prefixed = dist.PrefixStore(f"{device}/", dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store)))
+    if backend == "gloo":
+        return dist.ProcessGroupGloo(prefixed, 0, world_size, timeout)
+    options = dist.ProcessGroupNCCL.Options()
+    # We give up ourselves, earlier; NCCL's own watchdog would end the whole trainer.
+    options._timeout = timeout * 10
+    return dist.ProcessGroupNCCL(prefixed, 0, world_size, options)

@@ -1,0 +1,392 @@
+"""Bring the trainer's weights to the SGLang engines after a step, and prove that they arrived.
+
+    sync = DistributedWeightSync(urls, SyncRank(source=True, lead=True), SyncSettings(backend="nccl"))
+    sync.connect()
+    report = sync.push(export_hf_weights(model, hf_config), version="17")
+
+`push` is collective: every trainer rank calls it and consumes its own export iterator, which yields (name, tensor) on
+the rank that owns a tensor (tensor-parallel rank 0 of its pipeline stage) and (name, None) elsewhere. That rank, the
+stage's *source*, sends the tensor to all engines itself: one group for each (source, engine) pair, because relaying
+all stages through one rank would cost another copy over the network. One rank, the *lead*, opens and closes the
+update, flushes the prefix caches (their KV belongs to the old weights) and checks each engine's version.
+
+An engine that fails in a push gets no new version, so that a client that asks for the new one never uses it; the next
+push finds that its group is lost, or that it is another process than before (its start-up time differs), joins it
+again, and thereby brings it back.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_sip.rollout.engine_group import Backend, EngineGroup, make_bucket
+from megatron_sip.rollout.http import call
+from megatron_sip.rollout.protocol import EngineError
+
+NamedTensors = Iterable[tuple[str, torch.Tensor | None]]
+Tensors = list[tuple[str, torch.Tensor]]
+
+
+class WeightSyncError(RuntimeError):
+    """The weights did not reach every engine; the message says which and why. Raised on all trainer ranks alike."""
+
+
+def only_rank(value: Any) -> list[Any]:
+    """`SyncRank.exchange` of a trainer with one rank."""
+    return [value]
+
+
+@dataclass(frozen=True, slots=True)
+class SyncRank:
+    """This trainer rank's part in a push.
+
+    Exactly one rank is `lead`; `source` are those whose iterators yield tensors. `name` is unique among the sources
+    (for example "stage0"). `exchange` gives every rank the list of all ranks' values (all_gather_object); it must be
+    called by all ranks together.
+    """
+
+    source: bool = True
+    lead: bool = True
+    name: str = "stage0"
+    exchange: Callable[[Any], list[Any]] = only_rank
+
+
+@dataclass(frozen=True, slots=True)
+class SyncSettings:
+    """`address`: this host's address as the engines see it. `timeout_s` bounds each HTTP call and each broadcast.
+
+    `require_all` False tolerates engines that fail, as long as one takes the weights; the report names them.
+    """
+
+    backend: Backend = "gloo"
+    address: str = "127.0.0.1"
+    bucket_bytes: int = 512 * 2**20
+    timeout_s: float = 120.0
+    require_all: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bucket_bytes < 1 or self.timeout_s <= 0:
+            raise ValueError(f"bucket_bytes and timeout_s must be positive, not {self.bucket_bytes}, {self.timeout_s}")
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What a push did: bytes and tensors sent by all sources (to each engine), and the engines that failed, by URL."""
+
+    version: str
+    bytes: int
+    tensors: int
+    seconds: float
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+
+class WeightSync(ABC):
+    """How weights travel. The order of the steps of a push is fixed here; subclasses say how the tensors go."""
+
+    def __init__(self, urls: Sequence[str], rank: SyncRank, settings: SyncSettings) -> None:
+        if not urls:
+            raise ValueError("weight sync needs at least one engine URL")
+        self.urls = [url.rstrip("/") for url in urls]
+        self.rank = rank
+        self.settings = settings
+
+    @abstractmethod
+    def connect(self) -> None:
+        """Prepare, collectively. Raises WeightSyncError when an engine cannot be reached."""
+
+    @abstractmethod
+    def push(self, named_tensors: NamedTensors, version: str) -> SyncReport:
+        """Send all weights as `version`, collectively. Raises WeightSyncError.
+
+        Also on failure every rank consumes its iterator to the end, so that no collective inside it is left waiting.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what `connect` made. Safe to repeat."""
+
+    def _on_engines(
+        self, action: Callable[[str], object], failed: Mapping[str, str], active: bool = True
+    ) -> dict[str, str]:
+        """Run `action` on all engines not in `failed`, at once; then every rank's failures (url: reason) merged.
+
+        Ranks that are not `active` only take part in the exchange.
+        """
+        found: dict[str, str] = {}
+        urls = [url for url in self.urls if url not in failed] if active else []
+        if urls:
+            with ThreadPoolExecutor(len(urls), thread_name_prefix="weight-sync") as threads:
+                for url, future in [(url, threads.submit(action, url)) for url in urls]:
+                    error = future.exception()
+                    if error is not None and not isinstance(error, EngineError):
+                        found[url] = f"{type(error).__name__}: {error}"
+                    elif error is not None:
+                        found[url] = str(error)
+        return self._agree({**failed, **found})
+
+    def _agree(self, failed: Mapping[str, str]) -> dict[str, str]:
+        merged: dict[str, str] = {}
+        for other in self.rank.exchange(dict(failed)):
+            merged.update(other)
+        return merged
+
+    def _raise_on_errors(self, error: BaseException | None) -> None:
+        errors = [message for message in self.rank.exchange(None if error is None else repr(error)) if message]
+        if error is not None:
+            raise error
+        if errors:
+            raise WeightSyncError(f"another trainer rank failed while it exported its weights: {errors[0]}")
+
+    def _conclude(self, version: str, started: float, sent: tuple[int, int], failed: Mapping[str, str]) -> SyncReport:
+        totals = self.rank.exchange(sent)
+        report = SyncReport(
+            version=version,
+            bytes=sum(total[0] for total in totals),
+            tensors=sum(total[1] for total in totals),
+            seconds=time.monotonic() - started,
+            failed=dict(failed),
+        )
+        if failed and (self.settings.require_all or len(failed) == len(self.urls)):
+            reasons = "; ".join(f"{url}: {reason}" for url, reason in failed.items())
+            raise WeightSyncError(f"weights of version {version!r} did not reach {len(failed)} engine(s): {reasons}")
+        return report
+
+    def _call(self, url: str, path: str, body: Any = None, params: Mapping[str, str] | None = None) -> Any:
+        return call(url, "POST", path, {} if body is None else body, params=params, timeout_s=self.settings.timeout_s)
+
+    def _verify(self, url: str, version: str) -> None:
+        found = call(url, "GET", "/model_info", timeout_s=self.settings.timeout_s)["weight_version"]
+        if found != version:
+            raise EngineError("stale-weights", url, f"reports weight version {found!r} after a push of {version!r}")
+
+
+class DistributedWeightSync(WeightSync):
+    """Broadcasts over gloo or NCCL, bucket by bucket; nothing touches a disk."""
+
+    def __init__(self, urls: Sequence[str], rank: SyncRank, settings: SyncSettings) -> None:
+        super().__init__(urls, rank, settings)
+        if settings.backend == "nccl" and not torch.cuda.is_available():
+            raise ValueError("weight sync over nccl needs a GPU in the trainer; use gloo, or disk")
+        self._device = torch.device("cuda" if settings.backend == "nccl" else "cpu")
+        self._groups = {
+            url: EngineGroup(url, rank.name, settings.backend, settings.address, settings.timeout_s)
+            for url in self.urls
+        }
+
+    def connect(self) -> None:
+        failed = self._on_engines(lambda url: self._groups[url].ensure_joined(), {}, self.rank.source)
+        if failed:
+            raise WeightSyncError("; ".join(failed.values()))
+
+    def push(self, named_tensors: NamedTensors, version: str) -> SyncReport:
+        started = time.monotonic()
+        failed = self._on_engines(self._open, {}, self.rank.lead)
+        failed = self._on_engines(lambda url: self._groups[url].ensure_joined(), failed, self.rank.source)
+        error: BaseException | None = None
+        sent = (0, 0)
+        try:
+            failed, sent = self._stream(named_tensors, failed)
+        except Exception as raised:
+            error = raised
+        failed = self._agree(failed)
+        # Engines that failed, or all when the export broke, are closed too, but without the new version.
+        broken = self.rank.exchange(error is not None)
+        complete = not any(broken)
+        failed = self._on_engines(lambda url: self._close(url, version if complete else None), failed, self.rank.lead)
+        if self.rank.lead:
+            self._reopen_failed(failed)
+        self._raise_on_errors(error)
+        return self._conclude(version, started, sent, failed)
+
+    def close(self) -> None:
+        for group in self._groups.values():
+            group.leave()
+
+    def _stream(self, named_tensors: NamedTensors, failed: dict[str, str]) -> tuple[dict[str, str], tuple[int, int]]:
+        """Send this rank's tensors; returns the engines that failed by now and the (bytes, tensors) sent."""
+        size = count = 0
+        iterator = iter(named_tensors)
+        with ThreadPoolExecutor(len(self.urls), thread_name_prefix="weight-sync") as threads, drained(iterator):
+            for tensors in buckets(iterator, self.settings.bucket_bytes):
+                bucket = make_bucket(tensors, self._device)
+                live = [url for url in self.urls if url not in failed]
+                for url, future in [(url, threads.submit(self._groups[url].broadcast, bucket)) for url in live]:
+                    problem = future.exception()
+                    if problem is not None:
+                        failed = {**failed, url: str(problem)}
+                size += bucket.data.numel()
+                count += len(bucket.names)
+        return failed, (size, count)
+
+    def _open(self, url: str) -> None:
+        self._call(url, "/pause_generation", {"mode": "retract"})
+        try:
+            self._call(url, "/begin_weight_update")
+        except EngineError as error:
+            if "already open" not in str(error):
+                raise
+            self._call(url, "/end_weight_update")  # left open by a trainer that died
+            self._call(url, "/begin_weight_update")
+
+    def _close(self, url: str, version: str | None) -> None:
+        self._call(url, "/end_weight_update")
+        self._call(url, "/flush_cache", params={"timeout": "10"})
+        if version is not None:
+            self._call(url, "/update_weight_version", {"new_version": version, "abort_all_requests": False})
+        self._call(url, "/continue_generation")
+        if version is not None:
+            self._verify(url, version)
+
+    def _reopen_failed(self, failed: Mapping[str, str]) -> None:
+        """Let engines that failed answer again; they keep their old version, so nobody takes their answers for new."""
+        for url in failed:
+            for path in ("/end_weight_update", "/flush_cache", "/continue_generation"):
+                try:
+                    call(url, "POST", path, {}, timeout_s=5.0)
+                except EngineError:
+                    continue  # it failed before, and the reason is already reported
+
+
+class DiskWeightSync(WeightSync):
+    """Writes a Hugging Face folder on a filesystem that trainer and engines share, and has the engines load it.
+
+    Slower than broadcasting but without any connection to lose: an engine that restarted is simply told again. Folders
+    `weights-VERSION` under `folder` appear complete (atomic rename), with config and tokenizer files from `template`
+    (the checkpoint that training started from), and the last `keep` stay.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        rank: SyncRank,
+        settings: SyncSettings,
+        folder: str | Path,
+        template: str | Path,
+        keep: int = 2,
+    ) -> None:
+        super().__init__(urls, rank, settings)
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, not {keep}: the engines may still read the newest folder")
+        if not (Path(template) / "config.json").is_file():
+            raise FileNotFoundError(f"{template} holds no config.json: give the folder of a Hugging Face checkpoint")
+        self._folder = Path(folder).resolve()
+        self._template = Path(template)
+        self._keep = keep
+
+    def connect(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        failed = self._on_engines(
+            lambda url: call(url, "GET", "/model_info", timeout_s=self.settings.timeout_s), {}, self.rank.lead
+        )
+        if failed:
+            raise WeightSyncError("; ".join(failed.values()))
+
+    def push(self, named_tensors: NamedTensors, version: str) -> SyncReport:
+        started = time.monotonic()
+        staged = self._folder / f".weights-{version}"
+        final = self._folder / f"weights-{version}"
+        error: BaseException | None = None
+        sent = (0, 0)
+        placed: dict[str, str] = {}
+        if self.rank.lead:
+            shutil.rmtree(staged, ignore_errors=True)  # of a trainer that died while writing
+            staged.mkdir(parents=True)
+        self.rank.exchange(None)  # the folder is there before any source writes into it
+        try:
+            sent, placed = self._write(named_tensors, staged)
+        except Exception as raised:
+            error = raised
+        everywhere: dict[str, str] = {}
+        for part in self.rank.exchange(placed):
+            everywhere.update(part)
+        self._raise_on_errors(error)
+        if self.rank.lead:
+            finish_folder(staged, final, self._template, everywhere)
+        failed = self._on_engines(lambda url: self._load(url, final, version), {}, self.rank.lead)
+        if self.rank.lead:
+            self._forget_old()
+        return self._conclude(version, started, sent, failed)
+
+    def close(self) -> None:
+        """Nothing is held open; the folders stay for engines that restart."""
+
+    def _write(self, named_tensors: NamedTensors, staged: Path) -> tuple[tuple[int, int], dict[str, str]]:
+        """Write this source's tensors as safetensors files; returns (bytes, tensors) and each tensor's file name."""
+        size = count = 0
+        placed: dict[str, str] = {}
+        iterator = iter(named_tensors)
+        with drained(iterator):
+            for index, part in enumerate(buckets(iterator, self.settings.bucket_bytes)):
+                file = f"model-{self.rank.name}-{index:05d}.safetensors"
+                tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in part}
+                save_file(tensors, staged / file, metadata={"format": "pt"})
+                placed.update(dict.fromkeys(tensors, file))
+                size += sum(tensor.nbytes for tensor in tensors.values())
+                count += len(tensors)
+        return (size, count), placed
+
+    def _load(self, url: str, folder: Path, version: str) -> None:
+        self._call(url, "/pause_generation", {"mode": "retract"})
+        try:
+            body = {"model_path": str(folder), "weight_version": version, "flush_cache": True}
+            self._call(url, "/update_weights_from_disk", body)
+        finally:
+            self._call(url, "/continue_generation")
+        self._verify(url, version)
+
+    def _forget_old(self) -> None:
+        folders = sorted(self._folder.glob("weights-*"), key=lambda folder: folder.stat().st_mtime_ns)
+        for folder in folders[: -self._keep]:
+            shutil.rmtree(folder)
+
+
+def finish_folder(staged: Path, final: Path, template: Path, placed: Mapping[str, str]) -> None:
+    """Make the staged safetensors files a complete Hugging Face checkpoint and move it to `final` in one step."""
+    for file in template.iterdir():
+        if file.is_file() and ".safetensors" not in file.name and file.suffix not in (".bin", ".pt", ".pth"):
+            shutil.copy2(file, staged)
+    total = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(placed)}
+    (staged / "model.safetensors.index.json").write_text(json.dumps(index))
+    if final.exists():
+        shutil.rmtree(final)  # the same version again, after a resume
+    staged.rename(final)
+
+
+@contextmanager
+def drained(iterator: Iterator[Any]) -> Iterator[None]:
+    """Consume what is left of `iterator` when the body fails: the other ranks wait in its collectives."""
+    try:
+        yield
+    except Exception:
+        for _ in iterator:
+            pass
+        raise
+
+
+def buckets(named_tensors: NamedTensors, bucket_bytes: int) -> Iterator[Tensors]:
+    """Group the tensors that are not None, in order, into lists of at most `bucket_bytes` (a larger one goes alone)."""
+    pending: Tensors = []
+    size = 0
+    for name, tensor in named_tensors:
+        if tensor is None:
+            continue
+        if pending and size + tensor.nbytes > bucket_bytes:
+            yield pending
+            pending, size = [], 0
+        pending.append((name, tensor))
+        size += tensor.nbytes
+    if pending:
+        yield pending
