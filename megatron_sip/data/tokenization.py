@@ -16,6 +16,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -159,6 +160,11 @@ def _encode_all(batches: Iterator[TextBatch], encoder: DocumentEncoder, workers:
                     yield pending.popleft().result(_BATCH_TIMEOUT_S)
             while pending:
                 yield pending.popleft().result(_BATCH_TIMEOUT_S)
+        except (BrokenProcessPool, TimeoutError) as error:
+            raise RuntimeError(
+                f"a tokenising process died (out of memory?) or took over {_BATCH_TIMEOUT_S:.0f} s for one batch; "
+                f"try again with fewer than {workers} workers"
+            ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -24,8 +24,9 @@ from tiny_tokenizer import MULTILINGUAL, byte_level_tokenizer
 from megatron_sip.data.documents import Corpus, DocumentSource, open_corpus, parse_data_path, parse_split
 from megatron_sip.data.errors import DataError
 from megatron_sip.data.ordering import Permutation, make_blend
+from megatron_sip.data.text_sources import TextBatch
 from megatron_sip.data.token_store import TokenStore, TokenStoreWriter, bin_path, idx_path
-from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, cached_tokens, tokenize_file
+from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, _encode_all, cached_tokens, tokenize_file
 
 TOKENIZER = byte_level_tokenizer()
 TEXTS = [*MULTILINGUAL, "", "line\nbreak \u2028 and <|im_end|> markers", " leading and trailing "]
@@ -468,3 +469,15 @@ def test_demo_corpus(tmp_path: Path, settings: TokenizeSettings, monkeypatch: py
     for text in texts:  # no document is a section of another: a held-out one was not seen in training
         middle = text[len(text) // 2 :][:200]
         assert sum(middle in other for other in texts) == 1
+
+
+def test_a_dead_worker_is_an_error_not_a_hang() -> None:
+    def batches():
+        yield TextBatch(["fine"], 1)
+        for child in multiprocessing.active_children():
+            child.kill()
+        yield from (TextBatch(["never"], 2) for _ in range(50))
+
+    encoder = DocumentEncoder.of(TOKENIZER, TokenizeSettings())
+    with pytest.raises(RuntimeError, match=r"tokenising process died .* fewer than 2 workers"):
+        list(_encode_all(batches(), encoder, workers=2))
