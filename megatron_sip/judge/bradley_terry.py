@@ -35,7 +35,7 @@ def fit_bradley_terry(
     count: int,
     *,
     prior_mean: FloatArray | None = None,
-    prior_scale: float = 1.5,
+    prior_scale: float = 3.0,
     position_scale: float = 3.0,
 ) -> BradleyTerryFit:
     """Fit `count` strengths to verdicts: `outcome[k]` in [0, 1] says how far first[k] was preferred to second[k].

@@ -9,6 +9,7 @@ Scales, so that weighted sums mean something (paper section 3.2.1 adds quality a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,12 +118,18 @@ class Pairwise:
         if len(sheet.candidates) == 1:
             return CriterionScores((0.5,), (0,))  # it can only draw with itself
         prior = await self._prior(sheet, ask)
-        players = Field(sheet.kinds, sheet.objective, np.random.default_rng(sheet.seed), prior)
+        rng = np.random.default_rng(sheet.seed)
+        players = Field(sheet.kinds, sheet.objective, rng, prior, repeatable=self.mode == "hard")
         history, planned = Comparisons.empty(), Comparisons.empty()
+        asked: Counter[Pair] = Counter()
         round_index = 0
         while pairs := self.schedule.next_pairs(round_index, players, history):
             shown = self._shown(pairs)
-            answers = await ask([self._call(sheet, first, second, votes) for first, second, votes in shown])
+            calls = []
+            for first, second, votes in shown:
+                calls.append(self._call(sheet, first, second, votes, salt=asked[first, second]))
+                asked[first, second] += 1
+            answers = await ask(calls)
             verdicts = [
                 (first, second, vote)
                 for (first, second, _), answer in zip(shown, answers, strict=True)
@@ -149,14 +156,14 @@ class Pairwise:
         halves = (votes + 1) // 2, votes // 2
         return [(x, y, half) for a, b in pairs for x, y, half in ((a, b, halves[0]), (b, a, halves[1])) if half]
 
-    def _call(self, sheet: Sheet, first: int, second: int, votes: int) -> Call:
+    def _call(self, sheet: Sheet, first: int, second: int, votes: int, salt: int) -> Call:
         texts = {
             "prefix": sheet.prefix,
             "reference": sheet.reference,
             "option_1": sheet.candidates[first],
             "option_2": sheet.candidates[second],
         }
-        return judgement(self.prompt, texts, sheet.code, self.mode, self.sampling, votes)
+        return judgement(self.prompt, texts, sheet.code, self.mode, self.sampling, votes, salt)
 
     async def _prior(self, sheet: Sheet, ask: Ask) -> FloatArray | None:
         """Strengths in logits from the likelihood, where asked for and known for all candidates."""
@@ -187,15 +194,28 @@ class Likelihood:
 
 
 def judgement(
-    prompt: PromptFile, texts: dict[str, str], code: str, mode: VerdictMode, sampling: Sampling, votes: int
+    prompt: PromptFile,
+    texts: dict[str, str],
+    code: str,
+    mode: VerdictMode,
+    sampling: Sampling,
+    votes: int,
+    salt: int = 0,
 ) -> Call:
-    """The call that asks `prompt` about `texts`."""
+    """The call that asks `prompt` about `texts`; a sampled one with another `salt` is another draw."""
     assert prompt.rule is not None
     pieces = prompt.fill(texts, code)
     if mode == "soft":
         return ChoiceCall(prompt.identity, pieces, prompt.rule, sampling.max_tokens)
     return GenerateCall(
-        prompt.identity, pieces, votes, sampling.max_tokens, sampling.temperature, sampling.top_p, prompt.rule
+        prompt.identity,
+        pieces,
+        votes,
+        sampling.max_tokens,
+        sampling.temperature,
+        sampling.top_p,
+        prompt.rule,
+        salt=salt,
     )
 
 

@@ -23,12 +23,12 @@ import numpy as np
 from megatron_sip.judge.calls import Answer, Call
 from megatron_sip.judge.client import JudgeClient, affinity_of
 from megatron_sip.judge.criteria import Criterion, CriterionScores, Pairwise, Sheet, comparable, make_criterion
-from megatron_sip.judge.prompts import fence_code
+from megatron_sip.judge.prompts import fence_code, valid_unicode
 from megatron_sip.judge.schedules import AllPairs
 from megatron_sip.judge.settings import JudgeSettings, Objective
 from megatron_sip.samples import Group
 
-PROMPTS_IN_FLIGHT_SHARE = 4
+PROMPTS_IN_FLIGHT_SHARE = 16
 """Groups worked on at once: concurrency / this. Enough to fill it; few keep prompts together and memory flat."""
 
 
@@ -74,7 +74,7 @@ class Judge:
         Groups that arrive dropped stay so. Candidates that are all the same text tie without being compared.
         """
         deadline = asyncio.get_running_loop().time() + (deadline_s or self._settings.deadline_s)
-        gate = asyncio.Semaphore(max(16, self._settings.concurrency // PROMPTS_IN_FLIGHT_SHARE))
+        gate = asyncio.Semaphore(max(8, self._settings.concurrency // PROMPTS_IN_FLIGHT_SHARE))
 
         async def bounded(group: Group) -> Group:
             async with gate:
@@ -87,7 +87,7 @@ class Judge:
     async def _score_group(self, group: Group, objective: Objective, deadline: float) -> Group:
         if group.dropped is not None:
             return group
-        texts = list(dict.fromkeys(candidate.text for candidate in group.candidates))
+        texts = list(dict.fromkeys(valid_unicode(candidate.text) for candidate in group.candidates))
         if not texts:
             return self._drop(group, "judge-no-candidates")
         sheet = self._sheet(group, texts, objective)
@@ -116,17 +116,17 @@ class Judge:
         return await criterion.score(replace(sheet, seed=seed), ask)
 
     def _sheet(self, group: Group, texts: list[str], objective: Objective) -> Sheet:
-        kinds = {candidate.text: candidate.kind for candidate in reversed(group.candidates)}
-        prefix = cut_prefix(group.task.prefix_text, self._settings.prefix_chars)
-        reference = group.task.suffix_text
-        code = fence_code(self._settings.seed, group.task.prefix_text, [*texts, reference])
+        kinds = {valid_unicode(candidate.text): candidate.kind for candidate in reversed(group.candidates)}
+        prefix = cut_prefix(valid_unicode(group.task.prefix_text), self._settings.prefix_chars)
+        reference = valid_unicode(group.task.suffix_text)
+        code = fence_code(self._settings.seed, prefix, [*texts, reference])
         seed = (self._settings.seed, group.task.index)
         return Sheet(prefix, reference, tuple(texts), tuple(kinds[text] for text in texts), code, seed, objective)
 
     def _scored(self, group: Group, texts: list[str], results: Sequence[CriterionScores]) -> Group:
         """The group with scores for all its candidates, duplicates sharing theirs."""
         place = {text: i for i, text in enumerate(texts)}
-        order = [place[candidate.text] for candidate in group.candidates]
+        order = [place[valid_unicode(candidate.text)] for candidate in group.candidates]
         total = np.zeros(len(texts))
         alone = len(self._criteria) == 1
         for item, result in zip(self._criteria, results, strict=True):

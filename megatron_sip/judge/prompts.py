@@ -26,7 +26,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,7 @@ _HEADER_KEYS = {"name", "version", "kind", "description", "pattern", "start", "v
 # Role, turn and reasoning marks of the common chat templates. A tokenizer's own special tokens are added to these.
 _TEMPLATE_MARKS = re.compile(
     r"<[|｜][^<>|｜\n]{1,60}[|｜]>|</?s>|</?(?:think|thinking|reasoning)>|<</?SYS>>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS"
-    r"|TOOL_RESULTS|gMASK|SYSTEM_PROMPT)\]|<(?:start_of_turn|end_of_turn|bos|eos|pad|unk|mask|extra_id_\d+)>"
-    r"|<(?:start_of_turn|end_of_turn|bos|eos)\|?>|<\|",
+    r"|TOOL_RESULTS|gMASK|SYSTEM_PROMPT)\]|</?(?:bos|eos|pad|unk|mask|\w{0,30}_\w{0,30})>|<\|",
     re.IGNORECASE,
 )
 
@@ -93,6 +92,7 @@ class PromptFile:
         return tuple(piece for piece in pieces if piece)
 
 
+@lru_cache(maxsize=4096)  # a task's prefix recurs in each of its prompts, a candidate in several
 def fence(slot: str, text: str, code: str) -> str:
     """`text` between two marks of its own; see `fence_code`."""
     title = slot.replace("_", " ")
@@ -112,6 +112,11 @@ def fence_code(seed: int, prefix: str, texts: Iterable[str]) -> str:
         if code not in prefix and not any(code in text for text in texts):
             return code
     raise PromptError("no fence code found that the texts do not contain")
+
+
+def valid_unicode(text: str) -> str:
+    """`text` with lone surrogates (broken escapes in documents) replaced, so that it can be sent."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def break_marks(text: str, special_tokens: tuple[str, ...] = ()) -> str:

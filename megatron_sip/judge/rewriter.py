@@ -21,7 +21,7 @@ from typing import Any, Self
 from megatron_sip.judge.calls import Answer, GenerateCall
 from megatron_sip.judge.client import JudgeClient, affinity_of
 from megatron_sip.judge.judge import cut_prefix, flat_counters
-from megatron_sip.judge.prompts import builtin_prompt, fence_code
+from megatron_sip.judge.prompts import builtin_prompt, fence_code, valid_unicode
 from megatron_sip.judge.settings import ClientSettings, SettingsError
 from megatron_sip.judge.verdicts import own_answer
 from megatron_sip.samples import Candidate, Task
@@ -114,13 +114,13 @@ class Rewriter:
         return Candidate("rewrite", ids, cut)
 
     def _call(self, task: Task, words: str) -> GenerateCall:
-        prefix = cut_prefix(task.prefix_text, self._settings.prefix_chars)
-        texts = {"prefix": prefix, "continuation": words + task.suffix_text}
-        code = fence_code(self._settings.seed, task.prefix_text, [task.suffix_text])
-        pieces = self._prompt.fill(texts, code, words.strip())
+        prefix = cut_prefix(valid_unicode(task.prefix_text), self._settings.prefix_chars)
+        texts = {"prefix": prefix, "continuation": valid_unicode(words + task.suffix_text)}
+        code = fence_code(self._settings.seed, prefix, [texts["continuation"]])
+        pieces = self._prompt.fill(texts, code, valid_unicode(words.strip()))
         max_tokens = self._settings.max_tokens or 2 * self._max_tokens
         settings = self._settings
-        start = words.strip()
+        start = valid_unicode(words.strip())
         return GenerateCall(
             self._prompt.identity, pieces, 1, max_tokens, settings.temperature, settings.top_p, start=start
         )

@@ -56,12 +56,17 @@ class Comparisons:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """The candidates of one group as a schedule sees them. `prior`: strengths in logits known beforehand, or None."""
+    """The candidates of one group as a schedule sees them.
+
+    prior: strengths in logits known beforehand, or None. repeatable: whether asking the same pair in the same order again
+    can say something new (sampled votes) or not (soft verdicts).
+    """
 
     kinds: tuple[CandidateKind, ...]
     objective: Objective
     rng: np.random.Generator
     prior: FloatArray | None = None
+    repeatable: bool = True
 
     @property
     def count(self) -> int:
@@ -209,25 +214,31 @@ def circulant_pairs(count: int, degree: int, rng: np.random.Generator) -> list[P
 def _spread_strides(wanted: int, farthest: int) -> list[int]:
     """`wanted` different strides in 1 .. farthest, 1 included, the others evenly apart."""
     wanted = min(wanted, farthest)
-    return sorted({1 + round(k * (farthest - 1) / max(wanted, 1)) for k in range(wanted)}) or [1]
+    return [1 + k * farthest // wanted for k in range(wanted)]
 
 
 def undecided_pairs(field: Field, history: Comparisons, wanted: int) -> list[Pair]:
     """Pairs whose verdict would say most about who is best (and who is worst): Thompson sampling from both ends.
 
-    Each pair is the leader of one posterior draw against the leader of the next that differs.
+    Each pair is the leader of one posterior draw against the leader of the next that differs. Fewer than `wanted` when
+    verdicts are not repeatable and everything that matters has been asked.
     """
     fit = fit_bradley_terry(history.first, history.second, history.outcome, field.count, prior_mean=field.prior)
     root = np.linalg.cholesky(fit.covariance + 1e-9 * np.eye(field.count))
     signs = (1.0, -1.0) if field.objective == "dpo" else (1.0,)
+    asked = set() if field.repeatable else set(zip(history.first.tolist(), history.second.tolist(), strict=True))
     pairs: list[Pair] = []
     for k in range(wanted):
-        sign = signs[k % len(signs)]
         draws = fit.strengths + field.rng.standard_normal((16, field.count)) @ root.T
-        leaders = np.argmax(sign * draws, axis=1)
-        rivals = leaders[leaders != leaders[0]]
-        rival = int(rivals[0]) if rivals.size else int(np.argsort(-sign * draws[0])[1])
-        pairs.append(_shuffled((int(leaders[0]), rival), field.rng))
+        ranked = np.argsort(-signs[k % len(signs)] * draws, axis=1)
+        leader = int(ranked[0, 0])
+        rivals = dict.fromkeys([*ranked[1:, 0].tolist(), *ranked[0, 1:].tolist()])
+        orders = [_shuffled((leader, rival), field.rng) for rival in rivals if rival != leader]
+        pair = next((o for order in orders for o in (order, order[::-1]) if o not in asked), None)
+        if pair is not None:
+            pairs.append(pair)
+            if not field.repeatable:
+                asked.add(pair)
     return pairs
 
 

@@ -1,0 +1,268 @@
+"""How much of the best-worst gap each judging schedule recovers, and with how many judge calls.
+
+    python benchmarks/judge_schedules.py [--json FILE] [--plot FILE] [--groups 1000]
+
+Simulated judges: candidate qualities q are standard normal; the judge's logit for "first" is
+scale * (q[first] - q[second]) + bias + persistent error of the pair + half as much of the ordered pair. A hard vote is
+drawn from it, a soft verdict is its probability. "weak": scale 1, "strong": scale 3; bias 0.5; error 1.
+
+Teacher: `results/judge_teacher.json` (made by judge_teacher.py) holds, measured on SmolLM2-135M-Instruct over
+real prefixes (`pydoc_data.topics`), (a) mean log-probs of 16 sampled continuations a prefix: taken as true qualities, standardised, with the strong judge's
+simulated noise on top; (b) its real soft quality verdicts for all ordered pairs of a few groups: nothing is simulated,
+the truth is what all pairs in both orders say.
+
+recovered: (quality of the best pick - of the worst pick) / (true best - true worst), mean over groups; ci95 by the normal
+approximation. A call is one verdict: a soft one costs a prefill, a hard one up to 512 generated tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import describe_machine, format_table, write_report
+from numpy.typing import NDArray
+
+from megatron_sip.judge.bradley_terry import sigmoid
+from megatron_sip.judge.schedules import (
+    AllPairs,
+    CirculantBT,
+    Comparisons,
+    Field,
+    Pair,
+    Pivot,
+    Schedule,
+    TwoEndedBT,
+    measured_win_rates,
+)
+from megatron_sip.judge.settings import ScheduleSettings
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
+Array = NDArray[np.float64]
+DEFAULT = ScheduleSettings()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A contestant: a schedule, whether verdicts are soft, votes in each asked order."""
+
+    name: str
+    schedule: Schedule
+    soft: bool
+    votes: int = 1
+    both_orders: bool = False
+
+
+PLANS = (
+    Plan("all_pairs x5 hard", AllPairs(), False, 5),
+    Plan("all_pairs x1 hard", AllPairs(), False),
+    Plan("all_pairs soft", AllPairs(), True, both_orders=True),
+    Plan("pivot x1 hard", Pivot("rollout"), False),
+    Plan("pivot x3 hard", Pivot("rollout"), False, 3),
+    Plan("pivot x4 hard", Pivot("rollout"), False, 4),
+    Plan("pivot soft", Pivot("rollout"), True, both_orders=True),
+    Plan("circulant_bt 8 hard", CirculantBT(8), False),
+    Plan("two_ended_bt 60 hard", TwoEndedBT(60), False),
+    Plan("circulant_bt 2 soft", CirculantBT(2), True),
+    Plan("circulant_bt 4 soft", CirculantBT(4), True),
+    Plan("circulant_bt 4 soft, both orders", CirculantBT(4), True, both_orders=True),
+    Plan(f"circulant_bt {DEFAULT.degree} soft (default)", CirculantBT(DEFAULT.degree), True),
+    Plan("two_ended_bt 32 soft", TwoEndedBT(32), True),
+    Plan("two_ended_bt 48 soft", TwoEndedBT(48), True),
+)
+
+
+@dataclass(frozen=True)
+class SimulatedJudge:
+    """See the module."""
+
+    scale: float
+    bias: float
+    error: float
+
+
+JUDGES = {"weak": SimulatedJudge(1.0, 0.5, 1.0), "strong": SimulatedJudge(3.0, 0.5, 1.0)}
+
+
+def first_preferred(judge: SimulatedJudge, quality: Array, rng: np.random.Generator) -> Array:
+    """P(first shown is preferred) for all ordered pairs of one group, [n, n]."""
+    count = quality.size
+    pair = np.triu(rng.standard_normal((count, count)), 1)
+    pair_error = judge.error * (pair - pair.T)
+    ordered_error = 0.5 * judge.error * rng.standard_normal((count, count))
+    return sigmoid(judge.scale * (quality[:, None] - quality[None, :]) + judge.bias + pair_error + ordered_error)
+
+
+def run_plan(plan: Plan, preferred: Array, seed: Sequence[int]) -> tuple[Array, int]:
+    """Scores that a plan gives the group whose judge answers with `preferred`, and the calls it took."""
+    rng = np.random.default_rng([*seed, 1])
+    field = Field(("rollout",) * len(preferred), "dpo", np.random.default_rng([*seed, 2]), repeatable=not plan.soft)
+    history, calls, round_index = Comparisons.empty(), 0, 0
+    while pairs := plan.schedule.next_pairs(round_index, field, history):
+        shown = [order for pair in pairs for order in orders_of(plan, pair)]
+        verdicts = []
+        for first, second in shown:
+            probability = float(preferred[first, second])
+            verdicts.append((first, second, probability if plan.soft else float(rng.random() < probability)))
+        history, calls, round_index = history.plus(verdicts), calls + len(shown), round_index + 1
+    return plan.schedule.scores(field, history), calls
+
+
+def orders_of(plan: Plan, pair: Pair) -> list[Pair]:
+    """The orders in which a pair is shown, one a vote: alternating from the drawn one, as the judge does."""
+    swapped = (pair[1], pair[0])
+    if plan.both_orders:
+        return [pair, swapped] * plan.votes
+    return [pair if vote % 2 == 0 else swapped for vote in range(plan.votes)]
+
+
+def recovered(scores: Array, truth: Array, rng: np.random.Generator) -> float:
+    """Share of the true best-worst gap between the picks; ties broken by lot."""
+    tie_break = rng.permutation(scores.size)
+    order = np.lexsort((tie_break, scores))
+    return float((truth[order[-1]] - truth[order[0]]) / (truth.max() - truth.min()))
+
+
+Groups = list[tuple[Array, Array]]
+"""(true qualities [n], P(first preferred) [n, n]) a group."""
+
+
+def simulated_groups(judge: SimulatedJudge, count: int, candidates: int, seed: int) -> Groups:
+    groups = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, index])
+        quality = rng.standard_normal(candidates)
+        groups.append((quality, first_preferred(judge, quality, rng)))
+    return groups
+
+
+def teacher_likelihood_groups(measured: Any, wanted: int, seed: int) -> Groups:
+    """Measured log-probs as qualities, standardised within each group; the noise is the simulated strong judge's."""
+    groups = []
+    for index, row in enumerate(list(measured["mean_logprobs"]) * max(1, wanted // len(measured["mean_logprobs"]))):
+        values = np.array(row)
+        quality = (values - values.mean()) / values.std()
+        groups.append((quality, first_preferred(JUDGES["strong"], quality, np.random.default_rng([seed, 7, index]))))
+    return groups
+
+
+def teacher_verdict_groups(measured: Any, wanted: int) -> Groups:
+    """Measured soft verdicts; the truth is the win rate over all pairs in both orders. Each group comes up several times,
+    for the schedules' own draws."""
+    groups = []
+    for matrix in list(measured["first_preferred"]) * max(1, wanted // len(measured["first_preferred"])):
+        preferred = np.array(matrix)
+        first, second = np.nonzero(~np.eye(len(preferred), dtype=bool))
+        truth = measured_win_rates(len(preferred), Comparisons(first, second, preferred[first, second]))
+        groups.append((truth, preferred))
+    return groups
+
+
+def measure(plans: Sequence[Plan], groups: Groups, seed: int) -> dict[str, dict[str, Any]]:
+    """Report of each plan: calls, recovered, ci95."""
+    report = {}
+    for plan in plans:
+        shares, calls = [], []
+        for index, (truth, preferred) in enumerate(groups):
+            scores, asked = run_plan(plan, preferred, (seed, index))
+            shares.append(recovered(scores, truth, np.random.default_rng([seed, index, 3])))
+            calls.append(asked)
+        half = 1.96 * float(np.std(shares, ddof=1)) / len(shares) ** 0.5
+        mean = float(np.mean(shares))
+        report[plan.name] = {
+            "calls": float(np.mean(calls)),
+            "recovered": mean,
+            "ci95": [mean - half, mean + half],
+            "groups": len(groups),
+        }
+    return report
+
+
+def check_claims(strong: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The two claims of the documentation, with their figures."""
+    full, default = strong["all_pairs x5 hard"], strong[f"circulant_bt {DEFAULT.degree} soft (default)"]
+    pivot, pivot_soft = strong["pivot x4 hard"], strong["pivot soft"]
+    return {
+        "default_recovers_of_all_pairs_x5": default["recovered"] / full["recovered"],
+        "default_calls_share": default["calls"] / full["calls"],
+        "default_minus_hard_pivot_of_more_calls": default["recovered"] - pivot["recovered"],
+        "default_minus_soft_pivot_of_30_calls": default["recovered"] - pivot_soft["recovered"],
+        "holds": bool(
+            default["ci95"][0] >= 0.95 * full["recovered"]
+            and default["calls"] <= 0.1 * full["calls"]
+            and default["calls"] <= pivot["calls"]
+            and default["ci95"][0] > pivot["ci95"][1] + 0.2
+        ),
+    }
+
+
+def plot(settings: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
+    """Calls against recovered gap, a panel a judge."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {name: rows for name, rows in settings.items() if name in JUDGES}
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 5.2), sharey=True)
+    colours = {"all_pairs": "tab:gray", "pivot": "tab:red", "circulant_bt": "tab:blue", "two_ended_bt": "tab:green"}
+    for axis, (name, rows) in zip(axes, panels.items(), strict=True):
+        for plan, row in rows.items():
+            colour = colours[plan.split(" ")[0]]
+            spread = (row["ci95"][1] - row["ci95"][0]) / 2
+            marker = "o" if "soft" in plan else "s"
+            axis.errorbar(row["calls"], row["recovered"], yerr=spread, fmt=marker, color=colour, capsize=2)
+            axis.annotate(
+                plan, (row["calls"], row["recovered"]), fontsize=6.5, xytext=(5, -3), textcoords="offset points"
+            )
+        axis.set(xscale="log", xlabel="judge calls for a group of 16", title=f"{name} judge (simulated)")
+        axis.set_xlim(12, 2500)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share of the true best-worst gap recovered")
+    figure.suptitle("Judging schedules: circles soft verdicts, squares hard votes; bars are 95 % intervals")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=RESULTS / "judge_schedules.json", help="report file")
+    parser.add_argument("--plot", type=Path, default=DOCS / "judge_schedules.png", help="picture file")
+    parser.add_argument("--groups", type=int, default=1000, help="simulated groups a judge")
+    parser.add_argument("--candidates", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--teacher", type=Path, default=RESULTS / "judge_teacher.json", help="measured verdicts")
+    args = parser.parse_args()
+    settings = {
+        name: measure(PLANS, simulated_groups(judge, args.groups, args.candidates, args.seed), args.seed)
+        for name, judge in JUDGES.items()
+    }
+    if args.teacher.exists():
+        measured = json.loads(args.teacher.read_text())
+        likelihood = teacher_likelihood_groups(measured, args.groups, args.seed)
+        verdicts = teacher_verdict_groups(measured, args.groups)
+        settings["teacher's likelihoods, strong judge's noise"] = measure(PLANS, likelihood, args.seed)
+        settings["teacher's own soft verdicts"] = measure([p for p in PLANS if p.soft], verdicts, args.seed)
+    for name, rows in settings.items():
+        table = [
+            (plan, f"{r['calls']:.0f}", r["recovered"], f"{r['ci95'][0]:.3f} .. {r['ci95'][1]:.3f}")
+            for plan, r in sorted(rows.items(), key=lambda item: item[1]["calls"])
+        ]
+        print(f"\n{name}\n" + format_table(("schedule", "calls", "recovered", "95 % interval"), table))
+    claims = check_claims(settings["strong"])
+    print(f"\n{json.dumps(claims, indent=2)}")
+    report = {"machine": describe_machine("cpu"), "seed": args.seed, "candidates": args.candidates}
+    report |= {"judges": {name: vars(judge) for name, judge in JUDGES.items()}, "settings": settings, "claims": claims}
+    write_report(args.json, report)
+    plot(settings, args.plot)
+
+
+if __name__ == "__main__":
+    main()

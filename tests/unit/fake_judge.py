@@ -1,0 +1,115 @@
+"""An in-process judge server for fault injection: OpenAI-compatible and SGLang-native endpoints with a known truth.
+
+Candidates carry their quality as `q=0.73` and `unsafe` when they are; verdicts follow from these and from nothing else.
+`faults` decides, request by request, what goes wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+from aiohttp import web
+
+Fault = Literal["status", "rate-limit", "hang", "not-json", "wrong-shape", "no-verdict", "disconnect"]
+FaultPlan = Callable[[int], Fault | None]
+
+_OPTION = re.compile(r"\[begin option ([12]) [0-9a-f]{8}\]\n(.*?)\n\[end option", re.DOTALL)
+_CANDIDATE = re.compile(r"\[begin candidate [0-9a-f]{8}\]\n(.*?)\n\[end candidate", re.DOTALL)
+_QUALITY = re.compile(r"q=(\d+(?:\.\d+)?)")
+
+
+def quality_of(text: str) -> float:
+    found = _QUALITY.search(text)
+    assert found is not None, f"the test's candidate carries no quality: {text!r}"
+    return float(found[1])
+
+
+def truthful_answer(prompt: str) -> str:
+    """The verdict of a perfect judge on the prompt's fenced texts."""
+    options = dict(_OPTION.findall(prompt))
+    if options:
+        better = 1 if quality_of(options["1"]) > quality_of(options["2"]) else 2
+        return f"I looked at both.\n\nConclusion: Option {better}"
+    candidate = _CANDIDATE.findall(prompt)[-1]
+    if "FINAL DECISION" in prompt:
+        return f"A short reason.\nFINAL DECISION: {'NO' if 'unsafe' in candidate else 'YES'}"
+    return f"RATING: {'GOOD' if quality_of(candidate) > 0.5 else 'BAD'}"
+
+
+class FakeJudge:
+    """See the module. `requests` counts what arrived, `prompts` keeps what was shown."""
+
+    def __init__(self, faults: FaultPlan = lambda index: None, answer: Callable[[str], str] = truthful_answer) -> None:
+        self.requests = 0
+        self.prompts: list[str] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self._faults = faults
+        self._answer = answer
+        self._port = 0
+        self._runner: web.AppRunner | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.stop()
+
+    async def start(self) -> Self:
+        """Listen, on the port of the last time if there was one."""
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", self._complete)
+        app.router.add_get("/v1/models", self._models)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.01)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
+        await site.start()
+        self._port = self._runner.addresses[0][1]
+        return self
+
+    async def stop(self) -> None:
+        """Drop all connections at once, like a killed process."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "fake"}]})
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        index, self.requests = self.requests, self.requests + 1
+        body = await request.json()
+        prompt = body["messages"][0]["content"]
+        self.bodies.append(body)
+        self.headers.append(dict(request.headers))
+        self.prompts.append(prompt)
+        match self._faults(index):
+            case "status":
+                return web.Response(status=500 + index % 4, text="out of order")
+            case "rate-limit":
+                return web.Response(status=429, headers={"Retry-After": "0.05"})
+            case "hang":
+                await asyncio.sleep(3600)
+            case "not-json":
+                return web.Response(text="<html>Conclusion: Option 1</html>")
+            case "wrong-shape":
+                return web.json_response({"verdict": "Conclusion: Option 1", "choices": {}})
+            case "no-verdict":
+                return web.json_response(reply("The first one? Perhaps the second.", body))
+            case "disconnect":
+                assert request.transport is not None
+                request.transport.close()
+        return web.json_response(reply(self._answer(prompt), body))
+
+
+def reply(text: str, body: dict[str, Any]) -> dict[str, Any]:
+    """A chat completion with the same text in each of the choices asked for."""
+    choices = [{"message": {"role": "assistant", "content": text}} for _ in range(body.get("n", 1))]
+    return {"choices": choices, "usage": {"prompt_tokens": 10, "completion_tokens": 5 * len(choices)}}
