@@ -58,6 +58,9 @@ def tree_attention_cpu(query: Tensor, key: Tensor, value: Tensor, layout: Tensor
     """Attention within a row's trees; arguments and result as `tree_attention_dense`, equal to rounding.
 
     float64, float32, bfloat16 or float16; differentiable once.
+
+    Raises:
+        ValueError: the layout describes more tokens than there are.
     """
     return _TreeAttention.apply(query, key, value, layout, scale)
 
@@ -65,12 +68,15 @@ def tree_attention_cpu(query: Tensor, key: Tensor, value: Tensor, layout: Tensor
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float) -> Tensor:
+        lines = layout.tolist()
+        if lines and lines[-1][3] > query.shape[0]:
+            raise ValueError(f"the layout ends at token {lines[-1][3]}, the row has {query.shape[0]}")
         query, key, value = (
             tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)
         )
         output = torch.zeros(query.shape, dtype=query.dtype)
         lse = torch.zeros(query.shape[:2], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
-        for part in attention_parts(layout.tolist()):
+        for part in attention_parts(lines):
             pieces = (_pieces(query, part.queries, part.batch), *_key_pieces(key, value, part))
             part_output, part_lse = _flash_forward(*pieces, 0.0, part.causal, scale=scale)
             into, into_lse = _pieces(output, part.queries, part.batch), _lse_pieces(lse, part)
