@@ -10,6 +10,7 @@ on the hidden states that predict a branch token.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from megatron_sip.learning.packing import PackedRow
 from megatron_sip.model.attention import PrefixTreeAttention
 from megatron_sip.model.logprob import branch_logprobs
 from megatron_sip.model.norm import RMSNorm
+from megatron_sip.model.tree_attention_flex import FlexTreeAttention
 
 
 class PolicyModel(GPTModel):
@@ -161,7 +163,9 @@ def block_submodules(config: TransformerConfig, vp_stage: int | None = None) -> 
         if config.qk_layernorm:
             layer.submodules.self_attention.submodules.q_layernorm = norm
             layer.submodules.self_attention.submodules.k_layernorm = norm
-    layer.submodules.self_attention.submodules.core_attention = PrefixTreeAttention
+    # On a GPU the layers share one block mask a row.
+    core_attention = partial(PrefixTreeAttention, flex=FlexTreeAttention())
+    layer.submodules.self_attention.submodules.core_attention = core_attention
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)
 
 
