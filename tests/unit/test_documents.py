@@ -23,7 +23,6 @@ from tiny_tokenizer import MULTILINGUAL, byte_level_tokenizer
 
 from megatron_sip.data.documents import Corpus, DocumentSource, open_corpus, parse_data_path, parse_split
 from megatron_sip.data.errors import DataError
-from megatron_sip.data.ordering import Permutation, make_blend
 from megatron_sip.data.text_sources import TextBatch
 from megatron_sip.data.token_store import TokenStore, TokenStoreWriter, bin_path, idx_path
 from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, _encode_all, cached_tokens, tokenize_file
@@ -365,7 +364,7 @@ def test_tokenizers_that_cannot_serve(settings: TokenizeSettings) -> None:
         DocumentEncoder.of("tokenizer", settings)  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------- splits, permutations and blends
+# ---------------------------------------------------------------- splits
 
 
 @given(st.integers(0, 400), st.lists(st.integers(0, 1000), min_size=1, max_size=3).filter(any))
@@ -395,41 +394,6 @@ def test_the_split_does_not_depend_on_the_order_of_files(tmp_path: Path, setting
 
     assert held_out([a, b]) == held_out([b, a])
     assert len(held_out([a, b])) == 14
-
-
-@given(st.integers(1, 3000), st.integers(0, 2**63))
-def test_permutations_are_bijections_and_scalar_equals_array(size: int, seed: int) -> None:
-    permutation = Permutation(size, seed)
-    images = permutation.take(np.arange(size))
-    assert sorted(images.tolist()) == list(range(size))
-    assert [permutation(i) for i in range(min(size, 20))] == images[:20].tolist()
-
-
-def test_permutations_of_different_seeds_look_independent() -> None:
-    images = np.array([Permutation(20, seed).take(np.arange(20)) for seed in range(4000)])
-    counts = np.array([np.bincount(column, minlength=20) for column in images.T])  # where each position goes: 200 each
-    assert (((counts - 200) ** 2 / 200).sum(axis=1) < 45).all()  # chi-square, 19 degrees of freedom: p < 0.001
-    pairs = np.bincount(images[:, 0] * 20 + images[:, 1], minlength=400).reshape(20, 20)
-    assert pairs[~np.eye(20, dtype=bool)].min() > 0  # no pair of neighbours is impossible
-
-
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(0, 3000))
-def test_blend_is_never_a_whole_task_off_its_share(weights: list[int], index: int) -> None:
-    blend = make_blend([Fraction(w, 7) for w in weights])
-    for i in (index, *range(40)):
-        for count, weight in zip(blend.count_before(i), weights, strict=True):
-            assert abs(count - i * weight / sum(weights)) < 1
-    source, earlier = blend.locate(index)
-    assert blend.count_before(index)[source] == earlier
-    assert blend.count_before(index + 1)[source] == earlier + 1
-
-
-def test_blend_of_awkward_weights_is_rounded_not_refused() -> None:
-    blend = make_blend([Fraction("0.3333333"), Fraction("0.6666668"), Fraction("0.0000001")])
-    assert sum(blend.weights) == pytest.approx(1)
-    assert blend.weights[0] == pytest.approx(1 / 3, abs=2e-5)
-    with pytest.raises(ValueError, match="must be positive"):
-        make_blend([Fraction(1), Fraction(0)])
 
 
 # ---------------------------------------------------------------- the command-line tools
