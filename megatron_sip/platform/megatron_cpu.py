@@ -219,9 +219,10 @@ def _skip_dataset_helper_build() -> None:
 def _let_torch_adam_resume() -> None:
     """Make the distributed optimizer's checkpoints load when torch's Adam is inside it (no Transformer Engine, no Apex).
 
-    Three faults of Megatron 0.19.2 end or falsify a resumed run there: a fresh optimizer has no per-parameter state,
-    of which `state_dict` wants the step; the reshardable formats hold no step, which loading looks up; and the restored
-    step is one tensor shared by all parameters, so that each of them advances it for all.
+    Four faults of Megatron 0.19.2 end or falsify a resumed run there: a fresh optimizer has no per-parameter state,
+    of which `state_dict` wants the step; the reshardable formats hold no step, which loading looks up; loading float32
+    parameters writes into a view that requires grad; and the restored step is one tensor shared by all parameters, so
+    that each of them advances it for all.
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -241,6 +242,7 @@ def _let_torch_adam_resume() -> None:
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
+    @torch.no_grad()  # in float32 the main parameters are views of the model's
     def set_states_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
         set_states(self, model_param, {**tensors, "step": None})  # `load_state_dict` has set it
 
