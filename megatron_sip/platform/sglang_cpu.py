@@ -9,6 +9,8 @@ every process. With a GPU it declines and SGLang runs as if this package were no
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 CPU_PLATFORM = "megatron_sip.platform.sglang_cpu:EagerCpuPlatform"
@@ -22,6 +24,12 @@ def has_accelerator() -> bool:
 def activate() -> str | None:
     """Entry point: the platform class that SGLang is to load, or None when there is a GPU."""
     return None if has_accelerator() else CPU_PLATFORM
+
+
+def _batched_attention(runner: Any) -> Any:
+    from megatron_sip.platform.sglang_cpu_attention import BatchedCpuAttention
+
+    return BatchedCpuAttention(runner)
 
 
 def _platform_class() -> type:
@@ -44,6 +52,11 @@ def _platform_class() -> type:
 
         def get_dispatch_key_name(self) -> str:
             return "native"
+
+        def init_backend(self) -> None:
+            from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+            register_attention_backend("torch_native")(_batched_attention)
 
     return EagerCpuPlatform
 

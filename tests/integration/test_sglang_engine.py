@@ -1,0 +1,293 @@
+"""Real SGLang: sampling, log-probs and scoring against transformers, compatibility checks, weight sync."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_sip.rollout.http import call
+from megatron_sip.rollout.launch import LocalServer
+from megatron_sip.rollout.sglang import EngineError, Failure, ModelContract, PoolSettings, SamplingSettings, SGLangPool
+from megatron_sip.rollout.weight_sync import (
+    DiskWeightSync,
+    DistributedWeightSync,
+    SyncRank,
+    SyncSettings,
+    WeightSync,
+    WeightSyncError,
+)
+
+PREFIX = [1, 504, 3575, 282, 4649, 314]
+CONTINUATIONS = [[260, 2512, 9], [5, 6], [49000, 17, 3, 8]]
+SETTINGS = SyncSettings(timeout_s=20.0, bucket_bytes=1 << 20)  # several buckets for the tiny model
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama_dir: Path) -> Any:
+    """The tiny model in transformers, float32; tests must leave its weights as they are."""
+    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32).eval()
+
+
+def logprobs_of(model: Any, prefix: list[int], continuation: list[int]) -> list[float]:
+    """Log-probs of the continuation's tokens by a plain forward pass, reduced in float64."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prefix + continuation])).logits[0].double()
+    table = logits.log_softmax(-1)
+    return [table[len(prefix) - 1 + i, token].item() for i, token in enumerate(continuation)]
+
+
+def scaled(model: Any, factor: float) -> Any:
+    """A copy of the model with all weights times `factor`."""
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(factor)
+    return changed
+
+
+def named_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """What an export yields on a source rank, with the gap that it has on ranks that own nothing of a tensor."""
+    yield "model.layers.99.other_stage.weight", None
+    yield from model.state_dict().items()
+
+
+async def test_greedy_ids_and_their_logprobs_equal_transformers(tiny_llama_server: LocalServer, reference: Any) -> None:
+    prefixes = [PREFIX, PREFIX[:2], list(range(100, 160))]
+    async with SGLangPool([tiny_llama_server.url]) as pool:
+        results = await pool.generate(prefixes, SamplingSettings(max_new_tokens=12, temperature=0, ignore_eos=True))
+    for prefix, completions in zip(prefixes, results, strict=True):
+        assert not isinstance(completions, Failure)
+        tokens = torch.tensor([prefix])
+        expected = reference.generate(tokens, do_sample=False, max_new_tokens=12, min_new_tokens=12)
+        assert completions[0].ids == expected[0, len(prefix) :].tolist()
+        assert completions[0].logprobs == pytest.approx(logprobs_of(reference, prefix, completions[0].ids), abs=1e-4)
+        assert completions[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+async def test_sampled_logprobs_are_the_models_own_at_any_temperature(
+    tiny_llama_server: LocalServer, reference: Any, temperature: float
+) -> None:
+    settings = SamplingSettings(max_new_tokens=8, temperature=temperature, n=4)
+    async with SGLangPool([tiny_llama_server.url]) as pool:
+        (completions,) = await pool.generate([PREFIX], settings)
+    assert not isinstance(completions, Failure)
+    assert len({tuple(completion.ids) for completion in completions}) > 1
+    for completion in completions:
+        assert len(completion.ids) == len(completion.logprobs) == 8
+        assert completion.logprobs == pytest.approx(logprobs_of(reference, PREFIX, completion.ids), abs=1e-4)
+
+
+async def test_a_stop_token_ends_the_completion_and_stays_in_it(tiny_llama_server: LocalServer) -> None:
+    async with SGLangPool([tiny_llama_server.url]) as pool:
+        greedy = SamplingSettings(max_new_tokens=6, temperature=0, ignore_eos=True)
+        ((full,),) = await pool.generate([PREFIX], greedy)
+        stop = full.ids[3]
+        ((ended,),) = await pool.generate(
+            [PREFIX], SamplingSettings(max_new_tokens=6, temperature=0, stop_token_ids=(stop,))
+        )
+    first = full.ids.index(stop) + 1
+    assert ended.ids == full.ids[:first]
+    assert ended.logprobs == pytest.approx(full.logprobs[:first], abs=1e-4)
+    assert ended.finish_reason == "stop"
+
+
+async def test_scores_equal_transformers_and_reuse_the_prefix(tiny_llama_server: LocalServer, reference: Any) -> None:
+    long_prefix = [17 + i % 300 for i in range(200)]
+    async with SGLangPool([tiny_llama_server.url]) as pool:
+        for prefix in (PREFIX, long_prefix):
+            scores = await pool.score(prefix, CONTINUATIONS)
+            assert not isinstance(scores, Failure)
+            for found, continuation in zip(scores, CONTINUATIONS, strict=True):
+                assert found == pytest.approx(logprobs_of(reference, prefix, continuation), abs=1e-4)
+        assert pool.counters.cached_tokens >= 2 * 190  # the second and third continuation of the long prefix
+
+
+async def test_an_engine_with_another_vocabulary_context_or_tokenizer_is_refused(
+    tiny_llama_server: LocalServer, tiny_llama_dir: Path
+) -> None:
+    text = "Naïve café: 1+1=2\n\tdef f(x): return x"
+    ids = tuple(AutoTokenizer.from_pretrained(tiny_llama_dir)(text, add_special_tokens=False).input_ids)
+    async with SGLangPool([tiny_llama_server.url]) as pool:
+        await pool.check_compatible(ModelContract(49152, 512, text, ids))
+        for contract, message in (
+            (ModelContract(50000, 512, text, ids), "vocabulary of 49152 tokens.*50000"),
+            (ModelContract(49152, 2048, text, ids), "context of 512 tokens, training needs 2048"),
+            (ModelContract(49152, 512, text, ids[:-1]), "another tokenizer"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                await pool.check_compatible(contract)
+
+
+async def test_a_request_beyond_the_context_is_a_failure_with_the_engines_words(tiny_llama_server: LocalServer) -> None:
+    async with SGLangPool([tiny_llama_server.url]) as pool:
+        (lost,) = await pool.generate([[5] * 600], SamplingSettings(max_new_tokens=2))
+    assert isinstance(lost, Failure)
+    assert lost.kind == "http-4xx"
+    assert "512" in lost.reason
+
+
+async def assert_serves(url: str, model: Any, version: str) -> None:
+    """The engine's log-probs are this model's, also for a prefix that it cached under older weights."""
+    async with SGLangPool([url], PoolSettings(attempts=1)) as pool:
+        await pool.check_versions(version)
+        scores = await pool.score(PREFIX, CONTINUATIONS, weight_version=version)
+        assert not isinstance(scores, Failure), scores
+        for found, continuation in zip(scores, CONTINUATIONS, strict=True):
+            assert found == pytest.approx(logprobs_of(model, PREFIX, continuation), abs=1e-4)
+        (sampled,) = await pool.generate([PREFIX], SamplingSettings(max_new_tokens=4), weight_version=version)
+        assert not isinstance(sampled, Failure), sampled
+        assert sampled[0].logprobs == pytest.approx(logprobs_of(model, PREFIX, sampled[0].ids), abs=1e-4)
+        with pytest.raises(EngineError, match=f"{url}.*not-this-one.*has '{version}'"):
+            await pool.check_versions("not-this-one")
+        refused = await pool.score(PREFIX, CONTINUATIONS, weight_version="not-this-one")
+        assert isinstance(refused, Failure)
+        assert refused.kind == "stale-weights"
+
+
+@pytest.mark.parametrize("kind", ["distributed", "disk"])
+async def test_pushed_weights_are_served_and_old_caches_are_gone(
+    kind: str, tiny_llama_server: LocalServer, tiny_llama_dir: Path, reference: Any, tmp_path: Path
+) -> None:
+    url = tiny_llama_server.url
+    sync: WeightSync
+    if kind == "distributed":
+        sync = DistributedWeightSync([url], SyncRank(), SETTINGS)
+    else:
+        sync = DiskWeightSync([url], SyncRank(), SETTINGS, folder=tmp_path, template=tiny_llama_dir)
+    sync.connect()
+    try:
+        for step, factor in enumerate((1.05, 0.9, 1.0)):
+            changed = scaled(reference, factor)
+            report = sync.push(named_tensors(changed), version=f"{kind}-{step}")
+            assert report.tensors == len(changed.state_dict())
+            assert report.bytes == sum(tensor.nbytes for tensor in changed.state_dict().values())
+            await assert_serves(url, changed, f"{kind}-{step}")
+    finally:
+        sync.close()
+    if kind == "disk":
+        assert sorted(folder.name for folder in tmp_path.iterdir()) == ["weights-disk-1", "weights-disk-2"]
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "weights-disk-2", dtype=torch.float32)
+        for name, tensor in reference.state_dict().items():
+            assert torch.equal(reloaded.state_dict()[name], tensor)
+
+
+def engine_workers(server: LocalServer) -> list[int]:
+    """Pids of the server's scheduler processes, which hold the model."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(entry.name)) == server.pid and "scheduler" in (entry / "cmdline").read_text():
+                found.append(int(entry.name))
+        except (ProcessLookupError, FileNotFoundError):
+            continue
+    return found
+
+
+async def test_a_hung_engine_ends_the_push_in_time_and_rejoins_at_the_next(
+    tiny_llama_server: LocalServer, reference: Any
+) -> None:
+    url = tiny_llama_server.url
+    sync = DistributedWeightSync([url], SyncRank(), SyncSettings(timeout_s=4.0, bucket_bytes=1 << 20))
+    sync.connect()
+    workers = engine_workers(tiny_llama_server)
+    assert workers
+    consumed = 0
+
+    def export_while_the_engine_hangs() -> Iterator[tuple[str, torch.Tensor | None]]:
+        nonlocal consumed
+        for name, tensor in named_tensors(reference):
+            consumed += 1
+            if consumed == 6:
+                for pid in workers:
+                    os.kill(pid, signal.SIGSTOP)
+            yield name, tensor
+
+    started = time.monotonic()
+    try:
+        with pytest.raises(WeightSyncError, match=f"'never'.*1 engine.*{url}"):
+            sync.push(export_while_the_engine_hangs(), version="never")
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+    assert time.monotonic() - started < 40
+    assert consumed == len(reference.state_dict()) + 1  # the other ranks' collectives were not left waiting
+    assert call(url, "GET", "/model_info", timeout_s=20)["weight_version"] != "never"
+
+    changed = scaled(reference, 1.02)
+    recovered = DistributedWeightSync([url], SyncRank(), SyncSettings(timeout_s=30.0))
+    recovered.push(named_tensors(changed), version="after-hang")
+    await assert_serves(url, changed, "after-hang")
+    recovered.close()
+    sync.close()
+
+
+def test_two_sources_each_send_their_pipeline_stage(tiny_llama_server: LocalServer, reference: Any) -> None:
+    url = tiny_llama_server.url
+    changed = scaled(reference, 1.01)
+    board = _Exchange(2)
+    reports: list[Any] = [None, None]
+    names = list(changed.state_dict())
+
+    def stage(index: int) -> None:
+        rank = SyncRank(source=True, lead=index == 0, name=f"stage{index}", exchange=lambda v: board(index, v))
+        sync = DistributedWeightSync([url], rank, SETTINGS)
+        sync.connect()
+        own = [
+            (n, changed.state_dict()[n] if (i < len(names) // 2) == (index == 0) else None) for i, n in enumerate(names)
+        ]
+        reports[index] = sync.push(own, version="two-stages")
+        sync.close()
+
+    threads = [threading.Thread(target=stage, args=(index,), daemon=True) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [report.tensors for report in reports] == [len(names)] * 2
+    body = {"input_ids": [*PREFIX, 260], "sampling_params": {"max_new_tokens": 0}, "return_logprob": True}
+    reply = call(url, "POST", "/generate", {**body, "logprob_start_len": len(PREFIX) - 1}, timeout_s=30)
+    found = reply["meta_info"]["input_token_logprobs"][1][0]
+    assert found == pytest.approx(logprobs_of(changed, PREFIX, [260])[0], abs=1e-4)
+
+
+# Last of the file, so that the shared server ends with the weights of its folder.
+def test_a_failing_export_raises_and_leaves_the_engine_usable(tiny_llama_server: LocalServer, reference: Any) -> None:
+    url = tiny_llama_server.url
+    sync = DistributedWeightSync([url], SyncRank(), SETTINGS)
+
+    def breaking() -> Iterator[tuple[str, torch.Tensor | None]]:
+        yield from list(named_tensors(reference))[:4]
+        raise FloatingPointError("a weight is not finite")
+
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sync.push(breaking(), version="broken")
+    assert call(url, "GET", "/model_info", timeout_s=20)["weight_version"] != "broken"
+    sync.push(named_tensors(reference), version="mended")
+    assert call(url, "GET", "/model_info", timeout_s=20)["weight_version"] == "mended"
+    sync.close()
+
+
+class _Exchange:
+    """all_gather_object among threads."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size)
+        self._values: list[Any] = [None] * size
+
+    def __call__(self, index: int, value: Any) -> list[Any]:
+        self._values[index] = value
+        self._barrier.wait(60)
+        gathered = list(self._values)
+        self._barrier.wait(60)
+        return gathered

@@ -1,0 +1,93 @@
+"""Real SGLang servers: they end with their parent however it ends, and a start that fails says why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_sip.rollout.launch import LocalServer, ServerSettings, ServerStartError, start_servers
+from megatron_sip.rollout.sglang import SamplingSettings, SGLangPool
+
+PARENT = """
+import sys, time
+from megatron_sip.rollout.launch import LocalServer, ServerSettings
+server = LocalServer(ServerSettings(sys.argv[1], dtype="float32", max_total_tokens=4096)).start()
+print(server.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def group_members(process_group: int) -> list[int]:
+    """Pids in a process group that are not zombies."""
+    members = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            if int(state[2]) == process_group and state[0] != "Z":
+                members.append(int(entry.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return members
+
+
+def wait_until_empty(process_group: int, timeout_s: float) -> list[int]:
+    deadline = time.monotonic() + timeout_s
+    while (left := group_members(process_group)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def test_no_server_process_outlives_a_parent_that_is_killed(tiny_llama_dir: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tiny_llama_dir)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        process_group = int(parent.stdout.readline())
+        assert len(group_members(process_group)) >= 4  # guard, HTTP server, scheduler, detokenizer
+    finally:
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+    assert wait_until_empty(process_group, timeout_s=30) == []
+
+
+def test_a_server_that_fails_to_start_says_why_with_the_tail_of_its_log(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "llama"}')
+    started = time.monotonic()
+    server = LocalServer(ServerSettings(tmp_path, start_timeout_s=200))
+    with pytest.raises(ServerStartError, match=r"ended with status \d+ after") as failure:
+        server.start()
+    assert str(server.log_file) in str(failure.value)
+    assert "Traceback" in server.log_file.read_text()
+    assert time.monotonic() - started < 150
+    assert not server.alive()
+
+
+async def test_smollm2_continues_a_fact_and_scores_sense_over_nonsense(
+    smollm2_server: LocalServer, smollm2_dir: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    prefix = tokenizer("The capital of France is").input_ids
+    continuations = [tokenizer(text).input_ids for text in (" Paris, a large city.", " seventeen of under blue.")]
+    async with SGLangPool([smollm2_server.url]) as pool:
+        (completions,) = await pool.generate([prefix], SamplingSettings(max_new_tokens=3, temperature=0))
+        sense, nonsense = await pool.score(prefix, continuations)
+    assert "Paris" in completions[0].text
+    assert sum(sense) / len(sense) > sum(nonsense) / len(nonsense) + 1.0
+
+
+def test_start_servers_refuses_what_cannot_work(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        start_servers(0, ServerSettings(tiny_llama_dir))
+    with pytest.raises(ValueError, match="cannot share port 30000"):
+        start_servers(2, ServerSettings(tiny_llama_dir, port=30000))
+    with pytest.raises(ValueError, match="2 servers of 2 GPUs need that many devices"):
+        start_servers(2, ServerSettings(tiny_llama_dir, tp_size=2, devices=(0, 1)))
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        start_servers(1, ServerSettings(tmp_path / "missing"), progress=False)
