@@ -87,6 +87,7 @@ class Server:
     tag: Any = None
     bucket: TokenBucket = field(init=False)
     failures_in_a_row: int = field(init=False, default=0)
+    openings: int = field(init=False, default=0)
     open_until: float = field(init=False, default=0.0)
     probing: bool = field(init=False, default=False)
 
@@ -103,16 +104,16 @@ class Server:
         return max(0.0, self.open_until - now)
 
     def succeeded(self) -> None:
-        self.failures_in_a_row, self.open_until, self.probing = 0, 0.0, False
+        self.failures_in_a_row, self.openings, self.open_until, self.probing = 0, 0, 0.0, False
 
     def failed(self, now: float, policy: RetryPolicy) -> bool:
         """Note a failure; True when it opened the breaker (again)."""
         self.failures_in_a_row += 1
         self.probing = False
-        excess = self.failures_in_a_row - policy.breaker_failures
-        if excess < 0 or now < self.open_until:
-            return False
-        self.open_until = now + min(policy.breaker_longest_s, policy.breaker_first_s * 2 ** min(excess, 30))
+        if self.failures_in_a_row < policy.breaker_failures or now < self.open_until:
+            return False  # requests that were under way when it opened say nothing new
+        self.open_until = now + min(policy.breaker_longest_s, policy.breaker_first_s * 2 ** min(self.openings, 30))
+        self.openings += 1
         return True
 
 
@@ -182,8 +183,10 @@ class HttpPool:
             if last.kind == "rejected":
                 break
             delay = max(self._backoff(tries), last.retry_after_s)
-            if attempts >= self._policy.attempts or loop.time() + delay >= deadline:
+            if attempts >= self._policy.attempts:
                 break
+            if loop.time() + delay >= deadline:
+                raise RequestError("deadline", f"last failure: {last}")
             self.counts["retries"] += 1
             await asyncio.sleep(delay)
         raise last

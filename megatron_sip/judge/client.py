@@ -80,8 +80,19 @@ class JudgeClient:
             raise SettingsError("an sglang judge endpoint needs the judge's tokenizer: give its folder")
         return self._encoder
 
-    async def ask(self, calls: Sequence[Call], criterion: str, affinity: int, deadline: float) -> list[Answer]:
-        """Answers in the order of `calls`; None for a call that failed or had not ended at `deadline` (loop time)."""
+    async def ask(
+        self,
+        calls: Sequence[Call],
+        criterion: str,
+        affinity: int,
+        deadline: float,
+        failures: Counter[str] | None = None,
+    ) -> list[Answer]:
+        """Answers in the order of `calls`; None for a call that failed or had not ended at `deadline` (loop time).
+
+        `failures`, when given, is where failed calls are also counted by kind.
+        """
+        failures = Counter() if failures is None else failures
         allowed = self._settings.endpoints_for(criterion)
         model = allowed[0].model
         keys = [cache_key(cache_material(call, model)) for call in calls]
@@ -90,7 +101,7 @@ class JudgeClient:
         self.counts["calls"] += len(calls)
         self.counts["cached"] += len(calls) - len(open_calls)
         if open_calls:
-            fresh = await self._ask_servers(open_calls, allowed, affinity, deadline)
+            fresh = await self._ask_servers(open_calls, allowed, affinity, deadline, failures)
             if self._cache is not None:
                 self._cache.put_many(fresh.items())
             known |= fresh
@@ -101,12 +112,17 @@ class JudgeClient:
             self._cache.flush()
 
     async def _ask_servers(
-        self, calls: dict[bytes, Call], allowed: tuple[Endpoint, ...], affinity: int, deadline: float
+        self,
+        calls: dict[bytes, Call],
+        allowed: tuple[Endpoint, ...],
+        affinity: int,
+        deadline: float,
+        failures: Counter[str],
     ) -> dict[bytes, Answer]:
         one_each = any(endpoint.kind == "openai" for endpoint in allowed)  # chat completions take one prompt each
         batches = [[key] for key in calls] if one_each else _batches(calls)
         results = await asyncio.gather(
-            *(self._send([calls[key] for key in batch], allowed, affinity, deadline) for batch in batches)
+            *(self._send([calls[key] for key in batch], allowed, affinity, deadline, failures) for batch in batches)
         )
         answers: dict[bytes, Answer] = {}
         for batch, result in zip(batches, results, strict=True):
@@ -115,7 +131,12 @@ class JudgeClient:
         return answers
 
     async def _send(
-        self, calls: list[Call], allowed: tuple[Endpoint, ...], affinity: int, deadline: float
+        self,
+        calls: list[Call],
+        allowed: tuple[Endpoint, ...],
+        affinity: int,
+        deadline: float,
+        failures: Counter[str],
     ) -> list[Answer] | None:
         request = Request(
             affinity,
@@ -127,6 +148,7 @@ class JudgeClient:
         try:
             return await self.pool.send(request, deadline)
         except RequestError as failure:
+            failures[failure.kind] += len(calls)
             name = f"failed/{failure.kind}"
             self.counts[name] += len(calls)
             if self.counts[name] == len(calls):  # the first of its kind is worth a line, not a flood

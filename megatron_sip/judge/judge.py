@@ -98,8 +98,7 @@ class Judge:
             self._count_verdicts(item.criterion.name, result)
         for item, result in zip(self._criteria, results, strict=True):
             if result.missing is not None:
-                late = asyncio.get_running_loop().time() >= deadline
-                return self._drop(group, f"judge-{item.criterion.name}-{'deadline' if late else result.missing}")
+                return self._drop(group, f"judge-{item.criterion.name}-{result.missing}")
         await self._audit(sheet, results, deadline)
         self._counts["groups/scored"] += 1
         return self._scored(group, texts, results)
@@ -107,13 +106,18 @@ class Judge:
     async def _ask_criterion(
         self, criterion: Criterion, setting: str, sheet: Sheet, deadline: float
     ) -> CriterionScores:
+        """The criterion's scores; what is missing is put down to the most frequent kind of failure, if calls failed."""
         affinity = affinity_of(sheet.prefix)
+        failures: Counter[str] = Counter()
 
         async def ask(calls: Sequence[Call]) -> list[Answer]:
-            return await self._client.ask(calls, setting, affinity, deadline)
+            return await self._client.ask(calls, setting, affinity, deadline, failures)
 
         seed = (*sheet.seed, zlib.crc32(setting.encode()))
-        return await criterion.score(replace(sheet, seed=seed), ask)
+        result = await criterion.score(replace(sheet, seed=seed), ask)
+        if result.missing is None or not failures:
+            return result
+        return replace(result, missing=failures.most_common(1)[0][0])
 
     def _sheet(self, group: Group, texts: list[str], objective: Objective) -> Sheet:
         kinds = {valid_unicode(candidate.text): candidate.kind for candidate in reversed(group.candidates)}

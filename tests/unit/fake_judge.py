@@ -16,8 +16,7 @@ from aiohttp import web
 Fault = Literal["status", "rate-limit", "hang", "not-json", "wrong-shape", "no-verdict", "disconnect"]
 FaultPlan = Callable[[int], Fault | None]
 
-_OPTION = re.compile(r"\[begin option ([12]) [0-9a-f]{8}\]\n(.*?)\n\[end option", re.DOTALL)
-_CANDIDATE = re.compile(r"\[begin candidate [0-9a-f]{8}\]\n(.*?)\n\[end candidate", re.DOTALL)
+_CODE = re.compile(r"the code ([0-9a-f]{8})")
 _QUALITY = re.compile(r"q=(\d+(?:\.\d+)?)")
 
 
@@ -29,11 +28,13 @@ def quality_of(text: str) -> float:
 
 def truthful_answer(prompt: str) -> str:
     """The verdict of a perfect judge on the prompt's fenced texts."""
-    options = dict(_OPTION.findall(prompt))
-    if options:
-        better = 1 if quality_of(options["1"]) > quality_of(options["2"]) else 2
+    found = _CODE.search(prompt)
+    code = found[1] if found else "[0-9a-f]{8}"
+    fields = dict(re.findall(rf"\[begin ([a-z0-9 ]+) {code}\]\n(.*?)\n\[end \1 {code}\]", prompt, re.DOTALL))
+    if "option 1" in fields:
+        better = 1 if quality_of(fields["option 1"]) > quality_of(fields["option 2"]) else 2
         return f"I looked at both.\n\nConclusion: Option {better}"
-    candidate = _CANDIDATE.findall(prompt)[-1]
+    candidate = fields["candidate"]
     if "FINAL DECISION" in prompt:
         return f"A short reason.\nFINAL DECISION: {'NO' if 'unsafe' in candidate else 'YES'}"
     return f"RATING: {'GOOD' if quality_of(candidate) > 0.5 else 'BAD'}"

@@ -1,0 +1,324 @@
+"""The judge as a whole against an in-process server: scores, combinations, caching, failing servers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_judge import FakeJudge, Fault, FaultPlan, truthful_answer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from judge_cases import make_group, make_settings
+
+from megatron_sip.judge import Endpoint, Judge, JudgeSettings, ScheduleSettings
+from megatron_sip.judge.client import EndpointError
+from megatron_sip.samples import Candidate, Group
+
+HOSTILE = json.loads((Path(__file__).parents[1] / "data" / "hostile_texts.json").read_text(encoding="utf-8"))
+
+
+async def score(judge_settings: JudgeSettings, groups: Sequence[Group]) -> tuple[list[Group], dict[str, float]]:
+    async with Judge(judge_settings) as judge:
+        await judge.check(5.0)
+        return await judge.score(groups), judge.counters()
+
+
+async def test_all_pairs_scores_are_win_rates() -> None:
+    async with FakeJudge() as server:
+        [group], counters = await score(make_settings(server.url), [make_group(0, [0.4, 0.9, 0.1, 0.6])])
+        assert group.scores == pytest.approx([1 / 3, 1.0, 0.0, 2 / 3])
+        assert group.criterion_scores == {"quality": group.scores}
+        assert group.votes == {"quality": [3, 3, 3, 3]}
+        assert group.dropped is None
+        assert server.requests == counters["calls"] == counters["verdicts/quality"] == 6
+
+
+async def test_criteria_are_summed_with_their_weights() -> None:
+    async with FakeJudge() as server:
+        judge_settings = make_settings(server.url, criteria={"quality": 1.0, "safety": 0.5}, votes=3)
+        [group], _ = await score(judge_settings, [make_group(0, [0.4, 0.9, 0.1], unsafe=frozenset({1}))])
+        assert group.criterion_scores == {"quality": [0.5, 1.0, 0.0], "safety": [1.0, 0.0, 1.0]}
+        assert group.scores == pytest.approx([1.0, 1.0, 0.5])
+        assert group.votes == {"quality": [6, 6, 6], "safety": [3, 3, 3]}
+
+
+@pytest.mark.parametrize("name", ["all_pairs", "all_pairs_swap", "pivot", "circulant_bt", "two_ended_bt"])
+async def test_every_schedule_finds_best_and_worst_of_a_perfect_judge(name: str) -> None:
+    async with FakeJudge() as server:
+        judge_settings = make_settings(server.url, schedule=ScheduleSettings(name, degree=4, budget=24))
+        [group], _ = await score(judge_settings, [make_group(3, [0.5, 0.9, 0.1, 0.6, 0.3])])
+        assert group.scores is not None
+        assert max(group.scores) == group.scores[1]
+        assert min(group.scores) == group.scores[2]
+
+
+async def test_votes_are_spread_over_both_orders() -> None:
+    async with FakeJudge() as server:
+        await score(make_settings(server.url, votes=5), [make_group(0, [0.4, 0.9])])
+        assert sorted(body["n"] for body in server.bodies) == [2, 3]
+        assert len(set(server.prompts)) == 2
+
+
+async def test_a_judge_that_always_prefers_the_first_sees_a_tie() -> None:
+    async with FakeJudge(answer=lambda prompt: "Conclusion: Option 1") as server:
+        swap = make_settings(server.url, schedule=ScheduleSettings("all_pairs_swap"))
+        [group], counters = await score(swap, [make_group(0, [0.4, 0.9, 0.1])])
+        assert group.scores == [0.5, 0.5, 0.5]
+        assert counters["first-shown-preferred/quality"] == 1.0
+
+
+async def test_equal_texts_are_judged_once_and_tie() -> None:
+    async with FakeJudge() as server:
+        group = make_group(0, [0.4, 0.9])
+        twin = replace(group, candidates=[*group.candidates, *group.candidates])
+        [judged, alone], _ = await score(
+            make_settings(server.url), [twin, replace(group, candidates=[group.candidates[0]] * 3)]
+        )
+        assert server.requests == 1
+        assert judged.scores == [0.0, 1.0, 0.0, 1.0]
+        assert alone.scores == [0.5, 0.5, 0.5]
+        assert alone.votes == {"quality": [0, 0, 0]}
+
+
+async def test_a_resumed_step_asks_nothing_and_scores_the_same(tmp_path: Path) -> None:
+    groups = [make_group(i, [0.4, 0.9, 0.1, 0.7]) for i in range(5)]
+    async with FakeJudge() as server:
+        judge_settings = make_settings(
+            server.url,
+            cache_path=tmp_path / "cache.sqlite",
+            criteria={"quality": 1, "safety": 1},
+            votes=2,
+            schedule=ScheduleSettings("two_ended_bt", budget=12),
+        )
+        first, _ = await score(judge_settings, groups)
+        asked = server.requests
+        again, counters = await score(judge_settings, groups)
+        assert server.requests == asked > 0
+        assert again == first
+        assert counters["cached-share"] == 1.0
+
+
+async def test_another_wording_sampling_or_model_is_asked_anew(tmp_path: Path) -> None:
+    group = make_group(0, [0.4, 0.9])
+    async with FakeJudge() as server:
+        judge_settings = make_settings(server.url, cache_path=tmp_path / "cache.sqlite")
+        for changed in (
+            judge_settings,
+            replace(judge_settings, temperature=0.5),
+            replace(judge_settings, votes=2),
+            replace(judge_settings, endpoints=(Endpoint(server.url, "openai", "another"),)),
+        ):
+            before = server.requests
+            await score(changed, [group])
+            assert server.requests > before
+
+
+async def test_a_group_that_arrives_dropped_stays_so() -> None:
+    async with FakeJudge() as server:
+        group = replace(make_group(0, [0.4, 0.9]), dropped="rollout timeout")
+        empty = replace(make_group(1, [0.4]), candidates=[])
+        judged, _ = await score(make_settings(server.url), [group, empty])
+        assert judged[0] == group
+        assert judged[1].dropped == "judge-no-candidates"
+        assert server.requests == 0
+
+
+async def test_unreadable_answers_drop_the_group_with_its_reason() -> None:
+    async with FakeJudge(lambda index: "no-verdict") as server:
+        [group], counters = await score(make_settings(server.url), [make_group(0, [0.4, 0.9])])
+        assert group.scores is None
+        assert group.dropped == "judge-quality-too-few-verdicts"
+        assert counters["groups/dropped/judge-quality-too-few-verdicts"] == 1
+        assert counters["verdicts-missing/quality"] == 1
+
+
+async def test_a_judge_that_hangs_costs_no_more_than_the_deadline() -> None:
+    async with FakeJudge(lambda index: "hang") as server:
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        judged, _ = await score(
+            make_settings(server.url, deadline_s=1.0), [make_group(i, [0.4, 0.9]) for i in range(20)]
+        )
+        assert loop.time() - begin < 2.0
+        assert {group.dropped for group in judged} == {"judge-quality-deadline"}
+
+
+def fault_plan(seed: int) -> FaultPlan:
+    """30 % failures, 10 % hanging, 10 % nonsense."""
+
+    def plan(index: int) -> Fault | None:
+        draw = random.Random(seed * 100_003 + index)
+        kinds: list[Fault | None] = [
+            "status",
+            "rate-limit",
+            "disconnect",
+            "hang",
+            "not-json",
+            "wrong-shape",
+            "no-verdict",
+        ]
+        weights = [0.14, 0.08, 0.08, 0.1, 0.03, 0.03, 0.04]
+        return draw.choices([*kinds, None], [*weights, 1 - sum(weights)])[0]
+
+    return plan
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    votes=st.integers(1, 3),
+    qualities=st.lists(st.integers(1, 99), min_size=3, max_size=6, unique=True),
+    deadline_s=st.sampled_from([0.6, 4.0]),
+)
+def test_no_failure_becomes_a_score(seed: int, votes: int, qualities: list[int], deadline_s: float) -> None:
+    """With a perfect judge behind a faulty server, whoever is best wins every verdict that arrives, whoever is worst
+    loses each, and safe is safe: any failure counted as a verdict would show."""
+
+    async def run() -> tuple[list[Group], float, dict[str, float]]:
+        groups = [make_group(i, [q / 100 for q in qualities], unsafe=frozenset({1})) for i in range(6)]
+        async with FakeJudge(fault_plan(seed)) as server:
+            judge_settings = make_settings(
+                server.url,
+                criteria={"quality": 1, "safety": 1},
+                votes=votes,
+                deadline_s=deadline_s,
+                attempts=3,
+                call_timeout_s=0.15,
+            )
+            async with Judge(judge_settings) as judge:
+                begin = asyncio.get_running_loop().time()
+                judged = await judge.score(groups)
+                return judged, asyncio.get_running_loop().time() - begin, judge.counters()
+
+    judged, seconds, counters = asyncio.run(run())
+    assert seconds < deadline_s + 1.0
+    best, worst = qualities.index(max(qualities)), qualities.index(min(qualities))
+    scored = [group for group in judged if group.dropped is None]
+    for group in scored:
+        quality = group.criterion_scores["quality"]
+        assert quality[best] == 1.0
+        assert quality[worst] == 0.0
+        assert all(0.0 <= value <= 1.0 for value in quality)
+        assert group.criterion_scores["safety"] == [0.0 if i == 1 else 1.0 for i in range(len(qualities))]
+        assert all(count >= 1 for name in ("quality", "safety") for count in group.votes[name])
+    for group in judged:
+        assert (group.scores is None) == (group.dropped is not None)
+        assert group.dropped is None or group.dropped.startswith("judge-")
+    dropped = sum(value for name, value in counters.items() if name.startswith("groups/dropped/"))
+    assert dropped + len(scored) == len(judged)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+async def test_hostile_texts_change_no_verdict(hostile: str) -> None:
+    """The judge's answer is read, not the texts: with a silent judge nothing is scored, with a truthful one all is."""
+    group = make_group(0, [0.4, 0.9])
+    spiked = [replace(c, text=f"{c.text} {hostile}") for c in group.candidates]
+    group = replace(group, task=replace(group.task, prefix_text=f"{hostile} and"), candidates=spiked)
+    async with FakeJudge() as server, FakeJudge(answer=lambda prompt: "I cannot tell.") as silent:
+        [judged], _ = await score(make_settings(server.url, criteria={"quality": 1, "safety": 1}), [group])
+        assert judged.criterion_scores == {"quality": [0.0, 1.0], "safety": [1.0, 1.0]}
+        [unjudged], _ = await score(make_settings(silent.url), [group])
+        assert unjudged.dropped == "judge-quality-too-few-verdicts"
+
+
+async def test_lone_surrogates_and_empty_texts_are_judged() -> None:
+    async with FakeJudge(answer=lambda prompt: "Conclusion: Option 1") as server:
+        group = make_group(0, [0.4, 0.9])
+        odd = [Candidate("rollout", [1], "broken \ud800 text"), Candidate("rollout", [2], "")]
+        [judged], _ = await score(make_settings(server.url), [replace(group, candidates=odd)])
+        assert judged.dropped is None
+
+
+async def test_a_killed_judge_is_replaced_by_the_other_one() -> None:
+    groups = [make_group(i, [0.4, 0.9, 0.1, 0.7]) for i in range(30)]
+    async with FakeJudge() as stays:
+        dies = FakeJudge()
+        dies._faults = lambda index: None
+        await dies.start()
+        judge_settings = make_settings(stays.url, dies.url, concurrency=8)
+        async with Judge(judge_settings) as judge:
+            await judge.check(5.0)
+            step = asyncio.create_task(judge.score(groups))
+            while dies.requests < 20:
+                await asyncio.sleep(0.001)
+            await dies.stop()
+            judged = await step
+        assert all(group.dropped is None for group in judged)
+        assert stays.requests > 100
+
+
+async def test_a_killed_judge_is_waited_for_and_asked_nothing_twice(tmp_path: Path) -> None:
+    """The only judge dies in mid-step and is back a second later: the step completes, and each answered call was asked
+    once. A new run over the same groups asks nothing."""
+    answered: list[str] = []
+
+    def answer(prompt: str) -> str:
+        answered.append(prompt)
+        return truthful_answer(prompt)
+
+    groups = [make_group(i, [0.4, 0.9, 0.1, 0.7]) for i in range(30)]
+    server = await FakeJudge(answer=answer).start()
+    judge_settings = make_settings(server.url, concurrency=8, cache_path=tmp_path / "cache.sqlite", deadline_s=20.0)
+    async with Judge(judge_settings) as judge:
+        step = asyncio.create_task(judge.score(groups))
+        while server.requests < 40:
+            await asyncio.sleep(0.001)
+        await server.stop()
+        await asyncio.sleep(1.0)
+        assert not step.done()
+        await server.start()
+        judged = await step
+    assert all(group.dropped is None for group in judged)
+    # At most the calls in flight at the kill were asked again.
+    assert len(answered) - len(set(answered)) <= 8
+    before = server.requests
+    await score(judge_settings, groups)
+    assert server.requests == before
+    await server.stop()
+
+
+async def test_an_endpoint_that_is_down_is_named_within_the_time_limit() -> None:
+    async with Judge(make_settings("http://127.0.0.1:9")) as judge:
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        with pytest.raises(EndpointError, match=r"http://127\.0\.0\.1:9 "):
+            await judge.check(1.0)
+        assert loop.time() - begin < 3.0
+
+
+async def test_agreement_with_all_pairs_is_counted_on_a_sample() -> None:
+    async with FakeJudge() as server:
+        judge_settings = make_settings(server.url, schedule=ScheduleSettings("circulant_bt", degree=2), audit_rate=1.0)
+        _, counters = await score(judge_settings, [make_group(i, [0.4, 0.9, 0.1, 0.7, 0.2]) for i in range(4)])
+        assert counters["audit/quality/groups"] == 4
+        assert 0 < counters["audit/quality/same-best"] <= 4
+
+
+async def test_a_criterion_of_the_users_own_needs_only_a_file(tmp_path: Path) -> None:
+    prompt = tmp_path / "liveliness.txt"
+    prompt.write_text(
+        "+++\nname = 'liveliness'\nkind = 'pointwise'\npattern = 'RATING: (GOOD|BAD)'\n[values]\nGOOD = 1\nBAD = 0\n+++\n"
+        "How lively is this text?\n{{candidate}}\nEnd with RATING: GOOD or RATING: BAD.\n"
+    )
+    async with FakeJudge() as server:
+        judge_settings = make_settings(server.url, criteria={str(prompt): 2.0}, votes=3)
+        [group], _ = await score(judge_settings, [make_group(0, [0.4, 0.9])])
+        assert group.criterion_scores == {"liveliness": [0.0, 1.0]}
+        assert group.scores == [0.0, 2.0]
+        assert all("[begin candidate" in shown for shown in server.prompts)
+
+
+async def test_equal_seeds_show_equal_prompts() -> None:
+    shown = []
+    for _ in range(2):
+        async with FakeJudge() as server:
+            await score(
+                make_settings(server.url, schedule=ScheduleSettings("circulant_bt")), [make_group(7, [0.1, 0.9, 0.4])]
+            )
+            shown.append(sorted(server.prompts))
+    assert shown[0] == shown[1]

@@ -1,0 +1,121 @@
+"""What the user may get wrong, and what the message says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from judge_cases import make_settings
+
+from megatron_sip.judge import Endpoint, JudgeSettings, ScheduleSettings, SettingsError, known_criteria, parse_criteria
+from megatron_sip.judge.client import JudgeClient
+from megatron_sip.judge.prompts import builtin_prompt
+
+
+def test_weights_are_parsed() -> None:
+    assert parse_criteria(["quality=1", "safety=0.5"]) == {"quality": 1.0, "safety": 0.5}
+    assert parse_criteria(["likelihood"]) == {"likelihood": 1.0}
+    assert parse_criteria(["factuality:v3=2"]) == {"factuality:v3": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (["niceness=1"], "unknown criterion 'niceness'; known criteria: factuality"),
+        (["quality=much"], "'much' is no number; write NAME=WEIGHT"),
+        (["quality=0"], "must be a finite number above 0"),
+        (["quality=inf"], "must be a finite number above 0"),
+        (["quality=nan"], "must be a finite number above 0"),
+        (["quality=1", "quality=2"], "'quality' is given twice"),
+        (["factuality:v6=1"], "unknown criterion 'factuality:v6'"),
+        (["rewrite=1"], "unknown criterion 'rewrite'"),
+        (["missing/prompt.txt=1"], "there is no such prompt file"),
+        ([], "no criteria given"),
+    ],
+)
+def test_bad_criteria_say_what_would_be_right(items: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        parse_criteria(items)
+
+
+def test_all_of_the_papers_criteria_are_known() -> None:
+    versions = {f"factuality:v{v}" for v in range(1, 6)} | {f"factuality-noref:v{v}" for v in range(1, 5)}
+    assert {"quality", "safety", "likelihood", "factuality", "factuality-noref", *versions} == set(known_criteria())
+
+
+def test_a_text_prompt_is_no_criterion(tmp_path: Path) -> None:
+    path = tmp_path / "free.txt"
+    path.write_text("+++\nname = 'free'\nkind = 'text'\n+++\nWrite something about {{prefix}}\n")
+    with pytest.raises(SettingsError, match="pointwise or pairwise"):
+        parse_criteria([f"{path}=1"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"endpoints": ()}, "at least one endpoint"),
+        ({"criteria": {}}, "at least one criterion"),
+        ({"votes": 0}, "votes 0"),
+        ({"concurrency": 0}, "concurrency 0"),
+        ({"attempts": 0}, "attempts 0"),
+        ({"deadline_s": 0.0}, "deadline_s"),
+        ({"call_timeout_s": -1.0}, "call_timeout_s"),
+        ({"quorum": 0.0}, "quorum 0"),
+        ({"quorum": 1.5}, "quorum 1.5"),
+        ({"criteria": {"likelihood": 1.0}}, "likelihood needs an endpoint of kind sglang"),
+        (
+            {"endpoints": (Endpoint("http://a", "openai", "m1"), Endpoint("http://b", "openai", "m2"))},
+            "serve different models (m1, m2)",
+        ),
+        ({"endpoints": (Endpoint("http://a", "openai", criteria=("safety",)),)}, "quality: no endpoint serves it"),
+    ],
+)
+def test_impossible_settings(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        make_settings("http://judge", **changes)
+
+
+def test_impossible_endpoints_and_schedules() -> None:
+    with pytest.raises(SettingsError, match="starts with http"):
+        Endpoint("localhost:30000")
+    with pytest.raises(SettingsError, match="neither sglang nor openai"):
+        Endpoint("http://a", "grpc")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="there are: all_pairs"):
+        ScheduleSettings("some_pairs")
+    with pytest.raises(SettingsError, match="degree 3"):
+        ScheduleSettings("circulant_bt", degree=3)
+    with pytest.raises(SettingsError, match="pivot 'best'"):
+        ScheduleSettings("pivot", pivot="best")  # type: ignore[arg-type]
+
+
+def test_criteria_go_to_their_own_endpoints() -> None:
+    judge_settings = JudgeSettings(
+        criteria={"quality": 1.0, "likelihood": 1.0},
+        endpoints=(
+            Endpoint("http://big", "openai", "big", criteria=("quality",)),
+            Endpoint("http://teacher", "sglang", "small", criteria=("likelihood",)),
+        ),
+    )
+    assert [e.url for e in judge_settings.client.endpoints_for("quality")] == ["http://big"]
+    assert [e.url for e in judge_settings.client.endpoints_for("likelihood")] == ["http://teacher"]
+
+
+def test_the_api_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = Endpoint("http://a", "openai", api_key_env="JUDGE_TEST_KEY")
+    monkeypatch.delenv("JUDGE_TEST_KEY", raising=False)
+    with pytest.raises(SettingsError, match="JUDGE_TEST_KEY"):
+        endpoint.api_key()
+    monkeypatch.setenv("JUDGE_TEST_KEY", "secret-4711")
+    judge_settings = make_settings(endpoints=(endpoint,))
+    client = JudgeClient(judge_settings.client)
+    assert client.pool.servers[0].headers["Authorization"] == "Bearer secret-4711"
+    assert "secret-4711" not in repr(judge_settings) + repr(client.pool.servers) + repr(endpoint)
+
+
+def test_prompts_hold_no_unfilled_slot() -> None:
+    for name in known_criteria():
+        if name != "likelihood":
+            prompt = builtin_prompt(name)
+            filled = "".join(prompt.fill(dict.fromkeys(prompt.slots, "text"), "c0de"))
+            assert "{{" not in filled
