@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sip.judge.settings import SCHEDULE_NAMES, SettingsError, parse_criteria
 from megatron_sip.samples import CANDIDATE_KINDS
 
 GROUP_TITLE = "self-improving pretraining"
@@ -175,8 +176,20 @@ def _add_teacher_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--judge-votes", type=int, default=5, help="Verdicts asked per judgement (paper: 5).")
     group.add_argument(
         "--judge-schedule",
-        default="all_pairs",
-        help="Which pairs a pairwise criterion compares: all_pairs, all_pairs_swap, pivot, circulant_bt, two_ended_bt.",
+        choices=SCHEDULE_NAMES,
+        default="circulant_bt",
+        help="Which pairs a pairwise criterion compares. all_pairs is the paper's; see docs/judging.md for what each costs.",
+    )
+    group.add_argument("--judge-degree", type=int, default=4, help="Opponents of each candidate under circulant_bt.")
+    group.add_argument("--judge-budget", type=int, default=32, help="Comparisons a group under two_ended_bt.")
+    group.add_argument(
+        "--judge-pivot", choices=["suffix", "rollout"], default="suffix", help="Whom all others meet under pivot."
+    )
+    group.add_argument(
+        "--judge-verdict",
+        choices=["hard", "soft"],
+        default="hard",
+        help="hard: the judge writes and its verdict is read. soft: the probability of its verdict token, both orders.",
     )
     group.add_argument("--judge-temperature", type=float, default=1.0, help="Sampling of verdicts (paper: 1.0).")
     group.add_argument("--judge-top-p", type=float, default=0.6, help="Nucleus of the verdicts' sampling (paper: 0.6).")
@@ -232,7 +245,7 @@ def _implied_by_model(given: Sequence[str]) -> list[str]:
     """Architecture and tokenizer flags of the policy's HF config, plus the settings every run of ours shares."""
     from transformers import AutoConfig
 
-    from megatron_sip.model.hf_weights import megatron_arguments_from_hf
+    from megatron_sip.model.hf_families import megatron_arguments_from_hf
 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--hf-config")
@@ -245,6 +258,8 @@ def _implied_by_model(given: Sequence[str]) -> list[str]:
         *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder)),
         # One packed row is a micro-batch, and the loss is divided by the step's global count of examples or tokens.
         *("--micro-batch-size", "1", "--calculate-per-token-loss"),
+        # The trainer checks loss and gradient norm itself: Megatron's check expects a fixed number of micro-batches.
+        *("--no-check-for-nan-in-loss-and-grad", "--rerun-mode", "disabled"),
         *("--attention-dropout", "0", "--hidden-dropout", "0"),
         *("--ckpt-format", "torch_dist"),
     ]
@@ -379,11 +394,9 @@ def _check_servers(args: argparse.Namespace) -> None:
     if args.teacher_api == "openai" and not args.teacher_name:
         raise ArgumentError("--teacher-api openai needs --teacher-name, the model name that the server expects")
     if needs_teacher(args):
-        from megatron_sip.judge.criteria import parse_criteria
-
         try:
             parse_criteria(args.criteria)
-        except ValueError as error:
+        except SettingsError as error:
             raise ArgumentError(f"--criteria: {error}") from None
         if args.teacher_api == "openai" and any(name.startswith("likelihood") for name in args.criteria):
             raise ArgumentError("--criteria likelihood reads prompt log-probs and needs --teacher-api sglang")

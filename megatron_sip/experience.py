@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from megatron_sip.learning.metrics import Mean, Metrics
 from megatron_sip.learning.selection import SelectionSettings, metric_sums, select
-from megatron_sip.rollout.sglang import Failure, SamplingSettings, SGLangPool
+from megatron_sip.rollout.sglang import Failure, PoolCounters, SamplingSettings, SGLangPool
 from megatron_sip.samples import CANDIDATE_KINDS, Candidate, CandidateKind, Example, Group, Task
+
+GAUGES = ("cached-share", "latency-", "first-shown-preferred")
+"""Counters of the teacher's clients that are shares or percentiles, not totals."""
 
 
 class ScoresGroups(Protocol):
@@ -103,7 +107,7 @@ class ExperienceMaker:
         metrics: Metrics = {name: Mean(*sums) for name, sums in metric_sums(groups, selected).items()}
         metrics |= candidate_lengths(groups)
         metrics |= {f"dropped/{reason}": float(count) for reason, count in selected.dropped.items()}
-        metrics |= self._counter_deltas()
+        metrics |= self._counters()
         metrics |= {"groups": float(len(groups)), "merged_candidates": float(selected.merged)}
         metrics["seconds/rollout"] = made_at - started
         metrics["seconds/judge"] = judged_at - made_at
@@ -113,7 +117,7 @@ class ExperienceMaker:
         """K rollouts a task, or the reason why there are none."""
         assert self._engines is not None
         answers = await self._engines.generate([task.prefix_ids for task in tasks], self._settings.sampling)
-        return [answer.reason if isinstance(answer, Failure) else self._as_candidates(answer) for answer in answers]
+        return [answer.kind if isinstance(answer, Failure) else self._as_candidates(answer) for answer in answers]
 
     def _as_candidates(self, completions: Sequence[Any]) -> list[Candidate]:
         texts = self._tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
@@ -126,15 +130,29 @@ class ExperienceMaker:
         assert self._rewriter is not None
         return await self._rewriter.rewrite(tasks)
 
-    def _counter_deltas(self) -> dict[str, float]:
-        """What the clients' running totals grew by since the last step; gauges such as percentiles stay as they are."""
+    def _counters(self) -> Metrics:
+        """What the clients counted in this step; shares and percentiles are those since the start."""
         totals: dict[str, float] = {}
-        for room, source in (("rollout", self._engines), ("judge", self._judge), ("rewriter", self._rewriter)):
+        if self._engines is not None:
+            totals |= {f"rollout/{name}": value for name, value in pool_counts(self._engines.counters).items()}
+        for room, source in (("judge", self._judge), ("rewriter", self._rewriter)):
             if source is not None:
                 totals |= {f"{room}/{name}": value for name, value in source.counters().items()}
-        deltas = {name: value - self._seen_counters.get(name, 0.0) for name, value in totals.items()}
+        metrics: Metrics = {}
+        for name, value in totals.items():
+            is_gauge = name.split("/")[1].startswith(GAUGES)
+            metrics[name] = Mean(value) if is_gauge else value - self._seen_counters.get(name, 0.0)
         self._seen_counters = totals
-        return deltas
+        return metrics
+
+
+def pool_counts(counters: PoolCounters) -> dict[str, float]:
+    """The engines' client's counters as flat numbers."""
+    plain = {field.name: getattr(counters, field.name) for field in fields(counters)}
+    numbers = {name: float(value) for name, value in plain.items() if not isinstance(value, Counter)}
+    for group in ("failures", "attempt_failures"):
+        numbers |= {f"{group}/{kind}": float(count) for kind, count in plain[group].items()}
+    return numbers
 
 
 async def _none_each(tasks: Sequence[Task]) -> list[None]:

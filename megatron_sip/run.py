@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import socket
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.training.async_utils import maybe_finalize_async_save
@@ -28,7 +31,7 @@ from megatron_sip.learning.objectives import ObjectiveSettings
 from megatron_sip.learning.reference import ReferenceStore, build_reference, copy_policy
 from megatron_sip.learning.trainer import PolicyTrainer
 from megatron_sip.model.hf_weights import export_hf_weights
-from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, WeightSync
+from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
 from megatron_sip.samples import Task
 from megatron_sip.services import Leader, LocalServers, rollout_sampling
 
@@ -114,7 +117,7 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
         reference_store=store,
         tasks=tasks,
         leader=leader,
-        weight_sync=open_weight_sync(args, stack),
+        weight_sync=open_weight_sync(args, exchange, stack),
         hf_config=AutoConfig.from_pretrained(args.hf_config),
         writer=open_writer(args, stack),
         comparison=open_comparison(args, held_out, tokenizer),
@@ -218,18 +221,40 @@ def require_same_tasks(args: argparse.Namespace) -> None:
         )
 
 
-def open_weight_sync(args: argparse.Namespace, stack: contextlib.ExitStack) -> WeightSync | None:
+def open_weight_sync(
+    args: argparse.Namespace, exchange: LeaderExchange, stack: contextlib.ExitStack
+) -> WeightSync | None:
     """The way to the engines, on the ranks of the first replica, which hold all weights between them."""
-    if not needs_engines(args) or parallel_state.get_data_parallel_rank() != 0:
+    if not needs_engines(args) or exchange.replica != 0:
         return None
+    rank = SyncRank(
+        source=parallel_state.get_tensor_model_parallel_rank() == 0,
+        lead=exchange.is_leader,
+        name=f"stage{parallel_state.get_pipeline_model_parallel_rank()}",
+        exchange=exchange.within_replica,
+    )
+    settings = SyncSettings(
+        backend="nccl" if torch.cuda.is_available() else "gloo",
+        address=address_towards(args.rollout_url[0]),
+        bucket_bytes=args.weight_sync_bucket_mb << 20,
+        timeout_s=args.rollout_timeout,
+    )
     sync: WeightSync
     if args.weight_sync == "disk":
-        sync = DiskWeightSync(args.rollout_url, Path(args.weight_sync_dir), Path(args.hf_config))
+        sync = DiskWeightSync(args.rollout_url, rank, settings, Path(args.weight_sync_dir), Path(args.hf_config))
     else:
-        sync = DistributedWeightSync(args.rollout_url, bucket_bytes=args.weight_sync_bucket_mb << 20)
+        sync = DistributedWeightSync(args.rollout_url, rank, settings)
     sync.connect()
     stack.callback(sync.close)
     return sync
+
+
+def address_towards(url: str) -> str:
+    """This host's address as the server at `url` sees it: that of the interface packets to it leave through."""
+    target = urllib.parse.urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((target.hostname, target.port or 80))  # a datagram socket sends nothing here
+        return str(probe.getsockname()[0])
 
 
 def open_writer(args: argparse.Namespace, stack: contextlib.ExitStack) -> MetricsWriter | None:

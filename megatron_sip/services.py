@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_sip.arguments import candidate_kinds, needs_engines, needs_teacher
+from megatron_sip.arguments import ArgumentError, candidate_kinds, needs_engines, needs_teacher
 from megatron_sip.experience import Experience, ExperienceMaker, ExperienceSettings
 from megatron_sip.judge.judge import Judge
-from megatron_sip.judge.rewriter import Rewriter
+from megatron_sip.judge.rewriter import Rewriter, RewriterSettings
 from megatron_sip.judge.settings import Endpoint, JudgeSettings, ScheduleSettings, parse_criteria
 from megatron_sip.learning.selection import SelectionSettings
+from megatron_sip.rollout.compatibility import ModelContract
 from megatron_sip.rollout.launch import LocalServer, ServerSettings, start_servers, stop_servers
-from megatron_sip.rollout.sglang import SamplingSettings, SGLangPool
+from megatron_sip.rollout.sglang import PoolSettings, SamplingSettings, SGLangPool
 from megatron_sip.samples import CandidateKind, Task
 from megatron_sip.stop_signal import StopSignal
+
+CONNECT_SECONDS = 25.0
+PROBE_TEXT = "Self-improving pretraining: naïve façade, 12345 + 678 = ?\n\tΔοκιμή 测试"
+"""Tokenised by us and by every engine; a difference means that they do not share a tokenizer."""
 
 
 class LocalServers:
@@ -95,7 +101,8 @@ def judge_settings(args: argparse.Namespace, urls: Sequence[str]) -> JudgeSettin
         criteria=parse_criteria(args.criteria),
         endpoints=teacher_endpoints(args, urls),
         votes=args.judge_votes,
-        schedule=ScheduleSettings(name=args.judge_schedule),
+        schedule=ScheduleSettings(args.judge_schedule, args.judge_degree, args.judge_budget, args.judge_pivot),
+        default_verdict=args.judge_verdict,
         temperature=args.judge_temperature,
         top_p=args.judge_top_p,
         deadline_s=args.judge_deadline,
@@ -118,33 +125,69 @@ class Leader:
     def __init__(
         self, args: argparse.Namespace, tokenizer: Any, engine_urls: Sequence[str], teacher_urls: Sequence[str]
     ) -> None:
-        self._args = args
-        self._tokenizer = tokenizer
         self._runner = asyncio.Runner()
+        self._clients = contextlib.AsyncExitStack()
         self.engines: SGLangPool | None = None
         self.judge: Judge | None = None
         rewriter: Rewriter | None = None
-        if needs_engines(args):
-            self.engines = self.run(self._open_engines(engine_urls))
-        if needs_teacher(args):
-            settings = judge_settings(args, teacher_urls)
-            self.judge = self.run(self._open_judge(settings))
+        try:
+            if needs_engines(args):
+                self.engines = self.run(self._open_engines(args, tokenizer, engine_urls))
+            if needs_teacher(args):
+                settings = judge_settings(args, teacher_urls)
+                self.judge = self.run(self._open_judge(settings))
             if "rewrite" in candidate_kinds(args):
-                rewriter = self.run(self._open_rewriter(settings))
-        self._rewriter = rewriter
+                rewriter = self.run(self._open_rewriter(args, tokenizer, teacher_urls))
+        except BaseException:
+            self.close()
+            raise
         self._maker = ExperienceMaker(experience_settings(args), tokenizer, self.engines, self.judge, rewriter)
 
-    def run(self, work: Any) -> Any:
+    def run[T](self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on this leader's loop."""
         return self._runner.run(work)
 
     def make_experience(self, step: int, tasks: Sequence[Task], stop: StopSignal) -> Experience | None:
         """This leader's share of a step, or None when a stop was requested meanwhile."""
-        return cast("Experience | None", self.run(stop.run(self._maker.make(step, tasks))))
+        return self.run(stop.run(self._maker.make(step, tasks)))
 
     def close(self) -> None:
         """Close all connections."""
-        for client in (self._rewriter, self.judge, self.engines):
-            if client is not None:
-                self.run(client.__aexit__(None, None, None))
+        self.run(self._clients.aclose())
         self._runner.close()
+
+    async def _open_engines(self, args: argparse.Namespace, tokenizer: Any, urls: Sequence[str]) -> SGLangPool:
+        settings = PoolSettings(
+            call_timeout_s=args.rollout_timeout,
+            deadline_s=3 * args.rollout_timeout,
+            max_concurrency=max(1, args.rollout_concurrency // len(urls)),
+        )
+        engines = await self._clients.enter_async_context(SGLangPool(urls, settings))
+        await engines.wait_ready(CONNECT_SECONDS)
+        contract = ModelContract(
+            vocab_size=args.vocab_size,
+            context_length=args.seq_length,
+            probe_text=PROBE_TEXT,
+            probe_ids=tuple(tokenizer.encode(PROBE_TEXT, add_special_tokens=False)),
+        )
+        try:
+            await engines.check_compatible(contract)
+        except ValueError as error:
+            raise ArgumentError(f"--rollout-url: {error}") from None
+        return engines
+
+    async def _open_rewriter(self, args: argparse.Namespace, tokenizer: Any, urls: Sequence[str]) -> Rewriter:
+        settings = RewriterSettings(
+            client=judge_settings(args, urls).client,
+            temperature=args.rewrite_temperature,
+            deadline_s=args.judge_deadline,
+            seed=args.seed,
+        )
+        rewriter = await self._clients.enter_async_context(Rewriter(settings, tokenizer, args.suffix_length))
+        await rewriter.check(CONNECT_SECONDS)
+        return rewriter
+
+    async def _open_judge(self, settings: JudgeSettings) -> Judge:
+        judge = await self._clients.enter_async_context(Judge(settings))
+        await judge.check(CONNECT_SECONDS)
+        return judge

@@ -48,6 +48,12 @@ class LeaderExchange:
         dist.broadcast_object_list(box, src=self._leaders[self.replica], group=self._replica_group)
         return box[0]
 
+    def within_replica(self, mine: Any) -> list[Any]:
+        """`mine` of every rank of this replica, on all of them."""
+        gathered: list[Any] = [None] * dist.get_world_size(self._replica_group)
+        dist.all_gather_object(gathered, mine, group=self._replica_group)
+        return gathered
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
         vote = torch.tensor([int(flag)])

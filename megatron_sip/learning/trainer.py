@@ -13,7 +13,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -145,7 +145,8 @@ class PolicyTrainer:
                     batch.reference_branch_logprobs,
                 )
                 count = torch.tensor(terms.count, dtype=torch.int, device=token_logprobs.device)
-                return terms.sum, count, terms
+                # Pipeline schedules free the loss tensor's memory once it was differentiated: keep a copy to report.
+                return terms.sum, count, replace(terms, sum=terms.sum.detach().clone())
 
             return output, loss_function
 

@@ -40,6 +40,7 @@ CPU_FLAGS = (
     "--attention-backend=torch_native",
     "--sampling-backend=pytorch",
     "--disable-overlap-schedule",
+    "--sleep-on-idle",  # an idle server must leave its core to the trainer and to the other servers
 )
 # Without these SGLang would claim most of the machine's memory, which the trainer shares.
 CPU_MEM_FRACTION = 0.2

@@ -72,6 +72,7 @@ def test_the_progress_line_shows_what_a_step_is_judged_by() -> None:
         "score/suffix": -3.2,
         "score/rollout": -2.5,
         "chosen_rate/rollout": 0.75,
+        "length/rollout": 32.0,
         "dropped/tied": 2.0,
         "seconds/rollout": 6.1,
         "seconds/train": 2.0,
