@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megatron_sip.platform.sglang_cpu_attention import decode_attention, extend_attention
+
 CPU_PLATFORM = "megatron_sip.platform.sglang_cpu:EagerCpuPlatform"
 
 
@@ -27,7 +29,21 @@ def activate() -> str | None:
 
 
 def _batched_attention(runner: Any) -> Any:
-    from megatron_sip.platform.sglang_cpu_attention import BatchedCpuAttention
+    """SGLang's torch_native backend for `runner`, its two loops over sequences replaced where ours apply."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    class BatchedCpuAttention(TorchNativeAttnBackend):
+        def _run_sdpa_forward_decode(self, *tensors: Any, **options: Any) -> Any:
+            *plain, encoder_lens = tensors
+            if encoder_lens is not None or options["sliding_window_size"] is not None:
+                return super()._run_sdpa_forward_decode(*tensors, **options)
+            return decode_attention(*plain, options["scaling"])
+
+        def _run_sdpa_forward_extend(self, *tensors: Any, **options: Any) -> Any:
+            *plain, encoder_lens = tensors
+            if encoder_lens is not None or options["sliding_window_size"] is not None or not options["causal"]:
+                return super()._run_sdpa_forward_extend(*tensors, **options)
+            return extend_attention(*plain, options["scaling"])
 
     return BatchedCpuAttention(runner)
 
