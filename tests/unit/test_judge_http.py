@@ -1,0 +1,217 @@
+"""The HTTP pool: routing, back-off, breaker, rate limit, deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sip.http import (
+    BadResponseError,
+    HttpPool,
+    Request,
+    RequestError,
+    RetryPolicy,
+    Server,
+    TokenBucket,
+    _retry_after_s,
+)
+from megatron_sip.latency import LatencyHistogram
+
+QUICK = RetryPolicy(attempts=4, first_s=0.01, longest_s=0.05, breaker_failures=3, breaker_first_s=0.2)
+
+
+class Loopback:
+    """A server whose handler the test gives; keeps the arrival times."""
+
+    def __init__(self, handler: Callable[[int], web.Response | float]) -> None:
+        self._handler = handler
+        self.arrivals: list[float] = []
+        self.affinities: list[Any] = []
+
+    async def __aenter__(self) -> Loopback:
+        app = web.Application()
+        app.router.add_post("/ask", self._ask)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.01)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._runner.cleanup()
+
+    async def _ask(self, request: web.Request) -> web.Response:
+        self.affinities.append(await request.json())
+        self.arrivals.append(time.monotonic())
+        result = self._handler(len(self.arrivals) - 1)
+        if isinstance(result, float):
+            await asyncio.sleep(result)
+            return web.json_response({"ok": True})
+        return result
+
+
+def fine(index: int) -> web.Response:
+    return web.json_response({"ok": True})
+
+
+def ask(affinity: int = 0, parse: Callable[[Server, Any], Any] = lambda server, data: data["ok"]) -> Request:
+    return Request(affinity, lambda server: "/ask", lambda server: str(affinity).encode(), parse)
+
+
+async def send(pool: HttpPool, request: Request, within: float = 5.0) -> Any:
+    return await pool.send(request, asyncio.get_running_loop().time() + within)
+
+
+async def test_retry_after_is_honoured() -> None:
+    def handler(index: int) -> web.Response:
+        return fine(index) if index else web.Response(status=429, headers={"Retry-After": "0.4"})
+
+    async with Loopback(handler) as server, HttpPool([Server(server.url)], concurrency=4, policy=QUICK) as pool:
+        assert await send(pool, ask()) is True
+        assert server.arrivals[1] - server.arrivals[0] >= 0.4
+        assert pool.counts["failed-attempts/rate-limited"] == pool.counts["retries"] == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "requests", "kind"), [(500, 4, "server-error"), (503, 4, "server-error"), (400, 1, "rejected")]
+)
+async def test_what_is_tried_again(status: int, requests: int, kind: str) -> None:
+    policy = RetryPolicy(attempts=4, first_s=0.01, longest_s=0.02, breaker_failures=100)
+    async with (
+        Loopback(lambda index: web.Response(status=status, text="why")) as server,
+        HttpPool([Server(server.url)], concurrency=4, policy=policy) as pool,
+    ):
+        with pytest.raises(RequestError, match=f"status {status}: why") as caught:
+            await send(pool, ask())
+        assert caught.value.kind == kind
+        assert len(server.arrivals) == requests
+
+
+async def test_an_unreadable_response_is_tried_again() -> None:
+    def parse(server: Server, data: Any) -> Any:
+        if data["ok"] is not True:
+            raise BadResponseError("not ok")
+        return data["ok"]
+
+    replies = [web.Response(text="no json"), web.json_response({"ok": 1}), web.json_response({"ok": True})]
+    async with (
+        Loopback(replies.__getitem__) as server,
+        HttpPool([Server(server.url)], concurrency=1, policy=QUICK) as pool,
+    ):
+        assert await send(pool, ask(parse=parse)) is True
+        assert pool.counts["failed-attempts/bad-response"] == 2
+
+
+async def test_a_slow_answer_is_cut_off_and_asked_again() -> None:
+    async with (
+        Loopback(lambda index: 30.0 if index == 0 else fine(index)) as server,
+        HttpPool([Server(server.url)], concurrency=1, policy=QUICK, call_timeout_s=0.2) as pool,
+    ):
+        assert await send(pool, ask()) is True
+        assert pool.counts["failed-attempts/timeout"] == 1
+
+
+async def test_nothing_outlives_the_deadline() -> None:
+    async with Loopback(lambda index: 30.0) as server, HttpPool([Server(server.url)], concurrency=1) as pool:
+        begin = time.monotonic()
+        results = await asyncio.gather(*(send(pool, ask(), within=0.5) for _ in range(5)), return_exceptions=True)
+        assert time.monotonic() - begin < 1.5
+        assert [result.kind for result in results if isinstance(result, RequestError)] == ["deadline"] * 5
+
+
+async def test_requests_of_a_prompt_go_to_one_server_and_prompts_spread() -> None:
+    async with Loopback(fine) as a, Loopback(fine) as b, Loopback(fine) as c:
+        async with HttpPool([Server(s.url) for s in (a, b, c)], concurrency=16) as pool:
+            await asyncio.gather(*(send(pool, ask(affinity)) for affinity in range(60) for _ in range(3)))
+        homes = [Counter(server.affinities) for server in (a, b, c)]
+        assert all(count == 3 for home in homes for count in home.values())
+        assert all(len(home) >= 8 for home in homes)
+
+
+async def test_a_failing_server_is_left_alone_and_probed_later() -> None:
+    broken = [True]
+
+    def handler(index: int) -> web.Response:
+        return web.Response(status=500) if broken[0] else fine(index)
+
+    async with (
+        Loopback(handler) as bad,
+        Loopback(fine) as good,
+        HttpPool([Server(bad.url), Server(good.url)], concurrency=4, policy=QUICK) as pool,
+    ):
+        for affinity in range(40):
+            assert await send(pool, ask(affinity)) is True
+        assert len(bad.arrivals) <= 8
+        assert pool.counts["breaker-opened"] >= 1
+        broken[0] = False
+        await asyncio.sleep(1.0)
+        before = len(bad.arrivals)
+        for affinity in range(40):
+            assert await send(pool, ask(affinity)) is True
+        assert len(bad.arrivals) - before >= 8
+
+
+async def test_work_in_flight_is_bounded() -> None:
+    running, most = 0, 0
+
+    async def slow(request: web.Request) -> web.Response:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.02)
+        running -= 1
+        return web.json_response({"ok": True})
+
+    app = web.Application()
+    app.router.add_post("/ask", slow)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    async with HttpPool([Server(f"http://127.0.0.1:{runner.addresses[0][1]}")], concurrency=7) as pool:
+        await asyncio.gather(*(send(pool, ask()) for _ in range(60)))
+    await runner.cleanup()
+    assert most == 7
+
+
+async def test_the_rate_limit_holds() -> None:
+    async with Loopback(fine) as server:
+        async with HttpPool([Server(server.url, requests_per_s=20)], concurrency=50) as pool:
+            begin = time.monotonic()
+            await asyncio.gather(*(send(pool, ask()) for _ in range(40)))
+        assert time.monotonic() - begin >= 0.9  # 20 at once, 20 more in the following second
+
+
+@given(st.lists(st.floats(0, 2), min_size=1, max_size=60), st.floats(0.5, 20))
+def test_the_token_bucket_never_lets_more_through_than_rate_and_burst(gaps: list[float], rate: float) -> None:
+    bucket, now, passed = TokenBucket(rate), 1.0, []
+    for gap in gaps:
+        now += gap
+        if bucket.wait_s(now) == 0.0:
+            passed.append(now)
+    for begin in range(len(passed)):
+        for end in range(begin, len(passed)):
+            assert end - begin + 1 <= max(1.0, rate) + rate * (passed[end] - passed[begin]) + 1e-6
+
+
+def test_retry_after_in_its_two_forms() -> None:
+    assert _retry_after_s("7") == 7.0
+    assert _retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert _retry_after_s("Fri, 31 Dec 9999 23:59:59 GMT") > 3000
+    assert _retry_after_s(None) == _retry_after_s("soon") == 0.0
+
+
+def test_latency_percentiles_are_right_to_one_bucket() -> None:
+    histogram = LatencyHistogram()
+    for k in range(1, 1001):
+        histogram.add(k / 1000)
+    for share in (0.5, 0.95, 0.99):
+        assert share <= histogram.percentile(share) <= share * 1.1
+    assert LatencyHistogram().percentile(0.5) == 0.0
