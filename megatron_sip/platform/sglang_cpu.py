@@ -34,16 +34,16 @@ def _batched_attention(runner: Any) -> Any:
 
     class BatchedCpuAttention(TorchNativeAttnBackend):
         def _run_sdpa_forward_decode(self, *tensors: Any, **options: Any) -> Any:
-            *plain, encoder_lens = tensors
+            encoder_lens = tensors[-1]
             if encoder_lens is not None or options["sliding_window_size"] is not None:
                 return super()._run_sdpa_forward_decode(*tensors, **options)
-            return decode_attention(*plain, options["scaling"])
+            return decode_attention(*tensors[:-1], scaling=options["scaling"])
 
         def _run_sdpa_forward_extend(self, *tensors: Any, **options: Any) -> Any:
-            *plain, encoder_lens = tensors
+            encoder_lens = tensors[-1]
             if encoder_lens is not None or options["sliding_window_size"] is not None or not options["causal"]:
                 return super()._run_sdpa_forward_extend(*tensors, **options)
-            return extend_attention(*plain, options["scaling"])
+            return extend_attention(*tensors[:-1], scaling=options["scaling"])
 
     return BatchedCpuAttention(runner)
 

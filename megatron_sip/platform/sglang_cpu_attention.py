@@ -23,6 +23,7 @@ def decode_attention(
     req_to_token: Tensor,
     req_pool_indices: Tensor,
     seq_lens: Tensor,
+    *,
     scaling: float | None,
 ) -> Tensor:
     """Write into `output` the attention of one query a sequence over its first `seq_lens` tokens.
@@ -56,6 +57,7 @@ def extend_attention(
     seq_lens: Tensor,
     extend_prefix_lens: Tensor,
     extend_seq_lens: Tensor,
+    *,
     scaling: float | None,
 ) -> Tensor:
     """Write into `output` the causal attention of each sequence's last `extend_seq_lens` tokens (its new ones).
@@ -65,7 +67,9 @@ def extend_attention(
     """
     new_lens = extend_seq_lens.tolist()
     if max(new_lens) == 1:  # further samples of a prompt whose prefix is cached: the same as a decode step
-        return decode_attention(query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, scaling)
+        return decode_attention(
+            query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, scaling=scaling
+        )
     start = 0
     for request, cached, new in zip(req_pool_indices.tolist(), extend_prefix_lens.tolist(), new_lens, strict=True):
         slots = req_to_token[request, : cached + new].long()
