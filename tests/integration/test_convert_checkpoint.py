@@ -67,12 +67,10 @@ def test_smollm2_round_trip_is_bit_identical(smollm2_dir: Path, smollm2_checkpoi
 
 
 def test_split_over_tensor_and_pipeline_ranks(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """Written by TP2 x PP2, read by one process, and the other way round."""
-    sizes = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
-    succeed("hf-to-megatron", "--load", tiny_llama_dir, "--save", tmp_path / "split", *sizes, processes=4)
-    succeed("megatron-to-hf", "--load", tmp_path / "split", "--save", tmp_path / "one")
-    assert_same_model(tiny_llama_dir, tmp_path / "one")
-    succeed("megatron-to-hf", "--load", tmp_path / "split", "--save", tmp_path / "hf", *sizes, processes=4)
+    """Written by two tensor-parallel ranks, read by two pipeline stages, each of which writes its own file."""
+    tensor, pipeline = (f"--{kind}-model-parallel-size" for kind in ("tensor", "pipeline"))
+    succeed("hf-to-megatron", "--load", tiny_llama_dir, "--save", tmp_path / "split", tensor, "2", processes=2)
+    succeed("megatron-to-hf", "--load", tmp_path / "split", "--save", tmp_path / "hf", pipeline, "2", processes=2)
     assert_same_model(tiny_llama_dir, tmp_path / "hf")
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     assert index["weight_map"]["model.embed_tokens.weight"] == "model-00001-of-00002.safetensors"
