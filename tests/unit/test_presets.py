@@ -129,3 +129,8 @@ def test_bad_line_names_file_and_line(tmp_path: Path, content: str, message: str
     (tmp_path / "bad.args").write_text(content)
     with pytest.raises(PresetError, match=message):
         expand_presets(["--preset", str(tmp_path / "bad.args")])
+
+
+def test_every_preset_is_in_the_documentation() -> None:
+    text = (PRESETS.parents[1] / "docs" / "presets.md").read_text(encoding="utf-8")
+    assert [name for name in known_presets() if f"`{name}`" not in text] == []

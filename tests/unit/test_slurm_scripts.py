@@ -233,6 +233,15 @@ def test_a_run_without_servers_names_none(trainer_parser: argparse.ArgumentParse
     assert (len(commands), args.rollout_url, args.teacher_url) == (1, None, None)
 
 
+def test_a_teacher_that_runs_elsewhere_needs_no_model(trainer_parser: argparse.ArgumentParser) -> None:
+    flags = ("TEACHER_NODES=0", "--", "--teacher-url", "http://judge:1")
+    assert trainer_arguments(trainer_parser, "train_continual.sbatch", *flags).teacher_url == ["http://judge:1"]
+    model = ("POLICY=a", "DATA=c", "RUN_DIR=d")
+    refused = bash("examples/train_continual.sbatch", *model)
+    assert "TEACHER_MODEL is not set" in refused.stderr
+    assert "this is no SLURM job" in bash("examples/train_continual.sbatch", *model, "TEACHER_NODES=0").stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
