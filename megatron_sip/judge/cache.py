@@ -1,7 +1,7 @@
 """Answers on disk, so that a resumed or repeated step asks nothing twice.
 
-One sqlite table; reads come in batches, writes are collected and committed together, off the event loop. Several
-processes may share a file (write-ahead log). Failures are never stored.
+One sqlite table; reads come in batches, writes are collected and committed together. Several processes may share a
+file, also on a network file system with working locks (hence no write-ahead log). Failures are never stored.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ def cache_key(material: bytes) -> bytes:
 class AnswerCache:
     """A persistent dict of answers. `max_entries` bounds the file: the oldest entries go when it is opened.
 
-    Raises CacheError when the file cannot be opened as a database.
+    A `path` that is a folder, or has no suffix, gets a file `answers.sqlite` inside. Raises CacheError when the file
+    cannot be opened as a database.
     """
 
     def __init__(self, path: Path, max_entries: int = 20_000_000, pending_limit: int = 2_000) -> None:
         self._pending: dict[bytes, bytes] = {}
         self._pending_limit = pending_limit
+        if path.is_dir() or (not path.suffix and path.name != ":memory:"):
+            path = path / "answers.sqlite"
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, value BLOB NOT NULL, made INTEGER NOT NULL)"

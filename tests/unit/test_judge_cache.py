@@ -40,6 +40,13 @@ def test_survives_reopening_and_a_second_process_reads_it(tmp_path: Path) -> Non
     second.close()
 
 
+def test_a_folder_gets_a_file_inside(tmp_path: Path) -> None:
+    AnswerCache(tmp_path).close()
+    AnswerCache(tmp_path / "new").close()
+    assert (tmp_path / "answers.sqlite").exists()
+    assert (tmp_path / "new" / "answers.sqlite").exists()
+
+
 def test_many_keys_at_once(tmp_path: Path) -> None:
     cache = AnswerCache(tmp_path / "cache.sqlite")
     keys = [cache_key(str(i).encode()) for i in range(5000)]
