@@ -266,8 +266,8 @@ PLOTS = (
     Plot(
         "rollout_chosen_rate",
         "Rollout chosen rate",
-        "Share of training examples whose chosen completion is a rollout of the policy (the paper's figure 8). It should rise as "
-        "the policy comes to beat the original text.",
+        "Share of training examples whose chosen completion is a rollout of the policy (the paper's figure 8). It should "
+        "rise as the policy comes to beat the original text.",
         (("chosen_rate/rollout",),),
         _chosen_rate,
     ),
