@@ -1,0 +1,95 @@
+// The Python module: what was built, and the row kernels one instruction set at a time for their tests. The operators
+// themselves are registered with torch by logprob_cpu.cpp and logprob_cuda.cpp when the module is loaded.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "instruction_dispatch.h"
+
+#ifndef MEGATRON_SIP_CUDA_ARCHITECTURES
+#define MEGATRON_SIP_CUDA_ARCHITECTURES ""
+#endif
+
+namespace megatron_sip {
+namespace {
+
+const RowKernels& kernels_named(const std::string& instruction_set, const std::string& dtype) {
+  const std::vector<std::pair<std::string, LogitType>> types = {{"float32", LogitType::kFloat32},
+                                                                {"bfloat16", LogitType::kBFloat16},
+                                                                {"float16", LogitType::kFloat16},
+                                                                {"float64", LogitType::kFloat64}};
+  for (const auto& [name, type] : types) {
+    if (name == dtype) return kernels_for_instruction_set(instruction_set, type);
+  }
+  throw std::invalid_argument("no row kernels for dtype '" + dtype + "'");
+}
+
+std::vector<std::string> cuda_architectures() {
+  const std::string joined = MEGATRON_SIP_CUDA_ARCHITECTURES;
+  std::vector<std::string> result;
+  for (size_t begin = 0; begin < joined.size();) {
+    const size_t end = std::min(joined.find(',', begin), joined.size());
+    result.push_back(joined.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return result;
+}
+
+std::vector<std::string> devices() {
+  std::vector<std::string> result = {"CPU"};
+  if (!cuda_architectures().empty()) result.push_back("CUDA");
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.def("devices", &devices, "Dispatch keys whose operators were built.");
+  module.def("cuda_architectures", &cuda_architectures, "Compute capabilities of the CUDA kernels, such as 'sm_90'.");
+  module.def("instruction_set", &best_instruction_set, "What the CPU operators run on this processor.");
+  module.def(
+      "row_statistics",
+      [](const std::string& instruction_set, const std::string& dtype, uintptr_t row, int64_t length) {
+        const RowStatistics result =
+            kernels_named(instruction_set, dtype).statistics(reinterpret_cast<const void*>(row), length);
+        return std::make_tuple(result.reference, result.sum, result.weighted);
+      },
+      "(reference, sum, weighted) of one row at an address.");
+  module.def(
+      "row_softmax",
+      [](const std::string& instruction_set, const std::string& dtype, uintptr_t row, int64_t length, double factor) {
+        const std::unique_ptr<Float[]> exponentials(new Float[length]);
+        std::vector<float> references(blocks_of(length));
+        const RowStatistics result =
+            kernels_named(instruction_set, dtype)
+                .softmax(reinterpret_cast<void*>(row), length, factor, {exponentials.get(), references.data()}, nullptr);
+        return std::make_tuple(result.reference, result.sum, result.weighted);
+      },
+      "Overwrites the row at an address with factor * softmax; returns its statistics.");
+  module.def(
+      "row_exponentials",
+      [](const std::string& instruction_set, const std::string& dtype, uintptr_t out, uintptr_t row, int64_t length,
+         double log_normaliser, double factor) {
+        kernels_named(instruction_set, dtype)
+            .exponentials(reinterpret_cast<void*>(out), reinterpret_cast<const void*>(row), length, log_normaliser,
+                          factor);
+      },
+      "Writes factor * exp(row - log_normaliser) at the address `out`.");
+  module.def(
+      "row_scale",
+      [](const std::string& instruction_set, const std::string& dtype, uintptr_t out, uintptr_t row, int64_t length,
+         double factor) {
+        kernels_named(instruction_set, dtype)
+            .scale(reinterpret_cast<void*>(out), reinterpret_cast<const void*>(row), length, factor);
+      },
+      "Writes factor * row at the address `out`.");
+}
+
+}  // namespace megatron_sip

@@ -1,0 +1,239 @@
+// The log-prob operators on CPU: rows are spread over torch's threads, each row stays with one of them.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "instruction_dispatch.h"
+#include "logprob_common.h"
+
+namespace megatron_sip {
+namespace {
+
+using at::Tensor;
+using Statistics = std::tuple<Tensor, Tensor, Tensor>;
+
+LogitType logit_type(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case at::kFloat:
+      return LogitType::kFloat32;
+    case at::kBFloat16:
+      return LogitType::kBFloat16;
+    case at::kHalf:
+      return LogitType::kFloat16;
+    default:
+      return LogitType::kFloat64;
+  }
+}
+
+// Rows of raw bytes, so that one code path serves all logit types.
+struct Rows {
+  char* data;
+  int64_t count;
+  int64_t width;       // elements
+  int64_t item_bytes;  // of an element
+
+  explicit Rows(const Tensor& tensor)
+      : data(static_cast<char*>(tensor.data_ptr())),
+        count(tensor.size(0)),
+        width(tensor.size(1)),
+        item_bytes(tensor.element_size()) {}
+
+  char* row(int64_t index) const { return data + index * width * item_bytes; }
+  void clear(int64_t index, int64_t first_column) const {
+    std::memset(row(index) + first_column * item_bytes, 0, (width - first_column) * item_bytes);
+  }
+};
+
+// Threads take whole rows; a task should be worth some tens of microseconds.
+int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(columns, 1)); }
+
+struct ThreadScratch {
+  std::unique_ptr<Float[]> exponentials;
+  std::vector<float> references;
+
+  ThreadScratch(int64_t columns, bool with_exponentials)
+      : exponentials(with_exponentials ? new Float[columns] : nullptr), references(blocks_of(columns)) {}
+
+  RowScratch view() { return {exponentials.get(), references.data()}; }
+};
+
+// The entries of each row: those of row r are `entries[begin[r]]` to `entries[begin[r + 1]]`, in their given order.
+struct EntriesByRow {
+  std::vector<int64_t> begin;
+  std::vector<int64_t> entries;
+
+  EntriesByRow(const int64_t* logit_rows, int64_t count, int64_t rows) : begin(rows + 1, 0), entries(count) {
+    for (int64_t i = 0; i < count; ++i) ++begin[logit_rows[i] + 1];
+    for (int64_t r = 0; r < rows; ++r) begin[r + 1] += begin[r];
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t i = 0; i < count; ++i) entries[next[logit_rows[i]]++] = i;
+  }
+};
+
+void check_rows(const Tensor& logit_rows, int64_t rows) {
+  const int64_t* data = logit_rows.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < logit_rows.numel(); ++i) {
+    TORCH_CHECK_VALUE(data[i] >= 0 && data[i] < rows, "logit_rows[", i, "] must lie in [0, ", rows, "), got ", data[i]);
+  }
+}
+
+Tensor gather_targets(const Tensor& logits, const Tensor& logit_rows, const Tensor& targets, const Shard& shard) {
+  Tensor result = at::empty({targets.size(0)}, logits.options().dtype(at::kDouble));
+  double* out = result.data_ptr<double>();
+  const int64_t* row = logit_rows.const_data_ptr<int64_t>();
+  const int64_t* token = targets.const_data_ptr<int64_t>();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "gather_targets", [&] {
+    const scalar_t* values = logits.const_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < targets.numel(); ++i) {
+      const int64_t column = token[i] - shard.vocab_start;
+      out[i] = shard.owns(token[i]) ? static_cast<double>(values[row[i] * logits.size(1) + column]) : 0.0;
+    }
+  });
+  return result;
+}
+
+// One pass over the logits; with `store_softmax` each row is overwritten right after, while it is in cache.
+Statistics statistics_of(const Tensor& logits, const Tensor& logit_rows_any, const Tensor& targets_any, Shard shard,
+                         bool store_softmax) {
+  check_entries(logits, logit_rows_any, targets_any, shard);
+  const Tensor logit_rows = logit_rows_any.contiguous(), targets = targets_any.contiguous();
+  check_rows(logit_rows, logits.size(0));
+  const Tensor target_logits = gather_targets(logits, logit_rows, targets, shard);
+  const Rows rows(logits);
+  const Tensor reference = at::empty({rows.count}, logits.options().dtype(at::kDouble));
+  const Tensor sums = at::empty({2, rows.count}, reference.options());
+  double* reference_out = reference.data_ptr<double>();
+  double* sums_out = sums.data_ptr<double>();
+  const RowKernels& kernels = best_kernels(logit_type(logits));
+  const double factor = -softmax_scale(logits.scalar_type());
+  at::parallel_for(0, rows.count, rows_per_task(shard.columns), [&](int64_t begin, int64_t end) {
+    ThreadScratch scratch(shard.columns, store_softmax && rows.item_bytes == 2);
+    for (int64_t r = begin; r < end; ++r) {
+      const RowStatistics row =
+          store_softmax ? kernels.softmax(rows.row(r), shard.columns, factor, scratch.view(),
+                                          r + 1 < end ? rows.row(r + 1) : nullptr)
+                        : kernels.statistics(rows.row(r), shard.columns);
+      if (store_softmax) rows.clear(r, shard.columns);
+      reference_out[r] = row.reference;
+      sums_out[r] = row.sum;
+      sums_out[rows.count + r] = row.weighted;
+    }
+  });
+  return {reference, sums, target_logits};
+}
+
+Statistics row_statistics(const Tensor& logits, const Tensor& logit_rows, const Tensor& targets, int64_t vocab_start,
+                          int64_t columns) {
+  return statistics_of(logits, logit_rows, targets, {vocab_start, columns}, false);
+}
+
+Statistics softmax_statistics_(Tensor& logits, const Tensor& logit_rows, const Tensor& targets, int64_t vocab_start,
+                               int64_t columns) {
+  return statistics_of(logits, logit_rows, targets, {vocab_start, columns}, true);
+}
+
+struct GradientInputs {
+  const int64_t* targets;
+  const double* logprobs;
+  const double* log_normaliser;
+  const double* grad;
+};
+
+// The row's gradient without its targets' share: -coefficient * softmax.
+void write_softmax_part(const RowKernels& kernels, const Rows& out, const Rows& in, int64_t r, const Shard& shard,
+                        double coefficient, double log_normaliser, bool stored_softmax, double stored_scale) {
+  if (coefficient == 0.0) {
+    out.clear(r, 0);
+    return;
+  }
+  if (stored_softmax) {
+    const double factor = coefficient / stored_scale;
+    if (factor != 1.0 || out.data != in.data) kernels.scale(out.row(r), in.row(r), shard.columns, factor);
+  } else {
+    kernels.exponentials(out.row(r), in.row(r), shard.columns, log_normaliser, -coefficient);
+  }
+  out.clear(r, shard.columns);
+}
+
+// At a target the gradient is (sum of grad of its entries) - coefficient * p, with p from the exact log-prob: in 16 bits
+// a stored softmax near 1 would leave nothing of 1 - p.
+template <typename scalar_t>
+void write_targets(scalar_t* row, const int64_t* begin, const int64_t* end, const GradientInputs& inputs,
+                   const Shard& shard, double coefficient) {
+  for (const int64_t* entry = begin; entry < end; ++entry) {
+    const int64_t token = inputs.targets[*entry];
+    if (!shard.owns(token)) continue;
+    const auto same = [&](int64_t other) { return inputs.targets[other] == token; };
+    if (std::any_of(begin, entry, same)) continue;
+    double total = 0;
+    for (const int64_t* other = entry; other < end; ++other) total += same(*other) ? inputs.grad[*other] : 0.0;
+    row[token - shard.vocab_start] =
+        static_cast<scalar_t>(total - (coefficient == 0.0 ? 0.0 : coefficient * std::exp(inputs.logprobs[*entry])));
+  }
+}
+
+void write_gradient(const Tensor& out, const Tensor& logits, const Tensor& logit_rows_any, const Tensor& targets_any,
+                    const Tensor& logprobs_any, const Tensor& log_normaliser_any, const Tensor& grad_any, Shard shard,
+                    bool stored_softmax) {
+  check_entries(logits, logit_rows_any, targets_any, shard);
+  check_gradient(logits, targets_any, logprobs_any, log_normaliser_any, grad_any);
+  const Tensor logit_rows = logit_rows_any.contiguous(), targets = targets_any.contiguous();
+  const Tensor logprobs = logprobs_any.contiguous(), log_normaliser = log_normaliser_any.contiguous();
+  const Tensor grad = grad_any.contiguous();
+  check_rows(logit_rows, logits.size(0));
+  const Rows rows_out(out), rows_in(logits);
+  const GradientInputs inputs{targets.const_data_ptr<int64_t>(), logprobs.const_data_ptr<double>(),
+                              log_normaliser.const_data_ptr<double>(), grad.const_data_ptr<double>()};
+  const EntriesByRow by_row(logit_rows.const_data_ptr<int64_t>(), logit_rows.numel(), rows_in.count);
+  const RowKernels& kernels = best_kernels(logit_type(logits));
+  const double stored_scale = softmax_scale(logits.scalar_type());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "write_gradient", [&] {
+    at::parallel_for(0, rows_in.count, rows_per_task(shard.columns), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        const int64_t* begin = by_row.entries.data() + by_row.begin[r];
+        const int64_t* end = by_row.entries.data() + by_row.begin[r + 1];
+        double coefficient = 0;
+        for (const int64_t* entry = begin; entry < end; ++entry) coefficient += inputs.grad[*entry];
+        write_softmax_part(kernels, rows_out, rows_in, r, shard, coefficient, inputs.log_normaliser[r], stored_softmax,
+                           stored_scale);
+        write_targets(reinterpret_cast<scalar_t*>(rows_out.row(r)), begin, end, inputs, shard, coefficient);
+      }
+    });
+  });
+}
+
+Tensor gradient(const Tensor& logits, const Tensor& logit_rows, const Tensor& targets, const Tensor& logprobs,
+                const Tensor& log_normaliser, const Tensor& grad, int64_t vocab_start, int64_t columns,
+                bool stored_softmax) {
+  Tensor out = at::empty_like(logits);
+  write_gradient(out, logits, logit_rows, targets, logprobs, log_normaliser, grad, {vocab_start, columns},
+                 stored_softmax);
+  return out;
+}
+
+void gradient_(Tensor& logits, const Tensor& logit_rows, const Tensor& targets, const Tensor& logprobs,
+               const Tensor& log_normaliser, const Tensor& grad, int64_t vocab_start, int64_t columns,
+               bool stored_softmax) {
+  write_gradient(logits, logits, logit_rows, targets, logprobs, log_normaliser, grad, {vocab_start, columns},
+                 stored_softmax);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(megatron_sip, CPU, library) {
+  library.impl("row_statistics", &row_statistics);
+  library.impl("softmax_statistics_", &softmax_statistics_);
+  library.impl("gradient", &gradient);
+  library.impl("gradient_", &gradient_);
+}
+
+}  // namespace megatron_sip

@@ -1,0 +1,57 @@
+// One row of logits at a time: the arithmetic under the CPU log-prob op, in one version an instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace megatron_sip {
+
+enum class LogitType { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+// Logits as they lie in memory; only the kernels' vector loads and stores give the 16-bit ones a value.
+struct Float {
+  float value;
+  static constexpr Float negative_infinity() { return {-__builtin_inff()}; }
+};
+struct BFloat16 {
+  uint16_t bits;
+  static constexpr BFloat16 negative_infinity() { return {0xFF80}; }
+};
+struct Half {
+  uint16_t bits;
+  static constexpr Half negative_infinity() { return {0xFC00}; }
+};
+
+// `reference` is no more than a few units below the row's maximum (-inf without a logit above -inf).
+struct RowStatistics {
+  double reference;
+  double sum;       // sum of w = exp(x - reference)
+  double weighted;  // sum of w * (x - reference), from which the entropy follows
+};
+
+// Rows are gone through in blocks of this many logits, each of which stays in the first-level cache.
+constexpr int64_t kBlock = 2048;
+constexpr int64_t blocks_of(int64_t length) { return (length + kBlock - 1) / kBlock; }
+
+// A thread's working memory for one row.
+struct RowScratch {
+  Float* exponentials;  // [length], not used for float32 and float64 rows, which hold them themselves
+  float* references;    // [blocks_of(length)]
+};
+
+// `out` may equal `row`.
+struct RowKernels {
+  RowStatistics (*statistics)(const void* row, int64_t length);
+  // Overwrites the row with factor * softmax, and meanwhile prefetches the row at `next` unless that is null.
+  RowStatistics (*softmax)(void* row, int64_t length, double factor, const RowScratch& scratch, const void* next);
+  // out = factor * exp(row - log_normaliser)
+  void (*exponentials)(void* out, const void* row, int64_t length, double log_normaliser, double factor);
+  // out = factor * row
+  void (*scale)(void* out, const void* row, int64_t length, double factor);
+};
+
+// Each returns null where the compiler or the logit type does not support it (float64 is portable only).
+const RowKernels* avx512_kernels(LogitType type);
+const RowKernels* avx2_kernels(LogitType type);
+const RowKernels* portable_kernels(LogitType type);
+
+}  // namespace megatron_sip

@@ -1,0 +1,323 @@
+// The block kernels of tree_attention_kernels.h for AVX-512 with bfloat16 dot products.
+#include "tree_attention_kernels.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "instruction_set.h"
+
+// GCC 12 and 13 take the intrinsics' own "undefined" operands for uninitialised variables (GCC bug 105593).
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+MEGATRON_SIP_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+
+namespace megatron_sip {
+namespace {
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kVectors = kAttentionBlock / kLanes;
+constexpr float kLog2E = 1.4426950408889634f;
+
+// c [rows, 16 * VECTORS] (+)= a [rows, 2 * pairs] times b, whose rows 2p and 2p + 1 are interleaved in line p.
+template <int ROWS, int VECTORS>
+void multiply_tile(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int64_t pairs,
+                   bool accumulate) {
+  __m512 sums[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECTORS; ++v)
+      sums[r][v] = accumulate ? _mm512_loadu_ps(c + r * ldc + v * kLanes) : _mm512_setzero_ps();
+  for (int64_t p = 0; p < pairs; ++p) {
+    __m512i columns[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) columns[v] = _mm512_loadu_si512(b + p * ldb + v * kLanes);
+    for (int r = 0; r < ROWS; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, a + r * lda + 2 * p, sizeof(pair));
+      const __m512i row = _mm512_set1_epi32(pair);
+      for (int v = 0; v < VECTORS; ++v) {
+        sums[r][v] = _mm512_dpbf16_ps(sums[r][v], reinterpret_cast<__m512bh>(row), reinterpret_cast<__m512bh>(columns[v]));
+      }
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(c + r * ldc + v * kLanes, sums[r][v]);
+}
+
+template <int VECTORS>
+void multiply_columns(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
+                      int64_t pairs, bool accumulate) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    multiply_tile<4, VECTORS>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, pairs, accumulate);
+  }
+  for (; r < rows; ++r) {
+    multiply_tile<1, VECTORS>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, pairs, accumulate);
+  }
+}
+
+// c [rows, columns] (+)= a [rows, 2 * pairs] b; columns a multiple of 16.
+void multiply(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
+              int64_t columns, int64_t pairs, bool accumulate) {
+  for (int64_t n = 0; n < columns; n += kAttentionBlock) {
+    switch (std::min<int64_t>((columns - n) / kLanes, kVectors)) {
+      case 4: multiply_columns<4>(a, lda, b + n, ldb, c + n, ldc, rows, pairs, accumulate); break;
+      case 3: multiply_columns<3>(a, lda, b + n, ldb, c + n, ldc, rows, pairs, accumulate); break;
+      case 2: multiply_columns<2>(a, lda, b + n, ldb, c + n, ldc, rows, pairs, accumulate); break;
+      default: multiply_columns<1>(a, lda, b + n, ldb, c + n, ldc, rows, pairs, accumulate);
+    }
+  }
+}
+
+// 2^x to 3e-6 relative; 0 below -150, NaN stays NaN.
+inline __m512 exp2_lanes(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // of a NaN and a number max gives its second operand
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, whole);
+  __m512 sum = _mm512_set1_ps(1.33336498402e-3f);
+  sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(9.61812910763e-3f));
+  sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(5.55041086648e-2f));
+  sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(2.40226506959e-1f));
+  sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(6.93147180560e-1f));
+  sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(sum, whole);
+}
+
+inline float to_float(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+// Two rows of 16 floats as bfloat16, element by element interleaved.
+inline __m512i interleave_bf16(__m512 even, __m512 odd) {
+  const __m512i joined = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), joined);
+}
+
+inline void store_bf16(uint16_t* to, __m512 values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+}
+
+// The block's rows with columns interleaved in pairs, [dim / 2, 64]: the transposed matrix as a right operand.
+void pair_columns(const QueryBlock& block, HeadRows<const uint16_t> rows, int64_t dim, uint32_t* to) {
+  for (int64_t q = 0; q < kAttentionBlock; ++q) {
+    for (int64_t p = 0; p < dim / 2; ++p) {
+      uint32_t pair = 0;
+      if (q < block.count) std::memcpy(&pair, rows.data + (block.begin + q) * rows.stride + 2 * p, sizeof(pair));
+      to[p * kAttentionBlock + q] = pair;
+    }
+  }
+}
+
+// The block's rows interleaved in pairs, [32, dim]: the matrix itself as a right operand.
+void pair_rows(const QueryBlock& block, HeadRows<const uint16_t> rows, int64_t dim, uint32_t* to) {
+  for (int64_t q = 0; q < kAttentionBlock; q += 2) {
+    for (int64_t d = 0; d < dim; ++d) {
+      const uint16_t* even = rows.data + (block.begin + q) * rows.stride + d;
+      const uint32_t low = q < block.count ? even[0] : 0;
+      const uint32_t high = q + 1 < block.count ? even[rows.stride] : 0;
+      to[q / 2 * dim + d] = low | (high << 16);
+    }
+  }
+}
+
+// Calls visit(first key, number of keys, whether these are the block's own tokens) for at most 64 keys at a time.
+template <typename Visit>
+void for_each_key_block(const QueryBlock& block, Visit visit) {
+  for (int r = 0; r < block.range_count; ++r) {
+    const KeyRange range = block.ranges[r];
+    for (int64_t k = 0; k < range.length; k += kAttentionBlock) {
+      const int64_t count = std::min(kAttentionBlock, range.length - k);
+      visit(range.begin + k, count, r + 1 == block.range_count && k + kAttentionBlock >= range.length);
+    }
+  }
+}
+
+// Lanes of vector v whose query sees key `row` of a key block.
+inline __mmask16 visible_lanes(int64_t row, int64_t keys, bool own, int64_t v) {
+  if (row >= keys) return 0;
+  if (!own) return 0xFFFF;
+  const int64_t hidden = std::clamp<int64_t>(row - v * kLanes, 0, kLanes);
+  return static_cast<__mmask16>(0xFFFFu << hidden);
+}
+
+int64_t round_up_even(int64_t n) { return n + (n & 1); }
+
+}  // namespace
+
+bool tree_attention_kernels_supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
+}
+
+// Forward scratch: queries in column pairs [dim / 2, 64], weights [32, 64], output [dim, 64], scores [keys, 64].
+int64_t forward_scratch_size(int64_t keys, int64_t dim) {
+  return (dim / 2 + kAttentionBlock / 2 + dim + keys + 3 * kAttentionBlock) * kAttentionBlock;
+}
+
+void attention_forward_block(const QueryBlock& block, const PreparedKeys& keys, HeadRows<const uint16_t> query, float scale,
+                             HeadRows<uint16_t> out, HeadRows<float> lse, float* scratch) {
+  const int64_t dim = keys.dim;
+  uint32_t* queries = reinterpret_cast<uint32_t*>(scratch);
+  uint32_t* weights = queries + dim / 2 * kAttentionBlock;
+  float* output = scratch + (dim / 2 + kAttentionBlock / 2) * kAttentionBlock;
+  float* scores = output + dim * kAttentionBlock;
+  const __m512 factor = _mm512_set1_ps(scale * kLog2E);
+  const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  pair_columns(block, query, dim, queries);
+
+  __m512 largest[kVectors];
+  for (int64_t v = 0; v < kVectors; ++v) largest[v] = hidden;
+  float* part = scores;
+  for_each_key_block(block, [&](int64_t first, int64_t count, bool own) {
+    multiply(keys.keys + first * dim, dim, queries, kAttentionBlock, part, kAttentionBlock, count, kAttentionBlock, dim / 2,
+             false);
+    for (int64_t row = 0; row < round_up_even(count); ++row) {
+      for (int64_t v = 0; v < kVectors; ++v) {
+        float* at = part + row * kAttentionBlock + v * kLanes;
+        const __m512 score = _mm512_mask_mul_ps(hidden, visible_lanes(row, count, own, v), _mm512_loadu_ps(at), factor);
+        _mm512_storeu_ps(at, score);
+        largest[v] = _mm512_max_ps(largest[v], score);
+      }
+    }
+    part += kAttentionBlock * kAttentionBlock;
+  });
+
+  __m512 sums[kVectors];
+  for (int64_t v = 0; v < kVectors; ++v) sums[v] = _mm512_setzero_ps();
+  part = scores;
+  for_each_key_block(block, [&](int64_t first, int64_t count, bool) {
+    for (int64_t row = 0; row < count; row += 2) {
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const float* at = part + row * kAttentionBlock + v * kLanes;
+        const __m512 even = exp2_lanes(_mm512_sub_ps(_mm512_loadu_ps(at), largest[v]));
+        const __m512 odd = exp2_lanes(_mm512_sub_ps(_mm512_loadu_ps(at + kAttentionBlock), largest[v]));
+        sums[v] = _mm512_add_ps(sums[v], _mm512_add_ps(even, odd));
+        _mm512_storeu_si512(weights + row / 2 * kAttentionBlock + v * kLanes, interleave_bf16(even, odd));
+      }
+    }
+    multiply(keys.values_transposed + first, keys.rows, weights, kAttentionBlock, output, kAttentionBlock, dim,
+             kAttentionBlock, round_up_even(count) / 2, part != scores);
+    part += kAttentionBlock * kAttentionBlock;
+  });
+
+  alignas(64) float sum[kAttentionBlock], top[kAttentionBlock];
+  for (int64_t v = 0; v < kVectors; ++v) {
+    _mm512_store_ps(sum + v * kLanes, sums[v]);
+    _mm512_store_ps(top + v * kLanes, largest[v]);
+    const __m512 share = _mm512_div_ps(_mm512_set1_ps(1.0f), sums[v]);
+    for (int64_t d = 0; d < dim; ++d) {
+      float* at = output + d * kAttentionBlock + v * kLanes;
+      _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), share));
+    }
+  }
+  alignas(64) float line[kLanes];
+  for (int64_t q = 0; q < block.count; ++q) {
+    uint16_t* to = out.data + (block.begin + q) * out.stride;
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) line[i] = output[(d + i) * kAttentionBlock + q];
+      store_bf16(to + d, _mm512_load_ps(line));
+    }
+    lse.data[(block.begin + q) * lse.stride] = top[q] / kLog2E + std::log(sum[q]);
+  }
+}
+
+// Backward scratch: queries and output gradients in column pairs [dim / 2, 64] and in row pairs [32, dim], scores and
+// their gradients [64, 64], weights and score gradients in plain bfloat16 [64, 64], the latter in row pairs too,
+// query gradients [dim, 64].
+int64_t backward_scratch_size(int64_t dim) {
+  return (2 * (dim / 2) + dim + 2 * kAttentionBlock + 3 * kAttentionBlock / 2 + dim) * kAttentionBlock;
+}
+
+void attention_backward_block(const QueryBlock& block, const PreparedKeys& keys, HeadRows<const uint16_t> query,
+                              HeadRows<const uint16_t> out, HeadRows<const float> lse, HeadRows<const uint16_t> grad_out,
+                              float scale, HeadRows<uint16_t> grad_query, float* grad_key, float* grad_value,
+                              float* scratch) {
+  const int64_t dim = keys.dim;
+  uint32_t* query_columns = reinterpret_cast<uint32_t*>(scratch);
+  uint32_t* grad_columns = query_columns + dim / 2 * kAttentionBlock;
+  uint32_t* query_rows = grad_columns + dim / 2 * kAttentionBlock;
+  uint32_t* grad_rows = query_rows + kAttentionBlock / 2 * dim;
+  float* scores = reinterpret_cast<float*>(grad_rows + kAttentionBlock / 2 * dim);
+  float* weight_grads = scores + kAttentionBlock * kAttentionBlock;
+  uint16_t* weights = reinterpret_cast<uint16_t*>(weight_grads + kAttentionBlock * kAttentionBlock);
+  uint16_t* score_grads = weights + kAttentionBlock * kAttentionBlock;
+  uint32_t* score_grad_pairs = reinterpret_cast<uint32_t*>(score_grads + kAttentionBlock * kAttentionBlock);
+  float* query_grads = reinterpret_cast<float*>(score_grad_pairs + kAttentionBlock / 2 * kAttentionBlock);
+  pair_columns(block, query, dim, query_columns);
+  pair_columns(block, grad_out, dim, grad_columns);
+  pair_rows(block, query, dim, query_rows);
+  pair_rows(block, grad_out, dim, grad_rows);
+
+  // Queries that are not there have zero vectors and, with an infinite normaliser, zero weights.
+  alignas(64) float normalisers[kAttentionBlock], deltas[kAttentionBlock];
+  for (int64_t q = 0; q < kAttentionBlock; ++q) {
+    normalisers[q] = std::numeric_limits<float>::infinity();
+    deltas[q] = 0;
+    if (q >= block.count) continue;
+    const int64_t token = block.begin + q;
+    normalisers[q] = lse.data[token * lse.stride] * kLog2E;
+    for (int64_t d = 0; d < dim; ++d) {
+      deltas[q] += to_float(out.data[token * out.stride + d]) * to_float(grad_out.data[token * grad_out.stride + d]);
+    }
+  }
+
+  const __m512 factor = _mm512_set1_ps(scale * kLog2E);
+  bool accumulate = false;
+  for_each_key_block(block, [&](int64_t first, int64_t count, bool own) {
+    multiply(keys.keys + first * dim, dim, query_columns, kAttentionBlock, scores, kAttentionBlock, count, kAttentionBlock,
+             dim / 2, false);
+    multiply(keys.values + first * dim, dim, grad_columns, kAttentionBlock, weight_grads, kAttentionBlock, count,
+             kAttentionBlock, dim / 2, false);
+    for (int64_t row = 0; row < count; row += 2) {
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const __m512 normaliser = _mm512_load_ps(normalisers + v * kLanes);
+        const __m512 delta = _mm512_load_ps(deltas + v * kLanes);
+        __m512 gradient[2];
+        for (int64_t i = 0; i < 2; ++i) {
+          const int64_t at = (row + i) * kAttentionBlock + v * kLanes;
+          const __mmask16 visible = visible_lanes(row + i, count, own, v);
+          const __m512 weight = _mm512_maskz_mov_ps(
+              visible, exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(scores + at), factor, normaliser)));
+          gradient[i] = _mm512_maskz_mul_ps(visible, weight, _mm512_sub_ps(_mm512_loadu_ps(weight_grads + at), delta));
+          store_bf16(weights + at, weight);
+          store_bf16(score_grads + at, gradient[i]);
+        }
+        _mm512_storeu_si512(score_grad_pairs + row / 2 * kAttentionBlock + v * kLanes,
+                            interleave_bf16(gradient[0], gradient[1]));
+      }
+    }
+    const int64_t query_pairs = round_up_even(block.count) / 2;
+    multiply(weights, kAttentionBlock, grad_rows, dim, grad_value + first * dim, dim, count, dim, query_pairs, true);
+    multiply(score_grads, kAttentionBlock, query_rows, dim, grad_key + first * dim, dim, count, dim, query_pairs, true);
+    multiply(keys.keys_transposed + first, keys.rows, score_grad_pairs, kAttentionBlock, query_grads, kAttentionBlock, dim,
+             kAttentionBlock, round_up_even(count) / 2, accumulate);
+    accumulate = true;
+  });
+
+  alignas(64) float line[kLanes];
+  for (int64_t q = 0; q < block.count; ++q) {
+    uint16_t* to = grad_query.data + (block.begin + q) * grad_query.stride;
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) line[i] = query_grads[(d + i) * kAttentionBlock + q];
+      store_bf16(to + d, _mm512_mul_ps(_mm512_load_ps(line), _mm512_set1_ps(scale)));
+    }
+  }
+}
+
+}  // namespace megatron_sip
+
+MEGATRON_SIP_TARGET_END
+
+#endif
