@@ -6,10 +6,10 @@ Simulated judges: candidate qualities q are standard normal; the judge's logit f
 scale * (q[first] - q[second]) + bias + persistent error of the pair + half as much of the ordered pair. A hard vote is
 drawn from it, a soft verdict is its probability. "weak": scale 1, "strong": scale 3; bias 0.5; error 1.
 
-Teacher: `results/judge_teacher.json` (made by judge_teacher.py) holds, measured on SmolLM2-135M-Instruct over
-real prefixes (`pydoc_data.topics`), (a) mean log-probs of 16 sampled continuations a prefix: taken as true qualities, standardised, with the strong judge's
-simulated noise on top; (b) its real soft quality verdicts for all ordered pairs of a few groups: nothing is simulated,
-the truth is what all pairs in both orders say.
+Teacher: `results/judge_teacher.json` (made by judge_teacher.py) holds, measured on SmolLM2-135M-Instruct over real
+prefixes (`pydoc_data.topics`), (a) mean log-probs of 16 sampled continuations a prefix: taken as true qualities,
+standardised, with the strong judge's simulated noise on top; (b) its real soft quality verdicts for all ordered pairs of
+a few groups: nothing is simulated, the truth is what all pairs in both orders say.
 
 recovered: (quality of the best pick - of the worst pick) / (true best - true worst), mean over groups; ci95 by the normal
 approximation. A call is one verdict: a soft one costs a prefill, a hard one up to 512 generated tokens.
@@ -202,30 +202,52 @@ def check_claims(strong: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def family_and_parameter(plan: str) -> tuple[str, str]:
+    """("circulant_bt soft", "6") for "circulant_bt 6 soft (default)"."""
+    words = plan.replace(" (default)", "").replace("x", "").split()
+    middle = [word for word in words[1:] if word.isdigit()]
+    kind = "soft" if "soft" in plan else "hard"
+    both = ", both orders" if "both orders" in plan else ""
+    return f"{words[0]} {kind}{both}", " ".join(middle)
+
+
 def plot(settings: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Calls against recovered gap, a panel a judge."""
+    """Calls against recovered gap, a panel a judge, a line a kind of schedule and verdict."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
     panels = {name: rows for name, rows in settings.items() if name in JUDGES}
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 5.2), sharey=True)
     colours = {"all_pairs": "tab:gray", "pivot": "tab:red", "circulant_bt": "tab:blue", "two_ended_bt": "tab:green"}
     for axis, (name, rows) in zip(axes, panels.items(), strict=True):
+        families: dict[str, list[tuple[float, float, float, str]]] = {}
         for plan, row in rows.items():
-            colour = colours[plan.split(" ")[0]]
+            family, parameter = family_and_parameter(plan)
             spread = (row["ci95"][1] - row["ci95"][0]) / 2
-            marker = "o" if "soft" in plan else "s"
-            axis.errorbar(row["calls"], row["recovered"], yerr=spread, fmt=marker, color=colour, capsize=2)
-            axis.annotate(
-                plan, (row["calls"], row["recovered"]), fontsize=6.5, xytext=(5, -3), textcoords="offset points"
+            families.setdefault(family, []).append((row["calls"], row["recovered"], spread, parameter))
+        for family, points in families.items():
+            calls, shares, spreads, labels = zip(*sorted(points), strict=True)
+            soft, colour = "soft" in family, colours[family.split(" ")[0]]
+            axis.errorbar(
+                calls, shares, yerr=spreads, fmt="o-" if soft else "s:", color=colour, capsize=2, label=family
             )
+            for place, label in enumerate(labels):
+                axis.annotate(
+                    label, (calls[place], shares[place]), fontsize=8, xytext=(5, -11), textcoords="offset points"
+                )
+        axis.set_yscale("logit", one_half="0.5")
+        axis.set_yticks([0.2, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99], ["0.2", "0.5", "0.8", "0.9", "0.95", "0.98", "0.99"])
+        axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axis.set(xscale="log", xlabel="judge calls for a group of 16", title=f"{name} judge (simulated)")
-        axis.set_xlim(12, 2500)
+        axis.set_xticks([15, 30, 60, 120, 240, 600], ["15", "30", "60", "120", "240", "600"])
+        axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of the true best-worst gap recovered")
-    figure.suptitle("Judging schedules: circles soft verdicts, squares hard votes; bars are 95 % intervals")
+    axes[-1].legend(fontsize=8, loc="lower right")
+    figure.suptitle("Judging schedules; numbers: votes, degree or budget; bars: 95 % intervals")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -209,7 +209,8 @@ class JudgeClient:
 def _server(endpoint: Endpoint) -> Server:
     key = endpoint.api_key()
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    return Server(endpoint.url, headers, endpoint.requests_per_s, endpoint)
+    base = endpoint.url.rstrip("/").removesuffix("/v1")  # clients of this protocol are often given the URL with it
+    return Server(base, headers, endpoint.requests_per_s, endpoint)
 
 
 def _batches(calls: dict[bytes, Call]) -> list[list[bytes]]:

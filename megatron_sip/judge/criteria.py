@@ -19,9 +19,10 @@ import numpy as np
 
 from megatron_sip.judge.bradley_terry import FloatArray, expected_win_rates
 from megatron_sip.judge.calls import Answer, Call, ChoiceCall, GenerateCall, LikelihoodCall
+from megatron_sip.judge.encoding import ChatEncoder
 from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
 from megatron_sip.judge.schedules import Comparisons, Field, Pair, Schedule, is_connected, make_schedule
-from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, Objective, VerdictMode
+from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, Objective, SettingsError, VerdictMode
 from megatron_sip.samples import CandidateKind
 
 Ask = Callable[[Sequence[Call]], Awaitable[list[Answer]]]
@@ -86,6 +87,10 @@ class Pointwise:
     sampling: Sampling
     quorum: float
 
+    def check(self, encoder: ChatEncoder) -> None:
+        """Raises EncodingError when this criterion cannot be asked in the judge's tokens."""
+        check_encodable(self.prompt, self.mode, encoder)
+
     async def score(self, sheet: Sheet, ask: Ask) -> CriterionScores:
         calls = [self._call(sheet, candidate) for candidate in sheet.candidates]
         answers = await ask(calls)
@@ -113,6 +118,10 @@ class Pairwise:
     quorum: float
     schedule: Schedule
     prior_scale: float | None = None
+
+    def check(self, encoder: ChatEncoder) -> None:
+        """Raises EncodingError when this criterion cannot be asked in the judge's tokens."""
+        check_encodable(self.prompt, self.mode, encoder)
 
     async def score(self, sheet: Sheet, ask: Ask) -> CriterionScores:
         if len(sheet.candidates) == 1:
@@ -219,6 +228,13 @@ def judgement(
     )
 
 
+def check_encodable(prompt: PromptFile, mode: VerdictMode, encoder: ChatEncoder) -> None:
+    """Raises EncodingError without a chat template, or when soft verdicts do not differ in their first token."""
+    encoder.chat(prompt.body)
+    if mode == "soft" and prompt.rule is not None:
+        encoder.choices(prompt.rule.start, prompt.rule.labels)
+
+
 def valid_votes(answer: Answer) -> list[float]:
     """The votes in an answer; a failed call and an answer without verdict give none."""
     if isinstance(answer, list):
@@ -233,6 +249,10 @@ def make_criterion(name: str, settings: JudgeSettings, schedule: Schedule | None
     prompt = read_prompt_file(Path(name)) if name.endswith(".txt") else builtin_prompt(name)
     sampling = Sampling(settings.votes, settings.temperature, settings.top_p, settings.max_tokens)
     label = prompt.name if name.endswith(".txt") else name
+    if settings.mode(name) == "soft" and not prompt.start:
+        raise SettingsError(
+            f"criterion {name}: soft verdicts need start = '...' in its prompt file; add it or use hard ones"
+        )
     if prompt.kind == "pointwise":
         return Pointwise(label, prompt, settings.mode(name), sampling, settings.quorum)
     prior_scale = settings.likelihood_scale if settings.schedule.likelihood_prior else None

@@ -22,7 +22,15 @@ import numpy as np
 
 from megatron_sip.judge.calls import Answer, Call
 from megatron_sip.judge.client import JudgeClient, affinity_of
-from megatron_sip.judge.criteria import Criterion, CriterionScores, Pairwise, Sheet, comparable, make_criterion
+from megatron_sip.judge.criteria import (
+    Criterion,
+    CriterionScores,
+    Pairwise,
+    Pointwise,
+    Sheet,
+    comparable,
+    make_criterion,
+)
 from megatron_sip.judge.prompts import fence_code, valid_unicode
 from megatron_sip.judge.schedules import AllPairs
 from megatron_sip.judge.settings import JudgeSettings, Objective
@@ -65,6 +73,10 @@ class Judge:
     async def check(self, timeout_s: float = 30.0) -> None:
         """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
         await self._client.check(timeout_s)
+        for item in self._criteria:
+            native = any(endpoint.kind == "sglang" for endpoint in self._settings.client.endpoints_for(item.setting))
+            if native and isinstance(item.criterion, Pointwise | Pairwise):
+                item.criterion.check(self._client.encoder)
 
     async def score(
         self, groups: Sequence[Group], *, objective: Objective = "dpo", deadline_s: float | None = None

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from judge_cases import make_settings
 
-from megatron_sip.judge import Endpoint, JudgeSettings, ScheduleSettings, SettingsError, known_criteria, parse_criteria
+from megatron_sip.judge import (
+    Endpoint,
+    Judge,
+    JudgeSettings,
+    ScheduleSettings,
+    SettingsError,
+    known_criteria,
+    parse_criteria,
+)
 from megatron_sip.judge.client import JudgeClient
 from megatron_sip.judge.prompts import builtin_prompt
 
@@ -119,3 +127,17 @@ def test_prompts_hold_no_unfilled_slot() -> None:
             prompt = builtin_prompt(name)
             filled = "".join(prompt.fill(dict.fromkeys(prompt.slots, "text"), "c0de"))
             assert "{{" not in filled
+
+
+def test_soft_verdicts_need_a_start_in_the_prompt_file(tmp_path: Path) -> None:
+    path = tmp_path / "mood.txt"
+    path.write_text(
+        "+++\nname = 'mood'\nkind = 'pointwise'\npattern = '(up|down)'\n[values]\nup = 1\ndown = 0\n+++\n{{candidate}}\n"
+    )
+    with pytest.raises(SettingsError, match=r"soft verdicts need start"):
+        Judge(make_settings("http://a", criteria={str(path): 1.0}, default_verdict="soft"))
+
+
+def test_an_url_may_be_given_with_its_version() -> None:
+    client = JudgeClient(make_settings("http://a:1/v1/", "http://b:2").client)
+    assert [server.url for server in client.pool.servers] == ["http://a:1", "http://b:2"]
