@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from megatron_sip.learning.metrics import Mean, Metrics
 from megatron_sip.learning.selection import SelectionSettings, metric_sums, select
@@ -28,7 +28,7 @@ GAUGES = ("cached-share", "latency-", "first-shown-preferred")
 class ScoresGroups(Protocol):
     """What is needed of a judge."""
 
-    async def score(self, groups: Sequence[Group], *, objective: str) -> list[Group]:
+    async def score(self, groups: Sequence[Group], *, objective: Literal["dpo", "rf-nll"]) -> list[Group]:
         """The same groups in order, each with scores or with the reason why it is dropped."""
         ...
 
@@ -91,8 +91,7 @@ class ExperienceMaker:
         started = time.monotonic()
         kinds = [k for k in self._settings.kinds if k != "rollout" or step >= self._settings.rollout_start_step]
         rollouts, rewrites = await asyncio.gather(
-            self._rollouts(tasks) if "rollout" in kinds else _none_each(tasks),
-            self._rewrites(tasks) if "rewrite" in kinds else _none_each(tasks),
+            self._rollouts(tasks, wanted="rollout" in kinds), self._rewrites(tasks, wanted="rewrite" in kinds)
         )
         groups = [
             build_group(task, kinds, made, rewrite)
@@ -101,7 +100,7 @@ class ExperienceMaker:
         made_at = time.monotonic()
         if self._settings.selection.needs_judge:
             assert self._judge is not None
-            groups = await self._judge.score(groups, objective=self._settings.selection.objective)
+            groups = await self._judge.score(groups, objective=self._judged_objective())
         judged_at = time.monotonic()
         selected = select(groups, self._settings.selection)
         metrics: Metrics = {name: Mean(*sums) for name, sums in metric_sums(groups, selected).items()}
@@ -113,8 +112,13 @@ class ExperienceMaker:
         metrics["seconds/judge"] = judged_at - made_at
         return Experience(selected.examples, metrics, groups)
 
-    async def _rollouts(self, tasks: Sequence[Task]) -> list[list[Candidate] | str]:
+    def _judged_objective(self) -> Literal["dpo", "rf-nll"]:
+        return "dpo" if self._settings.selection.objective == "dpo" else "rf-nll"
+
+    async def _rollouts(self, tasks: Sequence[Task], *, wanted: bool) -> list[list[Candidate] | str]:
         """K rollouts a task, or the reason why there are none."""
+        if not wanted:
+            return [[] for _ in tasks]
         assert self._engines is not None
         answers = await self._engines.generate([task.prefix_ids for task in tasks], self._settings.sampling)
         return [answer.kind if isinstance(answer, Failure) else self._as_candidates(answer) for answer in answers]
@@ -126,7 +130,9 @@ class ExperienceMaker:
             for c, text in zip(completions, texts, strict=True)
         ]
 
-    async def _rewrites(self, tasks: Sequence[Task]) -> list[Candidate | None]:
+    async def _rewrites(self, tasks: Sequence[Task], *, wanted: bool) -> list[Candidate | None]:
+        if not wanted:
+            return [None] * len(tasks)
         assert self._rewriter is not None
         return await self._rewriter.rewrite(tasks)
 
@@ -155,14 +161,10 @@ def pool_counts(counters: PoolCounters) -> dict[str, float]:
     return numbers
 
 
-async def _none_each(tasks: Sequence[Task]) -> list[None]:
-    return [None] * len(tasks)
-
-
 def build_group(
     task: Task,
     kinds: Sequence[CandidateKind],
-    rollouts: list[Candidate] | str | None,
+    rollouts: list[Candidate] | str,
     rewrite: Candidate | None,
 ) -> Group:
     """The candidates of a task in canonical order; a task whose rollouts failed is dropped with that reason.
@@ -176,7 +178,7 @@ def build_group(
         candidates.append(rewrite)
     if isinstance(rollouts, str):
         return Group(task, candidates, dropped=f"rollout {rollouts}")
-    candidates += [rollout for rollout in rollouts or [] if rollout.ids]
+    candidates += [rollout for rollout in rollouts if rollout.ids]
     return Group(task, candidates)
 
 

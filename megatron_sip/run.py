@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import socket
 import urllib.parse
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ from megatron_sip.model.hf_weights import export_hf_weights
 from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
 from megatron_sip.samples import Task
 from megatron_sip.services import Leader, LocalServers, rollout_sampling
+
+HF_TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+"""Of config and tokenizer files; weights have others."""
 
 
 @dataclass
@@ -123,8 +127,8 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
         comparison=open_comparison(args, held_out, tokenizer),
     )
     run.push_weights()
-    if run.comparison is not None and run.leader is not None and args.iteration == 0:
-        run.leader.run(run.comparison.record_initial(run.leader.engines))
+    if run.comparison is not None and leader is not None and leader.engines is not None and args.iteration == 0:
+        leader.run(run.comparison.record_initial(leader.engines))
     exchange.barrier()
     return run
 
@@ -179,6 +183,7 @@ def load_policy(
     """The policy at its last checkpoint (or its initial weights), and the reference that goes with it."""
     save = Path(args.save)
     if args.rank == 0:
+        copy_hf_files(Path(args.hf_config), save / "hf")
         for line in mend_checkpoint_folder(save):
             print(f"checkpoint: {line}", flush=True)
     exchange.barrier()
@@ -204,6 +209,14 @@ def load_policy(
         copy_policy(trainer.model, reference)
         store.save(reference, 0)
     return trainer, reference, store
+
+
+def copy_hf_files(source: Path, target: Path) -> None:
+    """Keep the policy's HF config and tokenizer with the checkpoints, so that they convert back on their own."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in HF_TEXT_SUFFIXES and not (target / path.name).exists():
+            shutil.copy2(path, target / path.name)
 
 
 def require_same_tasks(args: argparse.Namespace) -> None:

@@ -23,6 +23,8 @@ from megatron_sip.samples import CandidateKind, Task
 from megatron_sip.stop_signal import StopSignal
 
 CONNECT_SECONDS = 25.0
+ENGINE_MARGIN = 2
+"""SGLang stops a request this many tokens before the end of its context."""
 PROBE_TEXT = "Self-improving pretraining: naïve façade, 12345 + 678 = ?\n\tΔοκιμή 测试"
 """Tokenised by us and by every engine; a difference means that they do not share a tokenizer."""
 
@@ -34,7 +36,7 @@ class LocalServers:
         self._servers: list[LocalServer] = []
         self._threads = ThreadPoolExecutor(2)
         logs = Path(args.run_dir) / "logs"
-        context = args.seq_length + 1
+        context = args.seq_length + ENGINE_MARGIN
         self._engines: Future[list[LocalServer]] | None = None
         self._teacher: Future[list[LocalServer]] | None = None
         if args.rollout_local and needs_engines(args):
@@ -166,7 +168,7 @@ class Leader:
         await engines.wait_ready(CONNECT_SECONDS)
         contract = ModelContract(
             vocab_size=args.vocab_size,
-            context_length=args.seq_length,
+            context_length=args.seq_length + ENGINE_MARGIN,
             probe_text=PROBE_TEXT,
             probe_ids=tuple(tokenizer.encode(PROBE_TEXT, add_special_tokens=False)),
         )

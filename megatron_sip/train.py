@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch.distributed as dist
 from megatron_sip.arguments import ArgumentError, parse_arguments
 from megatron_sip.data.errors import DataError
 from megatron_sip.evaluation.outcome import write_outcome
+from megatron_sip.evaluation.win_rate import Comparison, WinRate
 from megatron_sip.judge.settings import SettingsError
 from megatron_sip.learning.metrics import Metrics, flatten, merge
 from megatron_sip.platform.megatron_cpu import enable_cpu, rendezvous_store
@@ -93,10 +93,11 @@ def conclude(run: Run) -> None:
     run.exchange.barrier()  # the last metrics are written
     if run.args.rank != 0:
         return
-    win_rate, comparisons = None, []
-    if run.comparison is not None and run.leader is not None:
-        work = run.comparison.finish(run.leader.engines, run.leader.judge)
-        win_rate, comparisons = run.leader.run(work)
+    win_rate: WinRate | None = None
+    comparisons: list[Comparison] = []
+    leader = run.leader
+    if run.comparison is not None and leader is not None and leader.engines is not None and leader.judge is not None:
+        win_rate, comparisons = leader.run(run.comparison.finish(leader.engines, leader.judge))
     summary = write_outcome(Path(run.args.run_dir), win_rate, comparisons)
     print(json.dumps(summary, indent=2), flush=True)
 
@@ -119,4 +120,4 @@ def timed(name: str, *actions: Callable[[], None]) -> Metrics:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

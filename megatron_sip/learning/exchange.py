@@ -8,7 +8,7 @@ watchdog or keep a GPU spinning.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,18 +26,16 @@ class LeaderExchange:
         )
         self.replica = parallel_state.get_data_parallel_rank()
         self.num_replicas = parallel_state.get_data_parallel_world_size()
-        placement = [None] * dist.get_world_size()
-        dist.all_gather_object(placement, (self.replica, self.is_leader))
-        replicas = [rank_place[0] for rank_place in placement]  # type: ignore[index]
-        leaders = [rank for rank, place in enumerate(placement) if place[1]]  # type: ignore[index]
-        self._leaders = sorted(leaders, key=lambda rank: replicas[rank])
-        self._leader_group = dist.new_group(self._leaders, timeout=timeout, backend="gloo")
+        places: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(places, (self.replica, self.is_leader))
+        leaders = [rank for rank, (_, is_leader) in enumerate(places) if is_leader]
+        self._leaders = sorted(leaders, key=lambda rank: places[rank][0])
+        self._leader_group = gloo_group(self._leaders, timeout)
         for replica in range(self.num_replicas):
-            members = [rank for rank, place in enumerate(replicas) if place == replica]
-            group = dist.new_group(members, timeout=timeout, backend="gloo")
+            group = gloo_group([rank for rank, place in enumerate(places) if place[0] == replica], timeout)
             if replica == self.replica:
                 self._replica_group = group
-        self._everyone = dist.new_group(timeout=timeout, backend="gloo")
+        self._everyone = gloo_group(list(range(len(places))), timeout)
 
     def share(self, mine: Any) -> list[Any]:
         """The leaders' objects in order of replica, on every rank; `mine` is ignored on other ranks."""
@@ -73,3 +71,8 @@ class LeaderExchange:
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, mine if speaks else None, group=self._everyone)
         return [part for part in gathered if part is not None]
+
+
+def gloo_group(ranks: list[int], timeout: timedelta) -> dist.ProcessGroup:
+    """A gloo group of `ranks`; every rank of the job must call this, members or not."""
+    return cast("dist.ProcessGroup", dist.new_group(ranks, timeout=timeout, backend="gloo"))

@@ -118,6 +118,8 @@ def server_environment(settings: ServerSettings) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in torchrun and not k.startswith("TORCHELASTIC_")}
     # Log-probs of the model itself at any sampling temperature, comparable with the trainer's.
     kept["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"
+    if settings.context_length is not None:  # SGLang needs a little more than the tokens it is to generate
+        kept["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     if settings.threads is not None:
         kept["OMP_NUM_THREADS"] = str(settings.threads)
     if settings.devices is not None:
