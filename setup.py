@@ -1,4 +1,4 @@
-"""Builds the log-prob kernels in csrc/; everything else about the package is in pyproject.toml.
+"""Builds the log-prob and attention kernels in csrc/; everything else about the package is in pyproject.toml.
 
 A C++ compiler is enough. With nvcc and a CUDA build of torch the CUDA kernels are built too, whether or not there is a
 GPU; MEGATRON_SIP_CUDA=0 leaves them out and =1 insists on them.
@@ -22,6 +22,8 @@ CPU_SOURCES = [
     "csrc/row_avx512.cpp",
     "csrc/row_avx2.cpp",
     "csrc/row_portable.cpp",
+    "csrc/tree_attention_avx512bf16.cpp",
+    "csrc/tree_attention_cpu.cpp",
 ]
 CUDA_SOURCES = ["csrc/logprob_cuda.cpp", "csrc/logprob_cuda.cu"]
 

@@ -43,7 +43,8 @@ void multiply_tile(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ld
       std::memcpy(&pair, a + r * lda + 2 * p, sizeof(pair));
       const __m512i row = _mm512_set1_epi32(pair);
       for (int v = 0; v < VECTORS; ++v) {
-        sums[r][v] = _mm512_dpbf16_ps(sums[r][v], reinterpret_cast<__m512bh>(row), reinterpret_cast<__m512bh>(columns[v]));
+        sums[r][v] =
+            _mm512_dpbf16_ps(sums[r][v], reinterpret_cast<__m512bh>(row), reinterpret_cast<__m512bh>(columns[v]));
       }
     }
   }
@@ -52,8 +53,8 @@ void multiply_tile(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ld
 }
 
 template <int VECTORS>
-void multiply_columns(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
-                      int64_t pairs, bool accumulate) {
+void multiply_columns(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                      int64_t rows, int64_t pairs, bool accumulate) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
     multiply_tile<4, VECTORS>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, pairs, accumulate);
@@ -154,11 +155,96 @@ inline __mmask16 visible_lanes(int64_t row, int64_t keys, bool own, int64_t v) {
 
 int64_t round_up_even(int64_t n) { return n + (n & 1); }
 
+// Writes factor times the columns of `from`, float32 [dim, 64], to the block's tokens.
+void store_columns(const QueryBlock& block, const float* from, int64_t dim, float factor, HeadRows<uint16_t> to) {
+  alignas(64) float line[kLanes];
+  for (int64_t q = 0; q < block.count; ++q) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) line[i] = from[(d + i) * kAttentionBlock + q];
+      const __m512 values = _mm512_mul_ps(_mm512_load_ps(line), _mm512_set1_ps(factor));
+      store_bf16(to.data + (block.begin + q) * to.stride + d, values);
+    }
+  }
+}
+
+// Transposed scores of one key block in base 2, hidden ones -inf; raises `largest` to the columns' maxima.
+void scale_and_mask(float* scores, int64_t count, bool own, __m512 factor, __m512* largest) {
+  const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  for (int64_t row = 0; row < round_up_even(count); ++row) {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      float* at = scores + row * kAttentionBlock + v * kLanes;
+      const __mmask16 visible = visible_lanes(row, count, own, v);
+      const __m512 score = _mm512_mask_mul_ps(hidden, visible, _mm512_loadu_ps(at), factor);
+      _mm512_storeu_ps(at, score);
+      largest[v] = _mm512_max_ps(largest[v], score);
+    }
+  }
+}
+
+// Softmax weights relative to `largest`, row pairs interleaved; adds their float32 values to `sums`.
+void exponentiate(const float* scores, int64_t count, const __m512* largest, __m512* sums, uint32_t* weights) {
+  for (int64_t row = 0; row < count; row += 2) {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const float* at = scores + row * kAttentionBlock + v * kLanes;
+      const __m512 even = exp2_lanes(_mm512_sub_ps(_mm512_loadu_ps(at), largest[v]));
+      const __m512 odd = exp2_lanes(_mm512_sub_ps(_mm512_loadu_ps(at + kAttentionBlock), largest[v]));
+      sums[v] = _mm512_add_ps(sums[v], _mm512_add_ps(even, odd));
+      _mm512_storeu_si512(weights + row / 2 * kAttentionBlock + v * kLanes, interleave_bf16(even, odd));
+    }
+  }
+}
+
+// The queries' log-sum-exp in base 2, and sum of out * grad_out. Queries beyond the block's count have zero vectors
+// and, with an infinite normaliser, zero weights.
+void prepare_queries(const QueryBlock& block, int64_t dim, HeadRows<const uint16_t> out, HeadRows<const float> lse,
+                     HeadRows<const uint16_t> grad_out, float* normalisers, float* deltas) {
+  for (int64_t q = 0; q < kAttentionBlock; ++q) {
+    normalisers[q] = std::numeric_limits<float>::infinity();
+    deltas[q] = 0;
+    if (q >= block.count) continue;
+    const int64_t token = block.begin + q;
+    normalisers[q] = lse.data[token * lse.stride] * kLog2E;
+    for (int64_t d = 0; d < dim; ++d) {
+      deltas[q] += to_float(out.data[token * out.stride + d]) * to_float(grad_out.data[token * grad_out.stride + d]);
+    }
+  }
+}
+
+struct ScoreGradients {
+  uint16_t* weights;      // [64, 64]
+  uint16_t* gradients;    // [64, 64]
+  uint32_t* interleaved;  // [32, 64], the gradients with row pairs interleaved
+};
+
+// One key block's weights and score gradients from its transposed scores and weight gradients.
+void score_gradients(const float* scores, const float* weight_grads, int64_t count, bool own, __m512 factor,
+                     const float* normalisers, const float* deltas, ScoreGradients to) {
+  for (int64_t row = 0; row < count; row += 2) {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const __m512 normaliser = _mm512_load_ps(normalisers + v * kLanes);
+      const __m512 delta = _mm512_load_ps(deltas + v * kLanes);
+      __m512 gradient[2];
+      for (int64_t i = 0; i < 2; ++i) {
+        const int64_t at = (row + i) * kAttentionBlock + v * kLanes;
+        const __mmask16 visible = visible_lanes(row + i, count, own, v);
+        const __m512 exponent = _mm512_fmsub_ps(_mm512_loadu_ps(scores + at), factor, normaliser);
+        const __m512 weight = _mm512_maskz_mov_ps(visible, exp2_lanes(exponent));
+        gradient[i] = _mm512_maskz_mul_ps(visible, weight, _mm512_sub_ps(_mm512_loadu_ps(weight_grads + at), delta));
+        store_bf16(to.weights + at, weight);
+        store_bf16(to.gradients + at, gradient[i]);
+      }
+      _mm512_storeu_si512(to.interleaved + row / 2 * kAttentionBlock + v * kLanes,
+                          interleave_bf16(gradient[0], gradient[1]));
+    }
+  }
+}
+
 }  // namespace
 
 bool tree_attention_kernels_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
 }
 
 // Forward scratch: queries in column pairs [dim / 2, 64], weights [32, 64], output [dim, 64], scores [keys, 64].
@@ -166,50 +252,33 @@ int64_t forward_scratch_size(int64_t keys, int64_t dim) {
   return (dim / 2 + kAttentionBlock / 2 + dim + keys + 3 * kAttentionBlock) * kAttentionBlock;
 }
 
-void attention_forward_block(const QueryBlock& block, const PreparedKeys& keys, HeadRows<const uint16_t> query, float scale,
-                             HeadRows<uint16_t> out, HeadRows<float> lse, float* scratch) {
-  const int64_t dim = keys.dim;
+void attention_forward_block(const QueryBlock& block, const PreparedKeys& keys, HeadRows<const uint16_t> query,
+                             float scale, HeadRows<uint16_t> out, HeadRows<float> lse, float* scratch) {
+  const int64_t dim = keys.dim, block_size = kAttentionBlock * kAttentionBlock;
   uint32_t* queries = reinterpret_cast<uint32_t*>(scratch);
   uint32_t* weights = queries + dim / 2 * kAttentionBlock;
   float* output = scratch + (dim / 2 + kAttentionBlock / 2) * kAttentionBlock;
   float* scores = output + dim * kAttentionBlock;
-  const __m512 factor = _mm512_set1_ps(scale * kLog2E);
-  const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   pair_columns(block, query, dim, queries);
 
-  __m512 largest[kVectors];
-  for (int64_t v = 0; v < kVectors; ++v) largest[v] = hidden;
+  __m512 largest[kVectors], sums[kVectors];
+  for (int64_t v = 0; v < kVectors; ++v) {
+    largest[v] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    sums[v] = _mm512_setzero_ps();
+  }
   float* part = scores;
   for_each_key_block(block, [&](int64_t first, int64_t count, bool own) {
-    multiply(keys.keys + first * dim, dim, queries, kAttentionBlock, part, kAttentionBlock, count, kAttentionBlock, dim / 2,
-             false);
-    for (int64_t row = 0; row < round_up_even(count); ++row) {
-      for (int64_t v = 0; v < kVectors; ++v) {
-        float* at = part + row * kAttentionBlock + v * kLanes;
-        const __m512 score = _mm512_mask_mul_ps(hidden, visible_lanes(row, count, own, v), _mm512_loadu_ps(at), factor);
-        _mm512_storeu_ps(at, score);
-        largest[v] = _mm512_max_ps(largest[v], score);
-      }
-    }
-    part += kAttentionBlock * kAttentionBlock;
+    multiply(keys.keys + first * dim, dim, queries, kAttentionBlock, part, kAttentionBlock, count, kAttentionBlock,
+             dim / 2, false);
+    scale_and_mask(part, count, own, _mm512_set1_ps(scale * kLog2E), largest);
+    part += block_size;
   });
-
-  __m512 sums[kVectors];
-  for (int64_t v = 0; v < kVectors; ++v) sums[v] = _mm512_setzero_ps();
   part = scores;
   for_each_key_block(block, [&](int64_t first, int64_t count, bool) {
-    for (int64_t row = 0; row < count; row += 2) {
-      for (int64_t v = 0; v < kVectors; ++v) {
-        const float* at = part + row * kAttentionBlock + v * kLanes;
-        const __m512 even = exp2_lanes(_mm512_sub_ps(_mm512_loadu_ps(at), largest[v]));
-        const __m512 odd = exp2_lanes(_mm512_sub_ps(_mm512_loadu_ps(at + kAttentionBlock), largest[v]));
-        sums[v] = _mm512_add_ps(sums[v], _mm512_add_ps(even, odd));
-        _mm512_storeu_si512(weights + row / 2 * kAttentionBlock + v * kLanes, interleave_bf16(even, odd));
-      }
-    }
+    exponentiate(part, count, largest, sums, weights);
     multiply(keys.values_transposed + first, keys.rows, weights, kAttentionBlock, output, kAttentionBlock, dim,
              kAttentionBlock, round_up_even(count) / 2, part != scores);
-    part += kAttentionBlock * kAttentionBlock;
+    part += block_size;
   });
 
   alignas(64) float sum[kAttentionBlock], top[kAttentionBlock];
@@ -222,13 +291,8 @@ void attention_forward_block(const QueryBlock& block, const PreparedKeys& keys, 
       _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), share));
     }
   }
-  alignas(64) float line[kLanes];
+  store_columns(block, output, dim, 1.0f, out);
   for (int64_t q = 0; q < block.count; ++q) {
-    uint16_t* to = out.data + (block.begin + q) * out.stride;
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      for (int64_t i = 0; i < kLanes; ++i) line[i] = output[(d + i) * kAttentionBlock + q];
-      store_bf16(to + d, _mm512_load_ps(line));
-    }
     lse.data[(block.begin + q) * lse.stride] = top[q] / kLog2E + std::log(sum[q]);
   }
 }
@@ -241,9 +305,9 @@ int64_t backward_scratch_size(int64_t dim) {
 }
 
 void attention_backward_block(const QueryBlock& block, const PreparedKeys& keys, HeadRows<const uint16_t> query,
-                              HeadRows<const uint16_t> out, HeadRows<const float> lse, HeadRows<const uint16_t> grad_out,
-                              float scale, HeadRows<uint16_t> grad_query, float* grad_key, float* grad_value,
-                              float* scratch) {
+                              HeadRows<const uint16_t> out, HeadRows<const float> lse,
+                              HeadRows<const uint16_t> grad_out, float scale, HeadRows<uint16_t> grad_query,
+                              float* grad_key, float* grad_value, float* scratch) {
   const int64_t dim = keys.dim;
   uint32_t* query_columns = reinterpret_cast<uint32_t*>(scratch);
   uint32_t* grad_columns = query_columns + dim / 2 * kAttentionBlock;
@@ -260,64 +324,50 @@ void attention_backward_block(const QueryBlock& block, const PreparedKeys& keys,
   pair_rows(block, query, dim, query_rows);
   pair_rows(block, grad_out, dim, grad_rows);
 
-  // Queries that are not there have zero vectors and, with an infinite normaliser, zero weights.
   alignas(64) float normalisers[kAttentionBlock], deltas[kAttentionBlock];
-  for (int64_t q = 0; q < kAttentionBlock; ++q) {
-    normalisers[q] = std::numeric_limits<float>::infinity();
-    deltas[q] = 0;
-    if (q >= block.count) continue;
-    const int64_t token = block.begin + q;
-    normalisers[q] = lse.data[token * lse.stride] * kLog2E;
-    for (int64_t d = 0; d < dim; ++d) {
-      deltas[q] += to_float(out.data[token * out.stride + d]) * to_float(grad_out.data[token * grad_out.stride + d]);
-    }
-  }
-
-  const __m512 factor = _mm512_set1_ps(scale * kLog2E);
+  prepare_queries(block, dim, out, lse, grad_out, normalisers, deltas);
+  const int64_t query_pairs = round_up_even(block.count) / 2;
   bool accumulate = false;
   for_each_key_block(block, [&](int64_t first, int64_t count, bool own) {
-    multiply(keys.keys + first * dim, dim, query_columns, kAttentionBlock, scores, kAttentionBlock, count, kAttentionBlock,
-             dim / 2, false);
+    multiply(keys.keys + first * dim, dim, query_columns, kAttentionBlock, scores, kAttentionBlock, count,
+             kAttentionBlock, dim / 2, false);
     multiply(keys.values + first * dim, dim, grad_columns, kAttentionBlock, weight_grads, kAttentionBlock, count,
              kAttentionBlock, dim / 2, false);
-    for (int64_t row = 0; row < count; row += 2) {
-      for (int64_t v = 0; v < kVectors; ++v) {
-        const __m512 normaliser = _mm512_load_ps(normalisers + v * kLanes);
-        const __m512 delta = _mm512_load_ps(deltas + v * kLanes);
-        __m512 gradient[2];
-        for (int64_t i = 0; i < 2; ++i) {
-          const int64_t at = (row + i) * kAttentionBlock + v * kLanes;
-          const __mmask16 visible = visible_lanes(row + i, count, own, v);
-          const __m512 weight = _mm512_maskz_mov_ps(
-              visible, exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(scores + at), factor, normaliser)));
-          gradient[i] = _mm512_maskz_mul_ps(visible, weight, _mm512_sub_ps(_mm512_loadu_ps(weight_grads + at), delta));
-          store_bf16(weights + at, weight);
-          store_bf16(score_grads + at, gradient[i]);
-        }
-        _mm512_storeu_si512(score_grad_pairs + row / 2 * kAttentionBlock + v * kLanes,
-                            interleave_bf16(gradient[0], gradient[1]));
-      }
-    }
-    const int64_t query_pairs = round_up_even(block.count) / 2;
+    score_gradients(scores, weight_grads, count, own, _mm512_set1_ps(scale * kLog2E), normalisers, deltas,
+                    {weights, score_grads, score_grad_pairs});
     multiply(weights, kAttentionBlock, grad_rows, dim, grad_value + first * dim, dim, count, dim, query_pairs, true);
     multiply(score_grads, kAttentionBlock, query_rows, dim, grad_key + first * dim, dim, count, dim, query_pairs, true);
-    multiply(keys.keys_transposed + first, keys.rows, score_grad_pairs, kAttentionBlock, query_grads, kAttentionBlock, dim,
-             kAttentionBlock, round_up_even(count) / 2, accumulate);
+    multiply(keys.keys_transposed + first, keys.rows, score_grad_pairs, kAttentionBlock, query_grads, kAttentionBlock,
+             dim, kAttentionBlock, round_up_even(count) / 2, accumulate);
     accumulate = true;
   });
-
-  alignas(64) float line[kLanes];
-  for (int64_t q = 0; q < block.count; ++q) {
-    uint16_t* to = grad_query.data + (block.begin + q) * grad_query.stride;
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      for (int64_t i = 0; i < kLanes; ++i) line[i] = query_grads[(d + i) * kAttentionBlock + q];
-      store_bf16(to + d, _mm512_mul_ps(_mm512_load_ps(line), _mm512_set1_ps(scale)));
-    }
-  }
+  store_columns(block, query_grads, dim, scale, grad_query);
 }
 
 }  // namespace megatron_sip
 
 MEGATRON_SIP_TARGET_END
+
+#else
+
+#include <stdexcept>
+
+namespace megatron_sip {
+
+// The operators check for support first, so nothing below is ever called.
+bool tree_attention_kernels_supported() { return false; }
+int64_t forward_scratch_size(int64_t, int64_t) { throw std::logic_error("no attention kernels for this processor"); }
+int64_t backward_scratch_size(int64_t) { throw std::logic_error("no attention kernels for this processor"); }
+void attention_forward_block(const QueryBlock&, const PreparedKeys&, HeadRows<const uint16_t>, float,
+                             HeadRows<uint16_t>, HeadRows<float>, float*) {
+  throw std::logic_error("no attention kernels for this processor");
+}
+void attention_backward_block(const QueryBlock&, const PreparedKeys&, HeadRows<const uint16_t>,
+                              HeadRows<const uint16_t>, HeadRows<const float>, HeadRows<const uint16_t>, float,
+                              HeadRows<uint16_t>, float*, float*, float*) {
+  throw std::logic_error("no attention kernels for this processor");
+}
+
+}  // namespace megatron_sip
 
 #endif

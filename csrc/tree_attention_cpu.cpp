@@ -18,10 +18,6 @@ namespace {
 
 using at::Tensor;
 
-#if !defined(__x86_64__)
-bool tree_attention_kernels_supported() { return false; }
-#endif
-
 using Group = std::vector<QueryBlock>;
 
 void add_blocks(Group& group, int64_t begin, int64_t end, std::array<KeyRange, 2> ranges, int range_count) {
@@ -61,10 +57,11 @@ HeadRows<T> head_rows(Pointer* data, const Tensor& tensor, int64_t head) {
 }
 
 void check(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& layout) {
-  TORCH_CHECK_VALUE(query.dim() == 3 && key.dim() == 3 && value.sizes() == key.sizes() && key.size(0) == query.size(0) &&
-                        key.size(2) == query.size(2) && key.size(1) > 0 && query.size(1) % key.size(1) == 0,
-                    "query must be [S, H, D], key and value [S, G, D] with H a multiple of G, got ", query.sizes(), ", ",
-                    key.sizes(), ", ", value.sizes());
+  TORCH_CHECK_VALUE(query.dim() == 3 && key.dim() == 3 && value.sizes() == key.sizes() &&
+                        key.size(0) == query.size(0) && key.size(2) == query.size(2) && key.size(1) > 0 &&
+                        query.size(1) % key.size(1) == 0,
+                    "query must be [S, H, D], key and value [S, G, D] with H a multiple of G, got ", query.sizes(),
+                    ", ", key.sizes(), ", ", value.sizes());
   TORCH_CHECK_VALUE(query.size(2) % 16 == 0, "the head dimension must be a multiple of 16, got ", query.size(2));
   TORCH_CHECK_TYPE(query.scalar_type() == at::kBFloat16 && key.scalar_type() == at::kBFloat16 &&
                        value.scalar_type() == at::kBFloat16,
@@ -123,7 +120,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
     std::vector<float> scratch(backward_scratch_size(dim));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task % heads, kv = head / shared, offset = kv * (length + 1) * dim;
-      const PreparedKeys prepared = {bits(keys) + offset, bits(values) + offset, bits(transposed) + offset, nullptr, length + 1, dim};
+      const PreparedKeys prepared = {bits(keys) + offset, bits(values) + offset, bits(transposed) + offset, nullptr,
+                                     length + 1, dim};
       for (const QueryBlock& block : groups[task / heads]) {
         attention_backward_block(block, prepared, head_rows<const uint16_t>(bits(query), query, head),
                                  head_rows<const uint16_t>(bits(out), out, head),

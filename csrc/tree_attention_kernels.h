@@ -17,8 +17,8 @@ struct KeyRange {
   int64_t length;
 };
 
-// `count` queries from token `begin`. They see every key of all ranges but the last one, and of the last, which ends with
-// the block's own last token, those up to themselves: the last range's final key block is the block itself.
+// `count` queries from token `begin`. They see every key of all ranges but the last one, and of the last, which ends
+// with the block's own last token, those up to themselves: the last range's final key block is the block itself.
 struct QueryBlock {
   int64_t begin;
   int64_t count;
@@ -50,14 +50,14 @@ int64_t forward_scratch_size(int64_t keys, int64_t dim);
 int64_t backward_scratch_size(int64_t dim);
 
 // Writes out and lse (natural log of the sum of exp(scale * score)) of the block's queries.
-void attention_forward_block(const QueryBlock& block, const PreparedKeys& keys, HeadRows<const uint16_t> query, float scale,
-                             HeadRows<uint16_t> out, HeadRows<float> lse, float* scratch);
+void attention_forward_block(const QueryBlock& block, const PreparedKeys& keys, HeadRows<const uint16_t> query,
+                             float scale, HeadRows<uint16_t> out, HeadRows<float> lse, float* scratch);
 
-// Writes grad_query of the block's queries and adds to grad_key and grad_value, float32 [rows, dim]; grad_key without the
-// factor `scale`.
+// Writes grad_query of the block's queries and adds to grad_key and grad_value, float32 [rows, dim]; grad_key without
+// the factor `scale`.
 void attention_backward_block(const QueryBlock& block, const PreparedKeys& keys, HeadRows<const uint16_t> query,
-                              HeadRows<const uint16_t> out, HeadRows<const float> lse, HeadRows<const uint16_t> grad_out,
-                              float scale, HeadRows<uint16_t> grad_query, float* grad_key, float* grad_value,
-                              float* scratch);
+                              HeadRows<const uint16_t> out, HeadRows<const float> lse,
+                              HeadRows<const uint16_t> grad_out, float scale, HeadRows<uint16_t> grad_query,
+                              float* grad_key, float* grad_value, float* scratch);
 
 }  // namespace megatron_sip

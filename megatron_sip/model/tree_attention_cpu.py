@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_sip.model.tree_attention_compiled import compiled_kernels_apply, tree_attention_compiled
+
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -57,15 +59,22 @@ def attention_parts(layout: list[list[int]]) -> list[AttentionPart]:
 def tree_attention_cpu(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float) -> Tensor:
     """Attention within a row's trees; arguments and result as `tree_attention_dense`, equal to rounding.
 
-    float64, float32, bfloat16 or float16; differentiable once.
+    float64, float32, bfloat16 or float16; differentiable once. bfloat16 takes the compiled kernels where they run.
 
     Raises:
         ValueError: the layout describes more tokens than there are.
     """
-    return _TreeAttention.apply(query, key, value, layout, scale)
+    if compiled_kernels_apply(query):
+        return tree_attention_compiled(query, key, value, layout, scale)
+    return tree_attention_merged(query, key, value, layout, scale)
 
 
-class _TreeAttention(torch.autograd.Function):
+def tree_attention_merged(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float) -> Tensor:
+    """`tree_attention_cpu` by merging, whatever kernels there are."""
+    return _MergedTreeAttention.apply(query, key, value, layout, scale)
+
+
+class _MergedTreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float) -> Tensor:
         lines = layout.tolist()
