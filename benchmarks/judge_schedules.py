@@ -156,7 +156,7 @@ def teacher_verdict_groups(measured: Any, wanted: int) -> Groups:
     """Measured soft verdicts; the truth is the win rate over all pairs in both orders. Each group comes up several times,
     for the schedules' own draws."""
     groups = []
-    for matrix in list(measured["first_preferred"]) * max(1, wanted // len(measured["first_preferred"])):
+    for matrix in list(measured["first_preferred"]) * (wanted // max(1, len(measured["first_preferred"]))):
         preferred = np.array(matrix)
         first, second = np.nonzero(~np.eye(len(preferred), dtype=bool))
         truth = measured_win_rates(len(preferred), Comparisons(first, second, preferred[first, second]))
@@ -271,7 +271,8 @@ def main() -> None:
         likelihood = teacher_likelihood_groups(measured, args.groups, args.seed)
         verdicts = teacher_verdict_groups(measured, args.groups)
         settings["teacher's likelihoods, strong judge's noise"] = measure(PLANS, likelihood, args.seed)
-        settings["teacher's own soft verdicts"] = measure([p for p in PLANS if p.soft], verdicts, args.seed)
+        if verdicts:
+            settings["teacher's own soft verdicts"] = measure([p for p in PLANS if p.soft], verdicts, args.seed)
     for name, rows in settings.items():
         table = [
             (plan, f"{r['calls']:.0f}", r["recovered"], f"{r['ci95'][0]:.3f} .. {r['ci95'][1]:.3f}")

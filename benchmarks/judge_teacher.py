@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import pydoc_data.topics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from megatron_sip.rollout.launch import LocalServer, ServerSettings
 
 RESULTS = Path(__file__).parent / "results"
 PREFIX_WORDS, NEW_TOKENS = 80, 32
+JUDGED_CANDIDATES = 8
 
 
 def prefixes(count: int, seed: int) -> list[str]:
@@ -72,43 +74,46 @@ async def verdict_matrix(client: JudgeClient, prefix: str, texts: list[str], dea
     return [[round(float(value), 6) for value in row] for row in matrix]
 
 
-async def measure_teacher(
-    url: str, tokenizer: str, seed: int, groups: int, candidates: int, judged: int
-) -> dict[str, Any]:
-    """See the module; `judged` of the groups also get a verdict matrix, over 10 of their candidates."""
-    settings = ClientSettings((Endpoint(url),), tokenizer, call_timeout_s=600.0)
+async def measure_teacher(url: str, args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
+    """See the module. `save` gets everything measured so far, again and again: it may take long on a small machine."""
+    settings = ClientSettings((Endpoint(url),), str(args.model), call_timeout_s=600.0)
     deadline = asyncio.get_running_loop().time() + 3600
-    likelihoods, matrices = [], []
+    likelihoods: list[list[float]] = []
+    matrices: list[list[list[float]]] = []
+    sampled: list[tuple[str, list[str]]] = []
     async with JudgeClient(settings) as client:
         await client.check()
-        for index, prefix in enumerate(prefixes(groups, seed)):
-            texts = await continuations(url, prefix, candidates)
+        for prefix in prefixes(args.groups, args.seed):
+            texts = await continuations(url, prefix, args.candidates)
             calls = [LikelihoodCall("benchmark", (prefix, text)) for text in texts]
             answers = await client.ask(calls, "likelihood", affinity_of(prefix), deadline)
             likelihoods.append([round(float(answer), 6) for answer in answers if isinstance(answer, float)])
-            if index < judged:
-                matrices.append(await verdict_matrix(client, prefix, texts[:10], deadline))
-            print(f"group {index + 1} of {groups}", flush=True)
-    return {"mean_logprobs": likelihoods, "first_preferred": matrices, "seed": seed}
+            sampled.append((prefix, texts))
+            save({"mean_logprobs": likelihoods, "first_preferred": matrices})
+        for prefix, texts in sampled[: args.judged]:
+            matrices.append(await verdict_matrix(client, prefix, texts[:JUDGED_CANDIDATES], deadline))
+            save({"mean_logprobs": likelihoods, "first_preferred": matrices})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of the teacher")
     parser.add_argument("--json", type=Path, default=RESULTS / "judge_teacher.json", help="report file")
-    parser.add_argument("--groups", type=int, default=16)
+    parser.add_argument("--groups", type=int, default=12)
     parser.add_argument("--candidates", type=int, default=16)
-    parser.add_argument("--judged", type=int, default=5, help="groups with a verdict matrix")
+    parser.add_argument("--judged", type=int, default=3, help="groups with a verdict matrix")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    with LocalServer(ServerSettings(args.model.expanduser(), context_length=2048)) as server:
-        measured = asyncio.run(
-            measure_teacher(
-                server.url, str(args.model.expanduser()), args.seed, args.groups, args.candidates, args.judged
-            )
-        )
-    facts = {"machine": describe_machine("cpu"), "model": args.model.name, "prefix_words": PREFIX_WORDS}
-    write_report(args.json, facts | {"new_tokens": NEW_TOKENS, **measured})
+    args.model = args.model.expanduser()
+    facts = {"machine": describe_machine("cpu"), "model": args.model.name, "seed": args.seed}
+    facts |= {"prefix_words": PREFIX_WORDS, "new_tokens": NEW_TOKENS}
+
+    def save(measured: dict[str, Any]) -> None:
+        print(f"{len(measured['mean_logprobs'])} groups, {len(measured['first_preferred'])} matrices", flush=True)
+        write_report(args.json, facts | measured)
+
+    with LocalServer(ServerSettings(args.model, context_length=2048)) as server:
+        asyncio.run(measure_teacher(server.url, args, save))
 
 
 if __name__ == "__main__":

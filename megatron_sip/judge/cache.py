@@ -17,6 +17,8 @@ import orjson
 from megatron_sip.judge.calls import Answer
 
 _BATCH = 500  # keys in one SELECT; sqlite allows more, but long statements gain nothing
+FLUSH_SECONDS = 2.0
+"""What a killed process loses at most."""
 
 
 class CacheError(RuntimeError):
@@ -37,6 +39,7 @@ class AnswerCache:
     def __init__(self, path: Path, max_entries: int = 20_000_000, pending_limit: int = 2_000) -> None:
         self._pending: dict[bytes, bytes] = {}
         self._pending_limit = pending_limit
+        self._flushed_at = time.monotonic()
         if path.is_dir() or (not path.suffix and path.name != ":memory:"):
             path = path / "answers.sqlite"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,14 +63,15 @@ class AnswerCache:
         return {key: orjson.loads(value) for key, value in found.items()}
 
     def put_many(self, entries: Iterable[tuple[bytes, Answer]]) -> None:
-        """Remember answers; they reach the disk at the next `flush`, at the latest after `pending_limit` of them."""
+        """Remember answers; they reach the disk at `flush`, after `pending_limit` of them, or after FLUSH_SECONDS."""
         for key, answer in entries:
             self._pending[key] = orjson.dumps(answer)
-        if len(self._pending) >= self._pending_limit:
+        if len(self._pending) >= self._pending_limit or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Commit what was put."""
+        self._flushed_at = time.monotonic()
         if not self._pending:
             return
         now = int(time.time())
