@@ -7,11 +7,14 @@ GPU; MEGATRON_SIP_CUDA=0 leaves them out and =1 insists on them.
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 CUDA_ARCHITECTURES = ("80", "90")
 
@@ -25,20 +28,47 @@ CPU_SOURCES = [
     "csrc/tree_attention_avx512bf16.cpp",
     "csrc/tree_attention_cpu.cpp",
 ]
-CUDA_SOURCES = ["csrc/logprob_cuda.cpp", "csrc/logprob_cuda.cu"]
+CUDA_SOURCES = ["csrc/logprob_cuda_ops.cpp", "csrc/logprob_cuda.cu"]
 
 
-def with_cuda() -> bool:
-    """Whether the CUDA kernels are to be built; an error where they are insisted on and cannot be."""
-    choice = os.environ.get("MEGATRON_SIP_CUDA", "0")
+def cuda_toolkit() -> Path | None:
+    """A toolkit with compiler, headers and run-time library, of the major version that torch was built with."""
+    if torch.version.cuda is None:
+        return None
+    nvcc = shutil.which("nvcc")
+    beside_nvcc = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    given = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
+    for root in [*given, *beside_nvcc, Path("/usr/local/cuda")]:
+        needed = (root / "bin/nvcc", root / "include/cuda_runtime_api.h", root / "lib64/libcudart.so")
+        if all(path.exists() for path in needed) and _major_version(needed[0]) == torch.version.cuda.split(".")[0]:
+            return root
+    return None
+
+
+def _major_version(nvcc: Path) -> str | None:
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    found = re.search(r"release (\d+)\.", answer.stdout)
+    return found.group(1) if found else None
+
+
+def chosen_toolkit() -> Path | None:
+    """The toolkit to build with, or None for a build without CUDA."""
+    choice = os.environ.get("MEGATRON_SIP_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"MEGATRON_SIP_CUDA must be 0, 1 or auto, got {choice!r}")
-    found = (
-        torch.version.cuda is not None and CUDA_HOME is not None and shutil.which(f"{CUDA_HOME}/bin/nvcc") is not None
-    )
-    if choice == "1" and not found:
-        raise SystemExit(f"MEGATRON_SIP_CUDA=1, but torch's CUDA is {torch.version.cuda} and CUDA_HOME is {CUDA_HOME}")
-    return found and choice != "0"
+    toolkit = cuda_toolkit() if choice != "0" else None
+    if choice == "1" and toolkit is None:
+        raise SystemExit(f"MEGATRON_SIP_CUDA=1 found no complete CUDA toolkit for torch's CUDA {torch.version.cuda}")
+    print(f"CUDA kernels: {'from ' + str(toolkit) if toolkit else 'not built'}", file=sys.stderr)
+    return toolkit
+
+
+TOOLKIT = chosen_toolkit()
+if TOOLKIT is not None:
+    # torch reads it when the next line is imported.
+    os.environ["CUDA_HOME"] = str(TOOLKIT)
+
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 
 def kernels(cuda: bool) -> CppExtension | CUDAExtension:
@@ -59,7 +89,6 @@ def kernels(cuda: bool) -> CppExtension | CUDAExtension:
                 "-O3",
                 "-std=c++17",
                 "--Werror=all-warnings",
-                "--use_fast_math=false",
                 *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in CUDA_ARCHITECTURES),
                 f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}",
             ],
@@ -68,4 +97,4 @@ def kernels(cuda: bool) -> CppExtension | CUDAExtension:
     )
 
 
-setup(ext_modules=[kernels(with_cuda())], cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=[kernels(TOOLKIT is not None)], cmdclass={"build_ext": BuildExtension})

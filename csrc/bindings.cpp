@@ -1,5 +1,5 @@
 // The Python module: what was built, and the row kernels one instruction set at a time for their tests. The operators
-// themselves are registered with torch by logprob_cpu.cpp and logprob_cuda.cpp when the module is loaded.
+// themselves are registered with torch by logprob_cpu.cpp and logprob_cuda_ops.cpp when the module is loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,0 +1,396 @@
+// CUDA kernels of the log-prob op (sm_80, sm_90): a persistent grid whose blocks take one row after the other, 16-byte
+// loads and stores. A row is read once from memory for its statistics; what follows on it hits the L2 cache.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "logprob_cuda.h"
+
+namespace megatron_sip {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;
+constexpr int kPackBytes = 16;
+constexpr int kPacksInFlight = 4;
+
+// float64 logits are computed in float64, all others in float32.
+template <typename T>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<double> {
+  using type = double;
+};
+template <typename T>
+using Compute = typename ComputeType<T>::type;
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+
+template <typename T>
+__device__ inline T narrow(Compute<T> x) {
+  return x;
+}
+template <>
+__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16(x);
+}
+template <>
+__device__ inline __half narrow<__half>(float x) {
+  return __float2half(x);
+}
+
+__device__ inline float exponential(float x) { return exp2f(x * 1.44269504f); }
+__device__ inline double exponential(double x) { return exp(x); }
+
+template <typename C>
+__device__ inline C negative_infinity() {
+  return -static_cast<C>(INFINITY);
+}
+
+// A finite stand-in for -inf where it would meet a weight of 0.
+template <typename C>
+__device__ inline C finite_below(C x) {
+  return x < static_cast<C>(-1e4) ? static_cast<C>(-1e4) : x;
+}
+
+template <typename T>
+struct alignas(kPackBytes) Pack {
+  static constexpr int kSize = kPackBytes / sizeof(T);
+  T values[kSize];
+};
+
+// How a row splits into single elements up to a 16-byte boundary, packs, and single elements.
+template <typename T>
+struct RowSplit {
+  int64_t head;
+  int64_t packs;
+  int64_t tail_begin;
+
+  __device__ RowSplit(const T* row, int64_t length) {
+    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) % kPackBytes);
+    const int64_t missing = (kPackBytes - past) % kPackBytes / static_cast<int64_t>(sizeof(T));
+    head = missing < length ? missing : length;
+    packs = (length - head) / Pack<T>::kSize;
+    tail_begin = head + packs * Pack<T>::kSize;
+  }
+};
+
+// Running statistics; sums in float64 where blocks of threads are merged, in C within a thread.
+template <typename C>
+struct Online {
+  C highest = negative_infinity<C>();
+  C sum = 0;
+  C weighted = 0;
+
+  template <typename T, int N>
+  __device__ void add(const T (&values)[N]) {
+    C high = highest;
+#pragma unroll
+    for (int i = 0; i < N; ++i) high = max(high, static_cast<C>(widen(values[i])));
+    if (high == negative_infinity<C>()) {
+      // Nothing but -inf, or NaN, which max() passes over and the sum must show.
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum += isnan(widen(values[i])) ? static_cast<C>(widen(values[i])) : C(0);
+      return;
+    }
+    if (high > highest) {
+      if (highest != negative_infinity<C>()) {
+        const C shift = highest - high;
+        const C factor = exponential(shift);
+        weighted = factor * (weighted + shift * sum);
+        sum *= factor;
+      }
+      highest = high;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const C shifted = static_cast<C>(widen(values[i])) - highest;
+      const C weight = exponential(shifted);
+      sum += weight;
+      weighted += weight * finite_below(shifted);
+    }
+  }
+};
+
+__device__ inline RowStatistics merge(const RowStatistics& a, const RowStatistics& b) {
+  const double none = negative_infinity<double>();
+  if (a.reference == none || b.reference == none) {
+    const RowStatistics& some = a.reference == none ? b : a;
+    return {some.reference, a.sum + b.sum, a.weighted + b.weighted};
+  }
+  const double high = max(a.reference, b.reference);
+  const double shift_a = a.reference - high, shift_b = b.reference - high;
+  const double factor_a = exp(shift_a), factor_b = exp(shift_b);
+  return {high, factor_a * a.sum + factor_b * b.sum,
+          factor_a * (a.weighted + shift_a * a.sum) + factor_b * (b.weighted + shift_b * b.sum)};
+}
+
+__device__ inline RowStatistics shuffle(const RowStatistics& value, int mask) {
+  constexpr unsigned kAll = 0xFFFFFFFFu;
+  return {__shfl_xor_sync(kAll, value.reference, mask), __shfl_xor_sync(kAll, value.sum, mask),
+          __shfl_xor_sync(kAll, value.weighted, mask)};
+}
+
+// The merged statistics of all threads, on all threads. The block size is a multiple of the warp's.
+__device__ inline RowStatistics merge_block(RowStatistics mine, RowStatistics* shared) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) mine = merge(mine, shuffle(mine, mask));
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = mine;
+  __syncthreads();
+  RowStatistics total = shared[0];
+  for (int warp = 1; warp < warps; ++warp) total = merge(total, shared[warp]);
+  return total;
+}
+
+__device__ inline double sum_block(double mine, double* shared) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) mine += __shfl_xor_sync(0xFFFFFFFFu, mine, mask);
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = mine;
+  __syncthreads();
+  double total = 0;
+  for (int warp = 0; warp < warps; ++warp) total += shared[warp];
+  return total;
+}
+
+template <typename T>
+__device__ RowStatistics read_statistics(const T* row, int64_t length, RowStatistics* shared) {
+  const RowSplit<T> split(row, length);
+  Online<Compute<T>> online;
+  for (int64_t i = threadIdx.x; i < split.head; i += blockDim.x) {
+    const T single[1] = {row[i]};
+    online.add(single);
+  }
+  const Pack<T>* packs = reinterpret_cast<const Pack<T>*>(row + split.head);
+  int64_t p = threadIdx.x;
+  const int64_t stride = blockDim.x;
+  for (; p + (kPacksInFlight - 1) * stride < split.packs; p += kPacksInFlight * stride) {
+    Pack<T> loaded[kPacksInFlight];
+#pragma unroll
+    for (int u = 0; u < kPacksInFlight; ++u) loaded[u] = packs[p + u * stride];
+#pragma unroll
+    for (int u = 0; u < kPacksInFlight; ++u) online.add(loaded[u].values);
+  }
+  for (; p < split.packs; p += stride) {
+    const Pack<T> loaded = packs[p];
+    online.add(loaded.values);
+  }
+  for (int64_t i = split.tail_begin + threadIdx.x; i < length; i += blockDim.x) {
+    const T single[1] = {row[i]};
+    online.add(single);
+  }
+  return merge_block({static_cast<double>(online.highest), static_cast<double>(online.sum),
+                      static_cast<double>(online.weighted)},
+                     shared);
+}
+
+// out = function(in) over a row; by packs where both are aligned alike.
+template <typename T, typename Function>
+__device__ void transform_row(T* out, const T* in, int64_t length, Function function) {
+  const bool alike =
+      reinterpret_cast<uintptr_t>(out) % kPackBytes == reinterpret_cast<uintptr_t>(in) % kPackBytes;
+  if (!alike) {
+    for (int64_t i = threadIdx.x; i < length; i += blockDim.x) out[i] = narrow<T>(function(widen(in[i])));
+    return;
+  }
+  const RowSplit<T> split(in, length);
+  for (int64_t i = threadIdx.x; i < split.head; i += blockDim.x) out[i] = narrow<T>(function(widen(in[i])));
+  const Pack<T>* sources = reinterpret_cast<const Pack<T>*>(in + split.head);
+  Pack<T>* results = reinterpret_cast<Pack<T>*>(out + split.head);
+#pragma unroll 2
+  for (int64_t p = threadIdx.x; p < split.packs; p += blockDim.x) {
+    Pack<T> pack = sources[p];
+#pragma unroll
+    for (int i = 0; i < Pack<T>::kSize; ++i) pack.values[i] = narrow<T>(function(widen(pack.values[i])));
+    results[p] = pack;
+  }
+  for (int64_t i = split.tail_begin + threadIdx.x; i < length; i += blockDim.x) {
+    out[i] = narrow<T>(function(widen(in[i])));
+  }
+}
+
+template <typename T>
+__device__ void clear_row(T* out, int64_t first, int64_t width) {
+  for (int64_t i = first + threadIdx.x; i < width; i += blockDim.x) out[i] = narrow<T>(Compute<T>(0));
+}
+
+template <typename T>
+__device__ void write_exponentials(T* out, const T* in, int64_t length, double log_normaliser, double factor) {
+  using C = Compute<T>;
+  const C shift = static_cast<C>(log_normaliser);
+  const C by = static_cast<C>(factor * exp(static_cast<double>(shift) - log_normaliser));
+  transform_row(out, in, length, [=](C x) { return by * exponential(x - shift); });
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads)
+    statistics_kernel(DeviceRows rows, double* reference, double* sums, bool store_softmax, double factor) {
+  __shared__ RowStatistics shared[kMaxThreads / kWarp];
+  for (int64_t r = blockIdx.x; r < rows.rows; r += gridDim.x) {
+    const T* in = static_cast<const T*>(rows.in) + r * rows.width;
+    const RowStatistics row = read_statistics(in, rows.columns, shared);
+    if (threadIdx.x == 0) {
+      reference[r] = row.reference;
+      sums[r] = row.sum;
+      sums[rows.rows + r] = row.weighted;
+    }
+    if (store_softmax) {
+      T* out = static_cast<T*>(rows.out) + r * rows.width;
+      write_exponentials(out, in, rows.columns, row.reference + log(row.sum), factor);
+      clear_row(out, rows.columns, rows.width);
+    }
+  }
+}
+
+// At a target the gradient is (sum of grad of its entries) - coefficient * p with p from the exact log-prob. The first
+// entry of each token writes for all entries of that token.
+template <typename T>
+__device__ void write_targets(T* out, const DeviceEntries& entries, int64_t begin, int64_t end, int64_t columns,
+                              double coefficient) {
+  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    const int64_t entry = entries.order[i];
+    const int64_t token = entries.targets[entry];
+    const int64_t column = token - entries.vocab_start;
+    if (column < 0 || column >= columns) continue;
+    bool first = true;
+    for (int64_t j = begin; j < i && first; ++j) first = entries.targets[entries.order[j]] != token;
+    if (!first) continue;
+    double total = 0;
+    for (int64_t j = i; j < end; ++j) {
+      const int64_t other = entries.order[j];
+      if (entries.targets[other] == token) total += entries.grad[other];
+    }
+    const double share = coefficient == 0.0 ? 0.0 : coefficient * exp(entries.logprobs[entry]);
+    out[column] = narrow<T>(static_cast<Compute<T>>(total - share));
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads)
+    gradient_kernel(DeviceRows rows, DeviceEntries entries, const double* log_normaliser, double stored_scale) {
+  using C = Compute<T>;
+  __shared__ double shared[kMaxThreads / kWarp];
+  for (int64_t r = blockIdx.x; r < rows.rows; r += gridDim.x) {
+    const T* in = static_cast<const T*>(rows.in) + r * rows.width;
+    T* out = static_cast<T*>(rows.out) + r * rows.width;
+    const int64_t begin = entries.begin[r], end = entries.begin[r + 1];
+    double mine = 0;
+    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) mine += entries.grad[entries.order[i]];
+    const double coefficient = sum_block(mine, shared);
+    if (coefficient == 0.0) {
+      clear_row(out, 0, rows.width);
+    } else {
+      if (stored_scale == 0.0) {
+        write_exponentials(out, in, rows.columns, log_normaliser[r], -coefficient);
+      } else if (const double factor = coefficient / stored_scale; factor != 1.0 || in != out) {
+        const C by = static_cast<C>(factor);
+        transform_row(out, in, rows.columns, [=](C x) { return by * x; });
+      }
+      clear_row(out, rows.columns, rows.width);
+    }
+    __syncthreads();
+    write_targets(out, entries, begin, end, rows.columns, coefficient);
+  }
+}
+
+template <typename T>
+__global__ void gather_kernel(DeviceRows rows, const int64_t* logit_rows, const int64_t* targets, int64_t count,
+                              int64_t vocab_start, double* out) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
+    const int64_t column = targets[i] - vocab_start;
+    const int64_t row = logit_rows[i];
+    if (row < 0 || row >= rows.rows) {
+      out[i] = nan("");
+    } else if (column < 0 || column >= rows.columns) {
+      out[i] = 0.0;
+    } else {
+      out[i] = static_cast<double>(widen(static_cast<const T*>(rows.in)[row * rows.width + column]));
+    }
+  }
+}
+
+// Calls `launch` with a null pointer of the logits' element type.
+template <typename Launch>
+cudaError_t dispatch(LogitType type, Launch launch) {
+  switch (type) {
+    case LogitType::kFloat32:
+      return launch(static_cast<float*>(nullptr));
+    case LogitType::kBFloat16:
+      return launch(static_cast<__nv_bfloat16*>(nullptr));
+    case LogitType::kFloat16:
+      return launch(static_cast<__half*>(nullptr));
+    case LogitType::kFloat64:
+      return launch(static_cast<double*>(nullptr));
+  }
+  return cudaErrorInvalidValue;
+}
+
+struct Grid {
+  unsigned blocks;
+  unsigned threads;
+};
+
+// As many blocks as the device holds at once, each large enough for its row.
+template <typename Kernel>
+cudaError_t persistent_grid(Kernel kernel, int64_t rows, int64_t columns, Grid* grid) {
+  int threads = kMaxThreads;
+  while (threads > 128 && threads * 16 > columns) threads /= 2;
+  int device = 0, processors = 0, resident = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, 0);
+  const int64_t held = static_cast<int64_t>(std::max(resident, 1)) * std::max(processors, 1);
+  grid->blocks = static_cast<unsigned>(std::min(rows, held));
+  grid->threads = static_cast<unsigned>(threads);
+  return error;
+}
+
+}  // namespace
+
+cudaError_t launch_gather_targets(const DeviceRows& rows, const int64_t* logit_rows, const int64_t* targets,
+                                  int64_t count, int64_t vocab_start, double* out, cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  return dispatch(rows.type, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    const unsigned blocks = static_cast<unsigned>(std::min<int64_t>((count + 255) / 256, 4096));
+    gather_kernel<T><<<blocks, 256, 0, stream>>>(rows, logit_rows, targets, count, vocab_start, out);
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t launch_statistics(const DeviceRows& rows, double* reference, double* sums, bool store_softmax,
+                              double factor, cudaStream_t stream) {
+  if (rows.rows == 0) return cudaSuccess;
+  return dispatch(rows.type, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    Grid grid{};
+    const cudaError_t error = persistent_grid(statistics_kernel<T>, rows.rows, rows.columns, &grid);
+    if (error != cudaSuccess) return error;
+    statistics_kernel<T><<<grid.blocks, grid.threads, 0, stream>>>(rows, reference, sums, store_softmax, factor);
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t launch_gradient(const DeviceRows& rows, const DeviceEntries& entries, const double* log_normaliser,
+                            double stored_scale, cudaStream_t stream) {
+  if (rows.rows == 0) return cudaSuccess;
+  return dispatch(rows.type, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    Grid grid{};
+    const cudaError_t error = persistent_grid(gradient_kernel<T>, rows.rows, rows.columns, &grid);
+    if (error != cudaSuccess) return error;
+    gradient_kernel<T><<<grid.blocks, grid.threads, 0, stream>>>(rows, entries, log_normaliser, stored_scale);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace megatron_sip

@@ -1,0 +1,44 @@
+// Launchers of the CUDA kernels. No torch headers here, so that nvcc compiles logprob_cuda.cu in seconds.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "row_kernels.h"
+
+namespace megatron_sip {
+
+// A contiguous [rows, width] matrix of logits of which the first `columns` count. `out` may equal `in`.
+struct DeviceRows {
+  LogitType type;
+  const void* in;
+  void* out;
+  int64_t rows;
+  int64_t width;
+  int64_t columns;
+};
+
+// Entries sorted by row: those of row r are order[begin[r]] to order[begin[r + 1]].
+struct DeviceEntries {
+  const int64_t* begin;
+  const int64_t* order;
+  const int64_t* targets;
+  const double* logprobs;
+  const double* grad;
+  int64_t vocab_start;
+};
+
+// out[i] = the logit of entry i's target, 0 where another shard owns it, NaN for a row that does not exist.
+cudaError_t launch_gather_targets(const DeviceRows& rows, const int64_t* logit_rows, const int64_t* targets,
+                                  int64_t count, int64_t vocab_start, double* out, cudaStream_t stream);
+
+// reference [rows] and sums [2, rows]; with `store_softmax`, out = factor * softmax, 0 past `columns`.
+cudaError_t launch_statistics(const DeviceRows& rows, double* reference, double* sums, bool store_softmax,
+                              double factor, cudaStream_t stream);
+
+// `stored_scale` is 0 when `in` holds logits, else what the stored minus softmax was multiplied by.
+cudaError_t launch_gradient(const DeviceRows& rows, const DeviceEntries& entries, const double* log_normaliser,
+                            double stored_scale, cudaStream_t stream);
+
+}  // namespace megatron_sip
