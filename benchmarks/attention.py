@@ -3,8 +3,9 @@
     python benchmarks/attention.py [--json FILE] [--rounds N] [--heads 8] [--key-heads 8] [--head-dim 64] [--device cpu|cuda]
 
 "separate" gives every branch its own row [prefix; branch] and runs them as one batch of torch's causal attention: what
-training without shared prefixes computes. "ideal" is the share of its scores that the tree needs; "GEMM peak" the
-measured speed of the tree's attention as a share of a large matrix product's.
+training without shared prefixes computes. "tree, torch" merges torch's flash attention where "tree" has compiled kernels
+of its own. "ideal" is the share of the separate rows' scores that the tree needs; "GEMM peak" the tree's speed as a share
+of a large matrix product's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from machine import Case, describe_machine, format_table, gemm_peak, time_interl
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_sip.model.tree_attention_cpu import tree_attention_cpu
+from megatron_sip.model.tree_attention_compiled import compiled_kernels_apply
+from megatron_sip.model.tree_attention_cpu import tree_attention_cpu, tree_attention_merged
 from megatron_sip.model.tree_attention_dense import tree_attention_dense
 from megatron_sip.model.tree_attention_flex import FlexTreeAttention
 
@@ -87,7 +89,11 @@ def cases(shape: Shape, dtype: torch.dtype, args: argparse.Namespace) -> list[Ca
     packed = [leaf(shape.row, h) for h in heads]
     rows = [leaf(shape.branches, h, shape.prefix + shape.branch) for h in heads]
     grouped = args.heads != args.key_heads
+    merged = Case(
+        "tree, torch", forward_backward(lambda q, k, v: tree_attention_merged(q, k, v, layout, scale), packed)
+    )
     return [
+        *([merged] if args.device == "cpu" and compiled_kernels_apply(packed[0]) else []),
         Case("tree", forward_backward(lambda q, k, v: tree(q, k, v, layout, scale), packed)),
         Case("dense mask", forward_backward(lambda q, k, v: tree_attention_dense(q, k, v, layout, scale), packed)),
         Case(
@@ -109,7 +115,7 @@ def measure(shape: Shape, dtype_name: str, peak: float, args: argparse.Namespace
     for name, timing in timings.items():
         row = {"name": name, "shape": shape.name, "dtype": dtype_name, "median_s": timing.median_s}
         row |= {"vs_separate": timing.median_s / separate, "ideal": shape.tree_scores / shape.separate_scores}
-        row["of_gemm_peak"] = operations / timing.median_s / peak if name == "tree" else None
+        row["of_gemm_peak"] = operations / timing.median_s / peak if name.startswith("tree") else None
         rows.append(row)
     return rows
 
@@ -117,7 +123,7 @@ def measure(shape: Shape, dtype_name: str, peak: float, args: argparse.Namespace
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=None, help="report file (default: results/attention_DEVICE.json)")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--key-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)

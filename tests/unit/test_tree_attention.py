@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_sip.model.tree_attention_cpu import attention_parts, tree_attention_cpu
+from megatron_sip.model.tree_attention_cpu import attention_parts, tree_attention_merged
 from megatron_sip.model.tree_attention_dense import tree_attention_dense
 from megatron_sip.model.tree_attention_flex import FlexTreeAttention
 
@@ -62,7 +62,7 @@ def test_equals_dense_mask(dtype, relative, groups, heads, padding, seed):
     inputs = make_inputs(row_length(layout, padding), heads, dtype, seed)
     grad = torch.randn(inputs[0].shape, dtype=dtype, generator=torch.Generator().manual_seed(seed + 1))
     assert_close(
-        output_and_gradients(tree_attention_cpu, inputs, layout, grad),
+        output_and_gradients(tree_attention_merged, inputs, layout, grad),
         output_and_gradients(tree_attention_dense, inputs, layout, grad),
         relative,
     )
@@ -74,7 +74,7 @@ def test_half_precision_is_as_close_to_float64_as_its_rounding(dtype):
     inputs = make_inputs(row_length(layout, 3), (4, 2), dtype, 1)
     grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    ours = output_and_gradients(tree_attention_cpu, inputs, layout, grad)
+    ours = output_and_gradients(tree_attention_merged, inputs, layout, grad)
     expected = output_and_gradients(tree_attention_dense, exact, layout, grad.double())
     assert all(tensor.dtype == dtype for tensor in ours)
     assert_close([tensor.double() for tensor in ours], expected, 4 * torch.finfo(dtype).eps)
@@ -87,7 +87,7 @@ def test_equals_branches_computed_alone_with_gradients_summed(groups, heads, see
     layout = make_layout(groups)
     inputs = make_inputs(row_length(layout), heads, torch.float64, seed)
     grad = torch.randn(inputs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
-    ours = output_and_gradients(tree_attention_cpu, inputs, layout, grad)
+    ours = output_and_gradients(tree_attention_merged, inputs, layout, grad)
 
     total = torch.zeros((), dtype=torch.float64)
     alone = torch.zeros_like(ours[0])
@@ -109,10 +109,10 @@ def test_equals_branches_computed_alone_with_gradients_summed(groups, heads, see
 def test_gradcheck(groups):
     layout = make_layout(groups)
     inputs = make_inputs(row_length(layout, 1), (2, 1), torch.float64, 3)
-    assert torch.autograd.gradcheck(lambda *qkv: tree_attention_cpu(*qkv, layout, 0.3), inputs)
+    assert torch.autograd.gradcheck(lambda *qkv: tree_attention_merged(*qkv, layout, 0.3), inputs)
 
 
-@pytest.mark.parametrize("attention", [tree_attention_cpu, tree_attention_dense])
+@pytest.mark.parametrize("attention", [tree_attention_merged, tree_attention_dense])
 def test_padding_and_filler_rows_are_zero_and_pass_no_gradient(attention):
     layout = make_layout([(4, [3, 2])])
     inputs = make_inputs(row_length(layout, 6), (2, 2), torch.float32, 4)
@@ -129,7 +129,7 @@ def test_strided_inputs_as_megatron_splits_them_from_one_projection():
     mixed = torch.randn(row_length(layout), 2, 4, HEAD_DIM, dtype=torch.float64).requires_grad_()
     grad = torch.randn(row_length(layout), 4, HEAD_DIM, dtype=torch.float64)
     results = []
-    for attention in (tree_attention_cpu, tree_attention_dense):
+    for attention in (tree_attention_merged, tree_attention_dense):
         query = mixed[:, :, :2].reshape(-1, 4, HEAD_DIM)
         output = attention(query, mixed[:, :, 2], mixed[:, :, 3], layout, 0.3)
         results.append([output.detach(), *torch.autograd.grad(output, [mixed], grad)])
@@ -158,7 +158,7 @@ def test_no_score_is_computed_that_the_tree_does_not_need():
 def test_second_derivative_is_refused():
     layout = make_layout([(3, [2])])
     inputs = make_inputs(5, (1, 1), torch.float64, 5)
-    loss = tree_attention_cpu(*inputs, layout, 0.3).square().sum()
+    loss = tree_attention_merged(*inputs, layout, 0.3).square().sum()
     (first,) = torch.autograd.grad(loss, inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
