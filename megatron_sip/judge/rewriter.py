@@ -154,10 +154,11 @@ def last_words(prefix: str, count: int = START_WORDS) -> str:
 def without_start(answer: str, words: str, *, required: bool) -> str | None:
     """`answer` after the words it had to start with; None when they are `required` and missing.
 
-    Where the server forced them they are not part of the answer, but some models repeat them.
+    Where the server forced them they are not part of the answer, but some models repeat them: that is only believed of
+    three words or more, since a rewrite may begin with the same word by chance.
     """
     wanted = words.split()
-    if not wanted:
+    if not wanted or (not required and len(wanted) < 3):
         return answer
     pattern = r"[\s\"'“”*_]*" + r"\s+".join(map(re.escape, wanted))
     match = re.match(pattern, answer, re.IGNORECASE)

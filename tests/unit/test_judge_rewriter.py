@@ -135,6 +135,9 @@ def test_start_words_match_whatever_the_white_space() -> None:
     assert without_start("another start", "the old bridge", required=True) is None
     assert without_start("another start", "the old bridge", required=False) == "another start"
     assert without_start("anything", "", required=True) == "anything"
+    assert without_start("These are", "The", required=False) == "These are"
+    assert without_start("the old bridge is", "the old bridge", required=False) == " is"
+    assert without_start("the old bridges", "the old bridge", required=True) == "s"  # the prefix may end within a word
 
 
 def test_white_space_at_the_seam_is_not_doubled() -> None:
