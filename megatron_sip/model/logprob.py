@@ -70,7 +70,7 @@ def branch_logprobs(
             not a leaf, read by nobody afterwards. The gradient can be computed once. False leaves `logits` alone.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or (on the CPU, where looking is free) indices that do not fit.
+        ValueError, TypeError: shapes, dtypes or (on the CPU; a device-side assertion on CUDA) indices that do not fit.
         RuntimeError: a second backward pass through logits that were consumed in place.
     """
     result = branch_logprobs_with_entropy(
@@ -157,6 +157,8 @@ def check_inputs(
         raise ValueError("branch_offsets must hold at least one offset (0)")
     if scores.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(scores.shape[0], logit_rows, targets, branch_offsets, shard)
+    elif scores.device.type == "cuda":
+        _check_values_on_device(scores.shape[0], logit_rows, targets, branch_offsets, shard)
 
 
 def _check_values(
@@ -172,6 +174,16 @@ def _check_values(
         raise ValueError(
             f"branch_offsets must rise from 0 to the number of targets {targets.numel()}, got {branch_offsets.tolist()}"
         )
+
+
+def _check_values_on_device(
+    rows: int, logit_rows: Tensor, targets: Tensor, branch_offsets: Tensor, shard: VocabularyShard
+) -> None:
+    """The same without waiting for the device: what is wrong stops the device with the message."""
+    for name, tensor, limit in (("logit_rows", logit_rows, rows), ("targets", targets, shard.vocab_size)):
+        torch._assert_async(((tensor >= 0) & (tensor < limit)).all(), f"{name} must lie in [0, {limit})")
+    fits = (branch_offsets[0] == 0) & (branch_offsets[-1] == targets.numel()) & (branch_offsets.diff() >= 0).all()
+    torch._assert_async(fits, f"branch_offsets must rise from 0 to the number of targets {targets.numel()}")
 
 
 def _check_owned(logits: Tensor) -> None:

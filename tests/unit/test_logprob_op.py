@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -367,3 +369,27 @@ def test_the_operators_check_what_they_are_given() -> None:
     wide = torch.zeros(1, dtype=torch.float64)
     with pytest.raises(TypeError, match="grad must be Double, got Float"):
         operators.gradient(logits, rows, targets, wide, wide.expand(4), wide.float(), 0, 13, False)
+
+
+def fat_binary_architectures(library: bytes) -> set[tuple[str, int]]:
+    """("ptx" or "elf", compute capability times ten) of each image in a library's CUDA fat binaries."""
+    magic = struct.pack("<I", 0xBA55ED50)
+    images = set()
+    start = library.find(magic)
+    while start >= 0:
+        header_bytes, content_bytes = struct.unpack_from("<HQ", library, start + 6)
+        entry, end = start + header_bytes, start + header_bytes + content_bytes
+        while entry < end:
+            kind, entry_header_bytes, image_bytes = struct.unpack_from("<H2xIQ", library, entry)
+            images.add(("ptx" if kind == 1 else "elf", struct.unpack_from("<I", library, entry + 28)[0]))
+            entry += entry_header_bytes + image_bytes
+        start = library.find(magic, end)
+    return images
+
+
+def test_the_library_holds_the_architectures_it_names() -> None:
+    """Both GPUs' machine code, and PTX for later ones, where CUDA was built; none where it was not."""
+    assert extension is not None
+    images = fat_binary_architectures(Path(extension.__file__).read_bytes())
+    with_cuda = {("elf", 80), ("elf", 90), ("ptx", 90)}
+    assert images == (with_cuda if "CUDA" in compiled_devices() else set())
