@@ -20,7 +20,7 @@ from megatron_sip.model.tree_attention_cpu import tree_attention_cpu, tree_atten
 from megatron_sip.model.tree_attention_dense import tree_attention_dense
 
 ATTENTIONS = [tree_attention_cpu, tree_attention_merged, *([tree_attention_compiled] if KERNELS_USABLE else [])]
-TOLERANCE = 2 * torch.finfo(torch.bfloat16).eps
+EPS = torch.finfo(torch.bfloat16).eps  # torch's own kernels round more often than ours
 
 # Lengths around the kernels' blocks of 64 tokens.
 lengths = st.one_of(st.integers(1, 20), st.sampled_from([63, 64, 65, 128, 150]))
@@ -54,10 +54,11 @@ def run(attention, inputs: list[Tensor], layout: Tensor, scale: float) -> list[T
 def assert_close_to_float64(attention, inputs: list[Tensor], layout: Tensor, scale: float) -> None:
     ours = run(attention, inputs, layout, scale)
     expected = run(tree_attention_dense, [tensor.double() for tensor in inputs], layout, scale)
+    tolerance = (2 if attention is tree_attention_compiled else 4) * EPS
     for a, b in zip(ours, expected, strict=True):
         assert a.dtype == torch.bfloat16
         # Gradients of scores are differences of terms of size 1, each rounded: a small one is not relatively exact.
-        assert (a.double() - b).abs().max() <= TOLERANCE * max(1.0, b.abs().max().item())
+        assert (a.double() - b).abs().max() <= tolerance * max(1.0, b.abs().max().item())
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
