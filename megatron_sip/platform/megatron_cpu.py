@@ -101,8 +101,9 @@ class _CudaNamesMeanCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.")
         if func is torch.Tensor.backward:  # the mode is off inside a handler, but backward hooks need it
+            grad = kwargs.pop("gradient", None)
             with self:
-                return torch.autograd.backward(*args, **kwargs)
+                return torch.autograd.backward(args[0], grad, **kwargs)
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
         if func is torch.Tensor.to and any(_is_cuda(arg) for arg in args[1:]):

@@ -140,7 +140,7 @@ def train_on_separate_rows(problem: Problem, model: list) -> tuple[float, int]:
         parts.append(row_logprobs(model[0], build_row([alone], [0], len(example.prefix_ids) + len(ids), pad_id=0)))
     terms = loss_of(problem, everything, torch.cat(parts))
     loss = terms.sum / terms.count
-    torch.autograd.backward(loss)
+    loss.backward()
     return loss.item(), 0
 
 
