@@ -152,7 +152,7 @@ async def test_hard_verdicts_are_read_or_missing(
         endpoints=(Endpoint(smollm2_server.url, kind),),
         default_verdict="hard",
         votes=2,
-        max_tokens=16,
+        max_tokens=12,
         quorum=0.01,
     )
     judged, counters = await score(settings, make_group(list(TEXTS.values())[:2]))
