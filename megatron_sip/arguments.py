@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sip.judge.settings import SCHEDULE_NAMES, SettingsError, parse_criteria
+from megatron_sip.presets import expand_presets
 from megatron_sip.samples import CANDIDATE_KINDS
 
 GROUP_TITLE = "self-improving pretraining"
@@ -203,6 +204,12 @@ def _add_teacher_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
+        "--preset", metavar="NAME|FILE", help="Flags of a file, see examples/presets/; flags after it win over its own."
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="Say what the flags mean and cost in calls and tokens, and exit."
+    )
+    group.add_argument(
         "--run-dir",
         metavar="DIR",
         help="Folder for metrics.jsonl, samples, server logs, plots and summary.json. Default: the folder of --save.",
@@ -232,7 +239,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     from megatron_sip.platform.megatron_cpu import cpu_default_arguments
 
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = expand_presets(sys.argv[1:] if argv is None else argv)
     asks_help = "-h" in given or "--help" in given
     implied = [] if asks_help else _implied_by_model(given)
     sys.argv = [sys.argv[0], *cpu_default_arguments(), *implied, *given]
@@ -316,8 +323,10 @@ def validate(args: argparse.Namespace) -> None:
     Raises:
         ArgumentError: names the flag and what would be right.
     """
-    for check in (_check_lengths, _check_objective, _check_servers, _check_batch):
+    for check in (_check_lengths, _check_objective, _check_batch):
         check(args)
+    if not args.dry_run:
+        _check_servers(args)
     if args.save is None:
         raise ArgumentError(
             "--save is required: the folder for checkpoints (and for metrics, unless --run-dir is given)"
@@ -353,6 +362,8 @@ def _check_lengths(args: argparse.Namespace) -> None:
 
 
 def _check_objective(args: argparse.Namespace) -> None:
+    if args.dpo_pair is not None and args.dpo_pair[0] == args.dpo_pair[1]:
+        raise ArgumentError("--dpo-pair needs two different kinds")
     kinds = candidate_kinds(args)
     if "rollout" in kinds and args.num_rollouts < 1:
         raise ArgumentError(f"--num-rollouts {args.num_rollouts}: must be at least 1 when rollout is a candidate")
@@ -363,8 +374,6 @@ def _check_objective(args: argparse.Namespace) -> None:
         )
     if args.dpo_pair is not None and args.objective != "dpo":
         raise ArgumentError(f"--dpo-pair belongs to --objective dpo, not {args.objective}")
-    if args.dpo_pair is not None and args.dpo_pair[0] == args.dpo_pair[1]:
-        raise ArgumentError("--dpo-pair needs two different kinds")
     if args.rollout_start_step > 0:
         others = len([kind for kind in kinds if kind != "rollout"])
         if others < (2 if args.objective == "dpo" else 1):
@@ -412,3 +421,7 @@ def _check_batch(args: argparse.Namespace) -> None:
         )
     if args.train_iters is None:
         raise ArgumentError("--train-iters is required: the number of steps")
+    if (args.lr_warmup_iters or 0) >= args.train_iters:
+        raise ArgumentError(f"--lr-warmup-iters {args.lr_warmup_iters} must be below --train-iters {args.train_iters}")
+    if args.save_interval is None:
+        args.save_interval = args.train_iters

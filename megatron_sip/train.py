@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from megatron_sip.arguments import ArgumentError, parse_arguments
 from megatron_sip.data.errors import DataError
+from megatron_sip.dry_run import describe
 from megatron_sip.evaluation.outcome import write_outcome
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
 from megatron_sip.judge.settings import SettingsError
@@ -43,6 +44,9 @@ def main() -> None:
     """Set up, train, compare. Exits 0 after the last step, or after a SIGTERM with the last step saved."""
     enable_cpu()  # before anything imports Megatron
     args = parse_arguments()
+    if args.dry_run:
+        print(describe(args))
+        return
     from megatron.training.initialize import initialize_megatron
 
     from megatron_sip.run import set_up

@@ -1,0 +1,178 @@
+"""Whole runs of `python -m megatron_sip.train` with real Megatron and real SGLang servers."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import free_port, learnt, refused, start, steps, train, wait_for_step
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from write_demo_corpus import write_corpus
+
+from megatron_sip.rollout.launch import LocalServer, ServerSettings
+
+TOTAL_STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "topics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def tiny_teacher(tiny_llama_dir: Path) -> Iterator[LocalServer]:
+    """A float32 server whose weights never change, so that its scores are the same in every run."""
+    settings = ServerSettings(tiny_llama_dir, dtype="float32", max_total_tokens=8192, context_length=512)
+    with LocalServer(settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def flags(
+    corpus: Path, tiny_llama_dir: Path, tiny_llama_server: LocalServer, tiny_teacher: LocalServer
+) -> tuple[str, ...]:
+    """An online DPO run at temperature 0 on servers that are already there."""
+    return (
+        *("--hf-config", str(tiny_llama_dir), "--data-path", str(corpus)),
+        *("--objective", "dpo", "--candidates", "suffix", "rollout", "--num-rollouts", "2"),
+        *("--rollout-temperature", "0", "--criteria", "likelihood=1", "--ref-update-interval", "3"),
+        *("--rollout-url", tiny_llama_server.url, "--teacher-url", tiny_teacher.url),
+        *("--train-iters", str(TOTAL_STEPS), "--save-interval", "2"),
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    train(run, *flags)
+    return run
+
+
+def test_a_run_learns_and_logs_every_step(uninterrupted: Path) -> None:
+    records = steps(uninterrupted)
+    assert [record["step"] for record in records] == list(range(1, TOTAL_STEPS + 1))
+    assert records[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # policy and reference are still equal: log 2
+    assert records[0]["kl_to_reference"] == pytest.approx(0.0, abs=1e-4)
+    assert records[2]["reward_margin"] > 0
+    for record in records:
+        assert record["engine_logprob_abs_diff"] < 1e-3  # both are float32
+        assert record["groups"] == 4
+        dropped = sum(value for name, value in record.items() if name.startswith("dropped/"))
+        assert record.get("examples", 0) + dropped == record["groups"]
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert summary["steps"] == TOTAL_STEPS
+    assert (uninterrupted / "report.html").exists()
+
+
+def test_killed_anywhere_the_same_command_continues_as_if_nothing_had_happened(
+    uninterrupted: Path, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    run = tmp_path / "killed"
+    for step in (3, 5):  # one step after each of the checkpoints of steps 2 and 4
+        process = start(run, *flags)
+        wait_for_step(run, step, process)
+        process.kill()
+        process.wait()
+    train(run, *flags)
+    expected, found = learnt(steps(uninterrupted)), learnt(steps(run))
+    assert len(found) == TOTAL_STEPS
+    for before, after in zip(expected, found, strict=True):
+        # The engine batches prompts as they arrive, which moves float32 log-probs in the last digits.
+        assert after == pytest.approx(before, rel=1e-4, abs=1e-5)
+
+
+def test_sigterm_saves_the_last_step_and_exits_0(flags: tuple[str, ...], tmp_path: Path) -> None:
+    run = tmp_path / "stopped"
+    process = start(run, *flags, "--train-iters", "1000", "--save-interval", "1000")
+    wait_for_step(run, 2, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    saved = int((run / "latest_checkpointed_iteration.txt").read_text())
+    assert saved == steps(run)[-1]["step"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [(4, ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")), (2, ())],
+    ids=["tp2-pp2", "dp2"],
+)
+def test_parallel_runs_do_the_same_steps(
+    flags: tuple[str, ...],
+    uninterrupted: Path,
+    tmp_path: Path,
+    tiny_llama_dir: Path,
+    processes: int,
+    layout: tuple[str, ...],
+) -> None:
+    # A checkpoint gives every layout the same initial weights.
+    run = tmp_path / "parallel"
+    initial = ("--pretrained-checkpoint", str(uninterrupted))
+    single = tmp_path / "single"
+    train(single, *flags, *initial, "--train-iters", "2")
+    train(run, *flags, *initial, *layout, "--train-iters", "2", processes=processes)
+    for before, after in zip(learnt(steps(single)), learnt(steps(run)), strict=True):
+        assert after == pytest.approx(before, rel=1e-3, abs=1e-4)
+
+
+def test_the_engine_serves_what_was_trained(
+    uninterrupted: Path, flags: tuple[str, ...], tiny_llama_server: LocalServer, tmp_path: Path
+) -> None:
+    """After a run the engine's greedy continuation is that of the exported checkpoint in transformers."""
+    import subprocess
+    import sys
+    import urllib.request
+
+    train(tmp_path / "run", *flags, "--train-iters", "2", "--weight-sync", "disk")
+    tool = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+    exported = tmp_path / "hf"
+    subprocess.run(
+        [sys.executable, str(tool), "megatron-to-hf", "--load", str(tmp_path / "run"), "--save", str(exported)],
+        check=True,
+        timeout=300,
+    )
+    assert AutoConfig.from_pretrained(exported).vocab_size == 49152
+    assert load_file(exported / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    prompt = AutoTokenizer.from_pretrained(exported).encode("The with statement wraps the execution of a block")
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+    body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 12, "temperature": 0}}
+    request = urllib.request.Request(
+        tiny_llama_server.url + "/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        found = json.load(reply)
+    assert found["output_ids"][: len(expected)] == expected
+    assert found["meta_info"]["weight_version"] == "2"
+
+
+def test_an_engine_that_is_down_is_named_within_30_seconds(flags: tuple[str, ...], tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    output, seconds = refused(tmp_path / "down", *flags, "--rollout-url", url)
+    assert url in output
+    assert seconds < 30
+
+
+def test_a_broken_line_is_named_before_anything_is_trained(flags: tuple[str, ...], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine"}\n{"text": "cut off\n')
+    output, _ = refused(tmp_path / "broken", *flags, "--data-path", str(broken))
+    assert "broken.jsonl" in output
+    assert "2" in output
+
+
+def test_another_vocabulary_than_the_engine_is_refused(
+    flags: tuple[str, ...], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    config = AutoConfig.from_pretrained(tiny_llama_dir)
+    config.vocab_size = 49280
+    config.save_pretrained(other)
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(other)
+    output, _ = refused(tmp_path / "vocabulary", *flags, "--hf-config", str(other))
+    assert "49280" in output
+    assert "49152" in output

@@ -1,0 +1,85 @@
+"""Runs `python -m megatron_sip.train` as a user would, for the tests of whole runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+START_SECONDS = 300.0
+
+COMMON = (
+    *("--split", "70,0,30", "--seq-length", "96", "--suffix-length", "24", "--row-length", "360"),
+    *("--global-batch-size", "4", "--lr", "1e-3", "--lr-decay-style", "constant", "--logging-level", "40"),
+)
+
+
+def command(run: Path, *flags: str, processes: int = 1) -> list[str]:
+    """The trainer's command line, under torchrun when there is more than one process."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
+    return [*launcher, "-m", "megatron_sip.train", *COMMON, "--save", str(run), *flags]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(run: Path, *flags: str, processes: int = 1) -> subprocess.Popen[bytes]:
+    """Start a run in the background; its output goes to RUN.log."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with run.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(
+            command(run, *flags, processes=processes), stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+
+
+def train(run: Path, *flags: str, processes: int = 1, timeout: float = START_SECONDS) -> str:
+    """Run to the end and return the output; fails with it when the exit status is not 0."""
+    status = start(run, *flags, processes=processes).wait(timeout)
+    output = run.with_suffix(".log").read_text(errors="replace")
+    assert status == 0, f"exit status {status}:\n{output[-6000:]}"
+    return output
+
+
+def refused(run: Path, *flags: str, timeout: float = 120.0) -> tuple[str, float]:
+    """Run what must be refused; returns (output, seconds it took)."""
+    began = time.monotonic()
+    status = start(run, *flags).wait(timeout)
+    output = run.with_suffix(".log").read_text(errors="replace")
+    assert status not in (0, None), output[-6000:]
+    assert "Traceback" not in output, output[-6000:]
+    return output, time.monotonic() - began
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    """The complete lines of metrics.jsonl so far."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], timeout: float = START_SECONDS) -> None:
+    """Return as soon as `step` is in metrics.jsonl."""
+    deadline = time.monotonic() + timeout
+    while not any(record["step"] >= step for record in steps(run)):
+        assert process.poll() is None, run.with_suffix(".log").read_text(errors="replace")[-6000:]
+        assert time.monotonic() < deadline, f"step {step} did not come within {timeout:.0f} s"
+        time.sleep(0.05)
+
+
+LEARNT = ("loss", "grad_norm", "score/suffix", "score/rollout", "chosen_rate/rollout", "reward_margin", "kl_to_reference")
+
+
+def learnt(records: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """What a step computed, without durations and counters."""
+    return [[record["step"], *(record.get(name, 0.0) for name in LEARNT)] for record in records]

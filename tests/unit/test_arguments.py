@@ -1,0 +1,161 @@
+"""Flags that cannot work are refused at once, naming the flag and the mend."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sip.arguments import (
+    GROUP_TITLE,
+    ArgumentError,
+    add_arguments,
+    candidate_kinds,
+    find_hf_config,
+    needs_engines,
+    needs_teacher,
+    uses_judge,
+    validate,
+)
+
+MEGATRON = {
+    "seq_length": 2048,
+    "micro_batch_size": 1,
+    "context_parallel_size": 1,
+    "global_batch_size": 256,
+    "data_parallel_size": 4,
+    "data_path": ["text.jsonl"],
+    "train_iters": 10,
+    "save_interval": None,
+    "lr_warmup_iters": 0,
+    "save": "run",
+    "load": None,
+}
+
+
+def arguments(*flags: str, **megatron: Any) -> argparse.Namespace:
+    """Our flags parsed, with Megatron's filled in; complete unless overridden."""
+    servers = ("--rollout-url", "http://engine:30000", "--teacher-url", "http://teacher:30000")
+    args = add_arguments(argparse.ArgumentParser()).parse_args([*servers, *flags])
+    for name, value in (MEGATRON | megatron).items():
+        setattr(args, name, value)
+    return args
+
+
+def refusal(*flags: str, **megatron: Any) -> str:
+    with pytest.raises(ArgumentError) as caught:
+        validate(arguments(*flags, **megatron))
+    return str(caught.value)
+
+
+def test_the_defaults_are_complete() -> None:
+    args = arguments()
+    validate(args)
+    assert args.row_length == 2048 + 128
+    assert args.run_dir == args.load == "run"
+    assert args.save_interval == 10
+
+
+def test_a_suffix_longer_than_the_sequence() -> None:
+    message = refusal("--suffix-length", "256", seq_length=128)
+    assert "--suffix-length 256" in message
+    assert "--seq-length 128" in message
+
+
+def test_a_row_too_short_for_a_pair() -> None:
+    assert "at least 2176" in refusal("--row-length", "2048")
+
+
+def test_an_unknown_criterion_names_the_known_ones() -> None:
+    message = refusal("--criteria", "beauty=1")
+    assert "beauty" in message
+    for known in ("quality", "safety", "factuality", "likelihood"):
+        assert known in message
+
+
+def test_likelihood_needs_prompt_logprobs() -> None:
+    assert "--teacher-api sglang" in refusal("--teacher-api", "openai", "--teacher-name", "m")
+
+
+def test_dpo_needs_two_candidates() -> None:
+    assert "--candidates" in refusal("--candidates", "rollout", "--num-rollouts", "1")
+
+
+def test_dpo_cannot_wait_for_rollouts_with_one_other_candidate() -> None:
+    assert "--rollout-start-step" in refusal("--rollout-start-step", "100")
+    validate(arguments("--rollout-start-step", "100", "--candidates", "suffix", "rewrite", "rollout"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--dpo-pair", "rewrite", "rewrite"), "--dpo-pair"),
+        (("--dpo-pair", "rewrite", "rollout", "--objective", "rf-nll"), "--dpo-pair"),
+        (("--objective", "rf-nll", "--ref-update-interval", "5"), "--ref-update-interval"),
+        (("--dpo-beta", "0"), "--dpo-beta"),
+        (("--rollout-local", "1"), "--rollout-local"),
+        (("--teacher-model", "somewhere"), "--teacher-model"),
+        (("--teacher-api", "openai"), "--teacher-name"),
+        (("--num-rollouts", "0"), "--num-rollouts"),
+    ],
+)
+def test_contradictions(flags: tuple[str, ...], named: str) -> None:
+    assert named in refusal(*flags)
+
+
+@pytest.mark.parametrize(
+    ("megatron", "named"),
+    [
+        ({"global_batch_size": 255}, "--global-batch-size 255"),
+        ({"context_parallel_size": 2}, "--context-parallel-size"),
+        ({"micro_batch_size": 2}, "--row-length"),
+        ({"data_path": None}, "--data-path"),
+        ({"train_iters": None}, "--train-iters"),
+        ({"save": None}, "--save"),
+        ({"lr_warmup_iters": 10}, "--lr-warmup-iters"),
+    ],
+)
+def test_flags_of_megatron_that_do_not_fit(megatron: dict[str, Any], named: str) -> None:
+    assert named in refusal(**megatron)
+
+
+def test_servers_are_required_only_for_what_uses_them() -> None:
+    without = add_arguments(argparse.ArgumentParser()).parse_args(["--objective", "sft"])
+    for name, value in MEGATRON.items():
+        setattr(without, name, value)
+    validate(without)
+    assert not needs_engines(without)
+    assert not needs_teacher(without)
+    without.objective, without.row_length = "dpo", None
+    with pytest.raises(ArgumentError, match="--rollout-url"):
+        validate(without)
+
+
+def test_what_a_run_needs_follows_from_the_objective() -> None:
+    pair = arguments("--dpo-pair", "rewrite", "rollout")
+    assert candidate_kinds(pair) == ("rewrite", "rollout")
+    assert not uses_judge(pair)
+    assert needs_teacher(pair)
+    assert candidate_kinds(arguments("--objective", "sft", "--sft-target", "rewrite")) == ("rewrite",)
+
+
+def test_the_policy_is_found_or_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(ArgumentError, match="convert_checkpoint"):
+        find_hf_config(None, str(tmp_path))
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    assert find_hf_config(None, str(tmp_path)) == tmp_path / "hf"
+    with pytest.raises(ArgumentError, match="--hf-config"):
+        find_hf_config(None, None)
+    with pytest.raises(ArgumentError, match="--hf-config must name"):
+        find_hf_config(str(tmp_path / "absent"), None)
+
+
+def test_every_flag_stands_in_our_group_with_a_help_text() -> None:
+    parser = add_arguments(argparse.ArgumentParser(add_help=False))
+    group = next(group for group in parser._action_groups if group.title == GROUP_TITLE)
+    assert len(group._group_actions) == len(parser._actions)
+    assert all(action.help for action in group._group_actions)
+    assert "--suffix-length" in parser.format_help()
