@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,37 @@ def time_interleaved(cases: Sequence[Case], *, rounds: int, warmup: int = 2, dev
             if turn >= warmup:
                 seconds[case.name].append(time.perf_counter() - start)
     return {name: Timing(statistics.median(runs), min(runs), max(runs)) for name, runs in seconds.items()}
+
+
+def added_peak_gb(case: Case, device: str = "cpu") -> float:
+    """Memory that one run needs beyond what was held before it (CPU: sampled resident memory, so nothing that the
+    allocator had kept for reuse counts)."""
+    case.prepare()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        case.run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    finished = threading.Event()
+    before = _resident_bytes()
+    highest = [before]
+
+    def sample() -> None:
+        while not finished.wait(0.0005):
+            highest.append(max(highest.pop(), _resident_bytes()))
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        case.run()
+    finally:
+        finished.set()
+        sampler.join()
+    return (highest[0] - before) / 1e9
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _synchronise(device: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -393,3 +395,30 @@ def test_the_library_holds_the_architectures_it_names() -> None:
     images = fat_binary_architectures(Path(extension.__file__).read_bytes())
     with_cuda = {("elf", 80), ("elf", 90), ("ptx", 90)}
     assert images == (with_cuda if "CUDA" in compiled_devices() else set())
+
+
+WITHOUT_EXTENSION = """
+import sys
+sys.modules["megatron_sip._kernels"] = None
+import torch
+from megatron_sip.model.logprob import branch_logprobs
+from megatron_sip.model.logprob_ops import compiled_devices
+assert compiled_devices() == ()
+leaf = torch.randn(3, 9, requires_grad=True)
+rows, targets = torch.tensor([0, 0, 2]), torch.tensor([1, 8, 4])
+tokens, sums = branch_logprobs(leaf * 1, rows, targets, torch.tensor([0, 1, 3]))
+(sums * torch.tensor([1.0, -2.0])).sum().backward()
+ours, leaf.grad = leaf.grad, None
+exact = leaf.log_softmax(-1)[rows, targets]
+(exact * torch.tensor([1.0, -2.0, -2.0])).sum().backward()
+torch.testing.assert_close(tokens, exact)
+torch.testing.assert_close(ours, leaf.grad)
+"""
+
+
+def test_without_the_extension_torch_does_the_same_and_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("megatron_sip._kernels is not built") == 1
