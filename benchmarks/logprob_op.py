@@ -4,8 +4,10 @@
     python benchmarks/logprob_op.py --device cuda --rows 8192 --json benchmarks/results/logprob_op_cuda.json
 
 The floor reads the logits once and rewrites them in place. Each contestant goes from logits to the log-probs' sum and
-back to the logits' gradient; "weighted" has another coefficient for each branch, as DPO does. On a CPU all is measured
-twice, with glibc's default allocator and with one that keeps freed memory: page faults are much of what torch pays.
+back to the logits' gradient; "ours" writes that in the forward pass. "weighted" has another coefficient for each branch,
+as DPO does, and writes it in the backward pass ("precomputed": in the forward pass, to be scaled later). On a CPU all
+is measured twice, with glibc's default allocator and with one that keeps freed memory: page faults are much of what
+torch pays.
 """
 
 from __future__ import annotations
@@ -88,15 +90,23 @@ def make_workload(rows: int, vocab: int, dtype: torch.dtype, device: str) -> Wor
 def our_cases(work: Workload) -> list[Case]:
     seed = torch.zeros((), device=work.buffer.device, requires_grad=True)
 
-    def run(weighted: bool, inplace: bool) -> None:
+    def run(weighted: bool, inplace: bool = True, precompute_gradient: bool = False) -> None:
         logits = _Projection.apply(seed, [work.buffer])
-        _, sums = branch_logprobs(logits, work.rows, work.targets, work.branch_offsets, inplace=inplace)
+        _, sums = branch_logprobs(
+            logits,
+            work.rows,
+            work.targets,
+            work.branch_offsets,
+            inplace=inplace,
+            precompute_gradient=precompute_gradient,
+        )
         ((sums * work.branch_weights).sum() if weighted else sums.sum()).backward()
 
     return [
-        Case(OURS, lambda: run(False, True), work.refill),
-        Case("ours weighted", lambda: run(True, True), work.refill),
-        Case("ours out of place", lambda: run(True, False), work.refill),
+        Case(OURS, lambda: run(False, precompute_gradient=True), work.refill),
+        Case("ours weighted", lambda: run(True), work.refill),
+        Case("ours weighted, precomputed", lambda: run(True, precompute_gradient=True), work.refill),
+        Case("ours out of place", lambda: run(True, inplace=False), work.refill),
     ]
 
 

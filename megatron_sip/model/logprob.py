@@ -3,8 +3,8 @@
     token_logprobs, branch_sums = branch_logprobs(logits, row.logit_rows, row.targets, row.branch_offsets)
 
 A row of logits may predict several tokens (the last prefix token predicts the first token of each branch): it is
-projected once and the gradients of its entries add up. The forward pass that will be differentiated overwrites the
-logits with their unscaled gradient while a row is still in cache; the backward pass scales it in the same buffer.
+projected once and the gradients of its entries add up. The gradient is written over the logits, in the backward pass or
+(unscaled) already in the forward pass, while a row is still in cache.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def branch_logprobs(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     inplace: bool = True,
+    precompute_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the targets [L] and their sums over branches [B]; differentiable with respect to `logits`.
 
@@ -68,6 +69,10 @@ def branch_logprobs(
             By default all columns count, which is what Megatron's own loss does with its padded vocabulary.
         inplace: when a gradient is needed, use the logits' memory for it. The op must then own that buffer: contiguous,
             not a leaf, read by nobody afterwards. The gradient can be computed once. False leaves `logits` alone.
+        precompute_gradient: write the unscaled gradient over the logits in the forward pass already, while a row is in
+            cache. The fastest way to the gradient of a plain sum of log-probs: with all coefficients 1 backward has
+            nothing left to do. With others it must read and write the buffer once more, and computing the exponentials
+            again (False) is faster. Has no effect out of place, or with tensor parallelism: a shard cannot normalise.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or (on the CPU; a device-side assertion on CUDA) indices that do not fit.
@@ -82,6 +87,7 @@ def branch_logprobs(
         vocab_start=vocab_start,
         vocab_size=vocab_size,
         inplace=inplace,
+        precompute_gradient=precompute_gradient,
     )
     return result.token_logprobs, result.branch_sums
 
@@ -96,6 +102,7 @@ def branch_logprobs_with_entropy(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     inplace: bool = True,
+    precompute_gradient: bool = False,
 ) -> BranchLogprobs:
     """`branch_logprobs`, and each row's entropy, which costs one more multiply-add a logit."""
     if logits.dim() != 2:
@@ -111,8 +118,9 @@ def branch_logprobs_with_entropy(
         )
         return BranchLogprobs(*outputs[:3])
     logits = logits.contiguous()
+    stored_softmax = needs_gradient and inplace and precompute_gradient and shard.group is None
     return BranchLogprobs(
-        *_BranchLogprobs.apply(logits, logit_rows, targets, branch_offsets, shard, inplace, needs_gradient)
+        *_BranchLogprobs.apply(logits, logit_rows, targets, branch_offsets, shard, inplace, stored_softmax)
     )
 
 
@@ -264,23 +272,21 @@ class _BranchLogprobs(torch.autograd.Function):
         branch_offsets: Tensor,
         shard: VocabularyShard,
         inplace: bool,
-        needs_gradient: bool,
+        stored_softmax: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # A shard cannot normalise by itself: with tensor parallelism the softmax is recomputed in backward.
-        ctx.stored_softmax = needs_gradient and inplace and shard.group is None
-        statistics = operators.softmax_statistics_ if ctx.stored_softmax else operators.row_statistics
+        statistics = operators.softmax_statistics_ if stored_softmax else operators.row_statistics
         local = statistics(logits, logit_rows, targets, shard.start, shard.columns)
-        if ctx.stored_softmax:
+        if stored_softmax:
             # Whoever saved these logits for its own backward pass is told, instead of reading a softmax.
             torch.autograd.graph.increment_version(logits)
         reference, row_sums, target_logits = combine_over_ranks(local[0], local[1], local[2], shard.group)
         tokens, sums, entropy, normaliser = finish_logprobs(
             reference, row_sums, target_logits, logit_rows, branch_offsets, output_dtype(logits)
         )
-        ctx.shard, ctx.inplace, ctx.consumed = shard, inplace, False
+        ctx.shard, ctx.inplace, ctx.stored_softmax, ctx.consumed = shard, inplace, stored_softmax, False
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(entropy)
-        if needs_gradient:
+        if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, logit_rows, targets, branch_offsets, tokens, normaliser)
         return tokens, sums, entropy
 

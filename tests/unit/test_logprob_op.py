@@ -20,6 +20,12 @@ from megatron_sip.model.logprob import branch_logprobs, branch_logprobs_with_ent
 from megatron_sip.model.logprob_ops import compiled_devices, extension, operators
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MODES = (
+    {"precompute_gradient": True},
+    {"precompute_gradient": False},
+    {"inplace": False},
+)
+"""The gradient written in the forward pass, in the backward pass over the logits, or beside them."""
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -55,14 +61,14 @@ def test_the_compiled_kernels_are_there() -> None:
     assert extension.cuda_architectures() in ([], ["sm_80", "sm_90"])
 
 
-@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("vocab", [1, 7, 33, 4099])
-def test_values_and_gradients_equal_float64(vocab: int, dtype: torch.dtype, inplace: bool) -> None:
+def test_values_and_gradients_equal_float64(vocab: int, dtype: torch.dtype, mode: dict[str, bool]) -> None:
     logit_rows, targets, offsets = entries(9, vocab, (4, 0, 7, 1))
     logits = (6 * torch.randn(9, vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).to(dtype)
     leaf = logits.clone().requires_grad_()
-    tokens, sums, entropy = branch_logprobs_with_entropy(leaf * 1, logit_rows, targets, offsets, inplace=inplace)
+    tokens, sums, entropy = branch_logprobs_with_entropy(leaf * 1, logit_rows, targets, offsets, **mode)
     loss(tokens, sums).backward()
 
     oracle = logits.to(torch.float64, copy=True).requires_grad_()
@@ -102,9 +108,9 @@ def test_rising_and_falling_rows(direction: int) -> None:
     torch.testing.assert_close(tokens.double(), exact(logits, logit_rows, targets, offsets)[0], rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_infinite_logits(dtype: torch.dtype, inplace: bool) -> None:
+def test_infinite_logits(dtype: torch.dtype, mode: dict[str, bool]) -> None:
     """-inf (a masked token) has probability and gradient exactly 0; NaN is never hidden."""
     logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(3)).to(dtype)
     logits[0, :4500] = -torch.inf
@@ -112,7 +118,7 @@ def test_infinite_logits(dtype: torch.dtype, inplace: bool) -> None:
     logits[2, 17] = torch.nan
     leaf = logits.clone().requires_grad_()
     logit_rows, targets = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([4600, 3, 9, 4999, 4])
-    tokens, _ = branch_logprobs(leaf * 1, logit_rows, targets, torch.tensor([0, 5]), inplace=inplace)
+    tokens, _ = branch_logprobs(leaf * 1, logit_rows, targets, torch.tensor([0, 5]), **mode)
     tokens[torch.tensor([0, 2])].sum().backward()
     expected, _, _ = exact(logits, logit_rows, targets, torch.tensor([0, 5]))
     torch.testing.assert_close(tokens.double(), expected, rtol=0, atol=2e-6, equal_nan=True)
@@ -128,12 +134,12 @@ def test_a_row_of_minus_infinity_alone_is_nan_as_in_torch() -> None:
     assert torch.isnan(tokens).all()
 
 
-@pytest.mark.parametrize("inplace", [True, False])
-def test_padded_columns_leave_the_softmax(inplace: bool) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_padded_columns_leave_the_softmax(mode: dict[str, bool]) -> None:
     logits = torch.randn(5, 64, generator=torch.Generator().manual_seed(4))
     logit_rows, targets, offsets = entries(5, 50, (3, 4))
     leaf = logits.clone().requires_grad_()
-    tokens, sums = branch_logprobs(leaf * 1, logit_rows, targets, offsets, vocab_size=50, inplace=inplace)
+    tokens, sums = branch_logprobs(leaf * 1, logit_rows, targets, offsets, vocab_size=50, **mode)
     loss(tokens, sums).backward()
     oracle = logits.double().requires_grad_()
     expected_tokens, expected_sums, _ = exact(oracle[:, :50], logit_rows, targets, offsets)
@@ -144,11 +150,11 @@ def test_padded_columns_leave_the_softmax(inplace: bool) -> None:
 
 
 @pytest.mark.parametrize(("rows", "branches"), [(0, ()), (0, (0, 0)), (3, ()), (3, (0,)), (3, (0, 2, 0))])
-@pytest.mark.parametrize("inplace", [True, False])
-def test_nothing_to_do(rows: int, branches: tuple[int, ...], inplace: bool) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_to_do(rows: int, branches: tuple[int, ...], mode: dict[str, bool]) -> None:
     leaf = torch.randn(rows, 11, requires_grad=True)
     logit_rows, targets, offsets = entries(rows, 11, branches)
-    tokens, sums = branch_logprobs(leaf * 1, logit_rows, targets, offsets, inplace=inplace)
+    tokens, sums = branch_logprobs(leaf * 1, logit_rows, targets, offsets, **mode)
     (tokens.sum() + sums.sum()).backward()
     assert tokens.shape == (sum(branches),)
     assert sums.shape == (len(branches),)
@@ -251,38 +257,42 @@ def test_opcheck() -> None:
     torch.library.opcheck(operators.gradient_.default, (logits.clone(), *rest))
 
 
-def test_a_second_backward_through_consumed_logits_raises() -> None:
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_a_second_backward_through_consumed_logits_raises(mode: dict[str, bool]) -> None:
     leaf = torch.randn(4, 13, requires_grad=True)
     logit_rows, targets, offsets = entries(4, 13, (3, 4))
-    tokens, _ = branch_logprobs(leaf * 1, logit_rows, targets, offsets)
+    tokens, _ = branch_logprobs(leaf * 1, logit_rows, targets, offsets, **mode)
     tokens.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="consumed by an earlier backward"):
         tokens.sum().backward()
 
 
-def test_consuming_logits_that_another_op_saved_raises() -> None:
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_consuming_logits_that_another_op_saved_raises(mode: dict[str, bool]) -> None:
     leaf = torch.randn(4, 13, requires_grad=True)
     logits = leaf * 1
     z_loss = logits.square().sum()
-    tokens, _ = branch_logprobs(logits, *entries(4, 13, (3, 4)))
+    tokens, _ = branch_logprobs(logits, *entries(4, 13, (3, 4)), **mode)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (tokens.sum() + z_loss).backward()
 
 
-def test_the_gradient_is_written_into_the_logits() -> None:
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_the_gradient_is_written_into_the_logits(mode: dict[str, bool]) -> None:
     leaf = torch.randn(4, 1000, requires_grad=True)
     logits = leaf * 1
     received: list[int] = []
     logits.register_hook(lambda grad: received.append(grad.data_ptr()))
-    branch_logprobs(logits, *entries(4, 1000, (3, 4)))[1].sum().backward()
+    branch_logprobs(logits, *entries(4, 1000, (3, 4)), **mode)[1].sum().backward()
     assert received == [logits.data_ptr()]
 
 
-def test_a_view_of_the_projection_can_be_consumed() -> None:
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_a_view_of_the_projection_can_be_consumed(mode: dict[str, bool]) -> None:
     """Megatron's output layer gives [s, b, v]; the op sees a view of it."""
     logit_rows, targets, offsets = entries(4, 13, (3, 4))
     leaf = torch.randn(4, 1, 13, requires_grad=True)
-    branch_logprobs((leaf * 1).view(4, 13), logit_rows, targets, offsets)[1].sum().backward()
+    branch_logprobs((leaf * 1).view(4, 13), logit_rows, targets, offsets, **mode)[1].sum().backward()
     expected = leaf.detach().clone().requires_grad_()
     exact(expected[:, 0], logit_rows, targets, offsets)[1].sum().backward()
     torch.testing.assert_close(leaf.grad, expected.grad)
