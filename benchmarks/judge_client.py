@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default=None, help="tokenizer folder for the sglang case (none: left out)")
     args = parser.parse_args()
     rows: dict[str, dict[str, float]] = {}
+    load = os.getloadavg()[0]
     with canned_server() as url, tempfile.TemporaryDirectory() as folder:
         for name, settings in cases(url, args.tokenizer, Path(folder) / "cache.sqlite").items():
             wanted = args.calls if name == "openai hard, 1 vote" else args.short
@@ -181,7 +183,7 @@ def main() -> None:
         for name, row in rows.items()
     ]
     print(format_table(header, table))
-    write_report(args.json, {"machine": describe_machine("cpu"), "cases": rows})
+    write_report(args.json, {"machine": describe_machine("cpu") | {"load_average_before": load}, "cases": rows})
 
 
 if __name__ == "__main__":
