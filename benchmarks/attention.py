@@ -114,6 +114,7 @@ def measure(shape: Shape, dtype_name: str, peak: float, args: argparse.Namespace
     rows = []
     for name, timing in timings.items():
         row = {"name": name, "shape": shape.name, "dtype": dtype_name, "median_s": timing.median_s}
+        row |= {"fastest_s": timing.fastest_s, "fastest_vs_separate": timing.fastest_s / timings["separate"].fastest_s}
         row |= {"vs_separate": timing.median_s / separate, "ideal": shape.tree_scores / shape.separate_scores}
         row["of_gemm_peak"] = operations / timing.median_s / peak if name.startswith("tree") else None
         rows.append(row)
