@@ -24,7 +24,14 @@ def command(run: Path, *flags: str, processes: int = 1) -> list[str]:
     """The trainer's command line, under torchrun when there is more than one process."""
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+            "--master-port",
+            str(free_port()),
+        ]
     return [*launcher, "-m", "megatron_sip.train", *COMMON, "--save", str(run), *flags]
 
 
@@ -77,7 +84,15 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], timeou
         time.sleep(0.05)
 
 
-LEARNT = ("loss", "grad_norm", "score/suffix", "score/rollout", "chosen_rate/rollout", "reward_margin", "kl_to_reference")
+LEARNT = (
+    "loss",
+    "grad_norm",
+    "score/suffix",
+    "score/rollout",
+    "chosen_rate/rollout",
+    "reward_margin",
+    "kl_to_reference",
+)
 
 
 def learnt(records: Sequence[dict[str, Any]]) -> list[list[float]]:
