@@ -178,9 +178,9 @@ def make_schedule(settings: ScheduleSettings) -> Schedule:
         case "pivot":
             return Pivot(settings.pivot)
         case "circulant_bt":
-            return CirculantBT(settings.degree)
+            return CirculantBT(settings.degree, balanced=not settings.both_orders)
         case "two_ended_bt":
-            return TwoEndedBT(settings.budget)
+            return TwoEndedBT(settings.budget, balanced=not settings.both_orders)
     raise ValueError(f"unknown schedule '{settings.name}'")
 
 

@@ -109,13 +109,18 @@ class ClientSettings:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleSettings:
-    """Which pairs a pairwise criterion asks for; see schedules.py."""
+    """Which pairs a pairwise criterion asks for; see schedules.py.
+
+    both_orders: read soft verdicts in both orders also under circulant_bt and two_ended_bt, for twice the calls: for judges
+    whose position bias is strong.
+    """
 
     name: str = "circulant_bt"
     degree: int = 6
     budget: int = 48
     pivot: Literal["suffix", "rollout"] = "suffix"
     likelihood_prior: bool = False
+    both_orders: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in SCHEDULE_NAMES:
