@@ -31,12 +31,15 @@ fi
 
 # Heap reuse: without it most of the time of large CPU tensors is page faults.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
+export PYTHONWARNINGS=ignore
 exec python -m megatron_sip.train \
     --pretrained-checkpoint "$policy" --save "$run_dir/checkpoints" --run-dir "$run_dir" \
     --data-path "$data" --split 80,0,20 --bf16 \
     --seq-length 128 --suffix-length 32 --row-length 640 \
     --objective dpo --candidates suffix rollout --num-rollouts 4 --dpo-beta 0.1 \
     --criteria likelihood=1 --teacher-model "$teacher" --rollout-local 1 \
-    --global-batch-size 8 --train-iters 40 --lr 2e-5 --min-lr 2e-6 --lr-decay-style cosine --lr-warmup-iters 4 \
-    --clip-grad 1.0 --weight-decay 0.0 --adam-beta2 0.95 --save-interval 20 \
+    --global-batch-size 8 --train-iters 32 --lr 5e-5 --min-lr 5e-6 --lr-decay-style cosine --lr-warmup-iters 4 \
+    --clip-grad 1.0 --weight-decay 0.0 --adam-beta2 0.95 --save-interval 16 \
+    --tensorboard-dir "$run_dir/tensorboard" --wandb-project megatron_sip --wandb-exp-name demo \
+    --wandb-save-dir "$run_dir" --logging-level 40 \
     --win-rate-prompts 96 --win-rate-temperature 1.0 "$@"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -181,16 +182,21 @@ def _add_teacher_flags(group: argparse._ArgumentGroup) -> None:
         default="circulant_bt",
         help="Which pairs a pairwise criterion compares. all_pairs is the paper's; see docs/judging.md for what each costs.",
     )
-    group.add_argument("--judge-degree", type=int, default=4, help="Opponents of each candidate under circulant_bt.")
-    group.add_argument("--judge-budget", type=int, default=32, help="Comparisons a group under two_ended_bt.")
+    group.add_argument("--judge-degree", type=int, default=6, help="Opponents of each candidate under circulant_bt.")
+    group.add_argument("--judge-budget", type=int, default=48, help="Comparisons a group under two_ended_bt.")
     group.add_argument(
         "--judge-pivot", choices=["suffix", "rollout"], default="suffix", help="Whom all others meet under pivot."
     )
     group.add_argument(
+        "--judge-both-orders",
+        action="store_true",
+        help="Show every pair in both orders, for a judge that prefers whichever option comes first.",
+    )
+    group.add_argument(
         "--judge-verdict",
         choices=["hard", "soft"],
-        default="hard",
-        help="hard: the judge writes and its verdict is read. soft: the probability of its verdict token, both orders.",
+        default="soft",
+        help="hard: the judge writes, and --judge-votes verdicts are read. soft: the probability of its verdict token.",
     )
     group.add_argument("--judge-temperature", type=float, default=1.0, help="Sampling of verdicts (paper: 1.0).")
     group.add_argument("--judge-top-p", type=float, default=0.6, help="Nucleus of the verdicts' sampling (paper: 0.6).")
@@ -242,6 +248,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given = expand_presets(sys.argv[1:] if argv is None else argv)
     asks_help = "-h" in given or "--help" in given
     implied = [] if asks_help else _implied_by_model(given)
+    if "WANDB_API_KEY" not in os.environ:
+        os.environ.setdefault("WANDB_MODE", "offline")  # wandb would ask for a login in the middle of a batch job
     sys.argv = [sys.argv[0], *cpu_default_arguments(), *implied, *given]
     args = parse_and_validate_args(add_arguments, args_defaults={"micro_batch_size": 1})
     validate(args)

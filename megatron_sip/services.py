@@ -25,6 +25,8 @@ from megatron_sip.stop_signal import StopSignal
 CONNECT_SECONDS = 10.0
 ENGINE_MARGIN = 2
 """SGLang stops a request this many tokens before the end of its context."""
+ENGINE_FLAGS = ("--load-format=dummy", "--enable-fp32-lm-head")
+"""The trainer pushes its weights before the first rollout, so engines need not read any; logits in float32 as here."""
 PROBE_TEXT = "Self-improving pretraining: naïve façade, 12345 + 678 = ?\n\tΔοκιμή 测试"
 """Tokenised by us and by every engine; a difference means that they do not share a tokenizer."""
 
@@ -40,8 +42,7 @@ class LocalServers:
         self._engines: Future[list[LocalServer]] | None = None
         self._teacher: Future[list[LocalServer]] | None = None
         if args.rollout_local and needs_engines(args):
-            # The trainer pushes its weights before the first rollout, so the engines need not read any.
-            engine = self._settings(args, args.hf_config, logs / "engine.log", context, ("--load-format=dummy",))
+            engine = self._settings(args, args.hf_config, logs / "engine.log", context, ENGINE_FLAGS)
             self._engines = self._threads.submit(start_servers, args.rollout_local, engine)
         if args.teacher_model and needs_teacher(args):
             teacher = self._settings(args, args.teacher_model, logs / "teacher.log", None, ())
@@ -103,7 +104,13 @@ def judge_settings(args: argparse.Namespace, urls: Sequence[str]) -> JudgeSettin
         criteria=parse_criteria(args.criteria),
         endpoints=teacher_endpoints(args, urls),
         votes=args.judge_votes,
-        schedule=ScheduleSettings(args.judge_schedule, args.judge_degree, args.judge_budget, args.judge_pivot),
+        schedule=ScheduleSettings(
+            name=args.judge_schedule,
+            degree=args.judge_degree,
+            budget=args.judge_budget,
+            pivot=args.judge_pivot,
+            both_orders=args.judge_both_orders,
+        ),
         default_verdict=args.judge_verdict,
         temperature=args.judge_temperature,
         top_p=args.judge_top_p,

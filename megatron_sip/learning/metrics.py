@@ -87,8 +87,12 @@ class MetricsWriter:
         print(progress_line(step, self._total_steps, numbers), flush=True)
 
     def close(self) -> None:
-        """Flush and close the file; the other writers belong to Megatron."""
+        """Flush and close everything; the last steps would otherwise be missing from tensorboard and wandb."""
         self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -21,7 +21,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from megatron_sip.learning.packing import PackedRow
 from megatron_sip.model.attention import PrefixTreeAttention
+from megatron_sip.model.float_logits import float_logits
 from megatron_sip.model.logprob import branch_logprobs
 from megatron_sip.model.norm import RMSNorm
 from megatron_sip.model.tree_attention_flex import FlexTreeAttention
@@ -66,15 +66,7 @@ class PolicyModel(GPTModel):
             )
         predicting = hidden_states[:, 0].index_select(0, row.hidden_index)
         weight = self.output_layer.weight if output_weight is None else output_weight
-        logits = linear_with_grad_accumulation_and_async_allreduce(
-            input=predicting.unsqueeze(1),
-            weight=weight,
-            bias=None,
-            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion and weight.requires_grad,
-            allreduce_dgrad=group.size() > 1,
-            sequence_parallel=False,
-            tp_group=group,
-        ).squeeze(1)
+        logits = float_logits(predicting, weight, group)
         token_logprobs, _ = branch_logprobs(
             logits,
             row.logit_rows,

@@ -1,0 +1,74 @@
+"""One trainer step for each objective, for test_objectives_end_to_end.
+
+    python tests/integration/objectives_worker.py POLICY_DIR REFERENCE_DIR EXAMPLES.json RESULT.pt
+
+Writes {objective: {"loss", "gradients": by HF name}} of PolicyTrainer.train_step, with a reference of other weights.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from parity_worker import forget_megatron
+from transformers import AutoConfig
+
+from megatron_sip.learning.metrics import flatten
+from megatron_sip.learning.objectives import ObjectiveSettings
+from megatron_sip.model.standalone import initialize_megatron_for
+from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.samples import Example
+
+FLAGS = (
+    *("--global-batch-size", "4", "--calculate-per-token-loss", "--clip-grad", "0", "--rerun-mode", "disabled"),
+    *("--no-check-for-nan-in-loss-and-grad", "--lr", "1e-3", "--train-iters", "2"),
+)
+
+
+def run_case(objective: str, policy_dir: str, reference_dir: str, examples: list[Example]) -> dict:
+    from megatron.training import get_args
+
+    from megatron_sip.learning.exchange import LeaderExchange
+    from megatron_sip.learning.reference import build_reference
+    from megatron_sip.learning.trainer import PolicyTrainer
+    from megatron_sip.model.hf_weights import export_hf_weights, load_hf_weights
+
+    hf_config = AutoConfig.from_pretrained(policy_dir)
+    hf_config.dtype = torch.float32
+    initialize_megatron_for(hf_config, list(FLAGS))
+    args = get_args()
+    args.row_length = 160
+    settings = ObjectiveSettings(objective, nll_coef=0.2 if objective == "dpo" else 0.0)
+    trainer = PolicyTrainer(args, settings, LeaderExchange(timeout_seconds=60), pad_id=0)
+    load_hf_weights(trainer.model, policy_dir)
+    trainer.optimizer.reload_model_params()
+    reference = None
+    if settings.needs_reference:
+        reference = build_reference()
+        load_hf_weights(reference, reference_dir)
+    metrics = flatten(trainer.train_step(examples, reference))
+    for chunk in trainer.model:  # the export knows the HF names: hand it the gradients as if they were the weights
+        for parameter in chunk.parameters():
+            parameter.data.copy_(parameter.main_grad)
+    gradients = {name: grad.clone() for name, grad in export_hf_weights(trainer.model, hf_config) if grad is not None}
+    return {"loss": metrics["loss"], "gradients": gradients}
+
+
+def main() -> None:
+    policy_dir, reference_dir, examples_file, result = sys.argv[1:]
+    enable_cpu()
+    problems = json.loads(Path(examples_file).read_text())
+    results = {}
+    for objective, records in problems.items():
+        examples = [Example(**record) for record in records]
+        results[objective] = run_case(objective, policy_dir, reference_dir, examples)
+        forget_megatron()
+    torch.save(results, result)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""SFT, RF-NLL and DPO: a trainer step's loss and gradients equal those of a transformers model and plain formulas."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 131
+WORKER = Path(__file__).with_name("objectives_worker.py")
+BETA, NLL_COEF = 0.1, 0.2
+
+
+def make_model(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def make_examples(roles: list[str], seed: int) -> list[dict]:
+    rng = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [rng.randrange(VOCABULARY) for _ in range(rng.randint(low, high))]
+
+    return [
+        {
+            "task_index": task,
+            "prefix_ids": ids(5, 60),
+            "branches": [ids(3, 25) for _ in roles],
+            "roles": roles,
+            "kinds": ["suffix"] * len(roles),
+        }
+        for task in range(6)
+    ]
+
+
+PROBLEMS = {
+    "sft": make_examples(["target"], 0),
+    "rf-nll": make_examples(["target"], 1),
+    "dpo": make_examples(["chosen", "rejected"], 2),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("objectives")
+    return make_model(folder / "policy", 1), make_model(folder / "reference", 2)
+
+
+@pytest.fixture(scope="module")
+def results(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict:
+    work = tmp_path_factory.mktemp("work")
+    (work / "examples.json").write_text(json.dumps(PROBLEMS))
+    command = [sys.executable, str(WORKER), *map(str, folders), str(work / "examples.json"), str(work / "result.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(work / "result.pt")
+
+
+def branch_logprobs(model: LlamaForCausalLM, prefix: list[int], branch: list[int]) -> Tensor:
+    logits = model(torch.tensor([prefix + branch])).logits[0, len(prefix) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(branch)[:, None])[:, 0]
+
+
+def nll_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: list[dict]) -> Tensor:
+    logprobs = torch.cat([branch_logprobs(policy, e["prefix_ids"], e["branches"][0]) for e in examples])
+    return -logprobs.mean()
+
+
+def dpo_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: list[dict]) -> Tensor:
+    losses = []
+    for example in examples:
+        chosen, rejected = (branch_logprobs(policy, example["prefix_ids"], branch) for branch in example["branches"])
+        with torch.no_grad():
+            base = [branch_logprobs(reference, example["prefix_ids"], branch).sum() for branch in example["branches"]]
+        margin = (chosen.sum() - base[0]) - (rejected.sum() - base[1])
+        losses.append(-torch.nn.functional.logsigmoid(BETA * margin) - NLL_COEF * chosen.mean())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize(("objective", "plain"), [("sft", nll_loss), ("rf-nll", nll_loss), ("dpo", dpo_loss)])
+def test_a_step_equals_transformers(
+    results: dict, folders: tuple[Path, Path], objective: str, plain: Callable[..., Tensor]
+) -> None:
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders)
+    loss = plain(policy, reference, PROBLEMS[objective])
+    loss.backward()
+    found = results[objective]
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    expected = {name: parameter.grad for name, parameter in policy.named_parameters()}
+    assert found["gradients"].keys() == expected.keys()
+    for name, gradient in expected.items():
+        difference = (found["gradients"][name] - gradient).abs().max() / gradient.abs().max()
+        assert difference < 1e-5, name

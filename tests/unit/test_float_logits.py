@@ -1,0 +1,48 @@
+"""Float32 logits of bf16 inputs: exact where bf16 output would round, right gradients."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_sip.model.float_logits import float_logits
+
+
+def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = (4 * torch.randn(9, 64, generator=generator)).to(dtype).requires_grad_()
+    weight = torch.randn(131, 64, generator=generator).to(dtype).requires_grad_()
+    return hidden, weight
+
+
+def test_bf16_inputs_lose_nothing_to_rounding() -> None:
+    hidden, weight = inputs(torch.bfloat16)
+    exact = hidden.double() @ weight.double().T
+    logits = float_logits(hidden, weight)
+    assert logits.dtype == torch.float32
+    assert (logits - exact).abs().max() < 1e-4
+    assert ((hidden @ weight.T).double() - exact).abs().max() > 0.05  # what a bf16 head would have cost
+
+
+def test_gradients_in_the_inputs_dtypes() -> None:
+    hidden, weight = inputs(torch.bfloat16)
+    wide_hidden, wide_weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    direction = torch.randn(9, 131, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    float_logits(hidden, weight).backward(direction.float())
+    (wide_hidden @ wide_weight.T).backward(direction.double())
+    for narrow, wide in ((hidden, wide_hidden), (weight, wide_weight)):
+        assert narrow.grad is not None
+        assert wide.grad is not None
+        assert narrow.grad.dtype == torch.bfloat16
+        assert (narrow.grad.double() - wide.grad).norm() / wide.grad.norm() < 5e-3  # bf16's own precision
+
+
+def test_gradcheck_in_float64() -> None:
+    hidden, weight = inputs(torch.float64)
+    assert torch.autograd.gradcheck(float_logits, (hidden, weight))
+
+
+def test_a_frozen_weight_gets_no_gradient() -> None:
+    hidden, weight = inputs(torch.float32)
+    float_logits(hidden, weight.detach()).sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
