@@ -14,13 +14,14 @@ BIN := $(VENV)/bin
 
 install: $(VENV)/installed
 
-# torch comes first: the extension modules are built against the one that is then used.
+# torch comes first: the extension modules are built against the one that is then used. Bytecode is compiled at once, since
+# servers import thousands of modules and some environments never write it.
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 12), f"Python 3.12 is needed, this is {sys.version}"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python "torch==2.14.1" "setuptools>=80" wheel ninja "pybind11>=3.0"
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation --editable ".[dev]"
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python "torch==2.14.1" "setuptools>=80" wheel ninja "pybind11>=3.0"
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-build-isolation --editable ".[dev]"
 	touch $@
 
 demo: install

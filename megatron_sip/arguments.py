@@ -220,6 +220,12 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
         metavar="DIR",
         help="Folder for metrics.jsonl, samples, server logs, plots and summary.json. Default: the folder of --save.",
     )
+    group.add_argument("--save-groups", metavar="DIR", help="Write every step's judged groups there, compressed.")
+    group.add_argument(
+        "--replay-groups",
+        metavar="DIR",
+        help="Train from groups written by --save-groups, without engines and teacher.",
+    )
     group.add_argument(
         "--win-rate-prompts",
         type=int,
@@ -317,12 +323,14 @@ def candidate_kinds(args: argparse.Namespace) -> tuple[str, ...]:
 
 def needs_teacher(args: argparse.Namespace) -> bool:
     """Whether a judge or a rewriter is asked anything."""
-    return uses_judge(args) or "rewrite" in candidate_kinds(args) or args.win_rate_prompts > 0
+    makes_groups = args.replay_groups is None and (uses_judge(args) or "rewrite" in candidate_kinds(args))
+    return makes_groups or args.win_rate_prompts > 0
 
 
 def needs_engines(args: argparse.Namespace) -> bool:
     """Whether the policy is sampled."""
-    return "rollout" in candidate_kinds(args) or args.win_rate_prompts > 0
+    makes_groups = args.replay_groups is None and "rollout" in candidate_kinds(args)
+    return makes_groups or args.win_rate_prompts > 0
 
 
 def validate(args: argparse.Namespace) -> None:
@@ -396,6 +404,8 @@ def _check_objective(args: argparse.Namespace) -> None:
 
 
 def _check_servers(args: argparse.Namespace) -> None:
+    if args.replay_groups and not Path(args.replay_groups).is_dir():
+        raise ArgumentError(f"--replay-groups {args.replay_groups}: no such folder; --save-groups of a run makes one")
     if needs_engines(args) and not args.rollout_url and not args.rollout_local:
         raise ArgumentError(
             "rollouts need engines: give --rollout-url URL ..., or --rollout-local N to start them here"

@@ -13,9 +13,11 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from megatron_sip.group_files import read_groups, write_groups
 from megatron_sip.learning.metrics import Mean, Metrics
 from megatron_sip.learning.selection import SelectionSettings, metric_sums, select
 from megatron_sip.rollout.sglang import Failure, PoolCounters, SamplingSettings, SGLangPool
@@ -51,12 +53,18 @@ class RewritesSuffixes(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ExperienceSettings:
-    """kinds: candidates to make. rollout_start_step: before it, rollouts are left out."""
+    """kinds: candidates to make. rollout_start_step: before it, rollouts are left out.
+
+    record: folder to write judged groups to, as `replica`. replay: folder to read them from instead of making any.
+    """
 
     kinds: tuple[CandidateKind, ...]
     sampling: SamplingSettings
     selection: SelectionSettings
     rollout_start_step: int = 0
+    replica: int = 0
+    record: Path | None = None
+    replay: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +73,6 @@ class Experience:
 
     examples: list[Example]
     metrics: Metrics
-    groups: list[Group] = field(default_factory=list)
 
 
 class ExperienceMaker:
@@ -88,6 +95,22 @@ class ExperienceMaker:
 
     async def make(self, step: int, tasks: Sequence[Task]) -> Experience:
         """Candidates, scores and examples for `tasks` at optimizer step `step` (0 is the first)."""
+        if self._settings.replay is not None:
+            groups, seconds = read_groups(self._settings.replay, step, tasks), Metrics()
+        else:
+            groups, seconds = await self._judged_groups(step, tasks)
+        if self._settings.record is not None:
+            write_groups(self._settings.record, step, self._settings.replica, groups)
+        selected = select(groups, self._settings.selection)
+        metrics: Metrics = {name: Mean(*sums) for name, sums in metric_sums(groups, selected).items()}
+        metrics |= candidate_lengths(groups)
+        metrics |= {f"dropped/{reason}": float(count) for reason, count in selected.dropped.items()}
+        metrics |= self._counters() | seconds
+        metrics |= {"groups": float(len(groups)), "merged_candidates": float(selected.merged)}
+        return Experience(selected.examples, metrics)
+
+    async def _judged_groups(self, step: int, tasks: Sequence[Task]) -> tuple[list[Group], Metrics]:
+        """Groups with scores (when the objective needs them), and the seconds of each phase."""
         started = time.monotonic()
         kinds = [k for k in self._settings.kinds if k != "rollout" or step >= self._settings.rollout_start_step]
         rollouts, rewrites = await asyncio.gather(
@@ -101,16 +124,7 @@ class ExperienceMaker:
         if self._settings.selection.needs_judge:
             assert self._judge is not None
             groups = await self._judge.score(groups, objective=self._judged_objective())
-        judged_at = time.monotonic()
-        selected = select(groups, self._settings.selection)
-        metrics: Metrics = {name: Mean(*sums) for name, sums in metric_sums(groups, selected).items()}
-        metrics |= candidate_lengths(groups)
-        metrics |= {f"dropped/{reason}": float(count) for reason, count in selected.dropped.items()}
-        metrics |= self._counters()
-        metrics |= {"groups": float(len(groups)), "merged_candidates": float(selected.merged)}
-        metrics["seconds/rollout"] = made_at - started
-        metrics["seconds/judge"] = judged_at - made_at
-        return Experience(selected.examples, metrics, groups)
+        return groups, {"seconds/rollout": made_at - started, "seconds/judge": time.monotonic() - made_at}
 
     def _judged_objective(self) -> Literal["dpo", "rf-nll"]:
         return "dpo" if self._settings.selection.objective == "dpo" else "rf-nll"

@@ -172,7 +172,7 @@ def open_leader(
     args.teacher_url = args.teacher_url or teachers
     if not exchange.is_leader:
         return None
-    leader = Leader(args, tokenizer, args.rollout_url, args.teacher_url)
+    leader = Leader(args, tokenizer, args.rollout_url, args.teacher_url, exchange.replica)
     stack.callback(leader.close)
     return leader
 

@@ -81,7 +81,7 @@ def rollout_sampling(args: argparse.Namespace, *, num: int, temperature: float) 
     return SamplingSettings(max_new_tokens=args.suffix_length, temperature=temperature, top_p=args.rollout_top_p, n=num)
 
 
-def experience_settings(args: argparse.Namespace) -> ExperienceSettings:
+def experience_settings(args: argparse.Namespace, replica: int) -> ExperienceSettings:
     """The flags that the leaders' experience depends on."""
     kinds = cast("tuple[CandidateKind, ...]", candidate_kinds(args))
     return ExperienceSettings(
@@ -95,6 +95,9 @@ def experience_settings(args: argparse.Namespace) -> ExperienceSettings:
             seed=args.seed,
         ),
         rollout_start_step=args.rollout_start_step,
+        replica=replica,
+        record=Path(args.save_groups) if args.save_groups else None,
+        replay=Path(args.replay_groups) if args.replay_groups else None,
     )
 
 
@@ -132,7 +135,12 @@ class Leader:
     """One data-parallel leader's side of a step: an event loop with the clients of engines and teacher."""
 
     def __init__(
-        self, args: argparse.Namespace, tokenizer: Any, engine_urls: Sequence[str], teacher_urls: Sequence[str]
+        self,
+        args: argparse.Namespace,
+        tokenizer: Any,
+        engine_urls: Sequence[str],
+        teacher_urls: Sequence[str],
+        replica: int,
     ) -> None:
         self._runner = asyncio.Runner()
         self._clients = contextlib.AsyncExitStack()
@@ -145,12 +153,12 @@ class Leader:
             if needs_teacher(args):
                 settings = judge_settings(args, teacher_urls)
                 self.judge = self.run(self._open_judge(settings))
-            if "rewrite" in candidate_kinds(args):
+            if "rewrite" in candidate_kinds(args) and not args.replay_groups:
                 rewriter = self.run(self._open_rewriter(args, tokenizer, teacher_urls))
         except BaseException:
             self.close()
             raise
-        self._maker = ExperienceMaker(experience_settings(args), tokenizer, self.engines, self.judge, rewriter)
+        self._maker = ExperienceMaker(experience_settings(args, replica), tokenizer, self.engines, self.judge, rewriter)
 
     def run[T](self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on this leader's loop."""

@@ -27,17 +27,19 @@ from megatron_sip.data.errors import DataError
 from megatron_sip.dry_run import describe
 from megatron_sip.evaluation.outcome import write_outcome
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
+from megatron_sip.judge.client import EndpointError
 from megatron_sip.judge.settings import SettingsError
 from megatron_sip.learning.metrics import Metrics, flatten, merge
 from megatron_sip.platform.megatron_cpu import enable_cpu, rendezvous_store
 from megatron_sip.rollout.launch import ServerStartError
 from megatron_sip.rollout.sglang import EngineError
+from megatron_sip.rollout.weight_sync import WeightSyncError
 from megatron_sip.stop_signal import StopSignal
 
 if TYPE_CHECKING:
     from megatron_sip.run import Run
 
-USER_ERRORS = (DataError, SettingsError, ServerStartError, EngineError)
+USER_ERRORS = (DataError, SettingsError, EndpointError, ServerStartError, EngineError, WeightSyncError)
 
 
 def main() -> None:
@@ -67,26 +69,27 @@ def main() -> None:
 def run_steps(run: Run, stop: StopSignal) -> bool:
     """All remaining steps; False when a stop was requested (the last finished step is then saved)."""
     args, exchange = run.args, run.exchange
+    saving: Metrics = {}  # of the step before: a step's line is written before its checkpoint, or a kill could lose it
+    started = time.monotonic()
     while args.iteration < args.train_iters:
-        started = time.monotonic()
         mine = run.leader.make_experience(args.iteration, run.my_tasks(), stop) if run.leader else None
         shared = exchange.share(mine)
         if any(part is None for part in shared):
             return stop_early(run)
         examples = [example for part in shared for example in part.examples]
-        metrics = merge(part.metrics for part in shared)
+        metrics = merge(part.metrics for part in shared) | saving
         metrics |= run.trainer.train_step(examples, run.reference)
         args.iteration += 1
         args.consumed_train_samples += args.global_batch_size
         metrics |= timed("seconds/sync", run.refresh_reference, run.push_weights)
-        stopping = exchange.any(stop.requested)
-        if args.iteration % args.save_interval == 0 or args.iteration == args.train_iters:
-            metrics |= timed("seconds/save", run.save)
         metrics["seconds/total"] = time.monotonic() - started
+        started = time.monotonic()
         if run.writer is not None:
             run.writer.write(args.iteration, flatten(metrics))
-        if stopping and args.iteration < args.train_iters:
+        if exchange.any(stop.requested) and args.iteration < args.train_iters:
             return stop_early(run)
+        is_due = args.iteration % args.save_interval == 0 or args.iteration == args.train_iters
+        saving = timed("seconds/save", run.save) if is_due else {}
         run.finish_saving(wait=False)
     run.finish_saving(wait=True)
     return True

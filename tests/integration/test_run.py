@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +89,24 @@ def test_killed_anywhere_the_same_command_continues_as_if_nothing_had_happened(
         assert after == pytest.approx(before, rel=1e-4, abs=1e-5)
 
 
+def test_other_data_than_the_checkpoint_s_is_refused(
+    uninterrupted: Path, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The cursor would point at other tasks."""
+    output, _ = refused(uninterrupted, *flags, "--seed", "99")
+    assert "was trained on other data or cuts" in output
+
+
+def test_recorded_groups_train_the_same_without_any_server(
+    flags: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    groups = ("--train-iters", "2", "--pretrained-checkpoint", str(uninterrupted))
+    train(tmp_path / "recorded", *flags, *groups, "--save-groups", str(tmp_path / "groups"))
+    without_servers = [flag for flag in flags if not flag.startswith("http") and not flag.endswith("-url")]
+    train(tmp_path / "replayed", *without_servers, *groups, "--replay-groups", str(tmp_path / "groups"))
+    assert learnt(steps(tmp_path / "replayed")) == learnt(steps(tmp_path / "recorded"))
+
+
 def test_sigterm_saves_the_last_step_and_exits_0(flags: tuple[str, ...], tmp_path: Path) -> None:
     run = tmp_path / "stopped"
     process = start(run, *flags, "--train-iters", "1000", "--save-interval", "1000")
@@ -123,10 +144,6 @@ def test_the_engine_serves_what_was_trained(
     uninterrupted: Path, flags: tuple[str, ...], tiny_llama_server: LocalServer, tmp_path: Path
 ) -> None:
     """After a run the engine's greedy continuation is that of the exported checkpoint in transformers."""
-    import subprocess
-    import sys
-    import urllib.request
-
     train(tmp_path / "run", *flags, "--train-iters", "2", "--weight-sync", "disk")
     tool = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
     exported = tmp_path / "hf"
@@ -150,9 +167,10 @@ def test_the_engine_serves_what_was_trained(
     assert found["meta_info"]["weight_version"] == "2"
 
 
-def test_an_engine_that_is_down_is_named_within_30_seconds(flags: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("server", ["--rollout-url", "--teacher-url"])
+def test_a_server_that_is_down_is_named_within_30_seconds(flags: tuple[str, ...], tmp_path: Path, server: str) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    output, seconds = refused(tmp_path / "down", *flags, "--rollout-url", url)
+    output, seconds = refused(tmp_path / "down", *flags, server, url)
     assert url in output
     assert seconds < 30
 
