@@ -6,8 +6,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-RUN_DIR ?= runs/demo
 DATA ?=
+RUN_DIR ?= $(if $(DATA),runs/demo-own-text,runs/demo)
 BIN := $(VENV)/bin
 
 .PHONY: install demo test test-unit test-integration lint format bench clean
@@ -46,7 +46,7 @@ format: install
 	$(BIN)/ruff format .
 
 bench: install
-	for script in logprob_op attention train_step judge_schedules judge_client; do \
+	for script in logprob_op attention judge_schedules judge_client; do \
 		$(BIN)/python benchmarks/$$script.py --json benchmarks/results/$${script}_cpu.json || exit 1; \
 	done
 

@@ -6,14 +6,17 @@
 # The policy is SmolLM2-135M, continued; its post-trained self is the teacher and judges by likelihood. Without --data the
 # text is Python's own language reference. The same command again continues a stopped run.
 set -euo pipefail
+called_from=$PWD
 cd "$(dirname "$0")/.."
+
+absolute() { case "$1" in /*) echo "$1" ;; *) echo "$called_from/$1" ;; esac; }
 
 run_dir=runs/demo
 data=
 while [ $# -gt 0 ]; do
     case "$1" in
-        --run-dir) run_dir=$2; shift 2 ;;
-        --data) data=$2; shift 2 ;;
+        --run-dir) run_dir=$(absolute "$2"); shift 2 ;;
+        --data) data=$(absolute "$2"); shift 2 ;;
         --) shift; break ;;
         *) echo "unknown option $1; usage: examples/demo.sh [--run-dir DIR] [--data FILES] [-- FLAGS]" >&2; exit 2 ;;
     esac
@@ -34,7 +37,7 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 export PYTHONWARNINGS=ignore
 exec python -m megatron_sip.train \
     --pretrained-checkpoint "$policy" --save "$run_dir/checkpoints" --run-dir "$run_dir" \
-    --data-path "$data" --split 80,0,20 --bf16 \
+    --data-path "$data" --split 60,0,40 --bf16 \
     --seq-length 128 --suffix-length 32 --row-length 640 \
     --objective dpo --candidates suffix rollout --num-rollouts 4 --dpo-beta 0.1 \
     --criteria likelihood=1 --teacher-model "$teacher" --rollout-local 1 \

@@ -11,15 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sip.judge.settings import SCHEDULE_NAMES, SettingsError, parse_criteria
+from megatron_sip.argument_checks import ArgumentError, validate
+from megatron_sip.judge.settings import SCHEDULE_NAMES
 from megatron_sip.presets import expand_presets
 from megatron_sip.samples import CANDIDATE_KINDS
 
 GROUP_TITLE = "self-improving pretraining"
-
-
-class ArgumentError(SystemExit):
-    """A combination of flags that cannot work; the message names the flag and the mend."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -119,7 +116,11 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--rollout-timeout", type=float, default=600.0, metavar="SECONDS", help="For one engine call.")
     group.add_argument(
-        "--rollout-concurrency", type=int, default=256, metavar="CALLS", help="Calls in flight, over all engines."
+        "--rollout-concurrency",
+        type=int,
+        default=256,
+        metavar="CALLS",
+        help="Calls in flight of each data-parallel replica.",
     )
     group.add_argument(
         "--local-engine-dtype",
@@ -169,6 +170,11 @@ def _add_teacher_flags(group: argparse._ArgumentGroup) -> None:
         "--teacher-key-variable", default=None, metavar="NAME", help="Environment variable that holds the API key."
     )
     group.add_argument(
+        "--teacher-tokenizer",
+        metavar="DIR",
+        help="Tokenizer of an SGLang teacher. Default: --teacher-model, or the path that the server reports.",
+    )
+    group.add_argument(
         "--criteria",
         nargs="+",
         default=["likelihood=1"],
@@ -203,7 +209,9 @@ def _add_teacher_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--judge-deadline", type=float, default=900.0, metavar="SECONDS", help="For all judgements of one step."
     )
-    group.add_argument("--judge-concurrency", type=int, default=256, metavar="CALLS", help="Teacher calls in flight.")
+    group.add_argument(
+        "--judge-concurrency", type=int, default=256, metavar="CALLS", help="Teacher calls in flight, likewise."
+    )
     group.add_argument("--judge-cache", metavar="DIR", help="Keep verdicts on disk; a resumed step then asks no one.")
     group.add_argument("--rewrite-temperature", type=float, default=0.0, help="Sampling of the rewriter; 0 is greedy.")
 
@@ -303,143 +311,3 @@ def find_hf_config(hf_config: str | None, pretrained_checkpoint: str | None) -> 
     if not (folder / "config.json").is_file():
         raise ArgumentError(f"{folder}/config.json does not exist: {hint}")
     return folder
-
-
-def uses_judge(args: argparse.Namespace) -> bool:
-    """Whether selection needs scores: not for SFT, nor for DPO with roles fixed by kind."""
-    return args.objective != "sft" and args.dpo_pair is None
-
-
-def candidate_kinds(args: argparse.Namespace) -> tuple[str, ...]:
-    """The kinds of candidates that the run needs, in canonical order."""
-    if args.objective == "sft":
-        wanted = {args.sft_target}
-    elif args.dpo_pair is not None:
-        wanted = set(args.dpo_pair)
-    else:
-        wanted = set(args.candidates)
-    return tuple(kind for kind in CANDIDATE_KINDS if kind in wanted)
-
-
-def needs_teacher(args: argparse.Namespace) -> bool:
-    """Whether a judge or a rewriter is asked anything."""
-    makes_groups = args.replay_groups is None and (uses_judge(args) or "rewrite" in candidate_kinds(args))
-    return makes_groups or args.win_rate_prompts > 0
-
-
-def needs_engines(args: argparse.Namespace) -> bool:
-    """Whether the policy is sampled."""
-    makes_groups = args.replay_groups is None and "rollout" in candidate_kinds(args)
-    return makes_groups or args.win_rate_prompts > 0
-
-
-def validate(args: argparse.Namespace) -> None:
-    """Refuse what cannot work, before hours are spent, and fill the defaults that depend on other flags.
-
-    Raises:
-        ArgumentError: names the flag and what would be right.
-    """
-    for check in (_check_lengths, _check_objective, _check_batch):
-        check(args)
-    if not args.dry_run:
-        _check_servers(args)
-    if args.save is None:
-        raise ArgumentError(
-            "--save is required: the folder for checkpoints (and for metrics, unless --run-dir is given)"
-        )
-    if args.run_dir is None:
-        args.run_dir = args.save
-    if args.load is None:  # the same command again continues the run
-        args.load = args.save
-    if args.weight_sync_dir is None:
-        args.weight_sync_dir = str(Path(args.run_dir) / "weights")
-
-
-def _check_lengths(args: argparse.Namespace) -> None:
-    if args.suffix_length < 1:
-        raise ArgumentError(f"--suffix-length {args.suffix_length}: must be at least 1")
-    if args.suffix_length + args.min_prefix_length > args.seq_length:
-        raise ArgumentError(
-            f"--suffix-length {args.suffix_length} leaves no room for a prefix of --min-prefix-length "
-            f"{args.min_prefix_length} in --seq-length {args.seq_length}: lower the first or raise the last"
-        )
-    needed = args.seq_length + (args.suffix_length if args.objective == "dpo" else 0)
-    if args.row_length is None:
-        args.row_length = needed
-    if args.row_length < needed:
-        raise ArgumentError(
-            f"--row-length {args.row_length} does not hold one full group: it must be at least {needed} "
-            "(--seq-length, and --suffix-length more for dpo)"
-        )
-    if args.context_parallel_size != 1:
-        raise ArgumentError("--context-parallel-size: packed prefix trees are not split along the sequence; use 1")
-    if args.micro_batch_size != 1:
-        raise ArgumentError("--micro-batch-size must be 1: a packed row is a micro-batch; --row-length makes it larger")
-
-
-def _check_objective(args: argparse.Namespace) -> None:
-    if args.dpo_pair is not None and args.dpo_pair[0] == args.dpo_pair[1]:
-        raise ArgumentError("--dpo-pair needs two different kinds")
-    kinds = candidate_kinds(args)
-    if "rollout" in kinds and args.num_rollouts < 1:
-        raise ArgumentError(f"--num-rollouts {args.num_rollouts}: must be at least 1 when rollout is a candidate")
-    count = sum(args.num_rollouts if kind == "rollout" else 1 for kind in kinds)
-    if args.objective == "dpo" and count < 2:
-        raise ArgumentError(
-            "--objective dpo compares two candidates: add a kind to --candidates or raise --num-rollouts"
-        )
-    if args.dpo_pair is not None and args.objective != "dpo":
-        raise ArgumentError(f"--dpo-pair belongs to --objective dpo, not {args.objective}")
-    if args.rollout_start_step > 0:
-        others = len([kind for kind in kinds if kind != "rollout"])
-        if others < (2 if args.objective == "dpo" else 1):
-            raise ArgumentError(
-                f"--rollout-start-step {args.rollout_start_step} leaves {others} candidate(s) before that step, too few for "
-                f"--objective {args.objective}: add suffix or rewrite to --candidates, or set it to 0"
-            )
-    if args.dpo_beta <= 0:
-        raise ArgumentError(f"--dpo-beta {args.dpo_beta}: must be above 0")
-    if args.ref_update_interval and args.objective != "dpo":
-        raise ArgumentError("--ref-update-interval: only --objective dpo has a reference; remove it")
-
-
-def _check_servers(args: argparse.Namespace) -> None:
-    if args.replay_groups and not Path(args.replay_groups).is_dir():
-        raise ArgumentError(f"--replay-groups {args.replay_groups}: no such folder; --save-groups of a run makes one")
-    if needs_engines(args) and not args.rollout_url and not args.rollout_local:
-        raise ArgumentError(
-            "rollouts need engines: give --rollout-url URL ..., or --rollout-local N to start them here"
-        )
-    if args.rollout_url and args.rollout_local:
-        raise ArgumentError("--rollout-url and --rollout-local exclude each other: use one")
-    if needs_teacher(args) and not args.teacher_url and not args.teacher_model:
-        raise ArgumentError("the judge or rewriter needs a server: give --teacher-url URL ..., or --teacher-model DIR")
-    if args.teacher_url and args.teacher_model:
-        raise ArgumentError("--teacher-url and --teacher-model exclude each other: use one")
-    if args.teacher_model and not (Path(args.teacher_model) / "config.json").is_file():
-        raise ArgumentError(f"--teacher-model {args.teacher_model}: no config.json there; give an HF model folder")
-    if args.teacher_api == "openai" and not args.teacher_name:
-        raise ArgumentError("--teacher-api openai needs --teacher-name, the model name that the server expects")
-    if needs_teacher(args):
-        try:
-            parse_criteria(args.criteria)
-        except SettingsError as error:
-            raise ArgumentError(f"--criteria: {error}") from None
-        if args.teacher_api == "openai" and any(name.startswith("likelihood") for name in args.criteria):
-            raise ArgumentError("--criteria likelihood reads prompt log-probs and needs --teacher-api sglang")
-
-
-def _check_batch(args: argparse.Namespace) -> None:
-    if args.data_path is None:
-        raise ArgumentError("--data-path is required: jsonl, parquet or .bin/.idx files, optionally with weights")
-    if args.global_batch_size % args.data_parallel_size:
-        raise ArgumentError(
-            f"--global-batch-size {args.global_batch_size} prompts do not divide among {args.data_parallel_size} "
-            "data-parallel replicas"
-        )
-    if args.train_iters is None:
-        raise ArgumentError("--train-iters is required: the number of steps")
-    if (args.lr_warmup_iters or 0) >= args.train_iters:
-        raise ArgumentError(f"--lr-warmup-iters {args.lr_warmup_iters} must be below --train-iters {args.train_iters}")
-    if args.save_interval is None:
-        args.save_interval = args.train_iters

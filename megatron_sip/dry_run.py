@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from megatron_sip.arguments import candidate_kinds, needs_teacher, uses_judge
+from megatron_sip.argument_checks import candidate_kinds, needs_teacher, uses_judge
 from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
 from megatron_sip.judge.schedules import make_schedule, planned_pairs
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings

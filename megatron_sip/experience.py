@@ -114,7 +114,8 @@ class ExperienceMaker:
         started = time.monotonic()
         kinds = [k for k in self._settings.kinds if k != "rollout" or step >= self._settings.rollout_start_step]
         rollouts, rewrites = await asyncio.gather(
-            self._rollouts(tasks, wanted="rollout" in kinds), self._rewrites(tasks, wanted="rewrite" in kinds)
+            self._rollouts(tasks, str(step), wanted="rollout" in kinds),
+            self._rewrites(tasks, wanted="rewrite" in kinds),
         )
         groups = [
             build_group(task, kinds, made, rewrite)
@@ -129,12 +130,13 @@ class ExperienceMaker:
     def _judged_objective(self) -> Literal["dpo", "rf-nll"]:
         return "dpo" if self._settings.selection.objective == "dpo" else "rf-nll"
 
-    async def _rollouts(self, tasks: Sequence[Task], *, wanted: bool) -> list[list[Candidate] | str]:
-        """K rollouts a task, or the reason why there are none."""
+    async def _rollouts(self, tasks: Sequence[Task], version: str, *, wanted: bool) -> list[list[Candidate] | str]:
+        """K rollouts a task, or the reason why there are none; by weights of `version` only."""
         if not wanted:
             return [[] for _ in tasks]
         assert self._engines is not None
-        answers = await self._engines.generate([task.prefix_ids for task in tasks], self._settings.sampling)
+        prefixes = [task.prefix_ids for task in tasks]
+        answers = await self._engines.generate(prefixes, self._settings.sampling, weight_version=version)
         return [answer.kind if isinstance(answer, Failure) else self._as_candidates(answer) for answer in answers]
 
     def _as_candidates(self, completions: Sequence[Any]) -> list[Candidate]:

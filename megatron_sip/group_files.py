@@ -42,6 +42,10 @@ def read_groups(folder: Path, step: int, tasks: Sequence[Task]) -> list[Group]:
         # Split as bytes: str.splitlines would also split at the line separators that text may contain.
         for line in zstandard.decompress(path.read_bytes()).splitlines():
             group = group_from_json(json.loads(line))
+            if group.task.index in recorded:
+                raise DataError(
+                    f"--replay-groups {folder}: task {group.task.index} was recorded twice; use a fresh folder"
+                )
             recorded[group.task.index] = group
     groups = []
     for task in tasks:

@@ -19,7 +19,7 @@ from megatron.training.checkpointing import save_checkpoint
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from transformers import AutoConfig, AutoTokenizer
 
-from megatron_sip.arguments import needs_engines
+from megatron_sip.argument_checks import needs_engines, objective_settings
 from megatron_sip.data.documents import open_corpus
 from megatron_sip.data.errors import DataError
 from megatron_sip.data.tasks import TaskSettings, TaskSource
@@ -28,7 +28,6 @@ from megatron_sip.evaluation.win_rate import HeldOutComparison
 from megatron_sip.learning.checkpoint_folder import mend_checkpoint_folder
 from megatron_sip.learning.exchange import LeaderExchange
 from megatron_sip.learning.metrics import MetricsWriter
-from megatron_sip.learning.objectives import ObjectiveSettings
 from megatron_sip.learning.reference import ReferenceStore, build_reference, copy_policy
 from megatron_sip.learning.trainer import PolicyTrainer
 from megatron_sip.model.hf_weights import export_hf_weights
@@ -36,6 +35,8 @@ from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSy
 from megatron_sip.samples import Task
 from megatron_sip.services import Leader, LocalServers, rollout_sampling
 
+EXCHANGE_SECONDS = 8 * 3600.0
+"""Ranks wait for each other while rank 0 tokenises a corpus, and a leader for its judge; both have deadlines of their own."""
 HF_TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 """Of config and tokenizer files; weights have others."""
 
@@ -102,7 +103,7 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
     Raises:
         DataError, SettingsError, ServerStartError, EngineError: what the user can mend, before any training.
     """
-    exchange = LeaderExchange(timeout_seconds=args.judge_deadline + 4 * args.rollout_timeout + 600)
+    exchange = LeaderExchange(timeout_seconds=EXCHANGE_SECONDS)
     tokenizer = AutoTokenizer.from_pretrained(args.hf_config)
     tasks, held_out = open_tasks(args, tokenizer, exchange)
     servers = LocalServers(args) if args.rank == 0 else None
@@ -127,8 +128,10 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
         comparison=open_comparison(args, held_out, tokenizer),
     )
     run.push_weights()
-    if run.comparison is not None and leader is not None and leader.engines is not None and args.iteration == 0:
-        leader.run(run.comparison.record_initial(leader.engines))
+    if run.comparison is not None and leader is not None and leader.engines is not None:
+        if args.iteration == 0:
+            leader.run(run.comparison.record_initial(leader.engines))
+        run.comparison.check_initial()
     exchange.barrier()
     return run
 
@@ -188,18 +191,13 @@ def load_policy(
             print(f"checkpoint: {line}", flush=True)
     exchange.barrier()
     args.task_fingerprint = exchange.share(tasks.fingerprint() if tasks is not None else None)[0]
-    objective = ObjectiveSettings(
-        objective=args.objective,
-        beta=args.dpo_beta,
-        nll_coef=args.dpo_nll_coef,
-        label_smoothing=args.dpo_label_smoothing,
-        dpo_loss=args.dpo_loss,
-    )
+    objective = objective_settings(args)
     trainer = PolicyTrainer(args, objective, exchange, pad_id=tokenizer.pad_token_id or 0)
     args.last_saved_iteration = args.iteration if args.iteration else None
     if args.iteration:
         require_same_tasks(args)
     store = ReferenceStore(save)
+    store.forget_after(args.iteration)
     if not objective.needs_reference:
         return trainer, None, store
     reference = build_reference()
@@ -286,5 +284,12 @@ def open_comparison(args: argparse.Namespace, held_out: TaskSource | None, token
     if held_out is None:
         return None
     sampling = rollout_sampling(args, num=1, temperature=args.win_rate_temperature)
-    prompts = held_out.tasks(0, args.win_rate_prompts)
-    return HeldOutComparison(prompts, sampling, tokenizer, Path(args.run_dir) / "initial_continuations.json", args.seed)
+    indices = range(args.win_rate_prompts)
+    return HeldOutComparison(
+        tasks=held_out.tasks(0, args.win_rate_prompts),
+        documents=[held_out.document(index) for index in indices],
+        sampling=sampling,
+        tokenizer=tokenizer,
+        initial=Path(args.run_dir) / "initial_continuations.json",
+        seed=args.seed,
+    )

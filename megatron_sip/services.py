@@ -5,16 +5,29 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_sip.arguments import ArgumentError, candidate_kinds, needs_engines, needs_teacher
+import torch
+
+from megatron_sip.argument_checks import (
+    ArgumentError,
+    candidate_kinds,
+    local_servers,
+    needs_engines,
+    needs_judge,
+    needs_rewriter,
+    needs_teacher,
+    schedule_settings,
+)
 from megatron_sip.experience import Experience, ExperienceMaker, ExperienceSettings
 from megatron_sip.judge.judge import Judge
 from megatron_sip.judge.rewriter import Rewriter, RewriterSettings
-from megatron_sip.judge.settings import Endpoint, JudgeSettings, ScheduleSettings, parse_criteria
+from megatron_sip.judge.settings import ClientSettings, Endpoint, JudgeSettings, parse_criteria
 from megatron_sip.learning.selection import SelectionSettings
 from megatron_sip.rollout.compatibility import ModelContract
 from megatron_sip.rollout.launch import LocalServer, ServerSettings, start_servers, stop_servers
@@ -39,13 +52,16 @@ class LocalServers:
         self._threads = ThreadPoolExecutor(2)
         logs = Path(args.run_dir) / "logs"
         context = args.seq_length + ENGINE_MARGIN
+        gpus = spare_gpus(args)
         self._engines: Future[list[LocalServer]] | None = None
         self._teacher: Future[list[LocalServer]] | None = None
         if args.rollout_local and needs_engines(args):
             engine = self._settings(args, args.hf_config, logs / "engine.log", context, ENGINE_FLAGS)
+            engine = replace(engine, devices=gpus[: args.rollout_local] if gpus else None)
             self._engines = self._threads.submit(start_servers, args.rollout_local, engine)
         if args.teacher_model and needs_teacher(args):
             teacher = self._settings(args, args.teacher_model, logs / "teacher.log", None, ())
+            teacher = replace(teacher, devices=gpus[-1:] if gpus else None)
             self._teacher = self._threads.submit(start_servers, 1, teacher)
 
     @staticmethod
@@ -76,6 +92,14 @@ class LocalServers:
         self._threads.shutdown()
 
 
+def spare_gpus(args: argparse.Namespace) -> tuple[int, ...] | None:
+    """This node's GPUs behind those of the trainer's processes, one a server; None without GPUs."""
+    if not torch.cuda.is_available():
+        return None
+    first = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    return tuple(range(first, first + local_servers(args)))
+
+
 def rollout_sampling(args: argparse.Namespace, *, num: int, temperature: float) -> SamplingSettings:
     """How the engines sample `num` continuations a prefix."""
     return SamplingSettings(max_new_tokens=args.suffix_length, temperature=temperature, top_p=args.rollout_top_p, n=num)
@@ -103,25 +127,31 @@ def experience_settings(args: argparse.Namespace, replica: int) -> ExperienceSet
 
 def judge_settings(args: argparse.Namespace, urls: Sequence[str]) -> JudgeSettings:
     """The judge that the flags describe, at `urls`."""
+    client = teacher_client(args, urls)
     return JudgeSettings(
         criteria=parse_criteria(args.criteria),
-        endpoints=teacher_endpoints(args, urls),
+        endpoints=client.endpoints,
         votes=args.judge_votes,
-        schedule=ScheduleSettings(
-            name=args.judge_schedule,
-            degree=args.judge_degree,
-            budget=args.judge_budget,
-            pivot=args.judge_pivot,
-            both_orders=args.judge_both_orders,
-        ),
+        schedule=schedule_settings(args),
         default_verdict=args.judge_verdict,
         temperature=args.judge_temperature,
         top_p=args.judge_top_p,
         deadline_s=args.judge_deadline,
+        concurrency=client.concurrency,
+        seed=client.seed,
+        tokenizer=client.tokenizer,
+        cache_path=client.cache_path,
+    )
+
+
+def teacher_client(args: argparse.Namespace, urls: Sequence[str]) -> ClientSettings:
+    """How judge and rewriter reach the teacher at `urls`."""
+    return ClientSettings(
+        endpoints=teacher_endpoints(args, urls),
+        tokenizer=args.teacher_tokenizer or args.teacher_model,
+        cache_path=Path(args.judge_cache) if args.judge_cache is not None else None,
         concurrency=args.judge_concurrency,
         seed=args.seed,
-        tokenizer=args.teacher_model,
-        cache_path=Path(args.judge_cache) if args.judge_cache is not None else None,
     )
 
 
@@ -150,10 +180,9 @@ class Leader:
         try:
             if needs_engines(args):
                 self.engines = self.run(self._open_engines(args, tokenizer, engine_urls))
-            if needs_teacher(args):
-                settings = judge_settings(args, teacher_urls)
-                self.judge = self.run(self._open_judge(settings))
-            if "rewrite" in candidate_kinds(args) and not args.replay_groups:
+            if needs_judge(args):
+                self.judge = self.run(self._open_judge(judge_settings(args, teacher_urls)))
+            if needs_rewriter(args):
                 rewriter = self.run(self._open_rewriter(args, tokenizer, teacher_urls))
         except BaseException:
             self.close()
@@ -195,7 +224,7 @@ class Leader:
 
     async def _open_rewriter(self, args: argparse.Namespace, tokenizer: Any, urls: Sequence[str]) -> Rewriter:
         settings = RewriterSettings(
-            client=judge_settings(args, urls).client,
+            client=teacher_client(args, urls),
             temperature=args.rewrite_temperature,
             deadline_s=args.judge_deadline,
             seed=args.seed,

@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from megatron_sip.arguments import ArgumentError, parse_arguments
+from megatron_sip.argument_checks import ArgumentError
+from megatron_sip.arguments import parse_arguments
 from megatron_sip.data.errors import DataError
 from megatron_sip.dry_run import describe
 from megatron_sip.evaluation.outcome import write_outcome
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
 from megatron_sip.judge.client import EndpointError
+from megatron_sip.judge.encoding import EncodingError
 from megatron_sip.judge.settings import SettingsError
 from megatron_sip.learning.metrics import Metrics, flatten, merge
 from megatron_sip.platform.megatron_cpu import enable_cpu, rendezvous_store
@@ -39,7 +41,9 @@ from megatron_sip.stop_signal import StopSignal
 if TYPE_CHECKING:
     from megatron_sip.run import Run
 
-USER_ERRORS = (DataError, SettingsError, EndpointError, ServerStartError, EngineError, WeightSyncError)
+MAX_EMPTY_STEPS = 10
+"""A run whose judge or engines are gone for good must not spend its data on steps without an update."""
+USER_ERRORS = (DataError, SettingsError, EndpointError, EncodingError, ServerStartError, EngineError, WeightSyncError)
 
 
 def main() -> None:
@@ -70,6 +74,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
     """All remaining steps; False when a stop was requested (the last finished step is then saved)."""
     args, exchange = run.args, run.exchange
     saving: Metrics = {}  # of the step before: a step's line is written before its checkpoint, or a kill could lose it
+    empty_steps = 0
     started = time.monotonic()
     while args.iteration < args.train_iters:
         mine = run.leader.make_experience(args.iteration, run.my_tasks(), stop) if run.leader else None
@@ -81,13 +86,24 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         metrics |= run.trainer.train_step(examples, run.reference)
         args.iteration += 1
         args.consumed_train_samples += args.global_batch_size
-        metrics |= timed("seconds/sync", run.refresh_reference, run.push_weights)
+        run.refresh_reference()
+        stopping = exchange.any(stop.requested)  # then the engines may be stopping as well: do not push to them
+        if not stopping:
+            metrics |= timed("seconds/sync", run.push_weights)
         metrics["seconds/total"] = time.monotonic() - started
         started = time.monotonic()
         if run.writer is not None:
             run.writer.write(args.iteration, flatten(metrics))
-        if exchange.any(stop.requested) and args.iteration < args.train_iters:
+        if stopping:
             return stop_early(run)
+        empty_steps = 0 if examples else empty_steps + 1
+        if empty_steps == MAX_EMPTY_STEPS:
+            run.save()
+            run.finish_saving(wait=True)
+            dropped = {name: value for name, value in metrics.items() if name.startswith("dropped/")}
+            raise RuntimeError(
+                f"no group was usable in {empty_steps} steps in a row; reasons in the last one: {dropped}"
+            )
         is_due = args.iteration % args.save_interval == 0 or args.iteration == args.train_iters
         saving = timed("seconds/save", run.save) if is_due else {}
         run.finish_saving(wait=False)
@@ -104,7 +120,8 @@ def conclude(run: Run) -> None:
     comparisons: list[Comparison] = []
     leader = run.leader
     if run.comparison is not None and leader is not None and leader.engines is not None and leader.judge is not None:
-        win_rate, comparisons = leader.run(run.comparison.finish(leader.engines, leader.judge))
+        version = str(run.args.iteration)
+        win_rate, comparisons = leader.run(run.comparison.finish(leader.engines, leader.judge, version))
     summary = write_outcome(Path(run.args.run_dir), win_rate, comparisons)
     print(json.dumps(summary, indent=2), flush=True)
 

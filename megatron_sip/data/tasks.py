@@ -173,6 +173,11 @@ class TaskSource:
         texts = continuation_texts(self._tokenizer, prefix, suffix, after, cut_before=start > 0)
         return Task(index, prefix, suffix, *texts)
 
+    def document(self, index: int) -> tuple[int, int]:
+        """(source number, document number) that task `index` is cut from: tasks of one document are not independent."""
+        number, sample = self._blend.locate(index)
+        return number, self._sources[number].cut(sample)[0]
+
     def tasks(self, start: int, count: int) -> list[Task]:
         """Tasks start, ..., start + count - 1."""
         return [self.task(index) for index in range(start, start + count)]

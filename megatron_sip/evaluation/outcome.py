@@ -25,6 +25,7 @@ def summarize(steps: Sequence[dict[str, float]], win_rate: WinRate | None) -> di
         "win_rate": win_rate.win_rate if win_rate is not None else None,
         "win_rate_ci95": list(win_rate.win_rate_ci95) if win_rate is not None else None,
         "prompts": win_rate.prompts if win_rate is not None else 0,
+        "documents": win_rate.documents if win_rate is not None else 0,
         "prompts_without_verdict": win_rate.failed if win_rate is not None else 0,
         "mean_scores": list(win_rate.mean_scores) if win_rate is not None else None,
         "final_rollout_chosen_rate": sum(rates) / len(rates) if rates else None,

@@ -1,20 +1,21 @@
 """Held-out comparison of two policies: continuations of the same prefixes, judged (paper section 3.3).
 
-The prefixes come from documents that training never saw. A win counts 1, a tie 0.5; the interval is a bootstrap over
-prefixes.
+The prefixes come from documents that training never saw. A win counts 1, a tie 0.5. Several prefixes may be cut from one
+document and are then not independent: the interval is a bootstrap over documents.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_sip.data.errors import DataError
 from megatron_sip.experience import ScoresGroups
 from megatron_sip.rollout.sglang import Failure, SamplingSettings, SGLangPool
 from megatron_sip.samples import Candidate, Group, Task
@@ -26,13 +27,15 @@ RESAMPLES = 10_000
 class WinRate:
     """How often the second policy was preferred over the first.
 
-    win_rate_ci95: percentile bootstrap over prefixes. prompts: prefixes with a verdict. failed: prefixes without one
-    (engine failure, missing votes). mean_scores: the judge's mean score of the first and the second policy.
+    win_rate_ci95: percentile bootstrap over documents. prompts: prefixes with a verdict, from `documents` documents.
+    failed: prefixes without one (engine failure, missing votes). mean_scores: the judge's mean score of the first and the
+    second policy.
     """
 
     win_rate: float
     win_rate_ci95: tuple[float, float]
     prompts: int
+    documents: int
     failed: int
     mean_scores: tuple[float, float]
 
@@ -49,10 +52,10 @@ class Comparison:
 
 
 async def continue_prefixes(
-    engines: SGLangPool, tasks: Sequence[Task], sampling: SamplingSettings, tokenizer: Any
+    engines: SGLangPool, tasks: Sequence[Task], sampling: SamplingSettings, tokenizer: Any, version: str
 ) -> list[Candidate | None]:
-    """One continuation a task; None where the engine failed."""
-    answers = await engines.generate([task.prefix_ids for task in tasks], sampling)
+    """One continuation a task by the weights of `version`; None where the engine failed."""
+    answers = await engines.generate([task.prefix_ids for task in tasks], sampling, weight_version=version)
     continuations: list[Candidate | None] = []
     for answer in answers:
         if isinstance(answer, Failure) or not answer[0].ids:
@@ -78,19 +81,23 @@ def load_continuations(path: Path) -> list[Candidate | None]:
 async def compare(
     judge: ScoresGroups,
     tasks: Sequence[Task],
+    documents: Sequence[Hashable],
     before: Sequence[Candidate | None],
     after: Sequence[Candidate | None],
     seed: int,
 ) -> tuple[WinRate, list[Comparison]]:
-    """Judge `after` against `before` on every task where both exist.
+    """Judge `after` against `before` on every task where both exist; `documents` names each task's document.
 
     Raises:
         RuntimeError: not a single prefix got a verdict.
     """
-    pairs = [(t, b, a) for t, b, a in zip(tasks, before, after, strict=True) if b is not None and a is not None]
-    judged = await judge.score([Group(task, [b, a]) for task, b, a in pairs], objective="dpo")
+    everything = zip(tasks, documents, before, after, strict=True)
+    pairs = [(t, d, b, a) for t, d, b, a in everything if b is not None and a is not None]
+    judged = await judge.score([Group(task, [b, a]) for task, _, b, a in pairs], objective="dpo")
     comparisons = [as_comparison(group) for group in judged]
-    scored = [(c.score_before, c.score_after) for c in comparisons if c.score_before is not None]
+    verdicts = [(c, pair[1]) for c, pair in zip(comparisons, pairs, strict=True) if c.score_before is not None]
+    scored = [(c.score_before, c.score_after) for c, _ in verdicts]
+    judged_documents = [document for _, document in verdicts]
     if not scored:
         raise RuntimeError(f"none of the {len(tasks)} held-out prefixes got a verdict: is the teacher reachable?")
     scores = np.array(scored, dtype=np.float64)
@@ -99,8 +106,9 @@ async def compare(
     return (
         WinRate(
             win_rate=float(outcomes.mean()),
-            win_rate_ci95=bootstrap_interval(outcomes, seed),
+            win_rate_ci95=bootstrap_interval(outcomes, judged_documents, seed),
             prompts=len(outcomes),
+            documents=len(set(judged_documents)),
             failed=len(tasks) - len(outcomes),
             mean_scores=(float(means[0]), float(means[1])),
         ),
@@ -112,9 +120,16 @@ class HeldOutComparison:
     """The trained policy against the initial one on fixed held-out prefixes, through the same engines and judge."""
 
     def __init__(
-        self, tasks: Sequence[Task], sampling: SamplingSettings, tokenizer: Any, initial: Path, seed: int
+        self,
+        tasks: Sequence[Task],
+        documents: Sequence[Hashable],
+        sampling: SamplingSettings,
+        tokenizer: Any,
+        initial: Path,
+        seed: int,
     ) -> None:
         self._tasks = tasks
+        self._documents = documents
         self._sampling = sampling
         self._tokenizer = tokenizer
         self._initial = initial
@@ -122,21 +137,31 @@ class HeldOutComparison:
 
     async def record_initial(self, engines: SGLangPool) -> None:
         """Write the initial policy's continuations, before the first step."""
-        save_continuations(self._initial, await self._continue(engines))
+        save_continuations(self._initial, await self._continue(engines, version="0"))
 
-    async def finish(self, engines: SGLangPool, judge: ScoresGroups) -> tuple[WinRate, list[Comparison]]:
-        """Continue with the present weights and judge against the initial continuations.
+    def check_initial(self) -> None:
+        """Before training: is there something to compare with at its end?
 
         Raises:
-            FileNotFoundError: the initial continuations are gone, so there is nothing to compare with.
+            DataError: the initial continuations are gone, or are of another number of prefixes.
         """
         if not self._initial.exists():
-            raise FileNotFoundError(f"{self._initial}: the initial policy's continuations, written at step 0, are gone")
-        before = load_continuations(self._initial)
-        return await compare(judge, self._tasks, before, await self._continue(engines), self._seed)
+            raise DataError(
+                f"{self._initial}: the initial policy's continuations are written at step 0, and are not there; continue "
+                "with --win-rate-prompts 0, or with the --run-dir of the run's start"
+            )
+        recorded = len(load_continuations(self._initial))
+        if recorded != len(self._tasks):
+            raise DataError(f"{self._initial} holds {recorded} prefixes: continue with --win-rate-prompts {recorded}")
 
-    async def _continue(self, engines: SGLangPool) -> list[Candidate | None]:
-        return await continue_prefixes(engines, self._tasks, self._sampling, self._tokenizer)
+    async def finish(self, engines: SGLangPool, judge: ScoresGroups, version: str) -> tuple[WinRate, list[Comparison]]:
+        """Continue with the weights of `version` and judge against the initial continuations."""
+        before = load_continuations(self._initial)
+        after = await self._continue(engines, version)
+        return await compare(judge, self._tasks, self._documents, before, after, self._seed)
+
+    async def _continue(self, engines: SGLangPool, version: str) -> list[Candidate | None]:
+        return await continue_prefixes(engines, self._tasks, self._sampling, self._tokenizer, version)
 
 
 def as_comparison(group: Group) -> Comparison:
@@ -146,8 +171,11 @@ def as_comparison(group: Group) -> Comparison:
     return Comparison(group.task.prefix_text, before.text, after.text, scores[0], scores[1])
 
 
-def bootstrap_interval(outcomes: np.ndarray, seed: int) -> tuple[float, float]:
-    """95% percentile interval of the mean of `outcomes` [n] over resampled prefixes."""
-    draws = np.random.default_rng(seed).integers(0, len(outcomes), size=(RESAMPLES, len(outcomes)))
-    low, high = np.percentile(outcomes[draws].mean(axis=1), [2.5, 97.5])
+def bootstrap_interval(outcomes: np.ndarray, documents: Sequence[Hashable], seed: int) -> tuple[float, float]:
+    """95% percentile interval of the mean of `outcomes` [n], resampling whole documents ([n], which one each is of)."""
+    number = {document: index for index, document in enumerate(dict.fromkeys(documents))}
+    place = np.array([number[document] for document in documents])
+    totals, counts = np.bincount(place, weights=outcomes), np.bincount(place)
+    draws = np.random.default_rng(seed).integers(0, len(number), size=(RESAMPLES, len(number)))
+    low, high = np.percentile(totals[draws].sum(axis=1) / counts[draws].sum(axis=1), [2.5, 97.5])
     return float(low), float(high)

@@ -23,16 +23,17 @@ def mend_checkpoint_folder(save: Path) -> list[str]:
     if not save.is_dir():
         return done
     tracker = save / TRACKER
+    if tracker.exists() and tracker.read_text().strip() == "release":
+        return done  # a converted model, not a run
     committed = _tracked_iteration(tracker)
     complete = {i: path for i, path in _iteration_folders(save).items() if (path / "metadata.json").is_file()}
-    if tracker.exists() and committed is None:
-        if complete:
-            committed = max(complete)
-            write_tracker(tracker, committed)
-            done.append(f"{tracker} was unreadable: set to {committed}, the newest complete checkpoint")
-        else:
-            tracker.unlink()
-            done.append(f"{tracker} was unreadable and there is no complete checkpoint: removed")
+    if committed is None and complete:
+        committed = max(complete)
+        write_tracker(tracker, committed)
+        done.append(f"{tracker} was missing or unreadable: set to {committed}, the newest complete checkpoint")
+    elif committed is None and tracker.exists():
+        tracker.unlink()
+        done.append(f"{tracker} was unreadable and there is no complete checkpoint: removed")
     for iteration, path in _iteration_folders(save).items():
         if committed is None or iteration > committed:
             shutil.rmtree(path)

@@ -65,6 +65,14 @@ class ReferenceStore:
             staged.rename(final)
         dist.barrier()
 
+    def forget_after(self, iteration: int) -> None:
+        """Remove references newer than the checkpoint that is resumed: they are of a run that never was."""
+        if dist.get_rank() == 0:
+            for newer in self._iterations():
+                if newer > iteration:
+                    shutil.rmtree(self._folder / f"iter_{newer:07d}")
+        dist.barrier()
+
     def load(self, reference: list[Any], iteration: int) -> int:
         """Load the newest reference not after `iteration`; returns the iteration it is of.
 

@@ -8,17 +8,15 @@ from typing import Any
 
 import pytest
 
-from megatron_sip.arguments import (
-    GROUP_TITLE,
+from megatron_sip.argument_checks import (
     ArgumentError,
-    add_arguments,
     candidate_kinds,
-    find_hf_config,
     needs_engines,
     needs_teacher,
     uses_judge,
     validate,
 )
+from megatron_sip.arguments import GROUP_TITLE, add_arguments, find_hf_config
 
 MEGATRON = {
     "seq_length": 2048,
@@ -30,6 +28,13 @@ MEGATRON = {
     "train_iters": 10,
     "save_interval": None,
     "lr_warmup_iters": 0,
+    "overlap_param_gather": False,
+    "virtual_pipeline_model_parallel_size": None,
+    "rampup_batch_size": None,
+    "exit_interval": None,
+    "exit_duration_in_mins": None,
+    "clip_grad": 1.0,
+    "world_size": 1,
     "save": "run",
     "load": None,
 }
@@ -99,6 +104,10 @@ def test_dpo_cannot_wait_for_rollouts_with_one_other_candidate() -> None:
         (("--teacher-model", "somewhere"), "--teacher-model"),
         (("--teacher-api", "openai"), "--teacher-name"),
         (("--num-rollouts", "0"), "--num-rollouts"),
+        (("--dpo-label-smoothing", "0.6"), "--dpo-label-smoothing"),
+        (("--rollout-url", "engine:30000"), "http://"),
+        (("--judge-degree", "5"), "--judge-schedule"),
+        (("--replay-groups", "absent"), "--replay-groups"),
     ],
 )
 def test_contradictions(flags: tuple[str, ...], named: str) -> None:
@@ -115,6 +124,11 @@ def test_contradictions(flags: tuple[str, ...], named: str) -> None:
         ({"train_iters": None}, "--train-iters"),
         ({"save": None}, "--save"),
         ({"lr_warmup_iters": 10}, "--lr-warmup-iters"),
+        ({"load": "elsewhere"}, "--pretrained-checkpoint"),
+        ({"overlap_param_gather": True}, "--overlap-param-gather"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "--num-layers-per-virtual-pipeline-stage"),
+        ({"exit_interval": 5}, "SIGTERM"),
+        ({"clip_grad": 0.0}, "--clip-grad"),
     ],
 )
 def test_flags_of_megatron_that_do_not_fit(megatron: dict[str, Any], named: str) -> None:

@@ -54,6 +54,21 @@ def test_a_tracker_without_any_checkpoint_is_removed(tmp_path: Path) -> None:
     assert not (tmp_path / TRACKER).exists()
 
 
+def test_complete_checkpoints_without_a_tracker_are_adopted(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 5)
+    newest = checkpoint(tmp_path, 10)
+    mend_checkpoint_folder(tmp_path)
+    assert newest.exists()
+    assert (tmp_path / TRACKER).read_text() == "10"
+
+
+def test_a_converted_model_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "release").mkdir()
+    (tmp_path / TRACKER).write_text("release")
+    assert mend_checkpoint_folder(tmp_path) == []
+    assert (tmp_path / TRACKER).read_text() == "release"
+
+
 def test_a_sound_folder_is_left_alone(tmp_path: Path) -> None:
     checkpoint(tmp_path, 5)
     checkpoint(tmp_path, 10)

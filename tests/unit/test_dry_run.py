@@ -6,7 +6,8 @@ import argparse
 
 import pytest
 
-from megatron_sip.arguments import add_arguments, uses_judge
+from megatron_sip.argument_checks import uses_judge
+from megatron_sip.arguments import add_arguments
 from megatron_sip.dry_run import criterion_cost, describe, prompt_cost, run_cost
 from megatron_sip.judge.settings import Endpoint, JudgeSettings, ScheduleSettings, VerdictMode
 from megatron_sip.presets import expand_presets

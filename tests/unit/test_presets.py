@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sip.arguments import add_arguments, candidate_kinds, uses_judge
+from megatron_sip.argument_checks import candidate_kinds, uses_judge
+from megatron_sip.arguments import add_arguments
 from megatron_sip.judge.settings import ScheduleSettings, parse_criteria
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.presets import PRESETS, PresetError, expand_presets, known_presets

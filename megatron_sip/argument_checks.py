@@ -1,0 +1,247 @@
+"""What the flags mean together: which servers a run needs, and which combinations cannot work."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from megatron_sip.judge.settings import ScheduleSettings, SettingsError, parse_criteria
+from megatron_sip.learning.objectives import ObjectiveSettings
+from megatron_sip.samples import CANDIDATE_KINDS
+
+
+class ArgumentError(SystemExit):
+    """A combination of flags that cannot work; the message names the flag and the mend."""
+
+
+def uses_judge(args: argparse.Namespace) -> bool:
+    """Whether selection needs scores: not for SFT, nor for DPO with roles fixed by kind."""
+    return args.objective != "sft" and args.dpo_pair is None
+
+
+def candidate_kinds(args: argparse.Namespace) -> tuple[str, ...]:
+    """The kinds of candidates that the run needs, in canonical order."""
+    if args.objective == "sft":
+        wanted = {args.sft_target}
+    elif args.dpo_pair is not None:
+        wanted = set(args.dpo_pair)
+    else:
+        wanted = set(args.candidates)
+    return tuple(kind for kind in CANDIDATE_KINDS if kind in wanted)
+
+
+def needs_judge(args: argparse.Namespace) -> bool:
+    """Whether anything is scored in this run, the held-out comparison included."""
+    return (uses_judge(args) and args.replay_groups is None) or args.win_rate_prompts > 0
+
+
+def needs_teacher(args: argparse.Namespace) -> bool:
+    """Whether a judge or a rewriter is asked anything."""
+    return needs_judge(args) or needs_rewriter(args)
+
+
+def needs_rewriter(args: argparse.Namespace) -> bool:
+    """Whether suffixes are rewritten."""
+    return args.replay_groups is None and "rewrite" in candidate_kinds(args)
+
+
+def needs_engines(args: argparse.Namespace) -> bool:
+    """Whether the policy is sampled."""
+    makes_groups = args.replay_groups is None and "rollout" in candidate_kinds(args)
+    return makes_groups or args.win_rate_prompts > 0
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Refuse what cannot work, before hours are spent, and fill the defaults that depend on other flags.
+
+    Raises:
+        ArgumentError: names the flag and what would be right.
+    """
+    for check in (_check_lengths, _check_objective, _check_batch, _check_megatron):
+        check(args)
+    if not args.dry_run:
+        _check_servers(args)
+    if args.save is None:
+        raise ArgumentError(
+            "--save is required: the folder for checkpoints (and for metrics, unless --run-dir is given)"
+        )
+    if args.run_dir is None:
+        args.run_dir = args.save
+    if args.load not in (None, args.save):
+        raise ArgumentError(
+            f"--load {args.load}: a run continues from its own --save folder ({args.save}), where its DPO reference is; to "
+            "start from other weights give --pretrained-checkpoint"
+        )
+    args.load = args.save  # the same command again continues the run
+    if args.weight_sync_dir is None:
+        args.weight_sync_dir = str(Path(args.run_dir) / "weights")
+
+
+def _check_lengths(args: argparse.Namespace) -> None:
+    if args.suffix_length < 1:
+        raise ArgumentError(f"--suffix-length {args.suffix_length}: must be at least 1")
+    if args.suffix_length + args.min_prefix_length > args.seq_length:
+        raise ArgumentError(
+            f"--suffix-length {args.suffix_length} leaves no room for a prefix of --min-prefix-length "
+            f"{args.min_prefix_length} in --seq-length {args.seq_length}: lower the first or raise the last"
+        )
+    needed = args.seq_length + (args.suffix_length if args.objective == "dpo" else 0)
+    if args.row_length is None:
+        args.row_length = needed
+    if args.row_length < needed:
+        raise ArgumentError(
+            f"--row-length {args.row_length} does not hold one full group: it must be at least {needed} "
+            "(--seq-length, and --suffix-length more for dpo)"
+        )
+    if args.context_parallel_size != 1:
+        raise ArgumentError("--context-parallel-size: packed prefix trees are not split along the sequence; use 1")
+    if args.micro_batch_size != 1:
+        raise ArgumentError("--micro-batch-size must be 1: a packed row is a micro-batch; --row-length makes it larger")
+
+
+def _check_objective(args: argparse.Namespace) -> None:
+    if args.dpo_pair is not None and args.dpo_pair[0] == args.dpo_pair[1]:
+        raise ArgumentError("--dpo-pair needs two different kinds")
+    kinds = candidate_kinds(args)
+    if "rollout" in kinds and args.num_rollouts < 1:
+        raise ArgumentError(f"--num-rollouts {args.num_rollouts}: must be at least 1 when rollout is a candidate")
+    count = sum(args.num_rollouts if kind == "rollout" else 1 for kind in kinds)
+    if args.objective == "dpo" and count < 2:
+        raise ArgumentError(
+            "--objective dpo compares two candidates: add a kind to --candidates or raise --num-rollouts"
+        )
+    if args.dpo_pair is not None and args.objective != "dpo":
+        raise ArgumentError(f"--dpo-pair belongs to --objective dpo, not {args.objective}")
+    if args.rollout_start_step > 0:
+        others = len([kind for kind in kinds if kind != "rollout"])
+        if others < (2 if args.objective == "dpo" else 1):
+            raise ArgumentError(
+                f"--rollout-start-step {args.rollout_start_step} leaves {others} candidate(s) before that step, too few for "
+                f"--objective {args.objective}: add suffix or rewrite to --candidates, or set it to 0"
+            )
+    try:
+        objective_settings(args)
+    except ValueError as error:
+        raise ArgumentError(f"--dpo-beta, --dpo-nll-coef, --dpo-label-smoothing or --dpo-loss: {error}") from None
+    if args.ref_update_interval and args.objective != "dpo":
+        raise ArgumentError("--ref-update-interval: only --objective dpo has a reference; remove it")
+
+
+def _check_servers(args: argparse.Namespace) -> None:
+    if args.replay_groups and not Path(args.replay_groups).is_dir():
+        raise ArgumentError(f"--replay-groups {args.replay_groups}: no such folder; --save-groups of a run makes one")
+    if needs_engines(args) and not args.rollout_url and not args.rollout_local:
+        raise ArgumentError(
+            "rollouts need engines: give --rollout-url URL ..., or --rollout-local N to start them here"
+        )
+    if args.rollout_url and args.rollout_local:
+        raise ArgumentError("--rollout-url and --rollout-local exclude each other: use one")
+    if needs_teacher(args) and not args.teacher_url and not args.teacher_model:
+        raise ArgumentError("the judge or rewriter needs a server: give --teacher-url URL ..., or --teacher-model DIR")
+    if args.teacher_url and args.teacher_model:
+        raise ArgumentError("--teacher-url and --teacher-model exclude each other: use one")
+    if args.teacher_model and not (Path(args.teacher_model) / "config.json").is_file():
+        raise ArgumentError(f"--teacher-model {args.teacher_model}: no config.json there; give an HF model folder")
+    if args.teacher_api == "openai" and not args.teacher_name:
+        raise ArgumentError("--teacher-api openai needs --teacher-name, the model name that the server expects")
+    for flag, urls in (("--rollout-url", args.rollout_url), ("--teacher-url", args.teacher_url)):
+        for url in urls or []:
+            if not url.startswith(("http://", "https://")):
+                raise ArgumentError(f"{flag} {url}: a URL starts with http:// or https://")
+    _check_local_servers(args)
+    if needs_judge(args):
+        try:
+            parse_criteria(args.criteria)
+            schedule_settings(args)
+        except SettingsError as error:
+            raise ArgumentError(f"--criteria, --judge-schedule and its settings: {error}") from None
+        if args.teacher_api == "openai" and any(name.startswith("likelihood") for name in args.criteria):
+            raise ArgumentError("--criteria likelihood reads prompt log-probs and needs --teacher-api sglang")
+
+
+def _check_batch(args: argparse.Namespace) -> None:
+    if args.data_path is None:
+        raise ArgumentError("--data-path is required: jsonl, parquet or .bin/.idx files, optionally with weights")
+    if args.global_batch_size % args.data_parallel_size:
+        raise ArgumentError(
+            f"--global-batch-size {args.global_batch_size} prompts do not divide among {args.data_parallel_size} "
+            "data-parallel replicas"
+        )
+    if args.train_iters is None:
+        raise ArgumentError("--train-iters is required: the number of steps")
+    if (args.lr_warmup_iters or 0) >= args.train_iters:
+        raise ArgumentError(f"--lr-warmup-iters {args.lr_warmup_iters} must be below --train-iters {args.train_iters}")
+    if args.save_interval is None:
+        args.save_interval = args.train_iters
+
+
+def _check_megatron(args: argparse.Namespace) -> None:
+    """Flags of Megatron's that this trainer cannot honour."""
+    refused = [
+        (
+            args.overlap_param_gather,
+            "--overlap-param-gather: weights are pushed and saved right after the step; remove it",
+        ),
+        (
+            args.virtual_pipeline_model_parallel_size is not None,
+            "--num-layers-per-virtual-pipeline-stage: it needs a fixed number of micro-batches, and ours varies; remove it",
+        ),
+        (args.rampup_batch_size is not None, "--rampup-batch-size: the number of prompts a step is fixed; remove it"),
+        (
+            args.exit_interval is not None or args.exit_duration_in_mins is not None,
+            "--exit-interval and --exit-duration-in-mins: send SIGTERM instead, the run saves and exits 0",
+        ),
+        (args.clip_grad <= 0, "--clip-grad 0 switches the check for NaN gradients off too; give a large value instead"),
+    ]
+    for is_refused, message in refused:
+        if is_refused:
+            raise ArgumentError(message)
+
+
+def _check_local_servers(args: argparse.Namespace) -> None:
+    servers = local_servers(args)
+    if not servers:
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    if here < args.world_size:
+        raise ArgumentError(
+            "--rollout-local and --teacher-model start servers that only this node reaches: on several nodes start them "
+            "apart and give --rollout-url and --teacher-url (examples/train_continual.sbatch)"
+        )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
+    if gpus is not None and gpus < here + servers:
+        raise ArgumentError(
+            f"--rollout-local and --teacher-model: {here} trainer processes and {servers} servers need a GPU each, this "
+            f"node has {gpus}: start fewer processes, or serve elsewhere and give --rollout-url and --teacher-url"
+        )
+
+
+def local_servers(args: argparse.Namespace) -> int:
+    """How many SGLang servers this run starts."""
+    engines = args.rollout_local if needs_engines(args) else 0
+    return engines + int(args.teacher_model is not None and needs_teacher(args))
+
+
+def objective_settings(args: argparse.Namespace) -> ObjectiveSettings:
+    """The objective that the flags describe. Raises ValueError for a constant out of its range."""
+    return ObjectiveSettings(
+        objective=args.objective,
+        beta=args.dpo_beta,
+        nll_coef=args.dpo_nll_coef,
+        label_smoothing=args.dpo_label_smoothing,
+        dpo_loss=args.dpo_loss,
+    )
+
+
+def schedule_settings(args: argparse.Namespace) -> ScheduleSettings:
+    """Which pairs the judge compares. Raises SettingsError."""
+    return ScheduleSettings(
+        name=args.judge_schedule,
+        degree=args.judge_degree,
+        budget=args.judge_budget,
+        pivot=args.judge_pivot,
+        both_orders=args.judge_both_orders,
+    )

@@ -1,0 +1,93 @@
+"""From answers of engines and teacher to examples: a failure drops its group with a reason and never becomes a candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from megatron_sip.experience import ExperienceMaker, ExperienceSettings, build_group
+from megatron_sip.learning.metrics import flatten
+from megatron_sip.learning.selection import SelectionSettings
+from megatron_sip.rollout.sglang import Completion, Failure, PoolCounters, SamplingSettings
+from megatron_sip.samples import Candidate, Group, Task
+
+TASKS = [Task(index, [1, 2, 3], [4, 5], "prefix", " suffix") for index in range(3)]
+
+
+class Engines:
+    """Answers as the pool does; the second prefix fails."""
+
+    def __init__(self) -> None:
+        self.counters = PoolCounters()
+        self.versions: list[str] = []
+
+    async def generate(self, prefixes: Sequence[list[int]], settings: Any, *, weight_version: str) -> list[Any]:
+        self.versions.append(weight_version)
+        self.counters.calls += len(prefixes)
+        made = [Completion([6 + n, 7], None, [-1.0, -2.0], "length", weight_version) for n in range(settings.n)]
+        return [Failure("timeout", "no answer") if index == 1 else made for index in range(len(prefixes))]
+
+
+class Scores:
+    """Prefers the first rollout."""
+
+    async def score(self, groups: Sequence[Group], *, objective: str) -> list[Group]:
+        return [
+            group if group.dropped else replace(group, scores=[float(c.ids[0] == 6) for c in group.candidates])
+            for group in groups
+        ]
+
+    def counters(self) -> dict[str, float]:
+        return {"calls": 7.0, "cached-share": 0.5}
+
+
+class Tokenizer:
+    def batch_decode(self, ids: Sequence[Sequence[int]], **_: Any) -> list[str]:
+        return [" ".join(map(str, line)) for line in ids]
+
+
+def maker(engines: Engines, start: int = 0) -> ExperienceMaker:
+    settings = ExperienceSettings(
+        ("suffix", "rollout"),
+        SamplingSettings(2, n=2),
+        SelectionSettings("dpo", candidates=("suffix", "rollout")),
+        rollout_start_step=start,
+    )
+    return ExperienceMaker(settings, Tokenizer(), engines, Scores(), None)  # type: ignore[arg-type]
+
+
+async def test_a_failed_prefix_is_dropped_by_reason_and_the_others_are_learnt_from() -> None:
+    engines = Engines()
+    experience = await maker(engines).make(5, TASKS)
+    numbers = flatten(experience.metrics)
+    assert [example.task_index for example in experience.examples] == [0, 2]
+    assert all(example.branches[0] == [6, 7] for example in experience.examples)
+    assert numbers["dropped/rollout timeout"] == 1
+    assert numbers["groups"] == 3
+    assert engines.versions == ["5"]  # nothing but the weights of this step
+
+
+async def test_counters_are_per_step_and_shares_stay_shares() -> None:
+    engines = Engines()
+    making = maker(engines)
+    first, second = [flatten((await making.make(step, TASKS)).metrics) for step in (0, 1)]
+    assert first["rollout/calls"] == second["rollout/calls"] == 3
+    assert (first["judge/calls"], second["judge/calls"]) == (7, 0)
+    assert first["judge/cached-share"] == second["judge/cached-share"] == 0.5
+
+
+async def test_rollouts_wait_for_their_start_step() -> None:
+    engines = Engines()
+    experience = await maker(engines, start=3).make(2, TASKS)
+    assert engines.versions == []
+    assert experience.examples == []  # the suffix alone makes no pair, and that is counted
+    assert sum(value for name, value in flatten(experience.metrics).items() if name.startswith("dropped/")) == 3
+
+
+def test_a_missing_rewrite_only_leaves_the_group_without_it() -> None:
+    rollouts = [Candidate("rollout", [9], "x")]
+    group = build_group(TASKS[0], ["suffix", "rewrite", "rollout"], rollouts, None)
+    assert [candidate.kind for candidate in group.candidates] == ["suffix", "rollout"]
+    assert group.dropped is None
+    assert build_group(TASKS[0], ["suffix", "rollout"], "timeout", None).dropped == "rollout timeout"
