@@ -102,7 +102,7 @@ start_servers() {
         for ((slot = 0; slot < GPUS_PER_NODE / tp; slot++)); do
             step "$host" 1
             # Every engine samples with a seed of its own: equal seeds would give equal rollouts.
-            local command=("${step_words[@]}" env SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1
+            local command=("${step_words[@]}" env SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1 SGLANG_RETURN_ORIGINAL_LOGPROB=1
                 "$VENV/bin/python" -m sglang.launch_server --host=0.0.0.0
                 --port=$((port + slot)) --tp-size="$tp" --base-gpu-id=$((slot * tp))
                 --random-seed=$((1 + ${#server_urls[@]})) "$@")
@@ -210,7 +210,7 @@ run_job() {
     # The trainer pushes its weights before the first rollout, so engines start with made-up ones. SGLang keeps two tokens
     # of its context in reserve.
     start_servers engine "$TRAINER_NODES" "$ENGINE_NODES" "$ENGINE_TP" "$ENGINE_PORT" --model-path="$hf" \
-        --load-format=dummy --context-length=$((SEQ_LENGTH + 2)) --skip-server-warmup "${engine_flags[@]}"
+        --load-format=dummy --enable-fp32-lm-head --context-length=$((SEQ_LENGTH + 2)) --skip-server-warmup "${engine_flags[@]}"
     engine_urls=("${server_urls[@]}")
     start_servers teacher $((TRAINER_NODES + ENGINE_NODES)) "$TEACHER_NODES" "$TEACHER_TP" "$TEACHER_PORT" \
         --model-path="$TEACHER_MODEL" "${teacher_flags[@]}"

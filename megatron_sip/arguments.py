@@ -27,7 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     _add_rollout_flags(group)
     _add_teacher_flags(group)
     _add_run_flags(group)
+    _escape_percent_signs(parser)
     return parser
+
+
+def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
+    """Mend help texts that argparse cannot format: one of Megatron 0.19.2's holds a bare %, and --help would raise."""
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % vars(action)
+        except (ValueError, TypeError):
+            action.help = (action.help or "").replace("%", "%%")
+        except KeyError:
+            continue  # names such as %(prog)s, which argparse adds itself
 
 
 def _add_task_flags(group: argparse._ArgumentGroup) -> None:

@@ -167,6 +167,15 @@ def test_the_engine_serves_what_was_trained(
     assert found["meta_info"]["weight_version"] == "2"
 
 
+def test_help_explains_every_flag_of_ours_in_its_own_group() -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_sip.train", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    ours = text[text.index("self-improving pretraining:") :]
+    for flag in ("--suffix-length", "--objective", "--criteria", "--rollout-local", "--replay-groups"):
+        assert flag in ours
+        assert flag not in text[text.index("options:") : text.index("self-improving pretraining:")]
+
+
 @pytest.mark.parametrize("server", ["--rollout-url", "--teacher-url"])
 def test_a_server_that_is_down_is_named_within_30_seconds(flags: tuple[str, ...], tmp_path: Path, server: str) -> None:
     url = f"http://127.0.0.1:{free_port()}"
