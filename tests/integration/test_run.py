@@ -28,8 +28,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny_teacher(tiny_llama_dir: Path) -> Iterator[LocalServer]:
-    """A float32 server whose weights never change, so that its scores are the same in every run."""
+def tiny_engine(tiny_llama_dir: Path) -> Iterator[LocalServer]:
+    """The engine that the runs push their weights to; other tests rely on the weights of the shared servers."""
     settings = ServerSettings(tiny_llama_dir, dtype="float32", max_total_tokens=8192, context_length=512)
     with LocalServer(settings) as server:
         yield server
@@ -37,14 +37,14 @@ def tiny_teacher(tiny_llama_dir: Path) -> Iterator[LocalServer]:
 
 @pytest.fixture(scope="module")
 def flags(
-    corpus: Path, tiny_llama_dir: Path, tiny_llama_server: LocalServer, tiny_teacher: LocalServer
+    corpus: Path, tiny_llama_dir: Path, tiny_engine: LocalServer, tiny_llama_server: LocalServer
 ) -> tuple[str, ...]:
-    """An online DPO run at temperature 0 on servers that are already there."""
+    """An online DPO run at temperature 0 on servers that are already there; the teacher's weights stay as they are."""
     return (
         *("--hf-config", str(tiny_llama_dir), "--data-path", str(corpus)),
         *("--objective", "dpo", "--candidates", "suffix", "rollout", "--num-rollouts", "2"),
         *("--rollout-temperature", "0", "--criteria", "likelihood=1", "--ref-update-interval", "3"),
-        *("--rollout-url", tiny_llama_server.url, "--teacher-url", tiny_teacher.url),
+        *("--rollout-url", tiny_engine.url, "--teacher-url", tiny_llama_server.url),
         *("--train-iters", str(TOTAL_STEPS), "--save-interval", "2"),
     )
 
@@ -141,7 +141,7 @@ def test_parallel_runs_do_the_same_steps(
 
 
 def test_the_engine_serves_what_was_trained(
-    uninterrupted: Path, flags: tuple[str, ...], tiny_llama_server: LocalServer, tmp_path: Path
+    uninterrupted: Path, flags: tuple[str, ...], tiny_engine: LocalServer, tmp_path: Path
 ) -> None:
     """After a run the engine's greedy continuation is that of the exported checkpoint in transformers."""
     train(tmp_path / "run", *flags, "--train-iters", "2", "--weight-sync", "disk")
@@ -159,12 +159,34 @@ def test_the_engine_serves_what_was_trained(
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
     body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 12, "temperature": 0}}
     request = urllib.request.Request(
-        tiny_llama_server.url + "/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        tiny_engine.url + "/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=60) as reply:
         found = json.load(reply)
     assert found["output_ids"][: len(expected)] == expected
     assert found["meta_info"]["weight_version"] == "2"
+
+
+def test_a_step_with_suffix_rewrite_and_rollouts_under_several_criteria(
+    flags: tuple[str, ...], smollm2_server: LocalServer, tmp_path: Path
+) -> None:
+    """The paper's full method: a real post-trained model rewrites and judges."""
+    run = tmp_path / "full"
+    teacher = ("--teacher-url", smollm2_server.url, "--criteria", "quality=1", "safety=1", "likelihood=1")
+    candidates = ("--candidates", "suffix", "rewrite", "rollout", "--rollout-temperature", "1")
+    train(
+        run, *flags, *teacher, *candidates, "--train-iters", "1", "--global-batch-size", "2", "--save-groups", str(run)
+    )
+    [record] = steps(run)
+    dropped = sum(value for name, value in record.items() if name.startswith("dropped/"))
+    assert record.get("examples", 0) + dropped == record["groups"] == 2
+    assert record["judge/verdicts/quality"] > 0
+    assert record["judge/verdicts/safety"] > 0
+    refused_or_made = [
+        value for name, value in record.items() if name.startswith(("rewriter/rewrites", "rewriter/copies"))
+    ]
+    assert sum(refused_or_made) + sum(v for n, v in record.items() if n.startswith("rewriter/dropped")) == 2
+    assert list(run.glob("step_0000000.replica_0.jsonl.zst"))
 
 
 def test_help_explains_every_flag_of_ours_in_its_own_group() -> None:
