@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_sip.judge.settings import ScheduleSettings, SettingsError, parse_criteria
+from megatron_sip.judge.settings import SettingsError
+from megatron_sip.judge_arguments import flag_for, judge_settings, rewriter_settings
 from megatron_sip.learning.objectives import ObjectiveSettings
 from megatron_sip.samples import CANDIDATE_KINDS
 
@@ -64,6 +65,7 @@ def validate(args: argparse.Namespace) -> None:
         check(args)
     if not args.dry_run:
         _check_servers(args)
+    _check_teacher_settings(args)
     if args.save is None:
         raise ArgumentError(
             "--save is required: the folder for checkpoints (and for metrics, unless --run-dir is given)"
@@ -152,14 +154,18 @@ def _check_servers(args: argparse.Namespace) -> None:
             if not url.startswith(("http://", "https://")):
                 raise ArgumentError(f"{flag} {url}: a URL starts with http:// or https://")
     _check_local_servers(args)
-    if needs_judge(args):
-        try:
-            parse_criteria(args.criteria)
-            schedule_settings(args)
-        except SettingsError as error:
-            raise ArgumentError(f"--criteria, --judge-schedule and its settings: {error}") from None
-        if args.teacher_api == "openai" and any(name.startswith("likelihood") for name in args.criteria):
-            raise ArgumentError("--criteria likelihood reads prompt log-probs and needs --teacher-api sglang")
+
+
+def _check_teacher_settings(args: argparse.Namespace) -> None:
+    """What criteria, schedule, verdicts and endpoints need of each other; the server itself may still be starting."""
+    urls = args.teacher_url or ["http://teacher"]
+    try:
+        if needs_judge(args):
+            judge_settings(args, urls)
+        if needs_rewriter(args):
+            rewriter_settings(args, urls)
+    except SettingsError as error:
+        raise ArgumentError(f"{flag_for(error)}: {error}") from None
 
 
 def _check_batch(args: argparse.Namespace) -> None:
@@ -233,15 +239,4 @@ def objective_settings(args: argparse.Namespace) -> ObjectiveSettings:
         nll_coef=args.dpo_nll_coef,
         label_smoothing=args.dpo_label_smoothing,
         dpo_loss=args.dpo_loss,
-    )
-
-
-def schedule_settings(args: argparse.Namespace) -> ScheduleSettings:
-    """Which pairs the judge compares. Raises SettingsError."""
-    return ScheduleSettings(
-        name=args.judge_schedule,
-        degree=args.judge_degree,
-        budget=args.judge_budget,
-        pivot=args.judge_pivot,
-        both_orders=args.judge_both_orders,
     )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sip.argument_checks import ArgumentError, validate
-from megatron_sip.judge.settings import SCHEDULE_NAMES
+from megatron_sip.judge_arguments import add_judge_flags, add_teacher_flags
 from megatron_sip.presets import expand_presets
 from megatron_sip.samples import CANDIDATE_KINDS
 
@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     _add_task_flags(group)
     _add_objective_flags(group)
     _add_rollout_flags(group)
-    _add_teacher_flags(group)
+    group.add_argument("--teacher-model", metavar="DIR", help="Start an SGLang server of this HF model on this node.")
+    add_teacher_flags(group)
+    add_judge_flags(group)
     _add_run_flags(group)
     _escape_percent_signs(parser)
     return parser
@@ -164,68 +166,6 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
         default=0,
         help="Optimizer steps that the engines' weights may be behind; 0 is strictly on-policy.",
     )
-
-
-def _add_teacher_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--teacher-url", nargs="+", metavar="URL", help="Running servers of the judge and rewriter.")
-    group.add_argument("--teacher-model", metavar="DIR", help="Start an SGLang server of this HF model on this node.")
-    group.add_argument(
-        "--teacher-api",
-        choices=["sglang", "openai"],
-        default="sglang",
-        help="sglang: native API (likelihood and soft verdicts). openai: any OpenAI-compatible server.",
-    )
-    group.add_argument(
-        "--teacher-name", default=None, metavar="MODEL", help="Model name sent to an OpenAI-type server."
-    )
-    group.add_argument(
-        "--teacher-key-variable", default=None, metavar="NAME", help="Environment variable that holds the API key."
-    )
-    group.add_argument(
-        "--teacher-tokenizer",
-        metavar="DIR",
-        help="Tokenizer of an SGLang teacher. Default: --teacher-model, or the path that the server reports.",
-    )
-    group.add_argument(
-        "--criteria",
-        nargs="+",
-        default=["likelihood=1"],
-        metavar="NAME=WEIGHT",
-        help="What the judge scores, summed with weights: quality, safety, factuality, likelihood.",
-    )
-    group.add_argument("--judge-votes", type=int, default=5, help="Verdicts asked per judgement (paper: 5).")
-    group.add_argument(
-        "--judge-schedule",
-        choices=SCHEDULE_NAMES,
-        default="circulant_bt",
-        help="Which pairs a pairwise criterion compares. all_pairs is the paper's; see docs/judging.md for what each costs.",
-    )
-    group.add_argument("--judge-degree", type=int, default=6, help="Opponents of each candidate under circulant_bt.")
-    group.add_argument("--judge-budget", type=int, default=48, help="Comparisons a group under two_ended_bt.")
-    group.add_argument(
-        "--judge-pivot", choices=["suffix", "rollout"], default="suffix", help="Whom all others meet under pivot."
-    )
-    group.add_argument(
-        "--judge-both-orders",
-        action="store_true",
-        help="Show every pair in both orders, for a judge that prefers whichever option comes first.",
-    )
-    group.add_argument(
-        "--judge-verdict",
-        choices=["hard", "soft"],
-        default="soft",
-        help="hard: the judge writes, and --judge-votes verdicts are read. soft: the probability of its verdict token.",
-    )
-    group.add_argument("--judge-temperature", type=float, default=1.0, help="Sampling of verdicts (paper: 1.0).")
-    group.add_argument("--judge-top-p", type=float, default=0.6, help="Nucleus of the verdicts' sampling (paper: 0.6).")
-    group.add_argument(
-        "--judge-deadline", type=float, default=900.0, metavar="SECONDS", help="For all judgements of one step."
-    )
-    group.add_argument(
-        "--judge-concurrency", type=int, default=256, metavar="CALLS", help="Teacher calls in flight, likewise."
-    )
-    group.add_argument("--judge-cache", metavar="DIR", help="Keep verdicts on disk; a resumed step then asks no one.")
-    group.add_argument("--rewrite-temperature", type=float, default=0.0, help="Sampling of the rewriter; 0 is greedy.")
 
 
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:

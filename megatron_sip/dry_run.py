@@ -14,7 +14,7 @@ from megatron_sip.argument_checks import candidate_kinds, needs_teacher, uses_ju
 from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
 from megatron_sip.judge.schedules import make_schedule, planned_pairs
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings
-from megatron_sip.services import judge_settings
+from megatron_sip.judge_arguments import judge_settings
 
 CHARACTERS_PER_TOKEN = 4
 """Of the instructions in prompt files; texts are counted in the policy's tokens."""

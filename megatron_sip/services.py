@@ -22,12 +22,12 @@ from megatron_sip.argument_checks import (
     needs_judge,
     needs_rewriter,
     needs_teacher,
-    schedule_settings,
 )
 from megatron_sip.experience import Experience, ExperienceMaker, ExperienceSettings
 from megatron_sip.judge.judge import Judge
-from megatron_sip.judge.rewriter import Rewriter, RewriterSettings
-from megatron_sip.judge.settings import ClientSettings, Endpoint, JudgeSettings, parse_criteria
+from megatron_sip.judge.rewriter import Rewriter
+from megatron_sip.judge.settings import JudgeSettings
+from megatron_sip.judge_arguments import judge_settings, rewriter_settings
 from megatron_sip.learning.selection import SelectionSettings
 from megatron_sip.rollout.compatibility import ModelContract
 from megatron_sip.rollout.launch import LocalServer, ServerSettings, start_servers, stop_servers
@@ -125,42 +125,6 @@ def experience_settings(args: argparse.Namespace, replica: int) -> ExperienceSet
     )
 
 
-def judge_settings(args: argparse.Namespace, urls: Sequence[str]) -> JudgeSettings:
-    """The judge that the flags describe, at `urls`."""
-    client = teacher_client(args, urls)
-    return JudgeSettings(
-        criteria=parse_criteria(args.criteria),
-        endpoints=client.endpoints,
-        votes=args.judge_votes,
-        schedule=schedule_settings(args),
-        default_verdict=args.judge_verdict,
-        temperature=args.judge_temperature,
-        top_p=args.judge_top_p,
-        deadline_s=args.judge_deadline,
-        concurrency=client.concurrency,
-        seed=client.seed,
-        tokenizer=client.tokenizer,
-        cache_path=client.cache_path,
-    )
-
-
-def teacher_client(args: argparse.Namespace, urls: Sequence[str]) -> ClientSettings:
-    """How judge and rewriter reach the teacher at `urls`."""
-    return ClientSettings(
-        endpoints=teacher_endpoints(args, urls),
-        tokenizer=args.teacher_tokenizer or args.teacher_model,
-        cache_path=Path(args.judge_cache) if args.judge_cache is not None else None,
-        concurrency=args.judge_concurrency,
-        seed=args.seed,
-    )
-
-
-def teacher_endpoints(args: argparse.Namespace, urls: Sequence[str]) -> tuple[Endpoint, ...]:
-    """The teacher's servers as the judge and the rewriter address them."""
-    model = args.teacher_name or "default"
-    return tuple(Endpoint(url, args.teacher_api, model, api_key_env=args.teacher_key_variable) for url in urls)
-
-
 class Leader:
     """One data-parallel leader's side of a step: an event loop with the clients of engines and teacher."""
 
@@ -223,12 +187,7 @@ class Leader:
         return engines
 
     async def _open_rewriter(self, args: argparse.Namespace, tokenizer: Any, urls: Sequence[str]) -> Rewriter:
-        settings = RewriterSettings(
-            client=teacher_client(args, urls),
-            temperature=args.rewrite_temperature,
-            deadline_s=args.judge_deadline,
-            seed=args.seed,
-        )
+        settings = rewriter_settings(args, urls)
         rewriter = await self._clients.enter_async_context(Rewriter(settings, tokenizer, args.suffix_length))
         await rewriter.check(CONNECT_SECONDS)
         return rewriter

@@ -3,9 +3,10 @@
     python tools/rewrite_corpus.py --data-path 'data/*.jsonl' --tokenizer POLICY_DIR --teacher-url http://host:30000 \\
         --teacher-tokenizer TEACHER_DIR --cache rewrites/ --samples 100000
 
-Tasks are drawn as the trainer draws them: give the same --seed, --split, --seq-length, --suffix-length, --task-mode and
-sampling, and pass the cache as --judge-cache to the training run, whose rewriter then asks nobody. Stop and repeat the
-command at will: what is in the cache is not asked again. Ends with the counts as JSON.
+Tasks are drawn as the trainer draws them: give the same --seed, --split, --seq-length, --suffix-length,
+--min-prefix-length, --task-mode, --judge-prefix-chars and --rewrite-temperature, and pass the cache as --judge-cache to
+the training run, whose rewriter then asks nobody. Stop and repeat the command at will: what is in the cache is not asked
+again. Ends with the counts as JSON.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ from megatron_sip.data.documents import open_corpus
 from megatron_sip.data.errors import DataError
 from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.data.tokenization import TokenizeSettings
-from megatron_sip.judge import ClientSettings, Endpoint, Rewriter, RewriterSettings, SettingsError
+from megatron_sip.judge import Rewriter, SettingsError
 from megatron_sip.judge.cache import CacheError
 from megatron_sip.judge.client import EndpointError
 from megatron_sip.judge.encoding import EncodingError
+from megatron_sip.judge_arguments import add_teacher_flags, rewriter_settings
+
+BATCH_SECONDS = 24 * 3600.0
+"""A batch waits that long for servers that are down."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -36,34 +41,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", required=True, help="the policy's Hugging Face tokenizer")
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--suffix-length", type=int, default=128)
-    parser.add_argument("--min-prefix-length", type=int, default=1)
+    parser.add_argument("--min-prefix-length", type=int, default=16)
     parser.add_argument("--task-mode", choices=("random", "stream"), default="random")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--start", type=int, default=0, help="index of the first task")
     parser.add_argument("--samples", type=int, required=True, help="number of tasks")
     parser.add_argument("--batch", type=int, default=1024, help="tasks between two commits to the cache")
-    parser.add_argument("--teacher-url", nargs="+", required=True, metavar="URL", help="servers of the rewriter")
-    parser.add_argument("--teacher-api", choices=("sglang", "openai"), default="sglang")
-    parser.add_argument("--teacher-name", default="default", metavar="MODEL", help="model name for OpenAI-type servers")
+    parser.add_argument("--concurrency", dest="judge_concurrency", type=int, default=256, help="requests in flight")
     parser.add_argument(
-        "--teacher-tokenizer", default=None, metavar="DIR", help="for sglang servers (default: ask them)"
+        "--cache", dest="judge_cache", type=Path, required=True, help="folder or sqlite file that keeps the rewrites"
     )
-    parser.add_argument(
-        "--teacher-key-variable", default=None, metavar="NAME", help="environment variable with the API key"
-    )
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--concurrency", type=int, default=256, help="requests in flight")
-    parser.add_argument("--cache", type=Path, required=True, help="folder or sqlite file that keeps the rewrites")
-    return parser.parse_args(arguments)
-
-
-def rewriter_settings(args: argparse.Namespace) -> RewriterSettings:
-    endpoints = tuple(
-        Endpoint(url, args.teacher_api, args.teacher_name, api_key_env=args.teacher_key_variable)
-        for url in args.teacher_url
-    )
-    client = ClientSettings(endpoints, args.teacher_tokenizer, args.cache, concurrency=args.concurrency)
-    return RewriterSettings(client, args.temperature, deadline_s=24 * 3600.0, seed=args.seed)
+    add_teacher_flags(parser.add_argument_group("the rewriter's servers, as the trainer takes them"))
+    parser.set_defaults(teacher_model=None, judge_deadline=BATCH_SECONDS)
+    args = parser.parse_args(arguments)
+    if not args.teacher_url:
+        parser.error("--teacher-url is required: the servers of the rewriter")
+    return args
 
 
 async def rewrite_corpus(args: argparse.Namespace) -> dict[str, float]:
@@ -74,7 +67,7 @@ async def rewrite_corpus(args: argparse.Namespace) -> dict[str, float]:
     corpus = open_corpus(args.data_path, tokenizer, TokenizeSettings(text_field=args.text_field))
     settings = TaskSettings(args.seq_length, args.suffix_length, args.task_mode, args.seed, args.min_prefix_length)
     tasks = TaskSource(corpus.split(args.split)["train"], tokenizer, settings)
-    async with Rewriter(rewriter_settings(args), tokenizer, args.suffix_length) as rewriter:
+    async with Rewriter(rewriter_settings(args, args.teacher_url), tokenizer, args.suffix_length) as rewriter:
         await rewriter.check()
         with tqdm(total=args.samples, unit="task", desc="rewrites") as bar:
             for begin in range(args.start, args.start + args.samples, args.batch):

@@ -15,15 +15,28 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Self
 
-import aiohttp
 import orjson
 
 from megatron_sip.http import HttpPool, Request, RequestError, RetryPolicy, Server
 from megatron_sip.judge.cache import AnswerCache, cache_key
 from megatron_sip.judge.calls import Answer, Call, GenerateCall, LikelihoodCall, cache_material
 from megatron_sip.judge.encoding import ChatEncoder, EncodingError
-from megatron_sip.judge.settings import ClientSettings, Endpoint, SettingsError
-from megatron_sip.judge.wire import OPENAI_PATH, SGLANG_PATH, openai_answer, openai_body, sglang_answers, sglang_body
+from megatron_sip.judge.probe import EndpointError, EndpointFacts, probe
+from megatron_sip.judge.settings import DEFAULT_MODEL, ClientSettings, Endpoint, SettingsError
+from megatron_sip.judge.window import PrefixWindow, estimated_tokens
+from megatron_sip.judge.wire import (
+    OPENAI_PATH,
+    SGLANG_PATH,
+    Quirk,
+    answer_tokens,
+    openai_answer,
+    openai_body,
+    quirk_in,
+    sglang_answers,
+    sglang_body,
+)
+
+__all__ = ["EndpointError", "JudgeClient", "affinity_of"]
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +45,8 @@ PREFILL_BATCH = 32
 GENERATE_BATCH = 8
 """Prompts in one native request that generates: few, since the batch is as slow as its slowest answer."""
 CHECK_TIMEOUT_S = 30.0
-
-
-class EndpointError(RuntimeError):
-    """An endpoint that does not answer at start; the message names its URL."""
+TEMPLATE_TOKENS = 128
+"""Allowed for a chat template that only the server knows."""
 
 
 class JudgeClient:
@@ -54,6 +65,8 @@ class JudgeClient:
         self.counts: Counter[str] = Counter()
         self._cache: AnswerCache | None = None
         self._encoder = ChatEncoder.load(settings.tokenizer) if settings.tokenizer else None
+        self._facts: dict[str, EndpointFacts] = {}
+        self._quirks: dict[str, set[Quirk]] = {}
 
     async def __aenter__(self) -> Self:
         if self._settings.cache_path is not None:
@@ -69,9 +82,30 @@ class JudgeClient:
 
     async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         """Wait until every endpoint answers. Raises EndpointError after `timeout_s`, EncodingError, SettingsError."""
-        await asyncio.gather(*(self._check_endpoint(server, timeout_s) for server in self.pool.servers))
+        found = await asyncio.gather(*(probe(server, timeout_s) for server in self.pool.servers))
+        for endpoint, facts in zip(self._settings.endpoints, found, strict=True):
+            self._facts[endpoint.url] = facts
+            if endpoint.kind == "sglang" and self._encoder is None and facts.tokenizer:
+                try:
+                    self._encoder = ChatEncoder.load(facts.tokenizer)
+                except EncodingError as error:
+                    raise EncodingError(f"{error}; give the judge's tokenizer explicitly") from error
         if any(endpoint.kind == "sglang" for endpoint in self._settings.endpoints):
             _ = self.encoder
+
+    def window(self, criterion: str, chars: int) -> PrefixWindow:
+        """How much of a prefix the endpoints of a criterion may be shown, at most `chars`; after `check`."""
+        endpoints = self._settings.endpoints_for(criterion)
+        reported = [e.context_tokens or self._facts.get(e.url, EndpointFacts()).context_tokens for e in endpoints]
+        known = [length for length in reported if length is not None]
+        count = estimated_tokens if self._encoder is None else lambda text: len(self.encoder.text(text))
+        return PrefixWindow(chars, min(known) if known else None, count)
+
+    def request_tokens(self, call: Call, criterion: str) -> int:
+        """About how many tokens a call takes of its server's context, the answer included."""
+        count = self.window(criterion, 0).count
+        spent = [answer_tokens(call, endpoint) for endpoint in self._settings.endpoints_for(criterion)]
+        return sum(map(count, call.prompt)) + max(spent) + TEMPLATE_TOKENS
 
     @property
     def encoder(self) -> ChatEncoder:
@@ -94,8 +128,8 @@ class JudgeClient:
         """
         failures = Counter() if failures is None else failures
         allowed = self._settings.endpoints_for(criterion)
-        model = allowed[0].model
-        keys = [cache_key(cache_material(call, model)) for call in calls]
+        source = self._answer_source(allowed[0])
+        keys = [cache_key(cache_material(call, source)) for call in calls]
         known = self._cache.get_many(keys) if self._cache is not None else {}
         open_calls = {key: call for key, call in zip(keys, calls, strict=True) if key not in known}
         self.counts["calls"] += len(calls)
@@ -138,28 +172,58 @@ class JudgeClient:
         deadline: float,
         failures: Counter[str],
     ) -> list[Answer] | None:
+        sent: list[tuple[str, frozenset[Quirk]]] = []
+
+        def body(server: Server) -> bytes:
+            quirks = frozenset(self._quirks.get(server.url, ()))
+            sent.append((server.url, quirks))
+            return self._body(calls, server.tag, quirks)
+
         request = Request(
             affinity,
             path=lambda server: SGLANG_PATH if server.tag.kind == "sglang" else OPENAI_PATH,
-            body=lambda server: self._body(calls, server.tag),
+            body=body,
             parse=lambda server, response: self._parse(calls, server.tag, response),
             allowed=lambda server: server.tag in allowed,
         )
-        try:
-            return await self.pool.send(request, deadline)
-        except RequestError as failure:
-            failures[failure.kind] += len(calls)
-            name = f"failed/{failure.kind}"
-            self.counts[name] += len(calls)
-            if self.counts[name] == len(calls):  # the first of its kind is worth a line, not a flood
-                log.warning("judge call failed, its votes are missing: %s", failure)
-            return None
+        while True:
+            try:
+                return await self.pool.send(request, deadline)
+            except RequestError as failure:
+                if failure.kind == "rejected" and self._learn_quirk(*sent[-1], str(failure)):
+                    continue
+                failures[failure.kind] += len(calls)
+                name = f"failed/{failure.kind}"
+                self.counts[name] += len(calls)
+                if self.counts[name] == len(calls):  # the first of its kind is worth a line, not a flood
+                    log.warning("judge call failed, its votes are missing: %s", failure)
+                return None
 
-    def _body(self, calls: list[Call], endpoint: Endpoint) -> bytes:
+    def _learn_quirk(self, url: str, used: frozenset[Quirk], refusal: str) -> bool:
+        """Whether the server refused for want of a quirk that the request did not heed; it is heeded from now on."""
+        quirk = quirk_in(refusal)
+        if quirk is None or quirk in used:
+            return False
+        known = self._quirks.setdefault(url, set())
+        if quirk not in known:
+            log.warning(
+                "judge server %s: requests are sent with '%s' from now on, since it said: %s", url, quirk, refusal
+            )
+        known.add(quirk)
+        return True
+
+    def _answer_source(self, endpoint: Endpoint) -> str:
+        """What answers are kept under: the model that gives them, and what its reasoning may cost."""
+        model = endpoint.model
+        if model == DEFAULT_MODEL:
+            model = self._facts.get(endpoint.url, EndpointFacts()).model or model
+        return model if not endpoint.reasoning_tokens else f"{model}\x00{endpoint.reasoning_tokens}"
+
+    def _body(self, calls: list[Call], endpoint: Endpoint, quirks: frozenset[Quirk]) -> bytes:
         if endpoint.kind == "sglang":
             return orjson.dumps(sglang_body(calls, self.encoder, endpoint))
         assert not isinstance(calls[0], LikelihoodCall)
-        return orjson.dumps(openai_body(calls[0], endpoint))
+        return orjson.dumps(openai_body(calls[0], endpoint, quirks))
 
     def _parse(self, calls: list[Call], endpoint: Endpoint, response: Any) -> list[Answer]:
         if endpoint.kind == "sglang":
@@ -171,39 +235,6 @@ class JudgeClient:
         self.counts["prompt-tokens"] += prompt_tokens
         self.counts["generated-tokens"] += generated
         return answers
-
-    async def _check_endpoint(self, server: Server, timeout_s: float) -> None:
-        endpoint: Endpoint = server.tag
-        path = "/model_info" if endpoint.kind == "sglang" else "/v1/models"
-        loop = asyncio.get_running_loop()
-        deadline, last = loop.time() + timeout_s, "no answer"
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=min(10.0, timeout_s))) as session:
-            while loop.time() < deadline:
-                try:
-                    async with session.get(server.url + path, headers=server.headers) as response:
-                        if response.status == 200:
-                            await self._learn_tokenizer(endpoint, response)
-                            return
-                        last = f"status {response.status}"
-                        if response.status in (401, 403):
-                            break
-                except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-                    last = str(error) or type(error).__name__
-                await asyncio.sleep(min(1.0, max(0.0, deadline - loop.time())))
-        raise EndpointError(
-            f"judge endpoint {server.url} ({endpoint.kind}) gave no good answer to {path} within {timeout_s:.0f} s: "
-            f"{last}. Is the server running, and is the URL right?"
-        )
-
-    async def _learn_tokenizer(self, endpoint: Endpoint, response: aiohttp.ClientResponse) -> None:
-        if endpoint.kind == "sglang" and self._encoder is None:
-            info = await response.json()
-            path = info.get("tokenizer_path") or info.get("model_path")
-            if path:
-                try:
-                    self._encoder = ChatEncoder.load(path)
-                except EncodingError as error:
-                    raise EncodingError(f"{error}; give the judge's tokenizer explicitly") from error
 
 
 def _server(endpoint: Endpoint) -> Server:

@@ -66,6 +66,10 @@ class Criterion(Protocol):
 
     async def score(self, sheet: Sheet, ask: Ask) -> CriterionScores: ...
 
+    def longest_call(self, sheet: Sheet) -> Call:
+        """The call about a sheet that takes most tokens: what must fit into the judge's context."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -101,6 +105,9 @@ class Pointwise:
             return CriterionScores(missing="too-few-verdicts", planned=planned * len(calls), received=received)
         means = tuple(float(np.mean(own)) for own in votes)
         return CriterionScores(means, tuple(map(len, votes)), None, planned * len(calls), received)
+
+    def longest_call(self, sheet: Sheet) -> Call:
+        return self._call(sheet, max(sheet.candidates, key=len))
 
     def _call(self, sheet: Sheet, candidate: str) -> Call:
         texts = {"prefix": sheet.prefix, "reference": sheet.reference, "candidate": candidate}
@@ -154,6 +161,10 @@ class Pairwise:
         scores = tuple(map(float, self.schedule.scores(players, history)))
         return CriterionScores(scores, tuple(map(int, got)), None, *counts, history)
 
+    def longest_call(self, sheet: Sheet) -> Call:
+        by_length = sorted(range(len(sheet.candidates)), key=lambda i: len(sheet.candidates[i]))
+        return self._call(sheet, by_length[-1], by_length[-2:][0], self.sampling.votes, 0)
+
     def _shown(self, pairs: Sequence[Pair]) -> list[tuple[int, int, int]]:
         """(first, second, votes): votes are spread over both orders; which one gets the odd vote the schedule drew."""
         if self.mode == "soft":
@@ -200,6 +211,9 @@ class Likelihood:
             reason = "empty-candidate" if not all(sheet.candidates) else "too-few-verdicts"
             return CriterionScores(missing=reason, planned=len(calls), received=len(known))
         return CriterionScores(known, (1,) * len(known), None, len(calls), len(known))
+
+    def longest_call(self, sheet: Sheet) -> Call:
+        return LikelihoodCall(LIKELIHOOD_IDENTITY, (sheet.prefix, max(sheet.candidates, key=len)))
 
 
 def judgement(

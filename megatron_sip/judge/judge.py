@@ -16,6 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -34,10 +35,14 @@ from megatron_sip.judge.criteria import (
 from megatron_sip.judge.prompts import fence_code, valid_unicode
 from megatron_sip.judge.schedules import AllPairs
 from megatron_sip.judge.settings import JudgeSettings, Objective
+from megatron_sip.judge.window import PrefixWindow
 from megatron_sip.samples import Group
 
 PROMPTS_IN_FLIGHT_SHARE = 16
 """Groups worked on at once: concurrency / this. Enough to fill it; few keep prompts together and memory flat."""
+
+UNKNOWN_CODE = "00000000"
+"""As long as a fence code, where only lengths matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +108,8 @@ class Judge:
         if not texts:
             return self._drop(group, "judge-no-candidates")
         sheet = self._sheet(group, texts, objective)
+        if sheet is None:
+            return self._drop(group, "judge-context-too-short")
         results = await asyncio.gather(
             *(self._ask_criterion(item.criterion, item.setting, sheet, deadline) for item in self._criteria)
         )
@@ -131,13 +138,30 @@ class Judge:
             return result
         return replace(result, missing=failures.most_common(1)[0][0])
 
-    def _sheet(self, group: Group, texts: list[str], objective: Objective) -> Sheet:
+    def _sheet(self, group: Group, texts: list[str], objective: Objective) -> Sheet | None:
+        """The task as the criteria see it; None when candidates and instructions leave the judge no room for the prefix."""
         kinds = {valid_unicode(candidate.text): candidate.kind for candidate in reversed(group.candidates)}
-        prefix = cut_prefix(valid_unicode(group.task.prefix_text), self._settings.prefix_chars)
         reference = valid_unicode(group.task.suffix_text)
-        code = fence_code(self._settings.seed, prefix, [*texts, reference])
         seed = (self._settings.seed, group.task.index)
-        return Sheet(prefix, reference, tuple(texts), tuple(kinds[text] for text in texts), code, seed, objective)
+        places = tuple(kinds[text] for text in texts)
+        whole = valid_unicode(group.task.prefix_text)
+        bare = Sheet("", reference, tuple(texts), places, UNKNOWN_CODE, seed, objective)
+        prefix: str | None = whole
+        for item in self._criteria:
+            if prefix is not None:
+                prefix = self._window(item.setting).shown(prefix, partial(self._tokens_beside, item, bare))
+        if prefix is None:
+            return None
+        self._counts["prefixes-cut"] += prefix != whole
+        code = fence_code(self._settings.seed, prefix, [*texts, reference])
+        return replace(bare, prefix=prefix, code=code)
+
+    def _window(self, setting: str) -> PrefixWindow:
+        return self._client.window(setting, self._settings.prefix_chars)
+
+    def _tokens_beside(self, item: _Weighted, bare: Sheet) -> int:
+        """What the longest request of a criterion takes beside the prefix. With a likelihood prior, that one is shorter."""
+        return self._client.request_tokens(item.criterion.longest_call(bare), item.setting)
 
     def _scored(self, group: Group, texts: list[str], results: Sequence[CriterionScores]) -> Group:
         """The group with scores for all its candidates, duplicates sharing theirs."""
@@ -197,12 +221,3 @@ def flat_counters(counts: Mapping[str, float], client: JudgeClient) -> dict[str,
         if kind == "first-shown-preferred":
             values[key] = values[key] / max(1.0, values[f"verdicts/{name}"])
     return values
-
-
-def cut_prefix(text: str, chars: int) -> str:
-    """The last `chars` characters, from the next word on when that is near."""
-    if len(text) <= chars:
-        return text
-    tail = text[-chars:]
-    space = tail.find(" ", 0, 50)
-    return tail[space + 1 :] if space >= 0 else tail

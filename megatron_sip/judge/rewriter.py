@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from megatron_sip.judge.calls import Answer, GenerateCall
 from megatron_sip.judge.client import JudgeClient, affinity_of
-from megatron_sip.judge.judge import cut_prefix, flat_counters
+from megatron_sip.judge.judge import UNKNOWN_CODE, flat_counters
 from megatron_sip.judge.prompts import builtin_prompt, fence_code, valid_unicode
 from megatron_sip.judge.settings import ClientSettings, SettingsError
 from megatron_sip.judge.verdicts import own_answer
@@ -95,7 +95,11 @@ class Rewriter:
 
     async def _rewrite_task(self, task: Task, deadline: float) -> Candidate | None:
         words = last_words(task.prefix_text)
-        call = self._call(task, words)
+        prefix = self._shown_prefix(task, words)
+        if prefix is None:
+            self._counts["dropped/context-too-short"] += 1
+            return None
+        call = self._call(task, words, prefix)
         [answer] = await self._client.ask([call], "rewrite", affinity_of(task.prefix_text), deadline)
         forced = any(e.kind == "sglang" or e.prefill for e in self._settings.client.endpoints_for("rewrite"))
         text, problem = read_rewrite(answer, task, words, start_required=not forced)
@@ -113,16 +117,28 @@ class Rewriter:
         self._counts["rewrites"] += 1
         return Candidate("rewrite", ids, cut)
 
-    def _call(self, task: Task, words: str) -> GenerateCall:
-        prefix = cut_prefix(valid_unicode(task.prefix_text), self._settings.prefix_chars)
-        texts = {"prefix": prefix, "continuation": valid_unicode(words + task.suffix_text)}
-        code = fence_code(self._settings.seed, prefix, [texts["continuation"]])
-        pieces = self._prompt.fill(texts, code, valid_unicode(words.strip()))
-        max_tokens = self._settings.max_tokens or 2 * self._max_tokens
-        settings = self._settings
+    def _shown_prefix(self, task: Task, words: str) -> str | None:
+        """The end of the prefix that the rewriter's context holds; None when it holds next to nothing of it."""
+        whole = valid_unicode(task.prefix_text)
+        bare = self._call(task, words, "", UNKNOWN_CODE)
+        window = self._client.window("rewrite", self._settings.prefix_chars)
+        prefix = window.shown(whole, lambda: self._client.request_tokens(bare, "rewrite"))
+        self._counts["prefixes-cut"] += prefix is not None and prefix != whole
+        return prefix
+
+    def _call(self, task: Task, words: str, prefix: str, code: str | None = None) -> GenerateCall:
         start = valid_unicode(words.strip())
+        texts = {"prefix": prefix, "continuation": valid_unicode(words + task.suffix_text)}
+        code = code or fence_code(self._settings.seed, prefix, [texts["continuation"]])
+        settings = self._settings
         return GenerateCall(
-            self._prompt.identity, pieces, 1, max_tokens, settings.temperature, settings.top_p, start=start
+            self._prompt.identity,
+            self._prompt.fill(texts, code, start),
+            n=1,
+            max_tokens=settings.max_tokens or 2 * self._max_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            start=start,
         )
 
     def counters(self) -> dict[str, float]:

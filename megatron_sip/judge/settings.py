@@ -15,6 +15,8 @@ EndpointKind = Literal["sglang", "openai"]
 Objective = Literal["dpo", "rf-nll"]
 
 LIKELIHOOD = "likelihood"
+DEFAULT_MODEL = "default"
+"""Sent to servers that serve one model only; answers are then kept under the name that the server reports."""
 SCHEDULE_NAMES = ("all_pairs", "all_pairs_swap", "pivot", "circulant_bt", "two_ended_bt")
 
 
@@ -33,23 +35,39 @@ class Endpoint:
     answer_prefix: goes between chat template and a forced answer (gpt-oss: `<|channel|>final<|message|>`).
     reasoning_tokens: tokens for reasoning, on top of each answer's own budget.
     requests_per_s: rate limit, 0: none.
+    context_tokens: what a request and its answer may take together (None: what the server reports, if it does).
     """
 
     url: str
     kind: EndpointKind = "sglang"
-    model: str = "default"
+    model: str = DEFAULT_MODEL
     criteria: tuple[str, ...] = ()
     api_key_env: str | None = None
     prefill: bool = False
     answer_prefix: str = ""
     reasoning_tokens: int = 0
     requests_per_s: float = 0.0
+    context_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise SettingsError(f"endpoint '{self.url}': an URL starts with http:// or https://")
         if self.kind not in ("sglang", "openai"):
             raise SettingsError(f"endpoint {self.url}: kind '{self.kind}' is neither sglang nor openai")
+        if self.reasoning_tokens < 0:
+            raise SettingsError(f"endpoint {self.url}: reasoning_tokens {self.reasoning_tokens}: at least 0 is needed")
+        if not 0.0 <= self.requests_per_s < float("inf"):
+            raise SettingsError(
+                f"endpoint {self.url}: requests_per_s {self.requests_per_s}: 0 (no limit) or more is needed"
+            )
+        if self.context_tokens is not None and self.context_tokens < 1:
+            raise SettingsError(f"endpoint {self.url}: context_tokens {self.context_tokens}: at least 1 is needed")
+        if self.prefill and self.kind != "openai":
+            raise SettingsError(
+                f"endpoint {self.url}: prefill is for kind openai; sglang always continues a started answer"
+            )
+        if self.answer_prefix and self.kind != "sglang":
+            raise SettingsError(f"endpoint {self.url}: answer_prefix is for kind sglang; the others take no raw tokens")
 
     def api_key(self) -> str | None:
         """The key from the environment. Raises SettingsError when the named variable is not set."""
@@ -144,6 +162,7 @@ class JudgeSettings:
     deadline_s: seconds for one `score` call; call_timeout_s: for one attempt of one request.
     tokenizer: folder or name of the judge's tokenizer, for sglang endpoints (None: the path the server reports).
     likelihood_scale: nats per token; see criteria.py on scales. prefix_chars: how much of the prefix's end is shown.
+    max_tokens: of one answer, reasoning in a channel of its own apart.
     audit_rate: share of groups whose schedule is compared with all pairs.
     """
 
@@ -174,9 +193,14 @@ class JudgeSettings:
         for name, low, value in (
             ("votes", 1, self.votes),
             ("max_tokens", 1, self.max_tokens),
+            ("prefix_chars", 1, self.prefix_chars),
         ):
             if value < low:
                 raise SettingsError(f"judge {name} {value}: at least {low} is needed")
+        if self.temperature < 0:
+            raise SettingsError(f"judge temperature {self.temperature}: a number of at least 0 is needed")
+        if not 0 < self.top_p <= 1:
+            raise SettingsError(f"judge top_p {self.top_p}: a share above 0 and at most 1 is needed")
         for name, number in (
             ("deadline_s", self.deadline_s),
             ("likelihood_scale", self.likelihood_scale),
@@ -185,6 +209,12 @@ class JudgeSettings:
                 raise SettingsError(f"judge {name} {number}: a number above 0 is needed")
         if not 0 < self.quorum <= 1:
             raise SettingsError(f"judge quorum {self.quorum}: a share above 0 and at most 1 is needed")
+        if not 0 <= self.audit_rate <= 1:
+            raise SettingsError(f"judge audit_rate {self.audit_rate}: a share from 0 to 1 is needed")
+        if unknown := sorted(set(self.verdicts) - set(self.criteria)):
+            raise SettingsError(
+                f"judge verdicts of {', '.join(unknown)}: no such criterion here; there are: {', '.join(self.criteria)}"
+            )
         for name in self.criteria:
             check_criterion_name(name)
             self.client.endpoints_for(name)
@@ -252,3 +282,24 @@ def parse_criteria(items: Iterable[str]) -> dict[str, float]:
     if not weights:
         raise SettingsError(f"no criteria given; known criteria: {', '.join(known_criteria())}")
     return weights
+
+
+def parse_verdicts(items: Iterable[str]) -> tuple[VerdictMode, dict[str, VerdictMode]]:
+    """`["soft", "safety=hard"]` -> (default mode, modes by criterion); the default is soft unless one is named.
+
+    Raises SettingsError with what would be right.
+    """
+    default: list[VerdictMode] = []
+    modes: dict[str, VerdictMode] = {}
+    for item in items:
+        name, separator, word = item.rpartition("=")
+        mode: VerdictMode | None = "hard" if word == "hard" else "soft" if word == "soft" else None
+        if mode is None or (separator and not name):
+            raise SettingsError(f"verdict '{item}': write hard or soft, or NAME=hard and NAME=soft for one criterion")
+        if name in modes or (not separator and default):
+            raise SettingsError(f"verdict '{item}': {name or 'the mode of all criteria'} is given twice")
+        if separator:
+            modes[name] = mode
+        else:
+            default.append(mode)
+    return (default or ["soft"])[0], modes

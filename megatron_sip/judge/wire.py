@@ -6,8 +6,9 @@ A response of an unexpected shape raises BadResponseError: it is retried, and ne
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
 
 from megatron_sip.http import BadResponseError
 from megatron_sip.judge.calls import Answer, Call, ChoiceCall, GenerateCall, LikelihoodCall
@@ -18,6 +19,28 @@ from megatron_sip.judge.verdicts import VerdictRule
 SGLANG_PATH = "/generate"
 OPENAI_PATH = "/v1/chat/completions"
 TOP_LOGPROBS = 20
+
+Quirk = Literal["max_completion_tokens", "no-logprobs"]
+"""What a chat API wants otherwise than most: reasoning models of some hosted services refuse `max_tokens` and log-probs."""
+_REFUSALS: tuple[tuple[Quirk, re.Pattern[str]], ...] = (
+    ("max_completion_tokens", re.compile(r"max_tokens.{0,200}max_completion_tokens", re.DOTALL)),
+    (
+        "no-logprobs",
+        re.compile(r"logprobs.{0,40}(?:not supported|unsupported)|unsupported.{0,40}logprobs", re.DOTALL | re.I),
+    ),
+)
+
+
+def answer_tokens(call: Call, endpoint: Endpoint) -> int:
+    """The most tokens that a server may generate for a call: its answer, and reasoning where there may be any."""
+    if isinstance(call, LikelihoodCall):
+        return 0
+    if isinstance(call, ChoiceCall):
+        if endpoint.kind == "sglang":
+            return 1
+        if endpoint.prefill:
+            return 3  # the label may follow white space of its own
+    return call.max_tokens + endpoint.reasoning_tokens
 
 
 # ---- SGLang, native -------------------------------------------------------------------------------------------------
@@ -50,7 +73,7 @@ def sglang_body(calls: Sequence[Call], encoder: ChatEncoder, endpoint: Endpoint)
         ],
         "sampling_params": {
             "n": first.n,
-            "max_new_tokens": first.max_tokens + endpoint.reasoning_tokens,
+            "max_new_tokens": answer_tokens(first, endpoint),
             "temperature": first.temperature,
             "top_p": first.top_p,
             # Marks of reasoning channels are special tokens; the parser needs to see them.
@@ -101,22 +124,25 @@ def _sglang_likelihood(call: LikelihoodCall, encoder: ChatEncoder, meta: dict[st
 # ---- OpenAI-compatible ----------------------------------------------------------------------------------------------
 
 
-def openai_body(call: GenerateCall | ChoiceCall, endpoint: Endpoint) -> dict[str, Any]:
+def openai_body(call: GenerateCall | ChoiceCall, endpoint: Endpoint, quirks: Collection[Quirk] = ()) -> dict[str, Any]:
     """One chat completion; a soft verdict is forced where the server continues a started answer, else generated."""
     messages = [{"role": "user", "content": "".join(call.prompt)}]
-    body: dict[str, Any] = {"model": endpoint.model, "messages": messages}
+    limit = "max_completion_tokens" if "max_completion_tokens" in quirks else "max_tokens"
+    body: dict[str, Any] = {"model": endpoint.model, "messages": messages, limit: answer_tokens(call, endpoint)}
     if isinstance(call, ChoiceCall):
-        body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS, "temperature": 1.0}
-        if not endpoint.prefill:
-            return body | {"max_tokens": call.max_tokens + endpoint.reasoning_tokens}
-        return body | {"max_tokens": 3} | _continued(messages, call.rule.start)
-    body |= {
-        "n": call.n,
-        "temperature": call.temperature,
-        "top_p": call.top_p,
-        "max_tokens": call.max_tokens + endpoint.reasoning_tokens,
-    }
-    return body | _continued(messages, call.start) if call.start and endpoint.prefill else body
+        start, sampling = call.rule.start, {"temperature": 1.0}
+        if "no-logprobs" not in quirks:
+            body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+    else:
+        start, sampling = call.start, {"temperature": call.temperature, "top_p": call.top_p}
+        body["n"] = call.n
+    body |= sampling
+    return body | _continued(messages, start) if start and endpoint.prefill else body
+
+
+def quirk_in(refusal: str) -> Quirk | None:
+    """What the server asks for when it refuses a request with this message; None when it is something else."""
+    return next((quirk for quirk, pattern in _REFUSALS if pattern.search(refusal)), None)
 
 
 def _continued(messages: list[dict[str, str]], start: str) -> dict[str, Any]:

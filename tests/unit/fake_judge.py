@@ -43,13 +43,23 @@ def truthful_answer(prompt: str) -> str:
 class FakeJudge:
     """See the module. `requests` counts what arrived, `prompts` keeps what was shown."""
 
-    def __init__(self, faults: FaultPlan = lambda index: None, answer: Callable[[str], str] = truthful_answer) -> None:
+    def __init__(
+        self,
+        faults: FaultPlan = lambda index: None,
+        answer: Callable[[str], str] = truthful_answer,
+        *,
+        context: int | None = None,
+        refuses: Callable[[dict[str, Any]], str | None] = lambda body: None,
+    ) -> None:
+        """context: reported in the list of models. refuses: the message with which a body is refused (400), or None."""
         self.requests = 0
         self.prompts: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self._faults = faults
         self._answer = answer
+        self._context = context
+        self._refuses = refuses
         self._port = 0
         self._runner: web.AppRunner | None = None
 
@@ -82,7 +92,7 @@ class FakeJudge:
             self._runner = None
 
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": "fake"}]})
+        return web.json_response({"data": [{"id": "fake", "max_model_len": self._context}]})
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         index, self.requests = self.requests, self.requests + 1
@@ -91,6 +101,8 @@ class FakeJudge:
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
         self.prompts.append(prompt)
+        if (refusal := self._refuses(body)) is not None:
+            return web.json_response({"error": {"message": refusal, "type": "invalid_request_error"}}, status=400)
         match self._faults(index):
             case "status":
                 return web.Response(status=500 + index % 4, text="out of order")

@@ -10,8 +10,8 @@ from megatron_sip.argument_checks import uses_judge
 from megatron_sip.arguments import add_arguments
 from megatron_sip.dry_run import criterion_cost, describe, prompt_cost, run_cost
 from megatron_sip.judge.settings import Endpoint, JudgeSettings, ScheduleSettings, VerdictMode
+from megatron_sip.judge_arguments import judge_settings
 from megatron_sip.presets import expand_presets
-from megatron_sip.services import judge_settings
 
 URL = "http://teacher"
 

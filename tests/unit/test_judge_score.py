@@ -196,7 +196,7 @@ def test_no_failure_becomes_a_score(seed: int, votes: int, qualities: list[int],
                 return judged, asyncio.get_running_loop().time() - begin, judge.counters()
 
     judged, seconds, counters = asyncio.run(run())
-    assert seconds < deadline_s + 1.0
+    assert seconds < deadline_s + 2.0  # a hanging server would take an hour
     best, worst = qualities.index(max(qualities)), qualities.index(min(qualities))
     scored = [group for group in judged if group.dropped is None]
     for group in scored:

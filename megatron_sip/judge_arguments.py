@@ -1,0 +1,273 @@
+"""Flags of judge and rewriter, and the settings that they describe."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_sip.judge.rewriter import RewriterSettings
+from megatron_sip.judge.settings import (
+    DEFAULT_MODEL,
+    SCHEDULE_NAMES,
+    ClientSettings,
+    Endpoint,
+    JudgeSettings,
+    ScheduleSettings,
+    SettingsError,
+    parse_criteria,
+    parse_verdicts,
+)
+
+FLAG_OF_SETTING = {
+    "requests_per_s": "--teacher-requests-per-second",
+    "call_timeout_s": "--teacher-timeout",
+    "reasoning_tokens": "--teacher-reasoning-tokens",
+    "context_tokens": "--teacher-context",
+    "answer_prefix": "--teacher-answer-prefix",
+    "prefill": "--teacher-prefill",
+    "kind sglang": "--teacher-api sglang",
+    "rewrite temperature": "--rewrite-temperature",
+    "schedule degree": "--judge-degree",
+    "schedule budget": "--judge-budget",
+    "prefix_chars": "--judge-prefix-chars",
+    "max_tokens": "--judge-max-tokens",
+    "audit_rate": "--judge-audit-rate",
+    "quorum": "--judge-quorum",
+    "votes": "--judge-votes",
+    "deadline_s": "--judge-deadline",
+    "concurrency": "--judge-concurrency",
+    "temperature": "--judge-temperature",
+    "top_p": "--judge-top-p",
+    "verdict": "--judge-verdict",
+    "criteri": "--criteria",
+}
+"""What a SettingsError calls a setting -> the flag; the first that occurs in a message is meant."""
+
+
+def add_teacher_flags(group: argparse._ActionsContainer) -> None:
+    """The servers of judge and rewriter, and how they are to be asked."""
+    group.add_argument("--teacher-url", nargs="+", metavar="URL", help="Running servers of the judge and rewriter.")
+    group.add_argument(
+        "--teacher-api",
+        choices=["sglang", "openai"],
+        default="sglang",
+        help="sglang: native API (likelihood and soft verdicts). openai: any OpenAI-compatible server.",
+    )
+    group.add_argument(
+        "--teacher-name",
+        default=None,
+        metavar="MODEL",
+        help="Model name sent to an OpenAI-type server, and the name that --judge-cache keeps answers under. Default for "
+        "SGLang: the name that the server reports.",
+    )
+    group.add_argument(
+        "--teacher-key-variable", default=None, metavar="NAME", help="Environment variable that holds the API key."
+    )
+    group.add_argument(
+        "--teacher-tokenizer",
+        metavar="DIR",
+        help="Tokenizer of an SGLang teacher. Default: --teacher-model, or the path that the server reports.",
+    )
+    group.add_argument(
+        "--teacher-prefill",
+        action="store_true",
+        help="An OpenAI-type server continues an answer that we begin (vLLM, SGLang): soft verdicts then cost one token.",
+    )
+    group.add_argument(
+        "--teacher-answer-prefix",
+        default="",
+        metavar="TEXT",
+        help="Put between an SGLang teacher's chat template and an answer that we begin, special tokens included; for "
+        "gpt-oss '<|channel|>final<|message|>'.",
+    )
+    group.add_argument(
+        "--teacher-reasoning-tokens",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="For reasoning in a channel of its own (gpt-oss, <think>), on top of each answer's own tokens.",
+    )
+    group.add_argument(
+        "--teacher-context",
+        type=int,
+        default=None,
+        metavar="TOKENS",
+        help="What a request and its answer may take together; of longer prefixes only the end is shown, and counted. "
+        "Default: what the server reports.",
+    )
+    group.add_argument(
+        "--teacher-requests-per-second", type=float, default=0.0, metavar="N", help="Limit for each URL; 0: none."
+    )
+    group.add_argument(
+        "--teacher-timeout", type=float, default=120.0, metavar="SECONDS", help="For one attempt of one teacher call."
+    )
+    group.add_argument(
+        "--judge-prefix-chars",
+        type=int,
+        default=16_000,
+        metavar="CHARS",
+        help="Of a longer prefix, judge and rewriter are shown the end only.",
+    )
+    group.add_argument("--rewrite-temperature", type=float, default=0.0, help="Sampling of the rewriter; 0 is greedy.")
+
+
+def add_judge_flags(group: argparse._ActionsContainer) -> None:
+    """What is judged, and how."""
+    group.add_argument(
+        "--criteria",
+        nargs="+",
+        default=["likelihood=1"],
+        metavar="NAME=WEIGHT",
+        help="What the judge scores, summed with weights: quality, safety, factuality, likelihood, or the path of a prompt "
+        "file of your own (*.txt).",
+    )
+    group.add_argument(
+        "--judge-verdict",
+        nargs="+",
+        default=["soft"],
+        metavar="MODE",
+        help="hard: the judge writes, and --judge-votes verdicts are read. soft: the probability of its verdict token. "
+        "One word for all criteria, NAME=MODE for one: soft safety=hard.",
+    )
+    group.add_argument("--judge-votes", type=int, default=5, help="Verdicts asked per judgement (paper: 5).")
+    group.add_argument("--judge-temperature", type=float, default=1.0, help="Sampling of verdicts (paper: 1.0).")
+    group.add_argument("--judge-top-p", type=float, default=0.6, help="Nucleus of the verdicts' sampling (paper: 0.6).")
+    group.add_argument(
+        "--judge-max-tokens",
+        type=int,
+        default=512,
+        metavar="TOKENS",
+        help="Of one written verdict, the reasons in it included. See --teacher-reasoning-tokens.",
+    )
+    group.add_argument(
+        "--judge-quorum",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="A group some candidate of which has less than this share of its verdicts is dropped, and counted.",
+    )
+    _add_schedule_flags(group)
+    group.add_argument(
+        "--judge-deadline", type=float, default=900.0, metavar="SECONDS", help="For all judgements of one step."
+    )
+    group.add_argument(
+        "--judge-concurrency", type=int, default=256, metavar="CALLS", help="Teacher calls in flight, likewise."
+    )
+    group.add_argument("--judge-cache", metavar="DIR", help="Keep verdicts on disk; a resumed step then asks no one.")
+
+
+def _add_schedule_flags(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--judge-schedule",
+        choices=SCHEDULE_NAMES,
+        default="circulant_bt",
+        help="Which pairs a pairwise criterion compares. all_pairs is the paper's; see docs/judging.md for what each costs.",
+    )
+    group.add_argument("--judge-degree", type=int, default=6, help="Opponents of each candidate under circulant_bt.")
+    group.add_argument("--judge-budget", type=int, default=48, help="Comparisons a group under two_ended_bt.")
+    group.add_argument(
+        "--judge-pivot", choices=["suffix", "rollout"], default="suffix", help="Whom all others meet under pivot."
+    )
+    group.add_argument(
+        "--judge-both-orders",
+        action="store_true",
+        help="Show every pair in both orders, for a judge that prefers whichever option comes first.",
+    )
+    group.add_argument(
+        "--judge-likelihood-prior",
+        action="store_true",
+        help="Start circulant_bt and two_ended_bt from the likelihood, one prefill a candidate; needs --teacher-api sglang.",
+    )
+    group.add_argument(
+        "--judge-audit-rate",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="Of the groups; on these all pairs are asked too, and the agreement is logged.",
+    )
+
+
+def judge_settings(args: argparse.Namespace, urls: Sequence[str]) -> JudgeSettings:
+    """The judge that the flags describe, at `urls`."""
+    client = teacher_client(args, urls)
+    default_verdict, verdicts = parse_verdicts(args.judge_verdict)
+    return JudgeSettings(
+        criteria=parse_criteria(args.criteria),
+        endpoints=client.endpoints,
+        votes=args.judge_votes,
+        schedule=schedule_settings(args),
+        verdicts=verdicts,
+        default_verdict=default_verdict,
+        temperature=args.judge_temperature,
+        top_p=args.judge_top_p,
+        max_tokens=args.judge_max_tokens,
+        quorum=args.judge_quorum,
+        prefix_chars=args.judge_prefix_chars,
+        audit_rate=args.judge_audit_rate,
+        deadline_s=args.judge_deadline,
+        call_timeout_s=client.call_timeout_s,
+        concurrency=client.concurrency,
+        seed=client.seed,
+        tokenizer=client.tokenizer,
+        cache_path=client.cache_path,
+    )
+
+
+def teacher_client(args: argparse.Namespace, urls: Sequence[str]) -> ClientSettings:
+    """How judge and rewriter reach the teacher at `urls`."""
+    return ClientSettings(
+        endpoints=teacher_endpoints(args, urls),
+        tokenizer=args.teacher_tokenizer or args.teacher_model,
+        cache_path=Path(args.judge_cache) if args.judge_cache is not None else None,
+        call_timeout_s=args.teacher_timeout,
+        concurrency=args.judge_concurrency,
+        seed=args.seed,
+    )
+
+
+def teacher_endpoints(args: argparse.Namespace, urls: Sequence[str]) -> tuple[Endpoint, ...]:
+    """The teacher's servers as the judge and the rewriter address them."""
+    return tuple(
+        Endpoint(
+            url,
+            args.teacher_api,
+            args.teacher_name or DEFAULT_MODEL,
+            api_key_env=args.teacher_key_variable,
+            prefill=args.teacher_prefill,
+            answer_prefix=args.teacher_answer_prefix,
+            reasoning_tokens=args.teacher_reasoning_tokens,
+            requests_per_s=args.teacher_requests_per_second,
+            context_tokens=args.teacher_context,
+        )
+        for url in urls
+    )
+
+
+def rewriter_settings(args: argparse.Namespace, urls: Sequence[str]) -> RewriterSettings:
+    """The rewriter that the flags describe, at `urls`."""
+    return RewriterSettings(
+        client=teacher_client(args, urls),
+        temperature=args.rewrite_temperature,
+        deadline_s=args.judge_deadline,
+        prefix_chars=args.judge_prefix_chars,
+        seed=args.seed,
+    )
+
+
+def schedule_settings(args: argparse.Namespace) -> ScheduleSettings:
+    """Which pairs the judge compares. Raises SettingsError."""
+    return ScheduleSettings(
+        name=args.judge_schedule,
+        degree=args.judge_degree,
+        budget=args.judge_budget,
+        pivot=args.judge_pivot,
+        likelihood_prior=args.judge_likelihood_prior,
+        both_orders=args.judge_both_orders,
+    )
+
+
+def flag_for(error: SettingsError) -> str:
+    """The flag that a mistake in the settings comes from."""
+    message = str(error)
+    return next((flag for name, flag in FLAG_OF_SETTING.items() if name in message), "--criteria and --judge-schedule")
