@@ -37,7 +37,7 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 export PYTHONWARNINGS=ignore
 exec python -m megatron_sip.train \
     --pretrained-checkpoint "$policy" --save "$run_dir/checkpoints" --run-dir "$run_dir" \
-    --data-path "$data" --split 60,0,40 --bf16 \
+    --data-path "$data" --split 60,0,40 --bf16 --fp32-residual-connection \
     --seq-length 128 --suffix-length 32 --row-length 640 \
     --objective dpo --candidates suffix rollout --num-rollouts 4 --dpo-beta 0.1 \
     --criteria likelihood=1 --teacher-model "$teacher" --rollout-local 1 \

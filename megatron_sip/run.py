@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.checkpointing import save_checkpoint
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
@@ -34,6 +35,7 @@ from megatron_sip.model.hf_weights import export_hf_weights
 from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
 from megatron_sip.samples import Task
 from megatron_sip.services import Leader, LocalServers, rollout_sampling
+from megatron_sip.stop_signal import StopSignal
 
 EXCHANGE_SECONDS = 8 * 3600.0
 """Ranks wait for each other while rank 0 tokenises a corpus, and a leader for its judge; both have deadlines of their own."""
@@ -103,6 +105,8 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
     Raises:
         DataError, SettingsError, ServerStartError, EngineError: what the user can mend, before any training.
     """
+    with StopSignal.kept_from_children():
+        get_write_results_queue()  # Megatron's checkpoint writers report through a process that a stop must not end
     exchange = LeaderExchange(timeout_seconds=EXCHANGE_SECONDS)
     tokenizer = AutoTokenizer.from_pretrained(args.hf_config)
     tasks, held_out = open_tasks(args, tokenizer, exchange)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -30,6 +32,17 @@ class StopSignal:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    @classmethod
+    @contextmanager
+    def kept_from_children(cls) -> Iterator[None]:
+        """Processes started inside never see these signals, which SLURM and `timeout` send to whole process groups."""
+        resource_tracker.ensure_running()  # multiprocessing unblocks SIGTERM when it starts this one
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, cls.SIGNALS)  # a mask is inherited, unlike a handler
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import rms_norm
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -16,3 +18,8 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] in, the same shape in the weight's dtype out (`--fp32-residual-connection` feeds float32)."""
+        weight = self.weight.to(x.dtype)
+        return rms_norm(x, self.normalized_shape, weight, self.eps).to(self.weight.dtype)

@@ -9,6 +9,7 @@ every process. With a GPU it declines and SGLang runs as if this package were no
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -48,6 +49,23 @@ def _batched_attention(runner: Any) -> Any:
     return BatchedCpuAttention(runner)
 
 
+def _keep_residual_in_float32() -> None:
+    """Let every RMSNorm hand on the residual stream unrounded, as SGLang does itself for on-policy Qwen.
+
+    Rounding it to bf16 after each layer is the larger part of the difference to the trainer's log-probs.
+    """
+    from sglang.srt.layers.layernorm import RMSNorm
+
+    construct = RMSNorm.__init__
+
+    @wraps(construct)
+    def construct_with_float32_residual(self: Any, *args: Any, **options: Any) -> None:
+        construct(self, *args, **options)
+        self.fp32_residual = True
+
+    RMSNorm.__init__ = construct_with_float32_residual
+
+
 def _platform_class() -> type:
     from sglang.srt.platforms.cpu import CpuSRTPlatform
     from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -73,6 +91,7 @@ def _platform_class() -> type:
             from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
             register_attention_backend("torch_native")(_batched_attention)
+            _keep_residual_in_float32()
 
     return EagerCpuPlatform
 

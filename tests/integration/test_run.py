@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def test_sigterm_saves_the_last_step_and_exits_0(flags: tuple[str, ...], tmp_pat
     run = tmp_path / "stopped"
     process = start(run, *flags, "--train-iters", "1000", "--save-interval", "1000")
     wait_for_step(run, 2, process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as SLURM and `timeout` do: to the helper processes too
     assert process.wait(60) == 0
     saved = int((run / "latest_checkpointed_iteration.txt").read_text())
     assert saved == steps(run)[-1]["step"] >= 2

@@ -42,11 +42,15 @@ def free_port() -> int:
 
 
 def start(run: Path, *flags: str, processes: int = 1) -> subprocess.Popen[bytes]:
-    """Start a run in the background; its output goes to RUN.log."""
+    """Start a run in the background, in a process group of its own; its output goes to RUN.log."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with run.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
-            command(run, *flags, processes=processes), stdout=log, stderr=subprocess.STDOUT, env=environment
+            command(run, *flags, processes=processes),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
 
 
