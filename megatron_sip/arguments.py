@@ -111,6 +111,12 @@ def _add_objective_flags(group: argparse._ArgumentGroup) -> None:
         metavar="STEPS",
         help="Copy the policy into the DPO reference every so many steps; 0 keeps the initial policy for ever.",
     )
+    group.add_argument(
+        "--ref-offload",
+        action="store_true",
+        help="Keep the DPO reference's weights in pinned host memory and swap them in for its pass: saves one copy of the "
+        "weights on the GPU.",
+    )
 
 
 def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:

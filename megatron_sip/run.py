@@ -29,7 +29,7 @@ from megatron_sip.evaluation.win_rate import HeldOutComparison
 from megatron_sip.learning.checkpoint_folder import mend_checkpoint_folder
 from megatron_sip.learning.exchange import LeaderExchange
 from megatron_sip.learning.metrics import MetricsWriter
-from megatron_sip.learning.reference import ReferenceStore, build_reference, copy_policy
+from megatron_sip.learning.reference import Reference, ReferenceStore, build_reference
 from megatron_sip.learning.trainer import PolicyTrainer
 from megatron_sip.model.hf_weights import export_hf_weights
 from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
@@ -50,7 +50,7 @@ class Run:
     args: argparse.Namespace
     exchange: LeaderExchange
     trainer: PolicyTrainer
-    reference: list[Any] | None
+    reference: Reference | None
     reference_store: ReferenceStore
     tasks: TaskSource | None
     leader: Leader | None
@@ -69,7 +69,7 @@ class Run:
         """Copy the policy into the reference when --ref-update-interval says so, and keep it on disk."""
         interval = self.args.ref_update_interval
         if self.reference is not None and interval and self.args.iteration % interval == 0:
-            copy_policy(self.trainer.model, self.reference)
+            self.reference.copy_policy()
             self.reference_store.save(self.reference, self.args.iteration)
 
     def push_weights(self) -> None:
@@ -186,7 +186,7 @@ def open_leader(
 
 def load_policy(
     args: argparse.Namespace, exchange: LeaderExchange, tasks: TaskSource | None, tokenizer: Any
-) -> tuple[PolicyTrainer, list[Any] | None, ReferenceStore]:
+) -> tuple[PolicyTrainer, Reference | None, ReferenceStore]:
     """The policy at its last checkpoint (or its initial weights), and the reference that goes with it."""
     save = Path(args.save)
     if args.rank == 0:
@@ -204,11 +204,10 @@ def load_policy(
     store.forget_after(args.iteration)
     if not objective.needs_reference:
         return trainer, None, store
-    reference = build_reference()
+    reference = build_reference(trainer.model, offload=args.ref_offload)
     if args.iteration:
         store.load(reference, args.iteration)
     else:
-        copy_policy(trainer.model, reference)
         store.save(reference, 0)
     return trainer, reference, store
 

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -29,6 +29,7 @@ from megatron_sip.learning.exchange import LeaderExchange
 from megatron_sip.learning.metrics import Mean, Metrics, merge
 from megatron_sip.learning.objectives import METRIC_COUNTS, LossTerms, ObjectiveSettings, row_loss
 from megatron_sip.learning.packing import PackedRow, RowPlan, build_row, example_lengths, plan_rows
+from megatron_sip.learning.reference import Reference
 from megatron_sip.model.gpt import model_provider, row_logprobs
 from megatron_sip.samples import Example
 
@@ -45,11 +46,31 @@ class MicroBatch:
     reference_branch_logprobs: Tensor | None = None
 
 
+class RowLoss(Protocol):
+    """What turns a row's log-probs into its loss: `objectives.row_loss`, or a function that adds inputs of its own to it."""
+
+    def __call__(
+        self,
+        settings: ObjectiveSettings,
+        examples: Sequence[Example],
+        row: PackedRow,
+        token_logprobs: Tensor,
+        branch_logprobs: Tensor,
+        reference_branch_logprobs: Tensor | None,
+        /,
+    ) -> LossTerms: ...
+
+
 class PolicyTrainer:
     """The policy with its optimizer and schedule, and the step that trains it."""
 
     def __init__(
-        self, args: argparse.Namespace, settings: ObjectiveSettings, exchange: LeaderExchange, pad_id: int
+        self,
+        args: argparse.Namespace,
+        settings: ObjectiveSettings,
+        exchange: LeaderExchange,
+        pad_id: int,
+        loss: RowLoss = row_loss,
     ) -> None:
         self.checkpointing_context: dict[str, Any] = {}
         self.model, self.optimizer, self.scheduler = setup_model_and_optimizer(
@@ -57,6 +78,7 @@ class PolicyTrainer:
         )
         self._args = args
         self._settings = settings
+        self._loss = loss
         self._exchange = exchange
         self._pad_id = pad_id
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,25 +98,33 @@ class PolicyTrainer:
                 config.no_sync_func = config.no_sync_func[0]
                 config.grad_sync_func = config.grad_sync_func[0] if config.grad_sync_func else None
 
-    def train_step(self, examples: Sequence[Example], reference: list[Any] | None) -> Metrics:
+    def train_step(self, examples: Sequence[Example], reference: Reference | None) -> Metrics:
         """Update the policy on `examples` (all replicas' together); returns the step's metrics on every rank.
 
         Without examples nothing is updated. Raises NonFiniteLossError when the loss or the gradient norm is not finite.
         """
         if not examples:
             return {"skipped_steps": 1.0}
-        plan, micro_batches = self._micro_batches(examples)
+        plan, rows = self._pack(examples)
+        return self.train_rows(examples, rows, reference) | plan_metrics(plan, len(examples))
+
+    def train_rows(
+        self, examples: Sequence[Example], rows: Sequence[PackedRow], reference: Reference | None
+    ) -> Metrics:
+        """`train_step` on this replica's rows as they are: equally long, equally many on every replica."""
+        row_length = len(rows[0].tokens)
+        micro_batches = [MicroBatch(row.to(self._device, non_blocking=True)) for row in rows]
         started = time.monotonic()
         if reference is not None:
-            micro_batches = self._with_reference(reference, micro_batches, plan.row_length)
+            with reference.active() as chunks:
+                micro_batches = self._with_reference(chunks, micro_batches, row_length)
         referenced = time.monotonic()
-        metrics = self._update(examples, micro_batches, plan.row_length)
-        metrics |= plan_metrics(plan, len(examples))
+        metrics = self._update(examples, micro_batches, row_length)
         metrics["seconds/reference"] = referenced - started
         metrics["seconds/train"] = time.monotonic() - referenced
         return metrics
 
-    def _micro_batches(self, examples: Sequence[Example]) -> tuple[RowPlan, list[MicroBatch]]:
+    def _pack(self, examples: Sequence[Example]) -> tuple[RowPlan, list[PackedRow]]:
         tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
         plan = plan_rows(
             example_lengths(examples),
@@ -103,8 +133,7 @@ class PolicyTrainer:
             multiple_of=math.lcm(16, tensor_parallel),
         )
         mine = plan.rows[self._exchange.replica]
-        rows = [build_row(examples, indices, plan.row_length, self._pad_id) for indices in mine]
-        return plan, [MicroBatch(row.to(self._device, non_blocking=True)) for row in rows]
+        return plan, [build_row(examples, indices, plan.row_length, self._pad_id) for indices in mine]
 
     @torch.no_grad()
     def _with_reference(
@@ -136,7 +165,7 @@ class PolicyTrainer:
             output = row_logprobs(chunk, batch.row)
 
             def loss_function(token_logprobs: Tensor) -> tuple[Tensor, Tensor, LossTerms]:
-                terms = row_loss(
+                terms = self._loss(
                     self._settings,
                     examples,
                     batch.row,

@@ -2,7 +2,7 @@
 
     python tests/integration/objectives_worker.py POLICY_DIR REFERENCE_DIR EXAMPLES.json RESULT.pt
 
-Writes {objective: {"loss", "gradients": by HF name}} of PolicyTrainer.train_step, with a reference of other weights.
+Writes {name of the problem: {"loss", "gradients": by HF name}} of PolicyTrainer.train_step, with a reference of other weights.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ FLAGS = (
     *("--global-batch-size", "4", "--calculate-per-token-loss", "--clip-grad", "0", "--rerun-mode", "disabled"),
     *("--no-check-for-nan-in-loss-and-grad", "--lr", "1e-3", "--train-iters", "2"),
 )
+OFFLOADED = " with offloaded reference"
+"""What a problem's name ends with when its reference is to lie in host memory."""
 
 
-def run_case(objective: str, policy_dir: str, reference_dir: str, examples: list[Example]) -> dict:
+def run_case(objective: str, offload: bool, policy_dir: str, reference_dir: str, examples: list[Example]) -> dict:
     from megatron.training import get_args
 
     from megatron_sip.learning.exchange import LeaderExchange
@@ -47,8 +49,9 @@ def run_case(objective: str, policy_dir: str, reference_dir: str, examples: list
     trainer.optimizer.reload_model_params()
     reference = None
     if settings.needs_reference:
-        reference = build_reference()
-        load_hf_weights(reference, reference_dir)
+        reference = build_reference(trainer.model, offload=offload)
+        with reference.active(keep_changes=True) as chunks:
+            load_hf_weights(chunks, reference_dir)
     metrics = flatten(trainer.train_step(examples, reference))
     for chunk in trainer.model:  # the export knows the HF names: hand it the gradients as if they were the weights
         for parameter in chunk.parameters():
@@ -62,9 +65,10 @@ def main() -> None:
     enable_cpu()
     problems = json.loads(Path(examples_file).read_text())
     results = {}
-    for objective, records in problems.items():
+    for name, records in problems.items():
         examples = [Example(**record) for record in records]
-        results[objective] = run_case(objective, policy_dir, reference_dir, examples)
+        objective = name.removesuffix(OFFLOADED)
+        results[name] = run_case(objective, name.endswith(OFFLOADED), policy_dir, reference_dir, examples)
         forget_megatron()
     torch.save(results, result)
     dist.destroy_process_group()

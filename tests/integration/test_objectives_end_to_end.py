@@ -58,6 +58,7 @@ PROBLEMS = {
     "sft": make_examples(["target"], 0),
     "rf-nll": make_examples(["target"], 1),
     "dpo": make_examples(["chosen", "rejected"], 2),
+    "dpo with offloaded reference": make_examples(["chosen", "rejected"], 3),
 }
 
 
@@ -98,7 +99,10 @@ def dpo_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: li
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize(("objective", "plain"), [("sft", nll_loss), ("rf-nll", nll_loss), ("dpo", dpo_loss)])
+@pytest.mark.parametrize(
+    ("objective", "plain"),
+    [("sft", nll_loss), ("rf-nll", nll_loss), ("dpo", dpo_loss), ("dpo with offloaded reference", dpo_loss)],
+)
 def test_a_step_equals_transformers(
     results: dict, folders: tuple[Path, Path], objective: str, plain: Callable[..., Tensor]
 ) -> None:
