@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 
 from megatron_sip.group_files import read_groups, write_groups
 from megatron_sip.learning.metrics import Mean, Metrics
-from megatron_sip.learning.selection import SelectionSettings, metric_sums, select
+from megatron_sip.learning.selection import SelectionSettings, select, selection_metrics
 from megatron_sip.rollout.sglang import Failure, PoolCounters, SamplingSettings, SGLangPool
 from megatron_sip.samples import CANDIDATE_KINDS, Candidate, CandidateKind, Example, Group, Task
 
@@ -102,7 +102,7 @@ class ExperienceMaker:
         if self._settings.record is not None:
             write_groups(self._settings.record, step, self._settings.replica, groups)
         selected = select(groups, self._settings.selection)
-        metrics: Metrics = {name: Mean(*sums) for name, sums in metric_sums(groups, selected).items()}
+        metrics = selection_metrics(groups, selected)
         metrics |= candidate_lengths(groups)
         metrics |= {f"dropped/{reason}": float(count) for reason, count in selected.dropped.items()}
         metrics |= self._counters() | seconds

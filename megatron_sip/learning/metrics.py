@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_sip.learning.objectives import METRIC_COUNTS, LossTerms
+
 
 @dataclass(frozen=True, slots=True)
 class Mean:
@@ -56,6 +58,14 @@ def flatten(metrics: Mapping[str, float | Mean]) -> dict[str, float]:
     """Plain numbers for writers; means without weight (nothing was measured) are left out."""
     plain = {name: value.value if isinstance(value, Mean) else float(value) for name, value in metrics.items()}
     return {name: value for name, value in plain.items() if not math.isnan(value)}
+
+
+def loss_metrics(terms: LossTerms) -> Metrics:
+    """A row's loss and metrics as numbers that add up."""
+    plain = {name: float(value) for name, value in terms.metrics.items()}
+    metrics: Metrics = {name: value for name, value in plain.items() if name not in METRIC_COUNTS}
+    metrics |= {name: Mean(value, plain[METRIC_COUNTS[name]]) for name, value in plain.items() if name in METRIC_COUNTS}
+    return {"loss": Mean(float(terms.sum.detach()), float(terms.count)), **metrics}
 
 
 class MetricsWriter:

@@ -8,7 +8,7 @@ by the global count, so the result does not depend on how examples were packed. 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,16 +105,6 @@ class LossTerms:
     sum: Tensor
     count: int
     metrics: dict[str, Tensor | float]
-
-
-def mean_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Metric sums (already added over rows and ranks) -> means; counts stay, a metric without any count is left out."""
-    means = {}
-    for name, value in sums.items():
-        count = sums.get(METRIC_COUNTS[name], 0.0) if name in METRIC_COUNTS else 1.0
-        if count > 0:
-            means[name] = value / count
-    return means
 
 
 def nll(token_logprobs: Tensor, token_weights: Tensor) -> LossTerms:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_sip.learning.metrics import Mean, Metrics
 from megatron_sip.samples import CANDIDATE_KINDS, Candidate, CandidateKind, Example, Group, Role
 
 Objective = Literal["sft", "rf-nll", "dpo"]
@@ -243,18 +244,14 @@ def _add(selected: Selected, group: Group, choice: _Choice) -> None:
             selected.score_gaps.append(_score(choice.contenders[0]) - _score(choice.contenders[1]))
 
 
-MetricSums = dict[str, tuple[float, int]]
-"""Name -> (sum, count). Sums of several ranks add; the keys are the same on all of them."""
-
-
-def metric_sums(groups: Sequence[Group], selected: Selected) -> MetricSums:
-    """What a step's log shows of judging and selection, as sums.
+def selection_metrics(groups: Sequence[Group], selected: Selected) -> Metrics:
+    """What a step's log shows of judging and selection; the keys are the same on all ranks.
 
     score/KIND: mean score. win_rate/KIND: share of comparisons with candidates of other kinds of the same group that it
     wins, ties half. chosen_rate/KIND, rejected_rate/KIND: share of examples (rollout: the paper's figure 8).
     score_gap: chosen minus rejected. dropped_rate: share of groups without an example.
     """
-    sums: MetricSums = {}
+    sums: dict[str, tuple[float, int]] = {}
     scored = [g for g in groups if g.scores is not None and g.dropped is None and all(map(math.isfinite, g.scores))]
     pairs = sum(selected.rejected_kinds.values())
     for kind in CANDIDATE_KINDS:
@@ -266,7 +263,7 @@ def metric_sums(groups: Sequence[Group], selected: Selected) -> MetricSums:
         sums[f"rejected_rate/{kind}"] = (selected.rejected_kinds[kind], pairs)
     sums["score_gap"] = (math.fsum(selected.score_gaps), len(selected.score_gaps))
     sums["dropped_rate"] = (selected.dropped.total(), len(groups))
-    return sums
+    return {name: Mean(total, count) for name, (total, count) in sums.items()}
 
 
 def _wins(group: Group, kind: CandidateKind) -> tuple[float, int]:
@@ -276,21 +273,3 @@ def _wins(group: Group, kind: CandidateKind) -> tuple[float, int]:
     others = [score for candidate, score in scores if candidate.kind != kind]
     gaps = [a - b for a in own for b in others]
     return sum(0.5 if abs(gap) <= TIE_TOLERANCE else float(gap > 0) for gap in gaps), len(gaps)
-
-
-def add_metric_sums(first: Mapping[str, tuple[float, int]], second: Mapping[str, tuple[float, int]]) -> MetricSums:
-    """The sums of two ranks or steps together."""
-    zero = (0.0, 0)
-    names = [*first, *(name for name in second if name not in first)]
-    return {
-        name: (
-            first.get(name, zero)[0] + second.get(name, zero)[0],
-            first.get(name, zero)[1] + second.get(name, zero)[1],
-        )
-        for name in names
-    }
-
-
-def metric_means(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
-    """Sum over count; a metric without observations is left out rather than shown as 0 or NaN."""
-    return {name: total / count for name, (total, count) in sums.items() if count}

@@ -26,8 +26,8 @@ from megatron.training.training import setup_model_and_optimizer
 from torch import Tensor
 
 from megatron_sip.learning.exchange import LeaderExchange
-from megatron_sip.learning.metrics import Mean, Metrics, merge
-from megatron_sip.learning.objectives import METRIC_COUNTS, LossTerms, ObjectiveSettings, row_loss
+from megatron_sip.learning.metrics import Mean, Metrics, loss_metrics, merge
+from megatron_sip.learning.objectives import LossTerms, ObjectiveSettings, row_loss
 from megatron_sip.learning.packing import PackedRow, RowPlan, build_row, example_lengths, plan_rows
 from megatron_sip.learning.reference import Reference
 from megatron_sip.model.gpt import model_provider, row_logprobs
@@ -228,14 +228,6 @@ def branch_sums(token_logprobs: Tensor, offsets: Tensor) -> Tensor:
     """Log-probs of whole branches [B] from those of their tokens [L]; branch b owns offsets[b]:offsets[b + 1]."""
     branch_of = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
     return token_logprobs.new_zeros(len(offsets) - 1).index_add(0, branch_of, token_logprobs)
-
-
-def loss_metrics(terms: LossTerms) -> Metrics:
-    """A row's loss and metrics as numbers that add up."""
-    plain = {name: float(value) for name, value in terms.metrics.items()}
-    metrics: Metrics = {name: value for name, value in plain.items() if name not in METRIC_COUNTS}
-    metrics |= {name: Mean(value, plain[METRIC_COUNTS[name]]) for name, value in plain.items() if name in METRIC_COUNTS}
-    return {"loss": Mean(float(terms.sum.detach()), float(terms.count)), **metrics}
 
 
 def plan_metrics(plan: RowPlan, examples: int) -> Metrics:

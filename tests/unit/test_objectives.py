@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_sip.learning.metrics import flatten, loss_metrics
 from megatron_sip.learning.objectives import (
     METRIC_COUNTS,
     LossTerms,
     ObjectiveSettings,
     dpo,
-    mean_metrics,
     row_loss,
 )
 from megatron_sip.learning.packing import PackedRow, build_row
@@ -158,12 +158,12 @@ def test_dpo_equals_plain_pytorch(settings, roles, groups):
     assert all(not grad.any() for grad in gradients(terms.sum, reference))
 
 
-def test_dpo_metrics_are_sums_that_mean_metrics_divides():
+def test_dpo_metrics_are_sums_that_their_counts_divide():
     examples = make_examples(["chosen", "rejected"], ["rollout", "suffix"], seed=6)
     policy, reference = branch_logits(examples, seed=7), branch_logits(examples, seed=8)
     settings = ObjectiveSettings("dpo", beta=0.4)
     terms = over_rows(settings, examples, [[0, 1], [2]], policy=policy, reference=reference)
-    means = mean_metrics(terms.metrics)
+    means = flatten(loss_metrics(terms))
     policy, reference = ({k: v.detach() for k, v in m.items()} for m in (policy, reference))
     chosen = [
         float(selected(policy[e, 0], x.branches[0]).sum() - selected(reference[e, 0], x.branches[0]).sum())
@@ -234,7 +234,7 @@ def test_grpo_equals_the_formula_token_by_token(kl_coef, average, groups):
     expected, count = plain_grpo(examples, policy, old, reference, advantages, settings)
     terms = over_rows(settings, examples, groups, policy=policy, reference=reference, old=old, advantages=advantages)
     assert_same(terms, expected, count, policy)
-    assert 0 < mean_metrics(terms.metrics)["clipped_fraction"] < 1
+    assert 0 < flatten(loss_metrics(terms))["clipped_fraction"] < 1
 
 
 def test_grpo_without_old_logprobs_is_the_plain_policy_gradient():
@@ -260,7 +260,7 @@ def test_filler_row_is_a_differentiable_zero(settings):
     assert terms.count == 0
     terms.sum.backward()
     assert (branches if settings.objective == "dpo" else tokens).grad is not None
-    means = mean_metrics({name: float(value) for name, value in terms.metrics.items()})
+    means = flatten(loss_metrics(terms))
     assert set(means) <= set(METRIC_COUNTS.values())
     assert not any(means.values())
 

@@ -10,13 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sip.learning.metrics import Mean, flatten, merge
 from megatron_sip.learning.selection import (
     Objective,
     SelectionSettings,
-    add_metric_sums,
-    metric_means,
-    metric_sums,
     select,
+    selection_metrics,
 )
 from megatron_sip.samples import CANDIDATE_KINDS, Candidate, CandidateKind, Group, Task
 
@@ -221,9 +220,10 @@ def test_every_group_is_an_example_or_counted_and_no_failure_is_taught(made: lis
         if settings.needs_judge:
             assert origin.scores is not None
     assert all(math.isfinite(gap) and gap > 0 for gap in selected.score_gaps)
-    for total, count in metric_sums(made, selected).values():
-        assert math.isfinite(total)
-        assert count >= 0
+    for metric in selection_metrics(made, selected).values():
+        assert isinstance(metric, Mean)
+        assert math.isfinite(metric.total)
+        assert metric.weight >= 0
 
 
 def _could_give(g: Group, example, settings: SelectionSettings) -> bool:
@@ -287,8 +287,7 @@ def test_metrics_by_hand() -> None:
         group(2, GOOD, None, dropped="judge timed out"),
     ]
     selected = select(made, SelectionSettings("dpo"))
-    means = metric_means(metric_sums(made, selected))
-    assert means == {
+    assert flatten(selection_metrics(made, selected)) == {
         "score/suffix": 0.75,
         "score/rollout": pytest.approx(2 / 3),
         "win_rate/suffix": 0.5,  # one won, one lost, one tie
@@ -305,11 +304,10 @@ def test_metrics_by_hand() -> None:
 
 
 @given(st.lists(groups(), max_size=8), st.integers(0, 8), any_settings)
-def test_metric_sums_add_over_ranks(made: list[Group], cut: int, settings) -> None:
-    parts = [metric_sums(part, select(part, settings)) for part in (made[:cut], made[cut:])]
-    whole = metric_sums(made, select(made, settings))
-    together = add_metric_sums(*parts)
+def test_metrics_add_over_ranks(made: list[Group], cut: int, settings) -> None:
+    parts = [selection_metrics(part, select(part, settings)) for part in (made[:cut], made[cut:])]
+    whole = selection_metrics(made, select(made, settings))
+    together = merge(parts)
     assert list(together) == list(whole) == list(parts[0])
-    for name, (total, count) in whole.items():
-        assert together[name] == (pytest.approx(total), count)
-    assert all(math.isfinite(mean) for mean in metric_means(whole).values())
+    assert flatten(together) == pytest.approx(flatten(whole))
+    assert all(math.isfinite(mean) for mean in flatten(whole).values())
