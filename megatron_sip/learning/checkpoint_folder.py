@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -26,7 +27,7 @@ def mend_checkpoint_folder(save: Path) -> list[str]:
     if tracker.exists() and tracker.read_text().strip() == "release":
         return done  # a converted model, not a run
     committed = _tracked_iteration(tracker)
-    complete = {i: path for i, path in _iteration_folders(save).items() if (path / "metadata.json").is_file()}
+    complete = {i: path for i, path in iteration_folders(save).items() if (path / "metadata.json").is_file()}
     if committed is None and complete:
         committed = max(complete)
         write_tracker(tracker, committed)
@@ -34,7 +35,7 @@ def mend_checkpoint_folder(save: Path) -> list[str]:
     elif committed is None and tracker.exists():
         tracker.unlink()
         done.append(f"{tracker} was unreadable and there is no complete checkpoint: removed")
-    for iteration, path in _iteration_folders(save).items():
+    for iteration, path in iteration_folders(save).items():
         if committed is None or iteration > committed:
             shutil.rmtree(path)
             done.append(f"{path} was not committed: removed")
@@ -55,6 +56,20 @@ def _tracked_iteration(tracker: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _iteration_folders(save: Path) -> dict[int, Path]:
+def needed_references(references: Collection[int], checkpoints: Collection[int]) -> set[int]:
+    """Which reference weights (by iteration) a resume can still ask for: each checkpoint's own, and all newer ones.
+
+    A checkpoint goes with the newest reference not after it; one that is still being written may have no folder yet.
+    """
+    newest = max(checkpoints, default=-1)
+    needed = {iteration for iteration in references if iteration > newest}
+    for checkpoint in checkpoints:
+        earlier = [iteration for iteration in references if iteration <= checkpoint]
+        needed.update(earlier and [max(earlier)])
+    return needed
+
+
+def iteration_folders(save: Path) -> dict[int, Path]:
+    """The folders `iter_NNNNNNN` below `save`, by iteration."""
     folders = [path for path in save.glob("iter_*") if path.is_dir()]
     return {int(m.group(1)): path for path in folders if (m := re.fullmatch(r"iter_(\d+)", path.name))}

@@ -11,7 +11,6 @@ i, so model, optimizer and reference are always of one moment, whichever checkpo
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -27,6 +26,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training.training import get_model
 from torch import Tensor
 
+from megatron_sip.learning.checkpoint_folder import iteration_folders, needed_references
 from megatron_sip.model.gpt import model_provider
 
 FOLDER = "reference"
@@ -119,10 +119,14 @@ class ReferenceStore:
     """Reference weights on disk, below the checkpoint folder."""
 
     def __init__(self, save: Path) -> None:
+        self._checkpoints = save
         self._folder = save / FOLDER
 
     def save(self, reference: Reference, iteration: int) -> None:
-        """Write the reference as of `iteration`; the folder appears only when it is complete."""
+        """Write the reference as of `iteration`; the folder appears only when it is complete.
+
+        Those that no checkpoint goes with any more are removed.
+        """
         final = self._folder / f"iter_{iteration:07d}"
         staged = self._folder / f"staged_{iteration:07d}"
         if dist.get_rank() == 0:
@@ -135,14 +139,17 @@ class ReferenceStore:
         dist.barrier()
         if dist.get_rank() == 0:
             staged.rename(final)
+            found = iteration_folders(self._folder)
+            for stale_iteration in set(found) - needed_references(found, iteration_folders(self._checkpoints)):
+                shutil.rmtree(found[stale_iteration])
         dist.barrier()
 
     def forget_after(self, iteration: int) -> None:
         """Remove references newer than the checkpoint that is resumed: they are of a run that never was."""
         if dist.get_rank() == 0:
-            for newer in self._iterations():
-                if newer > iteration:
-                    shutil.rmtree(self._folder / f"iter_{newer:07d}")
+            for saved, folder in iteration_folders(self._folder).items():
+                if saved > iteration:
+                    shutil.rmtree(folder)
         dist.barrier()
 
     def load(self, reference: Reference, iteration: int) -> int:
@@ -151,19 +158,15 @@ class ReferenceStore:
         Raises:
             FileNotFoundError: there is none.
         """
-        found = [i for i in self._iterations() if i <= iteration]
-        if not found:
+        found = iteration_folders(self._folder)
+        newest = max((saved for saved in found if saved <= iteration), default=None)
+        if newest is None:
             raise FileNotFoundError(f"{self._folder}: no reference weights of iteration {iteration} or before")
-        newest = max(found)
         with reference.active(keep_changes=True) as chunks:
-            loaded = dist_checkpointing.load(_sharded(chunks), str(self._folder / f"iter_{newest:07d}"))
+            loaded = dist_checkpointing.load(_sharded(chunks), str(found[newest]))
             for index, chunk in enumerate(unwrap_model(chunks)):
                 chunk.load_state_dict(loaded[f"model{index}"])
         return newest
-
-    def _iterations(self) -> list[int]:
-        names = [path.name for path in self._folder.glob("iter_*")] if self._folder.exists() else []
-        return [int(match.group(1)) for name in names if (match := re.fullmatch(r"iter_(\d+)", name))]
 
 
 def _sharded(chunks: list[Any]) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megatron_sip.learning.checkpoint_folder import TRACKER, mend_checkpoint_folder
+from megatron_sip.learning.checkpoint_folder import TRACKER, mend_checkpoint_folder, needed_references
 
 
 def checkpoint(save: Path, iteration: int, *, complete: bool = True) -> Path:
@@ -75,3 +77,29 @@ def test_a_sound_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / TRACKER).write_text("10")
     assert mend_checkpoint_folder(tmp_path) == []
     assert mend_checkpoint_folder(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize(
+    ("references", "checkpoints", "needed"),
+    [
+        ([0], [], {0}),
+        ([0, 10, 20], [], {0, 10, 20}),  # nothing is committed yet
+        ([0, 10, 20, 30], [15, 30], {10, 30}),
+        ([0, 10, 20, 30], [15], {10, 20, 30}),  # the checkpoint of 25 may be on its way
+        ([0, 3], [2, 4], {0, 3}),
+    ],
+)
+def test_references_that_a_resume_can_ask_for(references: list[int], checkpoints: list[int], needed: set[int]) -> None:
+    assert needed_references(references, checkpoints) == needed
+
+
+iterations = st.sets(st.integers(0, 50), max_size=8)
+
+
+@given(iterations, iterations, st.integers(0, 60))
+def test_removing_the_others_changes_no_resume(references: set[int], checkpoints: set[int], coming: int) -> None:
+    """Whichever checkpoint is resumed, of those there are or a later one, it gets the reference it would have got."""
+    kept = needed_references(references, checkpoints)
+    for checkpoint in [*checkpoints, max([coming, *checkpoints])]:
+        before = max((i for i in references if i <= checkpoint), default=None)
+        assert max((i for i in kept if i <= checkpoint), default=None) == before
