@@ -1,4 +1,4 @@
-"""Builds the log-prob and attention kernels in csrc/; everything else about the package is in pyproject.toml.
+"""Builds the kernels in csrc/; everything else about the package is in pyproject.toml.
 
 A C++ compiler is enough. With nvcc and a CUDA build of torch the CUDA kernels are built too, whether or not there is a
 GPU; MEGATRON_SIP_CUDA=0 leaves them out and =1 insists on them.
@@ -19,6 +19,8 @@ from setuptools import setup
 CUDA_ARCHITECTURES = ("80", "90")
 
 CPU_SOURCES = [
+    "csrc/bf16_layers_avx512bf16.cpp",
+    "csrc/bf16_layers_cpu.cpp",
     "csrc/bindings.cpp",
     "csrc/instruction_dispatch.cpp",
     "csrc/logprob_cpu.cpp",

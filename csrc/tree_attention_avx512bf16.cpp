@@ -20,37 +20,12 @@
 
 MEGATRON_SIP_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 
+#include "avx512bf16_lanes.h"
+
 namespace megatron_sip {
 namespace {
 
-constexpr int64_t kLanes = 16;
 constexpr int64_t kVectors = kAttentionBlock / kLanes;
-constexpr float kLog2E = 1.4426950408889634f;
-
-// c [rows, 16 * VECTORS] (+)= a [rows, 2 * pairs] times b, whose rows 2p and 2p + 1 are interleaved in line p.
-template <int ROWS, int VECTORS>
-void multiply_tile(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int64_t pairs,
-                   bool accumulate) {
-  __m512 sums[ROWS][VECTORS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v)
-      sums[r][v] = accumulate ? _mm512_loadu_ps(c + r * ldc + v * kLanes) : _mm512_setzero_ps();
-  for (int64_t p = 0; p < pairs; ++p) {
-    __m512i columns[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) columns[v] = _mm512_loadu_si512(b + p * ldb + v * kLanes);
-    for (int r = 0; r < ROWS; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, a + r * lda + 2 * p, sizeof(pair));
-      const __m512i row = _mm512_set1_epi32(pair);
-      for (int v = 0; v < VECTORS; ++v) {
-        sums[r][v] =
-            _mm512_dpbf16_ps(sums[r][v], reinterpret_cast<__m512bh>(row), reinterpret_cast<__m512bh>(columns[v]));
-      }
-    }
-  }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(c + r * ldc + v * kLanes, sums[r][v]);
-}
 
 template <int VECTORS>
 void multiply_columns(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
@@ -77,37 +52,12 @@ void multiply(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb, fl
   }
 }
 
-// 2^x to 3e-6 relative; 0 below -150, NaN stays NaN.
-inline __m512 exp2_lanes(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // of a NaN and a number max gives its second operand
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, whole);
-  __m512 sum = _mm512_set1_ps(1.33336498402e-3f);
-  sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(9.61812910763e-3f));
-  sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(5.55041086648e-2f));
-  sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(2.40226506959e-1f));
-  sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(6.93147180560e-1f));
-  sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(sum, whole);
-}
-
-inline float to_float(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof(value));
-  return value;
-}
-
 // Two rows of 16 floats as bfloat16, element by element interleaved.
 inline __m512i interleave_bf16(__m512 even, __m512 odd) {
   const __m512i joined = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
   alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), joined);
-}
-
-inline void store_bf16(uint16_t* to, __m512 values) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
 }
 
 // The block's rows with columns interleaved in pairs, [dim / 2, 64]: the transposed matrix as a right operand.

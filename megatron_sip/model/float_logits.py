@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_sip.model.bf16_layers import bf16_kernels_apply, float_product
+
 
 def float_logits(hidden: Tensor, weight: Tensor, tp_group: dist.ProcessGroup | None = None) -> Tensor:
     """hidden [T, H] times weight [V/tp, H] transposed, as float32 [T, V/tp] (float64 stays float64).
@@ -30,6 +32,8 @@ class _FloatLogits(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         if hidden.is_cuda and hidden.dtype != wide:
             return torch.mm(hidden, weight.T, out_dtype=wide)
+        if hidden.dtype == torch.bfloat16 and bf16_kernels_apply(weight, hidden.shape[1]):
+            return float_product(hidden, weight)
         return hidden.to(wide) @ weight.to(wide).T
 
     @staticmethod

@@ -30,6 +30,7 @@ from megatron_sip.learning.packing import PackedRow
 from megatron_sip.model.attention import PrefixTreeAttention
 from megatron_sip.model.float_logits import float_logits
 from megatron_sip.model.logprob import branch_logprobs
+from megatron_sip.model.mlp import SwiGLUMLP
 from megatron_sip.model.norm import RMSNorm
 from megatron_sip.model.tree_attention_flex import FlexTreeAttention
 
@@ -152,6 +153,8 @@ def block_submodules(config: TransformerConfig, vp_stage: int | None = None) -> 
         norm = RMSNorm
         layer.submodules.input_layernorm = norm
         layer.submodules.pre_mlp_layernorm = norm
+        # The specification is a partial of a class method: the same arguments for our subclass.
+        layer.submodules.mlp = partial(SwiGLUMLP.as_mlp_submodule, **layer.submodules.mlp.keywords)
         if config.qk_layernorm:
             layer.submodules.self_attention.submodules.q_layernorm = norm
             layer.submodules.self_attention.submodules.k_layernorm = norm

@@ -7,6 +7,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
+from megatron_sip.model import bf16_layers
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm with a Megatron norm's constructor, usable under sequence parallelism.
@@ -21,5 +23,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] in, the same shape in the weight's dtype out (`--fp32-residual-connection` feeds float32)."""
+        assert self.eps is not None
+        if x.dtype in (torch.bfloat16, torch.float32) and bf16_layers.bf16_kernels_apply(self.weight, x.shape[-1]):
+            return bf16_layers.rms_norm(x, self.weight, self.eps)
         weight = self.weight.to(x.dtype)
         return rms_norm(x, self.normalized_shape, weight, self.eps).to(self.weight.dtype)

@@ -1,0 +1,107 @@
+"""Compiled bfloat16 kernels for what a layer does between its matrix products, on CPU (csrc/bf16_layers_*.cpp).
+
+torch takes RMSNorm and SwiGLU apart into passes over memory that cost as much as the products. These kernels take one pass
+each, keep float32 inside, and save no intermediate result for backward but one number a row. They need a processor with
+AVX-512 BF16; everywhere else the callers take torch's way.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+WIDTH_MULTIPLE = 16
+
+
+def _kernels_usable() -> bool:
+    """Is the extension built, on a processor that runs these kernels?"""
+    try:
+        importlib.import_module("megatron_sip._kernels")
+    except ModuleNotFoundError:
+        return False
+    supported = getattr(torch.ops.megatron_sip, "bf16_layers_supported", None)
+    return supported is not None and bool(supported())
+
+
+KERNELS_USABLE = _kernels_usable()
+
+
+def bf16_kernels_apply(weight: Tensor, width: int) -> bool:
+    """Can the kernels work with this weight on activations whose last dimension is (twice) `width`?"""
+    return (
+        KERNELS_USABLE
+        and weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and width % WIDTH_MULTIPLE == 0
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, rounded once.
+
+    x [..., H] bfloat16 or float32, weight [H] bfloat16 -> bfloat16.
+    """
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of bfloat16 [..., 2 * F], gate first -> [..., F]."""
+    return _SwiGLU.apply(gate_up)
+
+
+def float_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [T, H] times weight [V, H] transposed, bfloat16 in, float32 [T, V] out; not differentiable by itself."""
+    return torch.ops.megatron_sip.float_product(hidden, weight)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        output, inverse_rms = torch.ops.megatron_sip.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_x, grad_weight = torch.ops.megatron_sip.rms_norm_backward(grad, *ctx.saved_tensors)
+        return grad_x, grad_weight, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return torch.ops.megatron_sip.swiglu(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.ops.megatron_sip.swiglu_backward(grad, *ctx.saved_tensors)
+
+
+if KERNELS_USABLE:
+
+    @torch.library.register_fake("megatron_sip::rms_norm")
+    def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x, dtype=weight.dtype), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+
+    @torch.library.register_fake("megatron_sip::rms_norm_backward")
+    def _fake_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(weight)
+
+    @torch.library.register_fake("megatron_sip::swiglu")
+    def _fake_swiglu(gate_up: Tensor) -> Tensor:
+        return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+    @torch.library.register_fake("megatron_sip::swiglu_backward")
+    def _fake_swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+        return torch.empty_like(gate_up)
+
+    @torch.library.register_fake("megatron_sip::float_product")
+    def _fake_float_product(hidden: Tensor, weight: Tensor) -> Tensor:
+        return hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)

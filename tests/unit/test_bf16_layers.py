@@ -1,0 +1,141 @@
+"""The compiled bfloat16 layer kernels against float64 and against torch, which they must not be less exact than.
+
+They run on processors with AVX-512 BF16; on others the operators must say so, and the callers take torch's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import silu
+
+from megatron_sip.model import bf16_layers
+
+EPS = 1e-5
+HALF_ULP = torch.finfo(torch.bfloat16).eps / 2
+Function = Callable[..., Tensor]
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def torch_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    weight = weight.to(x.dtype)
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, EPS)
+
+
+def torch_swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return silu(gate) * up
+
+
+def run(function: Function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output = function(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad.to(output.dtype))]
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def assert_as_exact_as_torch(ours: Function, theirs: Function, inputs: list[Tensor], grad: Tensor) -> None:
+    results = run(ours, inputs, grad)
+    exact = run(theirs, [tensor.double() for tensor in inputs], grad)
+    rounded = run(theirs, inputs, grad)
+    for own, right, usual in zip(results, exact, rounded, strict=True):
+        assert own.shape == right.shape
+        assert error(own, right) <= max(1.02 * error(usual, right), HALF_ULP)
+
+
+if bf16_layers.KERNELS_USABLE:
+
+    @settings(max_examples=25, deadline=None)
+    @given(rows=st.integers(0, 200), width=st.integers(1, 40), dtype=st.sampled_from([torch.bfloat16, torch.float32]))
+    def test_rms_norm(rows: int, width: int, dtype: torch.dtype) -> None:
+        inputs = [3 * random(rows, 1, 16 * width, dtype=dtype), 1 + 0.1 * random(16 * width, seed=1)]
+        grad = random(rows, 1, 16 * width, seed=2)
+        results = run(lambda x, w: bf16_layers.rms_norm(x, w, EPS), inputs, grad)
+        assert [result.dtype for result in results] == [torch.bfloat16, dtype, torch.bfloat16]
+        exact = run(torch_rms_norm, [tensor.double() for tensor in inputs], grad)
+        for own, right in zip(results, exact, strict=True):
+            assert error(own, right) <= HALF_ULP
+
+    @settings(max_examples=25, deadline=None)
+    @given(rows=st.integers(0, 200), width=st.integers(1, 20))
+    def test_swiglu(rows: int, width: int) -> None:
+        gate_up = 4 * random(rows, 1, 32 * width)
+        assert_as_exact_as_torch(bf16_layers.swiglu, torch_swiglu, [gate_up], random(rows, 1, 16 * width, seed=1))
+
+    def test_outputs_are_those_of_torch() -> None:
+        x, weight, gate_up = random(300, 576), 1 + 0.1 * random(576, seed=1), 4 * random(300, 3072)
+        same_norm = bf16_layers.rms_norm(x, weight, EPS) == torch_rms_norm(x, weight)
+        same_swiglu = bf16_layers.swiglu(gate_up) == torch_swiglu(gate_up)
+        assert same_norm.float().mean() > 0.999  # sums in another order round differently now and then
+        assert same_swiglu.float().mean() > 0.999
+
+    def test_extreme_gates() -> None:
+        gate = torch.tensor([0.0, -0.0, 100.0, -100.0, 3e38, -3e38, float("inf")] + [1.0] * 9)
+        gate_up = torch.cat([gate, torch.ones(16)]).bfloat16()
+        output, grad = run(bf16_layers.swiglu, [gate_up], torch.ones(16))
+        assert torch.equal(output, torch_swiglu(gate_up))
+        assert grad[:6].isfinite().all()
+        assert bf16_layers.swiglu(torch.full((32,), float("nan")).bfloat16()).isnan().all()
+
+    @settings(max_examples=25, deadline=None)
+    @given(rows=st.integers(0, 30), columns=st.integers(1, 200), depth=st.integers(1, 60))
+    def test_float_product(rows: int, columns: int, depth: int) -> None:
+        hidden, weight = random(rows, 2 * depth), random(columns, 2 * depth, seed=1)
+        product = bf16_layers.float_product(hidden, weight)
+        assert product.dtype == torch.float32
+        torch.testing.assert_close(product.double(), hidden.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+
+    def test_views_are_read_through_their_strides() -> None:
+        x, weight = random(20, 64)[:, ::2], random(32, seed=1)
+        assert torch.equal(bf16_layers.rms_norm(x, weight, EPS), bf16_layers.rms_norm(x.contiguous(), weight, EPS))
+        gate_up = random(64, 20).T
+        assert torch.equal(bf16_layers.swiglu(gate_up), bf16_layers.swiglu(gate_up.contiguous()))
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda: bf16_layers.swiglu(random(4, 48)), "multiple of 32"),
+            (lambda: bf16_layers.swiglu(random(4, 32).float()), "must be bfloat16"),
+            (lambda: bf16_layers.rms_norm(random(4, 32), random(16), EPS), r"\[\.\.\., 16\]"),
+            (lambda: bf16_layers.rms_norm(random(4, 24), random(24), EPS), "multiple of 16"),
+            (lambda: bf16_layers.rms_norm(random(4, 32).double(), random(32), EPS), "bfloat16 or float32"),
+            (lambda: bf16_layers.float_product(random(4, 32), random(5, 16)), r"\[V, H\]"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(call: Callable[[], object], message: str) -> None:
+        with pytest.raises((ValueError, TypeError), match=message):
+            call()
+
+    def test_operators_trace() -> None:
+        operators = torch.ops.megatron_sip
+        x, weight, gate_up = random(5, 32), random(32), random(5, 32)
+        inverse = operators.rms_norm(x, weight, EPS)[1]
+        for operator, arguments in (
+            (operators.rms_norm, (x, weight, EPS)),
+            (operators.rms_norm, (x.float(), weight, EPS)),
+            (operators.rms_norm_backward, (x, x, weight, inverse)),
+            (operators.swiglu, (gate_up,)),
+            (operators.swiglu_backward, (random(5, 16), gate_up)),
+            (operators.float_product, (x, random(7, 32))),
+        ):
+            torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_only_bfloat16_of_a_fitting_width_takes_the_kernels() -> None:
+    assert bf16_layers.bf16_kernels_apply(random(32), 32) == bf16_layers.KERNELS_USABLE
+    assert not bf16_layers.bf16_kernels_apply(random(32).float(), 32)
+    assert not bf16_layers.bf16_kernels_apply(random(24), 24)
+    assert not bf16_layers.bf16_kernels_apply(random(32).to("meta"), 32)
