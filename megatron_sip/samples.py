@@ -49,8 +49,9 @@ class Group:
     """A task with its candidates and, once judged, one combined score a candidate.
 
     `criterion_scores` keeps each criterion's score a candidate and `votes` the number of verdicts behind them (a list of
-    ints a candidate). `dropped` names the reason when the group cannot be used; its scores are then None. An error never
-    becomes a score.
+    ints a candidate). `verdicts` records each of them as it was given: [first shown, second shown, how far the first was
+    preferred] of a pair, [candidate, value] of one candidate, by place in `candidates`. `dropped` names the reason when the
+    group cannot be used; its scores are then None. An error never becomes a score.
     """
 
     task: Task
@@ -58,6 +59,7 @@ class Group:
     scores: list[float] | None = None
     criterion_scores: dict[str, list[float]] = field(default_factory=dict)
     votes: dict[str, list[int]] = field(default_factory=dict)
+    verdicts: dict[str, list[list[float]]] = field(default_factory=dict)
     dropped: str | None = None
 
     def to_json(self) -> dict[str, Any]:

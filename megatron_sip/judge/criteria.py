@@ -48,7 +48,10 @@ class Sheet:
 
 @dataclass(frozen=True, slots=True)
 class CriterionScores:
-    """Scores [candidates] and the verdicts behind each, or `missing`: why there are no scores."""
+    """Scores [candidates] and how many verdicts are behind each, or `missing`: why there are no scores.
+
+    history: pairwise verdicts; values: those about single candidates [candidates][verdicts].
+    """
 
     scores: tuple[float, ...] = ()
     votes: tuple[int, ...] = ()
@@ -56,6 +59,17 @@ class CriterionScores:
     planned: int = 0
     received: int = 0
     history: Comparisons | None = field(default=None, compare=False)
+    values: tuple[tuple[float, ...], ...] = ()
+
+    def verdicts(self, places: Sequence[int]) -> list[list[float]]:
+        """Each verdict in the order it was given, with the order of the options shown; see Group.verdicts.
+
+        places: where a text stands among the group's candidates.
+        """
+        if self.history is not None:
+            shown = zip(self.history.first, self.history.second, self.history.outcome, strict=True)
+            return [[places[first], places[second], round(float(outcome), 6)] for first, second, outcome in shown]
+        return [[places[i], round(value, 6)] for i, own in enumerate(self.values) for value in own]
 
 
 class Criterion(Protocol):
@@ -104,7 +118,8 @@ class Pointwise:
         if any(len(own) < max(1.0, self.quorum * planned) for own in votes):
             return CriterionScores(missing="too-few-verdicts", planned=planned * len(calls), received=received)
         means = tuple(float(np.mean(own)) for own in votes)
-        return CriterionScores(means, tuple(map(len, votes)), None, planned * len(calls), received)
+        values = tuple(map(tuple, votes))
+        return CriterionScores(means, tuple(map(len, votes)), None, planned * len(calls), received, values=values)
 
     def longest_call(self, sheet: Sheet) -> Call:
         return self._call(sheet, max(sheet.candidates, key=len))
@@ -210,7 +225,8 @@ class Likelihood:
         if len(known) < len(calls):
             reason = "empty-candidate" if not all(sheet.candidates) else "too-few-verdicts"
             return CriterionScores(missing=reason, planned=len(calls), received=len(known))
-        return CriterionScores(known, (1,) * len(known), None, len(calls), len(known))
+        values = tuple((value,) for value in known)
+        return CriterionScores(known, (1,) * len(known), None, len(calls), len(known), values=values)
 
     def longest_call(self, sheet: Sheet) -> Call:
         return LikelihoodCall(LIKELIHOOD_IDENTITY, (sheet.prefix, max(sheet.candidates, key=len)))

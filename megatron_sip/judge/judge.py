@@ -178,6 +178,7 @@ class Judge:
             scores=[float(total[i]) for i in order],
             criterion_scores={name: [result.scores[i] for i in order] for name, result in named},
             votes={name: [result.votes[i] for i in order] for name, result in named},
+            verdicts={name: result.verdicts([order.index(i) for i in range(len(texts))]) for name, result in named},
         )
 
     def _drop(self, group: Group, reason: str) -> Group:

@@ -64,6 +64,24 @@ async def test_votes_are_spread_over_both_orders() -> None:
         assert len(set(server.prompts)) == 2
 
 
+async def test_each_verdict_is_recorded_with_the_order_it_was_shown_in() -> None:
+    async with FakeJudge() as server:
+        group = make_group(0, [0.4, 0.9, 0.1], unsafe=frozenset({2}))
+        twin = replace(group, candidates=[group.candidates[0], *group.candidates])
+        judge_settings = make_settings(server.url, criteria={"quality": 1.0, "safety": 1.0}, votes=3)
+        [judged], _ = await score(judge_settings, [twin])
+        quality = [0.4, 0.4, 0.9, 0.1]
+        verdicts = judged.verdicts["quality"]
+        assert len(verdicts) == 3 * 3
+        for first, second, outcome in verdicts:
+            assert outcome == float(quality[int(first)] > quality[int(second)])
+        shown = {(first, second) for first, second, _ in verdicts}
+        assert shown == {(a, b) for a in (0, 2, 3) for b in (0, 2, 3) if a != b}  # both orders; the twin is the first
+        assert judged.verdicts["safety"] == [
+            [place, value] for place, value in ((0, 1), (2, 1), (3, 0)) for _ in range(3)
+        ]
+
+
 async def test_a_judge_that_always_prefers_the_first_sees_a_tie() -> None:
     async with FakeJudge(answer=lambda prompt: "Conclusion: Option 1") as server:
         swap = make_settings(server.url, schedule=ScheduleSettings("all_pairs_swap"))
