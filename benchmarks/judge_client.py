@@ -27,7 +27,7 @@ import orjson
 import uvloop
 from machine import describe_machine, format_table, write_report
 
-from megatron_sip.judge import Endpoint, Judge, JudgeSettings, ScheduleSettings
+from megatron_sip.judge import ClientSettings, Endpoint, Judge, JudgeSettings, ScheduleSettings
 from megatron_sip.samples import Candidate, Group, Task
 
 RESULTS = Path(__file__).parent / "results"
@@ -138,20 +138,23 @@ def resident_mb() -> float:
 def cases(url: str, tokenizer: str | None, cache: Path) -> dict[str, JudgeSettings]:
     openai = JudgeSettings(
         criteria={"quality": 1.0},
-        endpoints=(Endpoint(url, "openai"),),
+        client=ClientSettings((Endpoint(url, "openai"),), concurrency=128),
         votes=1,
         default_verdict="hard",
         schedule=ScheduleSettings("all_pairs"),
-        concurrency=128,
         audit_rate=0.0,
     )
     found = {
         "openai hard, 1 vote": openai,
-        "openai hard, 1 vote, disk cache": replace(openai, cache_path=cache),
+        "openai hard, 1 vote, disk cache": replace(openai, client=replace(openai.client, cache_path=cache)),
         "openai hard, 5 votes": replace(openai, votes=5),
     }
     if tokenizer is not None:
-        native = replace(openai, endpoints=(Endpoint(url),), default_verdict="soft", tokenizer=tokenizer)
+        native = replace(
+            openai,
+            client=replace(openai.client, endpoints=(Endpoint(url),), tokenizer=tokenizer),
+            default_verdict="soft",
+        )
         found["sglang soft, both orders"] = native
     return found
 

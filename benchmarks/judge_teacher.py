@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of the teacher")
     parser.add_argument("--json", type=Path, default=RESULTS / "judge_teacher.json", help="report file")
-    parser.add_argument("--groups", type=int, default=12)
+    parser.add_argument("--groups", type=int, default=15)
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--judged", type=int, default=3, help="groups with a verdict matrix")
     parser.add_argument("--seed", type=int, default=1)

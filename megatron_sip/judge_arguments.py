@@ -190,11 +190,10 @@ def _add_schedule_flags(group: argparse._ActionsContainer) -> None:
 
 def judge_settings(args: argparse.Namespace, urls: Sequence[str]) -> JudgeSettings:
     """The judge that the flags describe, at `urls`."""
-    client = teacher_client(args, urls)
     default_verdict, verdicts = parse_verdicts(args.judge_verdict)
     return JudgeSettings(
         criteria=parse_criteria(args.criteria),
-        endpoints=client.endpoints,
+        client=teacher_client(args, urls),
         votes=args.judge_votes,
         schedule=schedule_settings(args),
         verdicts=verdicts,
@@ -206,11 +205,6 @@ def judge_settings(args: argparse.Namespace, urls: Sequence[str]) -> JudgeSettin
         prefix_chars=args.judge_prefix_chars,
         audit_rate=args.judge_audit_rate,
         deadline_s=args.judge_deadline,
-        call_timeout_s=client.call_timeout_s,
-        concurrency=client.concurrency,
-        seed=client.seed,
-        tokenizer=client.tokenizer,
-        cache_path=client.cache_path,
     )
 
 

@@ -91,7 +91,7 @@ class Judge:
         Groups that arrive dropped stay so. Candidates that are all the same text tie without being compared.
         """
         deadline = asyncio.get_running_loop().time() + (deadline_s or self._settings.deadline_s)
-        gate = asyncio.Semaphore(max(8, self._settings.concurrency // PROMPTS_IN_FLIGHT_SHARE))
+        gate = asyncio.Semaphore(max(8, self._settings.client.concurrency // PROMPTS_IN_FLIGHT_SHARE))
 
         async def bounded(group: Group) -> Group:
             async with gate:
@@ -142,7 +142,7 @@ class Judge:
         """The task as the criteria see it; None when candidates and instructions leave the judge no room for the prefix."""
         kinds = {valid_unicode(candidate.text): candidate.kind for candidate in reversed(group.candidates)}
         reference = valid_unicode(group.task.suffix_text)
-        seed = (self._settings.seed, group.task.index)
+        seed = (self._settings.client.seed, group.task.index)
         places = tuple(kinds[text] for text in texts)
         whole = valid_unicode(group.task.prefix_text)
         bare = Sheet("", reference, tuple(texts), places, UNKNOWN_CODE, seed, objective)
@@ -153,7 +153,7 @@ class Judge:
         if prefix is None:
             return None
         self._counts["prefixes-cut"] += prefix != whole
-        code = fence_code(self._settings.seed, prefix, [*texts, reference])
+        code = fence_code(self._settings.client.seed, prefix, [*texts, reference])
         return replace(bare, prefix=prefix, code=code)
 
     def _window(self, setting: str) -> PrefixWindow:

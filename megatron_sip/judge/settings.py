@@ -156,18 +156,18 @@ class JudgeSettings:
     """Everything a `Judge` needs.
 
     criteria: weight of each criterion; names as `parse_criteria` knows them, or paths of prompt files.
+    client: how to reach the judge's servers; its seed is also that of all draws.
     votes: verdicts asked for a hard judgement (a soft one reads the probability once per order instead).
     verdicts: hard or soft for each criterion; those not named are `default_verdict`.
     quorum: share of the planned verdicts that must have arrived for a group to be scored.
-    deadline_s: seconds for one `score` call; call_timeout_s: for one attempt of one request.
-    tokenizer: folder or name of the judge's tokenizer, for sglang endpoints (None: the path the server reports).
+    deadline_s: seconds for one `score` call.
     likelihood_scale: nats per token; see criteria.py on scales. prefix_chars: how much of the prefix's end is shown.
     max_tokens: of one answer, reasoning in a channel of its own apart.
     audit_rate: share of groups whose schedule is compared with all pairs.
     """
 
     criteria: Mapping[str, float]
-    endpoints: tuple[Endpoint, ...]
+    client: ClientSettings
     votes: int = 5
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     verdicts: Mapping[str, VerdictMode] = field(default_factory=dict)
@@ -177,12 +177,6 @@ class JudgeSettings:
     max_tokens: int = 512
     quorum: float = 0.5
     deadline_s: float = 600.0
-    call_timeout_s: float = 120.0
-    attempts: int = 5
-    concurrency: int = 256
-    seed: int = 1234
-    tokenizer: str | None = None
-    cache_path: Path | None = None
     likelihood_scale: float = 0.25
     prefix_chars: int = 16_000
     audit_rate: float = 0.01
@@ -220,19 +214,6 @@ class JudgeSettings:
             self.client.endpoints_for(name)
         if self.schedule.likelihood_prior:
             self.client.endpoints_for(LIKELIHOOD)
-
-    @property
-    def client(self) -> ClientSettings:
-        """How to reach the judge's servers."""
-        return ClientSettings(
-            self.endpoints,
-            self.tokenizer,
-            self.cache_path,
-            self.call_timeout_s,
-            self.attempts,
-            self.concurrency,
-            self.seed,
-        )
 
     def mode(self, criterion: str) -> VerdictMode:
         return self.verdicts.get(criterion, self.default_verdict)

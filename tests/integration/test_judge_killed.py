@@ -6,13 +6,12 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from training import free_port
 
-from megatron_sip.judge import Endpoint, Judge, JudgeSettings
+from megatron_sip.judge import ClientSettings, Endpoint, Judge, JudgeSettings
 from megatron_sip.rollout.launch import LocalServer, ServerSettings
 from megatron_sip.samples import Candidate, Group, Task
 
@@ -41,10 +40,9 @@ def make_groups(first: int) -> list[Group]:
 def make_settings(folder: Path, cache: Path, *servers: LocalServer) -> JudgeSettings:
     return JudgeSettings(
         criteria={"likelihood": 1.0},
-        endpoints=tuple(Endpoint(server.url) for server in servers),
-        tokenizer=str(folder),
-        cache_path=cache,
-        concurrency=IN_FLIGHT,
+        client=ClientSettings(
+            tuple(Endpoint(server.url) for server in servers), str(folder), cache, concurrency=IN_FLIGHT
+        ),
         deadline_s=120.0,
     )
 
@@ -100,7 +98,7 @@ async def test_the_step_completes_on_the_other_judge(
     assert all(group.dropped is None and group.scores is not None for group in judged)
     assert counters["requests"] == GROUPS
     assert counters["failovers"] > 0
-    alone = replace(settings, endpoints=(Endpoint(tiny_llama_server.url),))
+    alone = make_settings(tiny_llama_dir, tmp_path / "cache.sqlite", tiny_llama_server)
     async with Judge(alone) as resumed:
         await resumed.check()
         await resumed.score(groups)

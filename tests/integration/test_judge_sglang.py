@@ -26,6 +26,7 @@ from megatron_sip.rollout.launch import LocalServer
 from megatron_sip.samples import Candidate, Group, Task
 
 HOSTILE = json.loads((Path(__file__).parents[1] / "data" / "hostile_texts.json").read_text(encoding="utf-8"))
+SEED = 5
 PREFIX = (
     "The if statement is used for conditional execution. It selects exactly one of the suites by evaluating the "
     "expressions one by one until one is found to be"
@@ -43,14 +44,11 @@ def make_group(texts: Sequence[str] = tuple(TEXTS.values())) -> Group:
     return Group(Task(0, [1], [1], PREFIX, texts[0]), candidates)
 
 
-def make_settings(server: LocalServer, folder: Path, **changes: Any) -> JudgeSettings:
-    values: dict[str, Any] = {
-        "endpoints": (Endpoint(server.url),),
-        "tokenizer": str(folder),
-        "schedule": ScheduleSettings("all_pairs"),
-        "audit_rate": 0.0,
-        "call_timeout_s": 300.0,
-    }
+def make_settings(
+    server: LocalServer, folder: Path, cache: Path | None = None, endpoint: Endpoint | None = None, **changes: Any
+) -> JudgeSettings:
+    client = ClientSettings((endpoint or Endpoint(server.url),), str(folder), cache, call_timeout_s=300.0, seed=SEED)
+    values: dict[str, Any] = {"client": client, "schedule": ScheduleSettings("all_pairs"), "audit_rate": 0.0}
     return JudgeSettings(**(values | changes))
 
 
@@ -92,10 +90,10 @@ async def test_soft_verdicts_are_the_models_probabilities(
 ) -> None:
     """Quality in both orders and safety, against transformers, natively and through the OpenAI-compatible API."""
     texts = list(TEXTS.values())[:2]
-    settings = make_settings(smollm2_server, smollm2_dir, criteria={"quality": 1.0, "safety": 1.0}, seed=5)
+    settings = make_settings(smollm2_server, smollm2_dir, criteria={"quality": 1.0, "safety": 1.0})
     judged, _ = await score(settings, make_group(texts))
     encoder = ChatEncoder.load(str(smollm2_dir))
-    code = fence_code(5, PREFIX, [*texts, texts[0]])
+    code = fence_code(SEED, PREFIX, [*texts, texts[0]])
 
     def expected(name: str, **shown: str) -> float:
         prompt = builtin_prompt(name)
@@ -118,8 +116,7 @@ async def test_soft_verdicts_are_the_models_probabilities(
         smollm2_server,
         smollm2_dir,
         criteria=settings.criteria,
-        seed=5,
-        endpoints=(Endpoint(smollm2_server.url, "openai", prefill=True),),
+        endpoint=Endpoint(smollm2_server.url, "openai", prefill=True),
     )
     again, _ = await score(openai, make_group(texts))
     assert again.criterion_scores["quality"] == pytest.approx(quality, abs=0.06)
@@ -149,7 +146,7 @@ async def test_hard_verdicts_are_read_or_missing(
         smollm2_server,
         smollm2_dir,
         criteria={str(simple): 1.0, "quality": 1.0, "safety": 1.0, "factuality": 1.0},
-        endpoints=(Endpoint(smollm2_server.url, kind),),
+        endpoint=Endpoint(smollm2_server.url, kind),
         default_verdict="hard",
         votes=2,
         max_tokens=12,
@@ -174,7 +171,7 @@ async def test_every_schedule_with_soft_verdicts(
             smollm2_dir,
             criteria={"quality": 1.0},
             schedule=ScheduleSettings(name, degree=2, budget=6, likelihood_prior=name == "two_ended_bt"),
-            cache_path=tmp_path / "cache.sqlite",
+            cache=tmp_path / "cache.sqlite",
         )
         judged, counters = await score(settings, group)
         assert judged.scores is not None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
-from megatron_sip.judge import Endpoint, JudgeSettings, ScheduleSettings
+from megatron_sip.judge import ClientSettings, Endpoint, JudgeSettings, ScheduleSettings
 from megatron_sip.samples import Candidate, Group, Task
 
 
@@ -17,18 +17,26 @@ def make_group(index: int, qualities: list[float], unsafe: frozenset[int] = froz
     return Group(Task(index, [1, 2], [1], f"Document {index} begins here and", texts[0]), candidates)
 
 
-def make_settings(*urls: str, cache_path: Path | None = None, **changes: Any) -> JudgeSettings:
-    """A hard quality judge over all pairs with one vote, quick to give up."""
+def make_settings(*urls: str, **changes: Any) -> JudgeSettings:
+    """A hard quality judge over all pairs with one vote, quick to give up; changes may be of its client, too."""
+    client: dict[str, Any] = {
+        "endpoints": tuple(Endpoint(url, "openai") for url in urls),
+        "call_timeout_s": 0.3,
+        "concurrency": 64,
+    }
     values: dict[str, Any] = {
         "criteria": {"quality": 1.0},
-        "endpoints": tuple(Endpoint(url, "openai") for url in urls),
         "votes": 1,
         "default_verdict": "hard",
         "schedule": ScheduleSettings("all_pairs"),
         "deadline_s": 10.0,
-        "call_timeout_s": 0.3,
-        "concurrency": 64,
-        "cache_path": cache_path,
         "audit_rate": 0.0,
     }
-    return JudgeSettings(**(values | changes))
+    return settings_of(values | client | changes)
+
+
+def settings_of(values: dict[str, Any]) -> JudgeSettings:
+    """JudgeSettings from its fields and those of its client in one dict."""
+    names = {field.name for field in fields(ClientSettings)}
+    client = ClientSettings(**{name: value for name, value in values.items() if name in names})
+    return JudgeSettings(client=client, **{name: value for name, value in values.items() if name not in names})

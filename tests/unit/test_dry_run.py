@@ -9,7 +9,7 @@ import pytest
 from megatron_sip.argument_checks import uses_judge
 from megatron_sip.arguments import add_arguments
 from megatron_sip.dry_run import criterion_cost, describe, prompt_cost, run_cost
-from megatron_sip.judge.settings import Endpoint, JudgeSettings, ScheduleSettings, VerdictMode
+from megatron_sip.judge.settings import ClientSettings, Endpoint, JudgeSettings, ScheduleSettings, VerdictMode
 from megatron_sip.judge_arguments import judge_settings
 from megatron_sip.presets import expand_presets
 
@@ -36,7 +36,9 @@ def cost_of(args: argparse.Namespace, with_rollouts: bool = True) -> dict[str, i
 
 
 def settings_with(schedule: ScheduleSettings, votes: int = 5, verdict: VerdictMode = "hard") -> JudgeSettings:
-    return JudgeSettings({"quality": 1.0}, (Endpoint(URL),), votes=votes, schedule=schedule, default_verdict=verdict)
+    return JudgeSettings(
+        {"quality": 1.0}, ClientSettings((Endpoint(URL),)), votes=votes, schedule=schedule, default_verdict=verdict
+    )
 
 
 def test_the_papers_safety_set_up_asks_680_pair_and_85_point_judgements_a_prompt() -> None:

@@ -129,7 +129,7 @@ async def test_another_wording_sampling_or_model_is_asked_anew(tmp_path: Path) -
             judge_settings,
             replace(judge_settings, temperature=0.5),
             replace(judge_settings, votes=2),
-            replace(judge_settings, endpoints=(Endpoint(server.url, "openai", "another"),)),
+            make_settings(endpoints=(Endpoint(server.url, "openai", "another"),), cache_path=tmp_path / "cache.sqlite"),
         ):
             before = server.requests
             await score(changed, [group])

@@ -9,6 +9,7 @@ import pytest
 from judge_cases import make_settings
 
 from megatron_sip.judge import (
+    ClientSettings,
     Endpoint,
     Judge,
     JudgeSettings,
@@ -100,9 +101,11 @@ def test_impossible_endpoints_and_schedules() -> None:
 def test_criteria_go_to_their_own_endpoints() -> None:
     judge_settings = JudgeSettings(
         criteria={"quality": 1.0, "likelihood": 1.0},
-        endpoints=(
-            Endpoint("http://big", "openai", "big", criteria=("quality",)),
-            Endpoint("http://teacher", "sglang", "small", criteria=("likelihood",)),
+        client=ClientSettings(
+            (
+                Endpoint("http://big", "openai", "big", criteria=("quality",)),
+                Endpoint("http://teacher", "sglang", "small", criteria=("likelihood",)),
+            )
         ),
     )
     assert [e.url for e in judge_settings.client.endpoints_for("quality")] == ["http://big"]
