@@ -45,10 +45,16 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install
+# trl is a peer to measure against; nothing else needs it.
+$(VENV)/installed-bench: $(VENV)/installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r pyproject.toml --extra bench
+	touch $@
+
+bench: $(VENV)/installed-bench
 	for script in logprob_op attention judge_schedules judge_client; do \
 		$(BIN)/python benchmarks/$$script.py --json benchmarks/results/$${script}_cpu.json || exit 1; \
 	done
+	$(BIN)/python benchmarks/train_step.py --quick --json benchmarks/results/train_step_cpu.json
 
 clean:
 	rm -rf build *.egg-info megatron_sip/*.so

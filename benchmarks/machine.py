@@ -57,6 +57,11 @@ def heap_reuse_active() -> bool:
     return os.environ.get("MALLOC_MMAP_MAX_") == "0"
 
 
+def resident_gb() -> float:
+    """Resident memory of this process now."""
+    return _resident_bytes() / 1e9
+
+
 def peak_memory_gb(device: str = "cpu") -> float:
     """Highest resident memory of this process so far (CPU), or highest allocation since the last reset (CUDA)."""
     if device == "cuda":

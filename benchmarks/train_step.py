@@ -1,0 +1,222 @@
+"""One training step of SmolLM2-135M in bfloat16 on CPU: ours packed, ours unpacked, and TRL's DPOTrainer.
+
+    python benchmarks/train_step.py [--json FILE] [--repeats N] [--quick]     # needs the extra `bench`
+
+DPO: 4 pairs of 896 + 128 tokens; a step is reference pass, forward, backward, clipping and optimizer. "packed" is the
+trainer as `megatron_sip.train` uses it. "unpacked" is the same trainer on rows in which every branch has a copy of its
+prefix. "trl" is TRL's own training loop on the same token ids: bfloat16 weights and AdamW, a reference model, all four
+pairs in one batch (as we hold them: no accumulation), no activation checkpoints, scaled-dot-product attention. Ours keeps
+Megatron's float32 master weights, moments and gradients. GRPO: one prompt of 1024 tokens with 16 completions of 512,
+on-policy, no KL term, hence no reference pass.
+
+Every measurement is a process of its own (peak memory is its highest resident memory, imports and all): one step to warm
+up, short where the allocator keeps nothing, and one timed; the variants take turns. The learning rate is 0, so that every
+step computes the same; the optimizer works all the same. "heap reuse" is glibc told to keep freed memory
+(MALLOC_MMAP_MAX_=0), for all sides alike. "of GEMM peak": the operations of the step's matrix products over time, as a
+share of the fastest large bfloat16 product seen on this machine. Losses, log-probs and gradient norms must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe_machine, format_table, gemm_peak, heap_reuse_environment, write_report
+from train_step_problem import PROBLEMS, step_flops
+from train_step_variant import VARIANTS
+from transformers import AutoConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MODEL = Path.home() / ".cache" / "megatron_sip" / "SmolLM2-135M-Instruct"
+ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "heap reuse": heap_reuse_environment()}
+TIMEOUT_S = 900
+TOLERANCES = {"loss": 2e-3, "chosen_logprob": 5e-3, "rejected_logprob": 5e-3, "grad_norm": 3e-2}
+"""Relative (of the loss, absolute) differences between variants that bfloat16's eight bits explain."""
+
+
+class MeasurementError(SystemExit):
+    """A variant failed, or the variants do not compute the same."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A variant under an allocator."""
+
+    variant: str
+    allocator: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the report: medians over the repeats."""
+
+    name: str
+    allocator: str
+    median_s: float
+    fastest_s: float
+    slowest_s: float
+    reference_s: float | None
+    peak_gb: float
+    resting_gb: float
+    of_gemm_peak: float
+    computed: dict[str, float]
+
+
+def settings(quick: bool) -> list[Setting]:
+    """What is measured in a round, in order; quick leaves out GRPO under the default allocator."""
+    every = [Setting(variant, allocator) for allocator in ALLOCATORS for variant in VARIANTS]
+    return [s for s in every if not (quick and s.variant.startswith("grpo") and s.allocator == "default")]
+
+
+def measure(setting: Setting, model: Path) -> dict[str, Any]:
+    """Run `train_step_variant.py` and return what it measured.
+
+    Raises:
+        MeasurementError: with the end of its output when it failed.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment = inherited | ALLOCATORS[setting.allocator] | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, str(ROOT / "benchmarks" / "train_step_variant.py"), setting.variant]
+        command += ["--model", str(model), "--result", str(result)]
+        # Where nothing is kept there is no heap to warm up.
+        command += ["--warm-up", "full" if setting.allocator == "heap reuse" else "short"]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=ROOT
+        )
+        if done.returncode != 0:
+            raise MeasurementError(f"{setting.variant} exited with {done.returncode}:\n{done.stderr[-3000:]}")
+        measured: dict[str, Any] = json.loads(result.read_text())
+    print(
+        f"{setting.variant}, {setting.allocator}: {measured['seconds'][0]:.1f} s, {measured['peak_gb']:.1f} GB",
+        flush=True,
+    )
+    return measured
+
+
+def summarise(setting: Setting, runs: Sequence[Mapping[str, Any]], model: Path, peak: float) -> Row:
+    """One row from all repeats of a setting."""
+    objective, implementation = setting.variant.split("_")
+    flops = step_flops(PROBLEMS[objective], implementation == "packed", AutoConfig.from_pretrained(model))
+    seconds = [second for run in runs for second in run["seconds"]]
+    reference = [second for run in runs for second in run["reference_seconds"]]
+    median = statistics.median(seconds)
+    return Row(
+        name=setting.variant,
+        allocator=setting.allocator,
+        median_s=median,
+        fastest_s=min(seconds),
+        slowest_s=max(seconds),
+        reference_s=statistics.median(reference) if reference else None,
+        peak_gb=max(run["peak_gb"] for run in runs),
+        resting_gb=statistics.median(run["resting_gb"] for run in runs),
+        of_gemm_peak=flops / median / peak,
+        computed=runs[0]["computed"],
+    )
+
+
+def disagreements(rows: Sequence[Row]) -> list[str]:
+    """What differs between the variants of an objective by more than its tolerance."""
+    found = []
+    for objective in PROBLEMS:
+        same = [row for row in rows if row.name.startswith(objective)]
+        for name, tolerance in TOLERANCES.items():
+            values = {f"{row.name}, {row.allocator}": row.computed[name] for row in same if name in row.computed}
+            scale = 1.0 if name == "loss" else max(map(abs, values.values()), default=1.0)
+            if values and max(values.values()) - min(values.values()) > tolerance * scale:
+                found.append(f"{name} of {objective} differs by more than {tolerance}: {values}")
+    return found
+
+
+def compare(rows: Sequence[Row], allocators: Sequence[str]) -> dict[str, dict[str, float]]:
+    """ratio -> allocator -> value: how many times faster, and for memory the share of the other's peak."""
+    seconds = {(row.name, row.allocator): row.median_s for row in rows}
+    memory = {(row.name, row.allocator): row.peak_gb for row in rows}
+    pairs = {
+        "packed_vs_trl": (seconds, "dpo_trl", "dpo_packed"),
+        "packed_vs_unpacked": (seconds, "dpo_unpacked", "dpo_packed"),
+        "grpo_packed_vs_unpacked": (seconds, "grpo_unpacked", "grpo_packed"),
+        "memory_vs_trl": (memory, "dpo_packed", "dpo_trl"),
+    }
+    return {
+        name: {a: values[above, a] / values[below, a] for a in allocators if (above, a) in values}
+        for name, (values, above, below) in pairs.items()
+    }
+
+
+def print_report(rows: Sequence[Row], ratios: Mapping[str, Mapping[str, float]], peak: float) -> None:
+    header = (
+        "variant",
+        "allocator",
+        "s a step",
+        "of it reference",
+        "peak GB",
+        "at rest",
+        "of GEMM peak",
+        "grad norm",
+        "loss",
+    )
+    table = []
+    for row in rows:
+        reference = "" if row.reference_s is None else f"{row.reference_s:.1f}"
+        share = f"{100 * row.of_gemm_peak:.0f}%"
+        memory = (f"{row.peak_gb:.1f}", f"{row.resting_gb:.1f}")
+        computed = (f"{row.computed['grad_norm']:.2f}", f"{row.computed['loss']:.4f}")
+        table.append((row.name, row.allocator, f"{row.median_s:.1f}", reference, *memory, share, *computed))
+    print(format_table(header, table))
+    print(f"GEMM peak, bfloat16: {peak / 1e9:.0f} GFLOP/s")
+    for name, values in ratios.items():
+        print(f"{name}: " + ", ".join(f"{value:.2f} ({allocator})" for allocator, value in values.items()))
+
+
+def fetched_model(model: Path) -> Path:
+    """`model`, fetched by the demo's tool when it is the default one and not there."""
+    if not (model / "config.json").exists():
+        if model != MODEL:
+            raise MeasurementError(f"--model {model}: no config.json there; it must be a Hugging Face folder")
+        subprocess.run([sys.executable, str(ROOT / "tools" / "fetch_smollm2.py"), "--save", str(model)], check=True)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=RESULTS / "train_step_cpu.json", help="report file")
+    parser.add_argument("--repeats", type=int, default=2, help="timed steps of each variant and allocator")
+    parser.add_argument("--quick", action="store_true", help="one repeat, GRPO only under heap reuse: about 6 minutes")
+    parser.add_argument("--model", type=Path, default=MODEL, help="HF folder; fetched when it is the default")
+    args = parser.parse_args()
+    model = fetched_model(args.model)
+    repeats = 1 if args.quick else args.repeats
+    if repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {repeats}")
+    runs: dict[Setting, list[dict[str, Any]]] = {setting: [] for setting in settings(args.quick)}
+    peak = 0.0
+    for _ in range(repeats):
+        peak = max(peak, *(gemm_peak(torch.bfloat16, size=size) for size in (1024, 2048, 4096)))
+        for setting, measured in runs.items():
+            measured.append(measure(setting, model))
+    peak = max(peak, gemm_peak(torch.bfloat16))
+    rows = [summarise(setting, measured, model, peak) for setting, measured in runs.items()]
+    ratios = compare(rows, list(ALLOCATORS))
+    print_report(rows, ratios, peak)
+    problems = {problem.name: problem.__dict__ for problem in PROBLEMS.values()}
+    report = {"machine": describe_machine(), "gemm_peak_flops": peak, "problems": problems, "repeats": repeats}
+    write_report(args.json, report | {"rows": [row.__dict__ for row in rows], "ratios": ratios})
+    if different := disagreements(rows):
+        raise MeasurementError("the variants do not compute the same: " + "; ".join(different))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""One variant of `train_step.py` in a process of its own, so that its peak memory is its own.
+
+python benchmarks/train_step_variant.py dpo_packed --model HF_DIR --result FILE.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import peak_memory_gb, resident_gb
+from torch import Tensor
+from train_step_problem import PROBLEMS, Problem, advantages, make_examples
+from transformers import AutoConfig, AutoTokenizer
+
+from megatron_sip.learning.objectives import LossTerms, ObjectiveSettings, row_loss
+from megatron_sip.learning.packing import PackedRow, build_row
+from megatron_sip.samples import Example
+
+VARIANTS = ("dpo_packed", "dpo_unpacked", "dpo_trl", "grpo_packed", "grpo_unpacked")
+LEARNING_RATE, CLIP_GRAD, BETA = 0.0, 1.0, 0.1  # the optimizer does all its work, and every step computes the same
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one process: seconds of the steps after warming up, memory, and what the last step computed."""
+
+    seconds: list[float]
+    reference_seconds: list[float]
+    resting_gb: float
+    peak_gb: float
+    computed: dict[str, float]
+
+
+def measure_ours(model: Path, problem: Problem, packed: bool, warm_up: Problem, steps: int) -> Measured:
+    """The trainer of `megatron_sip.train` with Megatron's optimizer; unpacked, every branch has its prefix to itself."""
+    trainer, reference, pad_id = build_trainer(model, problem, steps)
+    from megatron_sip.learning.metrics import flatten
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    resting = resident_gb()
+    seconds, metrics = [], []
+    for step_problem in [warm_up, *[problem] * steps]:
+        examples = make_examples(step_problem, tokenizer)
+        rows = None if packed else unpacked_rows(step_problem, examples, pad_id)
+        start = time.perf_counter()
+        if rows is None:
+            metrics.append(flatten(trainer.train_step(examples, reference)))
+        else:
+            metrics.append(flatten(trainer.train_rows(examples, rows, reference)))
+        seconds.append(time.perf_counter() - start)
+    wanted = ("loss", "grad_norm", "chosen_logprob", "rejected_logprob")
+    return Measured(
+        seconds=seconds[1:],
+        reference_seconds=[float(step["seconds/reference"]) for step in metrics[1:]],
+        resting_gb=resting,
+        peak_gb=peak_memory_gb(),
+        computed={name: float(metrics[-1][name]) for name in wanted if name in metrics[-1]},
+    )
+
+
+def build_trainer(model: Path, problem: Problem, steps: int) -> tuple[Any, Any, int]:
+    """(PolicyTrainer with the model's weights, reference or None, pad id), as a run sets them up on one process."""
+    from megatron_sip.model.standalone import initialize_megatron_for
+
+    config = AutoConfig.from_pretrained(model)
+    config.dtype = torch.bfloat16
+    args = initialize_megatron_for(config, megatron_flags(problem, steps))
+
+    from megatron_sip.learning.exchange import LeaderExchange
+    from megatron_sip.learning.reference import build_reference
+    from megatron_sip.learning.trainer import PolicyTrainer
+    from megatron_sip.model.hf_weights import load_hf_weights
+
+    args.row_length = problem.row_examples * (problem.prefix + problem.branches * problem.branch)
+    settings = ObjectiveSettings(problem.objective, beta=BETA)
+    loss = grpo_loss if problem.objective == "grpo" else row_loss
+    pad_id = config.pad_token_id or 0
+    trainer = PolicyTrainer(args, settings, LeaderExchange(timeout_seconds=600), pad_id, loss)
+    load_hf_weights(trainer.model, model)
+    trainer.optimizer.reload_model_params()
+    if not settings.needs_reference:
+        return trainer, None, pad_id
+    return trainer, build_reference(trainer.model), pad_id
+
+
+def megatron_flags(problem: Problem, steps: int) -> list[str]:
+    """What `megatron_sip.train` implies or a user gives it, as far as a step depends on it."""
+    return [
+        *("--calculate-per-token-loss", "--no-check-for-nan-in-loss-and-grad", "--rerun-mode", "disabled"),
+        *("--attention-dropout", "0", "--hidden-dropout", "0"),
+        *("--global-batch-size", str(problem.examples), "--train-iters", str(1 + steps)),
+        *("--lr", str(LEARNING_RATE), "--lr-decay-style", "constant", "--clip-grad", str(CLIP_GRAD)),
+        *("--weight-decay", "0.0", "--adam-beta2", "0.999"),
+    ]
+
+
+def grpo_loss(
+    settings: ObjectiveSettings,
+    examples: Sequence[Example],
+    row: PackedRow,
+    token_logprobs: Tensor,
+    branch_logprobs: Tensor,
+    reference_branch_logprobs: Tensor | None,
+) -> LossTerms:
+    """`row_loss` of an on-policy GRPO step with made-up advantages."""
+    keys = list(zip(row.examples, row.branches, strict=True))
+    # With the present policy's own log-probs as the old ones every ratio is 1.
+    return row_loss(
+        settings,
+        examples,
+        row,
+        token_logprobs,
+        branch_logprobs,
+        reference_branch_logprobs,
+        old_token_logprobs=token_logprobs.detach(),
+        advantages=token_logprobs.new_tensor(advantages(keys)),
+    )
+
+
+def unpacked_rows(problem: Problem, examples: Sequence[Example], pad_id: int) -> list[PackedRow]:
+    """Rows in which no prefix is shared, as many examples in a row as packed ones have. A DPO row has to hold whole pairs,
+    [prefix | chosen][prefix | rejected], since its loss needs both; a GRPO row is one completion."""
+    alone, keys = [], []
+    for index, example in enumerate(examples):
+        for branch, (ids, kind) in enumerate(zip(example.branches, example.kinds, strict=True)):
+            alone.append(Example(example.task_index, example.prefix_ids, [ids], ["target"], [kind]))
+            keys.append((index, branch))
+    together = problem.row_examples * problem.branches if problem.objective == "dpo" else 1
+    rows = []
+    for first in range(0, len(alone), together):
+        branches = range(first, min(first + together, len(alone)))
+        row = build_row(alone, branches, together * (problem.prefix + problem.branch), pad_id)
+        of_row = [keys[branch] for branch in branches]
+        rows.append(replace(row, examples=tuple(e for e, _ in of_row), branches=tuple(b for _, b in of_row)))
+    return rows
+
+
+def measure_trl(model: Path, problem: Problem, warm_up: Problem, steps: int) -> Measured:
+    """TRL's DPOTrainer: its training loop, its reference model, torch's AdamW, all pairs in one batch."""
+    from train_step_trl import StepClock, build_dpo_trainer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    batches = [make_examples(step_problem, tokenizer) for step_problem in [warm_up, *[problem] * steps]]
+    clock = StepClock(resident_gb)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_dpo_trainer(
+            model, batches, Path(folder), learning_rate=LEARNING_RATE, clip_grad=CLIP_GRAD, beta=BETA
+        )
+        trainer.add_callback(clock)
+        trainer.train()
+    last = [line for line in trainer.state.log_history if "logps/chosen" in line][-1]
+    names = {"loss": "loss", "grad_norm": "grad_norm"}
+    names |= {"chosen_logprob": "logps/chosen", "rejected_logprob": "logps/rejected"}
+    return Measured(
+        seconds=clock.seconds[1:],
+        reference_seconds=[],
+        resting_gb=clock.resting_gb,
+        peak_gb=peak_memory_gb(),
+        computed={name: float(last[theirs]) for name, theirs in names.items()},
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variant", choices=VARIANTS)
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="HF folder, weights in bf16")
+    parser.add_argument("--steps", type=int, default=1, help="timed steps, after one that is not")
+    parser.add_argument(
+        "--warm-up",
+        choices=("full", "short"),
+        default="full",
+        help="the untimed step: as the others, or on short examples",
+    )
+    parser.add_argument("--result", type=Path, required=True, metavar="FILE")
+    args = parser.parse_args()
+    objective, implementation = args.variant.split("_")
+    problem = PROBLEMS[objective]
+    warm_up = problem if args.warm_up == "full" else problem.shortened()
+    if implementation == "trl":
+        measured = measure_trl(args.model, problem, warm_up, args.steps)
+    else:
+        measured = measure_ours(args.model, problem, implementation == "packed", warm_up, args.steps)
+    args.result.write_text(json.dumps(asdict(measured)))
+
+
+if __name__ == "__main__":
+    main()

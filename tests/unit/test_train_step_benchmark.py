@@ -1,0 +1,62 @@
+"""What the training-step benchmark says a step computes, counted in the rows that it trains on."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megatron_sip.learning.packing import PackedRow, build_row
+from megatron_sip.model.tree_attention_dense import token_spans, visibility
+from megatron_sip.samples import Example
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+class CharacterTokenizer:
+    """Stands for the model's tokenizer: an id a character."""
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+
+@pytest.fixture
+def variant(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("train_step_variant")
+
+
+def scores(row: PackedRow) -> int:
+    return int(visibility(token_spans(row.layout, len(row.tokens))).sum())
+
+
+def predicted(rows: list[PackedRow]) -> dict[tuple[int, int], list[int]]:
+    """(example, branch) -> its targets."""
+    return {
+        key: row.targets[row.branch_offsets[line] : row.branch_offsets[line + 1]].tolist()
+        for row in rows
+        for line, key in enumerate(zip(row.examples, row.branches, strict=True))
+    }
+
+
+@pytest.mark.parametrize(("objective", "examples", "branches"), [("dpo", 3, 2), ("grpo", 1, 5)])
+def test_counted_work_is_that_of_the_rows(variant: ModuleType, objective: str, examples: int, branches: int) -> None:
+    problem = variant.Problem(objective, examples, prefix=13, branches=branches, branch=5, row_examples=1)
+    data: list[Example] = variant.make_examples(problem, CharacterTokenizer())
+    packed = [build_row(data, [index], problem.tokens(True) // examples, 0) for index in range(examples)]
+    unpacked = variant.unpacked_rows(problem, data, pad_id=0)
+    for rows, shares in ((packed, True), (unpacked, False)):
+        assert sum(len(row.tokens) for row in rows) == problem.tokens(shares)
+        assert sum(len(row.hidden_index) for row in rows) == problem.projected(shares)
+        assert sum(map(scores, rows)) == problem.scores(shares)
+    assert predicted(packed) == predicted(unpacked)
+    assert sorted(predicted(packed)) == [(e, b) for e in range(examples) for b in range(branches)]
+
+
+def test_a_pair_that_shares_nothing_is_one_row(variant: ModuleType) -> None:
+    problem = variant.Problem("dpo", 2, prefix=7, branches=2, branch=3, row_examples=1)
+    rows = variant.unpacked_rows(problem, variant.make_examples(problem, CharacterTokenizer()), pad_id=0)
+    assert [row.layout.tolist() for row in rows] == [[[0, 7, 7, 10], [10, 17, 17, 20]]] * 2
+    assert [row.examples for row in rows] == [(0, 0), (1, 1)]
