@@ -1,6 +1,6 @@
 """How much of the best-worst gap each judging schedule recovers, and with how many judge calls.
 
-    python benchmarks/judge_schedules.py [--json FILE] [--plot FILE] [--groups 1000]
+    python benchmarks/judge_schedules.py [--json FILE] [--plot FILE] [--groups 500] [--seeds 1 2 3]
 
 Simulated judges: candidate qualities q are standard normal; the judge's logit for "first" is
 scale * (q[first] - q[second]) + bias + persistent error of the pair + half as much of the ordered pair. A hard vote is
@@ -11,15 +11,20 @@ prefixes (`pydoc_data.topics`), (a) mean log-probs of 16 sampled continuations a
 standardised, with the strong judge's simulated noise on top; (b) its real soft quality verdicts for all ordered pairs of
 a few groups: nothing is simulated, the truth is what all pairs in both orders say.
 
-recovered: (quality of the best pick - of the worst pick) / (true best - true worst), mean over groups; ci95 by the normal
-approximation. A call is one verdict: a soft one costs a prefill, a hard one up to 512 generated tokens.
+recovered: (quality of the best pick - of the worst pick) / (true best - true worst), mean over the groups of all seeds; ci95
+by the normal approximation. Margins between schedules are paired: the same groups, the same judge. A call is one verdict: a
+soft one costs a prefill, a hard one up to 512 generated tokens.
+
+"pivot of N calls" is the pivot with exactly as many calls as the default: hard, its votes are spread over its pairs; soft,
+where asking again says nothing new, all its pairs in both orders and then pairs with a second pivot. Its scores are those of
+a Bradley-Terry fit, which is kinder to it than win rates.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +33,7 @@ import numpy as np
 from machine import describe_machine, format_table, write_report
 from numpy.typing import NDArray
 
-from megatron_sip.judge.bradley_terry import sigmoid
+from megatron_sip.judge.bradley_terry import expected_win_rates, fit_bradley_terry, sigmoid
 from megatron_sip.judge.schedules import (
     AllPairs,
     CirculantBT,
@@ -59,6 +64,36 @@ class Plan:
     both_orders: bool = False
 
 
+@dataclass(frozen=True)
+class PivotOfCalls:
+    """The pivot with a given number of calls; see the module. For this comparison only."""
+
+    calls: int
+    soft: bool
+    both_orders: bool = False
+    balanced: bool = True
+
+    def next_pairs(self, round_index: int, field: Field, history: Comparisons) -> list[Pair]:
+        if round_index > 0:
+            return []
+        first, second, *others = (int(i) for i in field.rng.permutation(field.count))
+        star = [(first, other) for other in (second, *others)]
+        more = [(second, other) for other in others]
+        swapped = [(b, a) for a, b in star]
+        if self.soft:
+            return [*star, *swapped, *more, *((b, a) for a, b in more)][: self.calls]
+        turns = -(-self.calls // len(star))
+        return [pair for turn in range(turns) for pair in (star if turn % 2 == 0 else swapped)][: self.calls]
+
+    def scores(self, field: Field, history: Comparisons) -> Array:
+        fit = fit_bradley_terry(history.first, history.second, history.outcome, field.count)
+        return expected_win_rates(fit.strengths)
+
+
+DEFAULT_CALLS = 16 * DEFAULT.degree // 2
+DEFAULT_PLAN = f"circulant_bt {DEFAULT.degree} soft (default)"
+PIVOT_HARD, PIVOT_SOFT = (f"pivot of {DEFAULT_CALLS} calls {kind}" for kind in ("hard", "soft"))
+
 PLANS = (
     Plan("all_pairs x5 hard", AllPairs(), False, 5),
     Plan("all_pairs x1 hard", AllPairs(), False),
@@ -67,12 +102,14 @@ PLANS = (
     Plan("pivot x3 hard", Pivot("rollout"), False, 3),
     Plan("pivot x4 hard", Pivot("rollout"), False, 4),
     Plan("pivot soft", Pivot("rollout"), True, both_orders=True),
+    Plan(PIVOT_HARD, PivotOfCalls(DEFAULT_CALLS, soft=False), False),
+    Plan(PIVOT_SOFT, PivotOfCalls(DEFAULT_CALLS, soft=True), True),
     Plan("circulant_bt 8 hard", CirculantBT(8), False),
     Plan("two_ended_bt 60 hard", TwoEndedBT(60), False),
     Plan("circulant_bt 2 soft", CirculantBT(2), True),
     Plan("circulant_bt 4 soft", CirculantBT(4), True),
     Plan("circulant_bt 4 soft, both orders", CirculantBT(4), True, both_orders=True),
-    Plan(f"circulant_bt {DEFAULT.degree} soft (default)", CirculantBT(DEFAULT.degree), True),
+    Plan(DEFAULT_PLAN, CirculantBT(DEFAULT.degree), True),
     Plan("two_ended_bt 32 soft", TwoEndedBT(32), True),
     Plan("two_ended_bt 48 soft", TwoEndedBT(48), True),
 )
@@ -164,47 +201,75 @@ def teacher_verdict_groups(measured: Any, wanted: int) -> Groups:
     return groups
 
 
-def measure(plans: Sequence[Plan], groups: Groups, seed: int) -> dict[str, dict[str, Any]]:
-    """Report of each plan: calls, recovered, ci95."""
-    report = {}
-    for plan in plans:
-        shares, calls = [], []
-        for index, (truth, preferred) in enumerate(groups):
-            scores, asked = run_plan(plan, preferred, (seed, index))
-            shares.append(recovered(scores, truth, np.random.default_rng([seed, index, 3])))
-            calls.append(asked)
-        half = 1.96 * float(np.std(shares, ddof=1)) / len(shares) ** 0.5
-        mean = float(np.mean(shares))
-        report[plan.name] = {
-            "calls": float(np.mean(calls)),
-            "recovered": mean,
-            "ci95": [mean - half, mean + half],
-            "groups": len(groups),
+@dataclass(frozen=True)
+class Measured:
+    """A schedule's calls and recovered share [groups], and the seed of each group."""
+
+    calls: Array
+    shares: Array
+    seeds: tuple[int, ...]
+
+    def report(self) -> dict[str, Any]:
+        by_seed = {seed: self.shares[np.array(self.seeds) == seed] for seed in dict.fromkeys(self.seeds)}
+        return {
+            "calls": float(self.calls.mean()),
+            **mean_and_interval(self.shares, "recovered"),
+            "recovered_by_seed": {str(seed): float(shares.mean()) for seed, shares in by_seed.items()},
+            "groups": len(self.shares),
         }
-    return report
 
 
-def check_claims(strong: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The two claims of the documentation, with their figures."""
-    full, default = strong["all_pairs x5 hard"], strong[f"circulant_bt {DEFAULT.degree} soft (default)"]
-    pivot, pivot_soft = strong["pivot x4 hard"], strong["pivot soft"]
-    return {
-        "default_recovers_of_all_pairs_x5": default["recovered"] / full["recovered"],
-        "default_calls_share": default["calls"] / full["calls"],
-        "default_minus_hard_pivot_of_more_calls": default["recovered"] - pivot["recovered"],
-        "default_minus_soft_pivot_of_30_calls": default["recovered"] - pivot_soft["recovered"],
-        "holds": bool(
-            default["ci95"][0] >= 0.95 * full["recovered"]
-            and default["calls"] <= 0.1 * full["calls"]
-            and default["calls"] <= pivot["calls"]
-            and default["ci95"][0] > pivot["ci95"][1] + 0.2
-        ),
-    }
+def mean_and_interval(values: Array, name: str) -> dict[str, Any]:
+    """The mean under `name`, and its 95 % interval."""
+    mean, half = float(values.mean()), 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5
+    return {name: mean, "ci95": [mean - half, mean + half]}
+
+
+def measure(plans: Sequence[Plan], groups_of: Mapping[int, Groups]) -> dict[str, Measured]:
+    """Each plan on the same groups; `groups_of` has those of each seed."""
+    found = {}
+    for plan in plans:
+        shares, calls, seeds = [], [], []
+        for seed, groups in groups_of.items():
+            for index, (truth, preferred) in enumerate(groups):
+                scores, asked = run_plan(plan, preferred, (seed, index))
+                shares.append(recovered(scores, truth, np.random.default_rng([seed, index, 3])))
+                calls.append(asked)
+                seeds.append(seed)
+        found[plan.name] = Measured(np.array(calls, float), np.array(shares), tuple(seeds))
+    return found
+
+
+def check_claims(measured: Mapping[str, Mapping[str, Measured]]) -> dict[str, Any]:
+    """The documentation's claims about the default schedule, with their figures; `holds` is about the strong judge."""
+    claims: dict[str, Any] = {}
+    for judge in JUDGES:
+        full, default = measured[judge]["all_pairs x5 hard"], measured[judge][DEFAULT_PLAN]
+        claims[judge] = {
+            "recovers_of_all_pairs_x5": float(default.shares.mean() / full.shares.mean()),
+            "calls_of_all_pairs_x5": float(default.calls.mean() / full.calls.mean()),
+            "calls": float(default.calls.mean()),
+        }
+        for kind, name in (("hard", PIVOT_HARD), ("soft", PIVOT_SOFT)):
+            pivot = measured[judge][name]
+            claims[judge][f"margin_over_{kind}_pivot"] = {
+                "pivot_calls": float(pivot.calls.mean()),
+                **mean_and_interval(default.shares - pivot.shares, "margin"),
+            }
+    strong = claims["strong"]
+    default, full = measured["strong"][DEFAULT_PLAN].report(), measured["strong"]["all_pairs x5 hard"].report()
+    claims["holds"] = bool(
+        default["ci95"][0] >= 0.95 * full["recovered"]
+        and strong["calls_of_all_pairs_x5"] <= 0.1
+        and strong["margin_over_hard_pivot"]["ci95"][0] > 0.2
+        and strong["margin_over_soft_pivot"]["ci95"][0] > 0.0
+    )
+    return claims
 
 
 def family_and_parameter(plan: str) -> tuple[str, str]:
     """("circulant_bt soft", "6") for "circulant_bt 6 soft (default)"."""
-    words = plan.replace(" (default)", "").replace("x", "").split()
+    words = plan.replace(" (default)", "").replace(f"pivot of {DEFAULT_CALLS} calls", "pivot").replace("x", "").split()
     middle = [word for word in words[1:] if word.isdigit()]
     kind = "soft" if "soft" in plan else "hard"
     both = ", both orders" if "both orders" in plan else ""
@@ -257,31 +322,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=RESULTS / "judge_schedules.json", help="report file")
     parser.add_argument("--plot", type=Path, default=DOCS / "judge_schedules.png", help="picture file")
-    parser.add_argument("--groups", type=int, default=1000, help="simulated groups a judge")
+    parser.add_argument("--groups", type=int, default=500, help="simulated groups a judge and seed")
     parser.add_argument("--candidates", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--teacher", type=Path, default=RESULTS / "judge_teacher.json", help="measured verdicts")
     args = parser.parse_args()
-    settings = {
-        name: measure(PLANS, simulated_groups(judge, args.groups, args.candidates, args.seed), args.seed)
+    measured = {
+        name: measure(PLANS, {s: simulated_groups(judge, args.groups, args.candidates, s) for s in args.seeds})
         for name, judge in JUDGES.items()
     }
+    claims = check_claims(measured)
     if args.teacher.exists():
-        measured = json.loads(args.teacher.read_text())
-        likelihood = teacher_likelihood_groups(measured, args.groups, args.seed)
-        verdicts = teacher_verdict_groups(measured, args.groups)
-        settings["teacher's likelihoods, strong judge's noise"] = measure(PLANS, likelihood, args.seed)
-        if verdicts:
-            settings["teacher's own soft verdicts"] = measure([p for p in PLANS if p.soft], verdicts, args.seed)
+        teacher = json.loads(args.teacher.read_text())
+        likelihood = {seed: teacher_likelihood_groups(teacher, args.groups, seed) for seed in args.seeds}
+        measured["teacher's likelihoods, strong judge's noise"] = measure(PLANS, likelihood)
+        if verdicts := teacher_verdict_groups(teacher, args.groups):
+            soft = [plan for plan in PLANS if plan.soft]
+            measured["teacher's own soft verdicts"] = measure(soft, dict.fromkeys(args.seeds, verdicts))
+    settings = {name: {plan: found.report() for plan, found in rows.items()} for name, rows in measured.items()}
     for name, rows in settings.items():
         table = [
             (plan, f"{r['calls']:.0f}", r["recovered"], f"{r['ci95'][0]:.3f} .. {r['ci95'][1]:.3f}")
             for plan, r in sorted(rows.items(), key=lambda item: item[1]["calls"])
         ]
         print(f"\n{name}\n" + format_table(("schedule", "calls", "recovered", "95 % interval"), table))
-    claims = check_claims(settings["strong"])
     print(f"\n{json.dumps(claims, indent=2)}")
-    report = {"machine": describe_machine("cpu"), "seed": args.seed, "candidates": args.candidates}
+    report = {"machine": describe_machine("cpu"), "seeds": args.seeds, "candidates": args.candidates}
     report |= {"judges": {name: vars(judge) for name, judge in JUDGES.items()}, "settings": settings, "claims": claims}
     write_report(args.json, report)
     plot(settings, args.plot)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from fetch_smollm2 import DEFAULT_SAVE, fetch
+from write_demo_corpus import write_corpus
 
 from megatron_sip.rollout.launch import LocalServer, ServerSettings
 
@@ -63,3 +64,17 @@ def tiny_llama_server(tiny_llama_dir: Path) -> Iterator[LocalServer]:
     settings = ServerSettings(tiny_llama_dir, dtype="float32", max_total_tokens=8192)
     with LocalServer(settings) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_llama_dir: Path) -> Iterator[LocalServer]:
+    """The engine that whole runs push their weights to; other tests rely on the weights of the other servers."""
+    settings = ServerSettings(tiny_llama_dir, dtype="float32", max_total_tokens=8192, context_length=512)
+    with LocalServer(settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's data: Python's own language reference."""
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "topics.jsonl")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,24 +15,10 @@ import torch
 from safetensors.torch import load_file
 from training import free_port, learnt, refused, start, steps, train, wait_for_step
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from write_demo_corpus import write_corpus
 
-from megatron_sip.rollout.launch import LocalServer, ServerSettings
+from megatron_sip.rollout.launch import LocalServer
 
 TOTAL_STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "topics.jsonl")
-
-
-@pytest.fixture(scope="module")
-def tiny_engine(tiny_llama_dir: Path) -> Iterator[LocalServer]:
-    """The engine that the runs push their weights to; other tests rely on the weights of the shared servers."""
-    settings = ServerSettings(tiny_llama_dir, dtype="float32", max_total_tokens=8192, context_length=512)
-    with LocalServer(settings) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -6,37 +6,13 @@ import argparse
 from pathlib import Path
 
 import pytest
+from paper_presets import PAPER, paper_criteria
 
 from megatron_sip.argument_checks import candidate_kinds, uses_judge
 from megatron_sip.arguments import add_arguments
 from megatron_sip.judge.settings import ScheduleSettings, parse_criteria
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.presets import PRESETS, PresetError, expand_presets, known_presets
-
-# preset -> (objective, candidates, rollouts, asks a judge), read off the paper's tables 1, 2, 6, 14 and 18.
-PAPER = {
-    "quality": ("dpo", ("rollout",), 16, True),
-    "factuality": ("dpo", ("rollout",), 16, True),
-    "safety": ("dpo", ("suffix", "rollout"), 16, True),
-    "from-scratch": ("rf-nll", ("rewrite", "rollout"), 1, True),
-    "from-scratch-baseline": ("sft", ("suffix",), None, False),
-    "from-scratch-rewrite": ("sft", ("rewrite",), None, False),
-    "from-scratch-suffix-rewrite": ("rf-nll", ("suffix", "rewrite"), None, True),
-    "safety-baseline": ("sft", ("suffix",), None, False),
-    "safety-sft-rewrite": ("sft", ("rewrite",), None, False),
-    "safety-sft-rollout": ("sft", ("rollout",), 1, False),
-    "safety-dpo-rewrite-over-rollout": ("dpo", ("rewrite", "rollout"), 1, False),
-    "safety-rf-nll-rewrite-1": ("rf-nll", ("rewrite", "rollout"), 1, True),
-    "safety-rf-nll-suffix-rewrite-1": ("rf-nll", ("suffix", "rewrite", "rollout"), 1, True),
-    "safety-rewrite-1": ("dpo", ("rewrite", "rollout"), 1, True),
-    "safety-16": ("dpo", ("rollout",), 16, True),
-    "safety-pivot-16": ("dpo", ("suffix", "rollout"), 16, True),
-    "quality-pivot-8": ("dpo", ("suffix", "rollout"), 8, True),
-    "factuality-pivot-8": ("dpo", ("suffix", "rollout"), 8, True),
-    **{f"safety-suffix-{k}": ("dpo", ("suffix", "rollout"), k, True) for k in (1, 2, 4, 8, 16)},
-    **{f"safety-suffix-rewrite-{k}": ("dpo", ("suffix", "rewrite", "rollout"), k, True) for k in (1, 2, 4, 8, 16)},
-    **{f"{goal}-{k}": ("dpo", ("rollout",), k, True) for goal in ("quality", "factuality") for k in (2, 4, 8, 16)},
-}
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +39,7 @@ def test_preset_gives_the_papers_candidates_and_objective(parser: argparse.Argum
     assert (args.objective, candidate_kinds(args), uses_judge(args)) == (objective, kinds, judged)
     assert rollouts is None or args.num_rollouts == rollouts
     ScheduleSettings(name=args.judge_schedule)
-    goal = name.split("-")[0]
-    expected = {"quality": {"quality"}, "factuality": {"quality", "factuality"}}.get(goal, {"quality", "safety"})
-    assert parse_criteria(args.criteria) == dict.fromkeys(expected, 1.0)
+    assert parse_criteria(args.criteria) == dict.fromkeys(paper_criteria(name), 1.0)
     assert args.judge_schedule == ("pivot" if "pivot" in name else "all_pairs")
 
 

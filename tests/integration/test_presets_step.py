@@ -1,0 +1,118 @@
+"""Every preset makes one real training step on the demo's data: real parser, Megatron, engine, judge and rewriter.
+
+A preset's objective, candidates, criteria, schedule, votes and learning rate are its own. Overridden are sizes (batch,
+lengths, model; 4 rollouts for 8 and 16, since all pairs of 17 candidates take this teacher minutes), and the verdict: a
+teacher of 135M parameters hardly ever writes one, so that its probabilities are read. What it does write is asked for by
+the cases named `PRESET:hard`. The cases share a cache of answers: the rewrite of a suffix is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paper_presets import PAPER, paper_criteria
+
+from megatron_sip.presets import known_presets
+from megatron_sip.rollout.launch import LocalServer
+
+WORKER = Path(__file__).with_name("presets_worker.py")
+MOST_ROLLOUTS = 4
+HARD = ("quality-2", "factuality-2", "safety-suffix-1")
+SIZES = (
+    *("--split", "70,0,30", "--seq-length", "56", "--suffix-length", "8"),
+    *("--train-iters", "2", "--lr-warmup-iters", "0", "--logging-level", "40"),
+)
+
+
+def sizes(preset: str) -> list[str]:
+    """One prompt where it is judged often, two where the only rewrite may be missing."""
+    rollouts = (PAPER[preset][2] if preset in PAPER else None) or 0
+    capped = ["--num-rollouts", str(MOST_ROLLOUTS)] if rollouts > MOST_ROLLOUTS else []
+    return ["--global-batch-size", "1" if rollouts > 2 else "2", *capped]
+
+
+@pytest.fixture(scope="module")
+def results(
+    corpus: Path,
+    tiny_llama_dir: Path,
+    tiny_engine: LocalServer,
+    smollm2_server: LocalServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, dict[str, Any]]:
+    """What the worker wrote for each case."""
+    work = tmp_path_factory.mktemp("presets")
+    soft, hard = ["--judge-verdict", "soft"], ["--judge-max-tokens", "6"]
+    cases = {preset: [*sizes(preset), *soft] for preset in known_presets()}
+    cases |= {f"{preset}:hard": [*sizes(preset), *hard] for preset in HARD}
+    flags = [
+        *("--hf-config", str(tiny_llama_dir), "--data-path", str(corpus), *SIZES),
+        *("--rollout-url", tiny_engine.url, "--teacher-url", smollm2_server.url),
+        *("--judge-cache", str(work / "answers"), "--weight-sync", "disk"),
+    ]
+    (work / "setup.json").write_text(json.dumps({"flags": flags, "cases": cases}))
+    command = [sys.executable, str(WORKER), str(work / "setup.json"), str(work / "results.jsonl")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return {result["preset"]: result for result in map(json.loads, (work / "results.jsonl").read_text().splitlines())}
+
+
+@pytest.mark.parametrize("preset", known_presets())
+def test_a_preset_makes_a_step_of_its_own_kind(results: dict[str, dict[str, Any]], preset: str) -> None:
+    result = results[preset]
+    metrics, examples = result["metrics"], result["examples"]
+    objective, kinds, _, _ = PAPER.get(preset, ("dpo", ("suffix", "rollout"), None, True))
+    assert result["objective"] == objective
+    assert examples, {name: value for name, value in metrics.items() if name.startswith("dropped/")}
+    assert math.isfinite(metrics["loss"])
+    assert metrics["grad_norm"] > 0
+    assert result["changed"] > 0.9  # a norm's weights may have no gradient
+    if objective == "dpo":  # policy and reference are still equal: log 2
+        assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    for roles, found in examples:
+        assert roles == (["chosen", "rejected"] if objective == "dpo" else ["target"])
+        assert set(found) <= set(kinds)
+        if preset == "safety-dpo-rewrite-over-rollout":
+            assert found == ["rewrite", "rollout"]
+        if objective == "sft":
+            assert found == list(kinds)
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_a_preset_asks_its_own_judge(results: dict[str, dict[str, Any]], preset: str) -> None:
+    _, kinds, rollouts, judged = PAPER[preset]
+    metrics = results[preset]["metrics"]
+    groups = metrics["groups"]
+    asked = {name.removeprefix("judge/verdicts/") for name in metrics if name.startswith("judge/verdicts/")}
+    assert asked == (paper_criteria(preset) if judged else set())
+    if judged:
+        most = min(rollouts or 0, MOST_ROLLOUTS) + len(set(kinds) - {"rollout"})
+        pairs = most - 1 if "pivot" in preset else most * (most - 1) // 2
+        assert 0 < metrics["judge/verdicts/quality"] <= 2 * pairs * groups  # soft: each pair in both orders
+        assert metrics["judge/verdicts/quality"] % 2 == 0
+        for criterion in asked - {"quality"}:
+            assert 0 < metrics[f"judge/verdicts/{criterion}"] <= most * groups
+    rewrites = [value for name, value in metrics.items() if name in ("rewriter/rewrites", "rewriter/copies")]
+    assert (sum(rewrites) > 0) == ("rewrite" in kinds)
+
+
+@pytest.mark.parametrize("preset", HARD)
+def test_a_preset_s_own_written_verdicts_are_asked_for(results: dict[str, dict[str, Any]], preset: str) -> None:
+    """Five votes a judgement, each read or missing; a group without enough of them is dropped, not scored."""
+    result = results[f"{preset}:hard"]
+    metrics, groups = result["metrics"], result["metrics"]["groups"]
+    for criterion in paper_criteria(preset):
+        votes = metrics[f"judge/verdicts/{criterion}"] + metrics[f"judge/verdicts-missing/{criterion}"]
+        judgements = 1 if criterion == "quality" else 2
+        assert votes == 5 * judgements * groups
+    assert metrics["judge/generated-tokens"] > 0
+    dropped = {name: value for name, value in metrics.items() if name.startswith("dropped/")}
+    assert len(result["examples"]) + sum(dropped.values()) == groups
+    assert all("too-few-verdicts" in name for name in dropped)
