@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_sip.argument_checks import candidate_kinds, needs_teacher, uses_judge
 from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
+from megatron_sip.judge.rewriter import REWRITE_ROOM
 from megatron_sip.judge.schedules import make_schedule, planned_pairs
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings
 from megatron_sip.judge_arguments import judge_settings
@@ -41,6 +42,8 @@ def describe(args: argparse.Namespace) -> str:
         facts.append(
             ("at the end", f"{args.win_rate_prompts:,} held-out prefixes: trained against initial policy, judged")
         )
+    if settings is not None and (limit := _rate_limit(args, settings)):
+        facts.append(("at least", limit))
     lines = ["What this run does", *(f"  {name:<11} {text}" for name, text in facts)]
     lines += ["", "What it costs at most", *_table(args, settings)]
     return "\n".join(lines) + "\n"
@@ -58,7 +61,7 @@ def prompt_cost(args: argparse.Namespace, settings: JudgeSettings | None, with_r
         cost["rewriter calls"] = 1
         instructions = _instruction_tokens(builtin_prompt("rewrite"))
         cost["rewriter tokens, prompt"] = instructions + prefix + suffix + 3 * REWRITE_START_TOKENS
-        cost["rewriter tokens, answer"] = suffix
+        cost["rewriter tokens, answer"] = REWRITE_ROOM * suffix + args.teacher_reasoning_tokens
     if uses_judge(args):
         assert settings is not None
         count = candidate_count(args, with_rollouts)
@@ -92,7 +95,7 @@ def criterion_cost(name: str, settings: JudgeSettings, count: int, prefix: int, 
         pairwise = prompt.kind == "pairwise"
         kind = "pair judgements" if pairwise else "point judgements"
         judgements, requests = (_pairwise if pairwise else _pointwise)(settings, name, count)
-        answer = judgements * settings.max_tokens if settings.mode(name) == "hard" else 0
+        answer = judgements * _written_tokens(settings, name)
         shown = 2 * suffix if pairwise else suffix
         once = (
             _instruction_tokens(prompt) + prefix * ("prefix" in prompt.slots) + suffix * ("reference" in prompt.slots)
@@ -121,6 +124,15 @@ def _pairwise(settings: JudgeSettings, name: str, count: int) -> tuple[int, int]
 def _pointwise(settings: JudgeSettings, name: str, count: int) -> tuple[int, int]:
     """(judgements, requests)"""
     return count * (settings.votes if settings.mode(name) == "hard" else 1), count
+
+
+def _written_tokens(settings: JudgeSettings, name: str) -> int:
+    """The most that a judge writes for one verdict; 0 where the verdict's probability is read without an answer."""
+    [endpoint, *_] = settings.client.endpoints_for(name)
+    forced = endpoint.kind == "sglang" or endpoint.prefill
+    if settings.mode(name) == "soft" and forced:
+        return 0
+    return settings.max_tokens + endpoint.reasoning_tokens
 
 
 def _instruction_tokens(prompt: PromptFile) -> int:
@@ -198,8 +210,20 @@ def _judge(args: argparse.Namespace, settings: JudgeSettings) -> list[str]:
             how += f", {settings.schedule.name}: {pairs} of {count * (count - 1) // 2} pairs"
         if name != LIKELIHOOD and settings.mode(name) == "hard":
             how += f", {settings.votes} votes at T={settings.temperature:g}, top-p {settings.top_p:g}"
+        if name != LIKELIHOOD and (tokens := _written_tokens(settings, name)):
+            how += f", up to {tokens} tokens each"
         lines.append(f"{name} (weight {weight:g}): {how}; {judgements} {kind} a prompt")
     return lines
+
+
+def _rate_limit(args: argparse.Namespace, settings: JudgeSettings) -> str:
+    """What the rate limit makes of a step; nothing without one."""
+    rate = sum(endpoint.requests_per_s for endpoint in settings.client.endpoints)
+    if not rate:
+        return ""
+    cost = prompt_cost(args, settings)
+    requests = args.global_batch_size * (cost.get("judge requests", 0) + cost.get("rewriter calls", 0))
+    return f"{requests / rate:,.0f} s a step for {requests:,} teacher requests at {rate:g} a second"
 
 
 def _schedule(args: argparse.Namespace) -> str:

@@ -27,6 +27,8 @@ from megatron_sip.judge.verdicts import own_answer
 from megatron_sip.samples import Candidate, Task
 
 START_WORDS = 5
+REWRITE_ROOM = 2
+"""Tokens that the model may write, in suffix lengths: its tokenizer may need more of them than the policy's."""
 _REFUSAL = re.compile(
     r"\W*(?:(?:I['’]?m|I am|We['’]?re) (?:very |really |so )?(?:sorry|unable|not able)"
     r"|I (?:can['’]?t|can ?not|won['’]?t|could not)"
@@ -135,7 +137,7 @@ class Rewriter:
             self._prompt.identity,
             self._prompt.fill(texts, code, start),
             n=1,
-            max_tokens=settings.max_tokens or 2 * self._max_tokens,
+            max_tokens=settings.max_tokens or REWRITE_ROOM * self._max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
             start=start,

@@ -121,9 +121,10 @@ def test_description_of_the_papers_safety_set_up() -> None:
     for line in (
         "  objective   online DPO, best against worst candidate; beta 0.1, reference frozen",
         "  candidates  suffix + 16 rollouts = 17 a prompt, 128 tokens each; rollouts at T=1, top-p 1",
-        "  judge       quality (weight 1): hard verdicts, all_pairs: 136 of 136 pairs, 5 votes at T=1, top-p 0.6; "
-        "680 pair judgements a prompt",
-        "  judge       safety (weight 1): hard verdicts, 5 votes at T=1, top-p 0.6; 85 point judgements a prompt",
+        "  judge       quality (weight 1): hard verdicts, all_pairs: 136 of 136 pairs, 5 votes at T=1, "
+        "top-p 0.6, up to 512 tokens each; 680 pair judgements a prompt",
+        "  judge       safety (weight 1): hard verdicts, 5 votes at T=1, top-p 0.6, up to 512 tokens each; "
+        "85 point judgements a prompt",
         "  schedule    2,000 steps x 256 prompts = 512,000 prompts; lr 5e-06 cosine to 5e-07, warm-up 100 steps",
         "  at the end  1,000 held-out prefixes: trained against initial policy, judged",
         "  Packed, with the prefix shared by the pair, training takes 53% of the tokens.",
@@ -131,6 +132,29 @@ def test_description_of_the_papers_safety_set_up() -> None:
         assert line in text.splitlines()
     pair_line = next(line for line in text.splitlines() if line.strip().startswith("pair judgements"))
     assert pair_line.split()[2:] == ["680", "174,080", "348,160,000"]
+
+
+def test_what_a_reasoning_judge_behind_a_rate_limit_costs() -> None:
+    flags = (
+        "--preset",
+        "safety-suffix-1",
+        "--teacher-api",
+        "openai",
+        "--teacher-name",
+        "m",
+        "--teacher-url",
+        URL,
+        URL + "2",
+    )
+    limits = ("--teacher-reasoning-tokens", "2048", "--teacher-requests-per-second", "5", "--judge-max-tokens", "100")
+    args = parse(*flags, *limits, "--judge-verdict", "hard", "safety=soft")
+    cost = prompt_cost(args, judge_settings(args, args.teacher_url))
+    # One pair with 5 votes in 2 requests; 2 candidates whose verdicts are written too, and their probabilities read.
+    assert (cost["pair judgements"], cost["point judgements"], cost["judge requests"]) == (5, 2, 4)
+    assert cost["judge tokens, answers"] == (5 + 2) * 2148
+    text = describe(args)
+    assert "  at least    102 s a step for 1,024 teacher requests at 10 a second" in text.splitlines()
+    assert "soft verdicts, up to 2148 tokens each" in text
 
 
 def test_description_without_a_judge() -> None:
