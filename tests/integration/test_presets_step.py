@@ -25,6 +25,7 @@ from megatron_sip.rollout.launch import LocalServer
 WORKER = Path(__file__).with_name("presets_worker.py")
 MOST_ROLLOUTS = 4
 HARD = ("quality-2", "factuality-2", "safety-suffix-1")
+AUDITED = "quality-pivot-8:audited"
 SIZES = (
     *("--split", "70,0,30", "--seq-length", "56", "--suffix-length", "8"),
     *("--train-iters", "2", "--lr-warmup-iters", "0", "--logging-level", "40"),
@@ -48,9 +49,10 @@ def results(
 ) -> dict[str, dict[str, Any]]:
     """What the worker wrote for each case."""
     work = tmp_path_factory.mktemp("presets")
-    soft, hard = ["--judge-verdict", "soft"], ["--judge-max-tokens", "6"]
+    soft, hard = ["--judge-verdict", "soft"], ["--judge-max-tokens", "6", "--global-batch-size", "1"]
     cases = {preset: [*sizes(preset), *soft] for preset in known_presets()}
     cases |= {f"{preset}:hard": [*sizes(preset), *hard] for preset in HARD}
+    cases[AUDITED] = [*sizes("quality-pivot-8"), *soft, "--judge-audit-rate", "1"]
     flags = [
         *("--hf-config", str(tiny_llama_dir), "--data-path", str(corpus), *SIZES),
         *("--rollout-url", tiny_engine.url, "--teacher-url", smollm2_server.url),
@@ -99,8 +101,16 @@ def test_a_preset_asks_its_own_judge(results: dict[str, dict[str, Any]], preset:
         assert metrics["judge/verdicts/quality"] % 2 == 0
         for criterion in asked - {"quality"}:
             assert 0 < metrics[f"judge/verdicts/{criterion}"] <= most * groups
+        assert 0 < metrics["judge/latency-p50-s"] <= metrics["judge/latency-p95-s"] <= metrics["judge/latency-p99-s"]
     rewrites = [value for name, value in metrics.items() if name in ("rewriter/rewrites", "rewriter/copies")]
     assert (sum(rewrites) > 0) == ("rewrite" in kinds)
+
+
+def test_a_run_logs_its_agreement_with_all_pairs(results: dict[str, dict[str, Any]]) -> None:
+    metrics = results[AUDITED]["metrics"]
+    assert metrics["judge/audit/quality/groups"] == metrics["groups"]
+    assert 0 <= metrics["judge/audit/quality/same-best"] <= metrics["groups"]
+    assert 0 <= metrics["judge/audit/quality/same-worst"] <= metrics["groups"]
 
 
 @pytest.mark.parametrize("preset", HARD)
