@@ -33,6 +33,7 @@ from megatron_sip.judge.encoding import EncodingError
 from megatron_sip.judge.settings import SettingsError
 from megatron_sip.learning.metrics import Metrics, flatten, merge
 from megatron_sip.platform.megatron_cpu import enable_cpu, rendezvous_store
+from megatron_sip.rollout.guard import kill_with_parent
 from megatron_sip.rollout.launch import ServerStartError
 from megatron_sip.rollout.sglang import EngineError
 from megatron_sip.rollout.weight_sync import WeightSyncError
@@ -143,5 +144,7 @@ def timed(name: str, *actions: Callable[[], None]) -> Metrics:
     return {name: time.monotonic() - started}
 
 
+if __name__ == "__mp_main__":  # one of Megatron's checkpoint helpers, which import this module too
+    kill_with_parent()
 if __name__ == "__main__":
     main()

@@ -24,9 +24,14 @@ GRACE_S = 10.0
 PR_SET_PDEATHSIG = 1
 
 
+def kill_with_parent() -> None:
+    """From now on the kernel kills this process when the thread that started it ends, however that comes about."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _prepare_command() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    kill_with_parent()
 
 
 def end(process: subprocess.Popen[bytes], process_group: int, grace_s: float) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import free_port, learnt, refused, start, steps, train, wait_for_step
+from training import free_port, learnt, refused, start, steps, train, wait_for_end_of_group, wait_for_step
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sip.rollout.launch import LocalServer
@@ -68,6 +68,7 @@ def test_killed_anywhere_the_same_command_continues_as_if_nothing_had_happened(
         wait_for_step(run, step, process)
         process.kill()
         process.wait()
+        wait_for_end_of_group(process.pid)
     train(run, *flags)
     expected, found = learnt(steps(uninterrupted)), learnt(steps(run))
     assert len(found) == TOTAL_STEPS

@@ -99,6 +99,18 @@ LEARNT = (
 )
 
 
+def wait_for_end_of_group(group: int, timeout: float = 10.0) -> None:
+    """Until no process of a run that was started here is left; fails when its helpers outlive it."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process group {group} still has processes {timeout:g} s after its leader was killed")
+
+
 def learnt(records: Sequence[dict[str, Any]]) -> list[list[float]]:
     """What a step computed, without durations and counters."""
     return [[record["step"], *(record.get(name, 0.0) for name in LEARNT)] for record in records]
