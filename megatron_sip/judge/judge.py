@@ -14,15 +14,15 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
 
 import numpy as np
 
+from megatron_sip.judge.base import UNKNOWN_CODE, AsksTeacher
 from megatron_sip.judge.calls import Answer, Call
-from megatron_sip.judge.client import JudgeClient, affinity_of
+from megatron_sip.judge.client import CHECK_TIMEOUT_S, affinity_of
 from megatron_sip.judge.criteria import (
     Criterion,
     CriterionScores,
@@ -41,9 +41,6 @@ from megatron_sip.samples import Group
 PROMPTS_IN_FLIGHT_SHARE = 16
 """Groups worked on at once: concurrency / this. Enough to fill it; few keep prompts together and memory flat."""
 
-UNKNOWN_CODE = "00000000"
-"""As long as a fence code, where only lengths matter."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Weighted:
@@ -52,12 +49,12 @@ class _Weighted:
     criterion: Criterion
 
 
-class Judge:
-    """See the module. Use as an async context manager on one event loop."""
+class Judge(AsksTeacher):
+    """See the module. Counters: groups, verdicts, agreement with all pairs, calls, tokens, failures, latency."""
 
     def __init__(self, settings: JudgeSettings) -> None:
+        super().__init__(settings.client)
         self._settings = settings
-        self._client = JudgeClient(settings.client)
         self._criteria = [
             _Weighted(name, weight, make_criterion(name, settings)) for name, weight in settings.criteria.items()
         ]
@@ -66,18 +63,10 @@ class Judge:
             for item in self._criteria
             if isinstance(item.criterion, Pairwise) and settings.schedule.name not in ("all_pairs", "all_pairs_swap")
         }
-        self._counts: Counter[str] = Counter()
 
-    async def __aenter__(self) -> Self:
-        await self._client.__aenter__()
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self._client.__aexit__(*exc_info)
-
-    async def check(self, timeout_s: float = 30.0) -> None:
+    async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
-        await self._client.check(timeout_s)
+        await super().check(timeout_s)
         for item in self._criteria:
             native = any(endpoint.kind == "sglang" for endpoint in self._settings.client.endpoints_for(item.setting))
             if native and isinstance(item.criterion, Pointwise | Pairwise):
@@ -205,20 +194,3 @@ class Judge:
         self._counts[f"verdicts-missing/{name}"] += result.planned - result.received
         if result.history is not None and result.history.first.size:
             self._counts[f"first-shown-preferred/{name}"] += float(result.history.outcome.sum())  # type: ignore[assignment]
-
-    def counters(self) -> dict[str, float]:
-        """Totals since the start as flat numbers: groups, verdicts, calls, tokens, failures, latency, agreement."""
-        return flat_counters(self._counts, self._client)
-
-
-def flat_counters(counts: Mapping[str, float], client: JudgeClient) -> dict[str, float]:
-    """Counters of a judge or rewriter together with those of its transport, and the shares that follow from them."""
-    values: dict[str, float] = {**counts, **client.counts, **client.pool.counts}
-    values["cached-share"] = client.counts["cached"] / max(1, client.counts["calls"])
-    for share in (50, 95, 99):
-        values[f"latency-p{share}-s"] = client.pool.latency.percentile(share / 100)
-    for key in list(values):
-        kind, _, name = key.partition("/")
-        if kind == "first-shown-preferred":
-            values[key] = values[key] / max(1.0, values[f"verdicts/{name}"])
-    return values

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
+from megatron_sip.judge.base import UNKNOWN_CODE, AsksTeacher
 from megatron_sip.judge.calls import Answer, GenerateCall
-from megatron_sip.judge.client import JudgeClient, affinity_of
-from megatron_sip.judge.judge import UNKNOWN_CODE, flat_counters
+from megatron_sip.judge.client import affinity_of
 from megatron_sip.judge.prompts import builtin_prompt, fence_code, valid_unicode
 from megatron_sip.judge.settings import ClientSettings, SettingsError
 from megatron_sip.judge.verdicts import own_answer
@@ -57,27 +56,17 @@ class RewriterSettings:
             raise SettingsError(f"rewrite temperature {self.temperature}: a number of at least 0 is needed")
 
 
-class Rewriter:
-    """See the module. policy_tokenizer: transformers tokenizer of the policy; max_tokens: its tokens a rewrite."""
+class Rewriter(AsksTeacher):
+    """See the module. Counters: rewrites, copies, dropped by reason, calls, tokens, failures, latency.
+
+    policy_tokenizer: transformers tokenizer of the policy; max_tokens: its tokens a rewrite."""
 
     def __init__(self, settings: RewriterSettings, policy_tokenizer: Any, max_tokens: int) -> None:
+        super().__init__(settings.client)
         self._settings = settings
         self._tokenizer = policy_tokenizer
         self._max_tokens = max_tokens
         self._prompt = builtin_prompt("rewrite")
-        self._client = JudgeClient(settings.client)
-        self._counts: Counter[str] = Counter()
-
-    async def __aenter__(self) -> Self:
-        await self._client.__aenter__()
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self._client.__aexit__(*exc_info)
-
-    async def check(self, timeout_s: float = 30.0) -> None:
-        """Raises EndpointError naming an endpoint that does not answer within `timeout_s`."""
-        await self._client.check(timeout_s)
 
     async def rewrite(self, tasks: Sequence[Task]) -> list[Candidate | None]:
         """One rewrite a task, in order; None where there is none, counted by reason.
@@ -142,10 +131,6 @@ class Rewriter:
             top_p=settings.top_p,
             start=start,
         )
-
-    def counters(self) -> dict[str, float]:
-        """Totals since the start as flat numbers: rewrites, copies, dropped by reason, calls, tokens, failures."""
-        return flat_counters(self._counts, self._client)
 
 
 def read_rewrite(answer: Answer, task: Task, words: str, *, start_required: bool) -> tuple[str, str]:

@@ -1,0 +1,44 @@
+"""What judge and rewriter have in common: a client of the teacher's servers, open while they are, and counters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Self
+
+from megatron_sip.judge.client import CHECK_TIMEOUT_S, JudgeClient
+from megatron_sip.judge.settings import ClientSettings
+
+UNKNOWN_CODE = "00000000"
+"""As long as a fence code, for prompts of which only the length matters."""
+
+
+class AsksTeacher:
+    """Use as an async context manager on one event loop; `check` first, so that mistakes show at start."""
+
+    def __init__(self, settings: ClientSettings) -> None:
+        self._client = JudgeClient(settings)
+        self._counts: Counter[str] = Counter()
+
+    async def __aenter__(self) -> Self:
+        await self._client.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._client.__aexit__(*exc_info)
+
+    async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
+        """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
+        await self._client.check(timeout_s)
+
+    def counters(self) -> dict[str, float]:
+        """Totals since the start as flat numbers, those of the transport included, and the shares that follow from them."""
+        client = self._client
+        values: dict[str, float] = {**self._counts, **client.counts, **client.pool.counts}
+        values["cached-share"] = client.counts["cached"] / max(1, client.counts["calls"])
+        for share in (50, 95, 99):
+            values[f"latency-p{share}-s"] = client.pool.latency.percentile(share / 100)
+        for key in list(values):
+            kind, _, name = key.partition("/")
+            if kind == "first-shown-preferred":
+                values[key] = values[key] / max(1.0, values[f"verdicts/{name}"])
+        return values
