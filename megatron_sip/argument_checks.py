@@ -130,6 +130,8 @@ def _check_objective(args: argparse.Namespace) -> None:
         raise ArgumentError(f"--dpo-beta, --dpo-nll-coef, --dpo-label-smoothing or --dpo-loss: {error}") from None
     if args.ref_update_interval and args.objective != "dpo":
         raise ArgumentError("--ref-update-interval: only --objective dpo has a reference; remove it")
+    if args.logit_chunk_columns < 0:
+        raise ArgumentError(f"--logit-chunk-columns {args.logit_chunk_columns}: must be 0 (all at once) or more")
     if args.ref_offload and args.objective != "dpo":
         raise ArgumentError("--ref-offload: only --objective dpo has a reference; remove it")
 

@@ -112,6 +112,14 @@ def _add_objective_flags(group: argparse._ArgumentGroup) -> None:
         help="Copy the policy into the DPO reference every so many steps; 0 keeps the initial policy for ever.",
     )
     group.add_argument(
+        "--logit-chunk-columns",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Hold the logits of N vocabulary entries at a time (8192 is good) and compute them again in backward: slower, "
+        "for when the logits of a row's branches do not fit. 0: all at once.",
+    )
+    group.add_argument(
         "--ref-offload",
         action="store_true",
         help="Keep the DPO reference's weights in pinned host memory and swap them in for its pass: saves one copy of the "

@@ -24,17 +24,22 @@ def float_logits(hidden: Tensor, weight: Tensor, tp_group: dist.ProcessGroup | N
     return _FloatLogits.apply(hidden, weight, tp_group)
 
 
+def project(hidden: Tensor, weight: Tensor) -> Tensor:
+    """`float_logits` without autograd and on one rank."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if hidden.is_cuda and hidden.dtype != wide and len(hidden):
+        return torch.mm(hidden, weight.T, out_dtype=wide)
+    if hidden.dtype == torch.bfloat16 and bf16_kernels_apply(weight, hidden.shape[1]):
+        return float_product(hidden, weight)
+    return hidden.to(wide) @ weight.to(wide).T
+
+
 class _FloatLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.tp_group = tp_group
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        if hidden.is_cuda and hidden.dtype != wide:
-            return torch.mm(hidden, weight.T, out_dtype=wide)
-        if hidden.dtype == torch.bfloat16 and bf16_kernels_apply(weight, hidden.shape[1]):
-            return float_product(hidden, weight)
-        return hidden.to(wide) @ weight.to(wide).T
+        return project(hidden, weight)
 
     @staticmethod
     @once_differentiable

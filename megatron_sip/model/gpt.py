@@ -29,6 +29,7 @@ from torch import Tensor
 from megatron_sip.learning.packing import PackedRow
 from megatron_sip.model.attention import PrefixTreeAttention
 from megatron_sip.model.float_logits import float_logits
+from megatron_sip.model.linear_logprob import linear_branch_logprobs
 from megatron_sip.model.logprob import branch_logprobs
 from megatron_sip.model.mlp import SwiGLUMLP
 from megatron_sip.model.norm import RMSNorm
@@ -39,12 +40,14 @@ class PolicyModel(GPTModel):
     """GPTModel whose rotary angles follow the position ids, over layers with prefix-tree attention.
 
     Takes GPTModel's arguments, and `unpadded_vocab_size`: Megatron pads the vocabulary, and the entries from this one
-    on are left out of the softmax. Use it through `row_logprobs`.
+    on are left out of the softmax. With `logit_chunk_columns` the logits of so many vocabulary entries exist at a time
+    (0: all). Use it through `row_logprobs`.
     """
 
-    def __init__(self, *args: Any, unpadded_vocab_size: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, unpadded_vocab_size: int, logit_chunk_columns: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.unpadded_vocab_size = unpadded_vocab_size
+        self.logit_chunk_columns = logit_chunk_columns
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """GPTModel's, with the angles [S, 1, 1, d] of the row picked by its position ids int64 [1, S].
@@ -67,17 +70,22 @@ class PolicyModel(GPTModel):
             )
         predicting = hidden_states[:, 0].index_select(0, row.hidden_index)
         weight = self.output_layer.weight if output_weight is None else output_weight
+        entries = (row.logit_rows, row.targets, row.branch_offsets)
+        vocab_start = group.rank() * weight.shape[0]
+        if self.logit_chunk_columns:
+            return linear_branch_logprobs(
+                predicting,
+                weight,
+                *entries,
+                tp_group=group,
+                vocab_start=vocab_start,
+                vocab_size=self.unpadded_vocab_size,
+                chunk_columns=self.logit_chunk_columns,
+            )[0]
         logits = float_logits(predicting, weight, group)
-        token_logprobs, _ = branch_logprobs(
-            logits,
-            row.logit_rows,
-            row.targets,
-            row.branch_offsets,
-            tp_group=group,
-            vocab_start=group.rank() * weight.shape[0],
-            vocab_size=self.unpadded_vocab_size,
-        )
-        return token_logprobs
+        return branch_logprobs(
+            logits, *entries, tp_group=group, vocab_start=vocab_start, vocab_size=self.unpadded_vocab_size
+        )[0]
 
 
 def row_logprobs(model: torch.nn.Module, row: PackedRow) -> Tensor:
@@ -128,6 +136,7 @@ def model_provider(
         transformer_layer_spec=block_submodules(config, vp_stage),
         vocab_size=padded_vocab_size,
         unpadded_vocab_size=args.vocab_size,
+        logit_chunk_columns=getattr(args, "logit_chunk_columns", 0),  # tools parse Megatron's flags only
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
         post_process=post_process,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron_sip.model.float_logits import project
 from megatron_sip.model.logprob import (
     VocabularyShard,
     check_inputs,
@@ -59,7 +60,7 @@ def linear_branch_logprobs(
     vocab_size: int | None = None,
     chunk_columns: int = 8192,
 ) -> tuple[Tensor, Tensor]:
-    """`branch_logprobs(hidden @ weight.T, ...)`, differentiable with respect to `hidden` and `weight`.
+    """`branch_logprobs(float_logits(hidden, weight), ...)`, differentiable with respect to `hidden` and `weight`.
 
     Args:
         hidden: [T, H], the same on all ranks of `tp_group` (gather sequence-parallel states before).
@@ -105,7 +106,7 @@ class _LinearBranchLogprobs(torch.autograd.Function):
         sums = torch.zeros((2, rows), dtype=torch.float64, device=hidden.device)
         target_logits = torch.zeros(targets.shape[0], dtype=torch.float64, device=hidden.device)
         for chunk in vocabulary_chunks(shard, chunk_columns):
-            logits = hidden @ weight[chunk.first : chunk.last].T
+            logits = project(hidden, weight[chunk.first : chunk.last])
             chunk_reference, chunk_sums, chunk_targets = operators.row_statistics(
                 logits, logit_rows, targets, chunk.vocab_start, chunk.columns
             )
@@ -132,12 +133,13 @@ class _LinearBranchLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight)
         for chunk in vocabulary_chunks(ctx.shard, ctx.chunk_columns):
             rows_of_weight = weight[chunk.first : chunk.last]
-            logits = hidden @ rows_of_weight.T
+            logits = project(hidden, rows_of_weight)
             operators.gradient_(
                 logits, logit_rows, targets, logprobs, normaliser, grad, chunk.vocab_start, chunk.columns, False
             )
-            grad_hidden += logits @ rows_of_weight
-            torch.mm(logits.T, hidden, out=grad_weight[chunk.first : chunk.last])
+            grad_logits = logits.to(hidden.dtype)
+            grad_hidden += grad_logits @ rows_of_weight
+            torch.mm(grad_logits.T, hidden, out=grad_weight[chunk.first : chunk.last])
         if ctx.shard.group is not None:
             dist.all_reduce(grad_hidden, group=ctx.shard.group)
         return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 5

@@ -26,11 +26,11 @@ FLAGS = (
     *("--global-batch-size", "4", "--calculate-per-token-loss", "--clip-grad", "0", "--rerun-mode", "disabled"),
     *("--no-check-for-nan-in-loss-and-grad", "--lr", "1e-3", "--train-iters", "2"),
 )
-OFFLOADED = " with offloaded reference"
-"""What a problem's name ends with when its reference is to lie in host memory."""
+CHUNKED_LOGITS, OFFLOADED = " with chunked logits", " with offloaded reference"
+"""What may stand in a problem's name after its objective."""
 
 
-def run_case(objective: str, offload: bool, policy_dir: str, reference_dir: str, examples: list[Example]) -> dict:
+def run_case(name: str, policy_dir: str, reference_dir: str, examples: list[Example]) -> dict:
     from megatron.training import get_args
 
     from megatron_sip.learning.exchange import LeaderExchange
@@ -43,13 +43,15 @@ def run_case(objective: str, offload: bool, policy_dir: str, reference_dir: str,
     initialize_megatron_for(hf_config, list(FLAGS))
     args = get_args()
     args.row_length = 160
+    args.logit_chunk_columns = 50 if name.endswith(CHUNKED_LOGITS) else 0
+    objective = name.split()[0]
     settings = ObjectiveSettings(objective, nll_coef=0.2 if objective == "dpo" else 0.0)
     trainer = PolicyTrainer(args, settings, LeaderExchange(timeout_seconds=60), pad_id=0)
     load_hf_weights(trainer.model, policy_dir)
     trainer.optimizer.reload_model_params()
     reference = None
     if settings.needs_reference:
-        reference = build_reference(trainer.model, offload=offload)
+        reference = build_reference(trainer.model, offload=name.endswith(OFFLOADED))
         with reference.active(keep_changes=True) as chunks:
             load_hf_weights(chunks, reference_dir)
     metrics = flatten(trainer.train_step(examples, reference))
@@ -67,8 +69,7 @@ def main() -> None:
     results = {}
     for name, records in problems.items():
         examples = [Example(**record) for record in records]
-        objective = name.removesuffix(OFFLOADED)
-        results[name] = run_case(objective, name.endswith(OFFLOADED), policy_dir, reference_dir, examples)
+        results[name] = run_case(name, policy_dir, reference_dir, examples)
         forget_megatron()
     torch.save(results, result)
     dist.destroy_process_group()

@@ -58,6 +58,7 @@ PROBLEMS = {
     "sft": make_examples(["target"], 0),
     "rf-nll": make_examples(["target"], 1),
     "dpo": make_examples(["chosen", "rejected"], 2),
+    "dpo with chunked logits": make_examples(["chosen", "rejected"], 4),
     "dpo with offloaded reference": make_examples(["chosen", "rejected"], 3),
 }
 
@@ -101,7 +102,7 @@ def dpo_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: li
 
 @pytest.mark.parametrize(
     ("objective", "plain"),
-    [("sft", nll_loss), ("rf-nll", nll_loss), ("dpo", dpo_loss), ("dpo with offloaded reference", dpo_loss)],
+    [(name, dpo_loss if name.startswith("dpo") else nll_loss) for name in PROBLEMS],
 )
 def test_a_step_equals_transformers(
     results: dict, folders: tuple[Path, Path], objective: str, plain: Callable[..., Tensor]

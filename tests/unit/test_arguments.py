@@ -101,6 +101,7 @@ def test_dpo_cannot_wait_for_rollouts_with_one_other_candidate() -> None:
         (("--dpo-pair", "rewrite", "rollout", "--objective", "rf-nll"), "--dpo-pair"),
         (("--objective", "rf-nll", "--ref-update-interval", "5"), "--ref-update-interval"),
         (("--objective", "rf-nll", "--ref-offload"), "--ref-offload"),
+        (("--logit-chunk-columns", "-1"), "--logit-chunk-columns"),
         (("--dpo-beta", "0"), "--dpo-beta"),
         (("--rollout-local", "1"), "--rollout-local"),
         (("--teacher-model", "somewhere"), "--teacher-model"),
