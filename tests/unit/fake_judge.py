@@ -49,9 +49,10 @@ class FakeJudge:
         answer: Callable[[str], str] = truthful_answer,
         *,
         context: int | None = None,
+        model: str = "fake",
         refuses: Callable[[dict[str, Any]], str | None] = lambda body: None,
     ) -> None:
-        """context: reported in the list of models. refuses: the message with which a body is refused (400), or None."""
+        """context, model: what the server reports about itself. refuses: why a body gets status 400, or None."""
         self.requests = 0
         self.prompts: list[str] = []
         self.bodies: list[dict[str, Any]] = []
@@ -59,6 +60,7 @@ class FakeJudge:
         self._faults = faults
         self._answer = answer
         self._context = context
+        self._model = model
         self._refuses = refuses
         self._port = 0
         self._runner: web.AppRunner | None = None
@@ -78,6 +80,8 @@ class FakeJudge:
         app = web.Application()
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/generate", self._score)
+        app.router.add_get("/model_info", self._info)
         self._runner = web.AppRunner(app, shutdown_timeout=0.01)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
@@ -93,6 +97,20 @@ class FakeJudge:
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "fake", "max_model_len": self._context}]})
+
+    async def _info(self, request: web.Request) -> web.Response:
+        return web.json_response({"model_path": self._model})
+
+    async def _score(self, request: web.Request) -> web.Response:
+        """SGLang's native answer to a likelihood request: each token is as likely as its place says."""
+        self.requests += 1
+        body = await request.json()
+        meta = {"prompt_tokens": 1, "completion_tokens": 0}
+        answers = []
+        for ids, start in zip(body["input_ids"], body["logprob_start_len"], strict=True):
+            entries = [[-0.01 * place, token, None] for place, token in enumerate(ids) if place >= start]
+            answers.append({"text": "", "meta_info": {**meta, "input_token_logprobs": entries}})
+        return web.json_response(answers)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         index, self.requests = self.requests, self.requests + 1

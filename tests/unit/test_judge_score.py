@@ -14,6 +14,7 @@ from fake_judge import FakeJudge, Fault, FaultPlan, truthful_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_cases import make_group, make_settings
+from tiny_tokenizer import byte_level_tokenizer
 
 from megatron_sip.judge import Endpoint, Judge, JudgeSettings, ScheduleSettings
 from megatron_sip.judge.client import EndpointError
@@ -134,6 +135,24 @@ async def test_another_wording_sampling_or_model_is_asked_anew(tmp_path: Path) -
             before = server.requests
             await score(changed, [group])
             assert server.requests > before
+
+
+async def test_another_model_at_the_same_address_is_asked_anew(tmp_path: Path) -> None:
+    """Servers of one model need no name: what they report is what their answers are kept under."""
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    asked = []
+    for model in ("/models/a", "/models/b", "/models/a"):
+        async with FakeJudge(model=model) as server:
+            judge_settings = make_settings(
+                endpoints=(Endpoint(server.url),),
+                criteria={"likelihood": 1.0},
+                tokenizer=str(tmp_path),
+                cache_path=tmp_path / "cache.sqlite",
+            )
+            [judged], _ = await score(judge_settings, [make_group(0, [0.4, 0.9])])
+            assert judged.dropped is None
+            asked.append(server.requests)
+    assert asked == [1, 1, 0]
 
 
 async def test_a_group_that_arrives_dropped_stays_so() -> None:
