@@ -24,7 +24,7 @@ done
 
 models=$HOME/.cache/megatron_sip
 teacher=$(python tools/fetch_smollm2.py --save "$models/SmolLM2-135M-Instruct")
-policy=$models/SmolLM2-135M-megatron
+policy=$models/SmolLM2-135M-dist-checkpoint
 [ -f "$policy/latest_checkpointed_iteration.txt" ] || python tools/convert_checkpoint.py hf-to-megatron --load "$teacher" --save "$policy"
 mkdir -p "$run_dir"
 if [ -z "$data" ]; then

@@ -28,7 +28,7 @@ from megatron_sip.data.tokenization import TokenizeSettings
 from megatron_sip.evaluation.win_rate import HeldOutComparison
 from megatron_sip.learning.checkpoint_folder import mend_checkpoint_folder
 from megatron_sip.learning.exchange import LeaderExchange
-from megatron_sip.learning.metrics import MetricsWriter
+from megatron_sip.learning.metrics import Metrics, MetricsWriter
 from megatron_sip.learning.reference import Reference, ReferenceStore, build_reference
 from megatron_sip.learning.trainer import PolicyTrainer
 from megatron_sip.model.hf_weights import export_hf_weights
@@ -58,6 +58,8 @@ class Run:
     hf_config: Any
     writer: MetricsWriter | None
     comparison: HeldOutComparison | None
+    unsaved_reference: int | None = None
+    """Iteration at which the reference was updated, when no checkpoint has kept it since."""
 
     def my_tasks(self) -> list[Task]:
         """This leader's share of the present step: contiguous, by replica; a function of the cursor alone."""
@@ -66,22 +68,33 @@ class Run:
         return self.tasks.tasks(self.args.consumed_train_samples + self.exchange.replica * share, share)
 
     def refresh_reference(self) -> None:
-        """Copy the policy into the reference when --ref-update-interval says so, and keep it on disk."""
+        """Copy the policy into the reference when --ref-update-interval says so; the next checkpoint keeps it."""
         interval = self.args.ref_update_interval
         if self.reference is not None and interval and self.args.iteration % interval == 0:
             self.reference.copy_policy()
-            self.reference_store.save(self.reference, self.args.iteration)
+            self.unsaved_reference = self.args.iteration
 
-    def push_weights(self) -> None:
-        """Give the engines the policy's weights; the version they then report is the iteration."""
+    def push_weights(self, *, require_all: bool = False) -> Metrics:
+        """Give the engines the policy's weights; the version they then report is the iteration.
+
+        Returns, on every rank, how many engines did not take them. Raises WeightSyncError when none did, or with
+        `require_all` when one did not.
+        """
+        unsynced: int | None = None
         if self.weight_sync is not None:
             weights = export_hf_weights(self.trainer.model, self.hf_config)
-            self.weight_sync.push(weights, version=str(self.args.iteration))
+            report = self.weight_sync.push(weights, version=str(self.args.iteration), require_all=require_all)
+            unsynced = len(report.failed)
+        found = self.exchange.share(unsynced)[0]  # of the first replica, whose ranks push
+        return {} if found is None else {"engines/unsynced": float(found)}
 
     def save(self) -> None:
-        """Save a checkpoint of the present iteration, unless the last one is of it already."""
+        """Save a checkpoint of the present iteration, unless the last one is of it already; first its reference."""
         if self.args.iteration == self.args.last_saved_iteration:
             return
+        if self.reference is not None and self.unsaved_reference is not None:
+            self.reference_store.save(self.reference, self.unsaved_reference)
+            self.unsaved_reference = None
         trainer = self.trainer
         # The cursor, consumed_train_samples, is among Megatron's arguments, which are part of the checkpoint.
         save_checkpoint(
@@ -131,7 +144,7 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
         writer=open_writer(args, stack),
         comparison=open_comparison(args, held_out, tokenizer),
     )
-    run.push_weights()
+    run.push_weights(require_all=True)  # a wrong URL must not be taken for an engine that died
     if run.comparison is not None and leader is not None and leader.engines is not None:
         if args.iteration == 0:
             leader.run(run.comparison.record_initial(leader.engines))

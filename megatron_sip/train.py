@@ -90,7 +90,8 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         run.refresh_reference()
         stopping = exchange.any(stop.requested)  # then the engines may be stopping as well: do not push to them
         if not stopping:
-            metrics |= timed("seconds/sync", run.push_weights)
+            # All replicas wait: rollouts asked for before the push would be of the old weights.
+            metrics |= timed("seconds/sync", run.push_weights, run.exchange.barrier)
         metrics["seconds/total"] = time.monotonic() - started
         started = time.monotonic()
         if run.writer is not None:
@@ -136,12 +137,13 @@ def stop_early(run: Run) -> bool:
     return False
 
 
-def timed(name: str, *actions: Callable[[], None]) -> Metrics:
-    """Run `actions`; how long they took, in seconds, under `name`."""
+def timed(name: str, *actions: Callable[[], Metrics | None]) -> Metrics:
+    """Run `actions`; their metrics, and how long they took, in seconds, under `name`."""
     started = time.monotonic()
+    metrics: Metrics = {}
     for action in actions:
-        action()
-    return {name: time.monotonic() - started}
+        metrics |= action() or {}
+    return metrics | {name: time.monotonic() - started}
 
 
 if __name__ == "__mp_main__":  # one of Megatron's checkpoint helpers, which import this module too

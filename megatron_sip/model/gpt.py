@@ -32,7 +32,7 @@ from megatron_sip.model.float_logits import float_logits
 from megatron_sip.model.linear_logprob import linear_branch_logprobs
 from megatron_sip.model.logprob import branch_logprobs
 from megatron_sip.model.mlp import SwiGLUMLP
-from megatron_sip.model.norm import RMSNorm
+from megatron_sip.model.norm import RMSNorm, StandaloneRMSNorm
 from megatron_sip.model.tree_attention_flex import FlexTreeAttention
 
 
@@ -159,9 +159,9 @@ def block_submodules(config: TransformerConfig, vp_stage: int | None = None) -> 
         norm: Any = TENorm
     else:
         layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-        norm = RMSNorm
-        layer.submodules.input_layernorm = norm
-        layer.submodules.pre_mlp_layernorm = norm
+        norm = StandaloneRMSNorm
+        layer.submodules.input_layernorm = RMSNorm  # these two are fused into Transformer Engine's linear layers
+        layer.submodules.pre_mlp_layernorm = RMSNorm
         # The specification is a partial of a class method: the same arguments for our subclass.
         layer.submodules.mlp = partial(SwiGLUMLP.as_mlp_submodule, **layer.submodules.mlp.keywords)
         if config.qk_layernorm:

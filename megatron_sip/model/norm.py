@@ -28,3 +28,16 @@ class RMSNorm(torch.nn.RMSNorm):
             return bf16_layers.rms_norm(x, self.weight, self.eps)
         weight = self.weight.to(x.dtype)
         return rms_norm(x, self.normalized_shape, weight, self.eps).to(self.weight.dtype)
+
+
+class StandaloneRMSNorm(RMSNorm):
+    """A norm that is a module of its own in Transformer Engine's layers too: the same entries in a checkpoint.
+
+    Transformer Engine's modules keep an extra state (fp8 scales); a checkpoint without it would not load there.
+    """
+
+    def get_extra_state(self) -> None:
+        """Nothing, as in Megatron's own linear layers."""
+
+    def set_extra_state(self, state: object) -> None:
+        """Ignore what Transformer Engine saved."""

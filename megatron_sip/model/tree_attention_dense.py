@@ -35,7 +35,8 @@ def token_spans(layout: Tensor, length: int) -> TokenSpans:
     """
     index = torch.arange(length, device=layout.device, dtype=torch.int32)
     if layout.shape[0] == 0:
-        return TokenSpans(index, index, index, torch.zeros_like(index, dtype=torch.bool))
+        # Copies, since compiled attention makes another graph for inputs that are one tensor.
+        return TokenSpans(index, index.clone(), index.clone(), torch.zeros_like(index, dtype=torch.bool))
     # The branches follow each other in the row, so the first one that ends after a token is its own or, for a prefix
     # token, the first of its group.
     line = torch.searchsorted(layout[:, 3].contiguous(), index, right=True)

@@ -36,7 +36,8 @@ class FlexTreeAttention:
     """
 
     def __init__(self, compiled: bool = True) -> None:
-        self._attention: Any = torch.compile(flex_attention) if compiled else flex_attention
+        # Row lengths vary from step to step: a graph for each would run into dynamo's limit, and then everything is eager.
+        self._attention: Any = torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
         self._layout: Tensor | None = None
         self._key: tuple[int, int, int, int] | None = None
         self._mask: BlockMask | None = None

@@ -31,12 +31,22 @@ CPU = torch.device("cpu")
 
 
 def cpu_default_arguments() -> list[str]:
-    """Return the Megatron flags for what this machine lacks: CUDA, or with CUDA the Transformer Engine.
+    """Return the Megatron flags for what this machine lacks: CUDA, or with CUDA Transformer Engine or Apex.
 
     Put them before the user's own flags, so that the user's win where both are given.
     """
-    if importlib.util.find_spec("transformer_engine") and torch.cuda.is_available():
-        return []
+    return arguments_for(
+        cuda=torch.cuda.is_available(),
+        transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+        apex=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+    )
+
+
+def arguments_for(*, cuda: bool, transformer_engine: bool, apex: bool) -> list[str]:
+    """`cpu_default_arguments` of a machine with these parts."""
+    if cuda and transformer_engine:
+        # Megatron's own output layer, which is there with Transformer Engine too, fuses with Apex's kernel only.
+        return [] if apex else ["--no-gradient-accumulation-fusion"]
     local_layers = [
         *("--transformer-impl", "local"),
         "--no-gradient-accumulation-fusion",
@@ -44,7 +54,7 @@ def cpu_default_arguments() -> list[str]:
         "--no-persist-layer-norm",
         "--no-rope-fusion",
     ]
-    if torch.cuda.is_available():
+    if cuda:
         return local_layers
     return [
         *local_layers,

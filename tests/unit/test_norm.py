@@ -6,13 +6,13 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sip.model.norm import RMSNorm
+from megatron_sip.model.norm import RMSNorm, StandaloneRMSNorm
 
 HIDDEN = 64
 
 
-def norm_of(dtype: torch.dtype, sequence_parallel: bool = False) -> RMSNorm:
-    config = TransformerConfig(
+def config_of(dtype: torch.dtype, sequence_parallel: bool = False) -> TransformerConfig:
+    return TransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN,
         num_attention_heads=2,
@@ -20,7 +20,10 @@ def norm_of(dtype: torch.dtype, sequence_parallel: bool = False) -> RMSNorm:
         tensor_model_parallel_size=2 if sequence_parallel else 1,
         sequence_parallel=sequence_parallel,
     )
-    norm = RMSNorm(config, HIDDEN, eps=1e-5)
+
+
+def norm_of(dtype: torch.dtype, sequence_parallel: bool = False) -> RMSNorm:
+    norm = RMSNorm(config_of(dtype, sequence_parallel), HIDDEN, eps=1e-5)
     torch.nn.init.uniform_(norm.weight.data, 0.5, 1.5)
     return norm
 
@@ -60,3 +63,10 @@ def test_float32_gradients_reach_a_float32_residual() -> None:
 def test_sequence_parallel_is_marked_on_the_weight() -> None:
     assert norm_of(torch.float32, sequence_parallel=True).weight.sequence_parallel
     assert not norm_of(torch.float32).weight.sequence_parallel
+
+
+def test_a_standalone_norm_has_transformer_engine_s_checkpoint_entries() -> None:
+    norm = StandaloneRMSNorm(config_of(torch.float32), HIDDEN)
+    assert set(norm.state_dict()) == {"weight", "_extra_state"}
+    norm.load_state_dict({"weight": torch.full((HIDDEN,), 2.0), "_extra_state": torch.zeros(8, dtype=torch.uint8)})
+    assert norm.weight.tolist() == [2.0] * HIDDEN
