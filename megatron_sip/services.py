@@ -93,11 +93,21 @@ class LocalServers:
 
 
 def spare_gpus(args: argparse.Namespace) -> tuple[int, ...] | None:
-    """This node's GPUs behind those of the trainer's processes, one a server; None without GPUs."""
+    """The GPUs behind those of the trainer's processes, one a server, as indices among those that we see; None without."""
     if not torch.cuda.is_available():
         return None
     first = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
     return tuple(range(first, first + local_servers(args)))
+
+
+def rotated_urls(urls: Sequence[str], replica: int, share: int) -> list[str]:
+    """The engines' URLs in the order in which the leader of `replica` fills them with its `share` prompts a step.
+
+    Each leader fills its engines evenly from the first on, and knows nothing of the others' prompts; in the same order
+    they would all use the first ones.
+    """
+    start = replica * share % len(urls)
+    return [*urls[start:], *urls[:start]]
 
 
 def rollout_sampling(args: argparse.Namespace, *, num: int, temperature: float) -> SamplingSettings:
@@ -143,7 +153,9 @@ class Leader:
         rewriter: Rewriter | None = None
         try:
             if needs_engines(args):
-                self.engines = self.run(self._open_engines(args, tokenizer, engine_urls))
+                share = args.global_batch_size // args.data_parallel_size
+                urls = rotated_urls(engine_urls, replica, share)
+                self.engines = self.run(self._open_engines(args, tokenizer, urls))
             if needs_judge(args):
                 self.judge = self.run(self._open_judge(judge_settings(args, teacher_urls)))
             if needs_rewriter(args):

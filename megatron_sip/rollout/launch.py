@@ -9,7 +9,6 @@ machines are started by the user's own scheduler and given to the trainer as URL
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -17,8 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,6 +27,8 @@ from tqdm import tqdm
 
 from megatron_sip.platform.sglang_cpu import has_accelerator
 from megatron_sip.rollout.guard import end
+from megatron_sip.rollout.http import call
+from megatron_sip.rollout.protocol import EngineError
 
 LOG_TAIL_LINES = 30
 PORT_ATTEMPTS = 3
@@ -57,8 +56,9 @@ class ServerSettings:
 
     `port` 0 takes a free one. `mem_fraction` and `max_total_tokens` None leave the choice to SGLang on a GPU and to
     CPU_MEM_FRACTION and CPU_MAX_TOTAL_TOKENS without one. `threads` is the number of OpenMP threads (None: all cores).
-    `devices` are the GPU indices that the server may see (None: all). `extra_args` are SGLang flags, passed as they
-    are, last. `log_file` None makes a temporary file. `start_timeout_s` covers loading the weights.
+    `devices` are the GPUs that the server may see, as indices among those that this process sees (None: all).
+    `extra_args` are SGLang flags, passed as they are, last. `log_file` None makes a temporary file. `start_timeout_s`
+    covers loading the weights.
     """
 
     model_path: str | Path
@@ -104,6 +104,7 @@ def server_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[st
         f"--tp-size={settings.tp_size}",
         f"--dtype={settings.dtype}",
         "--skip-server-warmup",
+        "--log-level-http=warning",  # no line for each of the millions of requests of a run
         *(f"{flag}={value}" for flag, value in optional.items() if value is not None),
         *(CPU_FLAGS if on_cpu else ()),
         *settings.extra_args,
@@ -123,8 +124,26 @@ def server_environment(settings: ServerSettings) -> dict[str, str]:
     if settings.threads is not None:
         kept["OMP_NUM_THREADS"] = str(settings.threads)
     if settings.devices is not None:
-        kept["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, settings.devices))
+        kept["CUDA_VISIBLE_DEVICES"] = visible_devices(settings.devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return kept
+
+
+def visible_devices(devices: Sequence[int], ours: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES of a child that gets `devices`, indices among those that we see.
+
+    `ours` is this process's own value: None (we see all), or indices, UUIDs or MIG names separated by commas.
+    Raises ValueError for a device that we do not see.
+    """
+    if ours is None:
+        return ",".join(map(str, devices))
+    names = [name.strip() for name in ours.split(",") if name.strip()]
+    missing = [device for device in devices if not 0 <= device < len(names)]
+    if missing:
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={ours!r} holds {len(names)} GPUs, so a server cannot get number {missing[0]} of them: "
+            "let every process see the trainer's GPUs and one more for each local server, or give --rollout-url"
+        )
+    return ",".join(names[device] for device in devices)
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -164,7 +183,8 @@ class LocalServer:
         _check_model_path(self.settings.model_path)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(PORT_ATTEMPTS):
-            self._port = self.settings.port or free_port(self.settings.host)
+            former = self._port if attempt == 0 else 0
+            self._port = self.settings.port or former or free_port(self.settings.host)
             try:
                 self._spawn()
                 self._wait_until_healthy()
@@ -232,12 +252,11 @@ class LocalServer:
     def _answers(self) -> bool:
         """Healthy, and really our server: on a lost port race another server could be the one that answers."""
         try:
-            with urllib.request.urlopen(self.url + "/health", timeout=25):
-                pass
-            with urllib.request.urlopen(self.url + "/model_info", timeout=10) as reply:
-                return json.load(reply)["model_path"] == str(self.settings.model_path)
-        except (OSError, urllib.error.URLError, ValueError, KeyError):
+            call(self.url, "GET", "/health", timeout_s=25)
+            info = call(self.url, "GET", "/model_info", timeout_s=10)
+        except EngineError:
             return False
+        return isinstance(info, dict) and info.get("model_path") == str(self.settings.model_path)
 
     def _start_error(self, what: str) -> ServerStartError:
         return ServerStartError(

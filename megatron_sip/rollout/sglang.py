@@ -5,8 +5,9 @@
         results = await pool.generate(prefixes, SamplingSettings(max_new_tokens=128, n=16))
 
 A call goes to one engine; when that fails in a way another engine may cure, it is retried there after a jittered
-pause. An engine that fails is left alone for a while and asked for its health before it is used again. Results come
-in the order of the input, and what could not be had is a `Failure`, counted by kind.
+pause. An engine that fails is left alone for a while and asked for its health before it is used again. So is one with
+other weights than are asked for, until it has them. Results come in the order of the input, and what could not be had
+is a `Failure`, counted by kind.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ class _Engine:
     url: str
     in_flight: int = 0
     down_until: float = 0.0  # time.monotonic(); 0 while up
+    stale: bool = False  # down because its weights are not those that were asked for last
 
 
 class SGLangPool:
@@ -117,6 +119,8 @@ class SGLangPool:
         self._slots = asyncio.Semaphore(self.settings.max_concurrency * len(urls))
         self._session: aiohttp.ClientSession | None = None
         self._probes: set[asyncio.Task[None]] = set()
+        self._version: str | None = None
+        self._version_check: asyncio.Future[list[None]] | None = None
 
     @property
     def urls(self) -> list[str]:
@@ -133,6 +137,8 @@ class SGLangPool:
     ) -> None:
         for probe in self._probes:
             probe.cancel()
+        if self._version_check is not None:
+            self._version_check.cancel()
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -151,13 +157,14 @@ class SGLangPool:
         """Sample `settings.n` completions of each prefix (token ids); one entry a prefix, in order.
 
         `seeds`, one a prefix, are honoured only by engines with deterministic inference. With `weight_version`, a
-        completion by any other version is thrown away and asked for elsewhere. `on_progress(done, total)` is called
-        after each prefix. Raises ValueError for bad arguments only.
+        completion by any other version is thrown away and asked for elsewhere; engines that are known to have another
+        get no request. `on_progress(done, total)` is called after each prefix. Raises ValueError for bad arguments only.
         """
         if seeds is not None and len(seeds) != len(prefixes):
             raise ValueError(f"{len(seeds)} seeds for {len(prefixes)} prefixes")
         if any(not prefix for prefix in prefixes):
             raise ValueError("an empty prefix cannot be continued: give at least one token (for example BOS)")
+        await self._find_stale(weight_version)
         done = 0
 
         async def one(index: int, prefix: Sequence[int]) -> list[Completion] | Failure:
@@ -187,6 +194,7 @@ class SGLangPool:
             raise ValueError("scoring needs a prefix and continuations of at least one token each")
         if not continuations:
             return []
+        await self._find_stale(weight_version)
         split = 1 if len(prefix) >= MIN_CACHED_PREFIX else len(continuations)
         scores: list[list[float]] = []
         for part in (continuations[:split], continuations[split:]):
@@ -311,6 +319,7 @@ class SGLangPool:
                 self.counters.attempt_failures[error.kind] += 1
                 if error.kind in RETRYABLE:
                     engine.down_until = time.monotonic() + self.settings.down_s
+                    engine.stale = error.kind == "stale-weights"
                 raise
             finally:
                 self.counters.seconds += time.monotonic() - started
@@ -322,9 +331,14 @@ class SGLangPool:
 
     @asynccontextmanager
     async def _lease(self, key: bytes, tried: list[str]) -> AsyncIterator[_Engine]:
-        """An engine that is up, and preferably not yet tried by this request; waits for one when all are down."""
+        """An engine that is up, and preferably not yet tried by this request; waits for one when all are down.
+
+        Raises EngineError("stale-weights") when all are down for that reason: only a push of weights would help.
+        """
         self._probe_due_engines()
         while (engine := self._choose(key, tried)) is None:
+            if all(engine.stale for engine in self._engines):
+                raise EngineError("stale-weights", ", ".join(self.urls), f"none has weights {self._version!r}")
             await asyncio.sleep(0.05)
             self._probe_due_engines()
         tried.append(engine.url)
@@ -348,16 +362,36 @@ class SGLangPool:
         for engine in self._engines:
             if 0.0 < engine.down_until <= now:
                 engine.down_until = float("inf")  # until the probe says more
-                task = asyncio.create_task(self._probe(engine))
+                task = asyncio.create_task(self._probe(engine, self.settings.connect_timeout_s))
                 self._probes.add(task)
                 task.add_done_callback(self._probes.discard)
 
-    async def _probe(self, engine: _Engine) -> None:
+    async def _probe(self, engine: _Engine, timeout_s: float) -> None:
+        """Up, when it answers and has the weights that were asked for last; down otherwise."""
         try:
-            await self._control(engine.url, "GET", "/model_info", timeout_s=self.settings.connect_timeout_s)
-            engine.down_until = 0.0
-        except EngineError:
+            info = await self._control(engine.url, "GET", "/model_info", timeout_s=timeout_s)
+            engine.stale = self._version is not None and str(info["weight_version"]) != self._version
+            engine.down_until = time.monotonic() + self.settings.down_s if engine.stale else 0.0
+        except (EngineError, KeyError, TypeError):
+            engine.stale = False
             engine.down_until = time.monotonic() + self.settings.down_s
+
+    async def _find_stale(self, version: str | None) -> None:
+        """When other weights are asked for than last, find out first who has them.
+
+        An engine that missed a push may even be paused: a request to it would take all of its time.
+        """
+        if version is not None and version != self._version:
+            self._version = version
+            # Engines that were down are asked as well, but not waited for.
+            lost = [engine for engine in self._engines if engine.down_until and not engine.stale]
+            for engine in lost:
+                engine.down_until = min(engine.down_until, time.monotonic())
+            asked = [engine for engine in self._engines if engine not in lost]
+            probes = (self._probe(engine, self.settings.control_timeout_s) for engine in asked)
+            self._version_check = asyncio.gather(*probes)
+        if self._version_check is not None:
+            await asyncio.shield(self._version_check)
 
     def _count_retry(self, _: RetryCallState) -> None:
         self.counters.retries += 1

@@ -13,11 +13,15 @@ update, flushes the prefix caches (their KV belongs to the old weights) and chec
 An engine that fails in a push gets no new version, so that a client that asks for the new one never uses it; the next
 push finds that its group is lost, or that it is another process than before (its start-up time differs), joins it
 again, and thereby brings it back.
+
+The sources send everything to each engine separately (`engine_group` says what that costs); DiskWeightSync writes it
+once and leaves the distribution to the file system.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -35,12 +39,15 @@ from megatron_sip.rollout.engine_group import Backend, EngineGroup, make_bucket
 from megatron_sip.rollout.http import call
 from megatron_sip.rollout.protocol import EngineError
 
+log = logging.getLogger(__name__)
+
+REOPEN_S = 5.0
 NamedTensors = Iterable[tuple[str, torch.Tensor | None]]
 Tensors = list[tuple[str, torch.Tensor]]
 
 
 class WeightSyncError(RuntimeError):
-    """The weights did not reach every engine; the message says which and why. Raised on all trainer ranks alike."""
+    """The weights did not reach every engine, or none; the message says which and why. Raised on all ranks alike."""
 
 
 def only_rank(value: Any) -> list[Any]:
@@ -65,20 +72,29 @@ class SyncRank:
 
 @dataclass(frozen=True, slots=True)
 class SyncSettings:
-    """`address`: this host's address as the engines see it. `timeout_s` bounds each HTTP call and each broadcast.
+    """`address`: this host's address as the engines see it.
 
-    `require_all` False tolerates engines that fail, as long as one takes the weights; the report names them.
+    `timeout_s` bounds what moves weights (a join, a broadcast, a load from disk), `control_timeout_s` every other call
+    to an engine, so that one that hangs delays a push by this much; connections are given up earlier (`http.CONNECT_S`).
     """
 
     backend: Backend = "gloo"
     address: str = "127.0.0.1"
     bucket_bytes: int = 512 * 2**20
     timeout_s: float = 120.0
-    require_all: bool = True
+    control_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.bucket_bytes < 1 or self.timeout_s <= 0:
-            raise ValueError(f"bucket_bytes and timeout_s must be positive, not {self.bucket_bytes}, {self.timeout_s}")
+        if min(self.bucket_bytes, self.timeout_s, self.control_timeout_s) <= 0:
+            raise ValueError(
+                "bucket_bytes, timeout_s and control_timeout_s must be positive, not "
+                f"{self.bucket_bytes}, {self.timeout_s}, {self.control_timeout_s}"
+            )
+
+    @property
+    def call_timeout_s(self) -> float:
+        """Seconds for a call that moves no weights."""
+        return min(self.timeout_s, self.control_timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +117,17 @@ class WeightSync(ABC):
         self.urls = [url.rstrip("/") for url in urls]
         self.rank = rank
         self.settings = settings
+        self._unsynced: frozenset[str] = frozenset()  # the engines that the last push did not reach
 
     @abstractmethod
     def connect(self) -> None:
         """Prepare, collectively. Raises WeightSyncError when an engine cannot be reached."""
 
     @abstractmethod
-    def push(self, named_tensors: NamedTensors, version: str) -> SyncReport:
+    def push(self, named_tensors: NamedTensors, version: str, *, require_all: bool = True) -> SyncReport:
         """Send all weights as `version`, collectively. Raises WeightSyncError.
 
+        With `require_all` False engines may fail, as long as one takes the weights; the report names them.
         Also on failure every rank consumes its iterator to the end, so that no collective inside it is left waiting.
         """
 
@@ -149,7 +167,9 @@ class WeightSync(ABC):
         if errors:
             raise WeightSyncError(f"another trainer rank failed while it exported its weights: {errors[0]}")
 
-    def _conclude(self, version: str, started: float, sent: tuple[int, int], failed: Mapping[str, str]) -> SyncReport:
+    def _conclude(
+        self, version: str, started: float, sent: tuple[int, int], failed: Mapping[str, str], require_all: bool
+    ) -> SyncReport:
         totals = self.rank.exchange(sent)
         report = SyncReport(
             version=version,
@@ -158,16 +178,30 @@ class WeightSync(ABC):
             seconds=time.monotonic() - started,
             failed=dict(failed),
         )
-        if failed and (self.settings.require_all or len(failed) == len(self.urls)):
+        if failed and (require_all or len(failed) == len(self.urls)):
             reasons = "; ".join(f"{url}: {reason}" for url, reason in failed.items())
             raise WeightSyncError(f"weights of version {version!r} did not reach {len(failed)} engine(s): {reasons}")
+        if self.rank.lead:
+            self._log_change(version, failed)
+        self._unsynced = frozenset(failed)
         return report
 
+    def _log_change(self, version: str, failed: Mapping[str, str]) -> None:
+        lost = [f"{url} ({reason})" for url, reason in failed.items() if url not in self._unsynced]
+        back = sorted(self._unsynced.difference(failed))
+        if lost:
+            left = f"{len(failed)} of {len(self.urls)} engines are left out until they take weights again"
+            log.warning("weights of version %s did not reach %s; %s", version, "; ".join(lost), left)
+        if back:
+            log.warning("weights of version %s reached engines that had missed some: %s", version, ", ".join(back))
+
     def _call(self, url: str, path: str, body: Any = None, params: Mapping[str, str] | None = None) -> Any:
-        return call(url, "POST", path, {} if body is None else body, params=params, timeout_s=self.settings.timeout_s)
+        return call(
+            url, "POST", path, {} if body is None else body, params=params, timeout_s=self.settings.call_timeout_s
+        )
 
     def _verify(self, url: str, version: str) -> None:
-        found = call(url, "GET", "/model_info", timeout_s=self.settings.timeout_s)["weight_version"]
+        found = call(url, "GET", "/model_info", timeout_s=self.settings.call_timeout_s)["weight_version"]
         if found != version:
             raise EngineError("stale-weights", url, f"reports weight version {found!r} after a push of {version!r}")
 
@@ -181,7 +215,9 @@ class DistributedWeightSync(WeightSync):
             raise ValueError("weight sync over nccl needs a GPU in the trainer; use gloo, or disk")
         self._device = torch.device("cuda" if settings.backend == "nccl" else "cpu")
         self._groups = {
-            url: EngineGroup(url, rank.name, settings.backend, settings.address, settings.timeout_s)
+            url: EngineGroup(
+                url, rank.name, settings.backend, settings.address, settings.timeout_s, settings.call_timeout_s
+            )
             for url in self.urls
         }
 
@@ -190,7 +226,7 @@ class DistributedWeightSync(WeightSync):
         if failed:
             raise WeightSyncError("; ".join(failed.values()))
 
-    def push(self, named_tensors: NamedTensors, version: str) -> SyncReport:
+    def push(self, named_tensors: NamedTensors, version: str, *, require_all: bool = True) -> SyncReport:
         started = time.monotonic()
         failed = self._on_engines(self._open, {}, self.rank.lead)
         failed = self._on_engines(lambda url: self._groups[url].ensure_joined(), failed, self.rank.source)
@@ -205,10 +241,11 @@ class DistributedWeightSync(WeightSync):
         broken = self.rank.exchange(error is not None)
         complete = not any(broken)
         failed = self._on_engines(lambda url: self._close(url, version if complete else None), failed, self.rank.lead)
-        if self.rank.lead:
-            self._reopen_failed(failed)
+        if self.rank.lead and failed:
+            with ThreadPoolExecutor(len(failed), thread_name_prefix="weight-sync") as threads:
+                list(threads.map(self._reopen, failed))
         self._raise_on_errors(error)
-        return self._conclude(version, started, sent, failed)
+        return self._conclude(version, started, sent, failed, require_all)
 
     def close(self) -> None:
         for group in self._groups.values():
@@ -249,14 +286,14 @@ class DistributedWeightSync(WeightSync):
         if version is not None:
             self._verify(url, version)
 
-    def _reopen_failed(self, failed: Mapping[str, str]) -> None:
-        """Let engines that failed answer again; they keep their old version, so nobody takes their answers for new."""
-        for url in failed:
-            for path in ("/end_weight_update", "/flush_cache", "/continue_generation"):
-                try:
-                    call(url, "POST", path, {}, timeout_s=5.0)
-                except EngineError:
-                    continue  # it failed before, and the reason is already reported
+    def _reopen(self, url: str) -> None:
+        """Let an engine that failed answer again; it keeps its old version, so nobody takes its answers for new."""
+        for path in ("/end_weight_update", "/flush_cache", "/continue_generation"):
+            try:
+                call(url, "POST", path, {}, timeout_s=REOPEN_S)
+            except EngineError as error:  # it failed before, and the reason is already reported
+                if error.kind == "connection":
+                    return
 
 
 class DiskWeightSync(WeightSync):
@@ -288,12 +325,12 @@ class DiskWeightSync(WeightSync):
     def connect(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         failed = self._on_engines(
-            lambda url: call(url, "GET", "/model_info", timeout_s=self.settings.timeout_s), {}, self.rank.lead
+            lambda url: call(url, "GET", "/model_info", timeout_s=self.settings.call_timeout_s), {}, self.rank.lead
         )
         if failed:
             raise WeightSyncError("; ".join(failed.values()))
 
-    def push(self, named_tensors: NamedTensors, version: str) -> SyncReport:
+    def push(self, named_tensors: NamedTensors, version: str, *, require_all: bool = True) -> SyncReport:
         started = time.monotonic()
         staged = self._folder / f".weights-{version}"
         final = self._folder / f"weights-{version}"
@@ -317,7 +354,7 @@ class DiskWeightSync(WeightSync):
         failed = self._on_engines(lambda url: self._load(url, final, version), {}, self.rank.lead)
         if self.rank.lead:
             self._forget_old()
-        return self._conclude(version, started, sent, failed)
+        return self._conclude(version, started, sent, failed, require_all)
 
     def close(self) -> None:
         """Nothing is held open; the folders stay for engines that restart."""
@@ -340,8 +377,14 @@ class DiskWeightSync(WeightSync):
     def _load(self, url: str, folder: Path, version: str) -> None:
         self._call(url, "/pause_generation", {"mode": "retract"})
         try:
-            body = {"model_path": str(folder), "weight_version": version, "flush_cache": True}
-            self._call(url, "/update_weights_from_disk", body)
+            # Without a format SGLang takes the one it was started with: `dummy`, for engines that wait for our weights.
+            body = {
+                "model_path": str(folder),
+                "load_format": "auto",
+                "weight_version": version,
+                "flush_cache": True,
+            }
+            call(url, "POST", "/update_weights_from_disk", body, timeout_s=self.settings.timeout_s)
         finally:
             self._call(url, "/continue_generation")
         self._verify(url, version)

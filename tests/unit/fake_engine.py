@@ -1,0 +1,120 @@
+"""An engine's weight-update API over real HTTP, with a real gloo group behind it, which can die and come back."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+WAIT = timedelta(seconds=10)
+Answer = tuple[int, Any]
+
+
+class FakeEngine:
+    """Keeps the weights that it is sent, and `calls`, the paths that were asked for, each with its body.
+
+    `answers` (status, value) replace what a path answers; a path in `silent` never answers.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.answers: dict[str, Answer] = {}
+        self.silent: set[str] = set()
+        self._released = threading.Event()
+        self._server: ThreadingHTTPServer | None = None
+        self._port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        """A new process with made-up weights, at the same URL."""
+        self.version, self.started = "default", time.time()
+        self.weights: dict[str, torch.Tensor] = {}
+        self.groups: dict[str, Any] = {}
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler())
+        self._port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def die(self) -> None:
+        """Connections are refused from now on, and the groups are gone."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+        for group in self.groups.values():
+            group.abort()
+        self.groups = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._released.set()
+        self.die()
+
+    def answer(self, path: str, body: Any) -> Answer:
+        self.calls.append((path, body))
+        if path in self.silent:
+            self._released.wait(30)
+        if path in self.answers:
+            return self.answers[path]
+        if path == "/init_weights_update_group":
+            self.groups[body["group_name"]] = joined_group(body)
+        elif path == "/update_weights_from_distributed":
+            self.weights |= received(self.groups[body["group_name"]], body)
+        elif path == "/update_weights_from_disk":
+            self.version = body["weight_version"]
+        elif path == "/update_weight_version":
+            self.version = body["new_version"]
+        elif path in ("/server_info", "/model_info"):
+            return 200, {"startup_time": self.started, "tp_size": 1, "weight_version": self.version}
+        return 200, {"success": True}
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        engine = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                status, value = engine.answer(self.path.partition("?")[0], json.loads(self.rfile.read(length) or "{}"))
+                raw = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+            do_GET = do_POST  # noqa: N815 (the name that http.server looks for)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+
+def joined_group(body: dict[str, Any]) -> dist.ProcessGroupGloo:
+    """The engine's side of the group, under the store prefixes of torch's process-group helper."""
+    name = body["group_name"]
+    store = dist.TCPStore(body["master_address"], body["master_port"], is_master=False, timeout=WAIT)
+    prefixed = dist.PrefixStore("cpu/", dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store)))
+    return dist.ProcessGroupGloo(prefixed, body["rank_offset"], body["world_size"], WAIT)
+
+
+def received(group: dist.ProcessGroupGloo, body: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of one flattened bucket."""
+    dtypes = [getattr(torch, name) for name in body["dtypes"]]
+    sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(body["shapes"], dtypes, strict=True)]
+    data = torch.empty(sum(sizes), dtype=torch.uint8)
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    group.broadcast([data], options).wait()
+    parts = zip(body["names"], data.split(sizes), dtypes, body["shapes"], strict=True)
+    return {name: part.view(dtype).reshape(shape) for name, part, dtype, shape in parts}
