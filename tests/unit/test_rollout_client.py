@@ -49,6 +49,7 @@ class FakeEngine:
         self.behave = behave
         self.calls = self.open = self.most_open = 0
         self.healthy = True
+        self.version = "v1"
         self.url = ""
         app = web.Application()
         app.router.add_post("/generate", self.generate)
@@ -66,7 +67,7 @@ class FakeEngine:
             self.open -= 1
 
     async def model_info(self, _: web.Request) -> web.Response:
-        return web.json_response({"weight_version": "v1"}, status=200 if self.healthy else 503)
+        return web.json_response({"weight_version": self.version}, status=200 if self.healthy else 503)
 
 
 async def good(body: dict[str, Any]) -> Any:
@@ -226,6 +227,57 @@ async def test_completions_by_other_weights_are_refused() -> None:
             await pool.check_versions("v2")
         await pool.check_versions("v1")
     assert pool.counters.attempt_failures == {"stale-weights": 1}
+
+
+async def test_an_engine_that_missed_a_push_gets_no_request_until_it_has_caught_up() -> None:
+    """It may be paused, and a request to it would take the whole call's time."""
+
+    def serving(index: int) -> Callable[[dict[str, Any]], Awaitable[Any]]:
+        async def behave(_: dict[str, Any]) -> Any:
+            return [result([1, 1], version=fakes[index].version)]
+
+        return behave
+
+    settings = PoolSettings(backoff_s=0.01, max_backoff_s=0.02, down_s=0.1)
+    prefixes = [[i] for i in range(1, 9)]
+    async with engines(serving(0), serving(1)) as fakes, SGLangPool([fake.url for fake in fakes], settings) as pool:
+        await pool.generate(prefixes, TWO_TOKENS, weight_version="v1")
+        assert [fake.calls for fake in fakes] == [4, 4]
+        fakes[1].version = "v2"
+        for _ in range(2):
+            await pool.generate(prefixes, TWO_TOKENS, weight_version="v2")
+            await asyncio.sleep(0.15)  # its health is asked for meanwhile, and is good
+        assert [fake.calls for fake in fakes] == [4, 20]
+        fakes[0].version = fakes[1].version = "v3"
+        results = await pool.generate(prefixes, TWO_TOKENS, weight_version="v3")
+        assert [fake.calls for fake in fakes] == [8, 24]
+    assert {completions[0].weight_version for completions in results} == {"v3"}
+    assert not pool.counters.attempt_failures
+
+
+async def test_an_engine_that_restarts_between_pushes_is_left_out_until_the_next() -> None:
+    async def restarted(_: dict[str, Any]) -> Any:
+        fakes[0].version = "default"
+        return [result([1, 1], version="default")]
+
+    settings = PoolSettings(backoff_s=0.01, max_backoff_s=0.02, down_s=0.05)
+    async with engines(restarted, good) as fakes, SGLangPool([fake.url for fake in fakes], settings) as pool:
+        for _ in range(3):
+            ((one,),) = await pool.generate([[1]], TWO_TOKENS, weight_version="v1")
+            assert one.weight_version == "v1"
+            await asyncio.sleep(0.1)
+    assert fakes[0].calls == 1
+
+
+async def test_when_no_engine_has_the_weights_requests_fail_at_once() -> None:
+    async with engines(good, good) as fakes, SGLangPool([fake.url for fake in fakes], FAST) as pool:
+        started = time.monotonic()
+        (lost,) = await pool.generate([[1]], TWO_TOKENS, weight_version="v9")
+    assert isinstance(lost, Failure)
+    assert lost.kind == "stale-weights"
+    assert "none has weights 'v9'" in lost.reason
+    assert time.monotonic() - started < 3.0
+    assert [fake.calls for fake in fakes] == [0, 0]
 
 
 async def test_weights_that_changed_during_a_generation_are_refused() -> None:

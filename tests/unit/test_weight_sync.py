@@ -1,0 +1,213 @@
+"""Pushes of weights to engines that refuse, hang, die and come back: over real HTTP and gloo, without SGLang."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_engine import FakeEngine
+
+from megatron_sip.rollout import engine_group, http
+from megatron_sip.rollout.engine_group import EngineGroup, make_bucket
+from megatron_sip.rollout.launch import free_port
+from megatron_sip.rollout.protocol import EngineError
+from megatron_sip.rollout.weight_sync import (
+    DiskWeightSync,
+    DistributedWeightSync,
+    SyncRank,
+    SyncSettings,
+    WeightSyncError,
+)
+
+QUICK = SyncSettings(timeout_s=3.0, control_timeout_s=1.0)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def engines() -> Iterator[list[FakeEngine]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(FakeEngine()) for _ in range(2)]
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> Path:
+    folder = tmp_path / "template"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {"head": torch.full((3, 2), value, dtype=torch.bfloat16), "norm": torch.full((5,), value)}
+
+
+def push(sync: DistributedWeightSync | DiskWeightSync, step: int, *, require_all: bool = False) -> dict[str, str]:
+    return dict(sync.push(tensors(step).items(), version=str(step), require_all=require_all).failed)
+
+
+class BlockedGroup:
+    """As NCCL does while the engine has not entered: neither the broadcast nor its abort returns."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+    def broadcast(self, *_: Any) -> None:
+        self.released.wait(30)
+
+    def abort(self) -> None:
+        self.released.wait(30)
+
+
+@pytest.mark.parametrize(
+    ("refused", "timeout_s", "expected"),
+    [(True, 20.0, "400.*out of memory"), (False, 1.0, "(took no weights|gave no answer) within 1 s")],
+    ids=["refused", "silent"],
+)
+def test_a_broadcast_that_is_never_entered_ends_with_the_requests_error_or_at_the_deadline(
+    refused: bool, timeout_s: float, expected: str, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, path = engines[0], "/update_weights_from_distributed"
+    if refused:
+        engine.answers[path] = 400, {"message": "out of memory"}
+    else:
+        engine.silent.add(path)
+    monkeypatch.setattr(engine_group, "ABORT_S", 0.2)
+    blocked = BlockedGroup()
+    group = EngineGroup(engine.url, "stage0", "gloo", "127.0.0.1", timeout_s, 1.0, new_group=lambda *_: blocked)
+    engine.answers["/init_weights_update_group"] = 200, {"success": True}
+    group.ensure_joined()
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=expected):
+        group.broadcast(make_bucket(list(tensors(1.0).items()), CPU))
+    assert time.monotonic() - started < 8.0
+    assert group.ensure_joined()  # the next push makes another group
+    blocked.released.set()
+
+
+def test_a_call_that_never_returns_does_not_keep_the_process_alive() -> None:
+    program = (
+        "import threading; from megatron_sip.rollout.daemon import in_daemon_thread; "
+        "in_daemon_thread(threading.Event().wait, 'stuck'); print('ended')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout == "ended\n"
+
+
+def test_disk_push_names_a_load_format(engines: list[FakeEngine], template: Path, tmp_path: Path) -> None:
+    """SGLang would otherwise take the one it was started with, and refuse `dummy`."""
+    engine = engines[0]
+    sync = DiskWeightSync([engine.url], SyncRank(), QUICK, folder=tmp_path / "weights", template=template)
+    sync.connect()
+    push(sync, 1)
+    body = next(body for path, body in engine.calls if path == "/update_weights_from_disk")
+    assert body["load_format"] == "auto"
+    assert engine.version == "1"
+
+
+@pytest.mark.parametrize("kind", ["distributed", "disk"])
+def test_a_dead_engine_is_reported_and_left_out_and_comes_back_with_the_new_weights(
+    kind: str, engines: list[FakeEngine], template: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    live, mortal = engines
+    urls = [live.url, mortal.url]
+    sync: DistributedWeightSync | DiskWeightSync
+    if kind == "distributed":
+        sync = DistributedWeightSync(urls, SyncRank(), QUICK)
+    else:
+        sync = DiskWeightSync(urls, SyncRank(), QUICK, folder=tmp_path / "weights", template=template)
+    sync.connect()
+    with caplog.at_level(logging.WARNING), closing(sync):
+        assert push(sync, 0, require_all=True) == {}
+        mortal.die()
+        with pytest.raises(WeightSyncError, match=f"'1' did not reach 1 engine.*{mortal.url}"):
+            push(sync, 1, require_all=True)
+        for step in (2, 3):
+            assert set(push(sync, step)) == {mortal.url}
+            assert live.version == str(step)
+        mortal.start()
+        assert mortal.version == "default"  # made-up weights; nobody who asks for version 3 takes its answers
+        assert push(sync, 4) == {}
+        assert push(sync, 5) == {}
+    assert [engine.version for engine in engines] == ["5", "5"]
+    if kind == "distributed":
+        for engine in engines:
+            assert {name: tensor.tolist() for name, tensor in engine.weights.items()} == {
+                name: tensor.tolist() for name, tensor in tensors(5).items()
+            }
+    messages = [record.getMessage() for record in caplog.records if record.name.endswith("weight_sync")]
+    assert len(messages) == 2  # once when it is lost and once when it is back
+    assert mortal.url in messages[0]
+    assert "1 of 2 engines are left out" in messages[0]
+    assert messages[1].endswith(f"had missed some: {mortal.url}")
+
+
+def test_a_push_that_reaches_no_engine_is_an_error_that_names_all(engines: list[FakeEngine]) -> None:
+    sync = DistributedWeightSync([engine.url for engine in engines], SyncRank(), QUICK)
+    push(sync, 0)
+    for engine in engines:
+        engine.die()
+    with pytest.raises(WeightSyncError, match="did not reach 2 engine") as error:
+        push(sync, 1)
+    assert all(engine.url in str(error.value) for engine in engines)
+
+
+def test_an_engine_that_hangs_keeps_its_old_version_and_rejoins(engines: list[FakeEngine]) -> None:
+    live, hung = engines
+    sync = DistributedWeightSync([live.url, hung.url], SyncRank(), QUICK)
+    push(sync, 0)
+    hung.silent.add("/update_weights_from_distributed")
+    assert set(push(sync, 1)) == {hung.url}
+    assert (live.version, hung.version) == ("1", "0")
+    assert "/continue_generation" in [path for path, _ in hung.calls[-3:]]  # it serves on, under its old version
+    hung.silent.clear()
+    assert push(sync, 2) == {}
+    assert (live.version, hung.version) == ("2", "2")
+    sync.close()
+
+
+def test_a_node_that_is_switched_off_costs_the_connection_timeout_only(
+    engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "CONNECT_S", 0.3)
+    patient = SyncSettings(timeout_s=60.0)
+    with silent_port() as port:
+        sync = DistributedWeightSync([engines[0].url, f"http://127.0.0.1:{port}"], SyncRank(), patient)
+        started = time.monotonic()
+        failed = push(sync, 1)
+        assert time.monotonic() - started < 5.0
+    assert list(failed) == [f"http://127.0.0.1:{port}"]
+    assert "no connection within 0.3 s" in failed[f"http://127.0.0.1:{port}"]
+    assert engines[0].version == "1"
+    sync.close()
+
+
+@contextmanager
+def silent_port() -> Iterator[int]:
+    """A port whose full queue of connections drops every further one, like a host that is not there."""
+    with ExitStack() as stack:
+        listener, *fillers = (stack.enter_context(socket.socket()) for _ in range(4))
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield int(listener.getsockname()[1])
+
+
+def test_calls_ignore_a_proxy_of_the_environment(engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = f"http://127.0.0.1:{free_port()}"
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, dead)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert http.call(engines[0].url, "GET", "/model_info", timeout_s=5.0)["weight_version"] == "default"
