@@ -1,10 +1,11 @@
 # shellcheck shell=bash
 # What the sbatch scripts share: servers on their own nodes, the trainer on its own, a clean end. Sourced, not run.
 #
-#   settings -> servers (engines, teacher) -> health -> trainer -> stop servers -> requeue if time ran out
+#   settings -> servers (engines, teacher) -> health -> trainer -> stop servers -> requeue if there is more to do
 #
-# SIGTERM to the batch script (sbatch --signal=B:TERM@SECONDS sends it before the time limit) goes on to the trainer, which
-# saves the last finished step. The job is then requeued, and the same command continues at that step.
+# SIGTERM to the batch script (sbatch --signal=B:TERM@SECONDS sends it before the time limit) goes on to the trainer as
+# SIGUSR1, upon which it saves the last finished step. The job is then requeued, and the same command continues there. So it
+# does when the trainer failed after a step. A server that ends is started again.
 
 # Settings that rarely change; the scripts hold the others.
 ENGINE_FLAGS="--mem-fraction-static=0.85"  # further SGLang flags, separated by spaces
@@ -14,6 +15,9 @@ ENGINE_PORT=30000
 TEACHER_PORT=31000
 START_MINUTES=30 # for the servers to load
 SAVE_SECONDS=800 # for the trainer's last step and checkpoint; less than --signal=B:TERM@SECONDS of the job
+MAX_RESTARTS=3   # requeues of a job that comes no further than its last checkpoint
+RESTART_SECONDS=5     # until a server that ended is started again
+MAX_SERVER_FAILURES=5 # in a row, each within 10 minutes: the server is given up
 
 dry_run=0
 stop_requested=0
@@ -21,6 +25,7 @@ trainer_flags=()
 server_pids=()
 server_logs=()
 trainer_pid=
+first_checkpoint=0
 hosts=()
 
 fail() {
@@ -33,7 +38,8 @@ fail() {
 read_settings() {
     local name names=" VENV POLICY HF_CONFIG TEACHER_MODEL DATA RUN_DIR PRESET TRAINER_NODES ENGINE_NODES TEACHER_NODES \
 GPUS_PER_NODE TENSOR_PARALLEL PIPELINE_PARALLEL ENGINE_TP TEACHER_TP SEQ_LENGTH WIN_RATE_PROMPTS ENGINE_FLAGS \
-TEACHER_FLAGS TRAINER_PORT ENGINE_PORT TEACHER_PORT START_MINUTES SAVE_SECONDS "
+TEACHER_FLAGS TRAINER_PORT ENGINE_PORT TEACHER_PORT START_MINUTES SAVE_SECONDS MAX_RESTARTS RESTART_SECONDS \
+MAX_SERVER_FAILURES "
     while (($#)); do
         case $1 in
             --dry-run) dry_run=1 ;;
@@ -92,6 +98,45 @@ step() {
         --gpus-per-node="$GPUS_PER_NODE" --cpu-bind=none)
 }
 
+# await PID: the exit status of a child; a signal that this shell traps does not end the wait.
+await() {
+    local status
+    while true; do
+        status=0
+        wait "$1" || status=$?
+        kill -0 "$1" 2> /dev/null || return "$status"
+    done
+}
+
+# keep_serving LOG WORDS...: a server, started again whenever it ends, until that happens too often. While the job waits for
+# its servers to load, the first end is final: most likely a setting is wrong. Runs in a subshell; SIGTERM ends both.
+keep_serving() {
+    local log=$1 child='' failures=0 stopping=0 started status
+    shift
+    trap 'stopping=1; [[ -z $child ]] || kill -TERM "$child" 2> /dev/null || true' TERM
+    while true; do
+        started=$SECONDS
+        "$@" >> "$log" 2>&1 &
+        child=$!
+        ((stopping == 0)) || kill -TERM "$child" 2> /dev/null || true # it came before the child was known
+        status=0
+        await "$child" || status=$?
+        ((stopping == 0)) || exit 0
+        [[ -e $RUN_DIR/logs/servers_ready ]] || exit 1
+        ((SECONDS - started < 600)) || failures=0
+        failures=$((failures + 1))
+        if ((failures == MAX_SERVER_FAILURES)); then
+            echo "error: a server ended $failures times in a row and is given up, see $log" >&2
+            exit 1
+        fi
+        echo "a server ended with status $status and is started again, see $log" >&2
+        sleep "$RESTART_SECONDS" &
+        child=$!
+        await "$child" || true
+        ((stopping == 0)) || exit 0
+    done
+}
+
 # start_servers ROLE FIRST_HOST NODES TP PORT WORDS...: SGLang servers filling the GPUs of NODES hosts; sets server_urls.
 start_servers() {
     local role=$1 first=$2 nodes=$3 tp=$4 port=$5 host slot log
@@ -105,13 +150,14 @@ start_servers() {
             local command=("${step_words[@]}" env SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1 SGLANG_RETURN_ORIGINAL_LOGPROB=1
                 "$VENV/bin/python" -m sglang.launch_server --host=0.0.0.0
                 --port=$((port + slot)) --tp-size="$tp" --base-gpu-id=$((slot * tp))
+                --log-level-http=warning # no line for each of millions of requests
                 --random-seed=$((1 + ${#server_urls[@]})) "$@")
             server_urls+=("http://$host:$((port + slot))")
             log=$RUN_DIR/logs/$role-$host-$slot.log
             if ((dry_run)); then
                 echo "$(show "${command[@]}") >> $(printf '%q' "$log") 2>&1 &"
             else
-                "${command[@]}" >> "$log" 2>&1 &
+                keep_serving "$log" "${command[@]}" &
                 server_pids+=($!)
                 server_logs+=("$log")
             fi
@@ -130,23 +176,27 @@ wait_healthy() {
         until curl --silent --fail --noproxy '*' --max-time 25 --output /dev/null "$url/health"; do
             ((stop_requested == 0)) || finish 0
             for index in "${!server_pids[@]}"; do
-                kill -0 "${server_pids[index]}" 2> /dev/null || fail "a server ended while starting, see ${server_logs[index]}"
+                kill -0 "${server_pids[index]}" 2> /dev/null || give_up "a server ended while starting, see \
+${server_logs[index]}, which ends with:" "$(tail -n 20 "${server_logs[index]}" 2>&1)"
             done
-            ((SECONDS < deadline)) || fail "$url was not healthy within $START_MINUTES minutes, see $RUN_DIR/logs"
+            ((SECONDS < deadline)) || give_up "$url was not healthy within $START_MINUTES minutes, see $RUN_DIR/logs"
             sleep 2
         done
     done
+    ((dry_run)) || touch "$RUN_DIR/logs/servers_ready"
 }
 
 # train WORDS...: the trainer under torchrun on the first TRAINER_NODES hosts; returns its exit status.
 train() {
-    local status nodelist
+    local nodelist
     nodelist=$(IFS=, && echo "${hosts[*]:0:TRAINER_NODES}")
     step "$nodelist" "$TRAINER_NODES"
-    # After a SIGTERM the step under way is finished and saved before torchrun may kill.
+    # torchrun passes on the signals that it handles; then the workers have SAVE_SECONDS to finish a step and save it. Its
+    # own status is then 1, also after a good save.
     local command=("${step_words[@]}" --kill-on-bad-exit=1
         env CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=8
         "$VENV/bin/torchrun" --nnodes="$TRAINER_NODES" --nproc-per-node="$GPUS_PER_NODE" --shutdown-timeout="$SAVE_SECONDS"
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
         --rdzv-backend=c10d --rdzv-id="${SLURM_JOB_ID:-0}" --rdzv-endpoint="${hosts[0]}:$TRAINER_PORT"
         -m megatron_sip.train "$@" "${trainer_flags[@]}")
     if ((dry_run)); then
@@ -156,11 +206,8 @@ train() {
     ((stop_requested == 0)) || return 0
     "${command[@]}" > >(tee -a "$RUN_DIR/logs/trainer.log") 2>&1 &
     trainer_pid=$!
-    while true; do # a signal interrupts wait
-        status=0
-        wait "$trainer_pid" || status=$?
-        kill -0 "$trainer_pid" 2> /dev/null || return "$status"
-    done
+    ((stop_requested == 0)) || kill -USR1 "$trainer_pid" 2> /dev/null || true # it came before the trainer was known
+    await "$trainer_pid"
 }
 
 stop_servers() {
@@ -176,20 +223,66 @@ stop_servers() {
     server_pids=()
 }
 
+# On SIGTERM srun would kill its tasks with SIGKILL at once; SIGUSR1 it forwards.
 on_term() {
+    ((stop_requested == 0)) || return 0
     stop_requested=1
-    [[ -z $trainer_pid ]] || kill -TERM "$trainer_pid" 2> /dev/null || true
+    [[ -z $trainer_pid ]] || kill -USR1 "$trainer_pid" 2> /dev/null || true
 }
 
-# finish STATUS: stop the servers; a job that was told to stop before its end goes back into the queue.
-finish() {
-    stop_servers
-    ((stop_requested)) || exit "$1"
-    if ! [[ $RUN_DIR/summary.json -nt $RUN_DIR/logs/started ]]; then # it is written after the last step
-        echo "stopped before the end; requeueing job $SLURM_JOB_ID, which then continues"
-        scontrol requeue "$SLURM_JOB_ID"
+# The iteration that the run can continue at, 0 if none was saved.
+checkpoint() {
+    local iteration
+    iteration=$(cat "$RUN_DIR/latest_checkpointed_iteration.txt" 2> /dev/null) || true
+    [[ $iteration =~ ^[0-9]+$ ]] || iteration=0
+    echo "$iteration"
+}
+
+# Whether the command can work: the trainer has finished a step, or the job was requeued before. Its exit status does not
+# tell, since torchrun ends with 1 whatever happened.
+has_worked() {
+    local last
+    ((${SLURM_RESTART_COUNT:-0} == 0)) || return 0
+    [[ $RUN_DIR/metrics.jsonl -nt $RUN_DIR/logs/started ]] || return 1
+    last=$(sed -n 's/^{"step": \([0-9]*\),.*/\1/p' "$RUN_DIR/metrics.jsonl" | tail -n 1)
+    ((${last:-0} > first_checkpoint))
+}
+
+# requeue REASON: the job back into the queue; fails when that did not help MAX_RESTARTS times at the same checkpoint.
+requeue() {
+    local record requeued
+    record="job $SLURM_JOB_ID at checkpoint $(checkpoint)"
+    requeued=$(grep --count --line-regexp --fixed-strings -e "$record" "$RUN_DIR/logs/requeued" 2> /dev/null) || true
+    if ((${requeued:-0} >= MAX_RESTARTS)); then
+        echo "error: $1; not requeued any more, after ${requeued} times at checkpoint $(checkpoint)" >&2
+        return 1
     fi
-    exit 0
+    echo "$record" >> "$RUN_DIR/logs/requeued"
+    echo "$1; requeueing job $SLURM_JOB_ID, which then continues"
+    scontrol requeue incomplete "$SLURM_JOB_ID" # not when it was cancelled
+}
+
+# finish STATUS: stop the servers; a job with more to do goes back into the queue.
+finish() {
+    local status=$1
+    stop_servers
+    if ((stop_requested)); then
+        ! [[ $RUN_DIR/summary.json -nt $RUN_DIR/logs/started ]] || exit 0 # it is written after the last step
+        requeue "stopped before the end" || exit 1
+        exit 0
+    fi
+    if ((status != 0)) && has_worked && requeue "failed with status $status"; then
+        exit 0
+    fi
+    exit "$status"
+}
+
+# give_up MESSAGE LINE...: as `fail`, once servers were started.
+give_up() {
+    echo "error: $1" >&2
+    shift
+    (($# == 0)) || printf '%s\n' "$@" >&2
+    finish 1
 }
 
 # run_job HF_FOLDER POLICY_WORDS...: everything. HF_FOLDER holds the policy's config.json and tokenizer.
@@ -202,9 +295,13 @@ run_job() {
     find_hosts
     if ((dry_run == 0)); then
         mkdir -p "$RUN_DIR/logs"
+        rm -f "$RUN_DIR/logs/servers_ready"
         touch "$RUN_DIR/logs/started"
+        first_checkpoint=$(checkpoint)
         trap on_term TERM
         trap stop_servers EXIT
+    else
+        echo "# the servers, each of them started again when it ends"
     fi
 
     # The trainer pushes its weights before the first rollout, so engines start with made-up ones. SGLang keeps two tokens

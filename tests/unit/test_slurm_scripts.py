@@ -1,21 +1,18 @@
-"""The sbatch scripts: the commands of a dry run, and their behaviour with stand-ins for srun and scontrol on the PATH."""
+"""The sbatch scripts: the commands that a dry run prints, against those who read them: Megatron, SGLang, torchrun, SLURM."""
 
 from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import importlib.util
 import os
 import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,64 +25,6 @@ from megatron_sip.presets import expand_presets
 REPO = Path(__file__).parents[2]
 SCRIPTS = ("train_continual.sbatch", "train_from_scratch.sbatch")
 BASH_FILES = (*SCRIPTS, "slurm_job.sh")
-
-# srun and what it starts: a server answers /health until SIGTERM, a trainer does what FAKE_TRAINER says.
-FAKE_SRUN = """\
-import http.server, os, signal, sys, threading, time
-from pathlib import Path
-words = sys.argv[1:]
-run = Path(os.environ["FAKE_RUN"])
-def note(text):
-    with (run / "events").open("a") as file:
-        file.write(text + "\\n")
-def serve(port):
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200 if self.path == "/health" else 404)
-            self.end_headers()
-        def log_message(self, *args):
-            pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
-    server.serve_forever()
-    note(f"server {port} stopped")
-if "sglang.launch_server" in words:
-    port = int(next(word for word in words if word.startswith("--port=")).partition("=")[2])
-    if os.environ.get("FAKE_BROKEN_PORT") == str(port):
-        sys.exit("out of memory")
-    serve(port)
-    sys.exit(0)
-mode = os.environ["FAKE_TRAINER"]
-told = threading.Event()
-signal.signal(signal.SIGTERM, lambda *_: told.set())
-note("trainer started")
-if mode == "fail":
-    sys.exit(3)
-if mode in ("stop", "last step"):
-    while not told.wait(0.05):
-        pass
-    note("trainer saved")
-if mode in ("finish", "last step"):
-    time.sleep(0.05)
-    (run / "summary.json").write_text("{}")
-sys.exit(1 if told.is_set() else 0)  # as torchrun does after a signal
-"""
-FAKE_SCONTROL = """\
-import os, sys
-from pathlib import Path
-if sys.argv[1:3] == ["show", "hostnames"]:
-    print(sys.argv[3].replace(",", "\\n"))
-else:
-    with (Path(os.environ["FAKE_RUN"]) / "events").open("a") as file:
-        file.write(" ".join(sys.argv[1:]) + "\\n")
-"""
-FAKE_CURL = """\
-import sys, urllib.request
-try:
-    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(sys.argv[-1], timeout=5)
-except OSError:
-    sys.exit(7)
-"""
 
 
 def bash(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -184,6 +123,58 @@ def test_sglang_and_torchrun_know_their_flags(script: str) -> None:
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.training_script) == ("8", "8", "megatron_sip.train")
     assert parsed.rdzv_endpoint == "node001:29500"
     assert parsed.shutdown_timeout == 800
+    assert {server_options(words)["log-level-http"] for words in servers} == {"warning"}
+
+
+def test_torchrun_lets_a_worker_save_after_sigusr1(tmp_path: Path) -> None:
+    """The launcher with the flags of the script; real, and with a worker that takes its time."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import pathlib, signal, sys, time\n"
+        "folder = pathlib.Path(__file__).parent\n"
+        "def save(*_):\n"
+        "    time.sleep(1)\n"
+        "    (folder / 'saved').touch()\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGUSR1, save)\n"
+        "(folder / 'started').touch()\n"
+        "time.sleep(60)\n"
+    )
+    trainer = dry_run("train_continual.sbatch")[-1]
+    launcher = next(place for place, word in enumerate(trainer) if word.endswith("/torchrun"))
+    flags = trainer[launcher + 1 : trainer.index("-m")]
+    own = {"--nnodes=": "1", "--nproc-per-node=": "1", "--rdzv-endpoint=": "127.0.0.1:0"}
+    for name, value in own.items():
+        flags = [name + value if flag.startswith(name) else flag for flag in flags]
+    command = [sys.executable, "-m", "torch.distributed.run", *flags, str(worker)]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    ) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "started").exists():
+                assert process.poll() is None, process.communicate()[1]
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            process.send_signal(signal.SIGUSR1)
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_node_gives_all_of_its_memory(script: str) -> None:
+    """--exclusive alone grants the partition's default memory only (sbatch's manual, --exclusive)."""
+    header = (REPO / "examples" / script).read_text().partition("\nset -")[0].splitlines()
+    assert {"#SBATCH --exclusive", "#SBATCH --mem=0"} <= set(header)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_only_a_few_checkpoints_stay(trainer_parser: argparse.ArgumentParser, script: str) -> None:
+    args = trainer_arguments(trainer_parser, script)
+    assert args.save_retain_interval % args.save_interval == 0  # Megatron refuses anything else
+    assert args.train_iters // args.save_retain_interval <= 4
 
 
 def trainer_arguments(parser: argparse.ArgumentParser, script: str, *arguments: str) -> argparse.Namespace:
@@ -256,125 +247,3 @@ def test_mistakes_are_named(arguments: list[str], message: str) -> None:
     done = bash("examples/train_continual.sbatch", *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith(message)
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Iterator[Job]:
-    made = Job(tmp_path)
-    yield made
-    made.end()
-
-
-class Job:
-    """A job of three "nodes", all of them this machine, with one GPU each."""
-
-    def __init__(self, folder: Path) -> None:
-        self.run_dir = folder / "run"
-        self.run_dir.mkdir()
-        tools = folder / "bin"
-        tools.mkdir()
-        for name, source in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL), ("curl", FAKE_CURL)):
-            (tools / name).write_text(f"#!{sys.executable}\n{source}")
-            (tools / name).chmod(0o755)
-        self.ports = [free_port(), free_port()]
-        self._environment = os.environ | {
-            "PATH": f"{tools}:{os.environ['PATH']}",
-            "FAKE_RUN": str(self.run_dir),
-            "SLURM_JOB_ID": "42",
-            "SLURM_JOB_NODELIST": "localhost,localhost,localhost",
-            "SLURM_SUBMIT_DIR": str(REPO),
-        }
-        self._process: subprocess.Popen[str] | None = None
-
-    def start(self, trainer: str, **environment: str) -> subprocess.Popen[str]:
-        settings = {"POLICY": "p", "TEACHER_MODEL": "t", "DATA": "d", "RUN_DIR": str(self.run_dir)}
-        settings |= {"TRAINER_NODES": "1", "ENGINE_NODES": "1", "TEACHER_NODES": "1", "GPUS_PER_NODE": "1"}
-        settings |= {"ENGINE_PORT": str(self.ports[0]), "TEACHER_PORT": str(self.ports[1])}
-        self._process = subprocess.Popen(
-            ["bash", "examples/train_continual.sbatch", *(f"{name}={value}" for name, value in settings.items())],
-            env=self._environment | {"FAKE_TRAINER": trainer} | environment,
-            cwd=REPO,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        return self._process
-
-    def events(self) -> list[str]:
-        path = self.run_dir / "events"
-        return path.read_text().splitlines() if path.exists() else []
-
-    def wait_for(self, event: str) -> None:
-        deadline = time.monotonic() + 30
-        while event not in self.events():
-            assert time.monotonic() < deadline, f"no '{event}' within 30 s, but {self.events()}"
-            time.sleep(0.05)
-
-    def servers_stopped(self) -> bool:
-        return {f"server {port} stopped" for port in self.ports} <= set(self.events())
-
-    def end(self) -> None:
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.communicate()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def test_finished_job_stops_its_servers(job: Job) -> None:
-    process = job.start("finish")
-    assert process.wait(60) == 0
-    assert job.servers_stopped()
-    assert "requeue 42" not in job.events()
-
-
-def test_failed_trainer_fails_the_job_and_is_not_repeated(job: Job) -> None:
-    assert job.start("fail").wait(60) == 3
-    assert job.servers_stopped()
-    assert "requeue 42" not in job.events()
-
-
-def test_time_limit_lets_the_trainer_save_then_requeues(job: Job) -> None:
-    process = job.start("stop")
-    job.wait_for("trainer started")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    events = job.events()
-    assert job.servers_stopped()
-    assert events.index("trainer saved") < events.index(f"server {job.ports[0]} stopped")
-    assert events[-1] == "requeue 42"
-
-
-def test_trainer_that_finishes_while_being_stopped_is_not_requeued(job: Job) -> None:
-    process = job.start("last step")
-    job.wait_for("trainer started")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    assert job.servers_stopped()
-    assert "requeue 42" not in job.events()
-
-
-def test_server_that_ends_while_starting_fails_the_job_and_names_its_log(job: Job) -> None:
-    process = job.start("finish", FAKE_BROKEN_PORT=str(job.ports[1]))
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    log = job.run_dir / "logs" / "teacher-localhost-0.log"
-    assert f"error: a server ended while starting, see {log}" in output
-    assert "out of memory" in log.read_text()
-    assert f"server {job.ports[0]} stopped" in job.events()
-    assert "trainer started" not in job.events()
-
-
-def test_job_with_too_few_nodes_says_what_to_ask_for(job: Job) -> None:
-    process = job.start("finish", SLURM_JOB_NODELIST="localhost,localhost")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert (
-        "the job has 2 nodes, but TRAINER_NODES + ENGINE_NODES + TEACHER_NODES = 3: add --nodes=3 to sbatch" in output
-    )
