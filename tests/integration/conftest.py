@@ -16,6 +16,7 @@ from fetch_smollm2 import DEFAULT_SAVE, fetch
 from write_demo_corpus import write_corpus
 
 from megatron_sip.rollout.launch import LocalServer, ServerSettings
+from megatron_sip.services import ENGINE_FLAGS
 
 
 @pytest.fixture(scope="session")
@@ -68,8 +69,13 @@ def tiny_llama_server(tiny_llama_dir: Path) -> Iterator[LocalServer]:
 
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_llama_dir: Path) -> Iterator[LocalServer]:
-    """The engine that whole runs push their weights to; other tests rely on the weights of the other servers."""
-    settings = ServerSettings(tiny_llama_dir, dtype="float32", max_total_tokens=8192, context_length=512)
+    """The engine that whole runs push their weights to, with made-up weights as a run starts its own.
+
+    Other tests rely on the weights of the other servers.
+    """
+    settings = ServerSettings(
+        tiny_llama_dir, dtype="float32", max_total_tokens=8192, context_length=512, extra_args=ENGINE_FLAGS
+    )
     with LocalServer(settings) as server:
         yield server
 

@@ -157,9 +157,16 @@ async def assert_serves(url: str, model: Any, version: str) -> None:
 
 @pytest.mark.parametrize("kind", ["distributed", "disk"])
 async def test_pushed_weights_are_served_and_old_caches_are_gone(
-    kind: str, tiny_llama_server: LocalServer, tiny_llama_dir: Path, reference: Any, tmp_path: Path
+    kind: str,
+    tiny_llama_server: LocalServer,
+    tiny_engine: LocalServer,
+    tiny_llama_dir: Path,
+    reference: Any,
+    tmp_path: Path,
 ) -> None:
-    url = tiny_llama_server.url
+    url = (
+        tiny_llama_server.url if kind == "distributed" else tiny_engine.url
+    )  # this one started with --load-format=dummy
     sync: WeightSync
     if kind == "distributed":
         sync = DistributedWeightSync([url], SyncRank(), SETTINGS)
@@ -230,6 +237,36 @@ async def test_a_hung_engine_ends_the_push_in_time_and_rejoins_at_the_next(
     await assert_serves(url, changed, "after-hang")
     recovered.close()
     sync.close()
+
+
+async def test_an_engine_that_restarts_with_made_up_weights_is_left_out_and_rejoins(
+    tiny_llama_server: LocalServer, tiny_engine: LocalServer, reference: Any
+) -> None:
+    urls = [tiny_llama_server.url, tiny_engine.url]
+    sync = DistributedWeightSync(urls, SyncRank(), SETTINGS)
+    sync.connect()
+    try:
+        both = scaled(reference, 1.03)
+        sync.push(named_tensors(both), version="both")
+        for url in urls:
+            await assert_serves(url, both, "both")
+        tiny_engine.stop()
+        one = scaled(reference, 0.97)
+        report = sync.push(named_tensors(one), version="one", require_all=False)
+        assert set(report.failed) == {urls[1]}
+        await assert_serves(urls[0], one, "one")
+        tiny_engine.restart()
+        assert tiny_engine.url == urls[1]
+        async with SGLangPool(urls) as pool:
+            found = await pool.generate([PREFIX] * 4, SamplingSettings(max_new_tokens=2), weight_version="one")
+        assert not any(isinstance(completions, Failure) for completions in found)
+        assert pool.counters.calls == 4  # none to the engine that has other weights
+        report = sync.push(named_tensors(reference), version="both-again", require_all=False)
+        assert not report.failed
+        for url in urls:
+            await assert_serves(url, reference, "both-again")
+    finally:
+        sync.close()
 
 
 def test_two_sources_each_send_their_pipeline_stage(tiny_llama_server: LocalServer, reference: Any) -> None:
