@@ -51,6 +51,7 @@ def test_a_run_trains_and_logs_every_step(uninterrupted: Path) -> None:
     for record in records:
         assert record["engine_logprob_abs_diff"] < 1e-3  # both are float32
         assert record["groups"] == 4
+        assert record["engines/unsynced"] == 0
         dropped = sum(value for name, value in record.items() if name.startswith("dropped/"))
         assert record.get("examples", 0) + dropped == record["groups"]
     summary = json.loads((uninterrupted / "summary.json").read_text())

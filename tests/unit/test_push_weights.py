@@ -1,0 +1,67 @@
+"""What a run makes of engines that did not take its weights."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.rollout.weight_sync import SyncReport
+
+if TYPE_CHECKING:
+    from megatron_sip.run import Run
+
+
+class Sync:
+    """A weight sync that misses the engines `failed`."""
+
+    def __init__(self, *failed: str) -> None:
+        self.failed = dict.fromkeys(failed, "connection refused")
+        self.required: list[bool] = []
+
+    def push(self, _: Any, version: str, *, require_all: bool) -> SyncReport:
+        self.required.append(require_all)
+        return SyncReport(version, 0, 0, 0.0, self.failed)
+
+
+class Exchange:
+    """Tells every rank what the first replica's leader, here `first`, says."""
+
+    def __init__(self, first: int | None) -> None:
+        self.first = first
+        self.said: Any = None
+
+    def share(self, mine: Any) -> list[Any]:
+        self.said = mine
+        return [self.first, None]
+
+
+class Trainer:
+    model: tuple[Any, ...] = ()
+
+
+def run_of(sync: Sync | None, exchange: Exchange) -> Run:
+    enable_cpu()  # before anything imports Megatron
+    from megatron_sip.run import Run
+
+    parts: dict[str, Any] = dict.fromkeys(Run.__dataclass_fields__)
+    parts |= {"args": argparse.Namespace(iteration=7), "trainer": Trainer, "weight_sync": sync, "exchange": exchange}
+    return Run(**parts)
+
+
+def test_training_goes_on_without_the_engines_that_failed_and_counts_them_on_every_rank() -> None:
+    sync = Sync("http://a", "http://b")
+    exchange = Exchange(2)
+    assert run_of(sync, exchange).push_weights() == {"engines/unsynced": 2.0}
+    assert (sync.required, exchange.said) == ([False], 2)
+    assert run_of(None, exchange).push_weights() == {"engines/unsynced": 2.0}  # of another replica
+
+
+def test_the_first_push_requires_all() -> None:
+    sync = Sync()
+    assert run_of(sync, Exchange(0)).push_weights(require_all=True) == {"engines/unsynced": 0.0}
+    assert sync.required == [True]
+
+
+def test_a_run_without_engines_counts_none() -> None:
+    assert run_of(None, Exchange(None)).push_weights() == {}
