@@ -22,7 +22,13 @@ ANSWERED = '"POST /generate HTTP/1.1" 200'
 @pytest.fixture(scope="module")
 def victim(tiny_llama_dir: Path) -> Iterator[LocalServer]:
     """A judge of this module's own, on a port that it keeps when it is started again."""
-    settings = ServerSettings(tiny_llama_dir, dtype="float32", max_total_tokens=8192, port=free_port())
+    settings = ServerSettings(
+        tiny_llama_dir,
+        dtype="float32",
+        max_total_tokens=8192,
+        port=free_port(),
+        extra_args=("--log-level-http=info",),  # a line for each request: the tests count them
+    )
     with LocalServer(settings) as server:
         yield server
 
