@@ -51,9 +51,10 @@ $(VENV)/installed-bench: $(VENV)/installed
 	touch $@
 
 bench: $(VENV)/installed-bench
-	for script in logprob_op attention judge_schedules judge_client; do \
+	for script in logprob_op linear_logprob attention; do \
 		$(BIN)/python benchmarks/$$script.py --json benchmarks/results/$${script}_cpu.json || exit 1; \
 	done
+	for script in judge_schedules judge_client; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/train_step.py --quick --json benchmarks/results/train_step_cpu.json
 
 clean:
