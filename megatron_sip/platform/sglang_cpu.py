@@ -13,7 +13,9 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from megatron_sip.model.bf16_layers import bf16_kernels_apply, float_product
 from megatron_sip.platform.sglang_cpu_attention import decode_attention, extend_attention
 
 CPU_PLATFORM = "megatron_sip.platform.sglang_cpu:EagerCpuPlatform"
@@ -66,6 +68,32 @@ def _keep_residual_in_float32() -> None:
     RMSNorm.__init__ = construct_with_float32_residual
 
 
+def _project_in_float32_from_bf16() -> None:
+    """Let --enable-fp32-lm-head compute float32 logits as on a GPU, from bf16 weights.
+
+    SGLang's own CPU path makes a float32 copy of the whole output weight in every step.
+    """
+    from sglang.srt.layers.logits_processor import LogitsProcessor, should_apply_lm_head_quant_method
+
+    stock = LogitsProcessor._compute_lm_head
+
+    @wraps(stock)
+    def compute(self: Any, hidden: Tensor, lm_head: Any, embedding_bias: Any = None, **options: Any) -> Tensor:
+        weight = getattr(lm_head, "weight", None)
+        if (
+            self.use_fp32_lm_head
+            and isinstance(weight, Tensor)
+            and hidden.dtype == torch.bfloat16
+            and bf16_kernels_apply(weight, hidden.shape[-1])
+            and not hasattr(lm_head, "set_lora")
+            and not should_apply_lm_head_quant_method(lm_head, getattr(lm_head, "quant_method", None))
+        ):
+            return float_product(hidden, weight)
+        return stock(self, hidden, lm_head, embedding_bias, **options)
+
+    LogitsProcessor._compute_lm_head = compute
+
+
 def _platform_class() -> type:
     from sglang.srt.platforms.cpu import CpuSRTPlatform
     from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -92,6 +120,7 @@ def _platform_class() -> type:
 
             register_attention_backend("torch_native")(_batched_attention)
             _keep_residual_in_float32()
+            _project_in_float32_from_bf16()
 
     return EagerCpuPlatform
 
