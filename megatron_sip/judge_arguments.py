@@ -81,6 +81,11 @@ def add_teacher_flags(group: argparse._ActionsContainer) -> None:
         help="Put between an SGLang teacher's chat template and an answer that we begin, special tokens included; for "
         "gpt-oss '<|channel|>final<|message|>'.",
     )
+    group.add_argument("--rewrite-temperature", type=float, default=0.0, help="Sampling of the rewriter; 0 is greedy.")
+    _add_teacher_limits(group)
+
+
+def _add_teacher_limits(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--teacher-reasoning-tokens",
         type=int,
@@ -109,7 +114,6 @@ def add_teacher_flags(group: argparse._ActionsContainer) -> None:
         metavar="CHARS",
         help="Of a longer prefix, judge and rewriter are shown the end only.",
     )
-    group.add_argument("--rewrite-temperature", type=float, default=0.0, help="Sampling of the rewriter; 0 is greedy.")
 
 
 def add_judge_flags(group: argparse._ActionsContainer) -> None:
