@@ -75,6 +75,14 @@ class Experience:
     metrics: Metrics
 
 
+@dataclass(frozen=True, slots=True)
+class RewritesAhead:
+    """Rewrites under way for the tasks of the next step."""
+
+    indices: list[int]
+    rewrites: asyncio.Task[list[Candidate | None]]
+
+
 class ExperienceMaker:
     """Turns tasks into examples, by way of the engines and the teacher."""
 
@@ -92,9 +100,13 @@ class ExperienceMaker:
         self._judge = judge
         self._rewriter = rewriter
         self._seen_counters: dict[str, float] = {}
+        self._ahead: RewritesAhead | None = None
 
-    async def make(self, step: int, tasks: Sequence[Task]) -> Experience:
-        """Candidates, scores and examples for `tasks` at optimizer step `step` (0 is the first)."""
+    async def make(self, step: int, tasks: Sequence[Task], next_tasks: Sequence[Task] = ()) -> Experience:
+        """Candidates, scores and examples for `tasks` at optimizer step `step` (0 is the first).
+
+        The rewrites of `next_tasks`, which the next call is to be about, are begun before this one returns.
+        """
         if self._settings.replay is not None:
             groups, seconds = read_groups(self._settings.replay, step, tasks), Metrics()
         else:
@@ -107,6 +119,9 @@ class ExperienceMaker:
         metrics |= {f"dropped/{reason}": float(count) for reason, count in selected.dropped.items()}
         metrics |= self._counters() | seconds
         metrics |= {"groups": float(len(groups)), "merged_candidates": float(selected.merged)}
+        if next_tasks and self._rewriter is not None and self._settings.replay is None:
+            rewrites = asyncio.create_task(self._rewriter.rewrite(next_tasks))
+            self._ahead = RewritesAhead([task.index for task in next_tasks], rewrites)
         return Experience(selected.examples, metrics)
 
     async def _judged_groups(self, step: int, tasks: Sequence[Task]) -> tuple[list[Group], Metrics]:
@@ -150,7 +165,12 @@ class ExperienceMaker:
         if not wanted:
             return [None] * len(tasks)
         assert self._rewriter is not None
-        return await self._rewriter.rewrite(tasks)
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return await self._rewriter.rewrite(tasks)
+        if ahead.indices != [task.index for task in tasks]:
+            raise ValueError(f"rewrites were made ahead for tasks {ahead.indices}, not for those of this step")
+        return await ahead.rewrites
 
     def _counters(self) -> Metrics:
         """What the clients counted in this step; shares and percentiles are those since the start."""

@@ -20,12 +20,13 @@ from megatron.training.checkpointing import save_checkpoint
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from transformers import AutoConfig, AutoTokenizer
 
-from megatron_sip.argument_checks import needs_engines, objective_settings
+from megatron_sip.argument_checks import needs_engines, needs_rewriter, objective_settings
 from megatron_sip.data.documents import open_corpus
 from megatron_sip.data.errors import DataError
 from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.data.tokenization import TokenizeSettings
 from megatron_sip.evaluation.win_rate import HeldOutComparison
+from megatron_sip.experience import Experience
 from megatron_sip.learning.checkpoint_folder import mend_checkpoint_folder
 from megatron_sip.learning.exchange import LeaderExchange
 from megatron_sip.learning.metrics import Metrics, MetricsWriter
@@ -61,11 +62,24 @@ class Run:
     unsaved_reference: int | None = None
     """Iteration at which the reference was updated, when no checkpoint has kept it since."""
 
-    def my_tasks(self) -> list[Task]:
-        """This leader's share of the present step: contiguous, by replica; a function of the cursor alone."""
+    def my_tasks(self, ahead: int = 0) -> list[Task]:
+        """This leader's share of the step that is `ahead` of the present one, none after the last step.
+
+        Contiguous, by replica; a function of the cursor alone.
+        """
         assert self.tasks is not None
+        if self.args.iteration + ahead >= self.args.train_iters:
+            return []
         share = self.args.global_batch_size // self.exchange.num_replicas
-        return self.tasks.tasks(self.args.consumed_train_samples + self.exchange.replica * share, share)
+        step = self.args.consumed_train_samples + ahead * self.args.global_batch_size
+        return self.tasks.tasks(step + self.exchange.replica * share, share)
+
+    def make_experience(self, stop: StopSignal) -> Experience | None:
+        """This leader's share of the present step's experience, None on other ranks and when a stop was requested."""
+        if self.leader is None:
+            return None
+        next_tasks = self.my_tasks(ahead=1) if needs_rewriter(self.args) else []
+        return self.leader.make_experience(self.args.iteration, self.my_tasks(), next_tasks, stop)
 
     def refresh_reference(self) -> None:
         """Copy the policy into the reference when --ref-update-interval says so; the next checkpoint keeps it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import os
 from collections.abc import Coroutine, Sequence
@@ -29,6 +28,7 @@ from megatron_sip.judge.rewriter import Rewriter
 from megatron_sip.judge.settings import JudgeSettings
 from megatron_sip.judge_arguments import judge_settings, rewriter_settings
 from megatron_sip.learning.selection import SelectionSettings
+from megatron_sip.loop_thread import LoopThread
 from megatron_sip.rollout.compatibility import ModelContract
 from megatron_sip.rollout.launch import LocalServer, ServerSettings, start_servers, stop_servers
 from megatron_sip.rollout.sglang import PoolSettings, SamplingSettings, SGLangPool
@@ -136,7 +136,7 @@ def experience_settings(args: argparse.Namespace, replica: int) -> ExperienceSet
 
 
 class Leader:
-    """One data-parallel leader's side of a step: an event loop with the clients of engines and teacher."""
+    """One data-parallel leader's side of a step: an event loop, in its own thread, with the clients of engines and teacher."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class Leader:
         teacher_urls: Sequence[str],
         replica: int,
     ) -> None:
-        self._runner = asyncio.Runner()
+        self._loop = LoopThread("leader")
         self._clients = contextlib.AsyncExitStack()
         self.engines: SGLangPool | None = None
         self.judge: Judge | None = None
@@ -167,16 +167,21 @@ class Leader:
 
     def run[T](self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on this leader's loop."""
-        return self._runner.run(work)
+        return self._loop.run(work)
 
-    def make_experience(self, step: int, tasks: Sequence[Task], stop: StopSignal) -> Experience | None:
-        """This leader's share of a step, or None when a stop was requested meanwhile."""
-        return self.run(stop.run(self._maker.make(step, tasks)))
+    def make_experience(
+        self, step: int, tasks: Sequence[Task], next_tasks: Sequence[Task], stop: StopSignal
+    ) -> Experience | None:
+        """This leader's share of a step, or None when a stop was requested meanwhile.
+
+        Rewrites of `next_tasks`, the next step's, are then made while the policy trains: they need no rollouts.
+        """
+        return self.run(stop.run(self._maker.make(step, tasks, next_tasks)))
 
     def close(self) -> None:
         """Close all connections."""
         self.run(self._clients.aclose())
-        self._runner.close()
+        self._loop.close()
 
     async def _open_engines(self, args: argparse.Namespace, tokenizer: Any, urls: Sequence[str]) -> SGLangPool:
         settings = PoolSettings(

@@ -78,8 +78,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
     empty_steps = 0
     started = time.monotonic()
     while args.iteration < args.train_iters:
-        mine = run.leader.make_experience(args.iteration, run.my_tasks(), stop) if run.leader else None
-        shared = exchange.share(mine)
+        shared = exchange.share(run.make_experience(stop))
         if any(part is None for part in shared):
             return stop_early(run)
         examples = [example for part in shared for example in part.examples]

@@ -40,7 +40,7 @@ def run_case(name: str, flags: list[str]) -> dict[str, Any]:
         run = set_up(args, stack)
         assert run.leader is not None
         ready = time.monotonic()
-        experience = run.leader.make_experience(0, run.my_tasks(), stop)
+        experience = run.make_experience(stop)
         assert experience is not None
         judged = time.monotonic()
         before = master_weights(run.trainer.optimizer)

@@ -28,7 +28,7 @@ HARD = ("quality-2", "factuality-2", "safety-suffix-1")
 AUDITED = "quality-pivot-8:audited"
 SIZES = (
     *("--split", "70,0,30", "--seq-length", "56", "--suffix-length", "8"),
-    *("--train-iters", "2", "--lr-warmup-iters", "0", "--logging-level", "40"),
+    *("--train-iters", "1", "--lr-warmup-iters", "0", "--logging-level", "40"),
 )
 
 

@@ -156,26 +156,25 @@ def test_the_engine_serves_what_was_trained(
     assert found["meta_info"]["weight_version"] == "2"
 
 
-def test_a_step_with_suffix_rewrite_and_rollouts_under_several_criteria(
+def test_steps_with_suffix_rewrite_and_rollouts_under_several_criteria(
     flags: tuple[str, ...], smollm2_server: LocalServer, tmp_path: Path
 ) -> None:
-    """The paper's full method: a real post-trained model rewrites and judges."""
+    """The paper's full method: a real post-trained model rewrites, ahead of the policy, and judges."""
     run = tmp_path / "full"
     teacher = ("--teacher-url", smollm2_server.url, "--criteria", "quality=1", "safety=1", "likelihood=1")
     candidates = ("--candidates", "suffix", "rewrite", "rollout", "--rollout-temperature", "1")
     train(
-        run, *flags, *teacher, *candidates, "--train-iters", "1", "--global-batch-size", "2", "--save-groups", str(run)
+        run, *flags, *teacher, *candidates, "--train-iters", "2", "--global-batch-size", "2", "--save-groups", str(run)
     )
-    [record] = steps(run)
-    dropped = sum(value for name, value in record.items() if name.startswith("dropped/"))
-    assert record.get("examples", 0) + dropped == record["groups"] == 2
-    assert record["judge/verdicts/quality"] > 0
-    assert record["judge/verdicts/safety"] > 0
-    refused_or_made = [
-        value for name, value in record.items() if name.startswith(("rewriter/rewrites", "rewriter/copies"))
-    ]
-    assert sum(refused_or_made) + sum(v for n, v in record.items() if n.startswith("rewriter/dropped")) == 2
-    assert list(run.glob("step_0000000.replica_0.jsonl.zst"))
+    records = steps(run)
+    rewritten = ("rewriter/rewrites", "rewriter/copies", "rewriter/dropped")
+    for record in records:
+        dropped = sum(value for name, value in record.items() if name.startswith("dropped/"))
+        assert record.get("examples", 0) + dropped == record["groups"] == 2
+        assert record["judge/verdicts/quality"] > 0
+        assert record["judge/verdicts/safety"] > 0
+    assert sum(value for record in records for name, value in record.items() if name.startswith(rewritten)) == 4
+    assert len(list(run.glob("step_000000?.replica_0.jsonl.zst"))) == 2
 
 
 def test_help_explains_every_flag_of_ours_in_its_own_group() -> None:

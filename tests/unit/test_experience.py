@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+
+import pytest
 
 from megatron_sip.experience import ExperienceMaker, ExperienceSettings, build_group
 from megatron_sip.learning.metrics import flatten
@@ -40,6 +43,20 @@ class Scores:
 
     def counters(self) -> dict[str, float]:
         return {"calls": 7.0, "cached-share": 0.5}
+
+
+class Rewrites:
+    """Rewrites every suffix, and notes for which tasks it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    async def rewrite(self, tasks: Sequence[Task]) -> list[Candidate | None]:
+        self.asked.append([task.index for task in tasks])
+        return [Candidate("rewrite", [8, task.index], f"rewrite {task.index}") for task in tasks]
+
+    def counters(self) -> dict[str, float]:
+        return {"rewrites": float(sum(map(len, self.asked)))}
 
 
 class Tokenizer:
@@ -91,3 +108,30 @@ def test_a_missing_rewrite_only_leaves_the_group_without_it() -> None:
     assert [candidate.kind for candidate in group.candidates] == ["suffix", "rollout"]
     assert group.dropped is None
     assert build_group(TASKS[0], ["suffix", "rollout"], "timeout", None).dropped == "rollout timeout"
+
+
+def rewriting(rewriter: Rewrites) -> ExperienceMaker:
+    settings = ExperienceSettings(
+        ("suffix", "rewrite"),
+        SamplingSettings(2),
+        SelectionSettings("sft", candidates=("suffix", "rewrite"), sft_target="rewrite"),
+    )
+    return ExperienceMaker(settings, Tokenizer(), None, None, rewriter)  # type: ignore[arg-type]
+
+
+async def test_the_next_step_s_rewrites_are_made_while_this_one_trains() -> None:
+    rewriter = Rewrites()
+    making = rewriting(rewriter)
+    await making.make(0, TASKS[:1], TASKS[1:])
+    await asyncio.sleep(0)  # training: the loop goes on
+    assert rewriter.asked == [[0], [1, 2]]
+    experience = await making.make(1, TASKS[1:])
+    assert rewriter.asked == [[0], [1, 2]]  # not asked for again
+    assert [example.branches for example in experience.examples] == [[[8, 1]], [[8, 2]]]
+
+
+async def test_rewrites_for_other_tasks_are_never_used() -> None:
+    making = rewriting(Rewrites())
+    await making.make(0, TASKS[:1], TASKS[1:])
+    with pytest.raises(ValueError, match=r"made ahead for tasks \[1, 2\]"):
+        await making.make(1, TASKS[:1])

@@ -1,0 +1,48 @@
+"""An asyncio event loop in a thread of its own, so that requests go on while the calling thread trains."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import wait
+from typing import Any
+
+SIGNALS_SECONDS = 0.25
+
+
+class LoopThread:
+    """Runs coroutines for the thread that made it; what they leave running goes on until `close`."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def run[T](self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which is cancelled when the wait for it is interrupted. Signal handlers still run."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            while not wait([future], timeout=SIGNALS_SECONDS).done:
+                pass  # a signal may be delivered to another thread: its handler runs here when we wake up
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Cancel what is left and end the thread. Safe to repeat."""
+        if self._loop.is_closed():
+            return
+        self.run(_cancel_others())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
