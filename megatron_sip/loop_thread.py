@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import wait
+from dataclasses import dataclass
 from typing import Any
 
 SIGNALS_SECONDS = 0.25
@@ -21,14 +22,17 @@ class LoopThread:
 
     def run[T](self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which is cancelled when the wait for it is interrupted. Signal handlers still run."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = asyncio.run_coroutine_threadsafe(_outcome(work), self._loop)
         try:
             while not wait([future], timeout=SIGNALS_SECONDS).done:
                 pass  # a signal may be delivered to another thread: its handler runs here when we wake up
-            return future.result()
+            outcome = future.result()
         except BaseException:
             future.cancel()
             raise
+        if isinstance(outcome, _Exit):
+            raise outcome.error
+        return outcome
 
     def close(self) -> None:
         """Cancel what is left and end the thread. Safe to repeat."""
@@ -39,6 +43,19 @@ class LoopThread:
         self._thread.join()
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Exit:
+    error: SystemExit
+
+
+async def _outcome[T](work: Coroutine[Any, Any, T]) -> T | _Exit:
+    """What `work` returns; a SystemExit as a value, since raised in a task it would end the loop instead."""
+    try:
+        return await work
+    except SystemExit as error:
+        return _Exit(error)
 
 
 async def _cancel_others() -> None:

@@ -30,14 +30,16 @@ def test_what_a_coroutine_left_running_goes_on_between_calls() -> None:
     loop.close()
 
 
-def test_errors_come_back_to_the_caller() -> None:
+@pytest.mark.parametrize("kind", [ZeroDivisionError, TimeoutError, SystemExit])
+def test_errors_come_back_to_the_caller_and_the_loop_goes_on(kind: type[BaseException]) -> None:
     loop = LoopThread("test")
 
     async def fail() -> None:
-        raise ZeroDivisionError("here")
+        raise kind("here")
 
-    with pytest.raises(ZeroDivisionError, match="here"):
+    with pytest.raises(kind, match="here"):
         loop.run(fail())
+    assert loop.run(asyncio.sleep(0, "still there")) == "still there"
     loop.close()
 
 
