@@ -24,8 +24,10 @@ class LoopThread:
         """The result of `work`, which is cancelled when the wait for it is interrupted. Signal handlers still run."""
         future = asyncio.run_coroutine_threadsafe(_outcome(work), self._loop)
         try:
+            # A signal may be delivered to another thread: its handler runs here when we wake up.
             while not wait([future], timeout=SIGNALS_SECONDS).done:
-                pass  # a signal may be delivered to another thread: its handler runs here when we wake up
+                if not self._thread.is_alive():
+                    raise RuntimeError("the event loop's thread has ended; its traceback stands above")
             outcome = future.result()
         except BaseException:
             future.cancel()
@@ -34,11 +36,16 @@ class LoopThread:
             raise outcome.error
         return outcome
 
+    def cancel_rest(self) -> None:
+        """Cancel what earlier coroutines left running, and wait until it has ended."""
+        self.run(_cancel_others())
+
     def close(self) -> None:
         """Cancel what is left and end the thread. Safe to repeat."""
         if self._loop.is_closed():
             return
-        self.run(_cancel_others())
+        if self._thread.is_alive():
+            self.cancel_rest()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())

@@ -179,7 +179,8 @@ class Leader:
         return self.run(stop.run(self._maker.make(step, tasks, next_tasks)))
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections; rewrites under way for a step that will not come are given up first."""
+        self._loop.cancel_rest()
         self.run(self._clients.aclose())
         self._loop.close()
 

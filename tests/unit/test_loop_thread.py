@@ -71,3 +71,15 @@ def test_closing_cancels_what_is_left() -> None:
     loop.run(leave())
     loop.close()
     assert cancelled.is_set()
+
+
+def test_a_loop_that_has_ended_is_an_error_and_no_endless_wait() -> None:
+    loop = LoopThread("test")
+
+    async def end_the_loop() -> None:
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(60)
+
+    with pytest.raises(RuntimeError, match="has ended"):
+        loop.run(end_the_loop())
+    loop.close()
