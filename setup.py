@@ -21,6 +21,7 @@ CUDA_ARCHITECTURES = ("80", "90")
 CPU_SOURCES = [
     "csrc/bf16_layers_avx512bf16.cpp",
     "csrc/bf16_layers_cpu.cpp",
+    "csrc/bf16_products.cpp",
     "csrc/bindings.cpp",
     "csrc/instruction_dispatch.cpp",
     "csrc/logprob_cpu.cpp",

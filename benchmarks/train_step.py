@@ -9,8 +9,9 @@ pairs in one batch (as we hold them: no accumulation), no activation checkpoints
 Megatron's float32 master weights, moments and gradients. GRPO: one prompt of 1024 tokens with 16 completions of 512,
 on-policy, no KL term, hence no reference pass.
 
-Every measurement is a process of its own (peak memory is its highest resident memory, imports and all): one step to warm
-up, short where the allocator keeps nothing, and one timed; the variants take turns. The learning rate is 0, so that every
+Every measurement is a process of its own (peak memory is its highest resident memory, imports and all): one short step to
+warm up, two full ones where the allocator keeps memory (its heap still grows in the second), and one timed; the variants
+take turns. The learning rate is 0, so that every
 step computes the same; the optimizer works all the same. "heap reuse" is glibc told to keep freed memory
 (MALLOC_MMAP_MAX_=0), for all sides alike. "of GEMM peak": the operations of the step's matrix products over time, as a
 share of the fastest large bfloat16 product seen on this machine. Losses, log-probs and gradient norms must agree.

@@ -39,15 +39,15 @@ class Measured:
     computed: dict[str, float]
 
 
-def measure_ours(model: Path, problem: Problem, packed: bool, warm_up: Problem, steps: int) -> Measured:
+def measure_ours(model: Path, problem: Problem, packed: bool, warm_up: list[Problem], steps: int) -> Measured:
     """The trainer of `megatron_sip.train` with Megatron's optimizer; unpacked, every branch has its prefix to itself."""
-    trainer, reference, pad_id = build_trainer(model, problem, steps)
+    trainer, reference, pad_id = build_trainer(model, problem, len(warm_up) + steps)
     from megatron_sip.learning.metrics import flatten
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     resting = resident_gb()
     seconds, metrics = [], []
-    for step_problem in [warm_up, *[problem] * steps]:
+    for step_problem in [*warm_up, *[problem] * steps]:
         examples = make_examples(step_problem, tokenizer)
         rows = None if packed else unpacked_rows(step_problem, examples, pad_id)
         start = time.perf_counter()
@@ -58,8 +58,8 @@ def measure_ours(model: Path, problem: Problem, packed: bool, warm_up: Problem, 
         seconds.append(time.perf_counter() - start)
     wanted = ("loss", "grad_norm", "chosen_logprob", "rejected_logprob")
     return Measured(
-        seconds=seconds[1:],
-        reference_seconds=[float(step["seconds/reference"]) for step in metrics[1:]],
+        seconds=seconds[len(warm_up) :],
+        reference_seconds=[float(step["seconds/reference"]) for step in metrics[len(warm_up) :]],
         resting_gb=resting,
         peak_gb=peak_memory_gb(),
         computed={name: float(metrics[-1][name]) for name in wanted if name in metrics[-1]},
@@ -96,7 +96,7 @@ def megatron_flags(problem: Problem, steps: int) -> list[str]:
     return [
         *("--calculate-per-token-loss", "--no-check-for-nan-in-loss-and-grad", "--rerun-mode", "disabled"),
         *("--attention-dropout", "0", "--hidden-dropout", "0"),
-        *("--global-batch-size", str(problem.examples), "--train-iters", str(1 + steps)),
+        *("--global-batch-size", str(problem.examples), "--train-iters", str(steps)),
         *("--lr", str(LEARNING_RATE), "--lr-decay-style", "constant", "--clip-grad", str(CLIP_GRAD)),
         *("--weight-decay", "0.0", "--adam-beta2", "0.999"),
     ]
@@ -143,12 +143,12 @@ def unpacked_rows(problem: Problem, examples: Sequence[Example], pad_id: int) ->
     return rows
 
 
-def measure_trl(model: Path, problem: Problem, warm_up: Problem, steps: int) -> Measured:
+def measure_trl(model: Path, problem: Problem, warm_up: list[Problem], steps: int) -> Measured:
     """TRL's DPOTrainer: its training loop, its reference model, torch's AdamW, all pairs in one batch."""
     from train_step_trl import StepClock, build_dpo_trainer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    batches = [make_examples(step_problem, tokenizer) for step_problem in [warm_up, *[problem] * steps]]
+    batches = [make_examples(step_problem, tokenizer) for step_problem in [*warm_up, *[problem] * steps]]
     clock = StepClock(resident_gb)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_dpo_trainer(
@@ -160,7 +160,7 @@ def measure_trl(model: Path, problem: Problem, warm_up: Problem, steps: int) -> 
     names = {"loss": "loss", "grad_norm": "grad_norm"}
     names |= {"chosen_logprob": "logps/chosen", "rejected_logprob": "logps/rejected"}
     return Measured(
-        seconds=clock.seconds[1:],
+        seconds=clock.seconds[len(warm_up) :],
         reference_seconds=[],
         resting_gb=clock.resting_gb,
         peak_gb=peak_memory_gb(),
@@ -172,18 +172,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant", choices=VARIANTS)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="HF folder, weights in bf16")
-    parser.add_argument("--steps", type=int, default=1, help="timed steps, after one that is not")
+    parser.add_argument("--steps", type=int, default=1, help="timed steps, after those that are not")
     parser.add_argument(
         "--warm-up",
         choices=("full", "short"),
         default="full",
-        help="the untimed step: as the others, or on short examples",
+        help="the untimed steps: two like the others, or one on short examples",
     )
     parser.add_argument("--result", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     objective, implementation = args.variant.split("_")
     problem = PROBLEMS[objective]
-    warm_up = problem if args.warm_up == "full" else problem.shortened()
+    warm_up = [problem, problem] if args.warm_up == "full" else [problem.shortened()]
     if implementation == "trl":
         measured = measure_trl(args.model, problem, warm_up, args.steps)
     else:

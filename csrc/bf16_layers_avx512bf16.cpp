@@ -7,8 +7,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
+#include "bf16_products.h"
 #include "instruction_set.h"
 
 // GCC 12 and 13 take the intrinsics' own "undefined" operands for uninitialised variables (GCC bug 105593).
@@ -39,42 +39,25 @@ inline __m512 sigmoid_lanes(__m512 x) {
   return _mm512_div_ps(one, _mm512_add_ps(one, exp2_lanes(_mm512_mul_ps(x, _mm512_set1_ps(-kLog2E)))));
 }
 
-// Lines of 16 pairs from 16 weight rows each: the transposed weight as a right operand. Columns that are not there are
-// those of the last one that is.
+// kProjectedColumns weight rows of `depth` as a right operand, chunk after chunk. Columns that are not there are those of the last one that is.
 void pair_weight_rows(const uint16_t* weight, int64_t depth, int64_t count, uint32_t* to) {
-  alignas(64) int32_t offsets[kLanes];
   for (int64_t n = 0; n < kProjectedColumns; n += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      offsets[lane] = static_cast<int32_t>(std::min(n + lane, count - 1) * depth / 2);
-    }
-    const __m512i lanes = _mm512_load_si512(offsets);
-    for (int64_t p = 0; p < depth / 2; ++p) {
-      const __m512i pairs = _mm512_i32gather_epi32(lanes, reinterpret_cast<const int*>(weight) + p, 4);
-      _mm512_storeu_si512(to + p * kProjectedColumns + n, pairs);
+    for (int64_t p = 0; p < depth / 2; p += kLanes) {
+      const int64_t pairs = std::min(kLanes, depth / 2 - p);
+      const __mmask16 there = static_cast<__mmask16>((1u << pairs) - 1);
+      __m512i lines[kLanes];
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        lines[lane] = _mm512_maskz_loadu_epi32(there, weight + std::min(n + lane, count - 1) * depth + 2 * p);
+      }
+      transpose_lines(lines);
+      for (int64_t i = 0; i < pairs; ++i) _mm512_storeu_si512(to + (n / kLanes * depth / 2 + p + i) * kLanes, lines[i]);
     }
   }
-}
-
-template <int ROWS>
-void project_rows(const uint16_t* hidden, const uint32_t* pairs, int64_t depth, int64_t columns, int64_t count,
-                  float* out) {
-  constexpr int kVectors = kProjectedColumns / kLanes;
-  if (count == kProjectedColumns) {
-    multiply_tile<ROWS, kVectors>(hidden, depth, pairs, kProjectedColumns, out, columns, depth / 2, false);
-    return;
-  }
-  float tile[ROWS * kProjectedColumns];
-  multiply_tile<ROWS, kVectors>(hidden, depth, pairs, kProjectedColumns, tile, kProjectedColumns, depth / 2, false);
-  for (int r = 0; r < ROWS; ++r) std::copy_n(tile + r * kProjectedColumns, count, out + r * columns);
 }
 
 }  // namespace
 
-bool bf16_layer_kernels_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
-}
+bool bf16_layer_kernels_supported() { return bf16_products_supported(); }
 
 template <typename T>
 void rms_norm_rows(const T* x, const uint16_t* weight, float eps, int64_t rows, int64_t width, uint16_t* out,
@@ -149,13 +132,72 @@ void swiglu_backward_rows(const uint16_t* grad, const uint16_t* gate_up, int64_t
 void project_columns(const uint16_t* hidden, const uint16_t* weight, int64_t rows, int64_t depth, int64_t columns,
                      int64_t begin, int64_t count, float* out, uint32_t* scratch) {
   pair_weight_rows(weight + begin * depth, depth, count, scratch);
-  out += begin;
-  constexpr int64_t kRows = 6;  // as many as leave room for their sums in the registers
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) {
-    project_rows<kRows>(hidden + r * depth, scratch, depth, columns, count, out + r * columns);
+  const RightOperand weights = {scratch, kLanes, depth / 2 * kLanes};
+  if (count == kProjectedColumns) {
+    multiply({hidden, depth}, weights, out + begin, columns, rows, count, depth / 2, false);
+    return;
   }
-  for (; r < rows; ++r) project_rows<1>(hidden + r * depth, scratch, depth, columns, count, out + r * columns);
+  float tile[kLanes * kProjectedColumns];
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const int64_t some = std::min(kLanes, rows - r);
+    multiply({hidden + r * depth, depth}, weights, tile, kProjectedColumns, some, kProjectedColumns, depth / 2, false);
+    for (int64_t i = 0; i < some; ++i) {
+      std::copy_n(tile + i * kProjectedColumns, count, out + (r + i) * columns + begin);
+    }
+  }
+}
+
+void interleave_token_pairs(const uint16_t* from, int64_t tokens, int64_t width, int64_t begin, int64_t end,
+                            uint32_t* to) {
+  const int64_t pairs = (tokens + 1) / 2;
+  for (int64_t pair = begin; pair < end; ++pair) {
+    const uint16_t* even = from + 2 * pair * width;
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const __m512i line = interleave_rows(even + i, true, even + width + i, 2 * pair + 1 < tokens);
+      _mm512_storeu_si512(to + i * pairs + pair * kLanes, line);
+    }
+  }
+}
+
+void add_weight_gradient_rows(const uint16_t* grad_output, const uint32_t* input_pairs, int64_t tokens,
+                              int64_t output_width, int64_t input_width, int64_t first, int64_t last, int64_t rows,
+                              float* gradient, uint16_t* scratch) {
+  const int64_t pairs = (tokens + 1) / 2;
+  __m512i lines[kLanes];
+  for (int64_t t = first; t < last; t += 2 * kLanes) {
+    for (int64_t n = 0; n < rows; n += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const uint16_t* even = grad_output + (t + 2 * i) * output_width + n;
+        lines[i] = interleave_rows(even, t + 2 * i < last, even + output_width, t + 2 * i + 1 < last);
+      }
+      transpose_lines(lines);
+      uint16_t* to = scratch + (t - first) * rows + n * 2 * kLanes;
+      for (int64_t i = 0; i < kLanes; ++i) _mm512_storeu_si512(to + i * 2 * kLanes, lines[i]);
+    }
+  }
+  constexpr int64_t kPairs = 256;  // of which 32 rows stay in the first-level cache
+  for (int64_t p = first / 2; p < (last + 1) / 2; p += kPairs) {
+    const LeftOperand grads = {scratch + (2 * p - first) * rows, 2 * kLanes, 2 * kLanes * rows};
+    multiply(grads, {input_pairs + p * kLanes, kLanes, pairs * kLanes}, gradient, input_width, rows, input_width,
+             std::min(kPairs, (last + 1) / 2 - p), true);
+  }
+}
+
+void rotate_heads(const uint16_t* x, int64_t token_stride, int64_t head_stride, const float* cosines,
+                  const float* sines, float sign, int64_t tokens, int64_t heads, int64_t dim, uint16_t* out) {
+  const __m512 signs = _mm512_set1_ps(sign);
+  const int64_t half = dim / 2;
+  for (int64_t t = 0; t < tokens; ++t, cosines += half, sines += half) {
+    for (int64_t h = 0; h < heads; ++h, out += dim) {
+      const uint16_t* head = x + t * token_stride + h * head_stride;
+      for (int64_t d = 0; d < half; d += kLanes) {
+        const __m512 first = load_bf16(head + d), second = load_bf16(head + half + d);
+        const __m512 cosine = _mm512_loadu_ps(cosines + d), sine = _mm512_mul_ps(_mm512_loadu_ps(sines + d), signs);
+        store_bf16(out + d, _mm512_fnmadd_ps(second, sine, _mm512_mul_ps(first, cosine)));
+        store_bf16(out + half + d, _mm512_fmadd_ps(first, sine, _mm512_mul_ps(second, cosine)));
+      }
+    }
+  }
 }
 
 }  // namespace megatron_sip
@@ -191,6 +233,17 @@ void swiglu_backward_rows(const uint16_t*, const uint16_t*, int64_t, int64_t, ui
   throw std::logic_error("no bfloat16 layer kernels for this processor");
 }
 void project_columns(const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t, int64_t, int64_t, float*, uint32_t*) {
+  throw std::logic_error("no bfloat16 layer kernels for this processor");
+}
+void interleave_token_pairs(const uint16_t*, int64_t, int64_t, int64_t, int64_t, uint32_t*) {
+  throw std::logic_error("no bfloat16 layer kernels for this processor");
+}
+void add_weight_gradient_rows(const uint16_t*, const uint32_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                              float*, uint16_t*) {
+  throw std::logic_error("no bfloat16 layer kernels for this processor");
+}
+void rotate_heads(const uint16_t*, int64_t, int64_t, const float*, const float*, float, int64_t, int64_t, int64_t,
+                  uint16_t*) {
   throw std::logic_error("no bfloat16 layer kernels for this processor");
 }
 

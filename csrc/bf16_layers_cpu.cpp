@@ -7,7 +7,9 @@
 #include <tuple>
 #include <vector>
 
+#include "aligned_memory.h"
 #include "bf16_layers_kernels.h"
+#include "bf16_products.h"
 
 namespace megatron_sip {
 namespace {
@@ -137,12 +139,74 @@ Tensor float_product(const Tensor& hidden_in, const Tensor& weight_in) {
   float* out_data = out.mutable_data_ptr<float>();
   const int64_t panels = rows == 0 ? 0 : (columns + kProjectedColumns - 1) / kProjectedColumns;
   at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
-    std::vector<uint32_t> scratch(depth / 2 * kProjectedColumns);
+    const auto scratch = aligned_memory<uint32_t>(depth / 2 * kProjectedColumns);
+    const TileScope tiles;
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t begin = panel * kProjectedColumns;
       project_columns(bits(hidden), bits(weight), rows, depth, columns, begin,
-                      std::min(kProjectedColumns, columns - begin), out_data, scratch.data());
+                      std::min(kProjectedColumns, columns - begin), out_data, scratch.get());
     }
+  });
+  return out;
+}
+
+void add_weight_gradient_(Tensor& main_grad, const Tensor& grad_output_in, const Tensor& input_in) {
+  check_bf16(grad_output_in, "grad_output");
+  check_bf16(input_in, "input");
+  TORCH_CHECK_TYPE(main_grad.scalar_type() == at::kFloat, "main_grad must be float32, got ", main_grad.scalar_type());
+  TORCH_CHECK_VALUE(grad_output_in.dim() == 2 && input_in.dim() == 2 && main_grad.dim() == 2 &&
+                        grad_output_in.size(0) == input_in.size(0) && main_grad.size(0) == grad_output_in.size(1) &&
+                        main_grad.size(1) == input_in.size(1),
+                    "main_grad must be [N, K], grad_output [T, N] and input [T, K], got ", main_grad.sizes(), ", ",
+                    grad_output_in.sizes(), " and ", input_in.sizes());
+  TORCH_CHECK_VALUE(main_grad.size(0) % kGradientRows == 0 && main_grad.size(1) % kWidthMultiple == 0 &&
+                        main_grad.is_contiguous(),
+                    "main_grad must be contiguous with rows a multiple of ", kGradientRows, " and columns of ",
+                    kWidthMultiple, ", got ", main_grad.sizes(), " with strides ", main_grad.strides());
+  const Tensor grad_output = grad_output_in.contiguous(), input = input_in.contiguous();
+  const int64_t tokens = input.size(0), width = input.size(1), rows = grad_output.size(1), pairs = (tokens + 1) / 2;
+  const Tensor input_pairs = at::empty({pairs, width}, input.options().dtype(at::kInt));
+  uint32_t* pair_data = static_cast<uint32_t*>(input_pairs.mutable_data_ptr());
+  at::parallel_for(0, pairs, kRowsATask, [&](int64_t begin, int64_t end) {
+    interleave_token_pairs(bits(input), tokens, width, begin, end, pair_data);
+  });
+  float* gradient = main_grad.mutable_data_ptr<float>();
+  // Tokens whose inputs stay in the second-level cache while all rows pass, and rows that are transposed together, since
+  // a few bytes of every token's gradient are slow to fetch.
+  constexpr int64_t kTokens = 1024, kRows = 4 * kGradientRows;
+  at::parallel_for(0, rows / kGradientRows, 1, [&](int64_t first_panel, int64_t last_panel) {
+    const auto scratch = aligned_memory<uint16_t>(kRows * kTokens);
+    const TileScope tiles;
+    const int64_t end = last_panel * kGradientRows;
+    for (int64_t t = 0; t < tokens; t += kTokens) {
+      for (int64_t row = first_panel * kGradientRows; row < end; row += kRows) {
+        add_weight_gradient_rows(bits(grad_output) + row, pair_data, tokens, rows, width, t,
+                                 std::min(tokens, t + kTokens), std::min(kRows, end - row), gradient + row * width,
+                                 scratch.get());
+      }
+    }
+  });
+}
+
+Tensor rotate(const Tensor& x_in, const Tensor& cosines_in, const Tensor& sines_in, bool back) {
+  check_bf16(x_in, "x");
+  const int64_t dim = x_in.dim() == 3 ? x_in.size(2) : 0;
+  TORCH_CHECK_VALUE(dim > 0 && dim % (2 * kWidthMultiple) == 0, "x must be [S, H, D] with D a multiple of ",
+                    2 * kWidthMultiple, ", got ", x_in.sizes());
+  for (const Tensor& table : {cosines_in, sines_in}) {
+    TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, "cosines and sines must be float32, got ", table.scalar_type());
+    TORCH_CHECK_VALUE(table.dim() == 2 && table.size(0) == x_in.size(0) && table.size(1) == dim / 2,
+                      "cosines and sines must be [", x_in.size(0), ", ", dim / 2, "], got ", table.sizes());
+  }
+  const Tensor x = x_in.stride(2) == 1 ? x_in : x_in.contiguous();
+  const Tensor cosines = cosines_in.contiguous(), sines = sines_in.contiguous();
+  Tensor out = at::empty(x.sizes(), x.options());
+  const int64_t heads = x.size(1);
+  uint16_t* out_data = mutable_bits(out);
+  for_each_task(x.size(0), [&](int64_t, int64_t begin, int64_t count) {
+    rotate_heads(bits(x) + begin * x.stride(0), x.stride(0), x.stride(1),
+                 cosines.const_data_ptr<float>() + begin * dim / 2, sines.const_data_ptr<float>() + begin * dim / 2,
+                 back ? -1.0f : 1.0f, count, heads, dim, out_data + begin * heads * dim);
   });
   return out;
 }
@@ -156,6 +220,8 @@ TORCH_LIBRARY_FRAGMENT(megatron_sip, library) {
   library.def("swiglu(Tensor gate_up) -> Tensor");
   library.def("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor");
   library.def("float_product(Tensor hidden, Tensor weight) -> Tensor");
+  library.def("add_weight_gradient_(Tensor(a!) main_grad, Tensor grad_output, Tensor input) -> ()");
+  library.def("rotate(Tensor x, Tensor cosines, Tensor sines, bool back) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(megatron_sip, CPU, library) {
@@ -164,6 +230,8 @@ TORCH_LIBRARY_IMPL(megatron_sip, CPU, library) {
   library.impl("swiglu", &swiglu);
   library.impl("swiglu_backward", &swiglu_backward);
   library.impl("float_product", &float_product);
+  library.impl("add_weight_gradient_", &add_weight_gradient_);
+  library.impl("rotate", &rotate);
 }
 
 }  // namespace megatron_sip

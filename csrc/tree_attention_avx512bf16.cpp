@@ -7,9 +7,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
+#include "bf16_products.h"
 #include "instruction_set.h"
 
 // GCC 12 and 13 take the intrinsics' own "undefined" operands for uninitialised variables (GCC bug 105593).
@@ -27,46 +27,27 @@ namespace {
 
 constexpr int64_t kVectors = kAttentionBlock / kLanes;
 
-template <int VECTORS>
-void multiply_columns(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                      int64_t rows, int64_t pairs, bool accumulate) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    multiply_tile<4, VECTORS>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, pairs, accumulate);
+// 16 lines of 16 pairs of the block's rows from pair p on, zeros beyond the block and beyond `dim`.
+inline void load_pairs(const QueryBlock& block, HeadRows<const uint16_t> rows, int64_t dim, int64_t q, int64_t p,
+                       __m512i (&lines)[kLanes]) {
+  const __mmask16 there = static_cast<__mmask16>((1u << std::min(kLanes, dim / 2 - p)) - 1);
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const __mmask16 mask = q + i < block.count ? there : 0;
+    const int64_t token = block.begin + std::min(q + i, block.count - 1);
+    lines[i] = _mm512_maskz_loadu_epi32(mask, rows.data + token * rows.stride + 2 * p);
   }
-  for (; r < rows; ++r) {
-    multiply_tile<1, VECTORS>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, pairs, accumulate);
-  }
-}
-
-// c [rows, columns] (+)= a [rows, 2 * pairs] b; columns a multiple of 16.
-void multiply(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
-              int64_t columns, int64_t pairs, bool accumulate) {
-  for (int64_t n = 0; n < columns; n += kAttentionBlock) {
-    switch (std::min<int64_t>((columns - n) / kLanes, kVectors)) {
-      case 4: multiply_columns<4>(a, lda, b + n, ldb, c + n, ldc, rows, pairs, accumulate); break;
-      case 3: multiply_columns<3>(a, lda, b + n, ldb, c + n, ldc, rows, pairs, accumulate); break;
-      case 2: multiply_columns<2>(a, lda, b + n, ldb, c + n, ldc, rows, pairs, accumulate); break;
-      default: multiply_columns<1>(a, lda, b + n, ldb, c + n, ldc, rows, pairs, accumulate);
-    }
-  }
-}
-
-// Two rows of 16 floats as bfloat16, element by element interleaved.
-inline __m512i interleave_bf16(__m512 even, __m512 odd) {
-  const __m512i joined = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
-  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), joined);
 }
 
 // The block's rows with columns interleaved in pairs, [dim / 2, 64]: the transposed matrix as a right operand.
 void pair_columns(const QueryBlock& block, HeadRows<const uint16_t> rows, int64_t dim, uint32_t* to) {
-  for (int64_t q = 0; q < kAttentionBlock; ++q) {
-    for (int64_t p = 0; p < dim / 2; ++p) {
-      uint32_t pair = 0;
-      if (q < block.count) std::memcpy(&pair, rows.data + (block.begin + q) * rows.stride + 2 * p, sizeof(pair));
-      to[p * kAttentionBlock + q] = pair;
+  __m512i lines[kLanes];
+  for (int64_t q = 0; q < kAttentionBlock; q += kLanes) {
+    for (int64_t p = 0; p < dim / 2; p += kLanes) {
+      load_pairs(block, rows, dim, q, p, lines);
+      transpose_lines(lines);
+      for (int64_t i = 0; i < std::min(kLanes, dim / 2 - p); ++i) {
+        _mm512_storeu_si512(to + (p + i) * kAttentionBlock + q, lines[i]);
+      }
     }
   }
 }
@@ -74,11 +55,10 @@ void pair_columns(const QueryBlock& block, HeadRows<const uint16_t> rows, int64_
 // The block's rows interleaved in pairs, [32, dim]: the matrix itself as a right operand.
 void pair_rows(const QueryBlock& block, HeadRows<const uint16_t> rows, int64_t dim, uint32_t* to) {
   for (int64_t q = 0; q < kAttentionBlock; q += 2) {
-    for (int64_t d = 0; d < dim; ++d) {
-      const uint16_t* even = rows.data + (block.begin + q) * rows.stride + d;
-      const uint32_t low = q < block.count ? even[0] : 0;
-      const uint32_t high = q + 1 < block.count ? even[rows.stride] : 0;
-      to[q / 2 * dim + d] = low | (high << 16);
+    const uint16_t* even = rows.data + (block.begin + q) * rows.stride;
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      _mm512_storeu_si512(to + q / 2 * dim + d, interleave_rows(even + d, q < block.count, even + rows.stride + d,
+                                                                q + 1 < block.count));
     }
   }
 }
@@ -107,37 +87,44 @@ int64_t round_up_even(int64_t n) { return n + (n & 1); }
 
 // Writes factor times the columns of `from`, float32 [dim, 64], to the block's tokens.
 void store_columns(const QueryBlock& block, const float* from, int64_t dim, float factor, HeadRows<uint16_t> to) {
-  alignas(64) float line[kLanes];
-  for (int64_t q = 0; q < block.count; ++q) {
+  __m512i lines[kLanes];
+  for (int64_t q = 0; q < block.count; q += kLanes) {
     for (int64_t d = 0; d < dim; d += kLanes) {
-      for (int64_t i = 0; i < kLanes; ++i) line[i] = from[(d + i) * kAttentionBlock + q];
-      const __m512 values = _mm512_mul_ps(_mm512_load_ps(line), _mm512_set1_ps(factor));
-      store_bf16(to.data + (block.begin + q) * to.stride + d, values);
+      for (int64_t i = 0; i < kLanes; ++i) lines[i] = _mm512_loadu_si512(from + (d + i) * kAttentionBlock + q);
+      transpose_lines(lines);
+      for (int64_t i = 0; i < std::min(kLanes, block.count - q); ++i) {
+        const __m512 values = _mm512_mul_ps(_mm512_castsi512_ps(lines[i]), _mm512_set1_ps(factor));
+        store_bf16(to.data + (block.begin + q + i) * to.stride + d, values);
+      }
     }
   }
 }
 
-// Transposed scores of one key block in base 2, hidden ones -inf; raises `largest` to the columns' maxima.
-void scale_and_mask(float* scores, int64_t count, bool own, __m512 factor, __m512* largest) {
+// Raises `largest` to the maxima of the columns of one key block's transposed scores; makes hidden scores -inf.
+void mask_and_find_largest(float* scores, int64_t count, bool own, __m512* largest) {
   const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  const bool all_visible = !own && count % 2 == 0;
   for (int64_t row = 0; row < round_up_even(count); ++row) {
     for (int64_t v = 0; v < kVectors; ++v) {
       float* at = scores + row * kAttentionBlock + v * kLanes;
-      const __mmask16 visible = visible_lanes(row, count, own, v);
-      const __m512 score = _mm512_mask_mul_ps(hidden, visible, _mm512_loadu_ps(at), factor);
-      _mm512_storeu_ps(at, score);
+      __m512 score = _mm512_loadu_ps(at);
+      if (!all_visible) {
+        score = _mm512_mask_mov_ps(hidden, visible_lanes(row, count, own, v), score);
+        _mm512_storeu_ps(at, score);
+      }
       largest[v] = _mm512_max_ps(largest[v], score);
     }
   }
 }
 
-// Softmax weights relative to `largest`, row pairs interleaved; adds their float32 values to `sums`.
-void exponentiate(const float* scores, int64_t count, const __m512* largest, __m512* sums, uint32_t* weights) {
+// Softmax weights 2^(factor * score - largest), row pairs interleaved; adds their float32 values to `sums`.
+void exponentiate(const float* scores, int64_t count, __m512 factor, const __m512* largest, __m512* sums,
+                  uint32_t* weights) {
   for (int64_t row = 0; row < count; row += 2) {
     for (int64_t v = 0; v < kVectors; ++v) {
       const float* at = scores + row * kAttentionBlock + v * kLanes;
-      const __m512 even = exp2_lanes(_mm512_sub_ps(_mm512_loadu_ps(at), largest[v]));
-      const __m512 odd = exp2_lanes(_mm512_sub_ps(_mm512_loadu_ps(at + kAttentionBlock), largest[v]));
+      const __m512 even = exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(at), factor, largest[v]));
+      const __m512 odd = exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(at + kAttentionBlock), factor, largest[v]));
       sums[v] = _mm512_add_ps(sums[v], _mm512_add_ps(even, odd));
       _mm512_storeu_si512(weights + row / 2 * kAttentionBlock + v * kLanes, interleave_bf16(even, odd));
     }
@@ -154,9 +141,12 @@ void prepare_queries(const QueryBlock& block, int64_t dim, HeadRows<const uint16
     if (q >= block.count) continue;
     const int64_t token = block.begin + q;
     normalisers[q] = lse.data[token * lse.stride] * kLog2E;
-    for (int64_t d = 0; d < dim; ++d) {
-      deltas[q] += to_float(out.data[token * out.stride + d]) * to_float(grad_out.data[token * grad_out.stride + d]);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      sum = _mm512_fmadd_ps(load_bf16(out.data + token * out.stride + d),
+                            load_bf16(grad_out.data + token * grad_out.stride + d), sum);
     }
+    deltas[q] = _mm512_reduce_add_ps(sum);
   }
 }
 
@@ -191,11 +181,7 @@ void score_gradients(const float* scores, const float* weight_grads, int64_t cou
 
 }  // namespace
 
-bool tree_attention_kernels_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
-}
+bool tree_attention_kernels_supported() { return bf16_products_supported(); }
 
 // Forward scratch: queries in column pairs [dim / 2, 64], weights [32, 64], output [dim, 64], scores [keys, 64].
 int64_t forward_scratch_size(int64_t keys, int64_t dim) {
@@ -218,15 +204,17 @@ void attention_forward_block(const QueryBlock& block, const PreparedKeys& keys, 
   }
   float* part = scores;
   for_each_key_block(block, [&](int64_t first, int64_t count, bool own) {
-    multiply(keys.keys + first * dim, dim, queries, kAttentionBlock, part, kAttentionBlock, count, kAttentionBlock,
+    multiply({keys.keys + first * dim, dim}, {queries, kAttentionBlock}, part, kAttentionBlock, count, kAttentionBlock,
              dim / 2, false);
-    scale_and_mask(part, count, own, _mm512_set1_ps(scale * kLog2E), largest);
+    mask_and_find_largest(part, count, own, largest);
     part += block_size;
   });
+  const __m512 factor = _mm512_set1_ps(scale * kLog2E);
+  for (__m512& score : largest) score = _mm512_mul_ps(score, factor);
   part = scores;
   for_each_key_block(block, [&](int64_t first, int64_t count, bool) {
-    exponentiate(part, count, largest, sums, weights);
-    multiply(keys.values_transposed + first, keys.rows, weights, kAttentionBlock, output, kAttentionBlock, dim,
+    exponentiate(part, count, factor, largest, sums, weights);
+    multiply({keys.values_transposed + first, keys.rows}, {weights, kAttentionBlock}, output, kAttentionBlock, dim,
              kAttentionBlock, round_up_even(count) / 2, part != scores);
     part += block_size;
   });
@@ -279,16 +267,17 @@ void attention_backward_block(const QueryBlock& block, const PreparedKeys& keys,
   const int64_t query_pairs = round_up_even(block.count) / 2;
   bool accumulate = false;
   for_each_key_block(block, [&](int64_t first, int64_t count, bool own) {
-    multiply(keys.keys + first * dim, dim, query_columns, kAttentionBlock, scores, kAttentionBlock, count,
+    multiply({keys.keys + first * dim, dim}, {query_columns, kAttentionBlock}, scores, kAttentionBlock, count,
              kAttentionBlock, dim / 2, false);
-    multiply(keys.values + first * dim, dim, grad_columns, kAttentionBlock, weight_grads, kAttentionBlock, count,
+    multiply({keys.values + first * dim, dim}, {grad_columns, kAttentionBlock}, weight_grads, kAttentionBlock, count,
              kAttentionBlock, dim / 2, false);
     score_gradients(scores, weight_grads, count, own, _mm512_set1_ps(scale * kLog2E), normalisers, deltas,
                     {weights, score_grads, score_grad_pairs});
-    multiply(weights, kAttentionBlock, grad_rows, dim, grad_value + first * dim, dim, count, dim, query_pairs, true);
-    multiply(score_grads, kAttentionBlock, query_rows, dim, grad_key + first * dim, dim, count, dim, query_pairs, true);
-    multiply(keys.keys_transposed + first, keys.rows, score_grad_pairs, kAttentionBlock, query_grads, kAttentionBlock,
-             dim, kAttentionBlock, round_up_even(count) / 2, accumulate);
+    multiply({weights, kAttentionBlock}, {grad_rows, dim}, grad_value + first * dim, dim, count, dim, query_pairs, true);
+    multiply({score_grads, kAttentionBlock}, {query_rows, dim}, grad_key + first * dim, dim, count, dim, query_pairs,
+             true);
+    multiply({keys.keys_transposed + first, keys.rows}, {score_grad_pairs, kAttentionBlock}, query_grads,
+             kAttentionBlock, dim, kAttentionBlock, round_up_even(count) / 2, accumulate);
     accumulate = true;
   });
   store_columns(block, query_grads, dim, scale, grad_query);

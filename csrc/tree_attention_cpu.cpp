@@ -1,16 +1,17 @@
 // Operators over whole packed rows on top of the block kernels: which queries see which keys, laid-out keys, threads.
 //
-// The work is split over (head, group): a group's blocks of one head add to the same key gradients, in a fixed order,
-// so results do not depend on the number of threads.
+// Forward is split over (head, block). Backward is split over (head, group): a group's blocks of one head add to the same
+// key gradients, in a fixed order. So results do not depend on the number of threads.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "aligned_memory.h"
+#include "bf16_products.h"
 #include "tree_attention_kernels.h"
 
 namespace megatron_sip {
@@ -56,7 +57,8 @@ HeadRows<T> head_rows(Pointer* data, const Tensor& tensor, int64_t head) {
   return {data + head * tensor.stride(1), tensor.stride(0)};
 }
 
-void check(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& layout) {
+void check(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& layout,
+           double scale) {
   TORCH_CHECK_VALUE(query.dim() == 3 && key.dim() == 3 && value.sizes() == key.sizes() &&
                         key.size(0) == query.size(0) && key.size(2) == query.size(2) && key.size(1) > 0 &&
                         query.size(1) % key.size(1) == 0,
@@ -67,35 +69,41 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, const Te
                        value.scalar_type() == at::kBFloat16,
                    "query, key and value must be bfloat16");
   TORCH_CHECK_VALUE(layout.dim() == 2 && layout.size(1) == 4, "layout must be [B, 4], got ", layout.sizes());
+  TORCH_CHECK_VALUE(scale > 0, "scale must be positive, got ", scale);
   TORCH_CHECK(tree_attention_kernels_supported(), "this processor has no AVX-512 bfloat16 instructions");
 }
 
-// [S, G, D] -> [G, S + 1, D]: a product may read one token past the last, with weight zero.
-Tensor by_head(const Tensor& tensor) { return at::constant_pad_nd(tensor.transpose(0, 1), {0, 0, 0, 1}).contiguous(); }
+// A product may read one token past the last, with weight zero; lines of transposed keys begin at cache lines.
+int64_t padded_length(int64_t length) { return length / 32 * 32 + 32; }
+
+// [S, G, D] -> [G, padded length, D]
+Tensor by_head(const Tensor& tensor) {
+  const int64_t length = tensor.size(0);
+  return at::constant_pad_nd(tensor.transpose(0, 1), {0, 0, 0, padded_length(length) - length}).contiguous();
+}
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query_in, const Tensor& key, const Tensor& value, const Tensor& layout,
                                    double scale) {
-  check(query_in, key, value, layout);
+  check(query_in, key, value, layout, scale);
   const Tensor query = query_in.contiguous();
   const int64_t length = query.size(0), heads = query.size(1), dim = query.size(2), shared = heads / key.size(1);
-  const std::vector<Group> groups = query_blocks(layout, length);
+  std::vector<QueryBlock> blocks;
+  for (const Group& group : query_blocks(layout, length)) blocks.insert(blocks.end(), group.begin(), group.end());
   const Tensor keys = by_head(key), values = by_head(value).transpose(1, 2).contiguous();
   Tensor out = at::zeros_like(query);
   Tensor lse = at::zeros({length, heads}, query.options().dtype(at::kFloat));
   float* lse_data = lse.mutable_data_ptr<float>();
   uint16_t* out_data = mutable_bits(out);
-  const int64_t tasks = heads * static_cast<int64_t>(groups.size());
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(forward_scratch_size(length, dim));
+  const int64_t padded = padded_length(length), block_count = static_cast<int64_t>(blocks.size());
+  at::parallel_for(0, heads * block_count, 1, [&](int64_t begin, int64_t end) {
+    const auto scratch = aligned_memory<float>(forward_scratch_size(length, dim));
+    const TileScope tiles;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task % heads, kv = head / shared;
-      const PreparedKeys prepared = {bits(keys) + kv * (length + 1) * dim, nullptr, nullptr,
-                                     bits(values) + kv * (length + 1) * dim, length + 1, dim};
-      for (const QueryBlock& block : groups[task / heads]) {
-        attention_forward_block(block, prepared, head_rows<const uint16_t>(bits(query), query, head), scale,
-                                head_rows<uint16_t>(out_data, out, head), head_rows<float>(lse_data, lse, head),
-                                scratch.data());
-      }
+      const int64_t head = task / block_count, offset = head / shared * padded * dim;
+      const PreparedKeys prepared = {bits(keys) + offset, nullptr, nullptr, bits(values) + offset, padded, dim};
+      attention_forward_block(blocks[task % block_count], prepared, head_rows<const uint16_t>(bits(query), query, head),
+                              scale, head_rows<uint16_t>(out_data, out, head), head_rows<float>(lse_data, lse, head),
+                              scratch.get());
     }
   });
   return {out, lse};
@@ -104,7 +112,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query_in, const Tensor& key, co
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor& query_in, const Tensor& key,
                                             const Tensor& value, const Tensor& out, const Tensor& lse,
                                             const Tensor& layout, double scale) {
-  check(query_in, key, value, layout);
+  check(query_in, key, value, layout, scale);
   const Tensor query = query_in.contiguous(), grad_out = grad_in.contiguous();
   const int64_t length = query.size(0), heads = query.size(1), dim = query.size(2), shared = heads / key.size(1);
   const std::vector<Group> groups = query_blocks(layout, length);
@@ -115,13 +123,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
   float *grad_key_data = grad_key.mutable_data_ptr<float>(), *grad_value_data = grad_value.mutable_data_ptr<float>();
   const float* lse_data = lse.const_data_ptr<float>();
   uint16_t* grad_query_data = mutable_bits(grad_query);
-  const int64_t tasks = heads * static_cast<int64_t>(groups.size());
+  const int64_t tasks = heads * static_cast<int64_t>(groups.size()), padded = padded_length(length);
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(backward_scratch_size(dim));
+    const auto scratch = aligned_memory<float>(backward_scratch_size(dim));
+    const TileScope tiles;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task % heads, kv = head / shared, offset = kv * (length + 1) * dim;
+      const int64_t head = task % heads, kv = head / shared, offset = kv * padded * dim;
       const PreparedKeys prepared = {bits(keys) + offset, bits(values) + offset, bits(transposed) + offset, nullptr,
-                                     length + 1, dim};
+                                     padded, dim};
       for (const QueryBlock& block : groups[task / heads]) {
         attention_backward_block(block, prepared, head_rows<const uint16_t>(bits(query), query, head),
                                  head_rows<const uint16_t>(bits(out), out, head),
@@ -129,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
                                  head_rows<const uint16_t>(bits(grad_out), grad_out, head), scale,
                                  head_rows<uint16_t>(grad_query_data, grad_query, head),
                                  grad_key_data + head * length * dim, grad_value_data + head * length * dim,
-                                 scratch.data());
+                                 scratch.get());
       }
     }
   });

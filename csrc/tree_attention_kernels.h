@@ -26,7 +26,7 @@ struct QueryBlock {
   int range_count;
 };
 
-// Key and value heads laid out for the kernels. `rows` is the row length plus at least a block of zeros.
+// Key and value heads laid out for the kernels. `rows` is the row length plus at least one token of zeros.
 struct PreparedKeys {
   const uint16_t* keys;             // [rows, dim]
   const uint16_t* values;           // [rows, dim]
@@ -49,6 +49,8 @@ bool tree_attention_kernels_supported();
 int64_t forward_scratch_size(int64_t keys, int64_t dim);
 int64_t backward_scratch_size(int64_t dim);
 
+// Both need the thread's TileScope, and a positive `scale`. `scratch` begins at a cache line.
+//
 // Writes out and lse (natural log of the sum of exp(scale * score)) of the block's queries.
 void attention_forward_block(const QueryBlock& block, const PreparedKeys& keys, HeadRows<const uint16_t> query,
                              float scale, HeadRows<uint16_t> out, HeadRows<float> lse, float* scratch);

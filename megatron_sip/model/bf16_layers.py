@@ -1,8 +1,9 @@
 """Compiled bfloat16 kernels for what a layer does between its matrix products, on CPU (csrc/bf16_layers_*.cpp).
 
-torch takes RMSNorm and SwiGLU apart into passes over memory that cost as much as the products. These kernels take one pass
-each, keep float32 inside, and save no intermediate result for backward but one number a row. They need a processor with
-AVX-512 BF16; everywhere else the callers take torch's way.
+torch takes RMSNorm, SwiGLU and rotation apart into passes over memory that cost as much as the products. These kernels take
+one pass each, keep float32 inside, and save no intermediate result for backward but one number a row. Products that must
+end in float32 go through tile registers (AMX) where the processor has them. All need a processor with AVX-512 BF16;
+everywhere else the callers take torch's way.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 WIDTH_MULTIPLE = 16
+HEAD_MULTIPLE = 32
+"""Of a head that is rotated, and of the rows of a weight whose gradient is added up."""
 
 
 def _kernels_usable() -> bool:
@@ -56,6 +59,40 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def float_product(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden [T, H] times weight [V, H] transposed, bfloat16 in, float32 [T, V] out; not differentiable by itself."""
     return torch.ops.megatron_sip.float_product(hidden, weight)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary embedding, rounded once: (first half, second half) to (first cos - second sin, second cos + first sin).
+
+    x [S, H, D] bfloat16, angles [S, D / 2] float32 -> [S, H, D]. Needs D a multiple of `HEAD_MULTIPLE`.
+    """
+    return _Rotate.apply(x, angles.cos(), angles.sin())
+
+
+def add_weight_gradient(main_grad: Tensor, grad_output: Tensor, hidden: Tensor) -> None:
+    """main_grad [N, K] += grad_output [T, N] transposed times hidden [T, K]; from bfloat16 not rounded on the way."""
+    rows, columns = main_grad.shape
+    if (
+        bf16_kernels_apply(hidden, columns)
+        and grad_output.dtype == torch.bfloat16
+        and main_grad.dtype == torch.float32
+        and rows % HEAD_MULTIPLE == 0
+    ):
+        torch.ops.megatron_sip.add_weight_gradient_(main_grad, grad_output, hidden)
+    else:
+        main_grad.add_(grad_output.t() @ hidden)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        return torch.ops.megatron_sip.rotate(x, cosines, sines, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return torch.ops.megatron_sip.rotate(grad, *ctx.saved_tensors, True), None, None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -105,3 +142,11 @@ if KERNELS_USABLE:
     @torch.library.register_fake("megatron_sip::float_product")
     def _fake_float_product(hidden: Tensor, weight: Tensor) -> Tensor:
         return hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)
+
+    @torch.library.register_fake("megatron_sip::rotate")
+    def _fake_rotate(x: Tensor, cosines: Tensor, sines: Tensor, back: bool) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("megatron_sip::add_weight_gradient_")
+    def _fake_add_weight_gradient(main_grad: Tensor, grad_output: Tensor, hidden: Tensor) -> None:
+        return None

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_sip.model.bf16_layers import bf16_kernels_apply, float_product
+from megatron_sip.model.bf16_layers import add_weight_gradient, bf16_kernels_apply, float_product
 
 
 def float_logits(hidden: Tensor, weight: Tensor, tp_group: dist.ProcessGroup | None = None) -> Tensor:
@@ -34,6 +34,18 @@ def project(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.to(wide) @ weight.to(wide).T
 
 
+def weight_gradient(weight: Tensor, grad: Tensor, hidden: Tensor) -> Tensor | None:
+    """grad [T, V/tp] transposed times hidden [T, H], or None where it was added to the float32 `main_grad` of a tied weight.
+
+    Megatron hangs `main_grad` on the weights it trains, and `zero_out_wgrad` on one that the embedding shares: the
+    embedding's gradient then arrives by autograd and tells Megatron that the weight's is complete.
+    """
+    if getattr(weight, "zero_out_wgrad", False) and weight.device.type == "cpu" and hasattr(weight, "main_grad"):
+        add_weight_gradient(weight.main_grad, grad, hidden)
+        return None
+    return grad.T @ hidden
+
+
 class _FloatLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
@@ -46,7 +58,7 @@ class _FloatLogits(torch.autograd.Function):
     def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight = ctx.saved_tensors
         grad = grad_logits.to(hidden.dtype)
-        grad_weight = grad.T @ hidden if ctx.needs_input_grad[1] else None
+        grad_weight = weight_gradient(weight, grad, hidden) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, None
         grad_hidden = grad @ weight

@@ -8,7 +8,7 @@ a CPU meaning here, once per process, before Megatron initialises:
     args = parse_and_validate_args(args_defaults=...)   # with cpu_default_arguments() put before the user's flags
     initialize_megatron(allow_no_cuda=True, store=rendezvous_store())
 
-This file and `sglang_cpu.py` are the only places of the project that replace anything in a library.
+This folder is the only place of the project that replace anything in a library.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import torch
 import torch.distributed
 from torch.distributed import HashStore
 from torch.overrides import TorchFunctionMode
+
+from megatron_sip.platform.fused_kernels_cpu import offer_fused_kernels
 
 CPU = torch.device("cpu")
 
@@ -47,15 +49,9 @@ def arguments_for(*, cuda: bool, transformer_engine: bool, apex: bool) -> list[s
     if cuda and transformer_engine:
         # Megatron's own output layer, which is there with Transformer Engine too, fuses with Apex's kernel only.
         return [] if apex else ["--no-gradient-accumulation-fusion"]
-    local_layers = [
-        *("--transformer-impl", "local"),
-        "--no-gradient-accumulation-fusion",
-        "--no-masked-softmax-fusion",
-        "--no-persist-layer-norm",
-        "--no-rope-fusion",
-    ]
+    local_layers = ["--transformer-impl", "local", "--no-masked-softmax-fusion", "--no-persist-layer-norm"]
     if cuda:
-        return local_layers
+        return [*local_layers, "--no-gradient-accumulation-fusion", "--no-rope-fusion"]
     return [
         *local_layers,
         *("--distributed-backend", "gloo"),
@@ -87,6 +83,7 @@ def enable_cpu() -> None:
     _hide_cuda_packages()
     _replace_cuda_runtime()
     _replace_random_state()
+    offer_fused_kernels()
     _CudaNamesMeanCpu().__enter__()  # for the life of the process
 
 

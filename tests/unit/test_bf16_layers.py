@@ -37,6 +37,16 @@ def torch_swiglu(gate_up: Tensor) -> Tensor:
     return silu(gate) * up
 
 
+def torch_rotate(x: Tensor, angles: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    angles = torch.cat([angles, angles], -1)[:, None]
+    return x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
+
+
+def add_gradient(main_grad: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    torch.ops.megatron_sip.add_weight_gradient_(main_grad, grad, hidden)
+
+
 def run(function: Function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     output = function(*leaves)
@@ -91,18 +101,45 @@ if bf16_layers.KERNELS_USABLE:
         assert bf16_layers.swiglu(torch.full((32,), float("nan")).bfloat16()).isnan().all()
 
     @settings(max_examples=25, deadline=None)
-    @given(rows=st.integers(0, 30), columns=st.integers(1, 200), depth=st.integers(1, 60))
+    @given(rows=st.integers(0, 50), columns=st.integers(1, 600), depth=st.integers(1, 60))
     def test_float_product(rows: int, columns: int, depth: int) -> None:
         hidden, weight = random(rows, 2 * depth), random(columns, 2 * depth, seed=1)
         product = bf16_layers.float_product(hidden, weight)
         assert product.dtype == torch.float32
         torch.testing.assert_close(product.double(), hidden.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
 
+    @settings(max_examples=25, deadline=None)
+    @given(
+        tokens=st.sampled_from([0, 1, 2, 31, 33, 100, 1023, 1025, 1100]),
+        panels=st.integers(1, 6),
+        width=st.integers(1, 5),
+    )
+    def test_weight_gradients_are_added_up_in_float32(tokens: int, panels: int, width: int) -> None:
+        grad, hidden = random(tokens, 32 * panels), random(tokens, 16 * width, seed=1)
+        main_grad = random(32 * panels, 16 * width, seed=2, dtype=torch.float32)
+        expected = main_grad.double() + grad.double().T @ hidden.double()
+        bf16_layers.add_weight_gradient(main_grad, grad, hidden)
+        assert (main_grad - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+    @settings(max_examples=25, deadline=None)
+    @given(tokens=st.integers(0, 130), heads=st.integers(1, 4), dim=st.sampled_from([32, 64, 96, 128]))
+    def test_rotate(tokens: int, heads: int, dim: int) -> None:
+        angles = 100 * random(tokens, dim // 2, seed=1, dtype=torch.float32)
+        x, grad = random(tokens, heads, dim), random(tokens, heads, dim, seed=2)
+        results = run(lambda t: bf16_layers.rotate(t, angles), [x], grad)
+        exact = run(lambda t: torch_rotate(t, angles.double()), [x.double()], grad)
+        for own, right in zip(results, exact, strict=True):
+            assert own.dtype == torch.bfloat16
+            assert error(own, right) <= HALF_ULP
+
     def test_views_are_read_through_their_strides() -> None:
         x, weight = random(20, 64)[:, ::2], random(32, seed=1)
         assert torch.equal(bf16_layers.rms_norm(x, weight, EPS), bf16_layers.rms_norm(x.contiguous(), weight, EPS))
         gate_up = random(64, 20).T
         assert torch.equal(bf16_layers.swiglu(gate_up), bf16_layers.swiglu(gate_up.contiguous()))
+        mixed, angles = random(20, 3, 192), random(20, 32, seed=1, dtype=torch.float32)
+        heads = mixed[:, :, 64:128]  # as Megatron splits keys from one projection
+        assert torch.equal(bf16_layers.rotate(heads, angles), bf16_layers.rotate(heads.contiguous(), angles))
 
     @pytest.mark.parametrize(
         ("call", "message"),
@@ -113,6 +150,11 @@ if bf16_layers.KERNELS_USABLE:
             (lambda: bf16_layers.rms_norm(random(4, 24), random(24), EPS), "multiple of 16"),
             (lambda: bf16_layers.rms_norm(random(4, 32).double(), random(32), EPS), "bfloat16 or float32"),
             (lambda: bf16_layers.float_product(random(4, 32), random(5, 16)), r"\[V, H\]"),
+            (lambda: bf16_layers.rotate(random(4, 2, 48), random(4, 24).float()), "D a multiple of 32"),
+            (lambda: bf16_layers.rotate(random(4, 2, 32), random(5, 16).float()), r"must be \[4, 16\]"),
+            (lambda: add_gradient(random(32, 16), random(4, 32), random(4, 16)), "main_grad must be float32"),
+            (lambda: add_gradient(random(48, 16).float(), random(4, 48), random(4, 16)), "rows a multiple of 32"),
+            (lambda: add_gradient(random(32, 16).float(), random(4, 32), random(5, 16)), r"input \[T, K\]"),
         ],
     )
     def test_what_does_not_fit_is_refused(call: Callable[[], object], message: str) -> None:
@@ -130,6 +172,8 @@ if bf16_layers.KERNELS_USABLE:
             (operators.swiglu, (gate_up,)),
             (operators.swiglu_backward, (random(5, 16), gate_up)),
             (operators.float_product, (x, random(7, 32))),
+            (operators.rotate, (random(5, 2, 64), x.float(), x.float(), False)),
+            (operators.add_weight_gradient_, (random(32, 16).float(), x, random(5, 16))),
         ):
             torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
 

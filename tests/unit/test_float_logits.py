@@ -46,3 +46,14 @@ def test_a_frozen_weight_gets_no_gradient() -> None:
     float_logits(hidden, weight.detach()).sum().backward()
     assert hidden.grad is not None
     assert weight.grad is None
+
+
+def test_the_gradient_of_a_tied_weight_goes_to_its_main_grad() -> None:
+    hidden, weight = inputs(torch.bfloat16)
+    direction = torch.randn(9, 131, generator=torch.Generator().manual_seed(1))
+    weight.zero_out_wgrad = True  # type: ignore[attr-defined]
+    weight.main_grad = torch.ones(131, 64)  # type: ignore[attr-defined]
+    float_logits(hidden, weight).backward(direction)
+    assert weight.grad is None
+    exact = 1 + direction.bfloat16().double().T @ hidden.detach().double()
+    assert (weight.main_grad - exact).norm() / exact.norm() < 5e-3  # type: ignore[attr-defined]
