@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pydoc_data.topics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_sip.samples import Example
@@ -25,10 +25,6 @@ class Problem:
     @property
     def name(self) -> str:
         return f"{self.objective} {self.examples} x ({self.prefix} + {self.branches} x {self.branch})"
-
-    def shortened(self) -> Problem:
-        """The same with an eighth of the tokens: warms up code and optimizer, not the heap."""
-        return replace(self, prefix=self.prefix // 8, branch=self.branch // 8)
 
     @property
     def needs_reference(self) -> bool:

@@ -39,17 +39,17 @@ class Measured:
     computed: dict[str, float]
 
 
-def measure_ours(model: Path, problem: Problem, packed: bool, warm_up: list[Problem], steps: int) -> Measured:
+def measure_ours(model: Path, problem: Problem, packed: bool, warm_up: int, steps: int) -> Measured:
     """The trainer of `megatron_sip.train` with Megatron's optimizer; unpacked, every branch has its prefix to itself."""
-    trainer, reference, pad_id = build_trainer(model, problem, len(warm_up) + steps)
+    trainer, reference, pad_id = build_trainer(model, problem, warm_up + steps)
     from megatron_sip.learning.metrics import flatten
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     resting = resident_gb()
     seconds, metrics = [], []
-    for step_problem in [*warm_up, *[problem] * steps]:
-        examples = make_examples(step_problem, tokenizer)
-        rows = None if packed else unpacked_rows(step_problem, examples, pad_id)
+    examples = make_examples(problem, tokenizer)
+    rows = None if packed else unpacked_rows(problem, examples, pad_id)
+    for _ in range(warm_up + steps):
         start = time.perf_counter()
         if rows is None:
             metrics.append(flatten(trainer.train_step(examples, reference)))
@@ -58,8 +58,8 @@ def measure_ours(model: Path, problem: Problem, packed: bool, warm_up: list[Prob
         seconds.append(time.perf_counter() - start)
     wanted = ("loss", "grad_norm", "chosen_logprob", "rejected_logprob")
     return Measured(
-        seconds=seconds[len(warm_up) :],
-        reference_seconds=[float(step["seconds/reference"]) for step in metrics[len(warm_up) :]],
+        seconds=seconds[warm_up:],
+        reference_seconds=[float(step["seconds/reference"]) for step in metrics[warm_up:]],
         resting_gb=resting,
         peak_gb=peak_memory_gb(),
         computed={name: float(metrics[-1][name]) for name in wanted if name in metrics[-1]},
@@ -143,12 +143,12 @@ def unpacked_rows(problem: Problem, examples: Sequence[Example], pad_id: int) ->
     return rows
 
 
-def measure_trl(model: Path, problem: Problem, warm_up: list[Problem], steps: int) -> Measured:
+def measure_trl(model: Path, problem: Problem, warm_up: int, steps: int) -> Measured:
     """TRL's DPOTrainer: its training loop, its reference model, torch's AdamW, all pairs in one batch."""
     from train_step_trl import StepClock, build_dpo_trainer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    batches = [make_examples(step_problem, tokenizer) for step_problem in [*warm_up, *[problem] * steps]]
+    batches = [make_examples(problem, tokenizer)] * (warm_up + steps)
     clock = StepClock(resident_gb)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_dpo_trainer(
@@ -160,7 +160,7 @@ def measure_trl(model: Path, problem: Problem, warm_up: list[Problem], steps: in
     names = {"loss": "loss", "grad_norm": "grad_norm"}
     names |= {"chosen_logprob": "logps/chosen", "rejected_logprob": "logps/rejected"}
     return Measured(
-        seconds=clock.seconds[len(warm_up) :],
+        seconds=clock.seconds[warm_up:],
         reference_seconds=[],
         resting_gb=clock.resting_gb,
         peak_gb=peak_memory_gb(),
@@ -172,22 +172,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant", choices=VARIANTS)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="HF folder, weights in bf16")
-    parser.add_argument("--steps", type=int, default=1, help="timed steps, after those that are not")
-    parser.add_argument(
-        "--warm-up",
-        choices=("full", "short"),
-        default="full",
-        help="the untimed steps: two like the others, or one on short examples",
-    )
+    parser.add_argument("--steps", type=int, default=1, help="timed steps")
+    parser.add_argument("--warm-up", type=int, default=2, help="untimed steps before")
     parser.add_argument("--result", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     objective, implementation = args.variant.split("_")
     problem = PROBLEMS[objective]
-    warm_up = [problem, problem] if args.warm_up == "full" else [problem.shortened()]
     if implementation == "trl":
-        measured = measure_trl(args.model, problem, warm_up, args.steps)
+        measured = measure_trl(args.model, problem, args.warm_up, args.steps)
     else:
-        measured = measure_ours(args.model, problem, implementation == "packed", warm_up, args.steps)
+        measured = measure_ours(args.model, problem, implementation == "packed", args.warm_up, args.steps)
     args.result.write_text(json.dumps(asdict(measured)))
 
 

@@ -10,6 +10,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "instruction_set.h"
@@ -146,7 +147,7 @@ void multiply_tiles(LeftOperand a, RightOperand b, float* c, int64_t ldc, int64_
   if constexpr (TWO_ROWS && TWO_COLUMNS) _tile_stored(3, c_across, c_stride);
 }
 
-// rows a multiple of 16, columns and pairs too. Row by row: a's stay in cache, and few pages of c are written at a time.
+// rows a multiple of 16, or fewer and the tiles so configured; columns and pairs multiples of 16. Row by row: a's stay in cache, and few pages of c are written at a time.
 void multiply_by_tiles(LeftOperand a, RightOperand b, float* c, int64_t ldc, int64_t rows, int64_t columns,
                        int64_t pairs, bool accumulate) {
   for (int64_t r = 0; r < rows; r += 2 * kTile) {
@@ -160,19 +161,27 @@ void multiply_by_tiles(LeftOperand a, RightOperand b, float* c, int64_t ldc, int
   }
 }
 
-// What LDTILECFG reads: palette 1, eight tiles of 16 rows of 64 bytes.
+// What LDTILECFG reads: palette 1, eight tiles of 64 bytes a row, of which b's have 16 rows and the others `rows`.
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1;
   uint8_t first_row = 0;
   uint8_t reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile};
+  uint8_t rows[16] = {};
 };
 
+constexpr std::array<TileConfiguration, kTile + 1> tile_configurations() {
+  std::array<TileConfiguration, kTile + 1> all;
+  for (int rows = 1; rows <= kTile; ++rows) {
+    for (int tile = 0; tile < 8; ++tile) all[rows].rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : kTile);
+  }
+  return all;
+}
+
 // GCC takes LDTILECFG to read eight bytes only: the object must not be one whose other bytes it can leave unwritten.
-void configure_tiles() {
-  static constexpr TileConfiguration configuration;
-  _tile_loadconfig(&configuration);
+void configure_tiles(int64_t rows) {
+  static constexpr std::array<TileConfiguration, kTile + 1> configurations = tile_configurations();
+  _tile_loadconfig(&configurations[rows]);
 }
 
 void release_tiles() { _tile_release(); }
@@ -181,16 +190,18 @@ void release_tiles() { _tile_release(); }
 
 void multiply(LeftOperand a, RightOperand b, float* c, int64_t ldc, int64_t rows, int64_t columns, int64_t pairs,
               bool accumulate) {
-  const int64_t tile_rows = tile_products() ? rows / kTile * kTile : 0, tile_pairs = pairs / kTile * kTile;
-  if (tile_rows > 0 && tile_pairs > 0) multiply_by_tiles(a, b, c, ldc, tile_rows, columns, tile_pairs, accumulate);
-  if (tile_rows > 0 && tile_pairs < pairs) {
+  const int64_t tile_pairs = tile_products() ? pairs / kTile * kTile : 0;
+  const int64_t whole_rows = rows / kTile * kTile, last_rows = rows - whole_rows;
+  if (tile_pairs > 0) multiply_by_tiles(a, b, c, ldc, whole_rows, columns, tile_pairs, accumulate);
+  if (tile_pairs > 0 && last_rows > 0) {
+    configure_tiles(last_rows);
+    multiply_by_tiles(from_row(a, whole_rows), b, c + whole_rows * ldc, ldc, last_rows, columns, tile_pairs, accumulate);
+    configure_tiles(kTile);
+  }
+  if (tile_pairs < pairs) {
     const LeftOperand rest_of_a = {a.data + tile_pairs / kTile * a.chunk, a.row, a.chunk};
     const RightOperand rest_of_b = {b.data + tile_pairs * b.line, b.line, b.chunk};
-    multiply_by_dots(rest_of_a, rest_of_b, c, ldc, tile_rows, columns, pairs - tile_pairs,
-                     accumulate || tile_pairs > 0);
-  }
-  if (tile_rows < rows) {
-    multiply_by_dots(from_row(a, tile_rows), b, c + tile_rows * ldc, ldc, rows - tile_rows, columns, pairs, accumulate);
+    multiply_by_dots(rest_of_a, rest_of_b, c, ldc, rows, columns, pairs - tile_pairs, accumulate || tile_pairs > 0);
   }
 }
 
@@ -201,7 +212,7 @@ MEGATRON_SIP_TARGET_END
 namespace megatron_sip {
 
 TileScope::TileScope() {
-  if (tile_products()) configure_tiles();
+  if (tile_products()) configure_tiles(kTile);
 }
 
 TileScope::~TileScope() {

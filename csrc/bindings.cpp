@@ -65,11 +65,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def(
       "row_softmax",
       [](const std::string& instruction_set, const std::string& dtype, uintptr_t row, int64_t length, double factor) {
-        const std::unique_ptr<Float[]> exponentials(new Float[length]);
-        std::vector<float> references(blocks_of(length));
         const RowStatistics result =
-            kernels_named(instruction_set, dtype)
-                .softmax(reinterpret_cast<void*>(row), length, factor, {exponentials.get(), references.data()}, nullptr);
+            kernels_named(instruction_set, dtype).softmax(reinterpret_cast<void*>(row), length, factor, nullptr);
         return std::make_tuple(result.reference, result.sum, result.weighted);
       },
       "Overwrites the row at an address with factor * softmax; returns its statistics.");

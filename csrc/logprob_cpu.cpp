@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -55,16 +54,6 @@ struct Rows {
 
 // Threads take whole rows; a task should be worth some tens of microseconds.
 int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(columns, 1)); }
-
-struct ThreadScratch {
-  std::unique_ptr<Float[]> exponentials;
-  std::vector<float> references;
-
-  ThreadScratch(int64_t columns, bool with_exponentials)
-      : exponentials(with_exponentials ? new Float[columns] : nullptr), references(blocks_of(columns)) {}
-
-  RowScratch view() { return {exponentials.get(), references.data()}; }
-};
 
 // The entries of each row: those of row r are `entries[begin[r]]` to `entries[begin[r + 1]]`, in their given order.
 struct EntriesByRow {
@@ -116,12 +105,10 @@ Statistics statistics_of(const Tensor& logits, const Tensor& logit_rows_any, con
   const RowKernels& kernels = best_kernels(logit_type(logits));
   const double factor = -softmax_scale(logits.scalar_type());
   at::parallel_for(0, rows.count, rows_per_task(shard.columns), [&](int64_t begin, int64_t end) {
-    ThreadScratch scratch(shard.columns, store_softmax && rows.item_bytes == 2);
     for (int64_t r = begin; r < end; ++r) {
-      const RowStatistics row =
-          store_softmax ? kernels.softmax(rows.row(r), shard.columns, factor, scratch.view(),
-                                          r + 1 < end ? rows.row(r + 1) : nullptr)
-                        : kernels.statistics(rows.row(r), shard.columns);
+      const void* next = r + 1 < end ? rows.row(r + 1) : nullptr;
+      const RowStatistics row = store_softmax ? kernels.softmax(rows.row(r), shard.columns, factor, next)
+                                              : kernels.statistics(rows.row(r), shard.columns);
       if (store_softmax) rows.clear(r, shard.columns);
       reference_out[r] = row.reference;
       sums_out[r] = row.sum;

@@ -1,12 +1,13 @@
 // The row kernels, written once over float vectors. Each row_*.cpp defines, in an anonymous namespace and after switching
 // its instruction set on, `Register` and `kRegisters` and then includes this file; hence no include guard.
 //
-// Register: static kWidth; load(const T*), store(T*, Register) for Float, BFloat16, Half; broadcast(float);
-// add, sub, mul, fma(a, b, c) = a * b + c, fms(a, b, c) = a * b - c; max(a, b) = b if either is NaN;
-// exponent_from_low_bits(a) = the float whose bits are those of a shifted left by 23; to_lanes(float*).
+// Register: static kWidth; broadcast(float); add, mul; fma(a, b, c) = a * b + c, rounded once; max(a, b) = b if either is
+// NaN; to_lanes(float*); fraction(a) = a - floor(a), finite for -inf; times_power(a, b) = a * 2^floor(b), which becomes 0
+// and infinite (no NaN) where float32 ends. For Float, BFloat16 and Half: load(const T*, Register& a, Register& b) and
+// store(T*, a, b) of 2 * kWidth logits; which of them lies in which lane is the type's own affair.
 
-// `kRegisters` registers that each step is applied to in turn. exp is one long chain of dependent steps: without several
-// chains side by side in program order the processor's scheduler fills up with waiting ones.
+// `kRegisters` registers (an even number) that each step is applied to in turn. exp is one long chain of dependent steps:
+// without several chains side by side in program order the processor's scheduler fills up with waiting ones.
 struct Vector {
   static constexpr int64_t kWidth = kRegisters * Register::kWidth;
   Register part[kRegisters];
@@ -21,15 +22,17 @@ struct Vector {
 
   template <typename T>
   static inline Vector load(const T* p) {
-    return each([=](int i) { return Register::load(p + i * Register::kWidth); });
+    Vector result;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRegisters; i += 2) {
+      Register::load(p + i * Register::kWidth, result.part[i], result.part[i + 1]);
+    }
+    return result;
   }
   template <typename T>
   static inline void store(T* p, const Vector& x) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kRegisters; ++i) Register::store(p + i * Register::kWidth, x.part[i]);
-  }
-  inline void to_lanes(float* p) const {
-    for (int i = 0; i < kRegisters; ++i) part[i].to_lanes(p + i * Register::kWidth);
+    for (int i = 0; i < kRegisters; i += 2) Register::store(p + i * Register::kWidth, x.part[i], x.part[i + 1]);
   }
   static inline Vector broadcast(float x) {
     return each([=](int) { return Register::broadcast(x); });
@@ -37,52 +40,88 @@ struct Vector {
   static inline Vector add(const Vector& a, const Vector& b) {
     return each([&](int i) { return Register::add(a.part[i], b.part[i]); });
   }
-  static inline Vector sub(const Vector& a, const Vector& b) {
-    return each([&](int i) { return Register::sub(a.part[i], b.part[i]); });
-  }
-  static inline Vector mul(const Vector& a, const Vector& b) {
-    return each([&](int i) { return Register::mul(a.part[i], b.part[i]); });
+  static inline Vector mul(const Vector& a, Register b) {
+    return each([&](int i) { return Register::mul(a.part[i], b); });
   }
   static inline Vector fma(const Vector& a, const Vector& b, const Vector& c) {
     return each([&](int i) { return Register::fma(a.part[i], b.part[i], c.part[i]); });
   }
-  static inline Vector fms(const Vector& a, const Vector& b, const Vector& c) {
-    return each([&](int i) { return Register::fms(a.part[i], b.part[i], c.part[i]); });
+  static inline Vector fma(const Vector& a, const Vector& b, Register c) {
+    return each([&](int i) { return Register::fma(a.part[i], b.part[i], c); });
+  }
+  static inline Vector fma(const Vector& a, Register b, Register c) {
+    return each([&](int i) { return Register::fma(a.part[i], b, c); });
   }
   static inline Vector max(const Vector& a, const Vector& b) {
     return each([&](int i) { return Register::max(a.part[i], b.part[i]); });
   }
-  static inline Vector exponent_from_low_bits(const Vector& a) {
-    return each([&](int i) { return Register::exponent_from_low_bits(a.part[i]); });
+  static inline Vector fraction(const Vector& a) {
+    return each([&](int i) { return Register::fraction(a.part[i]); });
+  }
+  static inline Vector times_power(const Vector& a, const Vector& b) {
+    return each([&](int i) { return Register::times_power(a.part[i], b.part[i]); });
   }
 };
 
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
-// The reference moves when a logit exceeds it by more than this: float32 then keeps x - reference exact to
-// 2.4e-7, and e^8 times the block is far from overflow.
-constexpr float kSlack = 8.0f;
-// The power 2^n of exp is put together in the exponent's bits: at -88 the bits are 0, so that exp is 0 there and below.
-constexpr float kLowestExponent = -88.0f;
-// 1.5 * 2^23 + 127: the nearest whole number n of what is added to it stands in the low bits, biased as an exponent is.
-constexpr float kRoundToBiased = 12583039.0f;
+constexpr float kLog2e = 1.44269504f;
+// Logits beyond this are equal or so far apart that exp is 0: any base will do, and with 1 their shift stays exact.
+constexpr double kFar = 1e9;
+// The reference moves when a block's sum reaches kMost and a logit exceeds the reference by more than kSlack: float32
+// keeps the shifted logits exact to 5e-7 until then.
+constexpr double kMost = 4096;
+constexpr double kSlack = 8;
+// 2^x is 0 here and below, and finite x keep its product with x from being NaN.
+constexpr float kLowest = -200.0f;
 
-inline Vector lower_bounded(const Vector& x) { return Vector::max(Vector::broadcast(kLowestExponent), x); }
+// 2^f on [0, 1), minimax in the relative error: 1.7e-7 at most in float32, with 2^0 = 1.
+constexpr float kPower[] = {1.0f, 6.931510568e-1f, 2.401658148e-1f, 5.580065399e-2f, 9.010603651e-3f, 1.871729386e-3f};
+// The same to 7.5e-5: a twentieth or less of what rounding to bfloat16 costs.
+constexpr float kRoughPower[] = {9.999251962e-1f, 6.958312392e-1f, 2.260741293e-1f, 7.801982760e-2f};
 
-// exp(x) for x from kLowestExponent to some tens, or NaN.
-inline Vector exponential(const Vector& x) {
-  const Vector log2e = Vector::broadcast(1.44269504f);
-  const Vector biased = Vector::fma(x, log2e, Vector::broadcast(kRoundToBiased));
-  const Vector whole = Vector::sub(biased, Vector::broadcast(kRoundToBiased));
-  const Vector fraction = Vector::fms(x, log2e, whole);
-  // 2^fraction on [-0.5, 0.5]: minimax in the relative error with 2^0 = 1, 1.6e-7 at most in float32.
-  Vector p = Vector::broadcast(1.326472731e-3f);
-  p = Vector::fma(p, fraction, Vector::broadcast(9.671512991e-3f));
-  p = Vector::fma(p, fraction, Vector::broadcast(5.550733581e-2f));
-  p = Vector::fma(p, fraction, Vector::broadcast(2.402224243e-1f));
-  p = Vector::fma(p, fraction, Vector::broadcast(6.931470037e-1f));
-  p = Vector::fma(p, fraction, Vector::broadcast(1.0f));
-  return Vector::mul(p, Vector::exponent_from_low_bits(biased));
+template <typename T>
+constexpr const auto& power_for() {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return kRoughPower;
+  } else {
+    return kPower;
+  }
 }
+
+// by * 2^x
+template <int kTerms>
+struct Power {
+  Register coefficient[kTerms];
+
+  explicit inline Power(const float (&polynomial)[kTerms], double by = 1.0) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kTerms; ++i) coefficient[i] = Register::broadcast(static_cast<float>(by * polynomial[i]));
+  }
+
+  inline Vector operator()(const Vector& x) const {
+    const Vector fraction = Vector::fraction(x);
+    Vector p = Vector::fma(fraction, coefficient[kTerms - 1], coefficient[kTerms - 2]);
+#pragma GCC unroll 8
+    for (int i = kTerms - 3; i >= 0; --i) p = Vector::fma(p, fraction, coefficient[i]);
+    return Vector::times_power(p, x);
+  }
+};
+
+// How far logits lie above an origin, as an exponent of two: logit * scale - offset, rounded once. To take one
+// instruction for any origin it moves that to offset / scale, by half a unit in the last place of float32 at most.
+struct Shift {
+  float scale = kLog2e;
+  float offset = 0;
+
+  Shift() = default;
+  explicit inline Shift(double origin)
+      : scale(std::abs(origin) < kFar ? kLog2e : 1.0f), offset(static_cast<float>(origin * scale)) {}
+
+  inline double origin() const { return static_cast<double>(offset) / scale; }
+  inline Vector operator()(const Vector& logits) const {
+    return Vector::fma(logits, Register::broadcast(scale), Register::broadcast(-offset));
+  }
+};
 
 template <typename T>
 inline Vector load_partial(const T* row, int64_t count) {
@@ -99,172 +138,171 @@ inline void store_partial(T* out, const Vector& values, int64_t count) {
   std::memcpy(static_cast<void*>(out), padded, count * sizeof(T));
 }
 
-// Both reduce by halves, which takes a few vector steps where a chain over the lanes would take hundreds of cycles.
+// Reduces by halves, which takes a few vector steps where a chain over the lanes would take hundreds of cycles.
 inline double sum_of_lanes(const Vector& v) {
-  float lanes[Vector::kWidth];
-  double totals[Vector::kWidth];
-  v.to_lanes(lanes);
-  for (int64_t i = 0; i < Vector::kWidth; ++i) totals[i] = lanes[i];
+  Register all = v.part[0];
+  for (int i = 1; i < kRegisters; ++i) all = Register::add(all, v.part[i]);
+  float lanes[Register::kWidth];
+  double totals[Register::kWidth];
+  all.to_lanes(lanes);
+  for (int64_t i = 0; i < Register::kWidth; ++i) totals[i] = lanes[i];
 #pragma GCC unroll 8
-  for (int64_t half = Vector::kWidth / 2; half > 0; half /= 2) {
+  for (int64_t half = Register::kWidth / 2; half > 0; half /= 2) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < half; ++i) totals[i] += totals[i + half];
   }
   return totals[0];
 }
 
-inline float max_of_lanes(const Vector& v) {
-  float lanes[Vector::kWidth];
-  v.to_lanes(lanes);
-#pragma GCC unroll 8
-  for (int64_t half = Vector::kWidth / 2; half > 0; half /= 2) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  }
-  return lanes[0];
-}
-
+// NaNs do not count.
 template <typename T>
 inline float block_max(const T* row, int64_t count) {
   Vector highest = Vector::broadcast(kNegativeInfinity);
   int64_t i = 0;
   for (; i + Vector::kWidth <= count; i += Vector::kWidth) highest = Vector::max(Vector::load(row + i), highest);
   if (i < count) highest = Vector::max(load_partial(row + i, count - i), highest);
-  return max_of_lanes(highest);
+  float result = kNegativeInfinity;
+  for (const Register& part : highest.part) {
+    float lanes[Register::kWidth];
+    part.to_lanes(lanes);
+    for (const float lane : lanes) result = lane > result ? lane : result;
+  }
+  return result;
 }
 
-struct Accumulator {
-  Vector sum = Vector::broadcast(0.0f);
-  Vector weighted = Vector::broadcast(0.0f);
+// What is fetched while a Vector of a row is worked on: the row itself from the second-level cache into the first, and
+// half as much from memory, namely what lies `ahead` of the work. Two passes over a row thus fetch one row evenly.
+// Inlined by force: GCC deletes calls of a function that does nothing but prefetch.
+template <typename T>
+__attribute__((always_inline)) inline void prefetch(const T* row, const T* ahead, int64_t i) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  constexpr int64_t kNear = 1024 / sizeof(T);
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < Vector::kWidth; j += kLine) __builtin_prefetch(row + i + kNear + j, 0, 3);
+  if (ahead == nullptr) return;
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < Vector::kWidth / 2; j += kLine) __builtin_prefetch(ahead + i / 2 + j, 0, 2);
+}
 
-  inline Vector add(const Vector& x, const Vector& reference) {
-    const Vector shifted = lower_bounded(Vector::sub(x, reference));
-    const Vector weight = exponential(shifted);
+// Sums over w = 2^x of shifted logits x.
+struct Sums {
+  double sum = 0;
+  double weighted = 0;  // of w * x
+};
+
+inline Vector bounded(const Vector& shifted) { return Vector::max(Vector::broadcast(kLowest), shifted); }
+
+// Without `kInfinite` a logit of -inf makes `weighted` NaN; with it each logit costs an instruction more.
+template <bool kInfinite, typename T>
+inline Sums block_sums(const T* row, int64_t count, const Shift& shift, const T* ahead) {
+  const Power power(kPower);
+  Vector sum = Vector::broadcast(0.0f), weighted = Vector::broadcast(0.0f);
+  const auto add = [&](const Vector& shifted) {
+    const Vector weight = power(shifted);
     sum = Vector::add(sum, weight);
     weighted = Vector::fma(weight, shifted, weighted);
-    return weight;
+  };
+  int64_t i = 0;
+  for (; i + Vector::kWidth <= count; i += Vector::kWidth) {
+    prefetch(row, ahead, i);
+    const Vector shifted = shift(Vector::load(row + i));
+    add(kInfinite ? bounded(shifted) : shifted);
   }
-};
+  if (i < count) add(bounded(shift(load_partial(row + i, count - i))));
+  return {sum_of_lanes(sum), sum_of_lanes(weighted)};
+}
 
 // The running statistics of a row. Blocks are summed in float32 lanes, rows in float64.
 struct OnlineRow {
-  float reference = kNegativeInfinity;
-  double sum = 0;
-  double weighted = 0;
+  Shift shift;
+  Sums total;
 
-  // Makes a block whose maximum is `highest` safe to add; false if it adds nothing.
-  inline bool admit(float highest) {
-    if (highest == kNegativeInfinity) return false;
-    if (reference == kNegativeInfinity) {
-      reference = highest;
-    } else if (highest > reference + kSlack) {
-      const double shift = static_cast<double>(reference) - highest;
-      const double factor = std::exp(shift);
-      weighted = factor * (weighted + shift * sum);
-      sum *= factor;
-      reference = highest;
-    }
-    return true;
+  // Moves the reference to a block's maximum if that is too far above it, or nothing has counted yet.
+  inline void admit(float highest) {
+    if (highest == kNegativeInfinity || (total.sum != 0 && highest <= shift.origin() + kSlack)) return;
+    const Shift next(highest);
+    const double by = static_cast<double>(shift.offset) - next.offset;
+    const double factor = std::exp2(by);
+    if (total.sum != 0) total = {factor * total.sum, factor * (total.weighted + by * total.sum)};
+    shift = next;
   }
 
-  // `keep`, unless null, receives exp(x - reference).
   template <typename T>
-  inline void add_block(const T* row, int64_t count, Float* keep) {
-    const Vector shift = Vector::broadcast(reference);
-    Accumulator total;
-    int64_t i = 0;
-    if (keep == nullptr) {
-      for (; i + Vector::kWidth <= count; i += Vector::kWidth) total.add(Vector::load(row + i), shift);
-      if (i < count) total.add(load_partial(row + i, count - i), shift);
-    } else {
-      for (; i + Vector::kWidth <= count; i += Vector::kWidth) {
-        Vector::store(keep + i, total.add(Vector::load(row + i), shift));
-      }
-      if (i < count) store_partial(keep + i, total.add(load_partial(row + i, count - i), shift), count - i);
+  inline void add(const T* row, int64_t count, const T* ahead) {
+    Sums block;
+    if (total.sum != 0) block = block_sums<false>(row, count, shift, ahead);
+    if (total.sum == 0 || !(block.sum < kMost) || std::isnan(block.weighted)) {
+      admit(block_max(row, count));
+      block = block_sums<true>(row, count, shift, ahead);
     }
-    sum += sum_of_lanes(total.sum);
-    weighted += sum_of_lanes(total.weighted);
+    total.sum += block.sum;
+    total.weighted += block.weighted;
   }
 
-  RowStatistics statistics() const { return {reference, sum, weighted}; }
+  RowStatistics statistics() const {
+    if (total.sum == 0) return {kNegativeInfinity, 0, 0};
+    return {shift.origin(), total.sum, total.weighted / shift.scale};
+  }
 };
 
 template <typename T>
-RowStatistics statistics(const void* data, int64_t length) {
-  const T* row = static_cast<const T*>(data);
+inline RowStatistics statistics_ahead(const T* row, int64_t length, const T* ahead) {
   OnlineRow online;
   for (int64_t begin = 0; begin < length; begin += kBlock) {
     const int64_t count = length - begin < kBlock ? length - begin : kBlock;
-    if (online.admit(block_max(row + begin, count))) online.add_block<T>(row + begin, count, nullptr);
+    online.add(row + begin, count, ahead == nullptr ? nullptr : ahead + begin / 2);
   }
   return online.statistics();
 }
 
-// out = function(row), prefetching the same places of `next`.
-template <typename In, typename Out, typename Function>
-inline void transform(Out* out, const In* row, int64_t length, const Out* next, Function function) {
-  constexpr int64_t kLine = 64 / sizeof(Out);
+// out = function(row)
+template <typename T, typename Function>
+inline void transform(T* out, const T* row, int64_t length, const T* ahead, Function function) {
   int64_t i = 0;
   for (; i + Vector::kWidth <= length; i += Vector::kWidth) {
-    if (next != nullptr) {
-      for (int64_t j = i; j < i + Vector::kWidth; j += kLine) __builtin_prefetch(next + j, 0, 2);
-    }
+    prefetch(row, ahead, i);
     Vector::store(out + i, function(Vector::load(row + i)));
   }
   if (i < length) store_partial(out + i, function(load_partial(row + i, length - i)), length - i);
 }
 
-inline Float* exponentials_of(Float* row, const RowScratch&) { return row; }
 template <typename T>
-inline Float* exponentials_of(T*, const RowScratch& scratch) {
-  return scratch.exponentials;
+inline void exponentials_ahead(T* out, const T* row, int64_t length, double log_normaliser, double factor,
+                               const T* ahead) {
+  const Shift shift(log_normaliser);
+  const Power power(power_for<T>(), factor * std::exp(shift.origin() - log_normaliser));
+  transform(out, row, length, ahead, [=](const Vector& logits) { return power(shift(logits)); });
 }
 
 template <typename T>
-RowStatistics softmax(void* data, int64_t length, double factor, const RowScratch& scratch, const void* next_row) {
+RowStatistics statistics(const void* row, int64_t length) {
+  return statistics_ahead(static_cast<const T*>(row), length, static_cast<const T*>(nullptr));
+}
+
+// The exponentials are computed twice: keeping them costs more, in cache traffic, than the second time does.
+template <typename T>
+RowStatistics softmax(void* data, int64_t length, double factor, const void* next) {
   T* row = static_cast<T*>(data);
-  const T* next = static_cast<const T*>(next_row);
-  Float* kept = exponentials_of(row, scratch);
-  OnlineRow online;
-  for (int64_t begin = 0; begin < length; begin += kBlock) {
-    const int64_t count = length - begin < kBlock ? length - begin : kBlock;
-    const bool counts = online.admit(block_max(row + begin, count));
-    scratch.references[begin / kBlock] = counts ? online.reference : kNegativeInfinity;
-    if (counts) online.add_block<T>(row + begin, count, kept + begin);
+  const RowStatistics result = statistics_ahead<T>(row, length, row + length / 2);
+  if (result.sum == 0) {
+    std::memset(data, 0, length * sizeof(T));
+  } else {
+    exponentials_ahead<T>(row, row, length, result.reference + std::log(result.sum), factor,
+                          static_cast<const T*>(next));
   }
-  const double log_normaliser = online.reference + std::log(online.sum);
-  for (int64_t begin = 0; begin < length; begin += kBlock) {
-    const int64_t count = length - begin < kBlock ? length - begin : kBlock;
-    const float reference = scratch.references[begin / kBlock];
-    if (reference == kNegativeInfinity) {
-      // Nothing but -inf (or NaN, which the row's sum then shows): read the logits themselves, which give 0 (or NaN).
-      const Vector by = Vector::broadcast(std::isnan(online.sum) ? online.sum : 0.0f);
-      transform(row + begin, row + begin, count, next == nullptr ? next : next + begin,
-                [=](const Vector&) { return by; });
-      continue;
-    }
-    const Vector by = Vector::broadcast(static_cast<float>(factor * std::exp(reference - log_normaliser)));
-    transform(row + begin, kept + begin, count, next == nullptr ? next : next + begin,
-              [=](const Vector& x) { return Vector::mul(x, by); });
-  }
-  return online.statistics();
+  return result;
 }
 
 template <typename T>
 void exponentials(void* out, const void* row, int64_t length, double log_normaliser, double factor) {
-  const float rounded = static_cast<float>(log_normaliser);
-  const Vector shift = Vector::broadcast(rounded);
-  const Vector by = Vector::broadcast(static_cast<float>(factor * std::exp(rounded - log_normaliser)));
-  transform<T, T>(static_cast<T*>(out), static_cast<const T*>(row), length, nullptr, [=](const Vector& x) {
-    return Vector::mul(by, exponential(lower_bounded(Vector::sub(x, shift))));
-  });
+  exponentials_ahead<T>(static_cast<T*>(out), static_cast<const T*>(row), length, log_normaliser, factor, nullptr);
 }
 
 template <typename T>
 void scale(void* out, const void* row, int64_t length, double factor) {
-  const Vector by = Vector::broadcast(static_cast<float>(factor));
-  transform<T, T>(static_cast<T*>(out), static_cast<const T*>(row), length, nullptr,
-                  [=](const Vector& x) { return Vector::mul(x, by); });
+  const Register by = Register::broadcast(static_cast<float>(factor));
+  transform<T>(static_cast<T*>(out), static_cast<const T*>(row), length, nullptr,
+               [=](const Vector& x) { return Vector::mul(x, by); });
 }
 
 template <typename T>

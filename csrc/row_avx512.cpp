@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "instruction_set.h"
 
@@ -26,41 +27,49 @@ struct Register {
   static constexpr int64_t kWidth = 16;
   __m512 v;
 
-  static inline Register load(const Float* p) { return {_mm512_loadu_ps(&p->value)}; }
-  static inline Register load(const BFloat16* p) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  static inline void load(const Float* p, Register& a, Register& b) {
+    a.v = _mm512_loadu_ps(&p->value);
+    b.v = _mm512_loadu_ps(&p[kWidth].value);
   }
-  static inline Register load(const Half* p) {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  // `a` gets the even ones and `b` the odd ones.
+  static inline void load(const BFloat16* p, Register& a, Register& b) {
+    const __m512i pairs = _mm512_loadu_si512(p);
+    a.v = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    b.v = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))));
   }
-  static inline void store(Float* p, Register x) { _mm512_storeu_ps(&p->value, x.v); }
-  static inline void store(BFloat16* p, Register x) {
-    // Half an ulp is added and the upper words are gathered: rounds to nearest, ties away from zero. NaNs stay NaNs.
-    const __m512i rounded = _mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x8000));
-    const __m512i upper_words = _mm512_set_epi64(0, 0, 0, 0, 0x001F001D001B0019, 0x0017001500130011, 0x000F000D000B0009,
-                                                 0x0007000500030001);
-    const __m512i packed = _mm512_permutexvar_epi16(upper_words, rounded);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(packed));
+  static inline void load(const Half* p, Register& a, Register& b) {
+    a.v = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    b.v = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + kWidth)));
   }
-  static inline void store(Half* p, Register x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+  static inline void store(Float* p, Register a, Register b) {
+    _mm512_storeu_ps(&p->value, a.v);
+    _mm512_storeu_ps(&p[kWidth].value, b.v);
+  }
+  static inline void store(BFloat16* p, Register a, Register b) {
+    // Half an ulp is added and the upper words are kept: rounds to nearest, ties away from zero. NaNs stay NaNs.
+    const __m512i half_ulp = _mm512_set1_epi32(0x8000);
+    const __m512i even = _mm512_add_epi32(_mm512_castps_si512(a.v), half_ulp);
+    const __m512i odd = _mm512_add_epi32(_mm512_castps_si512(b.v), half_ulp);
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(even, 16), odd));
+  }
+  static inline void store(Half* p, Register a, Register b) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + kWidth), _mm512_cvtps_ph(b.v, _MM_FROUND_TO_NEAREST_INT));
   }
   inline void to_lanes(float* p) const { _mm512_storeu_ps(p, v); }
 
   static inline Register broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static inline Register add(Register a, Register b) { return {_mm512_add_ps(a.v, b.v)}; }
-  static inline Register sub(Register a, Register b) { return {_mm512_sub_ps(a.v, b.v)}; }
   static inline Register mul(Register a, Register b) { return {_mm512_mul_ps(a.v, b.v)}; }
   static inline Register fma(Register a, Register b, Register c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-  static inline Register fms(Register a, Register b, Register c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
   static inline Register max(Register a, Register b) { return {_mm512_max_ps(a.v, b.v)}; }
-  static inline Register exponent_from_low_bits(Register a) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
+  static inline Register fraction(Register a) {
+    return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
   }
+  static inline Register times_power(Register a, Register b) { return {_mm512_scalef_ps(a.v, b.v)}; }
 };
 
-constexpr int kRegisters = 2;
+constexpr int kRegisters = 4;
 
 #include "row_algorithms.h"
 

@@ -21,28 +21,21 @@ struct Half {
   static constexpr Half negative_infinity() { return {0xFC00}; }
 };
 
-// `reference` is no more than a few units below the row's maximum (-inf without a logit above -inf).
+// `reference` is no more than some units below the row's maximum (-inf without a logit above -inf).
 struct RowStatistics {
   double reference;
   double sum;       // sum of w = exp(x - reference)
   double weighted;  // sum of w * (x - reference), from which the entropy follows
 };
 
-// Rows are gone through in blocks of this many logits, each of which stays in the first-level cache.
+// Rows are gone through in blocks of this many logits, which stay in the first-level cache for the few read again.
 constexpr int64_t kBlock = 2048;
-constexpr int64_t blocks_of(int64_t length) { return (length + kBlock - 1) / kBlock; }
-
-// A thread's working memory for one row.
-struct RowScratch {
-  Float* exponentials;  // [length], not used for float32 and float64 rows, which hold them themselves
-  float* references;    // [blocks_of(length)]
-};
 
 // `out` may equal `row`.
 struct RowKernels {
   RowStatistics (*statistics)(const void* row, int64_t length);
   // Overwrites the row with factor * softmax, and meanwhile prefetches the row at `next` unless that is null.
-  RowStatistics (*softmax)(void* row, int64_t length, double factor, const RowScratch& scratch, const void* next);
+  RowStatistics (*softmax)(void* row, int64_t length, double factor, const void* next);
   // out = factor * exp(row - log_normaliser)
   void (*exponentials)(void* out, const void* row, int64_t length, double log_normaliser, double factor);
   // out = factor * row

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "row_kernels.h"
 
@@ -23,23 +24,22 @@ struct Register {
     return result;
   }
 
-  static inline Register load(const Float* p) {
-    return each([=](int64_t i) { return p[i].value; });
+  static inline float value(Float x) { return x.value; }
+  static inline float value(BFloat16 x) { return c10::detail::f32_from_bits(x.bits); }
+  static inline float value(Half x) { return c10::detail::fp16_ieee_to_fp32_value(x.bits); }
+  static inline void assign(Float& p, float x) { p.value = x; }
+  static inline void assign(BFloat16& p, float x) { p.bits = c10::detail::round_to_nearest_even(x); }
+  static inline void assign(Half& p, float x) { p.bits = c10::detail::fp16_ieee_from_fp32_value(x); }
+
+  template <typename T>
+  static inline void load(const T* p, Register& a, Register& b) {
+    a = each([=](int64_t i) { return value(p[i]); });
+    b = each([=](int64_t i) { return value(p[kWidth + i]); });
   }
-  static inline Register load(const BFloat16* p) {
-    return each([=](int64_t i) { return c10::detail::f32_from_bits(p[i].bits); });
-  }
-  static inline Register load(const Half* p) {
-    return each([=](int64_t i) { return c10::detail::fp16_ieee_to_fp32_value(p[i].bits); });
-  }
-  static inline void store(Float* p, Register x) {
-    for (int64_t i = 0; i < kWidth; ++i) p[i].value = x.lane[i];
-  }
-  static inline void store(BFloat16* p, Register x) {
-    for (int64_t i = 0; i < kWidth; ++i) p[i].bits = c10::detail::round_to_nearest_even(x.lane[i]);
-  }
-  static inline void store(Half* p, Register x) {
-    for (int64_t i = 0; i < kWidth; ++i) p[i].bits = c10::detail::fp16_ieee_from_fp32_value(x.lane[i]);
+  template <typename T>
+  static inline void store(T* p, Register a, Register b) {
+    for (int64_t i = 0; i < kWidth; ++i) assign(p[i], a.lane[i]);
+    for (int64_t i = 0; i < kWidth; ++i) assign(p[kWidth + i], b.lane[i]);
   }
   inline void to_lanes(float* p) const { std::memcpy(p, lane, sizeof(lane)); }
 
@@ -49,34 +49,46 @@ struct Register {
   static inline Register add(Register a, Register b) {
     return each([&](int64_t i) { return a.lane[i] + b.lane[i]; });
   }
-  static inline Register sub(Register a, Register b) {
-    return each([&](int64_t i) { return a.lane[i] - b.lane[i]; });
-  }
   static inline Register mul(Register a, Register b) {
     return each([&](int64_t i) { return a.lane[i] * b.lane[i]; });
   }
   static inline Register fma(Register a, Register b, Register c) {
-    return each([&](int64_t i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
-  }
-  static inline Register fms(Register a, Register b, Register c) {
-    return each([&](int64_t i) { return a.lane[i] * b.lane[i] - c.lane[i]; });
+    return each([&](int64_t i) {
+#ifdef FP_FAST_FMAF
+      return std::fma(a.lane[i], b.lane[i], c.lane[i]);
+#else
+      return static_cast<float>(static_cast<double>(a.lane[i]) * b.lane[i] + c.lane[i]);
+#endif
+    });
   }
   static inline Register max(Register a, Register b) {
     return each([&](int64_t i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
   }
-  static inline Register exponent_from_low_bits(Register a) {
+  // The exponents of 0 and of infinity, between which 2^floor(x) is put together in the exponent's bits; NaN stays.
+  static inline float bounded(float x) { return x < -127.0f ? -127.0f : (x > 128.0f ? 128.0f : x); }
+  // By rounding to nearest: std::floor would be a call for each lane.
+  static inline float floor(float x) {
+    const float nearest = (x + 12582912.0f) - 12582912.0f;
+    return nearest > x ? nearest - 1.0f : nearest;
+  }
+  static inline Register fraction(Register a) {
+    return each([&](int64_t i) { return bounded(a.lane[i]) - floor(bounded(a.lane[i])); });
+  }
+  static inline Register times_power(Register a, Register b) {
     return each([&](int64_t i) {
+      // 2^23 + 127: the sum's low bits are the exponent's.
+      const float biased = floor(bounded(b.lane[i])) + 8388735.0f;
       uint32_t bits;
-      std::memcpy(&bits, &a.lane[i], sizeof(bits));
+      std::memcpy(&bits, &biased, sizeof(bits));
       bits <<= 23;
       float power;
       std::memcpy(&power, &bits, sizeof(power));
-      return power;
+      return a.lane[i] * power;
     });
   }
 };
 
-constexpr int kRegisters = 1;
+constexpr int kRegisters = 2;
 
 #include "row_algorithms.h"
 
@@ -101,7 +113,7 @@ void exponentials_float64(void* out, const void* row, int64_t length, double log
   }
 }
 
-RowStatistics softmax_float64(void* row, int64_t length, double factor, const RowScratch&, const void*) {
+RowStatistics softmax_float64(void* row, int64_t length, double factor, const void*) {
   const RowStatistics result = statistics_float64(row, length);
   exponentials_float64(row, row, length, result.reference + std::log(result.sum), factor);
   return result;

@@ -183,6 +183,42 @@ void score_gradients(const float* scores, const float* weight_grads, int64_t cou
 
 bool tree_attention_kernels_supported() { return bf16_products_supported(); }
 
+void lay_out_head(HeadRows<const uint16_t> from, int64_t length, int64_t begin, int64_t end, int64_t dim, int64_t padded,
+                  uint16_t* to, uint16_t* transposed) {
+  for (int64_t t = begin; t < end; ++t) {
+    if (t < length) {
+      std::copy_n(from.data + t * from.stride, dim, to + t * dim);
+    } else {
+      std::fill_n(to + t * dim, dim, uint16_t{0});
+    }
+  }
+  if (transposed == nullptr) return;
+  __m512i lines[kLanes];
+  for (int64_t t = begin; t < end; t += 2 * kLanes) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const uint16_t* even = to + (t + 2 * i) * dim + d;
+        lines[i] = interleave_rows(even, true, even + dim, true);
+      }
+      transpose_lines(lines);
+      for (int64_t i = 0; i < kLanes; ++i) _mm512_storeu_si512(transposed + (d + i) * padded + t, lines[i]);
+    }
+  }
+}
+
+void sum_head_gradients(const float* gradients, int64_t head_stride, int64_t heads, int64_t begin, int64_t end,
+                        int64_t dim, float factor, HeadRows<uint16_t> to) {
+  for (int64_t t = begin; t < end; ++t) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      __m512 sum = _mm512_loadu_ps(gradients + t * dim + d);
+      for (int64_t h = 1; h < heads; ++h) {
+        sum = _mm512_add_ps(sum, _mm512_loadu_ps(gradients + h * head_stride + t * dim + d));
+      }
+      store_bf16(to.data + t * to.stride + d, _mm512_mul_ps(sum, _mm512_set1_ps(factor)));
+    }
+  }
+}
+
 // Forward scratch: queries in column pairs [dim / 2, 64], weights [32, 64], output [dim, 64], scores [keys, 64].
 int64_t forward_scratch_size(int64_t keys, int64_t dim) {
   return (dim / 2 + kAttentionBlock / 2 + dim + keys + 3 * kAttentionBlock) * kAttentionBlock;
@@ -297,6 +333,12 @@ namespace megatron_sip {
 bool tree_attention_kernels_supported() { return false; }
 int64_t forward_scratch_size(int64_t, int64_t) { throw std::logic_error("no attention kernels for this processor"); }
 int64_t backward_scratch_size(int64_t) { throw std::logic_error("no attention kernels for this processor"); }
+void lay_out_head(HeadRows<const uint16_t>, int64_t, int64_t, int64_t, int64_t, int64_t, uint16_t*, uint16_t*) {
+  throw std::logic_error("no attention kernels for this processor");
+}
+void sum_head_gradients(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float, HeadRows<uint16_t>) {
+  throw std::logic_error("no attention kernels for this processor");
+}
 void attention_forward_block(const QueryBlock&, const PreparedKeys&, HeadRows<const uint16_t>, float,
                              HeadRows<uint16_t>, HeadRows<float>, float*) {
   throw std::logic_error("no attention kernels for this processor");

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -19,13 +20,17 @@ namespace {
 
 using at::Tensor;
 
-using Group = std::vector<QueryBlock>;
+// Tokens `begin` to `end`, and their queries.
+struct Group {
+  int64_t begin, end;
+  std::vector<QueryBlock> blocks;
+};
 
-void add_blocks(Group& group, int64_t begin, int64_t end, std::array<KeyRange, 2> ranges, int range_count) {
+void add_blocks(std::vector<QueryBlock>& blocks, int64_t begin, int64_t end, std::array<KeyRange, 2> ranges, int range_count) {
   for (int64_t q = begin; q < end; q += kAttentionBlock) {
     const int64_t count = std::min(kAttentionBlock, end - q);
     ranges[range_count - 1] = {begin, q + count - begin};
-    group.push_back({q, count, ranges, range_count});
+    blocks.push_back({q, count, ranges, range_count});
   }
 }
 
@@ -41,10 +46,11 @@ std::vector<Group> query_blocks(const Tensor& layout, int64_t row_length) {
                       "line ", b, " of the layout is [", start, ", ", prefix_end, ", ", branch_start, ", ", branch_end,
                       "] in a row of ", row_length, " tokens");
     if (b == 0 || line[-4] != start) {
-      groups.emplace_back();
-      add_blocks(groups.back(), start, prefix_end, {}, 1);
+      groups.push_back({start, prefix_end, {}});
+      add_blocks(groups.back().blocks, start, prefix_end, {}, 1);
     }
-    add_blocks(groups.back(), branch_start, branch_end, {KeyRange{start, prefix_end - start}}, 2);
+    groups.back().end = std::max(groups.back().end, branch_end);
+    add_blocks(groups.back().blocks, branch_start, branch_end, {KeyRange{start, prefix_end - start}}, 2);
   }
   return groups;
 }
@@ -73,13 +79,63 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, const Te
   TORCH_CHECK(tree_attention_kernels_supported(), "this processor has no AVX-512 bfloat16 instructions");
 }
 
-// A product may read one token past the last, with weight zero; lines of transposed keys begin at cache lines.
+constexpr int64_t kTokensATask = 256;
+
+// Lines of transposed keys begin at cache lines, and there is a token of zeros past the last.
 int64_t padded_length(int64_t length) { return length / 32 * 32 + 32; }
 
-// [S, G, D] -> [G, padded length, D]
-Tensor by_head(const Tensor& tensor) {
-  const int64_t length = tensor.size(0);
-  return at::constant_pad_nd(tensor.transpose(0, 1), {0, 0, 0, padded_length(length) - length}).contiguous();
+// Heads [S, G, D] as rows [G, padded length, D] and, on request, as columns [G, D, padded length].
+struct LaidOutHeads {
+  Tensor rows, columns;
+
+  LaidOutHeads(const Tensor& heads_in, bool with_columns) {
+    const Tensor heads = heads_in.stride(2) == 1 ? heads_in : heads_in.contiguous();
+    const int64_t length = heads.size(0), count = heads.size(1), dim = heads.size(2), padded = padded_length(length);
+    rows = at::empty({count, padded, dim}, heads.options());
+    if (with_columns) columns = at::empty({count, dim, padded}, heads.options());
+    uint16_t* row_data = mutable_bits(rows);
+    uint16_t* column_data = with_columns ? mutable_bits(columns) : nullptr;
+    const int64_t tasks = (padded + kTokensATask - 1) / kTokensATask;
+    at::parallel_for(0, count * tasks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t head = task / tasks, begin = task % tasks * kTokensATask, offset = head * padded * dim;
+        lay_out_head(head_rows<const uint16_t>(bits(heads), heads, head), length, begin,
+                     std::min(padded, begin + kTokensATask), dim, padded, row_data + offset,
+                     with_columns ? column_data + offset : nullptr);
+      }
+    });
+  }
+};
+
+// Sets the tokens [S, ...] of a contiguous tensor that are in no group's prefix or branch to zero.
+void clear_uncovered(const Tensor& tensor, const std::vector<Group>& groups) {
+  std::vector<bool> covered(tensor.size(0), false);
+  for (const Group& group : groups) {
+    for (const QueryBlock& block : group.blocks) {
+      std::fill_n(covered.begin() + block.begin, block.count, true);
+    }
+  }
+  const int64_t bytes = tensor.size(0) == 0 ? 0 : tensor.numel() / tensor.size(0) * tensor.element_size();
+  char* data = static_cast<char*>(tensor.mutable_data_ptr());
+  for (int64_t t = 0; t < tensor.size(0); ++t) {
+    if (!covered[t]) std::memset(data + t * bytes, 0, bytes);
+  }
+}
+
+// [heads, S, D] in float32 -> bfloat16 [S, heads / shared, D]: factor times the sum over neighbouring heads.
+Tensor sum_shared_heads(const Tensor& gradients, int64_t shared, float factor, const std::vector<Group>& groups) {
+  const int64_t length = gradients.size(1), dim = gradients.size(2), count = gradients.size(0) / shared;
+  Tensor out = at::empty({length, count, dim}, gradients.options().dtype(at::kBFloat16));
+  uint16_t* out_data = mutable_bits(out);
+  const float* data = gradients.const_data_ptr<float>();
+  at::parallel_for(0, length, kTokensATask, [&](int64_t begin, int64_t end) {
+    for (int64_t head = 0; head < count; ++head) {
+      sum_head_gradients(data + head * shared * length * dim, length * dim, shared, begin, end, dim, factor,
+                         head_rows<uint16_t>(out_data, out, head));
+    }
+  });
+  clear_uncovered(out, groups);
+  return out;
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query_in, const Tensor& key, const Tensor& value, const Tensor& layout,
@@ -87,11 +143,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query_in, const Tensor& key, co
   check(query_in, key, value, layout, scale);
   const Tensor query = query_in.contiguous();
   const int64_t length = query.size(0), heads = query.size(1), dim = query.size(2), shared = heads / key.size(1);
+  const std::vector<Group> groups = query_blocks(layout, length);
   std::vector<QueryBlock> blocks;
-  for (const Group& group : query_blocks(layout, length)) blocks.insert(blocks.end(), group.begin(), group.end());
-  const Tensor keys = by_head(key), values = by_head(value).transpose(1, 2).contiguous();
-  Tensor out = at::zeros_like(query);
-  Tensor lse = at::zeros({length, heads}, query.options().dtype(at::kFloat));
+  for (const Group& group : groups) blocks.insert(blocks.end(), group.blocks.begin(), group.blocks.end());
+  const Tensor keys = LaidOutHeads(key, false).rows, values = LaidOutHeads(value, true).columns;
+  Tensor out = at::empty_like(query), lse = at::empty({length, heads}, query.options().dtype(at::kFloat));
+  clear_uncovered(out, groups);
+  clear_uncovered(lse, groups);
   float* lse_data = lse.mutable_data_ptr<float>();
   uint16_t* out_data = mutable_bits(out);
   const int64_t padded = padded_length(length), block_count = static_cast<int64_t>(blocks.size());
@@ -116,10 +174,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
   const Tensor query = query_in.contiguous(), grad_out = grad_in.contiguous();
   const int64_t length = query.size(0), heads = query.size(1), dim = query.size(2), shared = heads / key.size(1);
   const std::vector<Group> groups = query_blocks(layout, length);
-  const Tensor keys = by_head(key), values = by_head(value), transposed = keys.transpose(1, 2).contiguous();
-  Tensor grad_query = at::zeros_like(query);
-  Tensor grad_key = at::zeros({heads, length, dim}, query.options().dtype(at::kFloat));
-  Tensor grad_value = at::zeros_like(grad_key);
+  const LaidOutHeads keys(key, true), values(value, false);
+  Tensor grad_query = at::empty_like(query);
+  clear_uncovered(grad_query, groups);
+  Tensor grad_key = at::empty({heads, length, dim}, query.options().dtype(at::kFloat));
+  Tensor grad_value = at::empty_like(grad_key);
   float *grad_key_data = grad_key.mutable_data_ptr<float>(), *grad_value_data = grad_value.mutable_data_ptr<float>();
   const float* lse_data = lse.const_data_ptr<float>();
   uint16_t* grad_query_data = mutable_bits(grad_query);
@@ -128,10 +187,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
     const auto scratch = aligned_memory<float>(backward_scratch_size(dim));
     const TileScope tiles;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task % heads, kv = head / shared, offset = kv * padded * dim;
-      const PreparedKeys prepared = {bits(keys) + offset, bits(values) + offset, bits(transposed) + offset, nullptr,
-                                     padded, dim};
-      for (const QueryBlock& block : groups[task / heads]) {
+      const int64_t head = task % heads, offset = head / shared * padded * dim;
+      const PreparedKeys prepared = {bits(keys.rows) + offset, bits(values.rows) + offset, bits(keys.columns) + offset,
+                                     nullptr, padded, dim};
+      const Group& group = groups[task / heads];
+      for (float* grads : {grad_key_data, grad_value_data}) {
+        std::fill_n(grads + (head * length + group.begin) * dim, (group.end - group.begin) * dim, 0.0f);
+      }
+      for (const QueryBlock& block : group.blocks) {
         attention_backward_block(block, prepared, head_rows<const uint16_t>(bits(query), query, head),
                                  head_rows<const uint16_t>(bits(out), out, head),
                                  head_rows<const float>(lse_data, lse, head),
@@ -142,11 +205,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
       }
     }
   });
-  const auto of_shared_head = [&](const Tensor& grad, double factor) {
-    const Tensor sum = grad.view({key.size(1), shared, length, dim}).sum(1).transpose(0, 1);
-    return (factor == 1.0 ? sum : sum * factor).to(at::kBFloat16).contiguous();
-  };
-  return {grad_query, of_shared_head(grad_key, scale), of_shared_head(grad_value, 1.0)};
+  return {grad_query, sum_shared_heads(grad_key, shared, static_cast<float>(scale), groups),
+          sum_shared_heads(grad_value, shared, 1.0f, groups)};
 }
 
 }  // namespace
