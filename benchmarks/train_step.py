@@ -11,9 +11,10 @@ on-policy, no KL term, hence no reference pass.
 
 Every measurement is a process of its own (peak memory is its highest resident memory, imports and all): one step to warm
 up, two where the allocator keeps memory (its heap still grows in the second), and one timed; the variants take turns. The
-learning rate is 0, so that every step computes the same; the optimizer works all the same. "heap reuse" is glibc told to keep freed memory
-(MALLOC_MMAP_MAX_=0), for all sides alike. "of GEMM peak": the operations of the step's matrix products over time, as a
-share of the fastest large bfloat16 product seen on this machine. Losses, log-probs and gradient norms must agree.
+learning rate is 0, so that every step computes the same; the optimizer works all the same. "heap reuse" is glibc told to
+keep freed memory (MALLOC_MMAP_MAX_=0), for all sides alike. "of GEMM peak": the operations of the step's matrix products
+over time, as a share of the fastest large bfloat16 product seen on this machine. Losses, log-probs and gradient norms must
+agree.
 """
 
 from __future__ import annotations

@@ -123,8 +123,8 @@ void exponentiate(const float* scores, int64_t count, __m512 factor, const __m51
   for (int64_t row = 0; row < count; row += 2) {
     for (int64_t v = 0; v < kVectors; ++v) {
       const float* at = scores + row * kAttentionBlock + v * kLanes;
-      const __m512 even = exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(at), factor, largest[v]));
-      const __m512 odd = exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(at + kAttentionBlock), factor, largest[v]));
+      const __m512 even = rough_exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(at), factor, largest[v]));
+      const __m512 odd = rough_exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(at + kAttentionBlock), factor, largest[v]));
       sums[v] = _mm512_add_ps(sums[v], _mm512_add_ps(even, odd));
       _mm512_storeu_si512(weights + row / 2 * kAttentionBlock + v * kLanes, interleave_bf16(even, odd));
     }
@@ -168,7 +168,7 @@ void score_gradients(const float* scores, const float* weight_grads, int64_t cou
         const int64_t at = (row + i) * kAttentionBlock + v * kLanes;
         const __mmask16 visible = visible_lanes(row + i, count, own, v);
         const __m512 exponent = _mm512_fmsub_ps(_mm512_loadu_ps(scores + at), factor, normaliser);
-        const __m512 weight = _mm512_maskz_mov_ps(visible, exp2_lanes(exponent));
+        const __m512 weight = _mm512_maskz_mov_ps(visible, rough_exp2_lanes(exponent));
         gradient[i] = _mm512_maskz_mul_ps(visible, weight, _mm512_sub_ps(_mm512_loadu_ps(weight_grads + at), delta));
         store_bf16(to.weights + at, weight);
         store_bf16(to.gradients + at, gradient[i]);

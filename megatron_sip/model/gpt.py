@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megatron_sip.learning.packing import PackedRow
 from megatron_sip.model.attention import PrefixTreeAttention
+from megatron_sip.model.embedding import embed_into_main_grad
 from megatron_sip.model.float_logits import float_logits
 from megatron_sip.model.linear_logprob import linear_branch_logprobs
 from megatron_sip.model.logprob import branch_logprobs
@@ -41,21 +42,42 @@ class PolicyModel(GPTModel):
 
     Takes GPTModel's arguments, and `unpadded_vocab_size`: Megatron pads the vocabulary, and the entries from this one
     on are left out of the softmax. With `logit_chunk_columns` the logits of so many vocabulary entries exist at a time
-    (0: all). Use it through `row_logprobs`.
+    (0: all). `embed_into_main_grad` says that nothing waits for autograd to finish the embedding's gradient
+    (`--overlap-grad-reduce` does). Use it through `row_logprobs`.
     """
 
-    def __init__(self, *args: Any, unpadded_vocab_size: int, logit_chunk_columns: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        unpadded_vocab_size: int,
+        logit_chunk_columns: int = 0,
+        embed_into_main_grad: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.unpadded_vocab_size = unpadded_vocab_size
         self.logit_chunk_columns = logit_chunk_columns
+        self._embed_into_main_grad = embed_into_main_grad and self.pg_collection.tp.size() == 1
 
-    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def _preprocess(
+        self, input_ids: Tensor, position_ids: Tensor, decoder_input: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
         """GPTModel's, with the angles [S, 1, 1, d] of the row picked by its position ids int64 [1, S].
 
         A token's position is never larger than its index in the row, so Megatron's table of S angles covers it.
         """
-        decoder_input, angles, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if decoder_input is None and self.pre_process and self._embed_into_main_grad:
+            decoder_input = self._embedded(input_ids)
+        decoder_input, angles, *rest = super()._preprocess(input_ids, position_ids, decoder_input, *args, **kwargs)
         return (decoder_input, angles.index_select(0, position_ids[0]), *rest)
+
+    def _embedded(self, input_ids: Tensor) -> Tensor | None:
+        """What the embedding makes of input_ids int64 [1, S], [S, 1, H]; None where Megatron's own way is needed."""
+        weight = self.embedding.word_embeddings.weight
+        if weight.device.type != "cpu" or not hasattr(weight, "main_grad") or self.config.use_mup:
+            return None
+        hidden = embed_into_main_grad(weight, input_ids[0])[:, None]
+        return self.embedding.embedding_dropout(hidden.float() if self.config.fp32_residual_connection else hidden)
 
     def suffix_logprobs(self, hidden_states: Tensor, row: PackedRow, output_weight: Tensor | None) -> Tensor:
         """Log-probs, float32 [L], of the row's targets from the last layer's hidden states [S(/tp), 1, H].
@@ -137,6 +159,7 @@ def model_provider(
         vocab_size=padded_vocab_size,
         unpadded_vocab_size=args.vocab_size,
         logit_chunk_columns=getattr(args, "logit_chunk_columns", 0),  # tools parse Megatron's flags only
+        embed_into_main_grad=not args.overlap_grad_reduce,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
         post_process=post_process,
