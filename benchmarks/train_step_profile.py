@@ -25,7 +25,7 @@ PARTS = {
         f"megatron_sip::{name}" for name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rotate")
     ),
     "log-probs": ("megatron_sip::row_statistics", "megatron_sip::gradient_", "megatron_sip::branch_logprobs"),
-    "optimizer": ("aten::_fused_adamw_", "aten::linalg_vector_norm"),
+    "optimizer": ("aten::_fused_adamw_", "aten::linalg_vector_norm"),  # and clipping, which is among the sums
 }
 """Operators by name."""
 

@@ -190,6 +190,8 @@ void release_tiles() { _tile_release(); }
 
 void multiply(LeftOperand a, RightOperand b, float* c, int64_t ldc, int64_t rows, int64_t columns, int64_t pairs,
               bool accumulate) {
+  // GCC does not know that tile loads read memory: what was written before must be there.
+  asm volatile("" ::: "memory");
   const int64_t tile_pairs = tile_products() ? pairs / kTile * kTile : 0;
   const int64_t whole_rows = rows / kTile * kTile, last_rows = rows - whole_rows;
   if (tile_pairs > 0) multiply_by_tiles(a, b, c, ldc, whole_rows, columns, tile_pairs, accumulate);

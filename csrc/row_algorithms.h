@@ -221,9 +221,10 @@ struct OnlineRow {
   inline void admit(float highest) {
     if (highest == kNegativeInfinity || (total.sum != 0 && highest <= shift.origin() + kSlack)) return;
     const Shift next(highest);
-    const double by = static_cast<double>(shift.offset) - next.offset;
-    const double factor = std::exp2(by);
-    if (total.sum != 0) total = {factor * total.sum, factor * (total.weighted + by * total.sum)};
+    if (total.sum != 0) {
+      const double by = (shift.origin() - next.origin()) * next.scale, factor = std::exp2(by);
+      total = {factor * total.sum, factor * (total.weighted * next.scale / shift.scale + by * total.sum)};
+    }
     shift = next;
   }
 

@@ -17,7 +17,9 @@ from torch.autograd.function import once_differentiable
 
 WIDTH_MULTIPLE = 16
 HEAD_MULTIPLE = 32
-"""Of a head that is rotated, and of the rows of a weight whose gradient is added up."""
+"""A rotated head's size is a multiple of it."""
+GRADIENT_ROWS_MULTIPLE = 32
+"""The rows of a weight whose gradient is added up are."""
 
 
 def _kernels_usable() -> bool:
@@ -34,7 +36,7 @@ KERNELS_USABLE = _kernels_usable()
 
 
 def bf16_kernels_apply(weight: Tensor, width: int) -> bool:
-    """Can the kernels work with this weight on activations whose last dimension is (twice) `width`?"""
+    """Can the kernels work with this weight (or these activations) where the last dimension is (twice) `width`?"""
     return (
         KERNELS_USABLE
         and weight.dtype == torch.bfloat16
@@ -76,7 +78,7 @@ def add_weight_gradient(main_grad: Tensor, grad_output: Tensor, hidden: Tensor) 
         bf16_kernels_apply(hidden, columns)
         and grad_output.dtype == torch.bfloat16
         and main_grad.dtype == torch.float32
-        and rows % HEAD_MULTIPLE == 0
+        and rows % GRADIENT_ROWS_MULTIPLE == 0
     ):
         torch.ops.megatron_sip.add_weight_gradient_(main_grad, grad_output, hidden)
     else:

@@ -37,11 +37,12 @@ def project(hidden: Tensor, weight: Tensor) -> Tensor:
 def weight_gradient(weight: Tensor, grad: Tensor, hidden: Tensor) -> Tensor | None:
     """grad [T, V/tp] transposed times hidden [T, H], or None where it was added to the float32 `main_grad` of a tied weight.
 
-    Megatron hangs `main_grad` on the weights it trains, and `zero_out_wgrad` on one that the embedding shares: the
-    embedding's gradient then arrives by autograd and tells Megatron that the weight's is complete.
+    Megatron hangs `main_grad` on the weights it trains, and `zero_out_wgrad` on one that the embedding shares. Where it
+    waits for autograd to complete the gradient (`--overlap-grad-reduce`), the embedding's comes that way.
     """
-    if getattr(weight, "zero_out_wgrad", False) and weight.device.type == "cpu" and hasattr(weight, "main_grad"):
-        add_weight_gradient(weight.main_grad, grad, hidden)
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is not None and getattr(weight, "zero_out_wgrad", False) and weight.device.type == "cpu":
+        add_weight_gradient(main_grad, grad, hidden)
         return None
     return grad.T @ hidden
 

@@ -74,7 +74,7 @@ class PolicyModel(GPTModel):
     def _embedded(self, input_ids: Tensor) -> Tensor | None:
         """What the embedding makes of input_ids int64 [1, S], [S, 1, H]; None where Megatron's own way is needed."""
         weight = self.embedding.word_embeddings.weight
-        if weight.device.type != "cpu" or not hasattr(weight, "main_grad") or self.config.use_mup:
+        if weight.device.type != "cpu" or getattr(weight, "main_grad", None) is None or self.config.use_mup:
             return None
         hidden = embed_into_main_grad(weight, input_ids[0])[:, None]
         return self.embedding.embedding_dropout(hidden.float() if self.config.fp32_residual_connection else hidden)

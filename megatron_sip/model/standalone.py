@@ -45,7 +45,10 @@ def initialize_megatron_for(hf_config: Any, flags: Sequence[str] = ()) -> Any:
 
 
 def build_policy() -> list[torch.nn.Module]:
-    """This rank's model chunks, not wrapped for data parallelism, after `initialize_megatron_for`."""
+    """This rank's model chunks, not wrapped for data parallelism, after `initialize_megatron_for`: only to run forward.
+
+    Megatron keeps the sums that gradients are added to (`main_grad`) in the wrapper.
+    """
     from megatron.training.training import get_model
 
     from megatron_sip.model.gpt import model_provider

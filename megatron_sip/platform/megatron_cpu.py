@@ -8,7 +8,7 @@ a CPU meaning here, once per process, before Megatron initialises:
     args = parse_and_validate_args(args_defaults=...)   # with cpu_default_arguments() put before the user's flags
     initialize_megatron(allow_no_cuda=True, store=rendezvous_store())
 
-This folder is the only place of the project that replace anything in a library.
+This folder is the only place of the project that replaces anything in a library.
 """
 
 from __future__ import annotations

@@ -93,7 +93,10 @@ def train_on_packed_rows(problem: Problem, model: list, row_length: int) -> tupl
 
     from megatron_sip.model.gpt import row_logprobs
 
-    get_model_config(model[0]).finalize_model_grads_func = finalize_model_grads
+    config = get_model_config(model[0])
+    config.finalize_model_grads_func = finalize_model_grads
+    if model[0].ddp_config.overlap_grad_reduce:
+        config.no_sync_func = model[0].no_sync
     plan = plan_rows(
         example_lengths(problem.examples),
         row_length,

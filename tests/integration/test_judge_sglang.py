@@ -131,6 +131,9 @@ async def test_factuality_soft(smollm2_server: LocalServer, smollm2_dir: Path, c
     assert counters[f"verdicts/{criterion}"] == 3
 
 
+VOTES = 20  # one answer in four names a colour: of 40 not one does once in 100,000 times
+
+
 @pytest.mark.parametrize("kind", ["sglang", "openai"])
 async def test_hard_verdicts_are_read_or_missing(
     smollm2_server: LocalServer, smollm2_dir: Path, kind: Any, tmp_path: Path
@@ -148,12 +151,13 @@ async def test_hard_verdicts_are_read_or_missing(
         criteria={str(simple): 1.0, "quality": 1.0, "safety": 1.0, "factuality": 1.0},
         endpoint=Endpoint(smollm2_server.url, kind),
         default_verdict="hard",
-        votes=2,
+        votes=VOTES,
         max_tokens=12,
         quorum=0.01,
     )
     judged, counters = await score(settings, make_group(list(TEXTS.values())[:2]))
-    for name, planned in (("colour", 4), ("quality", 2), ("safety", 4), ("factuality", 4)):
+    both = 2 * VOTES
+    for name, planned in (("colour", both), ("quality", VOTES), ("safety", both), ("factuality", both)):
         assert counters[f"verdicts/{name}"] + counters[f"verdicts-missing/{name}"] == planned
     assert counters["verdicts/colour"] >= 1
     assert (judged.scores is None) == (judged.dropped is not None)

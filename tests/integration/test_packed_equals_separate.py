@@ -31,6 +31,7 @@ ONE_PROCESS = {
 }
 FOUR_PROCESSES = {
     "dp4": (),
+    "dp4_overlapped": ("--overlap-grad-reduce",),
     "tp2_dp2": TP2,
     "tp2_sp_dp2_full_recompute": (*TP2, "--sequence-parallel", *FULL),
     "pp2_dp2": PP2,

@@ -1,4 +1,4 @@
-"""What Megatron gets for its two fused kernels on CPU, against what it computes without them."""
+"""What Megatron gets for its fused kernels on CPU, against what it computes without them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_sip.model.bf16_layers import KERNELS_USABLE
-from megatron_sip.platform.fused_kernels_cpu import accumulate_weight_gradient, apply_rotary
+from megatron_sip.platform.fused_kernels_cpu import accumulate_weight_gradient, apply_rotary, scale_tensors
 from megatron_sip.platform.megatron_cpu import enable_cpu
 
 
@@ -48,3 +48,20 @@ def test_weight_gradients_are_added(dtype: torch.dtype, rows: int) -> None:
     assert (main_grad - exact).norm() / exact.norm() < (
         1e-6 if dtype == torch.float32 or (rows == 32 and KERNELS_USABLE) else 5e-3
     )
+
+
+def test_clipping_scales_in_place() -> None:
+    gradients = [torch.ones(3), torch.full((2, 2), 4.0)]
+    scale_tensors(65536, torch.zeros(1), [gradients, gradients], 0.25)
+    assert torch.equal(gradients[0], torch.full((3,), 0.25))
+    assert torch.equal(gradients[1], torch.ones(2, 2))
+
+
+def test_megatron_has_them() -> None:
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.tensor_parallel import layers
+
+    assert rope_utils.fused_apply_rotary_pos_emb is apply_rotary
+    assert layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32 is accumulate_weight_gradient
+    assert clip_grads.multi_tensor_scale_impl is scale_tensors
