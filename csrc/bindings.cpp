@@ -65,7 +65,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       "row_softmax",
       [](const std::string& instruction_set, const std::string& dtype, uintptr_t row, int64_t length, double factor) {
         const RowStatistics result =
-            kernels_named(instruction_set, dtype).softmax(reinterpret_cast<void*>(row), length, factor, nullptr);
+            kernels_named(instruction_set, dtype).softmax(reinterpret_cast<void*>(row), length, factor);
         return std::make_tuple(result.reference, result.sum, result.weighted);
       },
       "Overwrites the row at an address with factor * softmax; returns its statistics.");

@@ -106,8 +106,7 @@ Statistics statistics_of(const Tensor& logits, const Tensor& logit_rows_any, con
   const double factor = -softmax_scale(logits.scalar_type());
   at::parallel_for(0, rows.count, rows_per_task(shard.columns), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const void* next = r + 1 < end ? rows.row(r + 1) : nullptr;
-      const RowStatistics row = store_softmax ? kernels.softmax(rows.row(r), shard.columns, factor, next)
+      const RowStatistics row = store_softmax ? kernels.softmax(rows.row(r), shard.columns, factor)
                                               : kernels.statistics(rows.row(r), shard.columns);
       if (store_softmax) rows.clear(r, shard.columns);
       reference_out[r] = row.reference;

@@ -170,18 +170,31 @@ inline float block_max(const T* row, int64_t count) {
   return result;
 }
 
-// What is fetched while a Vector of a row is worked on: the row itself from the second-level cache into the first, and
-// half as much from memory, namely what lies `ahead` of the work. Two passes over a row thus fetch one row evenly.
-// Inlined by force: GCC deletes calls of a function that does nothing but prefetch.
+// What a pass over a row fetches from memory meanwhile: what lies at `from`, one `kPasses`-th of it in each of as many
+// passes, so that memory is read evenly.
+template <typename T, int kPasses>
+struct Ahead {
+  const T* from;
+
+  inline Ahead operator+(int64_t elements) const { return {from + elements / kPasses}; }
+};
+
+// Far enough for memory to answer, near enough to stay in the second-level cache. The rows of a matrix follow each other.
 template <typename T>
-__attribute__((always_inline)) inline void prefetch(const T* row, const T* ahead, int64_t i) {
+inline Ahead<T, 1> next_of(const T* row) {
+  return {row + 8192 / sizeof(T)};
+}
+
+// While a Vector is worked on: the row itself from the second-level cache into the first, and what is `ahead` from memory.
+// Inlined by force: GCC deletes calls of a function that does nothing but prefetch.
+template <typename T, int kPasses>
+__attribute__((always_inline)) inline void prefetch(const T* row, Ahead<T, kPasses> ahead, int64_t i) {
   constexpr int64_t kLine = 64 / sizeof(T);
   constexpr int64_t kNear = 1024 / sizeof(T);
 #pragma GCC unroll 8
   for (int64_t j = 0; j < Vector::kWidth; j += kLine) __builtin_prefetch(row + i + kNear + j, 0, 3);
-  if (ahead == nullptr) return;
 #pragma GCC unroll 8
-  for (int64_t j = 0; j < Vector::kWidth / 2; j += kLine) __builtin_prefetch(ahead + i / 2 + j, 0, 2);
+  for (int64_t j = 0; j < Vector::kWidth / kPasses; j += kLine) __builtin_prefetch((ahead + i).from + j, 0, 2);
 }
 
 // Sums over w = 2^x of shifted logits x.
@@ -193,8 +206,8 @@ struct Sums {
 inline Vector bounded(const Vector& shifted) { return Vector::max(Vector::broadcast(kLowest), shifted); }
 
 // Without `kInfinite` a logit of -inf makes `weighted` NaN; with it each logit costs an instruction more.
-template <bool kInfinite, typename T>
-inline Sums block_sums(const T* row, int64_t count, const Shift& shift, const T* ahead) {
+template <bool kInfinite, typename T, typename Fetch>
+inline Sums block_sums(const T* row, int64_t count, const Shift& shift, Fetch ahead) {
   const Power power(kPower);
   Vector sum = Vector::broadcast(0.0f), weighted = Vector::broadcast(0.0f);
   const auto add = [&](const Vector& shifted) {
@@ -228,8 +241,8 @@ struct OnlineRow {
     shift = next;
   }
 
-  template <typename T>
-  inline void add(const T* row, int64_t count, const T* ahead) {
+  template <typename T, typename Fetch>
+  inline void add(const T* row, int64_t count, Fetch ahead) {
     Sums block;
     if (total.sum != 0) block = block_sums<false>(row, count, shift, ahead);
     if (total.sum == 0 || !(block.sum < kMost) || std::isnan(block.weighted)) {
@@ -246,19 +259,19 @@ struct OnlineRow {
   }
 };
 
-template <typename T>
-inline RowStatistics statistics_ahead(const T* row, int64_t length, const T* ahead) {
+template <typename T, typename Fetch>
+inline RowStatistics statistics_ahead(const T* row, int64_t length, Fetch ahead) {
   OnlineRow online;
   for (int64_t begin = 0; begin < length; begin += kBlock) {
     const int64_t count = length - begin < kBlock ? length - begin : kBlock;
-    online.add(row + begin, count, ahead == nullptr ? nullptr : ahead + begin / 2);
+    online.add(row + begin, count, ahead + begin);
   }
   return online.statistics();
 }
 
 // out = function(row)
-template <typename T, typename Function>
-inline void transform(T* out, const T* row, int64_t length, const T* ahead, Function function) {
+template <typename T, typename Fetch, typename Function>
+inline void transform(T* out, const T* row, int64_t length, Fetch ahead, Function function) {
   int64_t i = 0;
   for (; i + Vector::kWidth <= length; i += Vector::kWidth) {
     prefetch(row, ahead, i);
@@ -267,43 +280,44 @@ inline void transform(T* out, const T* row, int64_t length, const T* ahead, Func
   if (i < length) store_partial(out + i, function(load_partial(row + i, length - i)), length - i);
 }
 
-template <typename T>
-inline void exponentials_ahead(T* out, const T* row, int64_t length, double log_normaliser, double factor,
-                               const T* ahead) {
+template <typename T, typename Fetch>
+inline void exponentials_ahead(T* out, const T* row, int64_t length, double log_normaliser, double factor, Fetch ahead) {
   const Shift shift(log_normaliser);
   const Power power(power_for<T>(), factor * std::exp(shift.origin() - log_normaliser));
   transform(out, row, length, ahead, [=](const Vector& logits) { return power(shift(logits)); });
 }
 
 template <typename T>
-RowStatistics statistics(const void* row, int64_t length) {
-  return statistics_ahead(static_cast<const T*>(row), length, static_cast<const T*>(nullptr));
+RowStatistics statistics(const void* data, int64_t length) {
+  const T* row = static_cast<const T*>(data);
+  return statistics_ahead(row, length, next_of(row));
 }
 
 // The exponentials are computed twice: keeping them costs more, in cache traffic, than the second time does.
 template <typename T>
-RowStatistics softmax(void* data, int64_t length, double factor, const void* next) {
+RowStatistics softmax(void* data, int64_t length, double factor) {
   T* row = static_cast<T*>(data);
-  const RowStatistics result = statistics_ahead<T>(row, length, row + length / 2);
+  const Ahead<T, 2> rest = {row + length / 2}, next = {row + length};
+  const RowStatistics result = statistics_ahead(row, length, rest);
   if (result.sum == 0) {
     std::memset(data, 0, length * sizeof(T));
   } else {
-    exponentials_ahead<T>(row, row, length, result.reference + std::log(result.sum), factor,
-                          static_cast<const T*>(next));
+    exponentials_ahead(row, row, length, result.reference + std::log(result.sum), factor, next);
   }
   return result;
 }
 
 template <typename T>
-void exponentials(void* out, const void* row, int64_t length, double log_normaliser, double factor) {
-  exponentials_ahead<T>(static_cast<T*>(out), static_cast<const T*>(row), length, log_normaliser, factor, nullptr);
+void exponentials(void* out, const void* data, int64_t length, double log_normaliser, double factor) {
+  const T* row = static_cast<const T*>(data);
+  exponentials_ahead(static_cast<T*>(out), row, length, log_normaliser, factor, next_of(row));
 }
 
 template <typename T>
-void scale(void* out, const void* row, int64_t length, double factor) {
+void scale(void* out, const void* data, int64_t length, double factor) {
+  const T* row = static_cast<const T*>(data);
   const Register by = Register::broadcast(static_cast<float>(factor));
-  transform<T>(static_cast<T*>(out), static_cast<const T*>(row), length, nullptr,
-               [=](const Vector& x) { return Vector::mul(x, by); });
+  transform(static_cast<T*>(out), row, length, next_of(row), [=](const Vector& x) { return Vector::mul(x, by); });
 }
 
 template <typename T>

@@ -31,11 +31,11 @@ struct RowStatistics {
 // Rows are gone through in blocks of this many logits, which stay in the first-level cache for the few read again.
 constexpr int64_t kBlock = 2048;
 
-// `out` may equal `row`.
+// `out` may equal `row`. Meanwhile the memory behind a row is prefetched, where the next one is expected.
 struct RowKernels {
   RowStatistics (*statistics)(const void* row, int64_t length);
-  // Overwrites the row with factor * softmax, and meanwhile prefetches the row at `next` unless that is null.
-  RowStatistics (*softmax)(void* row, int64_t length, double factor, const void* next);
+  // Overwrites the row with factor * softmax.
+  RowStatistics (*softmax)(void* row, int64_t length, double factor);
   // out = factor * exp(row - log_normaliser)
   void (*exponentials)(void* out, const void* row, int64_t length, double log_normaliser, double factor);
   // out = factor * row

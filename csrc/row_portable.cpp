@@ -113,7 +113,7 @@ void exponentials_float64(void* out, const void* row, int64_t length, double log
   }
 }
 
-RowStatistics softmax_float64(void* row, int64_t length, double factor, const void*) {
+RowStatistics softmax_float64(void* row, int64_t length, double factor) {
   const RowStatistics result = statistics_float64(row, length);
   exponentials_float64(row, row, length, result.reference + std::log(result.sum), factor);
   return result;
