@@ -307,7 +307,8 @@ run_job() {
     # The trainer pushes its weights before the first rollout, so engines start with made-up ones. SGLang keeps two tokens
     # of its context in reserve.
     start_servers engine "$TRAINER_NODES" "$ENGINE_NODES" "$ENGINE_TP" "$ENGINE_PORT" --model-path="$hf" \
-        --load-format=dummy --enable-fp32-lm-head --context-length=$((SEQ_LENGTH + 2)) --skip-server-warmup "${engine_flags[@]}"
+        --load-format=dummy --dtype=bfloat16 --enable-fp32-lm-head --context-length=$((SEQ_LENGTH + 2)) \
+        --skip-server-warmup "${engine_flags[@]}"
     engine_urls=("${server_urls[@]}")
     start_servers teacher $((TRAINER_NODES + ENGINE_NODES)) "$TEACHER_NODES" "$TEACHER_TP" "$TEACHER_PORT" \
         --model-path="$TEACHER_MODEL" "${teacher_flags[@]}"

@@ -96,6 +96,7 @@ def test_every_server_has_its_own_gpus_port_and_seed_on_nodes_of_its_role(script
     assert len({o["random-seed"] for o in options}) == 8
     assert {o["tp-size"] for o in options} == {"2"}
     assert {o["load-format"] for o in options} == {"dummy"}
+    assert {o["dtype"] for o in options} == {"bfloat16"}  # as the trainer, whatever the config of the policy says
     assert server_options(teachers[0])["tp-size"] == "8"
     assert "load-format" not in server_options(teachers[0])
     logs = [words[words.index(">>") + 1] for words in servers]
