@@ -55,6 +55,8 @@ bench: $(VENV)/installed-bench
 		$(BIN)/python benchmarks/$$script.py --json benchmarks/results/$${script}_cpu.json || exit 1; \
 	done
 	for script in judge_schedules judge_client; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 $(BIN)/python benchmarks/train_step_profile.py dpo_packed \
+		--json benchmarks/results/train_step_profile_cpu.json
 	$(BIN)/python benchmarks/train_step.py --quick --json benchmarks/results/train_step_cpu.json
 
 clean:

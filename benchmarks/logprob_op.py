@@ -33,6 +33,7 @@ from machine import (
     copy_bandwidth,
     describe_machine,
     format_table,
+    heap_reuse_active,
     heap_reuse_environment,
     time_interleaved,
     write_report,
@@ -175,8 +176,9 @@ def largest_error(work: Workload) -> float:
     return (ours.double() - exact[rows, targets]).abs().max().item()
 
 
-def measure(rows: int, vocab: int, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
-    """One table: seconds and memory of every contestant, and how ours compares."""
+def measure(rows: int, vocab: int, dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One case: a row of seconds and memory for every contestant, and how ours compares."""
+    device = arguments.device
     work = make_workload(rows, vocab, dtype, device)
     words = work.buffer.view(torch.int32)
     cases = [
@@ -186,13 +188,17 @@ def measure(rows: int, vocab: int, dtype: torch.dtype, device: str, rounds: int)
         megatron_case(work),
         *(liger_cases(work) if device == "cuda" else []),
     ]
-    timings = time_interleaved(cases, rounds=rounds, warmup=1, device=device)
+    timings = time_interleaved(cases, rounds=arguments.rounds, warmup=1, device=device)
     peaks = {case.name: added_peak_gb(case, device) for case in cases}
     seconds = {name: timing.median_s for name, timing in timings.items()}
     fastest_torch = min(value for name, value in seconds.items() if name.startswith(TORCH))
+    case = f"{rows}x{vocab} {str(dtype).removeprefix('torch.')}"
+    if device == "cpu":
+        case += f", {'heap reuse' if heap_reuse_active() else 'default'}"
     return {
         "rows": [
             {
+                "case": case,
                 "name": name,
                 "median_s": timing.median_s,
                 "fastest_s": timing.fastest_s,
@@ -201,41 +207,47 @@ def measure(rows: int, vocab: int, dtype: torch.dtype, device: str, rounds: int)
             }
             for name, timing in timings.items()
         ],
-        "shape": [rows, vocab],
-        "dtype": str(dtype).removeprefix("torch."),
-        "largest_error": largest_error(work),
+        "largest_error": {case: largest_error(work)},
         "ratios": {
-            "vs_floor": seconds[OURS] / seconds["floor"],
-            "weighted_vs_floor": seconds["ours weighted"] / seconds["floor"],
-            "vs_megatron": seconds["megatron"] / seconds[OURS],
-            "vs_torch": fastest_torch / seconds[OURS],
+            case: {
+                "vs_floor": seconds[OURS] / seconds["floor"],
+                "weighted_vs_floor": seconds["ours weighted"] / seconds["floor"],
+                "vs_megatron": seconds["megatron"] / seconds[OURS],
+                "vs_torch": fastest_torch / seconds[OURS],
+            }
         },
     }
 
 
-def show(table: dict[str, Any], allocator: str) -> None:
-    rows, vocab = table["shape"]
-    print(f"\n{rows} x {vocab} {table['dtype']}, {allocator}, largest error {table['largest_error']:.1e}")
-    seconds = {row["name"]: row["median_s"] for row in table["rows"]}
+def show(measured: dict[str, Any]) -> None:
+    (case, error), *_ = measured["largest_error"].items()
+    print(f"\n{case}: largest error {error:.1e}")
+    seconds = {row["name"]: row["median_s"] for row in measured["rows"]}
     lines = [
         (name, value * 1e3, value / seconds["floor"], value / seconds[OURS], peak)
-        for name, value, peak in ((row["name"], row["median_s"], row["peak_gb"]) for row in table["rows"])
+        for name, value, peak in ((row["name"], row["median_s"], row["peak_gb"]) for row in measured["rows"])
     ]
     print(format_table(("forward + backward", "ms", "x floor", "x ours", "added peak GB"), lines), flush=True)
 
 
 def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All cases under this process's allocator."""
     start_megatron(arguments.device)
-    tables = []
+    report: dict[str, Any] = {"rows": [], "ratios": {}, "largest_error": {}}
     for vocab in arguments.vocab:
         for dtype in arguments.dtypes:
             torch.compiler.reset()
-            tables.append(measure(arguments.rows, vocab, getattr(torch, dtype), arguments.device, arguments.rounds))
-            show(tables[-1], arguments.allocator)
-    return {
-        "machine": describe_machine(arguments.device),
-        "copy_bandwidth_gb_s": copy_bandwidth(arguments.device) / 1e9,
-        "tables": tables,
+            measured = measure(arguments.rows, vocab, getattr(torch, dtype), arguments)
+            show(measured)
+            report = join(report, measured)
+    bandwidth = {"heap reuse" if heap_reuse_active() else "default": copy_bandwidth(arguments.device) / 1e9}
+    return report | {"machine": describe_machine(arguments.device), "copy_bandwidth_gb_s": bandwidth}
+
+
+def join(report: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Two reports as one: lists and mappings of both; the machine is the same."""
+    return report | {
+        name: report[name] + value if isinstance(value, list) else report[name] | value for name, value in more.items()
     }
 
 
@@ -268,9 +280,8 @@ def main() -> None:
     if arguments.rows % BRANCH_LENGTH:
         parser.error(f"--rows must be a multiple of {BRANCH_LENGTH}, got {arguments.rows}")
     if arguments.allocator == "both" and arguments.device == "cpu":
-        report: dict[str, Any] = {
-            name: measure_in_new_process(name, sys.argv[1:]) for name in ("default", "heap_reuse")
-        }
+        report = join(*(measure_in_new_process(name, sys.argv[1:]) for name in ("default", "heap_reuse")))
+        del report["machine"]["heap_reuse"]  # both
     else:
         report = measure_all(arguments)
     if arguments.json:

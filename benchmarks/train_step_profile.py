@@ -1,6 +1,8 @@
 """What a step of ours in `train_step.py` is made of, by torch's profiler.
 
-python benchmarks/train_step_profile.py dpo_packed [--model HF_DIR]
+    python benchmarks/train_step_profile.py dpo_packed [--model HF_DIR] [--json FILE]
+
+The allocator is the one that the process was started with; `make bench` sets heap reuse.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from machine import format_table
+from machine import describe_machine, format_table, gemm_peak, write_report
 from torch.profiler import ProfilerActivity, profile
 from train_step import MODEL
 from train_step_problem import PROBLEMS, make_examples
@@ -42,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant", choices=("dpo_packed", "dpo_unpacked", "grpo_packed", "grpo_unpacked"))
     parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--json", type=Path, help="where the report goes")
     args = parser.parse_args()
     objective, implementation = args.variant.split("_")
     problem = PROBLEMS[objective]
@@ -69,6 +72,9 @@ def main() -> None:
     total = sum(seconds.values())
     print(format_table(("part", "s", "share"), [(n, s, f"{100 * s / total:.0f}%") for n, s in seconds.most_common()]))
     print(f"{total:.1f} s profiled, {unprofiled:.1f} s without the profiler, {torch.get_num_threads()} threads")
+    if args.json:
+        report = {"machine": describe_machine(), "gemm_peak_flops": gemm_peak(torch.bfloat16), "variant": args.variant}
+        write_report(args.json, report | {"seconds": seconds, "step_s": unprofiled, "profiled_step_s": total})
 
 
 if __name__ == "__main__":

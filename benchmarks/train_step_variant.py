@@ -24,7 +24,7 @@ from megatron_sip.learning.objectives import LossTerms, ObjectiveSettings, row_l
 from megatron_sip.learning.packing import PackedRow, build_row
 from megatron_sip.samples import Example
 
-VARIANTS = ("dpo_packed", "dpo_unpacked", "dpo_trl", "grpo_packed", "grpo_unpacked")
+VARIANTS = ("dpo_packed", "dpo_offload", "dpo_unpacked", "dpo_trl", "grpo_packed", "grpo_unpacked")
 LEARNING_RATE, CLIP_GRAD, BETA = 0.0, 1.0, 0.1  # the optimizer does all its work, and every step computes the same
 
 
@@ -39,16 +39,17 @@ class Measured:
     computed: dict[str, float]
 
 
-def measure_ours(model: Path, problem: Problem, packed: bool, warm_up: int, steps: int) -> Measured:
-    """The trainer of `megatron_sip.train` with Megatron's optimizer; unpacked, every branch has its prefix to itself."""
-    trainer, reference, pad_id = build_trainer(model, problem, warm_up + steps)
+def measure_ours(model: Path, problem: Problem, implementation: str, warm_up: int, steps: int) -> Measured:
+    """The trainer of `megatron_sip.train` with Megatron's optimizer; "unpacked", every branch has its prefix to itself;
+    "offload", the reference lies in host memory and takes the policy's place for its pass."""
+    trainer, reference, pad_id = build_trainer(model, problem, warm_up + steps, offload=implementation == "offload")
     from megatron_sip.learning.metrics import flatten
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     resting = resident_gb()
     seconds, metrics = [], []
     examples = make_examples(problem, tokenizer)
-    rows = None if packed else unpacked_rows(problem, examples, pad_id)
+    rows = unpacked_rows(problem, examples, pad_id) if implementation == "unpacked" else None
     for _ in range(warm_up + steps):
         start = time.perf_counter()
         if rows is None:
@@ -56,7 +57,7 @@ def measure_ours(model: Path, problem: Problem, packed: bool, warm_up: int, step
         else:
             metrics.append(flatten(trainer.train_rows(examples, rows, reference)))
         seconds.append(time.perf_counter() - start)
-    wanted = ("loss", "grad_norm", "chosen_logprob", "rejected_logprob")
+    wanted = ("loss", "grad_norm", "logprob", "chosen_logprob", "rejected_logprob")
     return Measured(
         seconds=seconds[warm_up:],
         reference_seconds=[float(step["seconds/reference"]) for step in metrics[warm_up:]],
@@ -66,7 +67,7 @@ def measure_ours(model: Path, problem: Problem, packed: bool, warm_up: int, step
     )
 
 
-def build_trainer(model: Path, problem: Problem, steps: int) -> tuple[Any, Any, int]:
+def build_trainer(model: Path, problem: Problem, steps: int, offload: bool = False) -> tuple[Any, Any, int]:
     """(PolicyTrainer with the model's weights, reference or None, pad id), as a run sets them up on one process."""
     from megatron_sip.model.standalone import initialize_megatron_for
 
@@ -88,7 +89,7 @@ def build_trainer(model: Path, problem: Problem, steps: int) -> tuple[Any, Any, 
     trainer.optimizer.reload_model_params()
     if not settings.needs_reference:
         return trainer, None, pad_id
-    return trainer, build_reference(trainer.model), pad_id
+    return trainer, build_reference(trainer.model, offload=offload), pad_id
 
 
 def megatron_flags(problem: Problem, steps: int) -> list[str]:
@@ -110,10 +111,11 @@ def grpo_loss(
     branch_logprobs: Tensor,
     reference_branch_logprobs: Tensor | None,
 ) -> LossTerms:
-    """`row_loss` of an on-policy GRPO step with made-up advantages."""
+    """`row_loss` of an on-policy GRPO step with made-up advantages; its value is the same whatever the model, so the
+    log-probs are reported too."""
     keys = list(zip(row.examples, row.branches, strict=True))
     # With the present policy's own log-probs as the old ones every ratio is 1.
-    return row_loss(
+    terms = row_loss(
         settings,
         examples,
         row,
@@ -123,6 +125,7 @@ def grpo_loss(
         old_token_logprobs=token_logprobs.detach(),
         advantages=token_logprobs.new_tensor(advantages(keys)),
     )
+    return replace(terms, metrics=terms.metrics | {"logprob": branch_logprobs.detach().sum()})
 
 
 def unpacked_rows(problem: Problem, examples: Sequence[Example], pad_id: int) -> list[PackedRow]:
@@ -181,7 +184,7 @@ def main() -> None:
     if implementation == "trl":
         measured = measure_trl(args.model, problem, args.warm_up, args.steps)
     else:
-        measured = measure_ours(args.model, problem, implementation == "packed", args.warm_up, args.steps)
+        measured = measure_ours(args.model, problem, implementation, args.warm_up, args.steps)
     args.result.write_text(json.dumps(asdict(measured)))
 
 

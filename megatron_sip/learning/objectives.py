@@ -40,6 +40,8 @@ METRIC_COUNTS: dict[str, str] = {
     "engine_logprob_abs_diff": "engine_tokens",
 }
 """Every metric is a sum; this names the metric that holds its count."""
+MAX_LOG_RATIO = 20.0
+"""exp of a larger one overflows sooner or later, and then a clipped token's gradient is 0 times infinity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,7 @@ def grpo(
     """Group relative policy optimisation: clipped policy gradient with a KL penalty (Shao et al. 2024, eq. 3 and 4).
 
     Token loss: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef (exp(d) - d - 1), with
-    r = exp(log-prob - old) and d = reference - log-prob.
+    r = exp(log-prob - old) and d = reference - log-prob, both exponents kept within +-MAX_LOG_RATIO.
 
     Args:
         token_logprobs, old_logprobs, reference_logprobs: [L]; the last may be None when kl_coef is 0.
@@ -189,7 +191,7 @@ def grpo(
             (they sum to L) and the weight of its loss.
     """
     token_advantages = advantages.repeat_interleave(branch_tokens)
-    ratio = (token_logprobs - old_logprobs.detach()).exp()
+    ratio = _bounded(token_logprobs - old_logprobs.detach()).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     policy = -torch.minimum(ratio * token_advantages, clipped * token_advantages)
     if kl_coef == 0:
@@ -197,7 +199,7 @@ def grpo(
     elif reference_logprobs is None:
         raise ValueError(f"kl_coef is {kl_coef}: GRPO needs the reference model's token log-probs")
     else:
-        distance = reference_logprobs.detach() - token_logprobs
+        distance = _bounded(reference_logprobs.detach() - token_logprobs)
         penalty = distance.exp() - distance - 1
     tokens, branches = token_logprobs.numel(), branch_tokens.numel()
     share = 1.0 / branch_tokens.to(policy.dtype) if average == "sequence" else torch.ones_like(weights)
@@ -377,6 +379,10 @@ def _engine_difference(
     pick = torch.tensor(places, dtype=torch.int64, device=token_logprobs.device)
     difference = (token_logprobs[pick] - token_logprobs.new_tensor(engine)).abs().sum()
     return {"engine_logprob_abs_diff": difference, "engine_tokens": len(engine)}
+
+
+def _bounded(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def _require(holds: bool, name: str, value: object, right: str) -> None:

@@ -236,9 +236,13 @@ def _iterators(micro_batches: list[MicroBatch], model: list[Any]) -> Any:
 
 
 def branch_sums(token_logprobs: Tensor, offsets: Tensor) -> Tensor:
-    """Log-probs of whole branches [B] from those of their tokens [L]; branch b owns offsets[b]:offsets[b + 1]."""
+    """Log-probs of whole branches [B] from those of their tokens [L]; branch b owns offsets[b]:offsets[b + 1].
+
+    Added up in float64: DPO's margin is a small difference of large sums.
+    """
     branch_of = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
-    return token_logprobs.new_zeros(len(offsets) - 1).index_add(0, branch_of, token_logprobs)
+    sums = token_logprobs.new_zeros(len(offsets) - 1, dtype=torch.float64)
+    return sums.index_add(0, branch_of, token_logprobs.double()).to(token_logprobs.dtype)
 
 
 def plan_metrics(plan: RowPlan, examples: int) -> Metrics:

@@ -74,7 +74,7 @@ class PolicyModel(GPTModel):
     def _embedded(self, input_ids: Tensor) -> Tensor | None:
         """What the embedding makes of input_ids int64 [1, S], [S, 1, H]; None where Megatron's own way is needed."""
         weight = self.embedding.word_embeddings.weight
-        if weight.device.type != "cpu" or getattr(weight, "main_grad", None) is None or self.config.use_mup:
+        if weight.device.type != "cpu" or getattr(weight, "main_grad", None) is None:
             return None
         hidden = embed_into_main_grad(weight, input_ids[0])[:, None]
         return self.embedding.embedding_dropout(hidden.float() if self.config.fp32_residual_connection else hidden)
@@ -203,6 +203,7 @@ def check_arguments(args: Any) -> None:
         (args.normalization != "RMSNorm", "--normalization must be RMSNorm"),
         (args.micro_batch_size != 1, "--micro-batch-size must be 1: a packed row is a micro-batch"),
         (args.context_parallel_size != 1, "--context-parallel-size must be 1: a prefix tree is not split over ranks"),
+        (args.use_mup, "--use-mup is not supported: the suffix-only output layer does not scale logits"),
         (args.num_experts is not None, "--num-experts is not supported: the policy is a dense model"),
         (args.vocab_size is None, "--vocab-size is needed: entries that Megatron adds as padding are masked"),
     ]

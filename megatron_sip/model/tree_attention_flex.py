@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from megatron_sip.model.tree_attention_dense import token_spans
+from megatron_sip.model.tree_attention_dense import TokenSpans, token_spans
 
 
-def tree_block_mask(layout: Tensor, length: int) -> BlockMask:
-    """The block mask of a row of `length` tokens, on the layout's device; blocks outside the trees are skipped.
+def tree_block_mask(spans: TokenSpans) -> BlockMask:
+    """The block mask of a row with these spans, on their device; blocks outside the trees are skipped.
 
-    layout: int32 [B, 4]. Padding sees itself alone, so that no row of scores is empty.
+    Padding sees itself alone, so that no row of scores is empty.
     """
-    spans = token_spans(layout, length)
+    length = len(spans.inside)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         in_group = (key <= query) & (key >= spans.group_start[query])
         return in_group & ((key < spans.prefix_end[query]) | (key >= spans.branch_start[query]))
 
-    return create_block_mask(visible, None, None, length, length, device=layout.device)
+    return create_block_mask(visible, None, None, length, length, device=spans.inside.device)
 
 
 class FlexTreeAttention:
@@ -40,22 +40,24 @@ class FlexTreeAttention:
         self._attention: Any = torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
         self._layout: Tensor | None = None
         self._key: tuple[int, int, int, int] | None = None
-        self._mask: BlockMask | None = None
+        self._row: tuple[BlockMask, Tensor] | None = None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float) -> Tensor:
+        mask, inside = self._mask_of(layout, query.shape[0])
         output = self._attention(
             query.transpose(0, 1)[None],
             key.transpose(0, 1)[None],
             value.transpose(0, 1)[None],
-            block_mask=self._block_mask(layout, query.shape[0]),
+            block_mask=mask,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        inside = token_spans(layout, query.shape[0]).inside
-        return output[0].transpose(0, 1) * inside[:, None, None]
+        return output[0].transpose(0, 1) * inside
 
-    def _block_mask(self, layout: Tensor, length: int) -> BlockMask:
+    def _mask_of(self, layout: Tensor, length: int) -> tuple[BlockMask, Tensor]:
+        """The row's block mask, and bool [S, 1, 1]: which tokens are in a tree."""
         key = (layout.data_ptr(), layout.shape[0], layout._version, length)
-        if self._mask is None or key != self._key:
-            self._layout, self._key, self._mask = layout, key, tree_block_mask(layout, length)
-        return self._mask
+        if self._row is None or key != self._key:
+            spans = token_spans(layout, length)
+            self._layout, self._key, self._row = layout, key, (tree_block_mask(spans), spans.inside[:, None, None])
+        return self._row

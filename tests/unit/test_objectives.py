@@ -14,6 +14,7 @@ from megatron_sip.learning.objectives import (
     LossTerms,
     ObjectiveSettings,
     dpo,
+    grpo,
     row_loss,
 )
 from megatron_sip.learning.packing import PackedRow, build_row
@@ -249,6 +250,18 @@ def test_grpo_without_old_logprobs_is_the_plain_policy_gradient():
     )
     for ours, theirs in zip(gradients(terms.sum, policy), gradients(plain, policy), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize(("policy", "old"), [(-1.0, -200.0), (-200.0, -1.0)])
+def test_grpo_stays_finite_where_policy_and_old_or_reference_are_far_apart(policy, old, advantage):
+    logprobs = torch.tensor([policy, -2.0], requires_grad=True)
+    others = torch.tensor([old, -2.0])
+    one = torch.ones(1)
+    terms = grpo(logprobs, others, others, advantage * one, torch.tensor([2]), one, kl_coef=0.1)
+    terms.sum.backward()
+    assert torch.isfinite(terms.sum)
+    assert torch.isfinite(logprobs.grad).all()
 
 
 @pytest.mark.parametrize("settings", [ObjectiveSettings("sft"), ObjectiveSettings("dpo"), ObjectiveSettings("grpo")])
