@@ -17,10 +17,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from megatron_sip.data.continuation_text import rollout_texts
 from megatron_sip.group_files import read_groups, write_groups
 from megatron_sip.learning.metrics import Mean, Metrics
 from megatron_sip.learning.selection import SelectionSettings, select, selection_metrics
-from megatron_sip.rollout.sglang import Failure, PoolCounters, SamplingSettings, SGLangPool
+from megatron_sip.rollout.sglang import Completion, Failure, PoolCounters, SamplingSettings, SGLangPool
 from megatron_sip.samples import CANDIDATE_KINDS, Candidate, CandidateKind, Example, Group, Task
 
 GAUGES = ("cached-share", "latency-", "first-shown-preferred")
@@ -152,10 +153,13 @@ class ExperienceMaker:
         assert self._engines is not None
         prefixes = [task.prefix_ids for task in tasks]
         answers = await self._engines.generate(prefixes, self._settings.sampling, weight_version=version)
-        return [answer.kind if isinstance(answer, Failure) else self._as_candidates(answer) for answer in answers]
+        return [
+            answer.kind if isinstance(answer, Failure) else self._as_candidates(task, answer)
+            for task, answer in zip(tasks, answers, strict=True)
+        ]
 
-    def _as_candidates(self, completions: Sequence[Any]) -> list[Candidate]:
-        texts = self._tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+    def _as_candidates(self, task: Task, completions: Sequence[Completion]) -> list[Candidate]:
+        texts = rollout_texts(self._tokenizer, task, [c.ids for c in completions])
         return [
             Candidate("rollout", list(c.ids), text, list(c.logprobs), c.weight_version)
             for c, text in zip(completions, texts, strict=True)

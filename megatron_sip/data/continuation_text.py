@@ -1,14 +1,18 @@
-"""The texts of a prefix and its suffix, such that one continues the other exactly.
+"""Texts and token ids that continue a prefix exactly: of its suffix, of rollouts, of rewrites.
 
-Decoding token ids piecewise goes wrong at the seams: some tokenizers drop a leading space, and a character may be cut
-between its bytes, which shows as U+FFFD (with byte fallback for the whole run of byte tokens). Here a seam inside a
-character is moved to the character's beginning.
+Decoding or encoding piecewise goes wrong at the seams: some tokenizers drop or add a leading space, and a character may
+be cut between its bytes, which shows as U+FFFD (with byte fallback for the whole run of byte tokens). Here a seam inside
+a character is moved to the character's beginning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
+
+from megatron_sip.samples import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,6 +22,22 @@ _MAX_PARTIAL = 3
 """Bytes, and so at most tokens, of an unfinished UTF-8 character."""
 LOOKAHEAD = _MAX_PARTIAL
 """Tokens after the suffix that are enough to finish its last character."""
+_SEAM_TOKENS = 8
+"""Tokens of a prefix's end that show how it goes on, mostly."""
+_LEADS = ("", "\n")
+"""What a continuation is encoded after: nothing, or what takes up the space that some tokenizers put before any text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """The end of a prefix: its last tokens, and their text, with which the prefix's text ends.
+
+    unfinished: tokens at the end of `ids` whose last character is not finished, and so is not part of `text`.
+    """
+
+    ids: list[int]
+    text: str
+    unfinished: int = 0
 
 
 def continuation_texts(
@@ -50,6 +70,66 @@ def continuation_texts(
     return before, _decode(tokenizer, suffix)  # a decoder whose output for a prefix depends on what follows
 
 
+def rollout_texts(tokenizer: PreTrainedTokenizerBase, task: Task, rollouts: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of continuations of the task's prefix, cut as the suffix's text is: equal ids, equal texts."""
+    seam = find_seam(tokenizer, task.prefix_ids, task.prefix_text)
+    # What follows the suffix in its document may have told a real U+FFFD at its end from an unfinished character.
+    return [task.suffix_text if list(ids) == task.suffix_ids else text_after(tokenizer, seam, ids) for ids in rollouts]
+
+
+def find_seam(tokenizer: PreTrainedTokenizerBase, prefix: Sequence[int], prefix_text: str) -> Seam:
+    """The seam of a prefix with the text that `continuation_texts` gave it: as few tokens as are sure to decode alike."""
+    for starts in _seam_starts(len(prefix)):
+        for unfinished, start in product(range(_MAX_PARTIAL + 1), starts):
+            ids = prefix[start : len(prefix) - unfinished]
+            text = _decode(tokenizer, ids)
+            clear = text != "" and _REPLACEMENT not in text and prefix_text.endswith(text)
+            if clear or (ids and text == prefix_text):
+                return Seam(list(prefix[start:]), text, unfinished)
+    return Seam(list(prefix), prefix_text)
+
+
+def _seam_starts(length: int) -> Iterator[range]:
+    """Where to cut a prefix of so many tokens, nearest first: neighbours, of which one begins a character."""
+    size = _SEAM_TOKENS
+    while size + _MAX_PARTIAL < length:
+        yield range(length - size, length - size - _MAX_PARTIAL - 1, -1)
+        size *= 2
+    yield range(min(_MAX_PARTIAL, length - 1) + 1)
+
+
+def text_after(tokenizer: PreTrainedTokenizerBase, seam: Seam, ids: Sequence[int]) -> str:
+    """The text of `ids` where they follow the seam, without a last character that is cut short.
+
+    After a special token nothing is cut short: a broken character before an EOS stays the U+FFFD that it is.
+    """
+    both = [*seam.ids, *ids]
+    text = _decode(tokenizer, both)
+    if text.endswith(_REPLACEMENT) and both[-1] not in tokenizer.all_special_ids:
+        shorter = [_decode(tokenizer, both[:-dropped]) for dropped in range(1, _MAX_PARTIAL + 1)]
+        whole = [t for t in shorter if t == seam.text or (t.startswith(seam.text) and not t.endswith(_REPLACEMENT))]
+        text = whole[0] if whole else text
+    if text.startswith(seam.text):
+        return text[len(seam.text) :]
+    return _decode(tokenizer, ids)  # byte fallback: a broken character after the seam shows as one before it too
+
+
+def ids_after(tokenizer: PreTrainedTokenizerBase, seam: Seam, text: str) -> list[int] | None:
+    """Ids that follow the seam with exactly `text`; None where there are none, since it ends inside another character.
+
+    Special tokens written out in `text` are the plain text that they are in documents.
+    """
+    head = text[: len(text) - len(text.lstrip()) + 1]  # the seam decides no more; a tokenizer may normalise the rest
+    unfinished = seam.ids[len(seam.ids) - seam.unfinished :]
+    for lead in _LEADS:
+        begun = [*_encode(tokenizer, lead), *unfinished]
+        ids = _encode(tokenizer, lead + text)
+        rest = ids[len(begun) :]
+        if ids[: len(begun)] == begun and text_after(tokenizer, seam, rest).startswith(head):
+            return rest
+    return None
+
+
 def _whole_characters(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], following: Sequence[int]) -> str:
     """The text of `ids` without an unfinished last character, which `following` tokens of the document finish."""
     text = _decode(tokenizer, ids)
@@ -67,3 +147,7 @@ def _whole_characters(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], fo
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)) if text else []

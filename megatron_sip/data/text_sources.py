@@ -132,6 +132,13 @@ def _text_of_line(line: bytes, path: Path, line_number: int, text_field: str) ->
     if not isinstance(text, str):
         found = type(text).__name__
         raise DataError(f"{where}: field {text_field!r} must be a string, found {found}: {_excerpt(line)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: field {text_field!r} holds half a surrogate pair (U+{ord(text[error.start]):04X}, character "
+            f"{error.start + 1}): {_excerpt(line)}; write the whole character, or U+FFFD for one that is lost"
+        ) from error
     return text
 
 
@@ -157,10 +164,19 @@ def _parquet_texts(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
             rows, size = max(1, table.metadata.num_rows), path.stat().st_size
             row = 0
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
+                for value in batch.column(0):
                     row += 1
-                    if text is None:
-                        raise DataError(f"{path}: row {row}: column {text_field!r} is null, expected a string")
-                    yield text, size * row // rows
+                    yield _text_of_value(value, path, row, text_field), size * row // rows
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: cannot be read as parquet ({error})") from error
+
+
+def _text_of_value(value: Any, path: Path, row: int, text_field: str) -> str:
+    where = f"{path}: row {row}: column {text_field!r}"
+    try:
+        text: str | None = value.as_py()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 ({error}); write the file with the text in that encoding") from error
+    if text is None:
+        raise DataError(f"{where} is null, expected a string")
+    return text

@@ -80,7 +80,8 @@ def read_comparisons(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "comparisons.jsonl"
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = path.read_text(encoding="utf-8").split("\n")  # str.splitlines would also split at U+2028 inside a text
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def render_page(

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sip.data.continuation_text import rollout_texts
 from megatron_sip.data.errors import DataError
 from megatron_sip.experience import ScoresGroups
 from megatron_sip.rollout.sglang import Failure, SamplingSettings, SGLangPool
@@ -57,11 +58,11 @@ async def continue_prefixes(
     """One continuation a task by the weights of `version`; None where the engine failed."""
     answers = await engines.generate([task.prefix_ids for task in tasks], sampling, weight_version=version)
     continuations: list[Candidate | None] = []
-    for answer in answers:
+    for task, answer in zip(tasks, answers, strict=True):
         if isinstance(answer, Failure) or not answer[0].ids:
             continuations.append(None)
         else:
-            text = tokenizer.decode(answer[0].ids, skip_special_tokens=True)
+            [text] = rollout_texts(tokenizer, task, [answer[0].ids])
             continuations.append(Candidate("rollout", list(answer[0].ids), text))
     return continuations
 

@@ -28,7 +28,7 @@ from megatron_sip.samples import CandidateKind
 Ask = Callable[[Sequence[Call]], Awaitable[list[Answer]]]
 """Answers in the order of the calls; None for a call without one."""
 
-LIKELIHOOD_IDENTITY = "likelihood@1"
+LIKELIHOOD_IDENTITY = "likelihood@2"
 PRIOR_LIMIT = 1.5
 """Logits by which a likelihood prior may move a candidate before any verdict."""
 

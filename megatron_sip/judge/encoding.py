@@ -7,8 +7,10 @@ tokenizers split anyway. Texts are encoded with special tokens switched off: no 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from megatron_sip.data.continuation_text import Seam, ids_after
 
 _SENTINEL = "SIP-CONTENT-SENTINEL"
 
@@ -26,7 +28,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: Any, cached_pieces: int = 4096) -> None:
         self._tokenizer = tokenizer
         self._cached_pieces = cached_pieces
-        self._pieces: OrderedDict[str, list[int]] = OrderedDict()
+        self._pieces: OrderedDict[tuple[str, str], list[int]] = OrderedDict()
         self._frame: tuple[list[int], list[int]] | None = None
         self._choices: dict[tuple[str, tuple[str, ...]], tuple[list[int], list[int]]] = {}
 
@@ -42,15 +44,11 @@ class ChatEncoder:
 
     def text(self, text: str) -> list[int]:
         """Ids of plain text: no special tokens added, none recognised in it. Do not modify the list."""
-        ids = self._pieces.get(text)
-        if ids is None:
-            ids = self._encode(text)
-            self._pieces[text] = ids
-            if len(self._pieces) > self._cached_pieces:
-                self._pieces.popitem(last=False)
-        else:
-            self._pieces.move_to_end(text)
-        return ids
+        return self._remembered("text", text, self._encode)
+
+    def continuation(self, text: str) -> list[int]:
+        """Ids of `text` where it goes on from other text: without the space that some tokenizers put before any."""
+        return self._remembered("continuation", text, self._encode_after)
 
     def document_start(self) -> list[int]:
         """The beginning-of-sequence id if this tokenizer puts one before plain text, else nothing."""
@@ -84,6 +82,20 @@ class ChatEncoder:
                 raise EncodingError(f"soft verdicts impossible: the verdicts {list(labels)} do not differ in one token")
             self._choices[key] = (encoded[0][:shared], firsts)
         return self._choices[key]
+
+    def _remembered(self, use: str, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        ids = self._pieces.get((use, text))
+        if ids is None:
+            ids = self._pieces[use, text] = encode(text)
+            if len(self._pieces) > self._cached_pieces:
+                self._pieces.popitem(last=False)
+        else:
+            self._pieces.move_to_end((use, text))
+        return ids
+
+    def _encode_after(self, text: str) -> list[int]:
+        ids = ids_after(self._tokenizer, Seam(self.text("\n"), "\n"), text)
+        return self._encode(text) if ids is None else ids
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sip.data.continuation_text import find_seam, ids_after, text_after
 from megatron_sip.judge.base import UNKNOWN_CODE, AsksTeacher
 from megatron_sip.judge.calls import Answer, GenerateCall
 from megatron_sip.judge.client import affinity_of
@@ -99,9 +100,14 @@ class Rewriter(AsksTeacher):
             return None
         return self._candidate(task, text)
 
-    def _candidate(self, task: Task, text: str) -> Candidate:
-        ids = list(self._tokenizer.encode(text, add_special_tokens=False))[: self._max_tokens]
-        cut = self._tokenizer.decode(ids, skip_special_tokens=True)
+    def _candidate(self, task: Task, text: str) -> Candidate | None:
+        seam = find_seam(self._tokenizer, task.prefix_ids, task.prefix_text)
+        ids = ids_after(self._tokenizer, seam, text)
+        if ids is None:
+            self._counts["dropped/seam-in-character"] += 1
+            return None
+        ids = ids[: self._max_tokens]
+        cut = text_after(self._tokenizer, seam, ids)
         if ids == task.suffix_ids or cut.strip() == task.suffix_text.strip():
             self._counts["copies"] += 1
             return Candidate("rewrite", list(task.suffix_ids), task.suffix_text)

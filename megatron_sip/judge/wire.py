@@ -53,7 +53,9 @@ def sglang_body(calls: Sequence[Call], encoder: ChatEncoder, endpoint: Endpoint)
         start = encoder.document_start()
         prefixes = [start + encoder.text(call.prompt[0]) for call in calls]
         return {
-            "input_ids": [ids + encoder.text(call.prompt[1]) for ids, call in zip(prefixes, calls, strict=True)],
+            "input_ids": [
+                ids + encoder.continuation(call.prompt[1]) for ids, call in zip(prefixes, calls, strict=True)
+            ],
             "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
             "return_logprob": True,
             "logprob_start_len": [max(len(ids) - 1, 0) for ids in prefixes],
@@ -112,7 +114,7 @@ def _sglang_choice(call: ChoiceCall, encoder: ChatEncoder, meta: dict[str, Any])
 
 
 def _sglang_likelihood(call: LikelihoodCall, encoder: ChatEncoder, meta: dict[str, Any]) -> float | None:
-    expected = encoder.text(call.prompt[1])
+    expected = encoder.continuation(call.prompt[1])
     entries = meta["input_token_logprobs"][-len(expected) :] if expected else []
     if [entry[1] for entry in entries] != expected:
         raise BadResponseError("the log-probs returned are not those of the continuation's tokens")

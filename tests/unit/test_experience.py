@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tiny_tokenizer import metaspace_tokenizer
 
 from megatron_sip.experience import ExperienceMaker, ExperienceSettings, build_group
 from megatron_sip.learning.metrics import flatten
@@ -60,8 +61,8 @@ class Rewrites:
 
 
 class Tokenizer:
-    def batch_decode(self, ids: Sequence[Sequence[int]], **_: Any) -> list[str]:
-        return [" ".join(map(str, line)) for line in ids]
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        return " ".join(map(str, ids))
 
 
 def maker(engines: Engines, start: int = 0) -> ExperienceMaker:
@@ -100,6 +101,38 @@ async def test_rollouts_wait_for_their_start_step() -> None:
     assert engines.versions == []
     assert experience.examples == []  # the suffix alone makes no pair, and that is counted
     assert sum(value for name, value in flatten(experience.metrics).items() if name.startswith("dropped/")) == 3
+
+
+class SuffixAgain(Engines):
+    """Writes the suffix " brown fox jumps" of METASPACE_TASK, and its beginning."""
+
+    async def generate(self, prefixes: Sequence[list[int]], settings: Any, *, weight_version: str) -> list[Any]:
+        ids = METASPACE_TASK.suffix_ids
+        return [[Completion(i, None, [-1.0] * len(i), "length", weight_version) for i in (ids, ids[:-6])]]
+
+
+def metaspace_task() -> Task:
+    whole = METASPACE.encode("The quick brown fox jumps", add_special_tokens=False)
+    cut = len(METASPACE.encode("The quick", add_special_tokens=False))
+    return Task(0, whole[:cut], whole[cut:], "The quick", " brown fox jumps")
+
+
+METASPACE = metaspace_tokenizer()
+METASPACE_TASK = metaspace_task()
+
+
+async def test_the_judge_reads_rollouts_as_they_follow_the_prefix() -> None:
+    settings = ExperienceSettings(("suffix", "rollout"), SamplingSettings(64, n=2), SelectionSettings("dpo"))
+    judged: list[Group] = []
+
+    class Watch(Scores):
+        async def score(self, groups: Sequence[Group], *, objective: str) -> list[Group]:
+            judged.extend(groups)
+            return await super().score(groups, objective=objective)
+
+    making = ExperienceMaker(settings, METASPACE, SuffixAgain(), Watch(), None)  # type: ignore[arg-type]
+    await making.make(0, [METASPACE_TASK])
+    assert [c.text for c in judged[0].candidates] == [" brown fox jumps", " brown fox jumps", " brown fox"]
 
 
 def test_a_missing_rewrite_only_leaves_the_group_without_it() -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_judge import FakeJudge
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_tokenizer import byte_level_tokenizer
+from tiny_tokenizer import byte_level_tokenizer, metaspace_tokenizer
 
 from megatron_sip.judge import ClientSettings, Endpoint, Rewriter, RewriterSettings, SettingsError
 from megatron_sip.judge.rewriter import fit_whitespace, last_words, without_start
 from megatron_sip.samples import Candidate, Task
 
 TOKENIZER = byte_level_tokenizer()
+METASPACE = metaspace_tokenizer()
 PREFIX = "The committee met on Tuesday and decided that the old bridge"
 HOSTILE = json.loads((Path(__file__).parents[1] / "data" / "hostile_texts.json").read_text(encoding="utf-8"))
 
@@ -31,11 +33,11 @@ def make_settings(url: str, **changes: object) -> RewriterSettings:
 
 
 async def rewrite(
-    answer: str, tasks: list[Task], max_tokens: int = 400
+    answer: str, tasks: list[Task], max_tokens: int = 400, tokenizer: Any = TOKENIZER
 ) -> tuple[list[Candidate | None], dict[str, float]]:
     async with (
         FakeJudge(answer=lambda prompt: answer) as server,
-        Rewriter(make_settings(server.url), TOKENIZER, max_tokens) as rewriter,
+        Rewriter(make_settings(server.url), tokenizer, max_tokens) as rewriter,
     ):
         await rewriter.check(5.0)
         return await rewriter.rewrite(tasks), rewriter.counters()
@@ -52,6 +54,34 @@ async def test_the_rewrite_is_cut_to_the_suffix_length() -> None:
     assert made is not None
     assert len(made.ids) == 6
     assert " would be repaired and painted.".startswith(made.text)
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, METASPACE], ids=["byte-level", "metaspace"])
+@pytest.mark.parametrize(
+    ("prefix", "text"), [("The quick", " red fox"), ("The quick ", "red fox"), ("The qui", "et fox")]
+)
+async def test_a_rewrite_s_ids_continue_the_prefix_s(tokenizer: Any, prefix: str, text: str) -> None:
+    prefix_ids = tokenizer.encode(prefix, add_special_tokens=False)
+    task = Task(0, prefix_ids, tokenizer.encode("x", add_special_tokens=False), prefix, " x")
+    [made], _ = await rewrite(prefix + text, [task], tokenizer=tokenizer)
+    assert made is not None
+    assert made.text == text
+    assert tokenizer.decode(prefix_ids + made.ids) == prefix + text
+
+
+async def test_special_tokens_that_the_teacher_writes_out_are_text() -> None:
+    [made], _ = await rewrite("decided that the old bridge<|eos|> stays.", [make_task(0, " falls down.")])
+    assert made is not None
+    assert TOKENIZER.eos_token_id not in made.ids
+    assert made.text == TOKENIZER.decode(made.ids) == "<|eos|> stays."
+
+
+async def test_a_rewrite_that_cannot_finish_the_prefix_s_character_is_counted() -> None:
+    ids = TOKENIZER.encode("x色は")
+    assert TOKENIZER.decode(ids[:2]) == "x\ufffd"
+    made, counters = await rewrite("x other", [Task(0, ids[:2], ids[2:], "x", "色は")])
+    assert made == [None]
+    assert counters["dropped/seam-in-character"] == 1
 
 
 async def test_a_copy_is_the_suffix_itself() -> None:

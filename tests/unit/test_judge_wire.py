@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from tiny_tokenizer import byte_level_tokenizer
+from tiny_tokenizer import byte_level_tokenizer, metaspace_tokenizer
 
 from megatron_sip.http import BadResponseError
 from megatron_sip.judge.calls import ChoiceCall, GenerateCall, LikelihoodCall
@@ -89,6 +89,16 @@ def test_native_votes_are_grouped_by_prompt(encoder: ChatEncoder) -> None:
     texts = ["Conclusion: Option 1", "no idea", "Conclusion: Option 2", "Conclusion: Option 2"]
     outputs = [{**meta(), "text": text} for text in texts]
     assert sglang_answers([GENERATE, GENERATE], encoder, outputs)[0] == [[1.0, None], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(("prefix", "text"), [("the quick", " brown fox"), ("the qui", "ck fox"), ("so\n", "\nit is")])
+def test_the_likelihood_is_asked_of_exactly_the_joined_text(prefix: str, text: str) -> None:
+    """A tokenizer that puts a space before any text must not put one between prefix and candidate."""
+    for tokenizer in (byte_level_tokenizer(), metaspace_tokenizer()):
+        body = sglang_body([LikelihoodCall("l", (prefix, text))], ChatEncoder(tokenizer), NATIVE)
+        [ids] = body["input_ids"]
+        assert tokenizer.decode(ids) == prefix + text
+        assert body["logprob_start_len"] == [len(tokenizer.encode(prefix)) - 1]
 
 
 def test_native_likelihood(encoder: ChatEncoder) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_sip.evaluation.outcome import write_outcome
 from megatron_sip.evaluation.plots import MAX_BARS, available_plots, binned_seconds, moving_average, series
-from megatron_sip.evaluation.report import dropped_counts, result_rows, write_report
+from megatron_sip.evaluation.report import dropped_counts, read_comparisons, result_rows, write_report
+from megatron_sip.evaluation.win_rate import Comparison
 
 ALL_PLOTS = {"rollout_chosen_rate", "scores", "preferences", "kl", "loss", "seconds", "engine_difference"}
 HOSTILE = '<script>alert("x")</script> & <img src=http://evil.example/a.png> \'"'
@@ -114,6 +116,14 @@ def test_texts_of_the_run_cannot_become_markup(tmp_path: Path) -> None:
     page = Page(make_run(tmp_path, [{"step": 1, f"dropped/{HOSTILE}": 1.0}], make_summary(), [hostile]))
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img"})
     assert page.text.count(HOSTILE) == 4
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r", "\r\n"])
+def test_line_separators_inside_texts_do_not_end_a_line(tmp_path: Path, separator: str) -> None:
+    make_run(tmp_path, [make_step(0)])
+    text = f"one{separator}two"
+    write_outcome(tmp_path, None, [Comparison(text, text, text, 0.25, 0.75), Comparison("p", "b", "a", None, None)])
+    assert [line["before"] for line in read_comparisons(tmp_path)] == [text, "b"]
 
 
 def test_unfinished_run_gets_a_report_of_what_is_there(tmp_path: Path) -> None:

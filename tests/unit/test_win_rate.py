@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tiny_tokenizer import metaspace_tokenizer
 
 from megatron_sip.data.errors import DataError
-from megatron_sip.evaluation.win_rate import HeldOutComparison, bootstrap_interval, compare, save_continuations
-from megatron_sip.rollout.sglang import SamplingSettings
+from megatron_sip.evaluation.win_rate import (
+    HeldOutComparison,
+    bootstrap_interval,
+    compare,
+    continue_prefixes,
+    save_continuations,
+)
+from megatron_sip.rollout.sglang import Completion, Failure, SamplingSettings
 from megatron_sip.samples import Candidate, Group, Task
 
 
@@ -43,6 +51,21 @@ async def test_wins_ties_losses_and_failures() -> None:
     assert result.prompts == result.documents == 3
     assert result.failed == 2  # one without a continuation, one without a verdict
     assert len(comparisons) == 4
+
+
+async def test_continuations_read_as_they_follow_the_prefix() -> None:
+    tokenizer = metaspace_tokenizer()
+    prefix = tokenizer.encode("The quick", add_special_tokens=False)
+    fox = tokenizer.encode("The quick brown fox", add_special_tokens=False)[len(prefix) :]
+
+    class Engines:
+        async def generate(self, prefixes: Sequence[list[int]], settings: Any, *, weight_version: str) -> list[Any]:
+            made = Completion([*fox, tokenizer.eos_token_id], None, [-1.0] * (len(fox) + 1), "stop", weight_version)
+            return [[made], Failure("timeout", "no answer")]
+
+    tasks = [Task(index, prefix, [1], "The quick", "") for index in range(2)]
+    made = await continue_prefixes(Engines(), tasks, SamplingSettings(64), tokenizer, "0")  # type: ignore[arg-type]
+    assert made == [Candidate("rollout", [*fox, tokenizer.eos_token_id], " brown fox"), None]
 
 
 async def test_no_verdict_at_all_is_an_error_not_a_tie() -> None:
