@@ -3,19 +3,77 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import linecache
 import os
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from megatron_sip.data.documents import parse_split
+from megatron_sip.data.errors import DataError
 from megatron_sip.judge.settings import SettingsError
 from megatron_sip.judge_arguments import flag_for, judge_settings, rewriter_settings
+from megatron_sip.learning.checkpoint_folder import TRACKER
 from megatron_sip.learning.objectives import ObjectiveSettings
 from megatron_sip.samples import CANDIDATE_KINDS
 
 
 class ArgumentError(SystemExit):
     """A combination of flags that cannot work; the message names the flag and the mend."""
+
+
+REQUIRED = {
+    "data_path": "jsonl, parquet or .bin/.idx files, optionally with weights",
+    "seq_length": "the most tokens of a prefix and its suffix together",
+    "train_iters": "the number of steps",
+    "lr": "the learning rate",
+    "save": "the folder for checkpoints (and for metrics, unless --run-dir is given)",
+}
+"""Flags without a default, by their name among the arguments."""
+EVAL_ITERS = (None, 0, 100)
+"""Megatron's default of --eval-iters, and what switches its evaluation off."""
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn what Megatron or transformers raise about flags and files into an ArgumentError that starts with `what`.
+
+    Many of Megatron's checks are assertions without a message: then it quotes the line that failed.
+    """
+    try:
+        yield
+    except (AssertionError, ValueError, TypeError, RuntimeError, OSError) as error:
+        raise ArgumentError(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if str(error) and not isinstance(error, TypeError):  # one about None says nothing without its line
+        return str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    first, last = frame.lineno or 0, frame.end_lineno or frame.lineno or 0
+    code = " ".join(linecache.getline(frame.filename, number).strip() for number in range(first, last + 1))
+    failed = f"`{code}` fails ({frame.filename}:{first})"
+    return f"{error}: {failed}" if str(error) else failed
+
+
+def check_required(args: argparse.Namespace) -> None:
+    """Refuse what must be known before Megatron fills its own defaults.
+
+    Raises:
+        ArgumentError: names the flag and what would be right.
+    """
+    if getattr(args, "yaml_cfg", None) is not None:
+        raise ArgumentError(
+            "--yaml-cfg: flags come from the command line, or from a file with --preset FILE; remove it"
+        )
+    if args.use_checkpoint_args:
+        raise ArgumentError("--use-checkpoint-args: the architecture comes from the HF config (--hf-config); remove it")
+    for name, meaning in REQUIRED.items():
+        if getattr(args, name) is None:
+            raise ArgumentError(f"--{name.replace('_', '-')} is required: {meaning}")
 
 
 def uses_judge(args: argparse.Namespace) -> bool:
@@ -66,10 +124,6 @@ def validate(args: argparse.Namespace) -> None:
     if not args.dry_run:
         _check_servers(args)
     _check_teacher_settings(args)
-    if args.save is None:
-        raise ArgumentError(
-            "--save is required: the folder for checkpoints (and for metrics, unless --run-dir is given)"
-        )
     if args.run_dir is None:
         args.run_dir = args.save
     if args.load not in (None, args.save):
@@ -173,19 +227,17 @@ def _check_teacher_settings(args: argparse.Namespace) -> None:
 
 
 def _check_batch(args: argparse.Namespace) -> None:
-    if args.data_path is None:
-        raise ArgumentError("--data-path is required: jsonl, parquet or .bin/.idx files, optionally with weights")
+    try:
+        parse_split(args.split)  # the corpus is split only after hours of tokenising
+    except DataError as error:
+        raise ArgumentError(str(error)) from None
     if args.global_batch_size % args.data_parallel_size:
         raise ArgumentError(
             f"--global-batch-size {args.global_batch_size} prompts do not divide among {args.data_parallel_size} "
             "data-parallel replicas"
         )
-    if args.train_iters is None:
-        raise ArgumentError("--train-iters is required: the number of steps")
     if (args.lr_warmup_iters or 0) >= args.train_iters:
         raise ArgumentError(f"--lr-warmup-iters {args.lr_warmup_iters} must be below --train-iters {args.train_iters}")
-    if args.save_interval is None:
-        args.save_interval = args.train_iters
 
 
 def _check_megatron(args: argparse.Namespace) -> None:
@@ -203,6 +255,21 @@ def _check_megatron(args: argparse.Namespace) -> None:
         (
             args.exit_interval is not None or args.exit_duration_in_mins is not None,
             "--exit-interval and --exit-duration-in-mins: send SIGTERM instead, the run saves and exits 0",
+        ),
+        (
+            args.finetune,
+            f"--finetune would start at step 0 and discard what --save {args.save} holds; to start from other weights give "
+            "--pretrained-checkpoint and a new --save folder",
+        ),
+        (
+            args.ckpt_step is not None or args.override_ckpt_iteration is not None,
+            "--ckpt-step and --override-ckpt-iteration: a run continues at its latest checkpoint; to go back write the "
+            f"step into {args.save}/{TRACKER}, later checkpoints are then moved aside",
+        ),
+        (
+            args.eval_interval is not None or args.eval_iters not in EVAL_ITERS,
+            "--eval-interval and --eval-iters: there is no validation loss; remove them, --win-rate-prompts compares the "
+            "trained policy with the initial one on held-out text",
         ),
         (args.clip_grad <= 0, "--clip-grad 0 switches the check for NaN gradients off too; give a large value instead"),
     ]

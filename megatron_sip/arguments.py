@@ -6,17 +6,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sip.argument_checks import ArgumentError, validate
+from megatron_sip.argument_checks import ArgumentError, check_required, explained, validate
 from megatron_sip.judge_arguments import add_judge_flags, add_teacher_flags
+from megatron_sip.model.hf_folder import HF_SUBFOLDER
 from megatron_sip.presets import expand_presets
 from megatron_sip.samples import CANDIDATE_KINDS
 
 GROUP_TITLE = "self-improving pretraining"
+SAVE_INTERVAL = 100
+"""Default of --save-interval, which Megatron does not have; the last step is always saved."""
+REFUSED = "these flags cannot work (python -m megatron_sip.train --help explains each)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -216,24 +219,50 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check Megatron's flags and ours, and set Megatron's global state (arguments, tokenizer, writers).
 
     Defaults are filled from the policy's HF config (architecture, tokenizer) and, without a GPU, from what Megatron
-    needs to run on CPU; flags on the command line win over both.
+    needs to run on CPU; flags on the command line win over both. With --dry-run Megatron's global state is left alone:
+    its tensorboard and wandb writers would create files and runs.
 
     Raises:
         ArgumentError: flags that cannot work together, or a file they name that is not there.
     """
-    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.global_vars import set_global_variables
 
+    from megatron_sip.model.gpt import check_arguments
     from megatron_sip.platform.megatron_cpu import cpu_default_arguments
 
     given = expand_presets(sys.argv[1:] if argv is None else argv)
     asks_help = "-h" in given or "--help" in given
     implied = [] if asks_help else _implied_by_model(given)
-    if "WANDB_API_KEY" not in os.environ:
-        os.environ.setdefault("WANDB_MODE", "offline")  # wandb would ask for a login in the middle of a batch job
     sys.argv = [sys.argv[0], *cpu_default_arguments(), *implied, *given]
-    args = parse_and_validate_args(add_arguments, args_defaults={"micro_batch_size": 1})
+    with explained(REFUSED):
+        args = parse_args(add_arguments)
+    check_required(args)
+    with explained(REFUSED):
+        validate_args(args)
+        check_arguments(args)
     validate(args)
+    if not args.dry_run:
+        if args.wandb_project and args.rank == args.world_size - 1:
+            keep_wandb_offline_without_login()
+        with explained("tokenizer, tensorboard or wandb"):
+            set_global_variables(args)
     return args
+
+
+def keep_wandb_offline_without_login() -> None:
+    """Let wandb write to disk where nobody is logged in: it would ask for a login in the middle of a batch job.
+
+    A mode chosen by WANDB_MODE or in wandb's settings files stays. Asks no server.
+    """
+    import wandb
+
+    try:
+        known = wandb.login(prompt=False, verify=False)
+    except wandb.Error as error:
+        raise ArgumentError(f"--wandb-project: {error}") from None
+    if not known and "mode" not in wandb.setup().settings.model_fields_set:
+        wandb.setup(settings=wandb.Settings(mode="offline"))
 
 
 def _implied_by_model(given: Sequence[str]) -> list[str]:
@@ -247,8 +276,10 @@ def _implied_by_model(given: Sequence[str]) -> list[str]:
     early.add_argument("--pretrained-checkpoint")
     known, _ = early.parse_known_args(given)
     folder = find_hf_config(known.hf_config, known.pretrained_checkpoint)
+    with explained(f"{folder}/config.json"):
+        architecture = megatron_arguments_from_hf(AutoConfig.from_pretrained(folder))
     return [
-        *megatron_arguments_from_hf(AutoConfig.from_pretrained(folder)),
+        *architecture,
         *("--hf-config", str(folder)),
         *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder)),
         # One packed row is a micro-batch, and the loss is divided by the step's global count of examples or tokens.
@@ -256,7 +287,7 @@ def _implied_by_model(given: Sequence[str]) -> list[str]:
         # The trainer checks loss and gradient norm itself: Megatron's check expects a fixed number of micro-batches.
         *("--no-check-for-nan-in-loss-and-grad", "--rerun-mode", "disabled"),
         *("--attention-dropout", "0", "--hidden-dropout", "0"),
-        *("--ckpt-format", "torch_dist"),
+        *("--ckpt-format", "torch_dist", "--save-interval", str(SAVE_INTERVAL)),
     ]
 
 
@@ -270,7 +301,7 @@ def find_hf_config(hf_config: str | None, pretrained_checkpoint: str | None) -> 
         folder = Path(hf_config)
         hint = "--hf-config must name a folder with config.json and the tokenizer"
     elif pretrained_checkpoint is not None:
-        folder = Path(pretrained_checkpoint) / "hf"
+        folder = Path(pretrained_checkpoint) / HF_SUBFOLDER
         hint = "convert the model with tools/convert_checkpoint.py hf-to-megatron, or give --hf-config"
     else:
         raise ArgumentError("--pretrained-checkpoint (continue) or --hf-config (from scratch) is required")

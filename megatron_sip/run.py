@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shutil
 import socket
 import urllib.parse
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from megatron_sip.argument_checks import needs_engines, needs_rewriter, objectiv
 from megatron_sip.data.documents import open_corpus
 from megatron_sip.data.errors import DataError
 from megatron_sip.data.tasks import TaskSettings, TaskSource
-from megatron_sip.data.tokenization import TokenizeSettings
+from megatron_sip.data.tokenization import DEFAULT_CACHE, TokenizeSettings
 from megatron_sip.evaluation.win_rate import HeldOutComparison
 from megatron_sip.experience import Experience
 from megatron_sip.learning.checkpoint_folder import mend_checkpoint_folder
@@ -32,6 +31,7 @@ from megatron_sip.learning.exchange import LeaderExchange
 from megatron_sip.learning.metrics import Metrics, MetricsWriter
 from megatron_sip.learning.reference import Reference, ReferenceStore, build_reference
 from megatron_sip.learning.trainer import PolicyTrainer
+from megatron_sip.model.hf_folder import HF_SUBFOLDER, copy_hf_files
 from megatron_sip.model.hf_weights import export_hf_weights
 from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
 from megatron_sip.samples import Task
@@ -40,8 +40,6 @@ from megatron_sip.stop_signal import StopSignal
 
 EXCHANGE_SECONDS = 8 * 3600.0
 """Ranks wait for each other while rank 0 tokenises a corpus, and a leader for its judge; both have deadlines of their own."""
-HF_TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
-"""Of config and tokenizer files; weights have others."""
 
 
 @dataclass
@@ -102,6 +100,11 @@ class Run:
         found = self.exchange.share(unsynced)[0]  # of the first replica, whose ranks push
         return {} if found is None else {"engines/unsynced": float(found)}
 
+    def save_is_due(self) -> bool:
+        """Whether a multiple of --save-interval was reached since the last checkpoint."""
+        last = self.args.last_saved_iteration or 0
+        return self.args.iteration // self.args.save_interval > last // self.args.save_interval
+
     def save(self) -> None:
         """Save a checkpoint of the present iteration, unless the last one is of it already; first its reference."""
         if self.args.iteration == self.args.last_saved_iteration:
@@ -127,7 +130,7 @@ class Run:
 
 
 def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
-    """Check data and servers, build and load the model, connect the engines; `stack` gets everything to be closed.
+    """Check servers and data, build and load the model, connect the engines; `stack` gets everything to be closed.
 
     Raises:
         DataError, SettingsError, ServerStartError, EngineError: what the user can mend, before any training.
@@ -136,14 +139,14 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
         get_write_results_queue()  # Megatron's checkpoint writers report through a process that a stop must not end
     exchange = LeaderExchange(timeout_seconds=EXCHANGE_SECONDS)
     tokenizer = AutoTokenizer.from_pretrained(args.hf_config)
+    named = bool(args.rollout_url or args.teacher_url)  # a wrong URL must not show only after hours of tokenising
+    servers = start_local_servers(args, stack) if named else None
+    leader = open_leader(args, tokenizer, exchange, servers, stack) if named else None
     tasks, held_out = open_tasks(args, tokenizer, exchange)
-    servers = LocalServers(args) if args.rank == 0 else None
-    if servers is not None:
-        stack.callback(servers.stop)
-    local = bool(args.rollout_local or args.teacher_model)
-    leader = None if local else open_leader(args, tokenizer, exchange, servers, stack)
-    trainer, reference, store = load_policy(args, exchange, tasks, tokenizer)
-    if local:
+    if not named:
+        servers = start_local_servers(args, stack)  # in the background, while the model is built
+    trainer, reference, store = load_policy(args, exchange, tasks)
+    if not named:
         leader = open_leader(args, tokenizer, exchange, servers, stack)
     run = Run(
         args=args,
@@ -178,10 +181,11 @@ def open_tasks(
         seed=args.seed,
         min_prefix_length=args.min_prefix_length,
     )
+    tokenizing = TokenizeSettings(text_field=args.text_field, cache_dir=Path(args.data_cache_path or DEFAULT_CACHE))
     training = held_out = None
     for turn in (True, False):
         if exchange.is_leader and (args.rank == 0) == turn:
-            corpus = open_corpus(args.data_path, tokenizer, TokenizeSettings(text_field=args.text_field))
+            corpus = open_corpus(args.data_path, tokenizer, tokenizing, vocab_size=args.vocab_size)
             splits = corpus.split(args.split)
             training = TaskSource(splits["train"], tokenizer, settings)
             if args.rank == 0:
@@ -190,6 +194,15 @@ def open_tasks(
                     held_out = TaskSource(splits["test"], tokenizer, settings)
         exchange.barrier()
     return training, held_out
+
+
+def start_local_servers(args: argparse.Namespace, stack: contextlib.ExitStack) -> LocalServers | None:
+    """Start this node's servers, if the flags ask for any, in the background; None on all ranks but 0."""
+    if args.rank != 0:
+        return None
+    servers = LocalServers(args)
+    stack.callback(servers.stop)
+    return servers
 
 
 def open_leader(
@@ -212,18 +225,19 @@ def open_leader(
 
 
 def load_policy(
-    args: argparse.Namespace, exchange: LeaderExchange, tasks: TaskSource | None, tokenizer: Any
+    args: argparse.Namespace, exchange: LeaderExchange, tasks: TaskSource | None
 ) -> tuple[PolicyTrainer, Reference | None, ReferenceStore]:
     """The policy at its last checkpoint (or its initial weights), and the reference that goes with it."""
     save = Path(args.save)
     if args.rank == 0:
-        copy_hf_files(Path(args.hf_config), save / "hf")
+        copy_hf_files(Path(args.hf_config), save / HF_SUBFOLDER)  # so that checkpoints convert back on their own
         for line in mend_checkpoint_folder(save):
             print(f"checkpoint: {line}", flush=True)
     exchange.barrier()
     args.task_fingerprint = exchange.share(tasks.fingerprint() if tasks is not None else None)[0]
     objective = objective_settings(args)
-    trainer = PolicyTrainer(args, objective, exchange, pad_id=tokenizer.pad_token_id or 0)
+    # Padding is masked: any id does that the embedding has, and a tokenizer's own may lie outside it.
+    trainer = PolicyTrainer(args, objective, exchange, pad_id=0)
     args.last_saved_iteration = args.iteration if args.iteration else None
     if args.iteration:
         require_same_tasks(args)
@@ -237,14 +251,6 @@ def load_policy(
     else:
         store.save(reference, 0)
     return trainer, reference, store
-
-
-def copy_hf_files(source: Path, target: Path) -> None:
-    """Keep the policy's HF config and tokenizer with the checkpoints, so that they convert back on their own."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        if path.is_file() and path.suffix in HF_TEXT_SUFFIXES and not (target / path.name).exists():
-            shutil.copy2(path, target / path.name)
 
 
 def require_same_tasks(args: argparse.Namespace) -> None:

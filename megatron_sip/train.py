@@ -28,6 +28,7 @@ from megatron_sip.data.errors import DataError
 from megatron_sip.dry_run import describe
 from megatron_sip.evaluation.outcome import write_outcome
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
+from megatron_sip.judge.cache import CacheError
 from megatron_sip.judge.client import EndpointError
 from megatron_sip.judge.encoding import EncodingError
 from megatron_sip.judge.settings import SettingsError
@@ -44,7 +45,10 @@ if TYPE_CHECKING:
 
 MAX_EMPTY_STEPS = 10
 """A run whose judge or engines are gone for good must not spend its data on steps without an update."""
-USER_ERRORS = (DataError, SettingsError, EndpointError, EncodingError, ServerStartError, EngineError, WeightSyncError)
+USER_ERRORS = (
+    *(DataError, SettingsError, CacheError, EndpointError, EncodingError),
+    *(ServerStartError, EngineError, WeightSyncError),
+)
 
 
 def main() -> None:
@@ -99,13 +103,10 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
             return stop_early(run)
         empty_steps = 0 if examples else empty_steps + 1
         if empty_steps == MAX_EMPTY_STEPS:
-            run.save()
             run.finish_saving(wait=True)
-            dropped = {name: value for name, value in metrics.items() if name.startswith("dropped/")}
-            raise RuntimeError(
-                f"no group was usable in {empty_steps} steps in a row; reasons in the last one: {dropped}"
-            )
-        is_due = args.iteration % args.save_interval == 0 or args.iteration == args.train_iters
+            raise RuntimeError(no_usable_group(metrics))
+        # Not after an empty step: a job that is restarted again and again would eat its data without learning.
+        is_due = (run.save_is_due() and bool(examples)) or args.iteration == args.train_iters
         saving = timed("seconds/save", run.save) if is_due else {}
         run.finish_saving(wait=False)
     run.finish_saving(wait=True)
@@ -125,6 +126,15 @@ def conclude(run: Run) -> None:
         win_rate, comparisons = leader.run(run.comparison.finish(leader.engines, leader.judge, version))
     summary = write_outcome(Path(run.args.run_dir), win_rate, comparisons)
     print(json.dumps(summary, indent=2), flush=True)
+
+
+def no_usable_group(metrics: Metrics) -> str:
+    """Why the run ends; `metrics` are the last step's."""
+    dropped = {name: value for name, value in metrics.items() if name.startswith("dropped/")}
+    return (
+        f"no group was usable in {MAX_EMPTY_STEPS} steps in a row; reasons in the last one: {dropped}. Those steps are not "
+        "saved: once judge and engines answer, the same command tries their tasks again"
+    )
 
 
 def stop_early(run: Run) -> bool:

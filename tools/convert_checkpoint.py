@@ -6,7 +6,7 @@
 One process does; for a model larger than its memory split it with torchrun, for example
 `torchrun --nproc-per-node 8 tools/convert_checkpoint.py ... --tensor-model-parallel-size 4
 --pipeline-model-parallel-size 2`. The checkpoint does not depend on that: it loads at any parallel size, with
-`--pretrained-checkpoint CKPT_DIR` or `--load CKPT_DIR --finetune`.
+`--pretrained-checkpoint CKPT_DIR`.
 
 CKPT_DIR/hf/ keeps the HF config and tokenizer; megatron-to-hf takes them from there, or from --hf-dir. Llama 2 and 3,
 SmolLM2, Qwen2 and Qwen3 convert without loss of a bit.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,11 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from megatron_sip.learning.checkpoint_folder import TRACKER
+from megatron_sip.model.hf_folder import HF_SUBFOLDER, copy_hf_files
 from megatron_sip.model.standalone import build_policy, initialize_megatron_for
 
-TRACKER = "latest_checkpointed_iteration.txt"
-HF_SUBFOLDER = "hf"
-WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -128,14 +126,6 @@ def read_hf_config(folder: Path, flag: str) -> Any:
 def check_new(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConversionError(f"--save {folder} already holds files: name a new folder, or empty it first")
-
-
-def copy_hf_files(source: Path, target: Path) -> None:
-    """Copy everything of an HF folder but weights: config, generation config, tokenizer."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copy2(file, target / file.name)
 
 
 def save_safetensors(

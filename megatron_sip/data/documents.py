@@ -191,7 +191,7 @@ def parse_split(split: str) -> tuple[Fraction, Fraction, Fraction]:
     """Shares of train, valid and test that sum to 1; `DataError` for anything but 1 to 3 non-negative numbers."""
     try:
         parts = [Fraction(part.strip()) for part in split.split(",")]
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         parts = []
     if not 1 <= len(parts) <= 3 or min(parts) < 0 or sum(parts) <= 0:
         raise DataError(f"--split {split!r}: expected 1 to 3 non-negative numbers for train,valid,test like 969,30,1")
@@ -201,9 +201,14 @@ def parse_split(split: str) -> tuple[Fraction, Fraction, Fraction]:
 
 
 def open_corpus(
-    data_path: Sequence[str], tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings | None = None
+    data_path: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TokenizeSettings | None = None,
+    vocab_size: int | None = None,
 ) -> Corpus:
     """Index every source of `data_path`: text is tokenised (once, see `tokenization`), token stores are checked.
+
+    `vocab_size` is the model's: special tokens of the tokenizer may lie beyond it, those that documents hold may not.
 
     Raises `DataError` for every kind of bad input before any training. With several processes, call it on one rank,
     then after a barrier on the others: they find the finished cache.
@@ -211,11 +216,20 @@ def open_corpus(
     settings = settings or TokenizeSettings()
     encoder = DocumentEncoder.of(tokenizer, settings)
     specs = parse_data_path(data_path)
-    sources = tuple(_open_source(spec, encoder, settings) for spec in specs)
-    return Corpus(sources, tuple(spec.weight or Fraction(1) for spec in specs), encoder.vocab_size)
+    known = max(encoder.vocab_size, encoder.largest_id + 1)
+    if vocab_size is not None and encoder.largest_id >= vocab_size:
+        raise DataError(
+            f"the tokenizer gives documents token ids up to {encoder.largest_id}, but the model's vocabulary (vocab_size in "
+            f"its config.json) has only {vocab_size}: use the tokenizer that the model was trained with"
+        )
+    known = known if vocab_size is None else min(known, vocab_size)
+    sources = tuple(_open_source(spec, encoder, settings, known) for spec in specs)
+    return Corpus(sources, tuple(spec.weight or Fraction(1) for spec in specs), known)
 
 
-def _open_source(spec: SourceSpec, encoder: DocumentEncoder, settings: TokenizeSettings) -> DocumentSource:
+def _open_source(
+    spec: SourceSpec, encoder: DocumentEncoder, settings: TokenizeSettings, vocab_size: int
+) -> DocumentSource:
     prefixes: list[Path] = []
     reports: list[TokenizeReport] = []
     for path in spec.paths:
@@ -224,6 +238,6 @@ def _open_source(spec: SourceSpec, encoder: DocumentEncoder, settings: TokenizeS
             reports.append(report)
         else:
             prefix = path
-            TokenStore(prefix).check_vocabulary(encoder.vocab_size)
+            TokenStore(prefix).check_vocabulary(vocab_size)
         prefixes.append(prefix)
     return DocumentSource(spec.name, prefixes, reports)

@@ -92,7 +92,7 @@ def check_token_ids(ids: npt.NDArray[np.generic], vocab_size: int, path: Path) -
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
         raise DataError(
-            f"{path}: token id {bad}, but the tokenizer has only {vocab_size}; "
+            f"{path}: token id {bad}, but the vocabulary has only {vocab_size}; "
             "the file was made with another tokenizer: tokenise the text again, or pass the tokenizer it was made with"
         )
 

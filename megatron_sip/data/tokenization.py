@@ -80,6 +80,8 @@ class DocumentEncoder:
     vocab_size: int
     bos: int | None
     eos: int | None
+    largest_id: int
+    """The largest token id that a document can hold: special tokens that it spells out are plain text."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> DocumentEncoder:
@@ -92,12 +94,13 @@ class DocumentEncoder:
         if settings.prepend_bos and tokenizer.bos_token_id is None:
             raise DataError("the tokenizer has no BOS token to put before documents; switch prepend_bos off")
         definition = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-        return cls(
-            json.dumps(definition, sort_keys=True, ensure_ascii=False),
-            len(tokenizer),
-            tokenizer.bos_token_id if settings.prepend_bos else None,
-            tokenizer.eos_token_id if settings.append_eos else None,
-        )
+        bos = tokenizer.bos_token_id if settings.prepend_bos else None
+        eos = tokenizer.eos_token_id if settings.append_eos else None
+        special = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
+        ordinary = set(backend.get_vocab(with_added_tokens=True).values()) - special
+        around = {number for number in (bos, eos, tokenizer.unk_token_id) if number is not None}
+        text = json.dumps(definition, sort_keys=True, ensure_ascii=False)
+        return cls(text, len(tokenizer), bos, eos, max(ordinary | around))
 
     def fingerprint(self) -> str:
         """A hash that changes with vocabulary, merges, normalisation and the tokens put around documents."""

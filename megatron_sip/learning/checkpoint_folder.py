@@ -1,7 +1,8 @@
 """The folder of Megatron's checkpoints, kept readable after a kill at any moment.
 
 Megatron commits a checkpoint by writing its tracker file last. A run killed while saving leaves a folder that no tracker
-names, or an empty tracker; both are mended at the next start, before anything is loaded.
+names, or an empty tracker; both are mended at the next start, before anything is loaded. Whoever writes an earlier step
+into the tracker goes back to it: complete checkpoints after it are moved aside, not removed.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
+REFERENCE_FOLDER = "reference"
+"""Below the checkpoint folder; has a folder for each moment at which the DPO reference changed."""
 
 
 def mend_checkpoint_folder(save: Path) -> list[str]:
-    """Remove what a killed run left half-written below `save`, and repair the tracker; returns what was done.
+    """Remove what a killed run left half-written below `save`, move complete checkpoints after the tracked one aside, and
+    repair the tracker; returns what was done.
 
     Only one rank may call this, before any rank loads.
     """
@@ -36,9 +40,29 @@ def mend_checkpoint_folder(save: Path) -> list[str]:
         tracker.unlink()
         done.append(f"{tracker} was unreadable and there is no complete checkpoint: removed")
     for iteration, path in iteration_folders(save).items():
-        if committed is None or iteration > committed:
+        if iteration not in complete and (committed is None or iteration > committed):
             shutil.rmtree(path)
             done.append(f"{path} was not committed: removed")
+    newer = [iteration for iteration in sorted(complete) if committed is not None and iteration > committed]
+    return [*done, *_set_aside(save, committed or 0, newer)]
+
+
+def _set_aside(save: Path, committed: int, iterations: Sequence[int]) -> list[str]:
+    """Move these checkpoints, and the references that changed after `committed` and go with them, where nobody looks."""
+    if not iterations:
+        return []
+    aside, number = save / f"set_aside_after_{committed:07d}", 1
+    while aside.exists():
+        number += 1
+        aside = save / f"set_aside_after_{committed:07d}_{number}"
+    references = iteration_folders(save / REFERENCE_FOLDER)
+    moved = [(iteration_folders(save)[iteration], aside) for iteration in iterations]
+    moved += [(path, aside / REFERENCE_FOLDER) for i, path in references.items() if committed < i <= max(iterations)]
+    done = []
+    for path, target in moved:
+        target.mkdir(parents=True, exist_ok=True)
+        path.rename(target / path.name)
+        done.append(f"{path} is complete, but {TRACKER} names {committed}: moved to {target / path.name}")
     return done
 
 

@@ -26,10 +26,9 @@ from megatron.core.utils import unwrap_model
 from megatron.training.training import get_model
 from torch import Tensor
 
-from megatron_sip.learning.checkpoint_folder import iteration_folders, needed_references
+from megatron_sip.data.errors import DataError
+from megatron_sip.learning.checkpoint_folder import REFERENCE_FOLDER, iteration_folders, needed_references
 from megatron_sip.model.gpt import model_provider
-
-FOLDER = "reference"
 
 
 class Reference(Protocol):
@@ -120,7 +119,7 @@ class ReferenceStore:
 
     def __init__(self, save: Path) -> None:
         self._checkpoints = save
-        self._folder = save / FOLDER
+        self._folder = save / REFERENCE_FOLDER
 
     def save(self, reference: Reference, iteration: int) -> None:
         """Write the reference as of `iteration`; the folder appears only when it is complete.
@@ -156,12 +155,16 @@ class ReferenceStore:
         """Load the newest reference not after `iteration`; returns the iteration it is of.
 
         Raises:
-            FileNotFoundError: there is none.
+            DataError: there is none, as in a run that trained without --objective dpo so far.
         """
         found = iteration_folders(self._folder)
         newest = max((saved for saved in found if saved <= iteration), default=None)
         if newest is None:
-            raise FileNotFoundError(f"{self._folder}: no reference weights of iteration {iteration} or before")
+            raise DataError(
+                f"{self._folder}: no reference weights of iteration {iteration} or before, so the run did not train with "
+                "--objective dpo until now: continue it with the objective it had, or start a dpo run from its weights with "
+                f"--pretrained-checkpoint {self._checkpoints} and another --save folder"
+            )
         with reference.active(keep_changes=True) as chunks:
             loaded = dist_checkpointing.load(_sharded(chunks), str(found[newest]))
             for index, chunk in enumerate(unwrap_model(chunks)):

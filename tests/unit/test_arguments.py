@@ -11,6 +11,8 @@ import pytest
 from megatron_sip.argument_checks import (
     ArgumentError,
     candidate_kinds,
+    check_required,
+    explained,
     needs_engines,
     needs_teacher,
     uses_judge,
@@ -26,7 +28,15 @@ MEGATRON = {
     "data_parallel_size": 4,
     "data_path": ["text.jsonl"],
     "train_iters": 10,
-    "save_interval": None,
+    "lr": 5e-6,
+    "split": "969,30,1",
+    "yaml_cfg": None,
+    "use_checkpoint_args": False,
+    "finetune": False,
+    "ckpt_step": None,
+    "override_ckpt_iteration": None,
+    "eval_interval": None,
+    "eval_iters": 100,
     "lr_warmup_iters": 0,
     "overlap_param_gather": False,
     "virtual_pipeline_model_parallel_size": None,
@@ -50,9 +60,14 @@ def arguments(*flags: str, **megatron: Any) -> argparse.Namespace:
     return args
 
 
+def check_all(args: argparse.Namespace) -> None:
+    check_required(args)
+    validate(args)
+
+
 def refusal(*flags: str, **megatron: Any) -> str:
     with pytest.raises(ArgumentError) as caught:
-        validate(arguments(*flags, **megatron))
+        check_all(arguments(*flags, **megatron))
     return str(caught.value)
 
 
@@ -61,7 +76,6 @@ def test_the_defaults_are_complete() -> None:
     validate(args)
     assert args.row_length == 2048 + 128
     assert args.run_dir == args.load == "run"
-    assert args.save_interval == 10
 
 
 def test_a_suffix_longer_than_the_sequence() -> None:
@@ -147,7 +161,17 @@ def test_contradictions(flags: tuple[str, ...], named: str) -> None:
         ({"micro_batch_size": 2}, "--row-length"),
         ({"data_path": None}, "--data-path"),
         ({"train_iters": None}, "--train-iters"),
-        ({"save": None}, "--save"),
+        ({"save": None}, "--save is required"),
+        ({"lr": None}, "--lr is required"),
+        ({"seq_length": None}, "--seq-length is required"),
+        ({"yaml_cfg": "a.yaml"}, "--preset"),
+        ({"use_checkpoint_args": True}, "--hf-config"),
+        ({"split": "1/0,1"}, "--split '1/0,1'"),
+        ({"finetune": True}, "--pretrained-checkpoint"),
+        ({"ckpt_step": 5}, "run/latest_checkpointed_iteration.txt"),
+        ({"override_ckpt_iteration": 5}, "run/latest_checkpointed_iteration.txt"),
+        ({"eval_interval": 10}, "--win-rate-prompts"),
+        ({"eval_iters": 10}, "--win-rate-prompts"),
         ({"lr_warmup_iters": 10}, "--lr-warmup-iters"),
         ({"load": "elsewhere"}, "--pretrained-checkpoint"),
         ({"overlap_param_gather": True}, "--overlap-param-gather"),
@@ -158,6 +182,23 @@ def test_contradictions(flags: tuple[str, ...], named: str) -> None:
 )
 def test_flags_of_megatron_that_do_not_fit(megatron: dict[str, Any], named: str) -> None:
     assert named in refusal(**megatron)
+
+
+def test_the_default_and_none_of_megatron_s_evaluation_are_accepted() -> None:
+    for iterations in (None, 0, 100):
+        validate(arguments(eval_iters=iterations))
+
+
+def test_an_assertion_is_told_by_its_message_or_its_line() -> None:
+    with pytest.raises(ArgumentError, match=r"^flags: four is even$"), explained("flags"):
+        raise AssertionError("four is even")
+    with pytest.raises(ArgumentError, match=r"^flags: .*`return left < right` fails") as caught, explained("flags"):
+        compare(None, 4)
+    assert str(caught.value).endswith(f"({__file__}:{compare.__code__.co_firstlineno + 1})")
+
+
+def compare(left: Any, right: Any) -> bool:
+    return left < right
 
 
 def test_servers_are_required_only_for_what_uses_them() -> None:

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sip.learning.checkpoint_folder import TRACKER, mend_checkpoint_folder, needed_references
+from megatron_sip.learning.checkpoint_folder import (
+    REFERENCE_FOLDER,
+    TRACKER,
+    iteration_folders,
+    mend_checkpoint_folder,
+    needed_references,
+)
 
 
 def checkpoint(save: Path, iteration: int, *, complete: bool = True) -> Path:
@@ -31,12 +37,34 @@ def test_a_folder_that_was_not_committed_is_removed(tmp_path: Path) -> None:
     assert str(half) in done[0]
 
 
-def test_a_complete_folder_that_the_tracker_does_not_name_is_removed_too(tmp_path: Path) -> None:
-    checkpoint(tmp_path, 10)
-    untracked = checkpoint(tmp_path, 15)
-    (tmp_path / TRACKER).write_text("10")
-    mend_checkpoint_folder(tmp_path)
-    assert not untracked.exists()
+def test_whoever_goes_back_to_an_earlier_checkpoint_loses_nothing(tmp_path: Path) -> None:
+    for iteration in (5, 10, 15):
+        checkpoint(tmp_path, iteration)
+    half = checkpoint(tmp_path, 20, complete=False)
+    for iteration in (0, 5, 12, 18):
+        (tmp_path / REFERENCE_FOLDER / f"iter_{iteration:07d}").mkdir(parents=True)
+    (tmp_path / TRACKER).write_text("5")
+    done = mend_checkpoint_folder(tmp_path)
+    aside = tmp_path / "set_aside_after_0000005"
+    assert sorted(iteration_folders(tmp_path)) == [5]
+    assert sorted(iteration_folders(aside)) == [10, 15]
+    assert (aside / "iter_0000015" / "__0_0.distcp").read_bytes() == b"weights"
+    assert sorted(iteration_folders(tmp_path / REFERENCE_FOLDER)) == [0, 5, 18]  # 18 goes with no checkpoint
+    assert sorted(iteration_folders(aside / REFERENCE_FOLDER)) == [12]
+    assert not half.exists()
+    for name in ("iter_0000010", "iter_0000015", "reference/iter_0000012"):
+        assert any(str(tmp_path / name) in line and str(aside / name) in line for line in done)
+    assert mend_checkpoint_folder(tmp_path) == []
+
+
+def test_going_back_twice_keeps_both_branches(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 5)
+    (tmp_path / TRACKER).write_text("5")
+    for _ in range(2):
+        checkpoint(tmp_path, 10)
+        mend_checkpoint_folder(tmp_path)
+    assert (tmp_path / "set_aside_after_0000005" / "iter_0000010").is_dir()
+    assert (tmp_path / "set_aside_after_0000005_2" / "iter_0000010").is_dir()
 
 
 @pytest.mark.parametrize("content", ["", "1x"])

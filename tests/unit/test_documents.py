@@ -308,7 +308,7 @@ def test_parquet_errors(tmp_path: Path, settings: TokenizeSettings) -> None:
 def test_token_store_errors(tmp_path: Path, settings: TokenizeSettings) -> None:
     prefix = write_store(tmp_path / "s", [[1, 2, 3], [4, len(TOKENIZER)]])
     with pytest.raises(
-        DataError, match=rf"s\.bin: token id {len(TOKENIZER)}, but the tokenizer has only {len(TOKENIZER)}"
+        DataError, match=rf"s\.bin: token id {len(TOKENIZER)}, but the vocabulary has only {len(TOKENIZER)}"
     ):
         open_corpus([str(prefix)], TOKENIZER, settings)
     bin_path(prefix).write_bytes(bin_path(prefix).read_bytes()[:-2])

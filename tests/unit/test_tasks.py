@@ -234,7 +234,7 @@ def test_no_document_is_long_enough(tmp_path: Path) -> None:
 def test_ids_beyond_the_vocabulary_and_negative_indices(tmp_path: Path) -> None:
     corpus = numbered_corpus(tmp_path, [[40, 40]])
     small = Corpus(corpus.sources, corpus.weights, vocab_size=50)
-    with pytest.raises(DataError, match=r"s0\.bin: token id \d+, but the tokenizer has only 50"):
+    with pytest.raises(DataError, match=r"s0\.bin: token id \d+, but the vocabulary has only 50"):
         task_source(small).tasks(0, 2)
     with pytest.raises(IndexError, match="must not be negative"):
         task_source(corpus).task(-1)

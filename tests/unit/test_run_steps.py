@@ -1,0 +1,100 @@
+"""The loop of train.py, with the parts of a run faked: when checkpoints are saved, and what ends a run without signal."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_sip.experience import Experience
+from megatron_sip.learning.metrics import Metrics
+from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.samples import Example
+from megatron_sip.stop_signal import StopSignal
+from megatron_sip.train import MAX_EMPTY_STEPS, run_steps
+
+enable_cpu()  # before anything imports Megatron
+
+from megatron_sip.run import Run  # noqa: E402
+
+EXAMPLE = Example(0, [1], [[2], [3]], ["chosen", "rejected"], ["suffix", "rollout"])
+
+
+class FakeExchange:
+    """One process."""
+
+    is_leader, replica, num_replicas = True, 0, 1
+
+    def share(self, mine: Any) -> list[Any]:
+        return [mine]
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def barrier(self) -> None:
+        pass
+
+
+class FakeRun(Run):
+    """A run whose steps have an example, or none, as `usable` says; `saved` are the iterations of its checkpoints."""
+
+    def __init__(self, usable: Sequence[bool], save_interval: int, iteration: int = 0) -> None:
+        self.args = argparse.Namespace(
+            iteration=iteration,
+            train_iters=iteration + len(usable),
+            consumed_train_samples=iteration,
+            global_batch_size=1,
+            save_interval=save_interval,
+            last_saved_iteration=iteration or None,
+            rank=0,
+        )
+        self.exchange: Any = FakeExchange()
+        self.trainer: Any = SimpleNamespace(train_step=lambda examples, reference: {})
+        self.reference = self.writer = None
+        self.saved: list[int] = []
+        self.finished = False
+        self._usable = list(usable)
+
+    def make_experience(self, stop: StopSignal) -> Experience:
+        usable = self._usable.pop(0)
+        return Experience([EXAMPLE] if usable else [], {"dropped/no verdict": 0.0 if usable else 1.0})
+
+    def refresh_reference(self) -> None:
+        pass
+
+    def push_weights(self, *, require_all: bool = False) -> Metrics:
+        return {}
+
+    def save(self) -> None:
+        self.saved.append(self.args.iteration)
+        self.args.last_saved_iteration = self.args.iteration
+
+    def finish_saving(self, *, wait: bool) -> None:
+        self.finished = wait
+
+
+def test_checkpoints_come_at_every_interval_and_at_the_end() -> None:
+    run = FakeRun([True] * 8, save_interval=3)
+    assert run_steps(run, StopSignal())
+    assert run.saved == [3, 6, 8]
+    resumed = FakeRun([True] * 4, save_interval=3, iteration=5)  # after a stop
+    assert run_steps(resumed, StopSignal())
+    assert resumed.saved == [6, 9]
+
+
+def test_a_run_without_any_usable_group_ends_and_saves_none_of_those_steps() -> None:
+    run = FakeRun([True, True, *[False] * 20], save_interval=2)
+    with pytest.raises(RuntimeError, match=rf"in {MAX_EMPTY_STEPS} steps in a row; .*'dropped/no verdict': 1.0"):
+        run_steps(run, StopSignal())
+    assert run.args.iteration == 2 + MAX_EMPTY_STEPS
+    assert run.saved == [2]  # the same command tries the tasks after step 2 again
+    assert run.finished  # a checkpoint still being written is not lost
+
+
+def test_a_checkpoint_that_is_due_at_an_empty_step_comes_after_the_next_usable_one() -> None:
+    run = FakeRun([True, False, False, True, True, False], save_interval=2)
+    assert run_steps(run, StopSignal())
+    assert run.saved == [4, 6]

@@ -1,0 +1,126 @@
+"""How a run is set up before its model exists: what is checked first, and which errors are the user's to mend."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_run_steps import FakeExchange
+from tiny_tokenizer import byte_level_tokenizer
+
+from megatron_sip.data.errors import DataError
+from megatron_sip.judge.cache import AnswerCache, CacheError
+from megatron_sip.model.hf_folder import copy_hf_files
+from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.train import USER_ERRORS
+
+enable_cpu()  # before anything imports Megatron
+
+from megatron_sip import run as run_module  # noqa: E402
+from megatron_sip.learning.reference import ReferenceStore  # noqa: E402
+
+
+class EndOfTestError(Exception):
+    """Raised by the first part that is not faked."""
+
+
+def raises_the_end(*_: Any, **__: Any) -> None:
+    raise EndOfTestError
+
+
+def set_up(monkeypatch: pytest.MonkeyPatch, **servers: Any) -> list[str]:
+    """The order in which a run's parts are opened, up to its model."""
+    calls: list[str] = []
+
+    def opens(name: str, result: Any = None) -> Any:
+        return lambda *_: calls.append(name) or result
+
+    monkeypatch.setattr(run_module, "get_write_results_queue", lambda: None)
+    monkeypatch.setattr(run_module, "LeaderExchange", lambda timeout_seconds: FakeExchange())
+    monkeypatch.setattr(run_module, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda _: None))
+    monkeypatch.setattr(run_module, "open_leader", opens("connect"))
+    monkeypatch.setattr(run_module, "open_tasks", opens("tokenise", (None, None)))
+    monkeypatch.setattr(run_module, "start_local_servers", opens("start servers"))
+    monkeypatch.setattr(run_module, "load_policy", opens("load", (None, None, None)))
+    monkeypatch.setattr(run_module, "open_weight_sync", raises_the_end)
+    names = {"rollout_url": None, "teacher_url": None, "rollout_local": 0, "teacher_model": None, "hf_config": "hf"}
+    with contextlib.suppress(EndOfTestError):
+        run_module.set_up(argparse.Namespace(**(names | servers)), contextlib.ExitStack())
+    return calls
+
+
+@pytest.mark.parametrize("servers", [{"rollout_url": ["http://e"]}, {"teacher_url": ["http://t"], "rollout_local": 1}])
+def test_a_url_is_checked_before_anything_is_tokenised(
+    monkeypatch: pytest.MonkeyPatch, servers: dict[str, Any]
+) -> None:
+    assert set_up(monkeypatch, **servers) == ["start servers", "connect", "tokenise", "load"]
+
+
+def test_servers_of_this_node_start_after_tokenising_while_the_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = set_up(monkeypatch, rollout_local=1, teacher_model="judge")
+    assert calls == ["tokenise", "start servers", "load", "connect"]
+
+
+def test_a_reference_that_was_never_saved_is_explained(tmp_path: Path) -> None:
+    """As in a run of rf-nll that is continued as dpo."""
+    with pytest.raises(DataError, match=r"reference: .* iteration 20 .* --pretrained-checkpoint") as caught:
+        ReferenceStore(tmp_path).load(SimpleNamespace(), 20)  # type: ignore[arg-type]
+    assert isinstance(caught.value, USER_ERRORS)
+
+
+def test_a_broken_judge_cache_is_the_user_s_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "answers.sqlite").write_text("no database" * 100)
+    with pytest.raises(CacheError, match=r"answers\.sqlite") as caught:
+        AnswerCache(tmp_path)
+    assert isinstance(caught.value, USER_ERRORS)
+
+
+def test_the_token_cache_lies_where_data_cache_path_says(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "some words that make many tokens " * 20}) + "\n")
+    args = argparse.Namespace(
+        **{"seq_length": 32, "suffix_length": 8, "task_mode": "random", "seed": 1, "min_prefix_length": 4},
+        **{"data_path": [str(tmp_path / "a.jsonl")], "text_field": "text", "split": "1", "vocab_size": len(tokenizer)},
+        **{"data_cache_path": str(tmp_path / "cache"), "rank": 0, "train_iters": 1, "global_batch_size": 1},
+        **{"win_rate_prompts": 0},
+    )
+    tasks, held_out = run_module.open_tasks(args, tokenizer, FakeExchange())  # type: ignore[arg-type]
+    assert tasks is not None
+    assert held_out is None
+    assert list((tmp_path / "cache").glob("a.jsonl-*/tokens.bin"))
+
+
+def test_rows_are_padded_with_an_id_that_every_embedding_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer's own padding token may have been added beyond the model's vocabulary."""
+    (tmp_path / "hf").mkdir()
+    given: dict[str, Any] = {}
+
+    def trainer(*_: Any, **keywords: Any) -> None:
+        given.update(keywords)
+        raise EndOfTestError
+
+    monkeypatch.setattr(run_module, "PolicyTrainer", trainer)
+    monkeypatch.setattr(run_module, "objective_settings", lambda _: None)
+    args = argparse.Namespace(save=str(tmp_path / "run"), hf_config=str(tmp_path / "hf"), rank=0)
+    with pytest.raises(EndOfTestError):
+        run_module.load_policy(args, FakeExchange(), None)  # type: ignore[arg-type]
+    assert given == {"pad_id": 0}
+
+
+def test_config_and_tokenizer_are_copied_once_and_weights_are_not(tmp_path: Path) -> None:
+    source, target = tmp_path / "model", tmp_path / "run" / "hf"
+    source.mkdir()
+    kept = ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "modeling_own.py"]
+    weights = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "optimizer.pt", "q4.gguf"]
+    for name in [*kept, *weights]:
+        (source / name).write_text("first")
+    copy_hf_files(source, target)
+    assert sorted(path.name for path in target.iterdir()) == sorted(kept)
+    (source / "config.json").write_text("second")
+    copy_hf_files(source, target)
+    assert (target / "config.json").read_text() == "first"
