@@ -75,12 +75,17 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const Tensor& weight_in,
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_in, const Tensor& x_in, const Tensor& weight_in,
-                                             const Tensor& inverse_rms) {
+                                             const Tensor& inverse_rms_in) {
   const int64_t width = checked_norm_width(x_in, weight_in);
   check_bf16(grad_in, "grad");
   TORCH_CHECK_VALUE(grad_in.sizes() == x_in.sizes(), "grad has shape ", grad_in.sizes(), ", x ", x_in.sizes());
+  const int64_t rows = x_in.numel() / width, tasks = (rows + kRowsATask - 1) / kRowsATask;
+  TORCH_CHECK_TYPE(inverse_rms_in.scalar_type() == at::kFloat, "inverse_rms must be float32, got ",
+                   inverse_rms_in.scalar_type());
+  TORCH_CHECK_VALUE(inverse_rms_in.dim() == 1 && inverse_rms_in.size(0) == rows, "inverse_rms must be [", rows,
+                    "], got ", inverse_rms_in.sizes());
   const Tensor grad = grad_in.contiguous(), x = x_in.contiguous(), weight = weight_in.contiguous();
-  const int64_t rows = x.numel() / width, tasks = (rows + kRowsATask - 1) / kRowsATask;
+  const Tensor inverse_rms = inverse_rms_in.contiguous();
   Tensor grad_x = at::empty_like(x), grad_weights = at::zeros({tasks, width}, x.options().dtype(at::kFloat));
   float* grad_weights_data = grad_weights.mutable_data_ptr<float>();
   const float* inverse_data = inverse_rms.const_data_ptr<float>();
@@ -98,12 +103,17 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_in, const Tensor
   return {grad_x, grad_weights.sum(0).to(at::kBFloat16)};
 }
 
+// A shape with half the last dimension.
+std::vector<int64_t> halved(at::IntArrayRef shape) {
+  std::vector<int64_t> half = shape.vec();
+  half.back() /= 2;
+  return half;
+}
+
 Tensor swiglu(const Tensor& gate_up_in) {
   const int64_t width = checked_width(gate_up_in, 2, "gate_up");
   const Tensor gate_up = gate_up_in.contiguous();
-  std::vector<int64_t> shape = gate_up.sizes().vec();
-  shape.back() = width;
-  Tensor out = at::empty(shape, gate_up.options());
+  Tensor out = at::empty(halved(gate_up.sizes()), gate_up.options());
   uint16_t* out_data = mutable_bits(out);
   for_each_task(out.numel() / width, [&](int64_t, int64_t begin, int64_t count) {
     swiglu_rows(bits(gate_up) + 2 * begin * width, count, width, out_data + begin * width);
@@ -114,9 +124,10 @@ Tensor swiglu(const Tensor& gate_up_in) {
 Tensor swiglu_backward(const Tensor& grad_in, const Tensor& gate_up_in) {
   const int64_t width = checked_width(gate_up_in, 2, "gate_up");
   check_bf16(grad_in, "grad");
+  const std::vector<int64_t> shape = halved(gate_up_in.sizes());
+  TORCH_CHECK_VALUE(grad_in.sizes() == at::IntArrayRef(shape), "grad must be ", at::IntArrayRef(shape),
+                    " for gate_up of shape ", gate_up_in.sizes(), ", got ", grad_in.sizes());
   const Tensor grad = grad_in.contiguous(), gate_up = gate_up_in.contiguous();
-  TORCH_CHECK_VALUE(2 * grad.numel() == gate_up.numel(), "grad has shape ", grad.sizes(), ", gate_up ",
-                    gate_up.sizes());
   Tensor grad_gate_up = at::empty_like(gate_up);
   uint16_t* out_data = mutable_bits(grad_gate_up);
   for_each_task(grad.numel() / width, [&](int64_t, int64_t begin, int64_t count) {

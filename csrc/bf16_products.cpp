@@ -147,7 +147,8 @@ void multiply_tiles(LeftOperand a, RightOperand b, float* c, int64_t ldc, int64_
   if constexpr (TWO_ROWS && TWO_COLUMNS) _tile_stored(3, c_across, c_stride);
 }
 
-// rows a multiple of 16, or fewer and the tiles so configured; columns and pairs multiples of 16. Row by row: a's stay in cache, and few pages of c are written at a time.
+// rows a multiple of 16, or fewer and the tiles so configured; columns and pairs multiples of 16. Row by row: a's stay in
+// cache, and few pages of c are written at a time.
 void multiply_by_tiles(LeftOperand a, RightOperand b, float* c, int64_t ldc, int64_t rows, int64_t columns,
                        int64_t pairs, bool accumulate) {
   for (int64_t r = 0; r < rows; r += 2 * kTile) {
@@ -189,10 +190,10 @@ void release_tiles() { _tile_release(); }
 }  // namespace
 
 void multiply(LeftOperand a, RightOperand b, float* c, int64_t ldc, int64_t rows, int64_t columns, int64_t pairs,
-              bool accumulate) {
+              bool accumulate, bool by_tiles) {
   // GCC does not know that tile loads read memory: what was written before must be there.
   asm volatile("" ::: "memory");
-  const int64_t tile_pairs = tile_products() ? pairs / kTile * kTile : 0;
+  const int64_t tile_pairs = by_tiles ? pairs / kTile * kTile : 0;
   const int64_t whole_rows = rows / kTile * kTile, last_rows = rows - whole_rows;
   if (tile_pairs > 0) multiply_by_tiles(a, b, c, ldc, whole_rows, columns, tile_pairs, accumulate);
   if (tile_pairs > 0 && last_rows > 0) {
@@ -234,7 +235,7 @@ bool bf16_products_supported() { return false; }
 bool tile_products() { return false; }
 TileScope::TileScope() {}
 TileScope::~TileScope() {}
-void multiply(LeftOperand, RightOperand, float*, int64_t, int64_t, int64_t, int64_t, bool) {
+void multiply(LeftOperand, RightOperand, float*, int64_t, int64_t, int64_t, int64_t, bool, bool) {
   throw std::logic_error("no bfloat16 products for this processor");
 }
 

@@ -39,7 +39,8 @@ struct RightOperand {
 };
 
 // c [rows, columns] (+)= a [rows, 2 * pairs] times b [2 * pairs, columns]; columns a multiple of 16, c's rows `ldc` apart.
+// `by_tiles` only where there are any.
 void multiply(LeftOperand a, RightOperand b, float* c, int64_t ldc, int64_t rows, int64_t columns, int64_t pairs,
-              bool accumulate);
+              bool accumulate, bool by_tiles = tile_products());
 
 }  // namespace megatron_sip

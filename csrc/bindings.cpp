@@ -1,5 +1,5 @@
-// The Python module: what was built, and the row kernels one instruction set at a time for their tests. The operators
-// themselves are registered with torch by logprob_cpu.cpp and logprob_cuda_ops.cpp when the module is loaded.
+// The Python module: what was built, and the row kernels and products one instruction set at a time for their tests. The
+// operators themselves are registered with torch by *_cpu.cpp and logprob_cuda_ops.cpp when the module is loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bf16_products.h"
 #include "instruction_dispatch.h"
 
 #ifndef MEGATRON_SIP_CUDA_ARCHITECTURES
@@ -28,6 +29,28 @@ const RowKernels& kernels_named(const std::string& instruction_set, const std::s
     if (name == dtype) return kernels_for_instruction_set(instruction_set, type);
   }
   throw std::invalid_argument("no row kernels for dtype '" + dtype + "'");
+}
+
+std::vector<std::string> product_paths() {
+  std::vector<std::string> result;
+  if (bf16_products_supported()) result.push_back("dots");
+  if (tile_products()) result.push_back("tiles");
+  return result;
+}
+
+// Operands as (address, row or line, chunk), c as (address, row).
+void multiply_by(const std::string& path, std::tuple<uintptr_t, int64_t, int64_t> a,
+                 std::tuple<uintptr_t, int64_t, int64_t> b, std::tuple<uintptr_t, int64_t> c, int64_t rows,
+                 int64_t columns, int64_t pairs, bool accumulate) {
+  const std::vector<std::string> paths = product_paths();
+  if (std::find(paths.begin(), paths.end(), path) == paths.end()) {
+    throw std::invalid_argument("this processor has no bfloat16 products by '" + path + "'");
+  }
+  const LeftOperand left = {reinterpret_cast<const uint16_t*>(std::get<0>(a)), std::get<1>(a), std::get<2>(a)};
+  const RightOperand right = {reinterpret_cast<const uint32_t*>(std::get<0>(b)), std::get<1>(b), std::get<2>(b)};
+  const TileScope tiles;
+  multiply(left, right, reinterpret_cast<float*>(std::get<0>(c)), std::get<1>(c), rows, columns, pairs, accumulate,
+           path == "tiles");
 }
 
 std::vector<std::string> cuda_architectures() {
@@ -53,6 +76,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("devices", &devices, "Dispatch keys whose operators were built.");
   module.def("cuda_architectures", &cuda_architectures, "Compute capabilities of the CUDA kernels, such as 'sm_90'.");
   module.def("instruction_set", &best_instruction_set, "What the CPU operators run on this processor.");
+  module.def("product_paths", &product_paths, "What bfloat16 products may go by on this processor: 'dots', 'tiles'.");
+  module.def("multiply", &multiply_by, "c (+)= a times b by one path, on the operands of bf16_products.h at addresses.");
   module.def(
       "row_statistics",
       [](const std::string& instruction_set, const std::string& dtype, uintptr_t row, int64_t length) {

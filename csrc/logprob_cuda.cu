@@ -1,5 +1,6 @@
 // CUDA kernels of the log-prob op (sm_80, sm_90): a persistent grid whose blocks take one row after the other, 16-byte
-// loads and stores. A row is read once from memory for its statistics; what follows on it hits the L2 cache.
+// loads and stores. The softmax reads a row again right after its statistics, from the L2 cache if that holds the rows of
+// all blocks: on an H100 (50 MB, 264 blocks) 32000 float32 columns fit, 128256 do not and come from memory twice.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -12,7 +13,12 @@ namespace megatron_sip {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 1024;
+// Half of what a block may have: several blocks share a multiprocessor, and memory is busy while one of them merges its
+// threads. The gradient takes as many as registers allow without spills (but in float64); the statistics fewer, as they
+// read four packs at a time and their rows should stay in the L2 cache.
+constexpr int kMaxThreads = 512;
+constexpr int kStatisticsBlocks = 2;
+constexpr int kGradientBlocks = 3;
 constexpr int kPackBytes = 16;
 constexpr int kPacksInFlight = 4;
 
@@ -101,12 +107,10 @@ struct Online {
       return;
     }
     if (high > highest) {
-      if (highest != negative_infinity<C>()) {
-        const C shift = highest - high;
-        const C factor = exponential(shift);
-        weighted = factor * (weighted + shift * sum);
-        sum *= factor;
-      }
+      const C shift = finite_below(highest - high);
+      const C factor = exponential(shift);
+      weighted = factor * (weighted + shift * sum);
+      sum *= factor;
       highest = high;
     }
 #pragma unroll
@@ -119,48 +123,56 @@ struct Online {
   }
 };
 
-__device__ inline RowStatistics merge(const RowStatistics& a, const RowStatistics& b) {
-  const double none = negative_infinity<double>();
-  if (a.reference == none || b.reference == none) {
-    const RowStatistics& some = a.reference == none ? b : a;
-    return {some.reference, a.sum + b.sum, a.weighted + b.weighted};
-  }
-  const double high = max(a.reference, b.reference);
-  const double shift_a = a.reference - high, shift_b = b.reference - high;
-  const double factor_a = exp(shift_a), factor_b = exp(shift_b);
-  return {high, factor_a * a.sum + factor_b * b.sum,
-          factor_a * (a.weighted + shift_a * a.sum) + factor_b * (b.weighted + shift_b * b.sum)};
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+__device__ inline double sum_warp(double value) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(kAllLanes, value, mask);
+  return value;
 }
 
-__device__ inline RowStatistics shuffle(const RowStatistics& value, int mask) {
-  constexpr unsigned kAll = 0xFFFFFFFFu;
-  return {__shfl_xor_sync(kAll, value.reference, mask), __shfl_xor_sync(kAll, value.sum, mask),
-          __shfl_xor_sync(kAll, value.weighted, mask)};
+__device__ inline double max_warp(double value) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = max(value, __shfl_xor_sync(kAllLanes, value, mask));
+  return value;
 }
 
-// The merged statistics of all threads, on all threads. The block size is a multiple of the warp's.
+// The merged statistics of a warp's threads, on each of them; one exp a thread, which takes long in float64. A thread
+// without a logit above -inf has factor 0 beside others, which leaves its sum what it is: 0, or NaN.
+__device__ inline RowStatistics merge_warp(const RowStatistics& mine) {
+  const double highest = max_warp(mine.reference);
+  const double shift = highest == negative_infinity<double>() ? 0.0 : finite_below(mine.reference - highest);
+  const double factor = exp(shift);
+  return {highest, sum_warp(factor * mine.sum), sum_warp(factor * (mine.weighted + shift * mine.sum))};
+}
+
+// The merged statistics of all threads, on the first warp; the others must not write `shared` again before the block has
+// synchronised. The block size is a multiple of the warp's.
 __device__ inline RowStatistics merge_block(RowStatistics mine, RowStatistics* shared) {
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) mine = merge(mine, shuffle(mine, mask));
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  const unsigned warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  mine = merge_warp(mine);
+  if (lane == 0) shared[warp] = mine;
   __syncthreads();
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = mine;
-  __syncthreads();
-  RowStatistics total = shared[0];
-  for (int warp = 1; warp < warps; ++warp) total = merge(total, shared[warp]);
-  return total;
+  if (warp != 0) return mine;
+  RowStatistics of_warp = {negative_infinity<double>(), 0, 0};
+  if (lane < blockDim.x / kWarp) of_warp = shared[lane];
+  return merge_warp(of_warp);
 }
 
+// The sum over all threads, on each of them.
 __device__ inline double sum_block(double mine, double* shared) {
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) mine += __shfl_xor_sync(0xFFFFFFFFu, mine, mask);
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  const unsigned warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  mine = sum_warp(mine);
+  __syncthreads();  // all have read what the last call left
+  if (lane == 0) shared[warp] = mine;
   __syncthreads();
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = mine;
+  if (warp == 0) {
+    const double total = sum_warp(lane < blockDim.x / kWarp ? shared[lane] : 0.0);
+    if (lane == 0) shared[0] = total;
+  }
   __syncthreads();
-  double total = 0;
-  for (int warp = 0; warp < warps; ++warp) total += shared[warp];
-  return total;
+  return shared[0];
 }
 
+// A row's statistics, on the first warp only, and with the condition of merge_block.
 template <typename T>
 __device__ RowStatistics read_statistics(const T* row, int64_t length, RowStatistics* shared) {
   const RowSplit<T> split(row, length);
@@ -226,14 +238,15 @@ template <typename T>
 __device__ void write_exponentials(T* out, const T* in, int64_t length, double log_normaliser, double factor) {
   using C = Compute<T>;
   const C shift = static_cast<C>(log_normaliser);
-  const C by = static_cast<C>(factor * exp(static_cast<double>(shift) - log_normaliser));
+  const C by = static_cast<C>(factor) * exponential(static_cast<C>(static_cast<double>(shift) - log_normaliser));
   transform_row(out, in, length, [=](C x) { return by * exponential(x - shift); });
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kStatisticsBlocks)
     statistics_kernel(DeviceRows rows, double* reference, double* sums, bool store_softmax, double factor) {
   __shared__ RowStatistics shared[kMaxThreads / kWarp];
+  __shared__ double log_normaliser;
   for (int64_t r = blockIdx.x; r < rows.rows; r += gridDim.x) {
     const T* in = static_cast<const T*>(rows.in) + r * rows.width;
     const RowStatistics row = read_statistics(in, rows.columns, shared);
@@ -241,10 +254,14 @@ __global__ void __launch_bounds__(kMaxThreads)
       reference[r] = row.reference;
       sums[r] = row.sum;
       sums[rows.rows + r] = row.weighted;
+      log_normaliser = row.reference + log(row.sum);
     }
+    // Now the normaliser is there, and the first warp has read `shared`. Thread 0 writes the next normaliser after the
+    // synchronisation in merge_block, before which all have read this one.
+    __syncthreads();
     if (store_softmax) {
       T* out = static_cast<T*>(rows.out) + r * rows.width;
-      write_exponentials(out, in, rows.columns, row.reference + log(row.sum), factor);
+      write_exponentials(out, in, rows.columns, log_normaliser, factor);
       clear_row(out, rows.columns, rows.width);
     }
   }
@@ -274,7 +291,7 @@ __device__ void write_targets(T* out, const DeviceEntries& entries, int64_t begi
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kGradientBlocks)
     gradient_kernel(DeviceRows rows, DeviceEntries entries, const double* log_normaliser, double stored_scale) {
   using C = Compute<T>;
   __shared__ double shared[kMaxThreads / kWarp];

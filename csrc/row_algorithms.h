@@ -170,8 +170,8 @@ inline float block_max(const T* row, int64_t count) {
   return result;
 }
 
-// What a pass over a row fetches from memory meanwhile: what lies at `from`, one `kPasses`-th of it in each of as many
-// passes, so that memory is read evenly.
+// What a pass over a row fetches from memory meanwhile: one `kPasses`-th of a row's length, from `from` on. As many passes a
+// row, each for another part, read memory evenly.
 template <typename T, int kPasses>
 struct Ahead {
   const T* from;
@@ -293,7 +293,8 @@ RowStatistics statistics(const void* data, int64_t length) {
   return statistics_ahead(row, length, next_of(row));
 }
 
-// The exponentials are computed twice: keeping them costs more, in cache traffic, than the second time does.
+// The exponentials are computed twice: keeping them costs more, in cache traffic, than the second time does. The first pass
+// fetches the second half of this row, the second pass the first half of the next.
 template <typename T>
 RowStatistics softmax(void* data, int64_t length, double factor) {
   T* row = static_cast<T*>(data);

@@ -85,6 +85,21 @@ inline __mmask16 visible_lanes(int64_t row, int64_t keys, bool own, int64_t v) {
 
 int64_t round_up_even(int64_t n) { return n + (n & 1); }
 
+// `count` columns of transposed keys as a left operand. Beside the last of an odd number stands a token that these queries
+// do not see, maybe of another group: its weight is 0, but 0 times what is not finite is NaN. So they are copied to `copy`
+// [dim, 64] without it.
+LeftOperand key_columns(const uint16_t* columns, int64_t stride, int64_t dim, int64_t count, uint16_t* copy) {
+  if (count % 2 == 0) return {columns, stride};
+  constexpr int64_t kHalf = kAttentionBlock / 2;
+  const uint64_t there = (uint64_t{1} << count) - 1;
+  for (int64_t d = 0; d < dim; ++d, columns += stride) {
+    uint16_t* to = copy + d * kAttentionBlock;
+    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(static_cast<__mmask32>(there), columns));
+    _mm512_storeu_si512(to + kHalf, _mm512_maskz_loadu_epi16(static_cast<__mmask32>(there >> kHalf), columns + kHalf));
+  }
+  return {copy, kAttentionBlock};
+}
+
 // Writes factor times the columns of `from`, float32 [dim, 64], to the block's tokens.
 void store_columns(const QueryBlock& block, const float* from, int64_t dim, float factor, HeadRows<uint16_t> to) {
   __m512i lines[kLanes];
@@ -219,9 +234,10 @@ void sum_head_gradients(const float* gradients, int64_t head_stride, int64_t hea
   }
 }
 
-// Forward scratch: queries in column pairs [dim / 2, 64], weights [32, 64], output [dim, 64], scores [keys, 64].
+// Forward scratch: queries in column pairs [dim / 2, 64], weights [32, 64], output [dim, 64], copied columns in bfloat16
+// [dim, 64], scores [keys, 64].
 int64_t forward_scratch_size(int64_t keys, int64_t dim) {
-  return (dim / 2 + kAttentionBlock / 2 + dim + keys + 3 * kAttentionBlock) * kAttentionBlock;
+  return (dim / 2 + kAttentionBlock / 2 + dim + dim / 2 + keys + 3 * kAttentionBlock) * kAttentionBlock;
 }
 
 void attention_forward_block(const QueryBlock& block, const PreparedKeys& keys, HeadRows<const uint16_t> query,
@@ -230,7 +246,8 @@ void attention_forward_block(const QueryBlock& block, const PreparedKeys& keys, 
   uint32_t* queries = reinterpret_cast<uint32_t*>(scratch);
   uint32_t* weights = queries + dim / 2 * kAttentionBlock;
   float* output = scratch + (dim / 2 + kAttentionBlock / 2) * kAttentionBlock;
-  float* scores = output + dim * kAttentionBlock;
+  uint16_t* copied_columns = reinterpret_cast<uint16_t*>(output + dim * kAttentionBlock);
+  float* scores = output + (dim + dim / 2) * kAttentionBlock;
   pair_columns(block, query, dim, queries);
 
   __m512 largest[kVectors], sums[kVectors];
@@ -250,8 +267,9 @@ void attention_forward_block(const QueryBlock& block, const PreparedKeys& keys, 
   part = scores;
   for_each_key_block(block, [&](int64_t first, int64_t count, bool) {
     exponentiate(part, count, factor, largest, sums, weights);
-    multiply({keys.values_transposed + first, keys.rows}, {weights, kAttentionBlock}, output, kAttentionBlock, dim,
-             kAttentionBlock, round_up_even(count) / 2, part != scores);
+    multiply(key_columns(keys.values_transposed + first, keys.rows, dim, count, copied_columns),
+             {weights, kAttentionBlock}, output, kAttentionBlock, dim, kAttentionBlock, round_up_even(count) / 2,
+             part != scores);
     part += block_size;
   });
 
@@ -273,9 +291,9 @@ void attention_forward_block(const QueryBlock& block, const PreparedKeys& keys, 
 
 // Backward scratch: queries and output gradients in column pairs [dim / 2, 64] and in row pairs [32, dim], scores and
 // their gradients [64, 64], weights and score gradients in plain bfloat16 [64, 64], the latter in row pairs too,
-// query gradients [dim, 64].
+// query gradients [dim, 64], copied columns in bfloat16 [dim, 64].
 int64_t backward_scratch_size(int64_t dim) {
-  return (2 * (dim / 2) + dim + 2 * kAttentionBlock + 3 * kAttentionBlock / 2 + dim) * kAttentionBlock;
+  return (2 * (dim / 2) + dim + 2 * kAttentionBlock + 3 * kAttentionBlock / 2 + dim + dim / 2) * kAttentionBlock;
 }
 
 void attention_backward_block(const QueryBlock& block, const PreparedKeys& keys, HeadRows<const uint16_t> query,
@@ -293,6 +311,7 @@ void attention_backward_block(const QueryBlock& block, const PreparedKeys& keys,
   uint16_t* score_grads = weights + kAttentionBlock * kAttentionBlock;
   uint32_t* score_grad_pairs = reinterpret_cast<uint32_t*>(score_grads + kAttentionBlock * kAttentionBlock);
   float* query_grads = reinterpret_cast<float*>(score_grad_pairs + kAttentionBlock / 2 * kAttentionBlock);
+  uint16_t* copied_columns = reinterpret_cast<uint16_t*>(query_grads + dim * kAttentionBlock);
   pair_columns(block, query, dim, query_columns);
   pair_columns(block, grad_out, dim, grad_columns);
   pair_rows(block, query, dim, query_rows);
@@ -312,8 +331,9 @@ void attention_backward_block(const QueryBlock& block, const PreparedKeys& keys,
     multiply({weights, kAttentionBlock}, {grad_rows, dim}, grad_value + first * dim, dim, count, dim, query_pairs, true);
     multiply({score_grads, kAttentionBlock}, {query_rows, dim}, grad_key + first * dim, dim, count, dim, query_pairs,
              true);
-    multiply({keys.keys_transposed + first, keys.rows}, {score_grad_pairs, kAttentionBlock}, query_grads,
-             kAttentionBlock, dim, kAttentionBlock, round_up_even(count) / 2, accumulate);
+    multiply(key_columns(keys.keys_transposed + first, keys.rows, dim, count, copied_columns),
+             {score_grad_pairs, kAttentionBlock}, query_grads, kAttentionBlock, dim, kAttentionBlock,
+             round_up_even(count) / 2, accumulate);
     accumulate = true;
   });
   store_columns(block, query_grads, dim, scale, grad_query);

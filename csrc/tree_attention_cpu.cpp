@@ -34,6 +34,21 @@ void add_blocks(std::vector<QueryBlock>& blocks, int64_t begin, int64_t end, std
   }
 }
 
+// Threads write groups and branches without locks, so none may overlap.
+void check_line(const int64_t* line, int64_t b, int64_t row_length) {
+  const int64_t start = line[0], prefix_end = line[1], branch_start = line[2], branch_end = line[3];
+  TORCH_CHECK_VALUE(0 <= start && start < prefix_end && prefix_end <= branch_start && branch_start < branch_end &&
+                        branch_end <= row_length,
+                    "line ", b, " of the layout is [", start, ", ", prefix_end, ", ", branch_start, ", ", branch_end,
+                    "] in a row of ", row_length, " tokens");
+  if (b == 0) return;
+  const int64_t* last = line - 4;
+  const bool same_group = start == last[0] && prefix_end == last[1];
+  TORCH_CHECK_VALUE((same_group ? branch_start : start) >= last[3], "line ", b, " of the layout, [", start, ", ",
+                    prefix_end, ", ", branch_start, ", ", branch_end, "], overlaps the line before it, [", last[0],
+                    ", ", last[1], ", ", last[2], ", ", last[3], "]");
+}
+
 // The query blocks of each group from the layout's lines (group start, prefix end, branch start, branch end).
 std::vector<Group> query_blocks(const Tensor& layout, int64_t row_length) {
   const Tensor lines = layout.to(at::kLong).contiguous();
@@ -41,15 +56,12 @@ std::vector<Group> query_blocks(const Tensor& layout, int64_t row_length) {
   std::vector<Group> groups;
   for (int64_t b = 0; b < lines.size(0); ++b, line += 4) {
     const int64_t start = line[0], prefix_end = line[1], branch_start = line[2], branch_end = line[3];
-    TORCH_CHECK_VALUE(0 <= start && start < prefix_end && prefix_end <= branch_start && branch_start < branch_end &&
-                          branch_end <= row_length,
-                      "line ", b, " of the layout is [", start, ", ", prefix_end, ", ", branch_start, ", ", branch_end,
-                      "] in a row of ", row_length, " tokens");
+    check_line(line, b, row_length);
     if (b == 0 || line[-4] != start) {
       groups.push_back({start, prefix_end, {}});
       add_blocks(groups.back().blocks, start, prefix_end, {}, 1);
     }
-    groups.back().end = std::max(groups.back().end, branch_end);
+    groups.back().end = branch_end;
     add_blocks(groups.back().blocks, branch_start, branch_end, {KeyRange{start, prefix_end - start}}, 2);
   }
   return groups;
@@ -70,19 +82,33 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, const Te
                         query.size(1) % key.size(1) == 0,
                     "query must be [S, H, D], key and value [S, G, D] with H a multiple of G, got ", query.sizes(),
                     ", ", key.sizes(), ", ", value.sizes());
-  TORCH_CHECK_VALUE(query.size(2) % 16 == 0, "the head dimension must be a multiple of 16, got ", query.size(2));
+  TORCH_CHECK_VALUE(query.size(2) > 0 && query.size(2) % 16 == 0, "the head dimension must be a multiple of 16, got ",
+                    query.size(2));
   TORCH_CHECK_TYPE(query.scalar_type() == at::kBFloat16 && key.scalar_type() == at::kBFloat16 &&
                        value.scalar_type() == at::kBFloat16,
-                   "query, key and value must be bfloat16");
+                   "query, key and value must be bfloat16, got ", query.scalar_type(), ", ", key.scalar_type(), ", ",
+                   value.scalar_type());
   TORCH_CHECK_VALUE(layout.dim() == 2 && layout.size(1) == 4, "layout must be [B, 4], got ", layout.sizes());
   TORCH_CHECK_VALUE(scale > 0, "scale must be positive, got ", scale);
   TORCH_CHECK(tree_attention_kernels_supported(), "this processor has no AVX-512 bfloat16 instructions");
 }
 
+// What backward gets beside the arguments of forward: its results, and the gradient of the first.
+void check_results(const Tensor& grad, const Tensor& out, const Tensor& lse, const Tensor& query) {
+  TORCH_CHECK_VALUE(grad.sizes() == query.sizes() && out.sizes() == query.sizes(),
+                    "grad and out must have the shape of query, ", query.sizes(), ", got ", grad.sizes(), " and ",
+                    out.sizes());
+  TORCH_CHECK_TYPE(grad.scalar_type() == at::kBFloat16 && out.scalar_type() == at::kBFloat16,
+                   "grad and out must be bfloat16, got ", grad.scalar_type(), " and ", out.scalar_type());
+  TORCH_CHECK_TYPE(lse.scalar_type() == at::kFloat, "lse must be float32, got ", lse.scalar_type());
+  TORCH_CHECK_VALUE(lse.sizes() == query.sizes().slice(0, 2), "lse must be ", query.sizes().slice(0, 2), ", got ",
+                    lse.sizes());
+}
+
 constexpr int64_t kTokensATask = 256;
 
-// Lines of transposed keys begin at cache lines, and there is a token of zeros past the last.
-int64_t padded_length(int64_t length) { return length / 32 * 32 + 32; }
+// Lines of transposed keys begin at cache lines.
+int64_t padded_length(int64_t length) { return (length + 31) / 32 * 32; }
 
 // Heads [S, G, D] as rows [G, padded length, D] and, on request, as columns [G, D, padded length].
 struct LaidOutHeads {
@@ -168,10 +194,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query_in, const Tensor& key, co
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor& query_in, const Tensor& key,
-                                            const Tensor& value, const Tensor& out, const Tensor& lse,
+                                            const Tensor& value, const Tensor& out_in, const Tensor& lse,
                                             const Tensor& layout, double scale) {
   check(query_in, key, value, layout, scale);
-  const Tensor query = query_in.contiguous(), grad_out = grad_in.contiguous();
+  check_results(grad_in, out_in, lse, query_in);
+  const Tensor query = query_in.contiguous(), grad_out = grad_in.contiguous(), out = out_in.contiguous();
   const int64_t length = query.size(0), heads = query.size(1), dim = query.size(2), shared = heads / key.size(1);
   const std::vector<Group> groups = query_blocks(layout, length);
   const LaidOutHeads keys(key, true), values(value, false);

@@ -26,8 +26,7 @@ struct QueryBlock {
   int range_count;
 };
 
-// Key and value heads laid out for the kernels. `rows` is the row length and at least one token of zeros more, up to a
-// multiple of 32: a product may read one token past the last, with weight zero.
+// Key and value heads laid out for the kernels. `rows` is the row length, up to a multiple of 32.
 struct PreparedKeys {
   const uint16_t* keys;             // [rows, dim]
   const uint16_t* values;           // [rows, dim]

@@ -1,7 +1,7 @@
 """The `megatron_sip::` torch operators behind `model/logprob.py`: schemas, shape functions, and who implements them.
 
-A row's statistics are float64: `reference` [T] (a value no more than 20 below the row's maximum, -inf without finite
-logits), `sums` [2, T] (sum of w and of w * (x - reference), w = exp(x - reference)) and `target_logits` [L] (0 where
+A row's statistics are float64: `reference` [T] (a value at most 8.4 below the row's maximum, -inf without a logit above
+-inf), `sums` [2, T] (sum of w and of w * (x - reference), w = exp(x - reference)) and `target_logits` [L] (0 where
 another shard owns the target). Only the first `columns` columns count, the others being padding: their gradient is 0.
 """
 
@@ -68,6 +68,10 @@ def _fake_gradient_(logits: Tensor, *_: object) -> None:
     return None
 
 
+def _refuse_second_derivative(*_: object) -> None:
+    raise RuntimeError("log-probs are differentiable once: their gradient has no derivative of its own")
+
+
 def _register() -> None:
     """Defines the operators, and serves the devices that the extension does not with the pure-torch kernels."""
     for name, schema in SCHEMAS.items():
@@ -83,6 +87,8 @@ def _register() -> None:
         ("gradient_", _fake_gradient_),
     ):
         torch.library.register_fake(f"{NAMESPACE}::{name}", shapes)
+    # Out of place the gradient may be part of a graph, where an operator without a formula would count as constant.
+    torch.library.register_autograd(f"{NAMESPACE}::gradient", _refuse_second_derivative)
     if extension is None:
         logger.warning(
             "megatron_sip._kernels is not built: log-probs run in pure torch, slowly and with float64 temporaries"

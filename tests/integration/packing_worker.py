@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 tests/integration/packing_worker.py CASES.json RESULTS_DIR
 
-CASES.json is a list of {"name", "problem", "hf_dir", "flags", "row_length", "separate"}. Every rank writes the loss and
-those gradients, whole and by their HF names, that the weight export hands it, to RESULTS_DIR/NAME.RANK.pt.
+CASES.json is a list of {"name", "problem", "hf_dir", "dtype", "flags", "row_length", "separate"}. Every rank writes
+the loss and those gradients, whole and by their HF names, that the weight export hands it, to RESULTS_DIR/NAME.RANK.pt.
 
 "separate" runs each branch in an unpadded row of its own and one plain autograd graph over all of them (one process);
 otherwise the rows are planned as in training and go through Megatron's schedule, DDP and gradient finalisation.
@@ -42,13 +42,14 @@ class Problem:
 
 
 def make_problem(name: str) -> Problem:
-    """dpo: 7 pairs of random lengths; grpo: groups of 1, 2, 5 and 16 branches; few: 5 pairs of one size."""
+    """dpo: 7 pairs of random lengths; grpo: groups of 1, 2, 5 and 16 branches; few: 5 pairs of one size; long: 8 pairs,
+    longer than the attention kernels' blocks."""
     rng = random.Random(name)
 
     def ids(low: int, high: int) -> list[int]:
         return [rng.randrange(VOCABULARY) for _ in range(rng.randint(low, high))]
 
-    shapes = {"dpo": [(1, 40, 1, 20, 2)] * 7, "few": [(30, 30, 8, 8, 2)] * 5}
+    shapes = {"dpo": [(1, 40, 1, 20, 2)] * 7, "few": [(30, 30, 8, 8, 2)] * 5, "long": [(90, 150, 20, 80, 2)] * 8}
     shapes["grpo"] = [(1, 30, 1, 12, branches) for branches in (1, 2, 5, 16)]
     examples = []
     for task, (low, high, shortest, longest, count) in enumerate(shapes[name]):
@@ -155,7 +156,7 @@ def run_case(case: dict) -> dict:
     from megatron_sip.model.hf_weights import export_hf_weights, load_hf_weights
 
     hf_config = AutoConfig.from_pretrained(case["hf_dir"])
-    hf_config.dtype = torch.float32
+    hf_config.dtype = getattr(torch, case["dtype"])
     initialize_megatron_for(hf_config, [*case["flags"], "--global-batch-size", "4", "--calculate-per-token-loss"])
     model = get_model(model_provider, wrap_with_ddp=True)
     load_hf_weights(model, case["hf_dir"])

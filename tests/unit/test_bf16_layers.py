@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from megatron_sip.model import bf16_layers
+from megatron_sip.model.logprob_ops import extension
 
 EPS = 1e-5
 HALF_ULP = torch.finfo(torch.bfloat16).eps / 2
@@ -45,6 +46,23 @@ def torch_rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 def add_gradient(main_grad: Tensor, grad: Tensor, hidden: Tensor) -> None:
     torch.ops.megatron_sip.add_weight_gradient_(main_grad, grad, hidden)
+
+
+def norm_gradient(inverse_rms: Tensor) -> None:
+    torch.ops.megatron_sip.rms_norm_backward(random(2, 2, 32), random(2, 2, 32), random(32), inverse_rms)
+
+
+def product(path: str, a: Tensor, b: Tensor, c: Tensor, chunked: bool, accumulate: bool) -> None:
+    """c (+)= a [M, K] times b [K, N] by one path, the operands in rows or in chunks of 32 and 16 columns."""
+    rows, pairs, columns = a.shape[0], a.shape[1] // 2, b.shape[1]
+    lines = torch.stack([b[::2], b[1::2]], dim=-1)
+    left, right = (a.contiguous(), 2 * pairs, 32), (lines, columns, 16)
+    if chunked:
+        padded = torch.nn.functional.pad(a, (0, -a.shape[1] % 32), value=float("nan"))
+        left = (padded.unflatten(1, (-1, 32)).transpose(0, 1).contiguous(), 32, 32 * rows)
+        right = (lines.unflatten(1, (-1, 16)).transpose(0, 1).contiguous(), 16, 16 * pairs)
+    operands = ((left[0].data_ptr(), *left[1:]), (right[0].data_ptr(), *right[1:]), (c.data_ptr(), c.stride(0)))
+    extension.multiply(path, *operands, rows, columns, pairs, accumulate)
 
 
 def run(function: Function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
@@ -100,6 +118,36 @@ if bf16_layers.KERNELS_USABLE:
         assert grad[:6].isfinite().all()
         assert bf16_layers.swiglu(torch.full((32,), float("nan")).bfloat16()).isnan().all()
 
+    @pytest.mark.parametrize("path", extension.product_paths())
+    @settings(max_examples=150, deadline=None)
+    @given(
+        rows=st.one_of(st.integers(1, 40), st.sampled_from([48, 63, 64, 65])),
+        panels=st.integers(1, 9),
+        pairs=st.one_of(st.integers(1, 70), st.sampled_from([16, 32, 48, 128])),
+        chunked=st.booleans(),
+        accumulate=st.booleans(),
+    )
+    def test_both_kinds_of_products(
+        path: str, rows: int, panels: int, pairs: int, chunked: bool, accumulate: bool
+    ) -> None:
+        a, b = random(rows, 2 * pairs), random(2 * pairs, 16 * panels, seed=1)
+        c = random(rows + 1, 16 * panels + 8, seed=2, dtype=torch.float32)
+        before = c.clone()
+        product(path, a, b, c, chunked, accumulate)
+        added = a.double() @ b.double()
+        sizes = a.double().abs() @ b.double().abs()
+        expected = before[:-1, :-8] * accumulate + added
+        assert ((c[:-1, :-8] - expected).abs() <= 1e-6 * (sizes + 1)).all()
+        assert torch.equal(c[-1], before[-1])
+        assert torch.equal(c[:, -8:], before[:, -8:])
+
+    def test_a_path_that_the_processor_lacks_is_refused() -> None:
+        paths = extension.product_paths()
+        assert paths in (["dots"], ["dots", "tiles"])
+        missing = "units" if "tiles" in paths else "tiles"
+        with pytest.raises(ValueError, match=f"no bfloat16 products by '{missing}'"):
+            product(missing, random(1, 2), random(2, 16), torch.zeros(1, 16), False, False)
+
     @settings(max_examples=25, deadline=None)
     @given(rows=st.integers(0, 50), columns=st.integers(1, 600), depth=st.integers(1, 60))
     def test_float_product(rows: int, columns: int, depth: int) -> None:
@@ -133,6 +181,11 @@ if bf16_layers.KERNELS_USABLE:
             assert error(own, right) <= HALF_ULP
 
     def test_views_are_read_through_their_strides() -> None:
+        grad, rows, inverse = random(4, 32), random(4, 32, seed=1), torch.rand(8)[::2]
+        backward = torch.ops.megatron_sip.rms_norm_backward
+        assert torch.equal(
+            backward(grad, rows, random(32), inverse)[0], backward(grad, rows, random(32), inverse.contiguous())[0]
+        )
         x, weight = random(20, 64)[:, ::2], random(32, seed=1)
         assert torch.equal(bf16_layers.rms_norm(x, weight, EPS), bf16_layers.rms_norm(x.contiguous(), weight, EPS))
         gate_up = random(64, 20).T
@@ -149,6 +202,14 @@ if bf16_layers.KERNELS_USABLE:
             (lambda: bf16_layers.rms_norm(random(4, 32), random(16), EPS), r"\[\.\.\., 16\]"),
             (lambda: bf16_layers.rms_norm(random(4, 24), random(24), EPS), "multiple of 16"),
             (lambda: bf16_layers.rms_norm(random(4, 32).double(), random(32), EPS), "bfloat16 or float32"),
+            (lambda: norm_gradient(torch.ones(3)), r"inverse_rms must be \[4\], got \[3\]"),
+            (lambda: norm_gradient(torch.ones(2, 2)), r"inverse_rms must be \[4\], got \[2, 2\]"),
+            (lambda: norm_gradient(torch.ones(4).double()), "inverse_rms must be float32, got Double"),
+            (
+                lambda: torch.ops.megatron_sip.swiglu_backward(random(2, 32), random(4, 32)),
+                r"grad must be \[4, 16\] for gate_up of shape \[4, 32\], got \[2, 32\]",
+            ),
+            (lambda: torch.ops.megatron_sip.swiglu_backward(random(4, 16).float(), random(4, 32)), "grad must be bf"),
             (lambda: bf16_layers.float_product(random(4, 32), random(5, 16)), r"\[V, H\]"),
             (lambda: bf16_layers.rotate(random(4, 2, 48), random(4, 24).float()), "D a multiple of 32"),
             (lambda: bf16_layers.rotate(random(4, 2, 32), random(5, 16).float()), r"must be \[4, 16\]"),

@@ -257,6 +257,15 @@ def test_opcheck() -> None:
     torch.library.opcheck(operators.gradient_.default, (logits.clone(), *rest))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_second_derivatives_are_refused(mode: dict[str, bool]) -> None:
+    leaf = torch.randn(4, 13, requires_grad=True)
+    tokens, sums = branch_logprobs(leaf * 1, *entries(4, 13, (3, 4)), **mode)
+    (first,) = torch.autograd.grad(loss(tokens.square(), sums), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once" if mode == MODES[2] else "once_differentiable"):
+        first.square().sum().backward()
+
+
 @pytest.mark.parametrize("mode", MODES[:2])
 def test_a_second_backward_through_consumed_logits_raises(mode: dict[str, bool]) -> None:
     leaf = torch.randn(4, 13, requires_grad=True)

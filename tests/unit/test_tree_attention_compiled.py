@@ -5,6 +5,8 @@ They run on processors with AVX-512 BF16; on others the operators must say so, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,6 +131,33 @@ def test_a_token_that_is_not_finite_is_not_hidden(attention):
     assert output[2:].isnan().all()
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("lengths", [(5, [3]), (65, [1, 31]), (64, [63, 129]), (66, [32, 2])])
+def test_what_is_not_finite_stays_in_its_group(attention, value, lengths):
+    layout = make_layout([lengths, (3, [4])])
+    end = lengths[0] + sum(lengths[1])
+    inputs = make_inputs(end + 7, (2, 1), 32)
+    clean = run(attention, inputs, layout, 0.2)
+    for tensor in inputs:
+        tensor[end:] = value
+    poisoned = run(attention, inputs, layout, 0.2)
+    assert not poisoned[0][end:].isfinite().any()
+    assert all(torch.equal(a[:end], b[:end]) for a, b in zip(clean, poisoned, strict=True))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_what_is_not_finite_stays_in_its_branch(attention):
+    layout = make_layout([(67, [5, 70, 3])])
+    inputs = make_inputs(67 + 78, (2, 1), 32)
+    clean = attention(*inputs[:3], layout, 0.2)
+    for tensor in inputs[:3]:
+        tensor[72:142] = float("nan")
+    output = attention(*inputs[:3], layout, 0.2)
+    assert torch.equal(output[:72], clean[:72])
+    assert torch.equal(output[142:], clean[142:])
+
+
 def test_only_bfloat16_and_suitable_head_sizes_take_the_kernels():
     assert compiled_kernels_apply(torch.zeros(1, 1, 64, dtype=torch.bfloat16)) is KERNELS_USABLE
     assert not compiled_kernels_apply(torch.zeros(1, 1, 64))
@@ -144,7 +173,7 @@ def refusals() -> list[tuple[list[Tensor], Tensor, type[Exception], str]]:
         return [([query, key, value], layout, (RuntimeError, AttributeError), "bfloat16 instructions|no attribute")]
     return [
         ([query[:7], key[:7], value[:7]], layout, ValueError, r"line 0 .* \[0, 5, 5, 8\] in a row of 7 tokens"),
-        ([query.float(), key.float(), value.float()], layout, TypeError, "must be bfloat16"),
+        ([query.float(), key, value], layout, TypeError, "must be bfloat16, got Float, BFloat16, BFloat16"),
         ([query, key[:, :, :8], value[:, :, :8]], layout, ValueError, r"H a multiple of G, got \[8, 2, 16\]"),
         ([query[:, :, :8], key[:, :, :8], value[:, :, :8]], layout, ValueError, "multiple of 16, got 8"),
         ([query, key, value], layout[:, :3], ValueError, r"layout must be \[B, 4\], got \[1, 3\]"),
@@ -155,6 +184,76 @@ def refusals() -> list[tuple[list[Tensor], Tensor, type[Exception], str]]:
 def test_bad_inputs_are_refused_by_name(inputs, layout, error, message):
     with pytest.raises(error, match=message):
         tree_attention_compiled(*inputs, layout, 0.2)
+
+
+# Lines that no thread could write without another writing the same.
+OVERLAPS = [
+    [[0, 3, 3, 6], [0, 3, 3, 6]],
+    [[0, 3, 3, 6], [0, 3, 5, 7]],
+    [[0, 3, 5, 7], [0, 3, 3, 5]],
+    [[0, 3, 3, 6], [0, 2, 6, 8]],
+    [[0, 3, 3, 6], [5, 6, 6, 8]],
+    [[4, 5, 5, 8], [0, 2, 2, 4]],
+    [[0, 1, 1, 2], [2, 3, 3, 4], [0, 1, 4, 5]],
+]
+
+
+@pytest.mark.parametrize("lines", OVERLAPS if KERNELS_USABLE else [])
+def test_overlapping_branches_and_groups_are_refused(lines):
+    query, key, value, grad = make_inputs(8, (2, 1), 16)
+    message = rf"line {len(lines) - 1} of the layout, \[{', '.join(map(str, lines[-1]))}\], overlaps the line before it"
+    layout = torch.tensor(lines, dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        tree_attention_compiled(query, key, value, layout, 0.2)
+    lse = torch.zeros(8, 2)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.megatron_sip.tree_attention_backward(grad, query, key, value, query, lse, layout, 0.2)
+
+
+@pytest.mark.skipif(not KERNELS_USABLE, reason="needs AVX-512 BF16")
+def test_gaps_between_branches_and_groups_change_nothing_and_stay_zero():
+    layout = torch.tensor([[1, 4, 5, 8], [1, 4, 9, 11], [12, 14, 14, 16]], dtype=torch.int32)
+    gaps = torch.tensor([0, 4, 8, 11, 16])
+    covered = torch.tensor([token for token in range(17) if token not in gaps])
+    inputs = make_inputs(17, (2, 1), 16)
+    results = run(tree_attention_compiled, inputs, layout, 0.25)
+    without = make_layout([(3, [3, 2]), (2, [2])])
+    expected = run(tree_attention_compiled, [tensor[covered] for tensor in inputs], without, 0.25)
+    assert all(not tensor[gaps].any() for tensor in results)
+    assert all(torch.equal(a[covered], b) for a, b in zip(results, expected, strict=True))
+
+
+def backward_refusals() -> list[tuple[int, Callable[[Tensor], Tensor], type[Exception], str]]:
+    return [
+        (0, lambda grad: grad.float(), TypeError, "grad and out must be bfloat16, got Float and BFloat16"),
+        (0, lambda grad: grad[:7], ValueError, r"shape of query, \[8, 2, 16\], got \[7, 2, 16\] and \[8, 2, 16\]"),
+        (1, lambda query: query[:7], ValueError, r"G, D\] with H a multiple of G, got \[7, 2, 16\]"),
+        (4, lambda out: out.double(), TypeError, "grad and out must be bfloat16, got BFloat16 and Double"),
+        (4, lambda out: out[:, :1], ValueError, r"got \[8, 2, 16\] and \[8, 1, 16\]"),
+        (5, lambda lse: lse.double(), TypeError, "lse must be float32, got Double"),
+        (5, lambda lse: lse.T, ValueError, r"lse must be \[8, 2\], got \[2, 8\]"),
+    ]
+
+
+@pytest.mark.parametrize(("position", "change", "error", "message"), backward_refusals() if KERNELS_USABLE else [])
+def test_bad_inputs_of_the_backward_operator_are_refused(position, change, error, message):
+    layout = make_layout([(5, [3])])
+    query, key, value, grad = make_inputs(8, (2, 1), 16)
+    arguments = [grad, query, key, value, *torch.ops.megatron_sip.tree_attention(query, key, value, layout, 0.2)]
+    arguments[position] = change(arguments[position])
+    with pytest.raises(error, match=message):
+        torch.ops.megatron_sip.tree_attention_backward(*arguments, layout, 0.2)
+
+
+@pytest.mark.skipif(not KERNELS_USABLE, reason="needs AVX-512 BF16")
+def test_the_backward_operator_reads_views_through_their_strides():
+    layout = make_layout([(5, [3])])
+    query, key, value, grad = make_inputs(8, (2, 1), 16)
+    out, lse = torch.ops.megatron_sip.tree_attention(query, key, value, layout, 0.2)
+    expected = torch.ops.megatron_sip.tree_attention_backward(grad, query, key, value, out, lse, layout, 0.2)
+    arguments = [tensor.mT.contiguous().mT for tensor in (grad, query, key, value, out, lse)]
+    results = torch.ops.megatron_sip.tree_attention_backward(*arguments, layout, 0.2)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize("operator", ["tree_attention", "tree_attention_backward"] if KERNELS_USABLE else [])
