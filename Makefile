@@ -30,7 +30,7 @@ demo: install
 test: test-unit test-integration
 
 test-unit: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit
 
 test-integration: install
 	$(BIN)/python -m pytest tests/integration
@@ -45,7 +45,7 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# trl is a peer to measure against; nothing else needs it.
+# trl, with datasets, is a peer to measure against; nothing else needs it.
 $(VENV)/installed-bench: $(VENV)/installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r pyproject.toml --extra bench
 	touch $@

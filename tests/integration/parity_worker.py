@@ -2,12 +2,14 @@
 
     torchrun --nproc-per-node 4 tests/integration/parity_worker.py CASES.json RESULTS_DIR
 
-CASES.json is a list of cases: {"name", "hf_dir", "examples", "flags", "row_length", "import", "steps", "save"}. Each
-builds model and optimizer as the trainer does (its flags may load a checkpoint), takes the weights from hf_dir if
+CASES.json is a list of cases: {"name", "hf_dir", "examples", "flags", "row_length", "import", "steps", "save", "text"}.
+Each builds model and optimizer as the trainer does (its flags may load a checkpoint), takes the weights from hf_dir if
 "import" (and saves them as a checkpoint where the flags say), trains "steps" steps on all examples, saves a resumable
 checkpoint if "save", and writes losses, log-probs and digests of the exported weights to RESULTS_DIR/NAME.RANK.json.
+Before training, rank 0 writes the logits of the token ids "text", if there are any, to RESULTS_DIR/NAME.logits.pt.
 """
 
+import gc
 import hashlib
 import json
 import sys
@@ -26,13 +28,13 @@ def main() -> None:
     cases, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     enable_cpu()
     for case in cases:
-        result = run_case(case)
+        result = run_case(case, results)
         (results / f"{case['name']}.{dist.get_rank()}.json").write_text(json.dumps(result))
         forget_megatron()
     dist.destroy_process_group()
 
 
-def run_case(case: dict) -> dict:
+def run_case(case: dict, results: Path) -> dict:
     from megatron.core import parallel_state
     from megatron.core.enums import ModelType
     from megatron.training import get_args
@@ -45,7 +47,7 @@ def run_case(case: dict) -> dict:
 
     hf_config = AutoConfig.from_pretrained(case["hf_dir"])
     hf_config.dtype = torch.float32
-    initialize_megatron_for(hf_config, [*case["flags"], "--global-batch-size", "4", "--calculate-per-token-loss"])
+    initialize_megatron_for(hf_config, [*case["flags"], "--global-batch-size", "12", "--calculate-per-token-loss"])
     args = get_args()
     model, optimizer, scheduler = setup_model_and_optimizer(ModelType.encoder_or_decoder, model_provider)
     if case["import"]:
@@ -53,6 +55,10 @@ def run_case(case: dict) -> dict:
         optimizer.reload_model_params()
         if args.save:
             save_checkpoint(0, model, None, None, 0, release=True)
+    if case["text"]:
+        logits = logits_of(case["text"], model)
+        if dist.get_rank() == 0:
+            torch.save(logits, results / f"{case['name']}.logits.pt")
     losses = []
     for _ in range(case["steps"]):
         optimizer.zero_grad()
@@ -70,6 +76,20 @@ def run_case(case: dict) -> dict:
         "grad_norm": float(grad_norm),
         "digests": digests,
     }
+
+
+@torch.no_grad()
+def logits_of(ids: list[int], model: list) -> torch.Tensor:
+    """[len(ids), vocabulary] after each token, from Megatron's own output layer; without pipeline stages."""
+    example = Example(task_index=0, prefix_ids=ids[:1], branches=[ids[1:]], roles=["chosen"], kinds=["suffix"])
+    row = build_row([example], (0,), -(-len(ids) // 16) * 16, pad_id=0)
+    logits = model[0](
+        input_ids=row.tokens[None],
+        position_ids=row.position_ids[None],
+        attention_mask=row.layout,
+        runtime_gather_output=True,
+    )
+    return logits[0, : len(ids)].clone()
 
 
 def train_step(case: dict, model: list) -> tuple[dict[str, list[float]], float | None]:
@@ -133,7 +153,10 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def forget_megatron() -> None:
-    """Drop Megatron's global state but the process group, so that the next case can have other sizes."""
+    """Drop Megatron's global state but the process group of all, so that the next case can have other sizes.
+
+    A group of gloo has a thread that wakes a hundred times a second: those of 20 cases would take most of the time.
+    """
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine
@@ -143,6 +166,10 @@ def forget_megatron() -> None:
     destroy_global_vars()
     destroy_num_microbatches_calculator()
     destroy_rerun_state_machine()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()  # models and optimizers hold on to them in cycles
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import free_port, learnt, refused, start, steps, train, wait_for_end_of_group, wait_for_step
+from training import (
+    free_port,
+    kill_when,
+    last_step,
+    learnt,
+    lines,
+    refused,
+    start,
+    steps,
+    tracked,
+    train,
+    wait_until,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sip.rollout.launch import LocalServer
@@ -64,13 +77,19 @@ def test_killed_anywhere_the_same_command_continues_as_if_nothing_had_happened(
 ) -> None:
     run = tmp_path / "killed"
     flags = (*flags, "--ref-offload")  # where the reference's weights lie must not matter either
-    for step in (3, 5):  # one step after each of the checkpoints of steps 2 and 4
-        process = start(run, *flags)
-        wait_for_step(run, step, process)
-        process.kill()
-        process.wait()
-        wait_for_end_of_group(process.pid)
-    train(run, *flags)
+    kill_when(run, lambda: last_step(run) == 1, *flags)
+    assert tracked(run) is None, "killed too late: before the first checkpoint was meant"
+    kill_when(run, (run / "iter_0000004").exists, *flags)
+    assert tracked(run) == 2, "killed too late: while step 4 is being saved was meant"
+    two = lines(run)[:2]  # they hold durations, which no other run has
+    kill_when(run, lambda: last_step(run) == 5, *flags)
+    assert tracked(run) == 4
+    assert lines(run)[:2] == two
+    four = lines(run)[:4]
+    output = train(run, *flags)  # of all four starts: the log goes on
+    assert lines(run)[:4] == four
+    assert re.findall(r"successfully loaded checkpoint from \S+ .*? at iteration (\d+)", output) == ["2", "4"]
+    assert f"{run / 'iter_0000004'} was not committed: removed" in output
     expected, found = learnt(steps(uninterrupted)), learnt(steps(run))
     assert len(found) == TOTAL_STEPS
     for before, after in zip(expected, found, strict=True):
@@ -99,7 +118,7 @@ def test_recorded_groups_train_the_same_without_any_server(
 def test_sigterm_saves_the_last_step_and_exits_0(flags: tuple[str, ...], tmp_path: Path) -> None:
     run = tmp_path / "stopped"
     process = start(run, *flags, "--train-iters", "1000", "--save-interval", "1000")
-    wait_for_step(run, 2, process)
+    wait_until(lambda: last_step(run) >= 2, run, process)
     os.killpg(process.pid, signal.SIGTERM)  # as SLURM and `timeout` do: to the helper processes too
     assert process.wait(60) == 0
     saved = int((run / "latest_checkpointed_iteration.txt").read_text())
@@ -198,8 +217,7 @@ def test_a_broken_line_is_named_before_anything_is_trained(flags: tuple[str, ...
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n{"text": "cut off\n')
     output, _ = refused(tmp_path / "broken", *flags, "--data-path", str(broken))
-    assert "broken.jsonl" in output
-    assert "2" in output
+    assert "broken.jsonl:2: not valid JSON" in output
 
 
 def test_another_vocabulary_than_the_engine_is_refused(

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +72,47 @@ def refused(run: Path, *flags: str, timeout: float = 120.0) -> tuple[str, float]
     return output, time.monotonic() - began
 
 
-def steps(run: Path) -> list[dict[str, Any]]:
+def lines(run: Path) -> list[str]:
     """The complete lines of metrics.jsonl so far."""
     path = run / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], timeout: float = START_SECONDS) -> None:
-    """Return as soon as `step` is in metrics.jsonl."""
+def steps(run: Path) -> list[dict[str, Any]]:
+    """What the lines of metrics.jsonl hold."""
+    return [json.loads(line) for line in lines(run)]
+
+
+def last_step(run: Path) -> int:
+    """The last step in metrics.jsonl, 0 before the first."""
+    return max((record["step"] for record in steps(run)), default=0)
+
+
+def tracked(run: Path) -> int | None:
+    """The iteration of the last committed checkpoint."""
+    tracker = run / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text()) if tracker.exists() else None
+
+
+def wait_until(
+    reached: Callable[[], bool], run: Path, process: subprocess.Popen[bytes], timeout: float = START_SECONDS
+) -> None:
+    """Return as soon as `reached()`; fails when the run ends before."""
     deadline = time.monotonic() + timeout
-    while not any(record["step"] >= step for record in steps(run)):
+    while not reached():
         assert process.poll() is None, run.with_suffix(".log").read_text(errors="replace")[-6000:]
-        assert time.monotonic() < deadline, f"step {step} did not come within {timeout:.0f} s"
-        time.sleep(0.05)
+        assert time.monotonic() < deadline, f"what was waited for did not come within {timeout:.0f} s"
+        time.sleep(0.002)  # a save of a small model takes a fraction of a second, and a test waits for its middle
+
+
+def kill_when(run: Path, reached: Callable[[], bool], *flags: str) -> None:
+    """Start a run and kill -9 it as soon as `reached()`; returns when none of its helpers is left."""
+    process = start(run, *flags)
+    wait_until(reached, run, process)
+    process.kill()
+    process.wait()
+    wait_for_end_of_group(process.pid)
 
 
 LEARNT = (

@@ -1,4 +1,4 @@
-"""The life of a SLURM job: train_continual.sbatch with stand-ins for srun, scontrol and curl on the PATH."""
+"""The life of a SLURM job: train_continual.sbatch with stand-ins for srun, scontrol, curl and sleep on the PATH."""
 
 from __future__ import annotations
 
@@ -86,6 +86,11 @@ try:
 except OSError:
     sys.exit(7)
 """
+# The script looks every second or two; what it waits for here takes tenths of a second.
+FAKE_SLEEP = """\
+import sys, time
+time.sleep(float(sys.argv[1]) / 5)
+"""
 
 
 @pytest.fixture
@@ -103,7 +108,8 @@ class Job:
         self.run_dir.mkdir()
         tools = folder / "bin"
         tools.mkdir()
-        for name, source in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL), ("curl", FAKE_CURL)):
+        stand_ins = {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL, "curl": FAKE_CURL, "sleep": FAKE_SLEEP}
+        for name, source in stand_ins.items():
             (tools / name).write_text(f"#!{sys.executable}\n{source}")
             (tools / name).chmod(0o755)
         self.ports = [free_port(), free_port()]
