@@ -160,7 +160,7 @@ def compare(rows: Sequence[Row], allocators: Sequence[str]) -> dict[str, float]:
         name if allocator == "default" else f"{name}, {allocator}": values[above, allocator] / values[below, allocator]
         for name, (values, above, below) in pairs.items()
         for allocator in allocators
-        if (above, allocator) in values
+        if {(above, allocator), (below, allocator)} <= values.keys()
     }
 
 

@@ -65,10 +65,6 @@ def check_required(args: argparse.Namespace) -> None:
     Raises:
         ArgumentError: names the flag and what would be right.
     """
-    if getattr(args, "yaml_cfg", None) is not None:
-        raise ArgumentError(
-            "--yaml-cfg: flags come from the command line, or from a file with --preset FILE; remove it"
-        )
     if args.use_checkpoint_args:
         raise ArgumentError("--use-checkpoint-args: the architecture comes from the HF config (--hf-config); remove it")
     for name, meaning in REQUIRED.items():

@@ -232,6 +232,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     from megatron_sip.platform.megatron_cpu import cpu_default_arguments
 
     given = expand_presets(sys.argv[1:] if argv is None else argv)
+    if any(word.split("=")[0] == "--yaml-cfg" for word in given):  # Megatron would read the file in place of all flags
+        raise ArgumentError(
+            "--yaml-cfg: flags come from the command line, or from a file with --preset FILE; remove it"
+        )
     asks_help = "-h" in given or "--help" in given
     implied = [] if asks_help else _implied_by_model(given)
     sys.argv = [sys.argv[0], *cpu_default_arguments(), *implied, *given]

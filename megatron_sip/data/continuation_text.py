@@ -115,7 +115,8 @@ def text_after(tokenizer: PreTrainedTokenizerBase, seam: Seam, ids: Sequence[int
 
 
 def ids_after(tokenizer: PreTrainedTokenizerBase, seam: Seam, text: str) -> list[int] | None:
-    """Ids that follow the seam with exactly `text`; None where there are none, since it ends inside another character.
+    """Ids that follow the seam with exactly `text` (as the tokenizer normalises it); None where the seam is inside a
+    character that `text` does not finish.
 
     Special tokens written out in `text` are the plain text that they are in documents.
     """
@@ -127,7 +128,7 @@ def ids_after(tokenizer: PreTrainedTokenizerBase, seam: Seam, text: str) -> list
         rest = ids[len(begun) :]
         if ids[: len(begun)] == begun and text_after(tokenizer, seam, rest).startswith(head):
             return rest
-    return None
+    return None if unfinished else _encode(tokenizer, text)  # text that the tokenizer normalises to other characters
 
 
 def _whole_characters(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], following: Sequence[int]) -> str:

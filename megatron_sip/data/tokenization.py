@@ -98,7 +98,9 @@ class DocumentEncoder:
         eos = tokenizer.eos_token_id if settings.append_eos else None
         special = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
         ordinary = set(backend.get_vocab(with_added_tokens=True).values()) - special
-        around = {number for number in (bos, eos, tokenizer.unk_token_id) if number is not None}
+        # A tokenizer may declare an unknown token that its model, made of bytes, never gives.
+        unknown = backend.token_to_id(definition["model"].get("unk_token") or "")
+        around = {number for number in (bos, eos, unknown) if number is not None}
         text = json.dumps(definition, sort_keys=True, ensure_ascii=False)
         return cls(text, len(tokenizer), bos, eos, max(ordinary | around))
 

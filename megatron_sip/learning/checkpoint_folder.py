@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from megatron_sip.data.errors import DataError
+
 TRACKER = "latest_checkpointed_iteration.txt"
 REFERENCE_FOLDER = "reference"
 """Below the checkpoint folder; has a folder for each moment at which the DPO reference changed."""
@@ -23,6 +25,9 @@ def mend_checkpoint_folder(save: Path) -> list[str]:
     repair the tracker; returns what was done.
 
     Only one rank may call this, before any rank loads.
+
+    Raises:
+        DataError: the tracker names a step of which there is no complete checkpoint, while there are others.
     """
     done: list[str] = []
     if not save.is_dir():
@@ -39,6 +44,11 @@ def mend_checkpoint_folder(save: Path) -> list[str]:
     elif committed is None and tracker.exists():
         tracker.unlink()
         done.append(f"{tracker} was unreadable and there is no complete checkpoint: removed")
+    elif complete and committed not in complete:
+        raise DataError(
+            f"{tracker} names step {committed}, of which there is no complete checkpoint: write one of "
+            f"{', '.join(map(str, sorted(complete)))} into it"
+        )
     for iteration, path in iteration_folders(save).items():
         if iteration not in complete and (committed is None or iteration > committed):
             shutil.rmtree(path)
@@ -56,8 +66,9 @@ def _set_aside(save: Path, committed: int, iterations: Sequence[int]) -> list[st
         number += 1
         aside = save / f"set_aside_after_{committed:07d}_{number}"
     references = iteration_folders(save / REFERENCE_FOLDER)
-    moved = [(iteration_folders(save)[iteration], aside) for iteration in iterations]
-    moved += [(path, aside / REFERENCE_FOLDER) for i, path in references.items() if committed < i <= max(iterations)]
+    # References first: after a kill in between, the checkpoints still say what is to be done.
+    moved = [(path, aside / REFERENCE_FOLDER) for i, path in references.items() if committed < i <= max(iterations)]
+    moved += [(iteration_folders(save)[iteration], aside) for iteration in iterations]
     done = []
     for path, target in moved:
         target.mkdir(parents=True, exist_ok=True)

@@ -183,7 +183,7 @@ def grpo(
     """Group relative policy optimisation: clipped policy gradient with a KL penalty (Shao et al. 2024, eq. 3 and 4).
 
     Token loss: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef (exp(d) - d - 1), with
-    r = exp(log-prob - old) and d = reference - log-prob, both exponents kept within +-MAX_LOG_RATIO.
+    r = exp(log-prob - old) and d = reference - log-prob, both exponents kept below MAX_LOG_RATIO.
 
     Args:
         token_logprobs, old_logprobs, reference_logprobs: [L]; the last may be None when kl_coef is 0.
@@ -382,7 +382,7 @@ def _engine_difference(
 
 
 def _bounded(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_ratio.clamp(max=MAX_LOG_RATIO)
 
 
 def _require(holds: bool, name: str, value: object, right: str) -> None:

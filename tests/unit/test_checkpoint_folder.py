@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sip.data.errors import DataError
 from megatron_sip.learning.checkpoint_folder import (
     REFERENCE_FOLDER,
     TRACKER,
@@ -55,6 +56,15 @@ def test_whoever_goes_back_to_an_earlier_checkpoint_loses_nothing(tmp_path: Path
     for name in ("iter_0000010", "iter_0000015", "reference/iter_0000012"):
         assert any(str(tmp_path / name) in line and str(aside / name) in line for line in done)
     assert mend_checkpoint_folder(tmp_path) == []
+
+
+def test_a_tracker_that_names_no_checkpoint_is_refused_before_anything_is_moved(tmp_path: Path) -> None:
+    kept = [checkpoint(tmp_path, iteration) for iteration in (500, 1000)]
+    half = checkpoint(tmp_path, 1500, complete=False)
+    (tmp_path / TRACKER).write_text("50")
+    with pytest.raises(DataError, match=r"names step 50, .* write one of 500, 1000 into it"):
+        mend_checkpoint_folder(tmp_path)
+    assert all(path.exists() for path in (*kept, half))
 
 
 def test_going_back_twice_keeps_both_branches(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import MULTILINGUAL, byte_level_tokenizer, metaspace_tokenizer
+from tokenizers import normalizers
 
 from megatron_sip.data.continuation_text import (
     Seam,
@@ -150,3 +151,12 @@ def test_special_tokens_written_out_stay_text(tokenizer) -> None:
     assert ids is not None
     assert not set(ids) & set(tokenizer.all_special_ids)
     assert tokenizer.decode([*encode(tokenizer, "It"), *ids], skip_special_tokens=True) == "It" + text
+
+
+def test_text_that_the_tokenizer_normalises_gets_the_ids_of_what_it_becomes() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    seam = find_seam(tokenizer, tokenizer.encode("The caf"), "The caf")
+    ids = ids_after(tokenizer, seam, "e\u0301 is open")
+    assert ids is not None
+    assert text_after(tokenizer, seam, ids) == "\u00e9 is open"

@@ -264,6 +264,12 @@ def test_grpo_stays_finite_where_policy_and_old_or_reference_are_far_apart(polic
     assert torch.isfinite(logprobs.grad).all()
 
 
+def test_grpo_pulls_back_to_the_reference_from_far_above_it():
+    logprobs, one = torch.tensor([-1.0], requires_grad=True), torch.ones(1)
+    grpo(logprobs, logprobs, torch.tensor([-60.0]), 0 * one, torch.tensor([1]), one, kl_coef=0.5).sum.backward()
+    assert logprobs.grad.item() == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("settings", [ObjectiveSettings("sft"), ObjectiveSettings("dpo"), ObjectiveSettings("grpo")])
 def test_filler_row_is_a_differentiable_zero(settings):
     row = build_row([], [], 8, 0)

@@ -112,7 +112,7 @@ def test_a_required_flag_is_named(parse: Parse, flag: str) -> None:
         (("--ckpt-step", "2"), "--ckpt-step"),
         (("--eval-interval", "10"), "--win-rate-prompts"),
         (("--eval-iters", "10"), "--win-rate-prompts"),
-        (("--yaml-cfg", "absent.yaml"), "absent.yaml"),
+        (("--yaml-cfg", __file__), "--yaml-cfg: flags come from the command line"),
     ],
 )
 def test_what_megatron_or_the_policy_cannot_do_is_told_without_a_traceback(

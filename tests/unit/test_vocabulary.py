@@ -65,6 +65,13 @@ def test_an_eos_beyond_the_model_s_vocabulary_is_refused_where_it_is_used(tmp_pa
             open_corpus([text], tokenizer, settings, vocab_size=MODEL_VOCABULARY)
 
 
+def test_an_unknown_token_that_the_tokenizer_never_gives_does_not_count(settings: TokenizeSettings, text: str) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens({"unk_token": "<unk>"})
+    assert tokenizer.unk_token_id == MODEL_VOCABULARY
+    open_corpus([text], tokenizer, settings, vocab_size=MODEL_VOCABULARY)
+
+
 def test_ready_made_tokens_are_held_against_the_model_too(tmp_path: Path, settings: TokenizeSettings) -> None:
     tokenizer = byte_level_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
