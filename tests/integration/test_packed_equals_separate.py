@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 WORKER = Path(__file__).parent / "packing_worker.py"
 RELATIVE = 1e-5
 BF16_RELATIVE = 0.03
-"""Of a gradient's norm. Separate rows in bfloat16, by the same kernels or by torch's, are off by up to 0.02."""
+"""Of a gradient's norm. Separate rows in bfloat16 are off by up to 0.02 themselves."""
 TIMEOUT_S = 400
 
 TP2 = ("--tensor-model-parallel-size", "2")
