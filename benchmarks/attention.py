@@ -64,6 +64,8 @@ class Shape:
         return torch.tensor(lines, dtype=torch.int32, device=device)
 
 
+DENSE_LIMIT = 4096
+"""Tokens of the longest row that the dense mask is measured on: it computes every score."""
 SHAPES = (Shape(896, 2, 128), Shape(896, 16, 128), Shape(1920, 2, 128), Shape(1024, 16, 512))
 
 
@@ -92,10 +94,11 @@ def cases(shape: Shape, dtype: torch.dtype, args: argparse.Namespace) -> list[Ca
     merged = Case(
         "tree, torch", forward_backward(lambda q, k, v: tree_attention_merged(q, k, v, layout, scale), packed)
     )
+    dense = Case("dense mask", forward_backward(lambda q, k, v: tree_attention_dense(q, k, v, layout, scale), packed))
     return [
         *([merged] if args.device == "cpu" and compiled_kernels_apply(packed[0]) else []),
         Case("tree", forward_backward(lambda q, k, v: tree(q, k, v, layout, scale), packed)),
-        Case("dense mask", forward_backward(lambda q, k, v: tree_attention_dense(q, k, v, layout, scale), packed)),
+        *([dense] if shape.row <= DENSE_LIMIT else []),
         Case(
             "separate",
             forward_backward(

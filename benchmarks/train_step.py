@@ -1,6 +1,6 @@
 """One training step of SmolLM2-135M in bfloat16 on CPU: ours packed, ours unpacked, and TRL's DPOTrainer.
 
-    python benchmarks/train_step.py [--json FILE] [--repeats N] [--quick]     # needs the extra `bench`
+    python benchmarks/train_step.py [--json FILE] [--repeats N] [--seconds N]     # needs the extra `bench`
 
 DPO: 4 pairs of 896 + 128 tokens; a step is reference pass, forward, backward, clipping and optimizer. "packed" is the
 trainer as `megatron_sip.train` uses it; "offload" is that with --ref-offload, one copy of the weights less on the
@@ -22,11 +22,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +37,6 @@ from typing import Any
 import torch
 from machine import describe_machine, format_table, gemm_peak, heap_reuse_environment, write_report
 from train_step_problem import PROBLEMS, step_flops
-from train_step_variant import VARIANTS
 from transformers import AutoConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,8 +44,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 MODEL = Path.home() / ".cache" / "megatron_sip" / "SmolLM2-135M-Instruct"
 ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "heap reuse": heap_reuse_environment()}
 TIMEOUT_S = 900
-LEFT_OUT = ("dpo_offload", "grpo_packed", "grpo_unpacked")
-"""Variants that --quick leaves out under the default allocator."""
 TOLERANCES = {"loss": 2e-3, "logprob": 5e-3, "chosen_logprob": 5e-3, "rejected_logprob": 5e-3, "grad_norm": 3e-2}
 """Relative (of the loss, absolute) differences between variants that bfloat16's eight bits explain."""
 
@@ -59,6 +58,28 @@ class Setting:
 
     variant: str
     allocator: str
+
+    @property
+    def objective(self) -> str:
+        return self.variant.split("_")[0]
+
+    @property
+    def implementation(self) -> str:
+        return self.variant.split("_")[1]
+
+    @property
+    def warm_up(self) -> int:
+        """Steps before the timed one; a heap that is kept still grows in the second."""
+        return 2 if self.allocator == "heap reuse" else 1
+
+
+SETTINGS = tuple(
+    Setting(f"{objective}_{implementation}", allocator)
+    for objective, implementations in (("dpo", ("trl", "packed", "unpacked")), ("grpo", ("packed", "unpacked")))
+    for allocator in ALLOCATORS
+    for implementation in implementations
+) + tuple(Setting("dpo_offload", allocator) for allocator in ALLOCATORS)
+"""What a round measures, in order: where time runs out, the last are left out."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +98,20 @@ class Row:
     computed: dict[str, float]
 
 
-def settings(quick: bool) -> list[Setting]:
-    """What is measured in a round, in order; quick leaves LEFT_OUT out."""
-    every = [Setting(variant, allocator) for allocator in ALLOCATORS for variant in VARIANTS]
-    return [s for s in every if not (quick and s.allocator == "default" and s.variant in LEFT_OUT)]
+def setting_flops(setting: Setting, config: Any) -> float:
+    """Operations of one step's matrix products."""
+    return step_flops(PROBLEMS[setting.objective], setting.implementation in ("packed", "offload"), config)
+
+
+def expected_seconds(setting: Setting, runs: Mapping[Setting, Sequence[Mapping[str, Any]]], config: Any) -> float:
+    """How long a measurement will take by those made so far, preferably of the same implementation."""
+
+    def operations(of: Setting) -> float:
+        return (of.warm_up + 1) * setting_flops(of, config)
+
+    costs = {of: max(run["process_seconds"] for run in made) / operations(of) for of, made in runs.items()}
+    alike = [cost for of, cost in costs.items() if of.implementation == setting.implementation]
+    return operations(setting) * max(alike or costs.values())
 
 
 def measure(setting: Setting, model: Path) -> dict[str, Any]:
@@ -95,13 +126,14 @@ def measure(setting: Setting, model: Path) -> dict[str, Any]:
         result = Path(folder) / "result.json"
         command = [sys.executable, str(ROOT / "benchmarks" / "train_step_variant.py"), setting.variant]
         command += ["--model", str(model), "--result", str(result)]
-        command += ["--warm-up", "2" if setting.allocator == "heap reuse" else "1"]
+        command += ["--warm-up", str(setting.warm_up)]
+        start = time.monotonic()
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=ROOT
         )
         if done.returncode != 0:
             raise MeasurementError(f"{setting.variant} exited with {done.returncode}:\n{done.stderr[-3000:]}")
-        measured: dict[str, Any] = json.loads(result.read_text())
+        measured: dict[str, Any] = json.loads(result.read_text()) | {"process_seconds": time.monotonic() - start}
     print(
         f"{setting.variant}, {setting.allocator}: {measured['seconds'][0]:.1f} s, {measured['peak_gb']:.1f} GB",
         flush=True,
@@ -109,11 +141,23 @@ def measure(setting: Setting, model: Path) -> dict[str, Any]:
     return measured
 
 
-def summarise(setting: Setting, runs: Sequence[Mapping[str, Any]], model: Path, peak: float) -> Row:
-    """One row from all repeats of a setting."""
-    objective, implementation = setting.variant.split("_")
-    packed = implementation in ("packed", "offload")
-    flops = step_flops(PROBLEMS[objective], packed, AutoConfig.from_pretrained(model))
+def measure_rounds(repeats: int, seconds: float, model: Path) -> tuple[dict[Setting, list[dict[str, Any]]], float]:
+    """The measurements that fit into `seconds`, at least one, and the fastest large product seen meanwhile in FLOP/s."""
+    end, config = time.monotonic() + seconds, AutoConfig.from_pretrained(model)
+    runs: dict[Setting, list[dict[str, Any]]] = {}
+    peak = 0.0
+    for _ in range(repeats):
+        peak = max(peak, *(gemm_peak(torch.bfloat16, size=size) for size in (1024, 2048, 4096)))
+        for setting in SETTINGS:
+            if runs and (expected := expected_seconds(setting, runs, config)) > end - time.monotonic():
+                print(f"{setting.variant}, {setting.allocator}: left out, would take {expected:.0f} s", flush=True)
+            else:
+                runs.setdefault(setting, []).append(measure(setting, model))
+    return runs, max(peak, gemm_peak(torch.bfloat16))
+
+
+def summarise(setting: Setting, runs: Sequence[Mapping[str, Any]], flops: float, peak: float) -> Row:
+    """One row from all repeats of a setting whose step takes `flops` operations."""
     seconds = [second for run in runs for second in run["seconds"]]
     reference = [second for run in runs for second in run["reference_seconds"]]
     median = statistics.median(seconds)
@@ -202,25 +246,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=RESULTS / "train_step_cpu.json", help="report file")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each variant and allocator")
-    parser.add_argument("--quick", action="store_true", help="one repeat, GRPO and offload under heap reuse only")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="leave out what would not end by then")
     parser.add_argument("--model", type=Path, default=MODEL, help="HF folder; fetched when it is the default")
     args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {args.repeats}")
     model = fetched_model(args.model)
-    repeats = 1 if args.quick else args.repeats
-    if repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {repeats}")
-    runs: dict[Setting, list[dict[str, Any]]] = {setting: [] for setting in settings(args.quick)}
-    peak = 0.0
-    for _ in range(repeats):
-        peak = max(peak, *(gemm_peak(torch.bfloat16, size=size) for size in (1024, 2048, 4096)))
-        for setting, measured in runs.items():
-            measured.append(measure(setting, model))
-    peak = max(peak, gemm_peak(torch.bfloat16))
-    rows = [summarise(setting, measured, model, peak) for setting, measured in runs.items()]
+    runs, peak = measure_rounds(args.repeats, args.seconds, model)
+    config = AutoConfig.from_pretrained(model)
+    rows = [summarise(setting, measured, setting_flops(setting, config), peak) for setting, measured in runs.items()]
     ratios = compare(rows, list(ALLOCATORS))
     print_report(rows, ratios, peak)
     problems = {problem.name: problem.__dict__ for problem in PROBLEMS.values()}
-    report = {"machine": describe_machine(), "gemm_peak_flops": peak, "problems": problems, "repeats": repeats}
+    report = {"machine": describe_machine(), "gemm_peak_flops": peak, "problems": problems, "repeats": args.repeats}
     write_report(args.json, report | {"rows": [row.__dict__ for row in rows], "ratios": ratios})
     if different := disagreements(rows):
         raise MeasurementError("the variants do not compute the same: " + "; ".join(different))

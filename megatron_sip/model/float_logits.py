@@ -6,6 +6,7 @@ branch and hides what DPO's margin is made of. The products are exact in float32
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_sip.model.bf16_layers import add_weight_gradient, bf16_kernels_apply, float_product
+
+ROWS_A_BLOCK = 1024
+"""Rows of logits whose gradient is held in the weight's dtype at a time."""
 
 
 def float_logits(hidden: Tensor, weight: Tensor, tp_group: dist.ProcessGroup | None = None) -> Tensor:
@@ -34,17 +38,23 @@ def project(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.to(wide) @ weight.to(wide).T
 
 
-def weight_gradient(weight: Tensor, grad: Tensor, hidden: Tensor) -> Tensor | None:
-    """grad [T, V/tp] transposed times hidden [T, H], or None where it was added to the float32 `main_grad` of a tied weight.
+def shared_main_grad(weight: Tensor) -> Tensor | None:
+    """The float32 `main_grad` of a weight whose gradient may be added there at once, or None.
 
     Megatron hangs `main_grad` on the weights it trains, and `zero_out_wgrad` on one that the embedding shares. Where it
     waits for autograd to complete the gradient (`--overlap-grad-reduce`), the embedding's comes that way.
     """
     main_grad = getattr(weight, "main_grad", None)
-    if main_grad is not None and getattr(weight, "zero_out_wgrad", False) and weight.device.type == "cpu":
-        add_weight_gradient(main_grad, grad, hidden)
-        return None
-    return grad.T @ hidden
+    return main_grad if getattr(weight, "zero_out_wgrad", False) and weight.device.type == "cpu" else None
+
+
+def narrowed_blocks(grad: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows of grad [T, V] in `dtype`, in order; a block is overwritten by the next. One empty block when T is 0."""
+    rows = len(grad)
+    buffer = grad.new_empty((min(ROWS_A_BLOCK, rows), grad.shape[1]), dtype=dtype) if grad.dtype != dtype else None
+    for first in range(0, max(rows, 1), ROWS_A_BLOCK):
+        block = grad[first : first + ROWS_A_BLOCK]
+        yield slice(first, first + len(block)), block if buffer is None else buffer[: len(block)].copy_(block)
 
 
 class _FloatLogits(torch.autograd.Function):
@@ -58,11 +68,17 @@ class _FloatLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight = ctx.saved_tensors
-        grad = grad_logits.to(hidden.dtype)
-        grad_weight = weight_gradient(weight, grad, hidden) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, grad_weight, None
-        grad_hidden = grad @ weight
-        if ctx.tp_group is not None and ctx.tp_group.size() > 1:
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        main_grad, grad_weight = shared_main_grad(weight), None
+        for rows, grad in narrowed_blocks(grad_logits, hidden.dtype):
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[rows])
+            if needs_weight and main_grad is not None:
+                add_weight_gradient(main_grad, grad, hidden[rows])
+            elif needs_weight:
+                product = grad.T @ hidden[rows]
+                grad_weight = product if grad_weight is None else grad_weight.to(grad_logits.dtype).add_(product)
+        if grad_hidden is not None and ctx.tp_group is not None and ctx.tp_group.size() > 1:
             dist.all_reduce(grad_hidden, group=ctx.tp_group)
-        return grad_hidden, grad_weight, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from megatron_sip.model import float_logits as module
 from megatron_sip.model.float_logits import float_logits
+
+
+@pytest.fixture(params=[1024, 4], ids=["whole", "blocks"], autouse=True)
+def rows_a_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward over all nine rows at once, and over 4, 4 and 1."""
+    monkeypatch.setattr(module, "ROWS_A_BLOCK", request.param)
 
 
 def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,6 +47,13 @@ def test_gradients_in_the_inputs_dtypes() -> None:
 def test_gradcheck_in_float64() -> None:
     hidden, weight = inputs(torch.float64)
     assert torch.autograd.gradcheck(float_logits, (hidden, weight))
+
+
+def test_no_rows_give_zero_gradients() -> None:
+    hidden, weight = inputs(torch.bfloat16)
+    float_logits(hidden[:0], weight).sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
 
 
 def test_a_frozen_weight_gets_no_gradient() -> None:

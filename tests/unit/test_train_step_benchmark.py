@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from megatron_sip.learning.packing import PackedRow, build_row
 from megatron_sip.model.tree_attention_dense import token_spans, visibility
@@ -60,3 +62,31 @@ def test_a_pair_that_shares_nothing_is_one_row(variant: ModuleType) -> None:
     rows = variant.unpacked_rows(problem, variant.make_examples(problem, CharacterTokenizer()), pad_id=0)
     assert [row.layout.tolist() for row in rows] == [[[0, 7, 7, 10], [10, 17, 17, 20]]] * 2
     assert [row.examples for row in rows] == [(0, 0), (1, 1)]
+
+
+def test_measurements_that_would_not_end_in_time_are_left_out(
+    variant: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    benchmark = importlib.import_module("train_step")
+    config = LlamaConfig(head_dim=64)
+    config.save_pretrained(tmp_path)
+    now = 0.0
+
+    def seconds_of(setting: Any) -> float:
+        return float((setting.warm_up + 1) * benchmark.setting_flops(setting, config) / 1e12)
+
+    def measure(setting: Any, model: Path) -> dict[str, float]:
+        nonlocal now
+        now += seconds_of(setting)
+        return {"process_seconds": seconds_of(setting)}
+
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(benchmark, "gemm_peak", lambda *_, **__: 1.0)
+    for wanted in (1, 3, len(benchmark.SETTINGS)):
+        now = 0.0
+        time_for_those = sum(map(seconds_of, benchmark.SETTINGS[:wanted]))
+        runs, _ = benchmark.measure_rounds(1, time_for_those * 1.001, tmp_path)
+        assert list(runs) == list(benchmark.SETTINGS[:wanted])
+    now = 0.0
+    assert len(benchmark.measure_rounds(1, -1.0, tmp_path)[0]) == 1
