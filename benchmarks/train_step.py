@@ -75,7 +75,7 @@ class Setting:
 
 SETTINGS = tuple(
     Setting(f"{objective}_{implementation}", allocator)
-    for objective, implementations in (("dpo", ("trl", "packed", "unpacked")), ("grpo", ("packed", "unpacked")))
+    for objective, implementations in (("dpo", ("packed", "trl", "unpacked")), ("grpo", ("packed", "unpacked")))
     for allocator in ALLOCATORS
     for implementation in implementations
 ) + tuple(Setting("dpo_offload", allocator) for allocator in ALLOCATORS)
@@ -104,13 +104,13 @@ def setting_flops(setting: Setting, config: Any) -> float:
 
 
 def expected_seconds(setting: Setting, runs: Mapping[Setting, Sequence[Mapping[str, Any]]], config: Any) -> float:
-    """How long a measurement will take by those made so far, preferably of the same implementation."""
+    """How long a measurement will take by those made so far, of ours or of TRL's where there are any."""
 
     def operations(of: Setting) -> float:
         return (of.warm_up + 1) * setting_flops(of, config)
 
     costs = {of: max(run["process_seconds"] for run in made) / operations(of) for of, made in runs.items()}
-    alike = [cost for of, cost in costs.items() if of.implementation == setting.implementation]
+    alike = [cost for of, cost in costs.items() if (of.implementation == "trl") == (setting.implementation == "trl")]
     return operations(setting) * max(alike or costs.values())
 
 
