@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from megatron_sip.model.tree_attention_dense import tree_attention_dense
@@ -15,10 +14,9 @@ def layout_of(prefix: int, branches: int, length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_rows_of_any_length_share_a_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True)  # instead of running eagerly
+def test_rows_of_any_length_share_a_few_graphs() -> None:
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)  # instead of running eagerly
     attention = FlexTreeAttention()
     generator = torch.Generator().manual_seed(0)
     for prefix, branches, length, padding in (
