@@ -64,6 +64,7 @@ def tree_attention_cpu(query: Tensor, key: Tensor, value: Tensor, layout: Tensor
     Raises:
         ValueError: the layout describes more tokens than there are.
     """
+    value = value.contiguous()  # kept for backward, a view of [q | k | v] would keep what rotation has replaced
     if compiled_kernels_apply(query):
         return tree_attention_compiled(query, key, value, layout, scale)
     return tree_attention_merged(query, key, value, layout, scale)

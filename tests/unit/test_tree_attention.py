@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_sip.model.tree_attention_cpu import attention_parts, tree_attention_merged
+from megatron_sip.model.tree_attention_cpu import attention_parts, tree_attention_cpu, tree_attention_merged
 from megatron_sip.model.tree_attention_dense import tree_attention_dense
 from megatron_sip.model.tree_attention_flex import FlexTreeAttention
 
@@ -204,3 +204,17 @@ def test_flex_attention_block_mask_sees_the_same_tree():
             assert (output - tree_attention_dense(*inputs, layout, 0.3)).abs().max() <= 1e-5
     filler = flex(*inputs, torch.zeros(0, 4, dtype=torch.int32), 0.3)
     assert not filler.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_keeps_no_more_than_what_attends(dtype):
+    """Megatron hands out views of one [q | k | v], of which rotation has replaced queries and keys."""
+    layout = make_layout([(30, [8, 8])])
+    mixed = torch.randn(row_length(layout), 4 + 2 + 2, HEAD_DIM).to(dtype).requires_grad_()
+    query, key, value = mixed.split([4, 2, 2], dim=1)
+    output = tree_attention_cpu(query.clone(), key.clone(), value, layout, 0.3)
+    floats = [tensor for tensor in output.grad_fn.saved_tensors if tensor.is_floating_point()]
+    assert len(floats) == 5  # query, key, value, output, log-sum-exp
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in floats)
+    output.sum().backward()
+    assert mixed.grad.abs().sum() > 0
