@@ -2,7 +2,7 @@
 # make demo       Self-Improving Pretraining on this machine; DATA="my/*.jsonl" trains on your own text
 # make test       unit tests, then the integration tests with real Megatron and real SGLang
 # make lint       ruff, mypy, shellcheck
-# make bench      the CPU benchmarks in 15 minutes, results under benchmarks/results/
+# make bench      the CPU benchmarks in about 15 minutes, results under benchmarks/results/
 
 PYTHON ?= python3
 VENV ?= .venv

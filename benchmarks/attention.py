@@ -80,7 +80,7 @@ def forward_backward(attention: Callable[..., Tensor], inputs: list[Tensor]) -> 
 
 
 def cases(shape: Shape, dtype: torch.dtype, args: argparse.Namespace) -> list[Case]:
-    """The contestants on one shape: ours, dense mask, separate rows."""
+    """The contestants on one shape: ours, separate rows, and the dense mask unless the row is too long for it."""
 
     def leaf(*size: int) -> Tensor:
         return torch.randn(*size, args.head_dim, device=args.device).to(dtype).requires_grad_()
@@ -94,11 +94,9 @@ def cases(shape: Shape, dtype: torch.dtype, args: argparse.Namespace) -> list[Ca
     merged = Case(
         "tree, torch", forward_backward(lambda q, k, v: tree_attention_merged(q, k, v, layout, scale), packed)
     )
-    dense = Case("dense mask", forward_backward(lambda q, k, v: tree_attention_dense(q, k, v, layout, scale), packed))
-    return [
+    contestants = [
         *([merged] if args.device == "cpu" and compiled_kernels_apply(packed[0]) else []),
         Case("tree", forward_backward(lambda q, k, v: tree(q, k, v, layout, scale), packed)),
-        *([dense] if shape.row <= DENSE_LIMIT else []),
         Case(
             "separate",
             forward_backward(
@@ -106,6 +104,10 @@ def cases(shape: Shape, dtype: torch.dtype, args: argparse.Namespace) -> list[Ca
             ),
         ),
     ]
+    if shape.row <= DENSE_LIMIT:
+        dense = forward_backward(lambda q, k, v: tree_attention_dense(q, k, v, layout, scale), packed)
+        contestants.append(Case("dense mask", dense))
+    return contestants
 
 
 def measure(shape: Shape, dtype_name: str, peak: float, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -88,6 +88,7 @@ class Row:
 
     name: str
     allocator: str
+    repeats: int
     median_s: float
     fastest_s: float
     slowest_s: float
@@ -104,14 +105,19 @@ def setting_flops(setting: Setting, config: Any) -> float:
 
 
 def expected_seconds(setting: Setting, runs: Mapping[Setting, Sequence[Mapping[str, Any]]], config: Any) -> float:
-    """How long a measurement will take by those made so far, of ours or of TRL's where there are any."""
+    """How long a measurement will take by those made so far: starting up, and its operations at the pace of ours or of
+    TRL's where there are any."""
 
-    def operations(of: Setting) -> float:
-        return (of.warm_up + 1) * setting_flops(of, config)
+    def is_trl(of: Setting) -> bool:
+        return of.implementation == "trl"
 
-    costs = {of: max(run["process_seconds"] for run in made) / operations(of) for of, made in runs.items()}
-    alike = [cost for of, cost in costs.items() if (of.implementation == "trl") == (setting.implementation == "trl")]
-    return operations(setting) * max(alike or costs.values())
+    paces, starts = [], []
+    for of, made in runs.items():
+        step_seconds = max(run["seconds"][0] for run in made)
+        paces.append((of, step_seconds / setting_flops(of, config)))
+        starts.append(max(run["process_seconds"] for run in made) - (of.warm_up + 1) * step_seconds)
+    alike = [pace for of, pace in paces if is_trl(of) == is_trl(setting)] or [pace for _, pace in paces]
+    return max(starts) + (setting.warm_up + 1) * setting_flops(setting, config) * max(alike)
 
 
 def measure(setting: Setting, model: Path) -> dict[str, Any]:
@@ -164,6 +170,7 @@ def summarise(setting: Setting, runs: Sequence[Mapping[str, Any]], flops: float,
     return Row(
         name=setting.variant,
         allocator=setting.allocator,
+        repeats=len(runs),
         median_s=median,
         fastest_s=min(seconds),
         slowest_s=max(seconds),
@@ -258,7 +265,8 @@ def main() -> None:
     ratios = compare(rows, list(ALLOCATORS))
     print_report(rows, ratios, peak)
     problems = {problem.name: problem.__dict__ for problem in PROBLEMS.values()}
-    report = {"machine": describe_machine(), "gemm_peak_flops": peak, "problems": problems, "repeats": args.repeats}
+    report = {"machine": describe_machine(), "gemm_peak_flops": peak, "problems": problems}
+    report["left_out"] = [f"{s.variant}, {s.allocator}" for s in SETTINGS if s not in runs]
     write_report(args.json, report | {"rows": [row.__dict__ for row in rows], "ratios": ratios})
     if different := disagreements(rows):
         raise MeasurementError("the variants do not compute the same: " + "; ".join(different))

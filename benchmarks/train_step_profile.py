@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from machine import describe_machine, format_table, gemm_peak, write_report
 from torch.profiler import ProfilerActivity, profile
-from train_step import MODEL
+from train_step import MODEL, fetched_model
 from train_step_problem import PROBLEMS, make_examples
 from train_step_variant import build_trainer, unpacked_rows
 from transformers import AutoConfig, AutoTokenizer
@@ -48,8 +48,9 @@ def main() -> None:
     args = parser.parse_args()
     objective, implementation = args.variant.split("_")
     problem = PROBLEMS[objective]
-    trainer, reference, pad_id = build_trainer(args.model, problem, steps=4)
-    examples = make_examples(problem, AutoTokenizer.from_pretrained(args.model))
+    model = fetched_model(args.model)
+    trainer, reference, pad_id = build_trainer(model, problem, steps=4)
+    examples = make_examples(problem, AutoTokenizer.from_pretrained(model))
     rows = unpacked_rows(problem, examples, pad_id)
 
     def step() -> float:

@@ -100,6 +100,7 @@ class _Rotate(torch.autograd.Function):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()  # kept for backward: a head's norm sees a view of [q | k | v]
         output, inverse_rms = torch.ops.megatron_sip.rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse_rms)
         return output

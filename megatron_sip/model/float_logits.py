@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from megatron_sip.model.bf16_layers import add_weight_gradient, bf16_kernels_apply, float_product
 
 ROWS_A_BLOCK = 1024
-"""Rows of logits whose gradient is held in the weight's dtype at a time."""
+"""Rows of logits whose gradient is held in the hidden states' dtype at a time, where it is added to a `main_grad`."""
 
 
 def float_logits(hidden: Tensor, weight: Tensor, tp_group: dist.ProcessGroup | None = None) -> Tensor:
@@ -49,12 +49,14 @@ def shared_main_grad(weight: Tensor) -> Tensor | None:
 
 
 def narrowed_blocks(grad: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of grad [T, V] in `dtype`, in order; a block is overwritten by the next. One empty block when T is 0."""
-    rows = len(grad)
-    buffer = grad.new_empty((min(ROWS_A_BLOCK, rows), grad.shape[1]), dtype=dtype) if grad.dtype != dtype else None
-    for first in range(0, max(rows, 1), ROWS_A_BLOCK):
+    """Blocks of rows of grad [T, V] in `dtype`, in order; the next one overwrites a block. Whole where that is its dtype."""
+    if grad.dtype == dtype:
+        yield slice(0, len(grad)), grad
+        return
+    buffer = grad.new_empty((min(ROWS_A_BLOCK, len(grad)), grad.shape[1]), dtype=dtype)
+    for first in range(0, len(grad), ROWS_A_BLOCK):
         block = grad[first : first + ROWS_A_BLOCK]
-        yield slice(first, first + len(block)), block if buffer is None else buffer[: len(block)].copy_(block)
+        yield slice(first, first + len(block)), buffer[: len(block)].copy_(block)
 
 
 class _FloatLogits(torch.autograd.Function):
@@ -69,16 +71,17 @@ class _FloatLogits(torch.autograd.Function):
     def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight = ctx.saved_tensors
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        main_grad, grad_weight = shared_main_grad(weight), None
-        for rows, grad in narrowed_blocks(grad_logits, hidden.dtype):
-            if grad_hidden is not None:
+        main_grad = shared_main_grad(weight) if needs_weight else None
+        grad_hidden, grad_weight = None, None
+        if main_grad is not None:
+            grad_hidden = torch.empty_like(hidden)
+            for rows, grad in narrowed_blocks(grad_logits, hidden.dtype):
                 torch.mm(grad, weight, out=grad_hidden[rows])
-            if needs_weight and main_grad is not None:
                 add_weight_gradient(main_grad, grad, hidden[rows])
-            elif needs_weight:
-                product = grad.T @ hidden[rows]
-                grad_weight = product if grad_weight is None else grad_weight.to(grad_logits.dtype).add_(product)
+        else:  # a sum over blocks would be rounded for each, or need float32 of the weight's size
+            grad = grad_logits.to(hidden.dtype)
+            grad_hidden = grad @ weight if needs_hidden else None
+            grad_weight = grad.T @ hidden if needs_weight else None
         if grad_hidden is not None and ctx.tp_group is not None and ctx.tp_group.size() > 1:
             dist.all_reduce(grad_hidden, group=ctx.tp_group)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None
+        return grad_hidden, grad_weight, None

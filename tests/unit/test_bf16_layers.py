@@ -103,6 +103,12 @@ if bf16_layers.KERNELS_USABLE:
         gate_up = 4 * random(rows, 1, 32 * width)
         assert_as_exact_as_torch(bf16_layers.swiglu, torch_swiglu, [gate_up], random(rows, 1, 16 * width, seed=1))
 
+    def test_the_norm_of_a_view_keeps_nothing_beside_it() -> None:
+        mixed = random(10, 8, 32).requires_grad_()
+        output = bf16_layers.rms_norm(mixed[:, 4:6], random(32), EPS)
+        kept = output.grad_fn.saved_tensors[0]  # type: ignore[union-attr]
+        assert kept.untyped_storage().nbytes() == kept.nbytes == mixed.nbytes // 4
+
     def test_outputs_are_those_of_torch() -> None:
         x, weight, gate_up = random(300, 576), 1 + 0.1 * random(576, seed=1), 4 * random(300, 3072)
         same_norm = bf16_layers.rms_norm(x, weight, EPS) == torch_rms_norm(x, weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from megatron_sip.model import float_logits as module
 from megatron_sip.model.float_logits import float_logits
@@ -11,14 +12,14 @@ from megatron_sip.model.float_logits import float_logits
 
 @pytest.fixture(params=[1024, 4], ids=["whole", "blocks"], autouse=True)
 def rows_a_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backward over all nine rows at once, and over 4, 4 and 1."""
+    """Backward into a `main_grad` over all nine rows at once, and over 4, 4 and 1."""
     monkeypatch.setattr(module, "ROWS_A_BLOCK", request.param)
 
 
-def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(dtype: torch.dtype, vocabulary: int = 131) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = (4 * torch.randn(9, 64, generator=generator)).to(dtype).requires_grad_()
-    weight = torch.randn(131, 64, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, 64, generator=generator).to(dtype).requires_grad_()
     return hidden, weight
 
 
@@ -63,12 +64,29 @@ def test_a_frozen_weight_gets_no_gradient() -> None:
     assert weight.grad is None
 
 
-def test_the_gradient_of_a_tied_weight_goes_to_its_main_grad() -> None:
-    hidden, weight = inputs(torch.bfloat16)
-    direction = torch.randn(9, 131, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("vocabulary", [131, 160])  # torch's products, and our kernel's
+def test_the_gradient_of_a_tied_weight_goes_to_its_main_grad(vocabulary: int) -> None:
+    hidden, weight = inputs(torch.bfloat16, vocabulary)
+    direction = torch.randn(9, vocabulary, generator=torch.Generator().manual_seed(1))
     weight.zero_out_wgrad = True  # type: ignore[attr-defined]
-    weight.main_grad = torch.ones(131, 64)  # type: ignore[attr-defined]
+    weight.main_grad = torch.ones(vocabulary, 64)  # type: ignore[attr-defined]
     float_logits(hidden, weight).backward(direction)
     assert weight.grad is None
     exact = 1 + direction.bfloat16().double().T @ hidden.detach().double()
     assert (weight.main_grad - exact).norm() / exact.norm() < 5e-3  # type: ignore[attr-defined]
+    exact = direction.double() @ weight.detach().double()
+    assert hidden.grad is not None
+    assert (hidden.grad - exact).norm() / exact.norm() < 5e-3
+
+
+def test_no_narrow_copy_of_the_whole_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = torch.randn(256, 32).bfloat16().requires_grad_()
+    weight = torch.randn(2048, 32).bfloat16().requires_grad_()
+    weight.zero_out_wgrad = True  # type: ignore[attr-defined]
+    weight.main_grad = torch.zeros(2048, 32)  # type: ignore[attr-defined]
+    logits, direction = float_logits(hidden, weight), torch.ones(256, 2048)
+    monkeypatch.setattr(module, "ROWS_A_BLOCK", 16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        logits.backward(direction)
+    largest = max(event.self_cpu_memory_usage for event in recorded.events())
+    assert 0 < largest < 256 * 2048 * 2 / 8

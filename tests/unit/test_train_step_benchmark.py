@@ -72,13 +72,17 @@ def test_measurements_that_would_not_end_in_time_are_left_out(
     config.save_pretrained(tmp_path)
     now = 0.0
 
-    def seconds_of(setting: Any) -> float:
-        return float((setting.warm_up + 1) * benchmark.setting_flops(setting, config) / 1e12)
+    def step_seconds(setting: Any) -> float:
+        times_slower = 5 if setting.implementation == "trl" else 1
+        return float(times_slower * benchmark.setting_flops(setting, config) / 1e12)
 
-    def measure(setting: Any, model: Path) -> dict[str, float]:
+    def seconds_of(setting: Any) -> float:
+        return 7 + (setting.warm_up + 1) * step_seconds(setting)
+
+    def measure(setting: Any, model: Path) -> dict[str, Any]:
         nonlocal now
         now += seconds_of(setting)
-        return {"process_seconds": seconds_of(setting)}
+        return {"seconds": [step_seconds(setting)], "process_seconds": seconds_of(setting)}
 
     monkeypatch.setattr(benchmark, "time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(benchmark, "measure", measure)
@@ -90,3 +94,4 @@ def test_measurements_that_would_not_end_in_time_are_left_out(
         assert list(runs) == list(benchmark.SETTINGS[:wanted])
     now = 0.0
     assert len(benchmark.measure_rounds(1, -1.0, tmp_path)[0]) == 1
+    assert {setting.variant for setting in benchmark.SETTINGS} == set(variant.VARIANTS)

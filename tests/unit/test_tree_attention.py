@@ -217,4 +217,6 @@ def test_backward_keeps_no_more_than_what_attends(dtype):
     assert len(floats) == 5  # query, key, value, output, log-sum-exp
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in floats)
     output.sum().backward()
-    assert mixed.grad.abs().sum() > 0
+    again = mixed.detach().requires_grad_()
+    tree_attention_dense(*again.split([4, 2, 2], dim=1), layout, 0.3).sum().backward()
+    assert_close([mixed.grad], [again.grad], 1e-5 if dtype == torch.float32 else 0.03)
