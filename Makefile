@@ -51,7 +51,7 @@ $(VENV)/installed-bench: $(VENV)/installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r pyproject.toml --extra bench
 	touch $@
 
-# In order of cost; the last one leaves out what would not end within BENCH_SECONDS on a slow machine.
+# The last one leaves out, and says so, what would not end within BENCH_SECONDS of the start on a slow machine.
 bench: $(VENV)/installed-bench
 	started=$$(date +%s); set -e; \
 	for script in logprob_op linear_logprob attention; do \
