@@ -135,8 +135,6 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
     Raises:
         DataError, SettingsError, ServerStartError, EngineError: what the user can mend, before any training.
     """
-    with StopSignal.kept_from_children():
-        get_write_results_queue()  # Megatron's checkpoint writers report through a process that a stop must not end
     exchange = LeaderExchange(timeout_seconds=EXCHANGE_SECONDS)
     tokenizer = AutoTokenizer.from_pretrained(args.hf_config)
     named = bool(args.rollout_url or args.teacher_url)  # a wrong URL must not show only after hours of tokenising
@@ -145,6 +143,8 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
     tasks, held_out = open_tasks(args, tokenizer, exchange)
     if not named:
         servers = start_local_servers(args, stack)  # in the background, while the model is built
+    with StopSignal.kept_from_children():
+        get_write_results_queue()  # Megatron's checkpoint writers report through a process that a stop must not end
     trainer, reference, store = load_policy(args, exchange, tasks)
     if not named:
         leader = open_leader(args, tokenizer, exchange, servers, stack)
