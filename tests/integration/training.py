@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -63,13 +64,14 @@ def train(run: Path, *flags: str, processes: int = 1, timeout: float = START_SEC
 
 
 def refused(run: Path, *flags: str, timeout: float = 120.0) -> tuple[str, float]:
-    """Run what must be refused; returns (output, seconds it took)."""
-    began = time.monotonic()
+    """Run what must be refused; returns (output, seconds of processor time it took, which no neighbour changes)."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     status = start(run, *flags).wait(timeout)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     output = run.with_suffix(".log").read_text(errors="replace")
     assert status not in (0, None), output[-6000:]
     assert "Traceback" not in output, output[-6000:]
-    return output, time.monotonic() - began
+    return output, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def lines(run: Path) -> list[str]:
