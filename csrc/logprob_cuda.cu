@@ -254,7 +254,8 @@ __global__ void __launch_bounds__(kMaxThreads, kStatisticsBlocks)
       reference[r] = row.reference;
       sums[r] = row.sum;
       sums[rows.rows + r] = row.weighted;
-      log_normaliser = row.reference + log(row.sum);
+      // Without a logit above -inf any finite one makes the softmax 0, as on CPU.
+      log_normaliser = row.sum == 0 ? 0.0 : row.reference + log(row.sum);
     }
     // Now the normaliser is there, and the first warp has read `shared`. Thread 0 writes the next normaliser after the
     // synchronisation in merge_block, before which all have read this one.

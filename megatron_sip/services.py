@@ -35,7 +35,7 @@ from megatron_sip.rollout.sglang import PoolSettings, SamplingSettings, SGLangPo
 from megatron_sip.samples import CandidateKind, Task
 from megatron_sip.stop_signal import StopSignal
 
-CONNECT_SECONDS = 5.0
+CONNECT_SECONDS = 10.0
 ENGINE_MARGIN = 2
 """SGLang stops a request this many tokens before the end of its context."""
 ENGINE_FLAGS = ("--load-format=dummy", "--enable-fp32-lm-head")
