@@ -1,6 +1,6 @@
 """One training step of SmolLM2-135M in bfloat16 on CPU: ours packed, ours unpacked, and TRL's DPOTrainer.
 
-    python benchmarks/train_step.py [--json FILE] [--repeats N] [--seconds N]     # needs the extra `bench`
+    python benchmarks/train_step.py [--json FILE] [--repeats N] [--seconds N] [--variants NAME ...]  # needs the extra `bench`
 
 DPO: 4 pairs of 896 + 128 tokens; a step is reference pass, forward, backward, clipping and optimizer. "packed" is the
 trainer as `megatron_sip.train` uses it; "offload" is that with --ref-offload, one copy of the weights less on the
@@ -147,14 +147,16 @@ def measure(setting: Setting, model: Path) -> dict[str, Any]:
     return measured
 
 
-def measure_rounds(repeats: int, seconds: float, model: Path) -> tuple[dict[Setting, list[dict[str, Any]]], float]:
+def measure_rounds(
+    settings: Sequence[Setting], repeats: int, seconds: float, model: Path
+) -> tuple[dict[Setting, list[dict[str, Any]]], float]:
     """The measurements that fit into `seconds`, at least one, and the fastest large product seen meanwhile in FLOP/s."""
     end, config = time.monotonic() + seconds, AutoConfig.from_pretrained(model)
     runs: dict[Setting, list[dict[str, Any]]] = {}
     peak = 0.0
     for _ in range(repeats):
         peak = max(peak, *(gemm_peak(torch.bfloat16, size=size) for size in (1024, 2048, 4096)))
-        for setting in SETTINGS:
+        for setting in settings:
             if runs and (expected := expected_seconds(setting, runs, config)) > end - time.monotonic():
                 print(f"{setting.variant}, {setting.allocator}: left out, would take {expected:.0f} s", flush=True)
             else:
@@ -254,12 +256,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "train_step_cpu.json", help="report file")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each variant and allocator")
     parser.add_argument("--seconds", type=float, default=math.inf, help="leave out what would not end by then")
+    variants = list(dict.fromkeys(setting.variant for setting in SETTINGS))
+    parser.add_argument("--variants", nargs="+", choices=variants, default=variants, help="measure only these")
     parser.add_argument("--model", type=Path, default=MODEL, help="HF folder; fetched when it is the default")
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
     model = fetched_model(args.model)
-    runs, peak = measure_rounds(args.repeats, args.seconds, model)
+    settings = [setting for setting in SETTINGS if setting.variant in args.variants]
+    runs, peak = measure_rounds(settings, args.repeats, args.seconds, model)
     config = AutoConfig.from_pretrained(model)
     rows = [summarise(setting, measured, setting_flops(setting, config), peak) for setting, measured in runs.items()]
     ratios = compare(rows, list(ALLOCATORS))

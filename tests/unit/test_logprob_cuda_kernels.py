@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
+import shlex
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -74,10 +74,16 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     source, launches = re.subn(r"(\w+<T>)<<<(.+?)>>>\(", r"emulated::launch(\1, \2)(", source)
     assert launches == 3
     (folder / "logprob_cuda.cpp").write_text(source)
-    compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
-    # A GPU refuses a load of 16 bytes that is not aligned; here the sanitizer does.
-    command = [compiler, "-std=c++20", "-O2", "-shared", "-fPIC", "-fsanitize=alignment"]
-    command += ["-fno-sanitize-recover=alignment", f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
+    # A GPU refuses a load of 16 bytes that is not aligned; here it is an illegal instruction.
+    command = [
+        *shlex.split(os.environ.get("CXX", "c++")),
+        "-std=c++20",
+        "-O2",
+        "-shared",
+        "-fPIC",
+        "-fsanitize=alignment",
+    ]
+    command += ["-fsanitize-undefined-trap-on-error", f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
     command += [f'-DLOGPROB_CUDA_SOURCE="{folder / "logprob_cuda.cpp"}"', str(EMULATION / "launchers.cpp")]
     subprocess.run([*command, "-o", str(folder / "emulated.so")], check=True, timeout=300)
     return ctypes.CDLL(str(folder / "emulated.so"))

@@ -90,8 +90,8 @@ def test_measurements_that_would_not_end_in_time_are_left_out(
     for wanted in (1, 3, len(benchmark.SETTINGS)):
         now = 0.0
         time_for_those = sum(map(seconds_of, benchmark.SETTINGS[:wanted]))
-        runs, _ = benchmark.measure_rounds(1, time_for_those * 1.001, tmp_path)
+        runs, _ = benchmark.measure_rounds(benchmark.SETTINGS, 1, time_for_those * 1.001, tmp_path)
         assert list(runs) == list(benchmark.SETTINGS[:wanted])
     now = 0.0
-    assert len(benchmark.measure_rounds(1, -1.0, tmp_path)[0]) == 1
+    assert len(benchmark.measure_rounds(benchmark.SETTINGS, 1, -1.0, tmp_path)[0]) == 1
     assert {setting.variant for setting in benchmark.SETTINGS} == set(variant.VARIANTS)
