@@ -157,11 +157,10 @@ __device__ inline RowStatistics merge_block(RowStatistics mine, RowStatistics* s
   return merge_warp(of_warp);
 }
 
-// The sum over all threads, on each of them.
+// The sum over all threads, on each of them; the block must synchronise before the next call, which writes `shared` again.
 __device__ inline double sum_block(double mine, double* shared) {
   const unsigned warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   mine = sum_warp(mine);
-  __syncthreads();  // all have read what the last call left
   if (lane == 0) shared[warp] = mine;
   __syncthreads();
   if (warp == 0) {
@@ -314,7 +313,7 @@ __global__ void __launch_bounds__(kMaxThreads, kGradientBlocks)
       }
       clear_row(out, rows.columns, rows.width);
     }
-    __syncthreads();
+    __syncthreads();  // the row is written, and all have read what sum_block left
     write_targets(out, entries, begin, end, rows.columns, coefficient);
   }
 }

@@ -38,7 +38,7 @@ def softmax_statistics_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`row_statistics`, then overwrites `logits` with minus its softmax (times `softmax_scale`), 0 past `columns`."""
     reference, sums, target_logits = row_statistics(logits, logit_rows, targets, vocab_start, columns)
-    log_normaliser = reference + sums[0].log()
+    log_normaliser = torch.where(sums[0] == 0, 0.0, reference + sums[0].log())  # rows of -inf alone have softmax 0
     softmax = (logits[:, :columns].double() - log_normaliser[:, None]).exp()
     logits[:, :columns] = -softmax * softmax_scale(logits.dtype)
     logits[:, columns:] = 0

@@ -48,7 +48,8 @@ class Problem:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return (*self.logits.shape, self.columns)  # type: ignore[return-value]
+        rows, width = self.logits.shape
+        return rows, width, self.columns
 
     def on_copy(self) -> Problem:
         return replace(self, logits=self.logits.clone())
@@ -194,6 +195,9 @@ def test_what_is_not_a_number_stays_in_its_row(kernels: ctypes.CDLL) -> None:
     problem = make_problem(2049, torch.float32)
     problem.logits[1, 2000] = torch.nan
     problem.logits[4, :] = -torch.inf
+    expected = problem.logits.clone()
+    entries = (problem.logit_rows, problem.targets, problem.vocab_start, problem.columns)
+    logprob_reference.softmax_statistics_(expected, *entries)
     reference, sums = statistics(kernels, problem, store_softmax=True)
     assert sums[0, 1].isnan()
     assert reference[4] == -torch.inf
@@ -202,6 +206,7 @@ def test_what_is_not_a_number_stays_in_its_row(kernels: ctypes.CDLL) -> None:
     assert sums[:, good].isfinite().all()
     assert problem.logits[good].isfinite().all()
     assert (problem.logits[4] == 0).all()
+    torch.testing.assert_close(problem.logits, expected, rtol=4e-6, atol=0, equal_nan=True)
 
 
 def test_rows_of_nothing_are_left_alone(kernels: ctypes.CDLL) -> None:
