@@ -156,8 +156,9 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--local-engine-dtype",
         choices=["bfloat16", "float16", "float32"],
-        default="bfloat16",
-        help="Number format of the servers that --rollout-local and --teacher-model start.",
+        default=None,
+        help="Number format of the servers that --rollout-local and --teacher-model start. Default: the trainer's (bfloat16 "
+        "with --bf16, float16 with --fp16, else float32).",
     )
     group.add_argument(
         "--local-engine-tokens",

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_sip.argument_checks import (
     ArgumentError,
+    advice,
     candidate_kinds,
     check_required,
     explained,
@@ -47,6 +49,7 @@ MEGATRON = {
     "seed": 1234,
     "save": "run",
     "load": None,
+    "params_dtype": torch.bfloat16,
 }
 
 
@@ -75,6 +78,29 @@ def test_the_defaults_are_complete() -> None:
     validate(args)
     assert args.row_length == 2048 + 128
     assert args.run_dir == args.load == "run"
+    assert args.local_engine_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "engine", "servers", "named"),
+    [
+        (torch.bfloat16, (), True, "--bf16 and --local-engine-dtype bfloat16: "),
+        (torch.bfloat16, (), False, "--bf16: "),
+        (torch.float32, ("--local-engine-dtype", "bfloat16"), True, "--local-engine-dtype bfloat16: "),
+        (torch.float32, (), True, None),
+    ],
+)
+def test_bfloat16_is_advised_against_where_products_would_be_slow(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, engine: tuple[str, ...], servers: bool, named: str | None
+) -> None:
+    args = arguments(*engine, params_dtype=dtype)
+    if servers:
+        args.rollout_url, args.rollout_local = None, 1
+    validate(args)
+    monkeypatch.setattr("megatron_sip.argument_checks.multiplies_bfloat16", lambda: False)
+    assert [sentence.startswith(named or "") for sentence in advice(args)] == ([True] if named else [])
+    monkeypatch.setattr("megatron_sip.argument_checks.multiplies_bfloat16", lambda: True)
+    assert advice(args) == []
 
 
 def test_a_suffix_longer_than_the_sequence() -> None:
