@@ -178,7 +178,8 @@ def test_private_flash_operators_keep_the_layout_we_rely_on(dtype, causal):
         scores = scores.masked_fill(torch.ones(10, 10).triu(1).bool(), -math.inf)
     assert lse.shape == (2, 4, 10)
     assert lse.dtype == wide
-    assert (lse - scores.logsumexp(-1)).abs().max() <= 1e-5
+    # torch takes a coarser exp for bfloat16 where it has AVX2 alone: 6.4e-5 there.
+    assert (lse - scores.logsumexp(-1)).abs().max() <= (1e-4 if dtype == torch.bfloat16 else 1e-5)
     # An lse larger by log 2 halves every recomputed probability, and with them the value's gradient.
     grad = torch.randn(output.shape, generator=generator, dtype=dtype)
     shifted = (lse + math.log(2)).transpose(1, 2).contiguous().transpose(1, 2)
