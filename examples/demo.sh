@@ -33,10 +33,9 @@ if [ -z "$data" ]; then
 fi
 
 # bfloat16, but where torch multiplies it 10 to 100 times slower than float32 (a processor without AVX-512).
+fast=$(python -c 'from megatron_sip.platform.processor import multiplies_bfloat16; print(multiplies_bfloat16())')
 precision=()
-if [ "$(python -c 'from megatron_sip.platform.processor import multiplies_bfloat16 as fast; print(fast())')" = True ]; then
-    precision=(--bf16 --fp32-residual-connection)
-fi
+if [ "$fast" = True ]; then precision=(--bf16 --fp32-residual-connection); fi
 
 # Heap reuse: without it most of the time of large CPU tensors is page faults.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184

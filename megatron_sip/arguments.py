@@ -157,8 +157,8 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
         "--local-engine-dtype",
         choices=["bfloat16", "float16", "float32"],
         default=None,
-        help="Number format of the servers that --rollout-local and --teacher-model start. Default: the trainer's (bfloat16 "
-        "with --bf16, float16 with --fp16, else float32).",
+        help="Number format of the servers that --rollout-local and --teacher-model start. Default: bfloat16, or "
+        "float32 without a GPU where the processor has no fast bfloat16.",
     )
     group.add_argument(
         "--local-engine-tokens",

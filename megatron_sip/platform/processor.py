@@ -1,4 +1,4 @@
-"""What this machine's processor can do well, where a default depends on it."""
+"""What this machine computes fast, where a default depends on it."""
 
 from __future__ import annotations
 

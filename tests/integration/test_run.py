@@ -33,6 +33,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from megatron_sip.rollout.launch import LocalServer
 from megatron_sip.services import CONNECT_SECONDS
 
+TOKENISING = "tokenise "
+"""How the progress bar of tokenising starts."""
+MODEL_BUILT = "number of parameters on"
+"""In Megatron's line about the model that it has built."""
 TOTAL_STEPS = 6
 
 
@@ -72,6 +76,7 @@ def test_a_run_trains_and_logs_every_step(uninterrupted: Path) -> None:
     summary = json.loads((uninterrupted / "summary.json").read_text())
     assert summary["steps"] == TOTAL_STEPS
     assert (uninterrupted / "report.html").exists()
+    assert MODEL_BUILT in uninterrupted.with_suffix(".log").read_text(errors="replace")
 
 
 def kill_before_and_while_saving(run: Path, *flags: str) -> None:
@@ -224,11 +229,13 @@ def test_a_server_that_is_down_is_named_before_anything_slow(
 ) -> None:
     """20 to 32 s by processor, of which 10 are the wait for an answer and the rest imports: the order is what we answer for."""
     url = f"http://127.0.0.1:{free_port()}"
-    output = refused(tmp_path / "down", *flags, server, url)
+    text = tmp_path / "new.jsonl"  # not among the token files that are kept from other runs
+    text.write_text(json.dumps({"text": "One text that nobody has tokenised yet. " * 100}) + "\n")
+    output = refused(tmp_path / "down", *flags, server, url, "--data-path", str(text))
     assert url in output
     assert f"within {CONNECT_SECONDS:.0f} s" in output
-    assert "tokenise" not in output
-    assert "number of parameters" not in output  # Megatron's line about the model that it built
+    assert TOKENISING not in output
+    assert MODEL_BUILT not in output
 
 
 def test_a_broken_line_is_named_before_anything_is_trained(flags: tuple[str, ...], tmp_path: Path) -> None:
@@ -236,6 +243,8 @@ def test_a_broken_line_is_named_before_anything_is_trained(flags: tuple[str, ...
     broken.write_text('{"text": "fine"}\n{"text": "cut off\n')
     output = refused(tmp_path / "broken", *flags, "--data-path", str(broken))
     assert "broken.jsonl:2: not valid JSON" in output
+    assert TOKENISING in output
+    assert MODEL_BUILT not in output
 
 
 def test_another_vocabulary_than_the_engine_is_refused(

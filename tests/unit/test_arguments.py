@@ -78,28 +78,35 @@ def test_the_defaults_are_complete() -> None:
     validate(args)
     assert args.row_length == 2048 + 128
     assert args.run_dir == args.load == "run"
-    assert args.local_engine_dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
-    ("dtype", "engine", "servers", "named"),
+    ("dtype", "engine", "named"),
     [
-        (torch.bfloat16, (), True, "--bf16 and --local-engine-dtype bfloat16: "),
-        (torch.bfloat16, (), False, "--bf16: "),
-        (torch.float32, ("--local-engine-dtype", "bfloat16"), True, "--local-engine-dtype bfloat16: "),
-        (torch.float32, (), True, None),
+        (torch.bfloat16, ("--local-engine-dtype", "bfloat16"), "--bf16 and --local-engine-dtype bfloat16: "),
+        (torch.bfloat16, (), "--bf16: "),
+        (torch.float32, ("--local-engine-dtype", "bfloat16"), "--local-engine-dtype bfloat16: "),
+        (torch.float32, (), None),
     ],
 )
 def test_bfloat16_is_advised_against_where_products_would_be_slow(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, engine: tuple[str, ...], servers: bool, named: str | None
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, engine: tuple[str, ...], named: str | None
 ) -> None:
-    args = arguments(*engine, params_dtype=dtype)
-    if servers:
+    for is_fast in (True, False):
+        monkeypatch.setattr("megatron_sip.argument_checks.multiplies_bfloat16", lambda fast=is_fast: fast)
+        args = arguments(*engine, params_dtype=dtype)
         args.rollout_url, args.rollout_local = None, 1
-    validate(args)
+        validate(args)
+        assert args.local_engine_dtype == ("bfloat16" if is_fast or engine else "float32")
+        found = advice(args)
+        assert len(found) == int(named is not None and not is_fast)
+        assert all(sentence.startswith(str(named)) for sentence in found)
+
+
+def test_an_engine_dtype_without_local_servers_is_not_advised_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sip.argument_checks.multiplies_bfloat16", lambda: False)
-    assert [sentence.startswith(named or "") for sentence in advice(args)] == ([True] if named else [])
-    monkeypatch.setattr("megatron_sip.argument_checks.multiplies_bfloat16", lambda: True)
+    args = arguments("--local-engine-dtype", "bfloat16", params_dtype=torch.float32)
+    validate(args)
     assert advice(args) == []
 
 
