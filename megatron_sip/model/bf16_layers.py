@@ -72,7 +72,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def add_weight_gradient(main_grad: Tensor, grad_output: Tensor, hidden: Tensor) -> None:
-    """main_grad [N, K] += grad_output [T, N] transposed times hidden [T, K]; from bfloat16 not rounded on the way."""
+    """main_grad [N, K] += grad_output [T, N] transposed times hidden [T, K], on CPU; not rounded on the way."""
     rows, columns = main_grad.shape
     if (
         bf16_kernels_apply(hidden, columns)
@@ -82,7 +82,7 @@ def add_weight_gradient(main_grad: Tensor, grad_output: Tensor, hidden: Tensor) 
     ):
         torch.ops.megatron_sip.add_weight_gradient_(main_grad, grad_output, hidden)
     else:
-        main_grad.add_(grad_output.t() @ hidden)
+        main_grad.addmm_(grad_output.t().to(main_grad.dtype), hidden.to(main_grad.dtype))
 
 
 class _Rotate(torch.autograd.Function):

@@ -28,6 +28,7 @@ from torch.distributed import HashStore
 from torch.overrides import TorchFunctionMode
 
 from megatron_sip.platform.fused_kernels_cpu import offer_fused_kernels
+from megatron_sip.platform.widened_bfloat16_cpu import offer_widened_bfloat16
 
 CPU = torch.device("cpu")
 
@@ -84,6 +85,7 @@ def enable_cpu() -> None:
     _replace_cuda_runtime()
     _replace_random_state()
     offer_fused_kernels()
+    offer_widened_bfloat16()
     _CudaNamesMeanCpu().__enter__()  # for the life of the process
 
 
