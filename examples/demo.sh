@@ -32,17 +32,12 @@ if [ -z "$data" ]; then
     [ -f "$data" ] || python tools/write_demo_corpus.py --save "$data"
 fi
 
-# bfloat16, but where torch multiplies it 10 to 100 times slower than float32 (a processor without AVX-512).
-fast=$(python -c 'from megatron_sip.platform.processor import multiplies_bfloat16; print(multiplies_bfloat16())')
-precision=()
-if [ "$fast" = True ]; then precision=(--bf16 --fp32-residual-connection); fi
-
 # Heap reuse: without it most of the time of large CPU tensors is page faults.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 export PYTHONWARNINGS=ignore
 exec python -m megatron_sip.train \
     --pretrained-checkpoint "$policy" --save "$run_dir/checkpoints" --run-dir "$run_dir" \
-    --data-path "$data" --split 60,0,40 "${precision[@]}" \
+    --data-path "$data" --split 60,0,40 --bf16 --fp32-residual-connection \
     --seq-length 128 --suffix-length 32 --row-length 640 \
     --objective dpo --candidates suffix rollout --num-rollouts 4 --dpo-beta 0.1 \
     --criteria likelihood=1 --teacher-model "$teacher" --rollout-local 1 \

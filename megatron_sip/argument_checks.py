@@ -18,7 +18,6 @@ from megatron_sip.judge.settings import SettingsError
 from megatron_sip.judge_arguments import flag_for, judge_settings, rewriter_settings
 from megatron_sip.learning.checkpoint_folder import TRACKER
 from megatron_sip.learning.objectives import ObjectiveSettings
-from megatron_sip.platform.processor import multiplies_bfloat16
 from megatron_sip.samples import CANDIDATE_KINDS
 
 
@@ -131,25 +130,6 @@ def validate(args: argparse.Namespace) -> None:
     args.load = args.save  # the same command again continues the run
     if args.weight_sync_dir is None:
         args.weight_sync_dir = str(Path(args.run_dir) / "weights")
-    if args.local_engine_dtype is None:
-        args.local_engine_dtype = "bfloat16" if multiplies_bfloat16() else "float32"
-
-
-def advice(args: argparse.Namespace) -> list[str]:
-    """What works, but hardly as meant: a sentence each, with the flag and the mend."""
-    if multiplies_bfloat16():
-        return []
-    meant = {
-        "--bf16": args.params_dtype == torch.bfloat16,
-        "--local-engine-dtype bfloat16": local_servers(args) > 0 and args.local_engine_dtype == "bfloat16",
-    }
-    flags = [flag for flag, given in meant.items() if given]
-    if not flags:
-        return []
-    return [
-        f"{' and '.join(flags)}: torch multiplies bfloat16 matrices 10 to 100 times slower than float32 ones on this processor "
-        "(it lacks AVX-512, or on Arm bfloat16 instructions); leave it out to compute in float32"
-    ]
 
 
 def _check_lengths(args: argparse.Namespace) -> None:

@@ -156,9 +156,8 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--local-engine-dtype",
         choices=["bfloat16", "float16", "float32"],
-        default=None,
-        help="Number format of the servers that --rollout-local and --teacher-model start. Default: bfloat16, or "
-        "float32 without a GPU where the processor has no fast bfloat16.",
+        default="bfloat16",
+        help="Number format of the servers that --rollout-local and --teacher-model start.",
     )
     group.add_argument(
         "--local-engine-tokens",

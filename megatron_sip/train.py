@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from megatron_sip.argument_checks import ArgumentError, advice
+from megatron_sip.argument_checks import ArgumentError
 from megatron_sip.arguments import parse_arguments
 from megatron_sip.data.errors import DataError
 from megatron_sip.dry_run import describe
@@ -56,9 +55,6 @@ def main() -> None:
     """Set up, train, compare. Exits 0 after the last step, or after a SIGTERM with the last step saved."""
     enable_cpu()  # before anything imports Megatron
     args = parse_arguments()
-    if args.rank == 0:
-        for sentence in advice(args):
-            print(f"advice: {sentence}", file=sys.stderr, flush=True)
     if args.dry_run:
         print(describe(args))
         return

@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 from torch.library import Library, get_kernel
 
-from megatron_sip.platform.processor import multiplies_bfloat16
-
 NUMBERS_A_BLOCK = 2**20
 """So much of a product's right side is held in float32 at a time, 4 MiB: it is still in cache when it is multiplied."""
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def multiplies_bfloat16() -> bool:
+    """False where torch's bfloat16 products are slow: no GPU, and no AVX-512 (on Arm: no bfloat16 instructions)."""
+    return torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @functools.cache

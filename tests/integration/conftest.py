@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from fetch_smollm2 import DEFAULT_SAVE, fetch
 from write_demo_corpus import write_corpus
 
-from megatron_sip.platform.processor import multiplies_bfloat16
 from megatron_sip.rollout.launch import LocalServer, ServerSettings
 from megatron_sip.services import ENGINE_FLAGS
 
@@ -28,12 +27,8 @@ def smollm2_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_server(smollm2_dir: Path) -> Iterator[LocalServer]:
-    """A running SGLang server of SmolLM2-135M-Instruct; its `.url` is the base URL. Do not change its weights.
-
-    In bfloat16, or in float32 where that is faster.
-    """
-    dtype = "bfloat16" if multiplies_bfloat16() else "float32"
-    settings = ServerSettings(smollm2_dir, dtype=dtype, context_length=2048, max_total_tokens=16384)
+    """A running SGLang server of SmolLM2-135M-Instruct in bf16; its `.url` is the base URL. Do not change its weights."""
+    settings = ServerSettings(smollm2_dir, context_length=2048, max_total_tokens=16384)
     with LocalServer(settings) as server:
         yield server
 

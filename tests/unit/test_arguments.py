@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_sip.argument_checks import (
     ArgumentError,
-    advice,
     candidate_kinds,
     check_required,
     explained,
@@ -49,7 +47,6 @@ MEGATRON = {
     "seed": 1234,
     "save": "run",
     "load": None,
-    "params_dtype": torch.bfloat16,
 }
 
 
@@ -78,36 +75,6 @@ def test_the_defaults_are_complete() -> None:
     validate(args)
     assert args.row_length == 2048 + 128
     assert args.run_dir == args.load == "run"
-
-
-@pytest.mark.parametrize(
-    ("dtype", "engine", "named"),
-    [
-        (torch.bfloat16, ("--local-engine-dtype", "bfloat16"), "--bf16 and --local-engine-dtype bfloat16: "),
-        (torch.bfloat16, (), "--bf16: "),
-        (torch.float32, ("--local-engine-dtype", "bfloat16"), "--local-engine-dtype bfloat16: "),
-        (torch.float32, (), None),
-    ],
-)
-def test_bfloat16_is_advised_against_where_products_would_be_slow(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, engine: tuple[str, ...], named: str | None
-) -> None:
-    for is_fast in (True, False):
-        monkeypatch.setattr("megatron_sip.argument_checks.multiplies_bfloat16", lambda fast=is_fast: fast)
-        args = arguments(*engine, params_dtype=dtype)
-        args.rollout_url, args.rollout_local = None, 1
-        validate(args)
-        assert args.local_engine_dtype == ("bfloat16" if is_fast or engine else "float32")
-        found = advice(args)
-        assert len(found) == int(named is not None and not is_fast)
-        assert all(sentence.startswith(str(named)) for sentence in found)
-
-
-def test_an_engine_dtype_without_local_servers_is_not_advised_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_sip.argument_checks.multiplies_bfloat16", lambda: False)
-    args = arguments("--local-engine-dtype", "bfloat16", params_dtype=torch.float32)
-    validate(args)
-    assert advice(args) == []
 
 
 def test_a_suffix_longer_than_the_sequence() -> None:
