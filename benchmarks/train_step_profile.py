@@ -22,19 +22,25 @@ from train_step_variant import build_trainer, unpacked_rows
 from transformers import AutoConfig, AutoTokenizer
 
 PARTS = {
-    "attention": ("megatron_sip::tree_attention", "megatron_sip::tree_attention_backward"),
+    "attention": (
+        "megatron_sip::tree_attention",
+        "megatron_sip::tree_attention_backward",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
     "RMSNorm, SwiGLU, rotary": tuple(
         f"megatron_sip::{name}" for name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rotate")
     ),
     "log-probs": ("megatron_sip::row_statistics", "megatron_sip::gradient_", "megatron_sip::branch_logprobs"),
     "optimizer": ("aten::_fused_adamw_", "aten::linalg_vector_norm"),  # and clipping, which is among the sums
 }
-"""Operators by name."""
+PRODUCTS = ("aten::mm", "aten::addmm_", "megatron_sip::float_product", "megatron_sip::add_weight_gradient_")
+"""Operators by name: ours, and torch's that run where ours do not apply."""
 
 
 def part_of(name: str, shapes: Sequence[Sequence[int]], vocabulary: int) -> str:
     """Which part of a step an operator with these input shapes belongs to."""
-    if name in ("aten::mm", "megatron_sip::float_product", "megatron_sip::add_weight_gradient_"):
+    if name in PRODUCTS:
         of_head = any(vocabulary in shape for shape in shapes)
         return "products of the vocabulary projection" if of_head else "products of the layers"
     return next((part for part, names in PARTS.items() if name in names), "copies, sums, Python")
