@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import sys
@@ -77,11 +78,13 @@ def enable_cpu() -> None:
     every process of the run. The device names are mapped by a `TorchFunctionMode`, which is per thread: build and run
     models in the calling thread.
     """
+    if not torch.cuda.is_available():
+        _hide_cuda_packages()
+        _import_megatron_uncompiled()
     _skip_dataset_helper_build()
     _let_torch_adam_resume()
     if torch.cuda.is_available():
         return
-    _hide_cuda_packages()
     _replace_cuda_runtime()
     _replace_random_state()
     offer_fused_kernels()
@@ -90,12 +93,33 @@ def enable_cpu() -> None:
 
 
 def _hide_cuda_packages() -> None:
-    """Make `import flash_mla` (it comes with SGLang) an ImportError, which Megatron expects.
+    """Make importing flash_mla, flash_attn and flashinfer (they come with SGLang) an ImportError, which Megatron expects.
 
-    Left alone it raises OSError on a machine without libcuda, which Megatron does not catch.
+    Left alone the first raises OSError on a machine without libcuda, which Megatron does not catch, and the others take
+    six seconds to find that there is nothing for them to do.
     """
-    if "flash_mla" not in sys.modules:
-        sys.modules["flash_mla"] = None  # type: ignore[assignment]
+    for package in ("flash_mla", "flash_attn", "flashinfer"):
+        if package not in sys.modules:
+            sys.modules[package] = None  # type: ignore[assignment]
+
+
+def _import_megatron_uncompiled() -> None:
+    """Import Megatron with its fused functions as plain ones, as `--disable-jit-fuser` means.
+
+    Megatron reads that flag when the modules that hold them are imported already, and torch's compiler with them: another
+    four seconds, in every process of a run.
+    """
+    compiled = torch.compile
+    torch.compile = _as_it_is  # type: ignore[assignment]
+    try:
+        importlib.import_module("megatron.core")
+    finally:
+        torch.compile = compiled
+
+
+def _as_it_is(model: Callable[..., Any], **_options: Any) -> Callable[..., Any]:
+    """Takes the place of `torch.compile` as a decorator."""
+    return model
 
 
 class _CudaNamesMeanCpu(TorchFunctionMode):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
+import torch
 
 from megatron_sip.platform.megatron_cpu import arguments_for
 
@@ -28,3 +32,23 @@ def test_without_cuda_everything_is_local_and_gloo(transformer_engine: bool) -> 
     flags = arguments_for(cuda=False, transformer_engine=transformer_engine, apex=False)
     assert {"local", "gloo"} <= set(flags)
     assert NO_FUSION not in flags  # ours takes Apex's place
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA these packages are wanted")
+def test_without_cuda_starting_loads_no_compiler_and_no_gpu_kernels() -> None:
+    """Each takes seconds to import, in every process of a run."""
+    start = (
+        "import sys, torch\n"
+        "compiled = torch.compile\n"
+        "from megatron_sip.platform.megatron_cpu import enable_cpu\n"
+        "enable_cpu()\n"
+        "import megatron.training\n"
+        "assert torch.compile is compiled\n"
+        "print(*sorted({name.split('.')[0] for name, module in sys.modules.items() if module is not None}))\n"
+        "print('compiler:', 'torch._inductor.compile_fx' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=True)
+    loaded, compiler = done.stdout.strip().splitlines()[-2:]
+    assert "megatron" in loaded.split()
+    assert not {"flash_attn", "flash_mla", "flashinfer"} & set(loaded.split())
+    assert compiler == "compiler: False"
