@@ -30,6 +30,7 @@ CPU_SOURCES = [
     "csrc/row_portable.cpp",
     "csrc/tree_attention_avx512bf16.cpp",
     "csrc/tree_attention_cpu.cpp",
+    "csrc/widened_bfloat16.cpp",
 ]
 CUDA_SOURCES = ["csrc/logprob_cuda_ops.cpp", "csrc/logprob_cuda.cu"]
 

@@ -12,6 +12,7 @@
 
 #include "bf16_products.h"
 #include "instruction_dispatch.h"
+#include "widened_bfloat16.h"
 
 #ifndef MEGATRON_SIP_CUDA_ARCHITECTURES
 #define MEGATRON_SIP_CUDA_ARCHITECTURES ""
@@ -73,6 +74,9 @@ std::vector<std::string> devices() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  pybind11::class_<WidenedBFloat16>(module, "WidenedBFloat16",
+                                    "While it lives, torch's bfloat16 products and attention on CPU go by way of float32.")
+      .def(pybind11::init<>());
   module.def("devices", &devices, "Dispatch keys whose operators were built.");
   module.def("cuda_architectures", &cuda_architectures, "Compute capabilities of the CUDA kernels, such as 'sm_90'.");
   module.def("instruction_set", &best_instruction_set, "What the CPU operators run on this processor.");

@@ -82,7 +82,12 @@ def add_weight_gradient(main_grad: Tensor, grad_output: Tensor, hidden: Tensor) 
     ):
         torch.ops.megatron_sip.add_weight_gradient_(main_grad, grad_output, hidden)
     else:
-        main_grad.addmm_(grad_output.t().to(main_grad.dtype), hidden.to(main_grad.dtype))
+        wide = torch.promote_types(main_grad.dtype, torch.float32)
+        left, right = grad_output.t().to(wide), hidden.to(wide)
+        if main_grad.dtype == wide:
+            main_grad.addmm_(left, right)
+        else:
+            main_grad.add_(left @ right)
 
 
 class _Rotate(torch.autograd.Function):

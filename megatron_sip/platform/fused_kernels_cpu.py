@@ -2,7 +2,7 @@
 
 Megatron takes the first from Transformer Engine and the others from Apex. Ours are one pass over memory where torch takes
 several, and do not round a gradient to bfloat16 before it is added to the float32 sum. Where the compiled kernels do not
-apply (another dtype or processor) they compute what Megatron would.
+apply (another dtype or processor) torch computes the same.
 """
 
 from __future__ import annotations
