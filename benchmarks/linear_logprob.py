@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_sip.model.float_logits import float_logits
 from megatron_sip.model.linear_logprob import linear_branch_logprobs
 from megatron_sip.model.logprob import branch_logprobs
+from megatron_sip.platform.widened_bfloat16_cpu import offer_widened_bfloat16
 
 BRANCH_LENGTH = 128
 DTYPE = torch.bfloat16
@@ -127,6 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.rows % BRANCH_LENGTH:
         parser.error(f"--rows must be a multiple of {BRANCH_LENGTH}, got {args.rows}")
+    offer_widened_bfloat16()  # as in the trainer
     report = measure(args)
     header = ("forward + backward", "ms", "x floor", "added peak GB", "error (nats)")
     lines = [(r["name"], 1e3 * r["median_s"], r["vs_floor"], r["peak_gb"], f"{r['error']:.0e}") for r in report["rows"]]
