@@ -61,7 +61,7 @@ def results(
     (work / "setup.json").write_text(json.dumps({"flags": flags, "cases": cases}))
     command = [sys.executable, str(WORKER), str(work / "setup.json"), str(work / "results.jsonl")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-6000:]
     return {result["preset"]: result for result in map(json.loads, (work / "results.jsonl").read_text().splitlines())}
 
