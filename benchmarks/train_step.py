@@ -16,7 +16,7 @@ learning rate is 0, so that every step computes the same; the optimizer works al
 keep freed memory (MALLOC_MMAP_MAX_=0), for all sides alike. "of GEMM peak": the operations of the step's matrix products
 over time, as a share of the fastest large bfloat16 product seen on this machine. Losses, log-probs and gradient norms must
 agree. On a processor without bfloat16 instructions our products are widened to float32 and TRL's are torch's own, which are
-10 to 40 times slower: there TRL's step says more about torch than about TRL.
+up to 40 times slower: there TRL's step says more about torch than about TRL.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL = Path.home() / ".cache" / "megatron_sip" / "SmolLM2-135M-Instruct"
 ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "heap reuse": heap_reuse_environment()}
-TIMEOUT_S = 7200  # TRL's step takes 20 minutes where torch multiplies bfloat16 without instructions for it
+TIMEOUT_S = 7200  # by arithmetic TRL's step takes 20 minutes where torch has no bfloat16 instructions
 TOLERANCES = {"loss": 2e-3, "logprob": 5e-3, "chosen_logprob": 5e-3, "rejected_logprob": 5e-3, "grad_norm": 3e-2}
 """Relative (of the loss, absolute) differences between variants that bfloat16's eight bits explain."""
 
@@ -123,11 +123,12 @@ def expected_seconds(setting: Setting, runs: Mapping[Setting, Sequence[Mapping[s
     return max(starts) + (setting.warm_up + 1) * setting_flops(setting, config) * max(alike)
 
 
-def measure(setting: Setting, model: Path) -> dict[str, Any]:
+def measure(setting: Setting, model: Path, timeout_s: float) -> dict[str, Any]:
     """Run `train_step_variant.py` and return what it measured.
 
     Raises:
         MeasurementError: with the end of its output when it failed.
+        subprocess.TimeoutExpired: it had not ended after `timeout_s`.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     environment = inherited | ALLOCATORS[setting.allocator] | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -138,7 +139,7 @@ def measure(setting: Setting, model: Path) -> dict[str, Any]:
         command += ["--warm-up", str(setting.warm_up)]
         start = time.monotonic()
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=ROOT
+            command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=ROOT
         )
         if done.returncode != 0:
             raise MeasurementError(f"{setting.variant} exited with {done.returncode}:\n{done.stderr[-3000:]}")
@@ -162,8 +163,14 @@ def measure_rounds(
         for setting in settings:
             if runs and (expected := expected_seconds(setting, runs, config)) > end - time.monotonic():
                 print(f"{setting.variant}, {setting.allocator}: left out, would take {expected:.0f} s", flush=True)
+                continue
+            left = min(TIMEOUT_S, end - time.monotonic()) if runs else TIMEOUT_S
+            try:
+                measured = measure(setting, model, left)
+            except subprocess.TimeoutExpired:
+                print(f"{setting.variant}, {setting.allocator}: left out, had not ended after {left:.0f} s", flush=True)
             else:
-                runs.setdefault(setting, []).append(measure(setting, model))
+                runs.setdefault(setting, []).append(measured)
     return runs, max(peak, gemm_peak(torch.bfloat16))
 
 

@@ -110,16 +110,16 @@ def _import_megatron_uncompiled() -> None:
     four seconds, in every process of a run.
     """
     compiled = torch.compile
-    torch.compile = _as_it_is  # type: ignore[assignment]
+    torch.compile = _as_it_is
     try:
         importlib.import_module("megatron.core")
     finally:
         torch.compile = compiled
 
 
-def _as_it_is(model: Callable[..., Any], **_options: Any) -> Callable[..., Any]:
-    """Takes the place of `torch.compile` as a decorator."""
-    return model
+def _as_it_is(model: Callable[..., Any] | None = None, **_options: Any) -> Callable[..., Any]:
+    """Takes the place of `torch.compile` as a decorator, with options or without."""
+    return _as_it_is if model is None else model
 
 
 class _CudaNamesMeanCpu(TorchFunctionMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -72,16 +73,20 @@ def test_measurements_that_would_not_end_in_time_are_left_out(
     config.save_pretrained(tmp_path)
     now = 0.0
 
+    trl_times_slower = 5
+
     def step_seconds(setting: Any) -> float:
-        times_slower = 5 if setting.implementation == "trl" else 1
+        times_slower = trl_times_slower if setting.implementation == "trl" else 1
         return float(times_slower * benchmark.setting_flops(setting, config) / 1e12)
 
     def seconds_of(setting: Any) -> float:
         return 7 + (setting.warm_up + 1) * step_seconds(setting)
 
-    def measure(setting: Any, model: Path) -> dict[str, Any]:
+    def measure(setting: Any, model: Path, timeout_s: float) -> dict[str, Any]:
         nonlocal now
-        now += seconds_of(setting)
+        now += min(seconds_of(setting), timeout_s)
+        if seconds_of(setting) > timeout_s:
+            raise subprocess.TimeoutExpired(setting.variant, timeout_s)
         return {"seconds": [step_seconds(setting)], "process_seconds": seconds_of(setting)}
 
     monkeypatch.setattr(benchmark, "time", SimpleNamespace(monotonic=lambda: now))
@@ -94,4 +99,11 @@ def test_measurements_that_would_not_end_in_time_are_left_out(
         assert list(runs) == list(benchmark.SETTINGS[:wanted])
     now = 0.0
     assert len(benchmark.measure_rounds(benchmark.SETTINGS, 1, -1.0, tmp_path)[0]) == 1
+    now, trl_times_slower, budget = 0.0, 1000, sum(map(seconds_of, benchmark.SETTINGS))
+    runs, _ = benchmark.measure_rounds(
+        benchmark.SETTINGS, 1, budget, tmp_path
+    )  # nobody expects that of TRL: it is ended
+    assert now <= budget
+    assert runs
+    assert "trl" not in {setting.implementation for setting in runs}
     assert {setting.variant for setting in benchmark.SETTINGS} == set(variant.VARIANTS)
