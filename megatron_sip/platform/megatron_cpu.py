@@ -18,7 +18,6 @@ import functools
 import importlib
 import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import torch.distributed
 from torch.distributed import HashStore
 from torch.overrides import TorchFunctionMode
 
+from megatron_sip.platform.absent_packages import GPU_KERNELS, hide_packages
 from megatron_sip.platform.fused_kernels_cpu import offer_fused_kernels
 from megatron_sip.platform.widened_bfloat16_cpu import offer_widened_bfloat16
 
@@ -79,7 +79,7 @@ def enable_cpu() -> None:
     models in the calling thread.
     """
     if not torch.cuda.is_available():
-        _hide_cuda_packages()
+        hide_packages(*GPU_KERNELS)
         _import_megatron_uncompiled()
     _skip_dataset_helper_build()
     _let_torch_adam_resume()
@@ -90,17 +90,6 @@ def enable_cpu() -> None:
     offer_fused_kernels()
     offer_widened_bfloat16()
     _CudaNamesMeanCpu().__enter__()  # for the life of the process
-
-
-def _hide_cuda_packages() -> None:
-    """Make importing flash_mla, flash_attn and flashinfer (they come with SGLang) an ImportError, which Megatron expects.
-
-    Left alone the first raises OSError on a machine without libcuda, which Megatron does not catch, and the others take
-    six seconds to find that there is nothing for them to do.
-    """
-    for package in ("flash_mla", "flash_attn", "flashinfer"):
-        if package not in sys.modules:
-            sys.modules[package] = None  # type: ignore[assignment]
 
 
 def _import_megatron_uncompiled() -> None:

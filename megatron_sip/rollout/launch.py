@@ -34,6 +34,7 @@ LOG_TAIL_LINES = 30
 PORT_ATTEMPTS = 3
 PORT_TAKEN = re.compile(r"address already in use|EADDRINUSE|port \d+ is (not available|already in use)", re.IGNORECASE)
 
+CPU_MODULE = "megatron_sip.platform.sglang_server_cpu"
 CPU_FLAGS = (
     "--device=cpu",
     "--attention-backend=torch_native",
@@ -81,7 +82,7 @@ class ServerSettings:
 
 
 def server_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[str]:
-    """The command line of `python -m sglang.launch_server` for these settings."""
+    """The command line of `python -m sglang.launch_server`, or its like without a GPU, for these settings."""
     mem_fraction, max_total_tokens = settings.mem_fraction, settings.max_total_tokens
     if on_cpu:
         mem_fraction = CPU_MEM_FRACTION if mem_fraction is None else mem_fraction
@@ -97,7 +98,7 @@ def server_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[st
     return [
         sys.executable,
         "-m",
-        "sglang.launch_server",
+        CPU_MODULE if on_cpu else "sglang.launch_server",
         f"--model-path={settings.model_path}",
         f"--host={settings.host}",
         f"--port={port}",

@@ -54,7 +54,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Path:
             stderr=subprocess.STDOUT,
         )
         try:
-            status = process.wait(600)
+            status = process.wait(1200)
         finally:
             process.kill()  # its servers end with it
     assert status == 0, (folder / "demo.log").read_text(errors="replace")[-6000:]
