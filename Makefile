@@ -34,7 +34,7 @@ test-unit: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit
 
 test-integration: install
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/integration
+	$(BIN)/python -m pytest tests/integration
 
 lint: install
 	$(BIN)/ruff check .

@@ -84,14 +84,3 @@ def tiny_engine(tiny_llama_dir: Path) -> Iterator[LocalServer]:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's data: Python's own language reference."""
     return write_corpus(tmp_path_factory.mktemp("corpus") / "topics.jsonl")
-
-
-SHARED_SERVERS = {"smollm2_server", "tiny_llama_server", "tiny_engine"}
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two lanes for `pytest -n 2 --dist loadgroup`: all tests of the shared servers, which start once, and the other files."""
-    for item in items:
-        shares = SHARED_SERVERS & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("shared servers" if shares else item.path.stem))

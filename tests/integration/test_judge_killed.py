@@ -49,7 +49,7 @@ def make_settings(folder: Path, cache: Path, *servers: LocalServer) -> JudgeSett
         client=ClientSettings(
             tuple(Endpoint(server.url) for server in servers), str(folder), cache, concurrency=IN_FLIGHT
         ),
-        deadline_s=120.0,
+        deadline_s=300.0,
     )
 
 

@@ -1,7 +1,7 @@
 """Every preset makes one real training step on the demo's data: real parser, Megatron, engine, judge and rewriter.
 
 A preset's objective, candidates, criteria, schedule, votes and learning rate are its own. Overridden are sizes (batch,
-lengths, model; 4 rollouts for 8 and 16, since all pairs of 17 candidates take this teacher minutes), and the verdict: a
+lengths, model; 2 rollouts for 8 and 16, since all pairs of 17 candidates take this teacher minutes), and the verdict: a
 teacher of 135M parameters hardly ever writes one, so that its probabilities are read. What it does write is asked for by
 the cases named `PRESET:hard`. The cases share a cache of answers: the rewrite of a suffix is the same for all of them.
 """
@@ -23,7 +23,7 @@ from megatron_sip.presets import known_presets
 from megatron_sip.rollout.launch import LocalServer
 
 WORKER = Path(__file__).with_name("presets_worker.py")
-MOST_ROLLOUTS = 4
+MOST_ROLLOUTS, FEW_ROLLOUTS = 4, 2
 HARD = ("quality-2", "factuality-2", "safety-suffix-1")
 AUDITED = "quality-pivot-8:audited"
 SIZES = (
@@ -32,11 +32,18 @@ SIZES = (
 )
 
 
+def paper_rollouts(preset: str) -> int:
+    return (PAPER[preset][2] if preset in PAPER else None) or 0
+
+
+def rollouts_here(preset: str) -> int:
+    return FEW_ROLLOUTS if paper_rollouts(preset) > MOST_ROLLOUTS else paper_rollouts(preset)
+
+
 def sizes(preset: str) -> list[str]:
     """One prompt where it is judged often, two where the only rewrite may be missing."""
-    rollouts = (PAPER[preset][2] if preset in PAPER else None) or 0
-    capped = ["--num-rollouts", str(MOST_ROLLOUTS)] if rollouts > MOST_ROLLOUTS else []
-    return ["--global-batch-size", "1" if rollouts > 2 else "2", *capped]
+    capped = ["--num-rollouts", str(FEW_ROLLOUTS)] if paper_rollouts(preset) > MOST_ROLLOUTS else []
+    return ["--global-batch-size", "1" if paper_rollouts(preset) > 2 else "2", *capped]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +59,7 @@ def results(
     soft, hard = ["--judge-verdict", "soft"], ["--judge-max-tokens", "6", "--global-batch-size", "1"]
     cases = {preset: [*sizes(preset), *soft] for preset in known_presets()}
     cases |= {f"{preset}:hard": [*sizes(preset), *hard] for preset in HARD}
-    cases[AUDITED] = [*sizes("quality-pivot-8"), *soft, "--judge-audit-rate", "1"]
+    cases[AUDITED] = [*sizes("quality-pivot-8"), "--num-rollouts", str(MOST_ROLLOUTS), *soft, "--judge-audit-rate", "1"]
     flags = [
         *("--hf-config", str(tiny_llama_dir), "--data-path", str(corpus), *SIZES),
         *("--rollout-url", tiny_engine.url, "--teacher-url", smollm2_server.url),
@@ -89,13 +96,13 @@ def test_a_preset_makes_a_step_of_its_own_kind(results: dict[str, dict[str, Any]
 
 @pytest.mark.parametrize("preset", PAPER)
 def test_a_preset_asks_its_own_judge(results: dict[str, dict[str, Any]], preset: str) -> None:
-    _, kinds, rollouts, judged = PAPER[preset]
+    _, kinds, _, judged = PAPER[preset]
     metrics = results[preset]["metrics"]
     groups = metrics["groups"]
     asked = {name.removeprefix("judge/verdicts/") for name in metrics if name.startswith("judge/verdicts/")}
     assert asked == (paper_criteria(preset) if judged else set())
     if judged:
-        most = min(rollouts or 0, MOST_ROLLOUTS) + len(set(kinds) - {"rollout"})
+        most = rollouts_here(preset) + len(set(kinds) - {"rollout"})
         pairs = most - 1 if "pivot" in preset else most * (most - 1) // 2
         assert 0 < metrics["judge/verdicts/quality"] <= 2 * pairs * groups  # soft: each pair in both orders
         assert metrics["judge/verdicts/quality"] % 2 == 0

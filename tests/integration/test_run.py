@@ -61,6 +61,15 @@ def uninterrupted(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFacto
     return run
 
 
+@pytest.fixture(scope="module")
+def two_steps(flags: tuple[str, ...], uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps in one process from the weights of `uninterrupted`, its groups recorded in `groups` beside it."""
+    run = tmp_path_factory.mktemp("two_steps") / "run"
+    initial = ("--train-iters", "2", "--pretrained-checkpoint", str(uninterrupted))
+    train(run, *flags, *initial, "--save-groups", str(run.with_name("groups")))
+    return run
+
+
 def test_a_run_trains_and_logs_every_step(uninterrupted: Path) -> None:
     records = steps(uninterrupted)
     assert [record["step"] for record in records] == list(range(1, TOTAL_STEPS + 1))
@@ -124,13 +133,12 @@ def test_other_data_than_the_checkpoint_s_is_refused(
 
 
 def test_recorded_groups_train_the_same_without_any_server(
-    flags: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+    flags: tuple[str, ...], uninterrupted: Path, two_steps: Path, tmp_path: Path
 ) -> None:
-    groups = ("--train-iters", "2", "--pretrained-checkpoint", str(uninterrupted))
-    train(tmp_path / "recorded", *flags, *groups, "--save-groups", str(tmp_path / "groups"))
     without_servers = [flag for flag in flags if not flag.startswith("http") and not flag.endswith("-url")]
-    train(tmp_path / "replayed", *without_servers, *groups, "--replay-groups", str(tmp_path / "groups"))
-    assert learnt(steps(tmp_path / "replayed")) == learnt(steps(tmp_path / "recorded"))
+    initial = ("--train-iters", "2", "--pretrained-checkpoint", str(uninterrupted))
+    train(tmp_path / "replayed", *without_servers, *initial, "--replay-groups", str(two_steps.with_name("groups")))
+    assert learnt(steps(tmp_path / "replayed")) == learnt(steps(two_steps))
 
 
 def test_sigterm_saves_the_last_step_and_exits_0(flags: tuple[str, ...], tmp_path: Path) -> None:
@@ -151,18 +159,15 @@ def test_sigterm_saves_the_last_step_and_exits_0(flags: tuple[str, ...], tmp_pat
 def test_parallel_runs_do_the_same_steps(
     flags: tuple[str, ...],
     uninterrupted: Path,
+    two_steps: Path,
     tmp_path: Path,
-    tiny_llama_dir: Path,
     processes: int,
     layout: tuple[str, ...],
 ) -> None:
-    # A checkpoint gives every layout the same initial weights.
     run = tmp_path / "parallel"
-    initial = ("--pretrained-checkpoint", str(uninterrupted))
-    single = tmp_path / "single"
-    train(single, *flags, *initial, "--train-iters", "2")
+    initial = ("--pretrained-checkpoint", str(uninterrupted))  # it gives every layout the same weights
     train(run, *flags, *initial, *layout, "--train-iters", "2", processes=processes)
-    for before, after in zip(learnt(steps(single)), learnt(steps(run)), strict=True):
+    for before, after in zip(learnt(steps(two_steps)), learnt(steps(run)), strict=True):
         assert after == pytest.approx(before, rel=1e-3, abs=1e-4)
 
 
