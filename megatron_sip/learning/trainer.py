@@ -190,7 +190,9 @@ class PolicyTrainer:
             forward_only=False,
         )
         metrics = merge(self._exchange.gather_last_stage(merge(map(loss_metrics, parts))))
-        self._require_finite("loss", metrics["loss"].value)  # type: ignore[union-attr]
+        loss = metrics["loss"]
+        assert isinstance(loss, Mean)
+        self._require_finite("loss", loss.value)
         updated, grad_norm, _ = self.optimizer.step()
         if grad_norm is not None:
             self._require_finite("gradient norm", float(grad_norm))

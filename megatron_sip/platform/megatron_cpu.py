@@ -27,8 +27,8 @@ import torch.distributed
 from torch.distributed import HashStore
 from torch.overrides import TorchFunctionMode
 
-from megatron_sip.platform.absent_packages import GPU_KERNELS, hide_packages
 from megatron_sip.platform.fused_kernels_cpu import offer_fused_kernels
+from megatron_sip.platform.hidden_packages import GPU_KERNELS, hide_packages
 from megatron_sip.platform.widened_bfloat16_cpu import offer_widened_bfloat16
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import runpy
 
-from megatron_sip.platform.absent_packages import GPU_KERNELS, hide_packages
+from megatron_sip.platform.hidden_packages import GPU_KERNELS, hide_packages
 
 hide_packages(*GPU_KERNELS, "megatron.core")
 

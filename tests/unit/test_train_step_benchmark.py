@@ -100,9 +100,7 @@ def test_measurements_that_would_not_end_in_time_are_left_out(
     now = 0.0
     assert len(benchmark.measure_rounds(benchmark.SETTINGS, 1, -1.0, tmp_path)[0]) == 1
     now, trl_times_slower, budget = 0.0, 1000, sum(map(seconds_of, benchmark.SETTINGS))
-    runs, _ = benchmark.measure_rounds(
-        benchmark.SETTINGS, 1, budget, tmp_path
-    )  # nobody expects that of TRL: it is ended
+    runs, _ = benchmark.measure_rounds(benchmark.SETTINGS, 1, budget, tmp_path)  # TRL is ended, as nobody expected
     assert now <= budget
     assert runs
     assert "trl" not in {setting.implementation for setting in runs}

@@ -71,10 +71,8 @@ def test_bfloat16_is_widened_and_nothing_else(name: str) -> None:
     assert conversions(calls(torch.bfloat16)[name]) >= 3
     for dtype in (torch.float16, torch.float32, torch.float64):
         assert conversions(calls(dtype)[name]) == 0
-    if "attention" not in name:
-        assert (
-            conversions(calls(torch.bfloat16, rows=1)[name]) == 0
-        )  # one row alone torch multiplies as fast as it reads
+    if "attention" not in name:  # one row alone torch multiplies as fast as it reads
+        assert conversions(calls(torch.bfloat16, rows=1)[name]) == 0
 
 
 def test_torch_gets_its_kernels_back() -> None:

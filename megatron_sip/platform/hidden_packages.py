@@ -1,8 +1,10 @@
-"""Packages that are installed but of no use to a process, and take seconds to import."""
+"""Hides installed packages that are of no use to a process and take seconds to import."""
 
 from __future__ import annotations
 
 import sys
+from types import ModuleType
+from typing import cast
 
 GPU_KERNELS = ("flash_mla", "flash_attn", "flashinfer")
 """They come with SGLang. Without libcuda the first raises OSError on import, which few catch; the others only take time."""
@@ -10,6 +12,6 @@ GPU_KERNELS = ("flash_mla", "flash_attn", "flashinfer")
 
 def hide_packages(*names: str) -> None:
     """Make importing these an ImportError in this process, as if they were not installed; not those already imported."""
+    modules = cast("dict[str, ModuleType | None]", sys.modules)  # Python's own way to say so is None
     for name in names:
-        if name not in sys.modules:
-            sys.modules[name] = None  # type: ignore[assignment]
+        modules.setdefault(name, None)
