@@ -7,13 +7,13 @@ from them, with any number of replicas. Selection runs again, so the objective m
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import zstandard
 
 from megatron_sip.data.errors import DataError
+from megatron_sip.files import write_atomically
 from megatron_sip.samples import Group, Task, group_from_json
 
 
@@ -21,10 +21,8 @@ def write_groups(folder: Path, step: int, replica: int, groups: Sequence[Group])
     """Write the groups of one replica's share of `step`; the file appears only when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:07d}.replica_{replica}.jsonl.zst"
-    staged = path.with_suffix(".partial")
     text = "".join(json.dumps(group.to_json(), ensure_ascii=False) + "\n" for group in groups)
-    staged.write_bytes(zstandard.compress(text.encode()))
-    os.replace(staged, path)  # noqa: PTH105 (atomic on one file system)
+    write_atomically(path, zstandard.compress(text.encode()))
     return path
 
 

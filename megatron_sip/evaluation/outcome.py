@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from megatron_sip.evaluation.report import write_report
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
+from megatron_sip.files import write_atomically
 from megatron_sip.learning.metrics import read_metrics
 
 FINAL_STEPS = 10
@@ -37,8 +37,6 @@ def write_outcome(run_dir: Path, win_rate: WinRate | None, comparisons: Sequence
     summary = summarize(read_metrics(run_dir / "metrics.jsonl"), win_rate)
     lines = (json.dumps(asdict(comparison), ensure_ascii=False) + "\n" for comparison in comparisons)
     (run_dir / "comparisons.jsonl").write_text("".join(lines), encoding="utf-8")
-    staged = run_dir / "summary.tmp"
-    staged.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(staged, run_dir / "summary.json")  # noqa: PTH105 (atomic on one file system)
+    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_report(run_dir)
     return summary

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -28,6 +27,7 @@ from megatron_sip.evaluation.plots import (
     average_window,
     render_png,
 )
+from megatron_sip.files import write_atomically
 from megatron_sip.learning.metrics import read_metrics
 
 SAMPLES = 3
@@ -64,9 +64,7 @@ def write_report(run_dir: Path) -> None:
         read_comparisons(run_dir),
         [(p, *images[p.name]) for p in plots],
     )
-    staged = run_dir / "report.tmp"
-    staged.write_text(page, encoding="utf-8")
-    os.replace(staged, run_dir / "report.html")  # noqa: PTH105 (atomic on one file system)
+    write_atomically(run_dir / "report.html", page)
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ document and are then not independent: the interval is a bootstrap over document
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from megatron_sip.data.continuation_text import rollout_texts
 from megatron_sip.data.errors import DataError
 from megatron_sip.experience import ScoresGroups
+from megatron_sip.files import write_atomically
 from megatron_sip.rollout.sglang import Failure, SamplingSettings, SGLangPool
 from megatron_sip.samples import Candidate, Group, Task
 
@@ -69,9 +69,7 @@ async def continue_prefixes(
 
 def save_continuations(path: Path, continuations: Sequence[Candidate | None]) -> None:
     """Write continuations as JSON; the file appears only when it is complete."""
-    staged = path.with_suffix(".tmp")
-    staged.write_text(json.dumps([asdict(c) if c is not None else None for c in continuations]), encoding="utf-8")
-    os.replace(staged, path)  # noqa: PTH105 (atomic on one file system)
+    write_atomically(path, json.dumps([asdict(c) if c is not None else None for c in continuations]))
 
 
 def load_continuations(path: Path) -> list[Candidate | None]:

@@ -7,13 +7,13 @@ into the tracker goes back to it: complete checkpoints after it are moved aside,
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_sip.data.errors import DataError
+from megatron_sip.files import write_atomically
 
 TRACKER = "latest_checkpointed_iteration.txt"
 REFERENCE_FOLDER = "reference"
@@ -79,9 +79,7 @@ def _set_aside(save: Path, committed: int, iterations: Sequence[int]) -> list[st
 
 def write_tracker(tracker: Path, iteration: int) -> None:
     """Name `iteration` as the latest checkpoint, in one move."""
-    staged = tracker.with_suffix(".tmp")
-    staged.write_text(str(iteration))
-    os.replace(staged, tracker)  # noqa: PTH105 (atomic on one file system)
+    write_atomically(tracker, str(iteration))
 
 
 def _tracked_iteration(tracker: Path) -> int | None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_sip.files import write_atomically
 from megatron_sip.learning.objectives import METRIC_COUNTS, LossTerms
 
 
@@ -121,9 +121,7 @@ def drop_steps_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    staged = path.with_suffix(".tmp")
-    staged.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(staged, path)  # noqa: PTH105 (atomic on one file system)
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def progress_line(step: int, total_steps: int, numbers: Mapping[str, float]) -> str:
