@@ -165,6 +165,11 @@ def _check_objective(args: argparse.Namespace) -> None:
         raise ArgumentError(
             "--objective dpo compares two candidates: add a kind to --candidates or raise --num-rollouts"
         )
+    if args.objective == "rf-nll" and kinds == ("rollout",) and count < 2:
+        raise ArgumentError(
+            "--objective rf-nll teaches a rollout only if it wins against another candidate: add suffix or rewrite to "
+            "--candidates, or raise --num-rollouts"
+        )
     if args.dpo_pair is not None and args.objective != "dpo":
         raise ArgumentError(f"--dpo-pair belongs to --objective dpo, not {args.objective}")
     if args.rollout_start_step > 0:

@@ -17,8 +17,8 @@ FINAL_STEPS = 10
 
 
 def summarize(steps: Sequence[dict[str, float]], win_rate: WinRate | None) -> dict[str, Any]:
-    """What summary.json holds. The final rollout chosen rate is the mean over the last FINAL_STEPS steps."""
-    rates = [step["chosen_rate/rollout"] for step in steps[-FINAL_STEPS:] if "chosen_rate/rollout" in step]
+    """What summary.json holds. The final rollout chosen rate, and what it is by chance, are means over the last FINAL_STEPS
+    steps."""
     return {
         "steps": len(steps),
         "seconds": round(sum(step.get("seconds/total", 0.0) for step in steps), 1),
@@ -28,8 +28,15 @@ def summarize(steps: Sequence[dict[str, float]], win_rate: WinRate | None) -> di
         "documents": win_rate.documents if win_rate is not None else 0,
         "prompts_without_verdict": win_rate.failed if win_rate is not None else 0,
         "mean_scores": list(win_rate.mean_scores) if win_rate is not None else None,
-        "final_rollout_chosen_rate": sum(rates) / len(rates) if rates else None,
+        "final_rollout_chosen_rate": final_mean(steps, "chosen_rate/rollout"),
+        "final_rollout_chosen_chance": final_mean(steps, "chosen_chance/rollout"),
     }
+
+
+def final_mean(steps: Sequence[dict[str, float]], name: str) -> float | None:
+    """The mean of a metric over those of the last FINAL_STEPS steps that have it."""
+    values = [step[name] for step in steps[-FINAL_STEPS:] if name in step]
+    return sum(values) / len(values) if values else None
 
 
 def write_outcome(run_dir: Path, win_rate: WinRate | None, comparisons: Sequence[Comparison]) -> dict[str, Any]:

@@ -179,7 +179,11 @@ def _from_zero(axis: Axes) -> None:
 
 
 def _chosen_rate(steps: Steps, axes: Sequence[Axes], theme: Theme) -> None:
-    _line(axes[0], steps, "chosen_rate/rollout", theme.colors[0])
+    _line(axes[0], steps, "chosen_rate/rollout", theme.colors[0], "chosen")
+    x, chance = series(steps, "chosen_chance/rollout")
+    axes[0].plot(x, chance, color=theme.faint, linewidth=1.0, linestyle="--", label="by chance")
+    if len(x):
+        _legend(axes[0], theme, 2)
     _label(axes[0], "share of examples", theme)
     _as_share(axes[0])
 
@@ -267,7 +271,8 @@ PLOTS = (
         "rollout_chosen_rate",
         "Rollout chosen rate",
         "Share of training examples whose chosen completion is a rollout of the policy (the paper's figure 8). It should "
-        "rise as the policy comes to beat the original text.",
+        "rise as the policy comes to beat the original text. Dashed: the share that a random choice would give, since K "
+        "rollouts against one original are K in K + 1.",
         (("chosen_rate/rollout",),),
         _chosen_rate,
     ),

@@ -131,7 +131,9 @@ def result_rows(steps: Steps, summary: Mapping[str, Any] | None) -> list[tuple[s
     else:
         rows.append(("Win rate over the initial policy", "measured when the run ends"))
     if summary is not None and summary.get("final_rollout_chosen_rate") is not None:
-        rows.append(("Rollout chosen rate, last steps", f"{summary['final_rollout_chosen_rate']:.1%}"))
+        chance = summary.get("final_rollout_chosen_chance")
+        by_chance = f" (by chance {chance:.1%})" if chance is not None else ""
+        rows.append(("Rollout chosen rate, last steps", f"{summary['final_rollout_chosen_rate']:.1%}{by_chance}"))
     seconds = sum(step.get("seconds/total", 0.0) for step in steps)
     rows.append(("Steps", f"{len(steps):,}"))
     rows.append(("Training time", duration(seconds)))

@@ -132,7 +132,7 @@ def progress_line(step: int, total_steps: int, numbers: Mapping[str, float]) -> 
     scores = [f"{name[6:]} {value:.3f}" for name, value in sorted(numbers.items()) if name.startswith("score/")]
     if scores:
         parts.append("score " + " ".join(scores))
-    if "chosen_rate/rollout" in numbers and "length/rollout" in numbers:
+    if "chosen_rate/rollout" in numbers:
         parts.append(f"rollout chosen {numbers['chosen_rate/rollout']:.2f}")
     if "reward_accuracy" in numbers:
         parts.append(f"accuracy {numbers['reward_accuracy']:.2f}")

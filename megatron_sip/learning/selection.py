@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron_sip.learning.metrics import Mean, Metrics
@@ -22,6 +22,8 @@ TIE_TOLERANCE = 1e-9
 
 UNSCORED, NON_FINITE, TIED, IDENTICAL = "unscored", "non-finite score", "tied", "identical"
 NO_CANDIDATE, TOO_FEW, EMPTY_PREFIX = "no candidate", "fewer than two candidates", "empty prefix"
+LONE_ROLLOUT = "lone rollout"
+"""RF-NLL without a competitor would teach the policy whatever it wrote, an unsafe rollout whose rewrite was refused too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +31,9 @@ class SelectionSettings:
     """Which candidates compete, and what the winner (and loser) is trained as. Raises ValueError when inconsistent.
 
     sft: the candidate of kind `sft_target`; needs no judge.
-    rf-nll: the candidate with the highest score.
+    rf-nll: the candidate with the highest score; a rollout has to win against another candidate.
     dpo: highest score as chosen, lowest as rejected; with `fixed_roles` = (chosen kind, rejected kind) without a judge.
-    `candidates` are the kinds that compete; other candidates of a group (a judge's pivot, say) are ignored.
+    `candidates` are the kinds that compete; other candidates of a group are ignored.
     Draws among ties, or among several candidates of a fixed kind, depend on `seed`, the task and the candidate only.
     """
 
@@ -68,12 +70,16 @@ class Selected:
 
     `merged` counts candidates with the same token ids as another one of their group, `empty` those without a token;
     both were set aside, not their groups. `score_gaps` is chosen minus rejected score, one a judged DPO example.
+    `offered_kinds` counts the examples for which a candidate of that kind competed, and `chances` adds up how likely a
+    random contender of them is of that kind (judged groups only): what a judge that tosses coins would choose.
     """
 
     examples: list[Example]
     dropped: Counter[str] = field(default_factory=Counter)
     chosen_kinds: Counter[CandidateKind] = field(default_factory=Counter)
     rejected_kinds: Counter[CandidateKind] = field(default_factory=Counter)
+    offered_kinds: Counter[CandidateKind] = field(default_factory=Counter)
+    chances: dict[CandidateKind, float] = field(default_factory=dict)
     score_gaps: list[float] = field(default_factory=list)
     merged: int = 0
     empty: int = 0
@@ -117,15 +123,8 @@ def select(groups: Sequence[Group], settings: SelectionSettings) -> Selected:
             selected.dropped[choice] += 1
             continue
         _add(selected, group, choice)
-    return Selected(
-        selected.examples,
-        selected.dropped,
-        selected.chosen_kinds,
-        selected.rejected_kinds,
-        selected.score_gaps,
-        merged,
-        empty,
-    )
+        _count_offered(selected, [group.candidates[i].kind for i in usable], contenders, settings)
+    return replace(selected, merged=merged, empty=empty)
 
 
 def _unusable(group: Group, usable: Sequence[int], settings: SelectionSettings) -> str | None:
@@ -177,6 +176,8 @@ def _choose(
     scores = [_score(contender) for contender in contenders]
     best = [c for c, s in zip(contenders, scores, strict=True) if s >= max(scores) - TIE_TOLERANCE]
     if settings.objective == "rf-nll":
+        if len(contenders) == 1 and contenders[0].candidate.kind == "rollout":
+            return LONE_ROLLOUT
         return _Choice(["target"], [_draw(group, best, settings, "target")])
     if len(usable) < 2:
         return TOO_FEW
@@ -185,6 +186,7 @@ def _choose(
     if max(scores) - min(scores) <= TIE_TOLERANCE:
         return TIED
     worst = [c for c, s in zip(contenders, scores, strict=True) if s <= min(scores) + TIE_TOLERANCE]
+    best = [c for c in best if c not in worst]  # one between the two, within rounding of both, is no best one
     pair = [_draw(group, best, settings, "chosen"), _draw(group, worst, settings, "rejected")]
     return _Choice(["chosen", "rejected"], pair)
 
@@ -244,24 +246,42 @@ def _add(selected: Selected, group: Group, choice: _Choice) -> None:
             selected.score_gaps.append(_score(choice.contenders[0]) - _score(choice.contenders[1]))
 
 
+def _count_offered(
+    selected: Selected, usable: Sequence[CandidateKind], contenders: Sequence[_Contender], settings: SelectionSettings
+) -> None:
+    for kind in set(usable):
+        selected.offered_kinds[kind] += 1
+        if settings.needs_judge:
+            own = sum(contender.candidate.kind == kind for contender in contenders)
+            selected.chances[kind] = selected.chances.get(kind, 0.0) + own / len(contenders)
+
+
 def selection_metrics(groups: Sequence[Group], selected: Selected) -> Metrics:
-    """What a step's log shows of judging and selection; the keys are the same on all ranks.
+    """What a step's log shows of judging and selection; a rate of a kind that no group had is without weight.
 
     score/KIND: mean score. win_rate/KIND: share of comparisons with candidates of other kinds of the same group that it
-    wins, ties half. chosen_rate/KIND, rejected_rate/KIND: share of examples (rollout: the paper's figure 8).
-    score_gap: chosen minus rejected. dropped_rate: share of groups without an example.
+    wins, ties half. chosen_rate/KIND, rejected_rate/KIND: share of the examples for which such a candidate competed
+    (rollout: the paper's figure 8); chosen_chance/KIND: what the former is when the choice is random, K/(K+1) for K
+    rollouts against a suffix. score_gap: chosen minus rejected. spread/CRITERION: highest minus lowest score of a group; a
+    criterion whose spread is small decides little, whatever its weight. dropped_rate: share of groups without an example.
     """
     sums: dict[str, tuple[float, int]] = {}
     scored = [g for g in groups if g.scores is not None and g.dropped is None and all(map(math.isfinite, g.scores))]
-    pairs = sum(selected.rejected_kinds.values())
+    pairs = selected.rejected_kinds.total()
     for kind in CANDIDATE_KINDS:
         scores = [s for g in scored for c, s in zip(g.candidates, g.scores or (), strict=True) if c.kind == kind]
         sums[f"score/{kind}"] = (math.fsum(scores), len(scores))
         wins = [_wins(g, kind) for g in scored]
         sums[f"win_rate/{kind}"] = (sum(w for w, _ in wins), sum(n for _, n in wins))
-        sums[f"chosen_rate/{kind}"] = (selected.chosen_kinds[kind], len(selected.examples))
-        sums[f"rejected_rate/{kind}"] = (selected.rejected_kinds[kind], pairs)
+        offered = selected.offered_kinds[kind]
+        sums[f"chosen_rate/{kind}"] = (selected.chosen_kinds[kind], offered)
+        sums[f"chosen_chance/{kind}"] = (selected.chances.get(kind, 0.0), offered if kind in selected.chances else 0)
+        sums[f"rejected_rate/{kind}"] = (selected.rejected_kinds[kind], offered if pairs else 0)
     sums["score_gap"] = (math.fsum(selected.score_gaps), len(selected.score_gaps))
+    for criterion in sorted({name for g in scored for name in g.criterion_scores}):
+        own = [g.criterion_scores[criterion] for g in scored if criterion in g.criterion_scores]
+        spreads = [max(scores) - min(scores) for scores in own if scores]
+        sums[f"spread/{criterion}"] = (math.fsum(spreads), len(spreads))
     sums["dropped_rate"] = (selected.dropped.total(), len(groups))
     return {name: Mean(total, count) for name, (total, count) in sums.items()}
 

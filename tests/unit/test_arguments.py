@@ -102,6 +102,12 @@ def test_dpo_needs_two_candidates() -> None:
     assert "--candidates" in refusal("--candidates", "rollout", "--num-rollouts", "1")
 
 
+def test_rf_nll_needs_something_that_a_rollout_can_lose_against() -> None:
+    lone = ("--objective", "rf-nll", "--candidates", "rollout", "--num-rollouts", "1")
+    assert "--objective rf-nll" in refusal(*lone)
+    validate(arguments(*lone[:-1], "2"))
+
+
 def test_dpo_cannot_wait_for_rollouts_with_one_other_candidate() -> None:
     assert "--rollout-start-step" in refusal("--rollout-start-step", "100")
     validate(arguments("--rollout-start-step", "100", "--candidates", "suffix", "rewrite", "rollout"))

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from megatron_sip.evaluation.outcome import write_outcome
-from megatron_sip.evaluation.plots import MAX_BARS, available_plots, binned_seconds, moving_average, series
+from megatron_sip.evaluation.plots import LIGHT, MAX_BARS, available_plots, binned_seconds, moving_average, series
 from megatron_sip.evaluation.report import dropped_counts, read_comparisons, result_rows, write_report
 from megatron_sip.evaluation.win_rate import Comparison
 
@@ -55,7 +56,8 @@ def make_run(
 
 def make_summary() -> dict[str, Any]:
     measured = {"win_rate": 0.713, "win_rate_ci95": [0.652, 0.77], "prompts": 200, "prompts_without_verdict": 3}
-    return {"steps": 3, "seconds": 21.0, **measured, "mean_scores": [-2.0, -1.5], "final_rollout_chosen_rate": 0.25}
+    chosen = {"final_rollout_chosen_rate": 0.25, "final_rollout_chosen_chance": 16 / 17}
+    return {"steps": 3, "seconds": 21.0, **measured, "mean_scores": [-2.0, -1.5], **chosen}
 
 
 class Page(HTMLParser):
@@ -104,7 +106,7 @@ def test_complete_run_has_every_plot_and_a_self_contained_page(tmp_path: Path) -
     for text in (
         "71.3% (95% interval 65.2% to 77.0%, 200 held-out prefixes)",
         "-2 and -1.5",
-        "25.0%",
+        "25.0% (by chance 94.1%)",
         "18 of 24 prompts",
     ):
         assert text in page.text
@@ -159,6 +161,14 @@ def test_plot_with_one_of_two_panels_missing_is_shorter(tmp_path: Path) -> None:
         make_run(tmp_path, [{"step": 1, **rewards}])
         heights.append(png_size(tmp_path / "plots/preferences.png")[1])
     assert heights[0] < heights[1]
+
+
+def test_the_chosen_rate_is_drawn_beside_what_chance_gives() -> None:
+    steps = [{**make_step(n), "chosen_chance/rollout": 16 / 17} for n in (1, 2)]
+    axis = Figure().subplots()
+    next(plot for plot in available_plots(steps) if plot.name == "rollout_chosen_rate").draw(steps, [axis], LIGHT)
+    [chance] = [line for line in axis.get_lines() if line.get_label() == "by chance"]
+    assert list(chance.get_ydata()) == [16 / 17, 16 / 17]
 
 
 def test_sft_run_has_only_its_own_plots() -> None:

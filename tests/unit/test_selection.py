@@ -109,6 +109,8 @@ GOOD = [candidate("suffix", 1), candidate("rollout", 2)]
         (SelectionSettings("dpo"), group(0, [GOOD[0], candidate("rollout")], [0.0, 1.0]), "fewer than two candidates"),
         (SelectionSettings("dpo", ("suffix",)), group(0, GOOD, [0.0, 1.0]), "fewer than two candidates"),
         (SelectionSettings("rf-nll", ("rewrite",)), group(0, GOOD, [0.0, 1.0]), "no candidate"),
+        (SelectionSettings("rf-nll", ("rewrite", "rollout")), group(0, GOOD, [0.0, 1.0]), "lone rollout"),
+        (SelectionSettings("rf-nll"), group(0, [candidate("rollout", 2)] * 3, [1.0] * 3), "lone rollout"),
         (SelectionSettings("sft", sft_target="rewrite"), group(0, GOOD), "no rewrite"),
         (SelectionSettings("dpo", fixed_roles=("rewrite", "rollout")), group(0, GOOD), "no rewrite"),
         (SelectionSettings("dpo", fixed_roles=("suffix", "rewrite")), group(0, GOOD), "no rewrite"),
@@ -139,6 +141,20 @@ def test_fixed_roles_find_a_rollout_that_differs() -> None:
 def test_missing_scores_are_a_bug_not_a_low_score() -> None:
     with pytest.raises(ValueError, match="task 3: 1 scores for 2 candidates"):
         select([group(3, GOOD, [1.0])], SelectionSettings("dpo"))
+
+
+@pytest.mark.parametrize("kind", ["suffix", "rewrite"])
+def test_rf_nll_learns_a_lone_text_that_the_policy_did_not_write(kind: CandidateKind) -> None:
+    assert picked(SelectionSettings("rf-nll"), group(0, [candidate(kind, 5)], [0.0])) == [("target", kind, [5])]
+
+
+def test_the_chosen_candidate_is_never_the_rejected_one() -> None:
+    """Scores within rounding of the best and of the worst alike: such a candidate is one of the worst."""
+    rollouts = [candidate("rollout", i) for i in range(3)]
+    made = [group(i, rollouts, [0.0, 0.9e-9, 1.8e-9]) for i in range(200)]
+    for example in select(made, SelectionSettings("dpo")).examples:
+        assert example.branches[0] == [2]
+        assert example.branches[1] in ([0], [1])
 
 
 def test_rf_nll_draws_among_equals_instead_of_dropping() -> None:
@@ -293,14 +309,51 @@ def test_metrics_by_hand() -> None:
         "win_rate/suffix": 0.5,  # one won, one lost, one tie
         "win_rate/rollout": 0.5,
         "chosen_rate/suffix": 0.0,
-        "chosen_rate/rewrite": 0.0,
         "chosen_rate/rollout": 1.0,
+        "chosen_chance/suffix": pytest.approx(1 / 3),
+        "chosen_chance/rollout": pytest.approx(2 / 3),
         "rejected_rate/suffix": 0.0,
-        "rejected_rate/rewrite": 0.0,
         "rejected_rate/rollout": 1.0,
         "score_gap": 1.0,
         "dropped_rate": pytest.approx(2 / 3),
     }
+
+
+def test_the_chance_of_being_chosen_is_that_of_a_random_choice() -> None:
+    rollouts = [candidate("rollout", 20 + k) for k in range(16)]
+    made = [
+        group(
+            i, [candidate("suffix", 1), *rollouts[: 1 + i % 4]], [((i * 7 + k * k) % 11) / 11 for k in range(2 + i % 4)]
+        )
+        for i in range(400)
+    ]
+    metrics = flatten(selection_metrics(made, select(made, SelectionSettings("rf-nll"))))
+    assert metrics["chosen_chance/rollout"] == pytest.approx((1 / 2 + 2 / 3 + 3 / 4 + 4 / 5) / 4)
+    assert metrics["chosen_chance/suffix"] + metrics["chosen_chance/rollout"] == pytest.approx(1)
+    assert not any("rewrite" in name or "rejected" in name for name in metrics)  # no such candidates, no such roles
+
+
+def test_rates_of_a_kind_are_over_the_examples_in_which_it_competed() -> None:
+    """A refused rewrite is no rewrite that lost."""
+    made = [
+        group(0, [candidate("rewrite", 1), candidate("rollout", 2)], [1.0, 0.0]),
+        group(1, [candidate("rollout", 3), candidate("rollout", 4)], [1.0, 0.0]),
+    ]
+    metrics = flatten(selection_metrics(made, select(made, SelectionSettings("dpo"))))
+    assert (metrics["chosen_rate/rewrite"], metrics["chosen_rate/rollout"]) == (1.0, 0.5)
+    assert (metrics["rejected_rate/rewrite"], metrics["rejected_rate/rollout"]) == (0.0, 1.0)
+    assert metrics["chosen_chance/rewrite"] == 0.5
+
+
+def test_the_spread_of_each_criterion_is_logged() -> None:
+    made = [
+        dataclasses.replace(group(0, GOOD, [1.4, 0.6]), criterion_scores={"quality": [0.9, 0.1], "safety": [0.5, 0.5]}),
+        dataclasses.replace(group(1, GOOD, [0.6, 0.6]), criterion_scores={"quality": [0.4, 0.6], "safety": [0.2, 0.0]}),
+        dataclasses.replace(group(2, GOOD, None, dropped="judge timed out"), criterion_scores={}),
+    ]
+    metrics = flatten(selection_metrics(made, select(made, SelectionSettings("dpo"))))
+    assert metrics["spread/quality"] == pytest.approx((0.8 + 0.2) / 2)
+    assert metrics["spread/safety"] == pytest.approx(0.1)
 
 
 @given(st.lists(groups(), max_size=8), st.integers(0, 8), any_settings)
