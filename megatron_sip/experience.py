@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -31,7 +31,12 @@ GAUGES = ("cached-share", "latency-", "first-shown-preferred")
 class ScoresGroups(Protocol):
     """What is needed of a judge."""
 
-    async def score(self, groups: Sequence[Group], *, objective: Literal["dpo", "rf-nll"]) -> list[Group]:
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Weight of each criterion, by the name that its scores are filed under."""
+        ...
+
+    async def score(self, groups: Sequence[Group], *, objective: Literal["dpo", "rf-nll", "pair"]) -> list[Group]:
         """The same groups in order, each with scores or with the reason why it is dropped."""
         ...
 

@@ -24,6 +24,7 @@ def summarize(steps: Sequence[dict[str, float]], win_rate: WinRate | None) -> di
         "seconds": round(sum(step.get("seconds/total", 0.0) for step in steps), 1),
         "win_rate": win_rate.win_rate if win_rate is not None else None,
         "win_rate_ci95": list(win_rate.win_rate_ci95) if win_rate is not None else None,
+        "win_rate_by_criterion": win_rate.by_criterion if win_rate is not None else None,
         "prompts": win_rate.prompts if win_rate is not None else 0,
         "documents": win_rate.documents if win_rate is not None else 0,
         "prompts_without_verdict": win_rate.failed if win_rate is not None else 0,

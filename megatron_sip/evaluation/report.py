@@ -27,6 +27,7 @@ from megatron_sip.evaluation.plots import (
     average_window,
     render_png,
 )
+from megatron_sip.evaluation.win_rate import FEW_DOCUMENTS
 from megatron_sip.files import write_atomically
 from megatron_sip.learning.metrics import read_metrics
 
@@ -34,6 +35,10 @@ SAMPLES = 3
 PREFIX_CHARACTERS = 700
 """Of a sample's prefix its end is shown."""
 
+COVERED = (
+    "the choice of held-out documents, and with it the draws of continuations and votes; not another training run (seed), "
+    "nor a judge's mistakes that favour one policy"
+)
 OTHER_COUNTS = {
     "merged_candidates": "identical candidates judged as one",
     "packing/cut_tokens": "prefix tokens cut to fit a row",
@@ -121,6 +126,14 @@ def result_rows(steps: Steps, summary: Mapping[str, Any] | None) -> list[tuple[s
                 f"{summary['win_rate']:.1%} (95% interval {low:.1%} to {high:.1%}, {summary['prompts']:,} held-out prefixes)",
             )
         )
+        rows += [("What the interval covers", COVERED)]
+        parts = summary.get("win_rate_by_criterion") or {}
+        if len(parts) > 1:
+            rows.append(("Win rate by criterion", ", ".join(f"{name} {value:.1%}" for name, value in parts.items())))
+        documents = summary.get("documents")
+        if documents is not None and documents < FEW_DOCUMENTS:
+            warning = f"only {documents} documents: too few for a conclusion, {FEW_DOCUMENTS} or more are needed"
+            rows.append(("Warning", warning))
         if summary.get("prompts_without_verdict"):
             rows.append(("Prefixes without a verdict", f"{summary['prompts_without_verdict']:,}"))
         if summary.get("mean_scores") is not None:

@@ -1,12 +1,15 @@
 """Held-out comparison of two policies: continuations of the same prefixes, judged (paper section 3.3).
 
-The prefixes come from documents that training never saw. A win counts 1, a tie 0.5. Several prefixes may be cut from one
-document and are then not independent: the interval is a bootstrap over documents.
+The prefixes come from documents that training never saw. What counts of a prefix is the mean of its judgements, never a
+threshold on it: two options that the judge prefers with 0.4 and 0.6 count 0.6, not a win. Several prefixes may be cut
+from one document and are then not independent: the interval is a bootstrap over documents.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,19 +21,27 @@ from megatron_sip.data.continuation_text import rollout_texts
 from megatron_sip.data.errors import DataError
 from megatron_sip.experience import ScoresGroups
 from megatron_sip.files import write_atomically
+from megatron_sip.judge.settings import LIKELIHOOD
+from megatron_sip.learning.selection import TIE_TOLERANCE
 from megatron_sip.rollout.sglang import Failure, SamplingSettings, SGLangPool
 from megatron_sip.samples import Candidate, Group, Task
 
+log = logging.getLogger(__name__)
+
 RESAMPLES = 10_000
+FEW_DOCUMENTS = 20
+"""Below so many, a bootstrap over documents is too narrow."""
+Z95 = 1.959964
 
 
 @dataclass(frozen=True, slots=True)
 class WinRate:
-    """How often the second policy was preferred over the first.
+    """How far the second policy was preferred over the first: the mean over prefixes of `preference`.
 
-    win_rate_ci95: percentile bootstrap over documents. prompts: prefixes with a verdict, from `documents` documents.
-    failed: prefixes without one (engine failure, missing votes). mean_scores: the judge's mean score of the first and the
-    second policy.
+    win_rate_ci95: see `interval`; it covers the choice of documents and, with it, the draws of continuations and votes,
+    but neither another training run nor what a judge prefers by mistake. by_criterion: the same mean for each criterion.
+    prompts: prefixes with a verdict, from `documents` documents. failed: prefixes without one (engine failure, missing
+    votes). mean_scores: the judge's mean score of the first and the second policy.
     """
 
     win_rate: float
@@ -39,6 +50,7 @@ class WinRate:
     documents: int
     failed: int
     mean_scores: tuple[float, float]
+    by_criterion: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,27 +104,40 @@ async def compare(
     """
     everything = zip(tasks, documents, before, after, strict=True)
     pairs = [(t, d, b, a) for t, d, b, a in everything if b is not None and a is not None]
-    judged = await judge.score([Group(task, [b, a]) for task, _, b, a in pairs], objective="dpo")
-    comparisons = [as_comparison(group) for group in judged]
-    verdicts = [(c, pair[1]) for c, pair in zip(comparisons, pairs, strict=True) if c.score_before is not None]
-    scored = [(c.score_before, c.score_after) for c, _ in verdicts]
-    judged_documents = [document for _, document in verdicts]
-    if not scored:
+    judged = await judge.score([Group(task, [b, a]) for task, _, b, a in pairs], objective="pair")
+    verdicts = [(group, pair[1]) for group, pair in zip(judged, pairs, strict=True) if group.scores is not None]
+    if not verdicts:
         raise RuntimeError(f"none of the {len(tasks)} held-out prefixes got a verdict: is the teacher reachable?")
-    scores = np.array(scored, dtype=np.float64)
-    outcomes = np.where(scores[:, 1] == scores[:, 0], 0.5, scores[:, 1] > scores[:, 0])
-    means = scores.mean(axis=0)
+    judged_documents = [document for _, document in verdicts]
+    if (count := len(set(judged_documents))) < FEW_DOCUMENTS:
+        log.warning("held-out comparison: %d documents say little, %d or more are needed", count, FEW_DOCUMENTS)
+    parts = {name: np.array([preference(name, group) for group, _ in verdicts]) for name in judge.weights}
+    outcomes = np.average(np.stack(list(parts.values())), axis=0, weights=list(judge.weights.values()))
+    before_mean, after_mean = np.array([group.scores for group, _ in verdicts], dtype=np.float64).mean(axis=0)
     return (
         WinRate(
             win_rate=float(outcomes.mean()),
-            win_rate_ci95=bootstrap_interval(outcomes, judged_documents, seed),
+            win_rate_ci95=interval(outcomes, judged_documents, seed),
             prompts=len(outcomes),
             documents=len(set(judged_documents)),
             failed=len(tasks) - len(outcomes),
-            mean_scores=(float(means[0]), float(means[1])),
+            mean_scores=(float(before_mean), float(after_mean)),
+            by_criterion={name: float(values.mean()) for name, values in parts.items()},
         ),
-        comparisons,
+        [as_comparison(group) for group in judged],
     )
+
+
+def preference(criterion: str, group: Group) -> float:
+    """How far a criterion prefers the second candidate of a judged pair, 0 .. 1; 0.5: not at all.
+
+    Pairwise: the mean of the judgements in both orders. Pointwise: the share of comparisons between a verdict about the one
+    and a verdict about the other that it wins, ties half. Likelihood is one measurement, and wins, ties or loses.
+    """
+    before, after = group.criterion_scores[criterion]
+    if criterion == LIKELIHOOD:
+        return 0.5 if abs(after - before) <= TIE_TOLERANCE else float(after > before)
+    return (1.0 + after - before) / 2  # of a pair the two scores add up to 1, and this is the second one
 
 
 class HeldOutComparison:
@@ -168,6 +193,28 @@ def as_comparison(group: Group) -> Comparison:
     before, after = group.candidates
     scores = group.scores if group.scores is not None else [None, None]
     return Comparison(group.task.prefix_text, before.text, after.text, scores[0], scores[1])
+
+
+def interval(outcomes: np.ndarray, documents: Sequence[Hashable], seed: int) -> tuple[float, float]:
+    """95% interval of the mean of `outcomes` [n], each from 0 to 1: `bootstrap_interval`.
+
+    With few documents, or such as all agree, it is widened to Wilson's interval of as many independent outcomes: five wins of
+    five say no more than that the win rate is above a half.
+    """
+    low, high = bootstrap_interval(outcomes, documents, seed)
+    count = len(set(documents))
+    if count >= FEW_DOCUMENTS and low < high:
+        return low, high
+    wilson_low, wilson_high = wilson_interval(float(outcomes.mean()), count)
+    return min(low, wilson_low), max(high, wilson_high)
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95% score interval of a share among `count` independent outcomes."""
+    spread = Z95**2 / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z95 / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def bootstrap_interval(outcomes: np.ndarray, documents: Sequence[Hashable], seed: int) -> tuple[float, float]:

@@ -64,6 +64,11 @@ class Judge(AsksTeacher):
             if isinstance(item.criterion, Pairwise) and settings.schedule.name not in ("all_pairs", "all_pairs_swap")
         }
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each criterion, by the name that scores are filed under."""
+        return {item.criterion.name: item.weight for item in self._criteria}
+
     async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
         await super().check(timeout_s)

@@ -225,7 +225,7 @@ def undecided_pairs(field: Field, history: Comparisons, wanted: int) -> list[Pai
     """
     fit = fit_bradley_terry(history.first, history.second, history.outcome, field.count, prior_mean=field.prior)
     root = np.linalg.cholesky(fit.covariance + 1e-9 * np.eye(field.count))
-    signs = (1.0, -1.0) if field.objective == "dpo" else (1.0,)
+    signs = (1.0,) if field.objective == "rf-nll" else (1.0, -1.0)
     asked = set() if field.repeatable else set(zip(history.first.tolist(), history.second.tolist(), strict=True))
     pairs: list[Pair] = []
     for k in range(wanted):

@@ -12,7 +12,8 @@ from megatron_sip.judge.prompts import PromptError, builtin_names, builtin_promp
 
 VerdictMode = Literal["hard", "soft"]
 EndpointKind = Literal["sglang", "openai"]
-Objective = Literal["dpo", "rf-nll"]
+Objective = Literal["dpo", "rf-nll", "pair"]
+"""What scores are for: best and worst of a group, its best, or the comparison of just two candidates."""
 
 LIKELIHOOD = "likelihood"
 DEFAULT_MODEL = "default"

@@ -163,6 +163,16 @@ def test_plot_with_one_of_two_panels_missing_is_shorter(tmp_path: Path) -> None:
     assert heights[0] < heights[1]
 
 
+def test_the_result_says_what_its_interval_covers_and_when_it_says_little(tmp_path: Path) -> None:
+    steps = [make_step(1)]
+    parts = {"quality": 0.7, "safety": 0.726}
+    few = dict(result_rows(steps, {**make_summary(), "documents": 7, "win_rate_by_criterion": parts}))
+    assert "not another training run" in few["What the interval covers"]
+    assert "only 7 documents" in few["Warning"]
+    assert few["Win rate by criterion"] == "quality 70.0%, safety 72.6%"
+    assert "Warning" not in dict(result_rows(steps, {**make_summary(), "documents": 20}))
+
+
 def test_the_chosen_rate_is_drawn_beside_what_chance_gives() -> None:
     steps = [{**make_step(n), "chosen_chance/rollout": 16 / 17} for n in (1, 2)]
     axis = Figure().subplots()
