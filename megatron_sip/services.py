@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import os
 from collections.abc import Coroutine, Sequence
@@ -31,6 +32,7 @@ from megatron_sip.learning.selection import SelectionSettings
 from megatron_sip.loop_thread import LoopThread
 from megatron_sip.rollout.compatibility import ModelContract
 from megatron_sip.rollout.launch import LocalServer, ServerSettings, start_servers, stop_servers
+from megatron_sip.rollout.recovery import end_open_update
 from megatron_sip.rollout.sglang import PoolSettings, SamplingSettings, SGLangPool
 from megatron_sip.samples import CandidateKind, Task
 from megatron_sip.stop_signal import StopSignal
@@ -146,6 +148,7 @@ class Leader:
         teacher_urls: Sequence[str],
         replica: int,
     ) -> None:
+        self._replica = replica
         self._loop = LoopThread("leader")
         self._clients = contextlib.AsyncExitStack()
         self.engines: SGLangPool | None = None
@@ -192,6 +195,9 @@ class Leader:
         )
         engines = await self._clients.enter_async_context(SGLangPool(urls, settings))
         await engines.wait_ready(CONNECT_SECONDS)
+        if self._replica == 0:  # the others' checks wait for it; each of them doing so could break into our first push
+            recovered = (asyncio.to_thread(end_open_update, url, args.rollout_timeout) for url in urls)
+            await asyncio.gather(*recovered)
         contract = ModelContract(
             vocab_size=args.vocab_size,
             context_length=args.seq_length + ENGINE_MARGIN,

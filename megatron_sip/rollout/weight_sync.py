@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 from megatron_sip.rollout.engine_group import Backend, EngineGroup, make_bucket
 from megatron_sip.rollout.http import call
 from megatron_sip.rollout.protocol import EngineError
+from megatron_sip.rollout.recovery import end_open_update
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,10 @@ class WeightSync(ABC):
 
     @abstractmethod
     def connect(self) -> None:
-        """Prepare, collectively. Raises WeightSyncError when an engine cannot be reached."""
+        """Prepare, collectively: also ends what a killed trainer left open in an engine, so push before sampling.
+
+        Raises WeightSyncError when an engine cannot be reached.
+        """
 
     @abstractmethod
     def push(self, named_tensors: NamedTensors, version: str, *, require_all: bool = True) -> SyncReport:
@@ -195,6 +199,9 @@ class WeightSync(ABC):
         if back:
             log.warning("weights of version %s reached engines that had missed some: %s", version, ", ".join(back))
 
+    def _recover(self, url: str) -> None:
+        end_open_update(url, self.settings.timeout_s)
+
     def _call(self, url: str, path: str, body: Any = None, params: Mapping[str, str] | None = None) -> Any:
         return call(
             url, "POST", path, {} if body is None else body, params=params, timeout_s=self.settings.call_timeout_s
@@ -222,7 +229,8 @@ class DistributedWeightSync(WeightSync):
         }
 
     def connect(self) -> None:
-        failed = self._on_engines(lambda url: self._groups[url].ensure_joined(), {}, self.rank.source)
+        failed = self._on_engines(self._recover, {}, self.rank.lead)
+        failed = self._on_engines(lambda url: self._groups[url].ensure_joined(), failed, self.rank.source)
         if failed:
             raise WeightSyncError("; ".join(failed.values()))
 
@@ -324,9 +332,7 @@ class DiskWeightSync(WeightSync):
 
     def connect(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        failed = self._on_engines(
-            lambda url: call(url, "GET", "/model_info", timeout_s=self.settings.call_timeout_s), {}, self.rank.lead
-        )
+        failed = self._on_engines(self._recover, {}, self.rank.lead)
         if failed:
             raise WeightSyncError("; ".join(failed.values()))
 

@@ -19,7 +19,8 @@ Answer = tuple[int, Any]
 class FakeEngine:
     """Keeps the weights that it is sent, and `calls`, the paths that were asked for, each with its body.
 
-    `answers` (status, value) replace what a path answers; a path in `silent` never answers.
+    `answers` (status, value) replace what a path answers; a path in `silent` never answers. Like SGLang it refuses to end
+    an update that is not open, or to open a second one, and lets generations wait while it is paused.
     """
 
     def __init__(self) -> None:
@@ -40,6 +41,7 @@ class FakeEngine:
         self.version, self.started = "default", time.time()
         self.weights: dict[str, torch.Tensor] = {}
         self.groups: dict[str, Any] = {}
+        self.paused = self.updating = False
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler())
         self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
@@ -65,9 +67,20 @@ class FakeEngine:
         self.calls.append((path, body))
         if path in self.silent:
             self._released.wait(30)
+        while path == "/generate" and self.paused and not self._released.wait(0.01):
+            pass
         if path in self.answers:
             return self.answers[path]
-        if path == "/init_weights_update_group":
+        if path in ("/begin_weight_update", "/end_weight_update"):
+            if self.updating == path.startswith("/begin"):
+                state = (
+                    "a weight-update session is already open" if self.updating else "no weight-update session is open"
+                )
+                return 400, {"success": False, "message": state}
+            self.updating = not self.updating
+        elif path in ("/pause_generation", "/continue_generation"):
+            self.paused = path.startswith("/pause")
+        elif path == "/init_weights_update_group":
             self.groups[body["group_name"]] = joined_group(body)
         elif path == "/update_weights_from_distributed":
             self.weights |= received(self.groups[body["group_name"]], body)

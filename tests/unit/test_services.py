@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from collections import Counter
 from contextlib import AsyncExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from megatron_sip.rollout.launch import (
     visible_devices,
 )
 from megatron_sip.rollout.sglang import SamplingSettings, SGLangPool
-from megatron_sip.services import rotated_urls
+from megatron_sip.services import Leader, rotated_urls
 
 
 @pytest.mark.parametrize(
@@ -91,3 +93,21 @@ async def test_the_leaders_together_load_every_engine_equally(leaders: int, prom
         await asyncio.gather(*(pool.generate(prefixes, SamplingSettings(max_new_tokens=1)) for pool in pools))
     assert all(sorted(order) == sorted(urls) for order in orders)
     assert calls == dict.fromkeys(urls, leaders * prompts // engines)
+
+
+async def test_a_run_opens_engines_that_a_killed_run_left_paused_and_in_an_update() -> None:
+    """Their check asks for a generation, which a paused engine never answers."""
+    args = argparse.Namespace(rollout_timeout=5.0, rollout_concurrency=4, vocab_size=32, seq_length=8)
+    tokenizer = SimpleNamespace(encode=lambda *_, **__: [1, 2])
+    with FakeEngine() as engine:
+        engine.paused = engine.updating = True
+        engine.answers |= {
+            "/v1/models": (200, {"data": [{"max_model_len": 64}]}),
+            "/generate": (400, {"message": "the valid range is [0, 32)"}),
+            "/tokenize": (200, {"tokens": [1, 2]}),
+        }
+        async with AsyncExitStack() as clients:
+            leader: Any = SimpleNamespace(_replica=0, _clients=clients)
+            await asyncio.wait_for(Leader._open_engines(leader, args, tokenizer, [engine.url]), 30)
+        assert not engine.paused
+        assert not engine.updating

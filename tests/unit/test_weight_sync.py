@@ -151,6 +151,33 @@ def test_a_dead_engine_is_reported_and_left_out_and_comes_back_with_the_new_weig
     assert messages[1].endswith(f"had missed some: {mortal.url}")
 
 
+@pytest.mark.parametrize("kind", ["distributed", "disk"])
+@pytest.mark.parametrize(("paused", "updating"), [(True, False), (True, True), (False, True), (False, False)])
+def test_a_client_opens_by_ending_what_a_killed_trainer_left(
+    kind: str, paused: bool, updating: bool, engines: list[FakeEngine], template: Path, tmp_path: Path
+) -> None:
+    engines[1].paused, engines[1].updating = paused, updating
+    urls = [engine.url for engine in engines]
+    sync: DistributedWeightSync | DiskWeightSync
+    if kind == "distributed":
+        sync = DistributedWeightSync(urls, SyncRank(), QUICK)
+    else:
+        sync = DiskWeightSync(urls, SyncRank(), QUICK, folder=tmp_path / "weights", template=template)
+    with closing(sync):
+        sync.connect()
+        assert not any(engine.paused or engine.updating for engine in engines)
+        assert push(sync, 1) == {}
+        assert not any(engine.paused or engine.updating for engine in engines)
+
+
+def test_an_engine_that_stays_in_another_trainers_update_is_named(engines: list[FakeEngine]) -> None:
+    engines[1].silent.add("/end_weight_update")
+    sync = DistributedWeightSync([engine.url for engine in engines], SyncRank(), SyncSettings(timeout_s=0.5))
+    with pytest.raises(WeightSyncError, match=rf"{engines[1].url}: still in the weight update .* after 0.5 s") as error:
+        sync.connect()
+    assert engines[0].url not in str(error.value)
+
+
 def test_a_push_that_reaches_no_engine_is_an_error_that_names_all(engines: list[FakeEngine]) -> None:
     sync = DistributedWeightSync([engine.url for engine in engines], SyncRank(), QUICK)
     push(sync, 0)

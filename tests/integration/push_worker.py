@@ -1,0 +1,31 @@
+"""A trainer's side of weight pushes without a trainer: connects, pushes one folder's weights, may be killed at any moment."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
+
+SETTINGS = SyncSettings(timeout_s=30.0, bucket_bytes=1 << 20)
+
+
+def open_sync(kind: str, url: str, model: Path, folder: Path) -> WeightSync:
+    """A client of `kind` (distributed or disk) that is the only rank of its trainer."""
+    if kind == "disk":
+        return DiskWeightSync([url], SyncRank(), SETTINGS, folder=folder, template=model)
+    return DistributedWeightSync([url], SyncRank(), SETTINGS)
+
+
+def push_forever(kind: str, url: str, model: Path, folder: Path, began: Connection) -> None:
+    """Says on `began` when a connection with one push begins, and when it ended; then pushes on until it is killed."""
+    tensors = load_file(model / "model.safetensors")
+    began.send("begins")
+    sync = open_sync(kind, url, model, folder)
+    sync.connect()
+    sync.push(tensors.items(), version="first")
+    began.send("ended")
+    while True:
+        sync.push(tensors.items(), version="later")

@@ -1,0 +1,50 @@
+"""kill -9 of a trainer inside a push leaves an engine that runs elsewhere as it was; the next trainer can use it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from push_worker import open_sync, push_forever
+from safetensors.torch import load_file
+
+from megatron_sip.rollout.launch import LocalServer
+from megatron_sip.rollout.sglang import Failure, SamplingSettings, SGLangPool
+
+KILLS = {"distributed": 14, "disk": 6}
+
+
+@pytest.mark.parametrize("kind", sorted(KILLS))
+async def test_after_a_kill_at_any_moment_of_a_push_the_next_client_pushes_and_the_engine_generates(
+    kind: str, tiny_engine: LocalServer, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    url = tiny_engine.url
+    tensors = load_file(tiny_llama_dir / "model.safetensors")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["push_worker"])
+    moments = random.Random(kind)
+    sampling = SamplingSettings(max_new_tokens=2, temperature=0)
+    seconds = None  # of an undisturbed connection and push
+    for number in range(KILLS[kind]):
+        ours, theirs = processes.Pipe(duplex=False)
+        worker = processes.Process(target=push_forever, args=(kind, url, tiny_llama_dir, tmp_path, theirs))
+        worker.start()
+        assert ours.recv() == "begins"
+        started = time.monotonic()
+        if seconds is None:
+            assert ours.recv() == "ended"
+            seconds = time.monotonic() - started
+        else:
+            time.sleep(moments.uniform(0.0, seconds))
+        worker.kill()
+        worker.join()
+        with closing(open_sync(kind, url, tiny_llama_dir, tmp_path)) as sync:
+            sync.connect()
+            sync.push(tensors.items(), version=f"{kind} {number}")
+        async with SGLangPool([url]) as pool:
+            (found,) = await pool.generate([[1, 504, 3575]], sampling, weight_version=f"{kind} {number}")
+        assert not isinstance(found, Failure), found
