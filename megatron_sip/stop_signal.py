@@ -1,8 +1,12 @@
-"""SIGTERM as a request: finish what is safe, save, exit 0. SLURM and torchrun send it before they kill."""
+"""SIGTERM as a request: finish what is safe, save, exit 0. SLURM and torchrun send it before they kill.
+
+Ctrl-C (SIGINT) is the same request, and a second one ends the process at once.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -11,12 +15,15 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 POLL_SECONDS = 0.25
+INTERRUPTED = (
+    b"\nCtrl-C: the run will save its last finished step and end; Ctrl-C again ends it at once, without saving\n"
+)
 
 
 class StopSignal:
-    """While entered, SIGTERM (and SIGUSR1, which SLURM's --signal can send early) only sets `requested`."""
+    """While entered, SIGTERM (and SIGUSR1, which SLURM's --signal can send early, and Ctrl-C) only sets `requested`."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.requested = False
@@ -36,7 +43,7 @@ class StopSignal:
     @classmethod
     @contextmanager
     def kept_from_children(cls) -> Iterator[None]:
-        """Processes started inside never see these signals, which SLURM and `timeout` send to whole process groups."""
+        """Processes started inside never see these signals, which SLURM, `timeout` and terminals send to process groups."""
         resource_tracker.ensure_running()  # multiprocessing unblocks SIGTERM when it starts this one
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, cls.SIGNALS)  # a mask is inherited, unlike a handler
         try:
@@ -46,6 +53,9 @@ class StopSignal:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one must not wait for Python to run a handler
+            os.write(2, INTERRUPTED)  # print is not safe here: it may be the one that was interrupted
 
     async def run[T](self, work: Coroutine[Any, Any, T]) -> T | None:
         """The result of `work`, or None, with `work` cancelled, once a stop is requested."""

@@ -13,6 +13,7 @@ their own, ours. The whole step is `run_steps`:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import time
@@ -38,6 +39,7 @@ from megatron_sip.rollout.guard import kill_with_parent
 from megatron_sip.rollout.launch import ServerStartError
 from megatron_sip.rollout.sglang import EngineError
 from megatron_sip.rollout.weight_sync import WeightSyncError
+from megatron_sip.run_lock import RunLock
 from megatron_sip.stop_signal import StopSignal
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ USER_ERRORS = (
 
 
 def main() -> None:
-    """Set up, train, compare. Exits 0 after the last step, or after a SIGTERM with the last step saved."""
+    """Set up, train, compare. Exits 0 after the last step, or after a SIGTERM or Ctrl-C with the last step saved."""
     enable_cpu()  # before anything imports Megatron
     args = parse_arguments()
     if args.dry_run:
@@ -62,17 +64,28 @@ def main() -> None:
 
     from megatron_sip.run import set_up
 
-    initialize_megatron(allow_no_cuda=True, store=rendezvous_store())
     with contextlib.ExitStack() as stack:
+        if args.rank == 0:
+            lock_folders(args, stack)
+        initialize_megatron(allow_no_cuda=True, store=rendezvous_store())
         stop = stack.enter_context(StopSignal())
         try:
             run = set_up(args, stack)
         except USER_ERRORS as error:
             raise ArgumentError(f"{type(error).__name__}: {error}") from error
         if run_steps(run, stop):
-            conclude(run)
+            conclude(run, stop)
         run.exchange.barrier()
     dist.destroy_process_group()
+
+
+def lock_folders(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
+    """Keep other runs out of this run's folders until `stack` ends."""
+    try:
+        for folder in sorted({Path(args.save).resolve(), Path(args.run_dir).resolve()}):
+            stack.enter_context(RunLock(folder))
+    except (DataError, OSError) as error:
+        raise ArgumentError(f"--save, --run-dir: {error}") from error
 
 
 def run_steps(run: Run, stop: StopSignal) -> bool:
@@ -113,8 +126,8 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
     return True
 
 
-def conclude(run: Run) -> None:
-    """Compare the trained policy with the initial one, and write summary, plots and report (rank 0)."""
+def conclude(run: Run, stop: StopSignal) -> None:
+    """Compare the trained policy with the initial one, and write summary, plots and report (rank 0), unless stopped."""
     run.exchange.barrier()  # the last metrics are written
     if run.args.rank != 0:
         return
@@ -123,7 +136,11 @@ def conclude(run: Run) -> None:
     leader = run.leader
     if run.comparison is not None and leader is not None and leader.engines is not None and leader.judge is not None:
         version = str(run.args.iteration)
-        win_rate, comparisons = leader.run(run.comparison.finish(leader.engines, leader.judge, version))
+        compared = leader.run(stop.run(run.comparison.finish(leader.engines, leader.judge, version)))
+        if compared is None:
+            print("stopped on request: all steps are saved, the same command makes the comparison", flush=True)
+            return
+        win_rate, comparisons = compared
     summary = write_outcome(Path(run.args.run_dir), win_rate, comparisons)
     print(json.dumps(summary, indent=2), flush=True)
 
@@ -142,7 +159,7 @@ def stop_early(run: Run) -> bool:
     run.save()
     run.finish_saving(wait=True)
     if run.args.rank == 0:
-        print(f"stopped on request after step {run.args.iteration}; the same command continues", flush=True)
+        print(f"stopped on request: step {run.args.iteration} is saved, the same command continues", flush=True)
     return False
 
 
