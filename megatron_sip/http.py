@@ -6,8 +6,9 @@
 
 A request goes to the server that its affinity selects (all requests of one prompt to one server, whose prefix cache
 then has it), to another one when that fails. A server that fails repeatedly is left alone for a while (circuit
-breaker) and then probed by one request. A refused connection costs no attempt: requests wait for the server to come
-back, up to their deadline. Every failure ends in RequestError with a kind to count, never in a result.
+breaker) and then probed by one request; so is one that names a time in Retry-After. A refused connection and such a
+time cost no attempt: the request goes elsewhere, and only when there is no server left waits, up to its deadline.
+Every failure ends in RequestError with a kind to count, never in a result.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import asyncio
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -25,9 +26,13 @@ from typing import Any, Self
 import aiohttp
 import orjson
 
+from megatron_sip.http_reply import ReplyTooLongError, masked, plain, printable, read_reply
 from megatron_sip.latency import LatencyHistogram
+from megatron_sip.proxy import DIRECT, Proxy
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429, *range(500, 600)})
+REFUSAL_BYTES = 4000
+"""Of a refusal, to be read for what the server wants otherwise."""
 
 
 class BadResponseError(Exception):
@@ -35,17 +40,25 @@ class BadResponseError(Exception):
 
 
 class RequestError(Exception):
-    """A request that got no usable response. `kind` is short and meant for counting."""
+    """A request that got no usable response. `kind` is short and meant for counting; `refusal` is the text of a 4xx."""
 
-    def __init__(self, kind: str, detail: str, retry_after_s: float = 0.0) -> None:
+    def __init__(self, kind: str, detail: str, retry_after_s: float = 0.0, refusal: str = "") -> None:
         super().__init__(f"{kind}: {detail}")
         self.kind = kind
         self.retry_after_s = retry_after_s
+        self.refusal = refusal
+
+
+class _ClosedMeanwhileError(Exception):
+    """The server was closed while a request waited for its turn."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Attempts a request gets, and the back-off between them: uniform in 0 .. min(longest_s, first_s * 2^k)."""
+    """Attempts a request gets, and the back-off between them: uniform in 0 .. min(longest_s, first_s * 2^k).
+
+    longest_retry_after_s: a server that asks for more is asked again after this time.
+    """
 
     attempts: int = 5
     first_s: float = 0.2
@@ -53,6 +66,7 @@ class RetryPolicy:
     breaker_failures: int = 5
     breaker_first_s: float = 0.5
     breaker_longest_s: float = 15.0
+    longest_retry_after_s: float = 3600.0
 
 
 @dataclass(slots=True)
@@ -79,29 +93,49 @@ class TokenBucket:
 
 @dataclass(slots=True)
 class Server:
-    """One server and what is known about its health. `tag` is the caller's own record of it."""
+    """One server and what is known about its health. `tag` is the caller's own record of it.
+
+    key: sent as a bearer token; no message shows it.
+    """
 
     url: str
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    key: str | None = field(default=None, repr=False)
     requests_per_s: float = 0.0
     tag: Any = None
+    proxy: Proxy = DIRECT
     bucket: TokenBucket = field(init=False)
     failures_in_a_row: int = field(init=False, default=0)
     openings: int = field(init=False, default=0)
     open_until: float = field(init=False, default=0.0)
+    closed_until: float = field(init=False, default=0.0)
     probing: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/")
         self.bucket = TokenBucket(self.requests_per_s)
 
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        if not self.url.startswith("https:"):  # else the proxy only sees the request for a tunnel
+            headers |= self.proxy.headers
+        return headers
+
     def available_in(self, now: float) -> float:
         """Seconds until the breaker lets a request through (0: now); while a probe is under way a short while."""
-        if self.open_until == 0.0:
-            return 0.0
+        closed = max(0.0, self.closed_until - now)
+        if self.open_until == 0.0 or closed:
+            return closed
         if self.probing:
             return 0.05
         return max(0.0, self.open_until - now)
+
+    def close_until(self, time: float) -> None:
+        """Send nothing before `time`, as the server asked, and then a single request first."""
+        self.closed_until = max(self.closed_until, time)
+        self.open_until = max(self.open_until, time)
 
     def succeeded(self) -> None:
         self.failures_in_a_row, self.openings, self.open_until, self.probing = 0, 0, 0.0, False
@@ -166,95 +200,114 @@ class HttpPool:
 
     async def send(self, request: Request, deadline: float) -> Any:
         """The parsed response. `deadline` in the event loop's time. Raises RequestError."""
-        loop = asyncio.get_running_loop()
         candidates = [server for server in self._route(request.affinity) if request.allowed(server)]
         if not candidates:
             raise RequestError("no-server", "no server can answer this kind of request")
         last = RequestError("deadline", "no attempt was possible before the deadline")
         attempts = tries = 0
-        while attempts < self._policy.attempts:
-            if not await self._wait(server := self._choose(candidates, tries), deadline):
-                raise RequestError("deadline", f"last failure: {last}")
+        while True:
+            server, probes = await self._acquire(candidates, tries, deadline, last)
             try:
-                return await self._attempt(request, server, deadline)
+                return await self._attempt(request, server, deadline, probes)
+            except _ClosedMeanwhileError:
+                continue
             except RequestError as failure:
                 last = failure
                 self.counts[f"failed-attempts/{failure.kind}"] += 1
             tries += 1
-            attempts += last.kind != "connection"
-            if last.kind == "rejected":
-                break
-            delay = max(self._backoff(tries), last.retry_after_s)
-            if attempts >= self._policy.attempts:
-                break
-            if loop.time() + delay >= deadline:
-                raise RequestError("deadline", f"last failure: {last}")
+            attempts += last.kind != "connection" and not last.retry_after_s
+            if last.kind == "rejected" or attempts >= self._policy.attempts:
+                raise last
             self.counts["retries"] += 1
-            await asyncio.sleep(delay)
-        raise last
+            await self._sleep(self._backoff(tries), deadline)
 
-    async def _attempt(self, request: Request, server: Server, deadline: float) -> Any:
-        """One attempt on one server. Raises RequestError with the kind of failure."""
+    async def _attempt(self, request: Request, server: Server, deadline: float, probes: bool) -> Any:
+        """One attempt on one server; `probes`: as the single request after its breaker was open.
+
+        Raises RequestError with the kind of failure.
+        """
         assert self._session is not None, "HttpPool is used outside its context"
         loop = asyncio.get_running_loop()
+        begin: float | None = None
         try:
-            async with self._slots:
+            async with asyncio.timeout_at(deadline), self._slots:
                 begin = loop.time()
-                limit = min(begin + self._call_timeout_s, deadline)
+                if not probes and server.available_in(begin):
+                    raise _ClosedMeanwhileError
                 async with (
-                    asyncio.timeout_at(limit),
+                    asyncio.timeout_at(begin + self._call_timeout_s),
                     self._session.post(
-                        server.url + request.path(server), data=request.body(server), headers=server.headers
+                        server.url + request.path(server),
+                        data=request.body(server),
+                        headers=server.headers,
+                        allow_redirects=False,
+                        proxy=server.proxy.url,
+                        proxy_headers=server.proxy.headers,
                     ) as response,
                 ):
-                    status, content = response.status, await response.read()
-            if status == 200:
-                result = request.parse(server, orjson.loads(content))
+                    content = await read_reply(response)
+            if response.status == 200:
+                result = _parsed(request, server, content)
                 server.succeeded()
                 self.counts["requests"] += 1
                 self.latency.add(loop.time() - begin)
                 return result
-            failure = _status_failure(status, content, response.headers.get("Retry-After"))
+            failure = _status_failure(server, response, content, self._policy.longest_retry_after_s)
         except TimeoutError:
+            if begin is None:
+                raise RequestError("deadline", "other requests took all the time") from None
             kind = "deadline" if loop.time() >= deadline else "timeout"
             failure = RequestError(kind, f"{server.url} did not answer in time")
         except aiohttp.ClientConnectorError as error:
-            failure = RequestError("connection", f"{server.url}: {error}")
-        except (aiohttp.ClientError, ConnectionError) as error:
-            failure = RequestError("disconnected", f"{server.url}: {error!r}")
-        except (BadResponseError, orjson.JSONDecodeError) as error:
-            failure = RequestError("bad-response", f"{server.url}: {error}")
+            failure = _failure("connection", server, plain(error))
+        except (BadResponseError, ReplyTooLongError) as error:
+            failure = _failure("bad-response", server, str(error))
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: of what aiohttp cannot decode
+            failure = _failure("disconnected", server, plain(error))
         finally:
-            server.probing = False
-        # Refusing one request says nothing about a server's health; not answering, or answering nonsense, does.
-        if failure.kind != "rejected" and server.failed(loop.time(), self._policy):
-            self.counts["breaker-opened"] += 1
+            server.probing &= not probes
+        self._note(failure, server)
         raise failure
 
-    async def _wait(self, server: Server, deadline: float) -> bool:
-        """Wait for the server's breaker and rate limit; False when the deadline comes first."""
+    def _note(self, failure: RequestError, server: Server) -> None:
+        """What a failure says about the server's health: nothing, if it merely refused this request."""
+        now = asyncio.get_running_loop().time()
+        if failure.retry_after_s:
+            server.close_until(now + failure.retry_after_s)
+            self.counts["retry-after"] += 1
+        elif failure.kind != "rejected" and server.failed(now, self._policy):
+            self.counts["breaker-opened"] += 1
+
+    async def _acquire(
+        self, candidates: Sequence[Server], tries: int, deadline: float, last: RequestError
+    ) -> tuple[Server, bool]:
+        """The server to ask once breaker and rate limit let a request through, and whether as its probe.
+
+        Raises RequestError at the deadline.
+        """
         loop = asyncio.get_running_loop()
         while True:
             now = loop.time()
+            server = self._choose(candidates, tries, now)
             delay = server.available_in(now) or server.bucket.wait_s(now)
-            if delay <= 0.0:
-                server.probing = server.open_until != 0.0
-                return now < deadline
             if now + delay >= deadline:
-                return False
+                limited = last.kind == "rate-limited" or all(other.closed_until > now for other in candidates)
+                raise RequestError("rate-limited" if limited else "deadline", f"last failure: {last}")
+            if delay <= 0.0:
+                server.probing = probes = server.open_until != 0.0
+                self.counts["failovers"] += server is not candidates[0]
+                return server, probes
             await asyncio.sleep(delay)
 
-    def _choose(self, candidates: Sequence[Server], tries: int) -> Server:
+    @staticmethod
+    async def _sleep(seconds: float, deadline: float) -> None:
+        await asyncio.sleep(min(seconds, max(0.0, deadline - asyncio.get_running_loop().time())))
+
+    @staticmethod
+    def _choose(candidates: Sequence[Server], tries: int, now: float) -> Server:
         """The first available server in routing order; each retry starts one further. All unavailable: the soonest."""
-        if len(candidates) == 1:
-            return candidates[0]
-        now = asyncio.get_running_loop().time()
         turn = tries % len(candidates)
-        order = [*candidates[turn:], *candidates[:turn]]
-        chosen = min(order, key=lambda server: server.available_in(now))
-        if chosen is not candidates[0]:
-            self.counts["failovers"] += 1
-        return chosen
+        return min([*candidates[turn:], *candidates[:turn]], key=lambda server: server.available_in(now))
 
     def _route(self, affinity: int) -> list[Server]:
         """Servers by rendezvous hashing: the order changes little when a server is added or removed."""
@@ -267,10 +320,38 @@ class HttpPool:
         return self._random.uniform(0.0, longest)
 
 
-def _status_failure(status: int, content: bytes, retry_after: str | None) -> RequestError:
+def _parsed(request: Request, server: Server, content: bytes) -> Any:
+    """What the caller makes of a reply. Whatever a reply does to a parser is the reply's fault: BadResponseError."""
+    try:
+        return request.parse(server, orjson.loads(content))
+    except BadResponseError:
+        raise
+    except Exception as error:
+        raise BadResponseError(f"not to be read: {plain(error)}") from None
+
+
+def _failure(kind: str, server: Server, detail: str) -> RequestError:
+    return RequestError(kind, f"{server.url}: {printable(masked(detail, server.key))[:500]}")
+
+
+def _status_failure(
+    server: Server, response: aiohttp.ClientResponse, content: bytes, longest_retry_after_s: float
+) -> RequestError:
+    status = response.status
+    if 300 <= status < 400:
+        place = response.headers.get("Location", "elsewhere")
+        return _failure(
+            "rejected", server, f"status {status}: redirects to {place}, which is not followed: give that URL"
+        )
     kind = {429: "rate-limited"}.get(status, "server-error") if status in RETRIED_STATUS else "rejected"
-    detail = f"status {status}: {content[:300].decode(errors='replace')}"
-    return RequestError(kind, detail, _retry_after_s(retry_after))
+    text = printable(masked(content[: 2 * REFUSAL_BYTES].decode(errors="replace"), server.key))[:REFUSAL_BYTES]
+    retry_after = min(_retry_after_s(response.headers.get("Retry-After")), longest_retry_after_s)
+    return RequestError(
+        kind,
+        f"{server.url}: status {status}: {text[:300]}",
+        retry_after if status in RETRIED_STATUS else 0.0,
+        refusal=text if status in (400, 422) else "",
+    )
 
 
 def _retry_after_s(value: str | None) -> float:

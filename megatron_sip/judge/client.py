@@ -238,10 +238,8 @@ class JudgeClient:
 
 
 def _server(endpoint: Endpoint) -> Server:
-    key = endpoint.api_key()
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     base = endpoint.url.rstrip("/").removesuffix("/v1")  # clients of this protocol are often given the URL with it
-    return Server(base, headers, endpoint.requests_per_s, endpoint)
+    return Server(base, endpoint.api_key(), endpoint.requests_per_s, endpoint, endpoint.proxy())
 
 
 def _batches(calls: dict[bytes, Call]) -> list[list[bytes]]:

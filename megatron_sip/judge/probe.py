@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import orjson
 
 from megatron_sip.http import Server
+from megatron_sip.http_reply import ReplyTooLongError, masked, plain, printable, read_reply
 from megatron_sip.judge.settings import Endpoint, EndpointKind
 
 ANSWER_TIMEOUT_S = 10.0
@@ -37,24 +39,22 @@ async def probe(server: Server, timeout_s: float) -> EndpointFacts:
     loop = asyncio.get_running_loop()
     deadline, last = loop.time() + timeout_s, "no answer"
     timeout = aiohttp.ClientTimeout(total=min(ANSWER_TIMEOUT_S, timeout_s))
-    async with aiohttp.ClientSession(timeout=timeout, headers=server.headers) as session:
+    async with aiohttp.ClientSession(timeout=timeout) as session:
         while loop.time() < deadline:
             try:
-                status, report = await _get(session, server.url + path)
+                status, report = await _get(session, server, path)
                 if status == 200:
-                    models = (
-                        report if endpoint.kind == "openai" else (await _get(session, server.url + "/v1/models"))[1]
-                    )
+                    models = report if endpoint.kind == "openai" else (await _get(session, server, "/v1/models"))[1]
                     return read_facts(endpoint.kind, endpoint.model, report, models)
-                last = f"status {status}"
-                if status in (401, 403):
+                last = f"status {status}" + (f", redirects to {report}" if 300 <= status < 400 else "")
+                if 300 <= status < 400 or status in (401, 403):
                     break
-            except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-                last = str(error) or type(error).__name__
+            except (aiohttp.ClientError, OSError, ValueError, ReplyTooLongError) as error:
+                last = plain(error)
             await asyncio.sleep(min(1.0, max(0.0, deadline - loop.time())))
     raise EndpointError(
         f"judge endpoint {server.url} ({endpoint.kind}) gave no good answer to {path} within {timeout_s:.0f} s: "
-        f"{last}. Is the server running, and is the URL right?"
+        f"{printable(masked(last, server.key))}. Is the server running, and is the URL right?"
     )
 
 
@@ -64,20 +64,31 @@ def read_facts(kind: EndpointKind, model: str, report: Any, models: Any) -> Endp
     known = [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
     card = next((card for card in known if card.get("id") == model), known[0] if known else {})
     context = card.get("max_model_len")  # SGLang and vLLM report it, hosted services do not
-    length = context if isinstance(context, int) and context > 0 else None
+    length = context if type(context) is int and context > 0 else None
     if kind == "openai":
         return EndpointFacts(None, None, length)
     info = report if isinstance(report, dict) else {}
-    served, path = info.get("served_model_name"), info.get("model_path")
-    return EndpointFacts(served or path, info.get("tokenizer_path") or path, length)
+    served, path, tokenizer = (
+        value if isinstance(value := info.get(name), str) else None
+        for name in ("served_model_name", "model_path", "tokenizer_path")
+    )
+    return EndpointFacts(served or path, tokenizer or path, length)
 
 
-async def _get(session: aiohttp.ClientSession, url: str) -> tuple[int, Any]:
-    """(status, JSON body); the body is None where it is none, or no success."""
-    async with session.get(url) as response:
+async def _get(session: aiohttp.ClientSession, server: Server, path: str) -> tuple[int, Any]:
+    """(status, JSON body); the body is None where it is none, or no success. Of a redirect, where to."""
+    proxy = server.proxy
+    async with session.get(  # no headers of the session: aiohttp would send them to the proxy, too
+        server.url + path,
+        headers=server.headers,
+        allow_redirects=False,
+        proxy=proxy.url,
+        proxy_headers=proxy.headers,
+    ) as response:
         if response.status != 200:
-            return response.status, None
-        try:
-            return 200, await response.json(content_type=None)
-        except ValueError:
-            return 200, None
+            return response.status, response.headers.get("Location")
+        content = await read_reply(response)
+    try:
+        return 200, orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return 200, None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_sip.http_reply import key_from_environment, shown_url, url_mistake
 from megatron_sip.judge.prompts import PromptError, builtin_names, builtin_prompt, read_prompt_file
+from megatron_sip.proxy import DIRECT, Proxy, proxy_for
 
 VerdictMode = Literal["hard", "soft"]
 EndpointKind = Literal["sglang", "openai"]
@@ -51,8 +52,9 @@ class Endpoint:
     context_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise SettingsError(f"endpoint '{self.url}': an URL starts with http:// or https://")
+        if mistake := url_mistake(self.url):
+            hint = "; give the key through a variable (--teacher-key-variable)" if "@" in self.url else ""
+            raise SettingsError(f"endpoint {shown_url(self.url)}: {mistake}{hint}")
         if self.kind not in ("sglang", "openai"):
             raise SettingsError(f"endpoint {self.url}: kind '{self.kind}' is neither sglang nor openai")
         if self.reasoning_tokens < 0:
@@ -71,13 +73,18 @@ class Endpoint:
             raise SettingsError(f"endpoint {self.url}: answer_prefix is for kind sglang; the others take no raw tokens")
 
     def api_key(self) -> str | None:
-        """The key from the environment. Raises SettingsError when the named variable is not set."""
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env)
-        if not key:
-            raise SettingsError(f"endpoint {self.url}: environment variable {self.api_key_env} holds no API key")
-        return key
+        """The key from the environment. Raises SettingsError when the named variable holds none that can be sent."""
+        try:
+            return None if self.api_key_env is None else key_from_environment(self.api_key_env)
+        except ValueError as error:
+            raise SettingsError(f"endpoint {self.url}: {error}") from None
+
+    def proxy(self) -> Proxy:
+        """The environment's proxy for a hosted API; SGLang's own protocol is spoken directly. Raises SettingsError."""
+        try:
+            return proxy_for(self.url) if self.kind == "openai" else DIRECT
+        except ValueError as error:
+            raise SettingsError(f"endpoint {self.url}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,70 @@ async def test_retry_after_is_honoured() -> None:
         assert pool.counts["failed-attempts/rate-limited"] == pool.counts["retries"] == 1
 
 
+def limited(seconds: str) -> Callable[[int], web.Response]:
+    return lambda index: web.Response(status=429, headers={"Retry-After": seconds})
+
+
+async def test_a_server_that_asks_for_time_gets_it_while_another_does_the_work() -> None:
+    async with Loopback(limited("60")) as busy, Loopback(fine) as idle:
+        async with HttpPool([Server(busy.url), Server(idle.url)], concurrency=4, policy=QUICK) as pool:
+            begin = time.monotonic()
+            results = await asyncio.gather(*(send(pool, ask(affinity), within=2.0) for affinity in range(24)))
+            assert time.monotonic() - begin < 1.0
+        assert results == [True] * 24
+        assert len(busy.arrivals) <= 4  # those in flight before the first answer
+        assert len(idle.arrivals) == 24
+        assert "breaker-opened" not in pool.counts
+
+
+async def test_when_all_servers_ask_for_time_the_reason_is_the_rate_limit() -> None:
+    async with Loopback(limited("60")) as first, Loopback(limited("30")) as second:
+        async with HttpPool([Server(first.url), Server(second.url)], concurrency=4, policy=QUICK) as pool:
+            begin = time.monotonic()
+            results = await asyncio.gather(
+                *(send(pool, ask(affinity), within=0.5) for affinity in range(12)), return_exceptions=True
+            )
+            assert time.monotonic() - begin < 2.0
+        assert [error.kind for error in results if isinstance(error, RequestError)] == ["rate-limited"] * 12
+        assert len(first.arrivals) + len(second.arrivals) <= 8
+
+
+async def test_all_servers_that_ask_for_time_are_asked_after_it_one_request_first() -> None:
+    def handler(index: int) -> web.Response:
+        return limited("0.3")(index) if index < 8 else fine(index)
+
+    async with Loopback(handler) as server, HttpPool([Server(server.url)], concurrency=4, policy=QUICK) as pool:
+        results = await asyncio.gather(*(send(pool, ask(affinity)) for affinity in range(12)))
+        assert results == [True] * 12  # also those that were turned away more often than there are attempts
+        gaps = [b - a for a, b in zip(server.arrivals[3:8], server.arrivals[4:9], strict=True)]
+        assert min(gaps) >= 0.29
+
+
+async def test_a_full_pool_does_not_outlive_the_deadline() -> None:
+    async with Loopback(lambda index: 30.0) as server, HttpPool([Server(server.url)], concurrency=1) as pool:
+        long = asyncio.create_task(send(pool, ask(), within=30.0))
+        await asyncio.sleep(0.05)
+        begin = time.monotonic()
+        with pytest.raises(RequestError, match="deadline"):
+            await send(pool, ask(1), within=0.2)
+        assert time.monotonic() - begin < 1.0
+        long.cancel()
+
+
+@pytest.mark.parametrize("error", [OverflowError, RecursionError, AssertionError, ValueError, KeyError, MemoryError])
+async def test_what_a_parser_raises_is_a_bad_response(error: type[Exception]) -> None:
+    def parse(server: Server, data: Any) -> Any:
+        raise error("x")
+
+    async with (
+        Loopback(lambda index: fine(index)) as server,
+        HttpPool([Server(server.url)], concurrency=1, policy=QUICK) as pool,
+    ):
+        with pytest.raises(RequestError) as caught:
+            await send(pool, ask(parse=parse))
+    assert caught.value.kind == "bad-response"
+
+
 @pytest.mark.parametrize(
     ("status", "requests", "kind"), [(500, 4, "server-error"), (503, 4, "server-error"), (400, 1, "rejected")]
 )
