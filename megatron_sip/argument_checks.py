@@ -7,17 +7,15 @@ import contextlib
 import linecache
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-
-import torch
 
 from megatron_sip.data.documents import parse_split
 from megatron_sip.data.errors import DataError
 from megatron_sip.judge.settings import SettingsError
 from megatron_sip.judge_arguments import flag_for, judge_settings, rewriter_settings
 from megatron_sip.learning.checkpoint_folder import TRACKER
-from megatron_sip.learning.objectives import ObjectiveSettings
+from megatron_sip.learning.objective_settings import ObjectiveSettings
 from megatron_sip.samples import CANDIDATE_KINDS
 
 
@@ -59,17 +57,27 @@ def _reason(error: Exception) -> str:
     return f"{error}: {failed}" if str(error) else failed
 
 
-def check_required(args: argparse.Namespace) -> None:
-    """Refuse what must be known before Megatron fills its own defaults.
+def refuse(problems: Iterable[str]) -> None:
+    """Raise one ArgumentError that lists all `problems`, each of which names its flag and what would be right."""
+    found = list(dict.fromkeys(problems))
+    if len(found) == 1:
+        raise ArgumentError(found[0])
+    if found:
+        raise ArgumentError("\n  - ".join([f"{len(found)} of the flags cannot be used:", *found]))
 
-    Raises:
-        ArgumentError: names the flag and what would be right.
-    """
-    if args.use_checkpoint_args:
-        raise ArgumentError("--use-checkpoint-args: the architecture comes from the HF config (--hf-config); remove it")
+
+def check_required(args: argparse.Namespace) -> None:
+    """Refuse what must be known before Megatron fills its own defaults. Raises ArgumentError."""
+    refuse(missing_flags(args))
+
+
+def missing_flags(args: argparse.Namespace) -> Iterator[str]:
+    """What must be given, and what Megatron must not fill by itself."""
+    if getattr(args, "use_checkpoint_args", False):
+        yield "--use-checkpoint-args: the architecture comes from the HF config (--hf-config); remove it"
     for name, meaning in REQUIRED.items():
         if getattr(args, name) is None:
-            raise ArgumentError(f"--{name.replace('_', '-')} is required: {meaning}")
+            yield f"--{name.replace('_', '-')} is required: {meaning}"
 
 
 def uses_judge(args: argparse.Namespace) -> bool:
@@ -109,34 +117,36 @@ def needs_engines(args: argparse.Namespace) -> bool:
     return makes_groups or args.win_rate_prompts > 0
 
 
+def problems_of_ours(args: argparse.Namespace) -> list[str]:
+    """What is wrong with our own flags, and with those of Megatron's that `early_arguments` reads as well."""
+    return _problems(args, _check_lengths, _check_objective, _check_servers, _check_teacher_settings, _check_data)
+
+
+def _problems(args: argparse.Namespace, *checks: Callable[[argparse.Namespace], Iterator[str]]) -> list[str]:
+    return [problem for check in checks for problem in check(args)]
+
+
 def validate(args: argparse.Namespace) -> None:
     """Refuse what cannot work, before hours are spent, and fill the defaults that depend on other flags.
 
     Raises:
         ArgumentError: names the flag and what would be right.
     """
-    for check in (_check_lengths, _check_objective, _check_batch, _check_megatron):
-        check(args)
-    if not args.dry_run:
-        _check_servers(args)
-    _check_teacher_settings(args)
+    refuse([*problems_of_ours(args), *_problems(args, _check_batch, _check_megatron, _check_local_servers)])
     if args.run_dir is None:
         args.run_dir = args.save
-    if args.load not in (None, args.save):
-        raise ArgumentError(
-            f"--load {args.load}: a run continues from its own --save folder ({args.save}), where its DPO reference is; to "
-            "start from other weights give --pretrained-checkpoint"
-        )
     args.load = args.save  # the same command again continues the run
     if args.weight_sync_dir is None:
         args.weight_sync_dir = str(Path(args.run_dir) / "weights")
 
 
-def _check_lengths(args: argparse.Namespace) -> None:
+def _check_lengths(args: argparse.Namespace) -> Iterator[str]:
+    if args.seq_length is None:  # `missing_flags` says so
+        return
     if args.suffix_length < 1:
-        raise ArgumentError(f"--suffix-length {args.suffix_length}: must be at least 1")
+        yield f"--suffix-length {args.suffix_length}: must be at least 1"
     if args.suffix_length + args.min_prefix_length > args.seq_length:
-        raise ArgumentError(
+        yield (
             f"--suffix-length {args.suffix_length} leaves no room for a prefix of --min-prefix-length "
             f"{args.min_prefix_length} in --seq-length {args.seq_length}: lower the first or raise the last"
         )
@@ -144,78 +154,71 @@ def _check_lengths(args: argparse.Namespace) -> None:
     if args.row_length is None:
         args.row_length = needed
     if args.row_length < needed:
-        raise ArgumentError(
+        yield (
             f"--row-length {args.row_length} does not hold one full group: it must be at least {needed} "
             "(--seq-length, and --suffix-length more for dpo)"
         )
-    if args.context_parallel_size != 1:
-        raise ArgumentError("--context-parallel-size: packed prefix trees are not split along the sequence; use 1")
-    if args.micro_batch_size != 1:
-        raise ArgumentError("--micro-batch-size must be 1: a packed row is a micro-batch; --row-length makes it larger")
 
 
-def _check_objective(args: argparse.Namespace) -> None:
+def _check_objective(args: argparse.Namespace) -> Iterator[str]:
     if args.dpo_pair is not None and args.dpo_pair[0] == args.dpo_pair[1]:
-        raise ArgumentError("--dpo-pair needs two different kinds")
+        yield "--dpo-pair needs two different kinds"
     kinds = candidate_kinds(args)
     if "rollout" in kinds and args.num_rollouts < 1:
-        raise ArgumentError(f"--num-rollouts {args.num_rollouts}: must be at least 1 when rollout is a candidate")
+        yield f"--num-rollouts {args.num_rollouts}: must be at least 1 when rollout is a candidate"
     count = sum(args.num_rollouts if kind == "rollout" else 1 for kind in kinds)
     if args.objective == "dpo" and count < 2:
-        raise ArgumentError(
-            "--objective dpo compares two candidates: add a kind to --candidates or raise --num-rollouts"
-        )
+        yield "--objective dpo compares two candidates: add a kind to --candidates or raise --num-rollouts"
     if args.objective == "rf-nll" and kinds == ("rollout",) and count < 2:
-        raise ArgumentError(
+        yield (
             "--objective rf-nll teaches a rollout only if it wins against another candidate: add suffix or rewrite to "
             "--candidates, or raise --num-rollouts"
         )
     if args.dpo_pair is not None and args.objective != "dpo":
-        raise ArgumentError(f"--dpo-pair belongs to --objective dpo, not {args.objective}")
+        yield f"--dpo-pair belongs to --objective dpo, not {args.objective}"
     if args.rollout_start_step > 0:
         others = len([kind for kind in kinds if kind != "rollout"])
         if others < (2 if args.objective == "dpo" else 1):
-            raise ArgumentError(
+            yield (
                 f"--rollout-start-step {args.rollout_start_step} leaves {others} candidate(s) before that step, too few for "
                 f"--objective {args.objective}: add suffix or rewrite to --candidates, or set it to 0"
             )
     try:
         objective_settings(args)
     except ValueError as error:
-        raise ArgumentError(f"--dpo-beta, --dpo-nll-coef, --dpo-label-smoothing or --dpo-loss: {error}") from None
+        yield f"--dpo-beta, --dpo-nll-coef, --dpo-label-smoothing or --dpo-loss: {error}"
     if args.ref_update_interval and args.objective != "dpo":
-        raise ArgumentError("--ref-update-interval: only --objective dpo has a reference; remove it")
+        yield "--ref-update-interval: only --objective dpo has a reference; remove it"
     if args.logit_chunk_columns < 0:
-        raise ArgumentError(f"--logit-chunk-columns {args.logit_chunk_columns}: must be 0 (all at once) or more")
+        yield f"--logit-chunk-columns {args.logit_chunk_columns}: must be 0 (all at once) or more"
     if args.ref_offload and args.objective != "dpo":
-        raise ArgumentError("--ref-offload: only --objective dpo has a reference; remove it")
+        yield "--ref-offload: only --objective dpo has a reference; remove it"
 
 
-def _check_servers(args: argparse.Namespace) -> None:
+def _check_servers(args: argparse.Namespace) -> Iterator[str]:
+    if args.dry_run:  # it asks no server
+        return
     if args.replay_groups and not Path(args.replay_groups).is_dir():
-        raise ArgumentError(f"--replay-groups {args.replay_groups}: no such folder; --save-groups of a run makes one")
+        yield f"--replay-groups {args.replay_groups}: no such folder; --save-groups of a run makes one"
     if needs_engines(args) and not args.rollout_url and not args.rollout_local:
-        raise ArgumentError(
-            "rollouts need engines: give --rollout-url URL ..., or --rollout-local N to start them here"
-        )
+        yield ("rollouts need engines: give --rollout-url URL ..., or --rollout-local N to start them here")
     if args.rollout_url and args.rollout_local:
-        raise ArgumentError("--rollout-url and --rollout-local exclude each other: use one")
+        yield "--rollout-url and --rollout-local exclude each other: use one"
     if needs_teacher(args) and not args.teacher_url and not args.teacher_model:
-        raise ArgumentError("the judge or rewriter needs a server: give --teacher-url URL ..., or --teacher-model DIR")
+        yield "the judge or rewriter needs a server: give --teacher-url URL ..., or --teacher-model DIR"
     if args.teacher_url and args.teacher_model:
-        raise ArgumentError("--teacher-url and --teacher-model exclude each other: use one")
+        yield "--teacher-url and --teacher-model exclude each other: use one"
     if args.teacher_model and not (Path(args.teacher_model) / "config.json").is_file():
-        raise ArgumentError(f"--teacher-model {args.teacher_model}: no config.json there; give an HF model folder")
+        yield f"--teacher-model {args.teacher_model}: no config.json there; give an HF model folder"
     if args.teacher_api == "openai" and not args.teacher_name:
-        raise ArgumentError("--teacher-api openai needs --teacher-name, the model name that the server expects")
+        yield "--teacher-api openai needs --teacher-name, the model name that the server expects"
     for flag, urls in (("--rollout-url", args.rollout_url), ("--teacher-url", args.teacher_url)):
         for url in urls or []:
             if not url.startswith(("http://", "https://")):
-                raise ArgumentError(f"{flag} {url}: a URL starts with http:// or https://")
-    _check_local_servers(args)
+                yield f"{flag} {url}: a URL starts with http:// or https://"
 
 
-def _check_teacher_settings(args: argparse.Namespace) -> None:
+def _check_teacher_settings(args: argparse.Namespace) -> Iterator[str]:
     """What criteria, schedule, verdicts and endpoints need of each other; the server itself may still be starting."""
     urls = args.teacher_url or ["http://teacher"]
     try:
@@ -224,26 +227,43 @@ def _check_teacher_settings(args: argparse.Namespace) -> None:
         if needs_rewriter(args):
             rewriter_settings(args, urls)
     except SettingsError as error:
-        raise ArgumentError(f"{flag_for(error)}: {error}") from None
+        yield f"{flag_for(error)}: {error}"
 
 
-def _check_batch(args: argparse.Namespace) -> None:
+def _check_data(args: argparse.Namespace) -> Iterator[str]:
     try:
-        parse_split(args.split)  # the corpus is split only after hours of tokenising
+        if args.split is not None:
+            parse_split(args.split)  # the corpus is split only after hours of tokenising
     except DataError as error:
-        raise ArgumentError(str(error)) from None
+        yield str(error)
+
+
+def _check_batch(args: argparse.Namespace) -> Iterator[str]:
     if args.global_batch_size % args.data_parallel_size:
-        raise ArgumentError(
+        yield (
             f"--global-batch-size {args.global_batch_size} prompts do not divide among {args.data_parallel_size} "
             "data-parallel replicas"
         )
     if (args.lr_warmup_iters or 0) >= args.train_iters:
-        raise ArgumentError(f"--lr-warmup-iters {args.lr_warmup_iters} must be below --train-iters {args.train_iters}")
+        yield f"--lr-warmup-iters {args.lr_warmup_iters} must be below --train-iters {args.train_iters}"
 
 
-def _check_megatron(args: argparse.Namespace) -> None:
+def _check_megatron(args: argparse.Namespace) -> Iterator[str]:
     """Flags of Megatron's that this trainer cannot honour."""
     refused = [
+        (
+            args.context_parallel_size != 1,
+            "--context-parallel-size: packed prefix trees are not split along the sequence; use 1",
+        ),
+        (
+            args.micro_batch_size != 1,
+            "--micro-batch-size must be 1: a packed row is a micro-batch; --row-length makes it larger",
+        ),
+        (
+            args.load not in (None, args.save),
+            f"--load {args.load}: a run continues from its own --save folder ({args.save}), where its DPO reference is; to "
+            "start from other weights give --pretrained-checkpoint",
+        ),
         (
             args.overlap_param_gather,
             "--overlap-param-gather: weights are pushed and saved right after the step; remove it",
@@ -276,22 +296,24 @@ def _check_megatron(args: argparse.Namespace) -> None:
     ]
     for is_refused, message in refused:
         if is_refused:
-            raise ArgumentError(message)
+            yield message
 
 
-def _check_local_servers(args: argparse.Namespace) -> None:
+def _check_local_servers(args: argparse.Namespace) -> Iterator[str]:
+    import torch
+
     servers = local_servers(args)
-    if not servers:
+    if not servers or args.dry_run:
         return
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
     if here < args.world_size:
-        raise ArgumentError(
+        yield (
             "--rollout-local and --teacher-model start servers that only this node reaches: on several nodes start them "
             "apart and give --rollout-url and --teacher-url (examples/train_continual.sbatch)"
         )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
     if gpus is not None and gpus < here + servers:
-        raise ArgumentError(
+        yield (
             f"--rollout-local and --teacher-model: {here} trainer processes and {servers} servers need a GPU each, this "
             f"node has {gpus}: start fewer processes, or serve elsewhere and give --rollout-url and --teacher-url"
         )

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_sip.argument_checks import ArgumentError, check_required, explained, validate
 from megatron_sip.judge_arguments import add_judge_flags, add_teacher_flags
@@ -19,7 +20,7 @@ from megatron_sip.samples import CANDIDATE_KINDS
 GROUP_TITLE = "self-improving pretraining"
 SAVE_INTERVAL = 100
 """Default of --save-interval, which Megatron does not have; the last step is always saved."""
-REFUSED = "these flags cannot work (python -m megatron_sip.train --help explains each)"
+REFUSED = "these flags cannot work (--help and --help-megatron explain each)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -32,8 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add_teacher_flags(group)
     add_judge_flags(group)
     _add_run_flags(group)
-    _escape_percent_signs(parser)
     return parser
+
+
+def megatron_help() -> str:
+    """The help of Megatron's own flags."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser("python -m megatron_sip.train", usage="%(prog)s [flags]", add_help=False)
+    _escape_percent_signs(add_megatron_arguments(parser))
+    return parser.format_help()
+
+
+def _add_ours_strictly(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """`add_arguments` to Megatron's parser, which then raises where it would print pages of usage and exit."""
+
+    def fail(message: str) -> NoReturn:
+        raise ArgumentError(f"{message.removeprefix('argument ')} (--help and --help-megatron explain each flag)")
+
+    parser.error = fail  # type: ignore[method-assign]
+    return add_arguments(parser)
 
 
 def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
@@ -190,6 +209,11 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
         "--preset", metavar="NAME|FILE", help="Flags of a file, see examples/presets/; flags after it win over its own."
     )
     group.add_argument(
+        "--verbose",
+        action="store_true",
+        help="Show on the screen what Megatron and others print, not in RUN_DIR/logs/.",
+    )
+    group.add_argument(
         "--dry-run", action="store_true", help="Say what the flags mean and cost in calls and tokens, and exit."
     )
     group.add_argument(
@@ -236,11 +260,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ArgumentError(
             "--yaml-cfg: flags come from the command line, or from a file with --preset FILE; remove it"
         )
-    asks_help = "-h" in given or "--help" in given
-    implied = [] if asks_help else _implied_by_model(given)
-    sys.argv = [sys.argv[0], *cpu_default_arguments(), *implied, *given]
+    sys.argv = [sys.argv[0], *cpu_default_arguments(), *_implied_by_model(given), *given]
     with explained(REFUSED):
-        args = parse_args(add_arguments)
+        args = parse_args(_add_ours_strictly)
     check_required(args)
     with explained(REFUSED):
         validate_args(args)

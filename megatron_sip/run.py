@@ -20,6 +20,7 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_sip.argument_checks import needs_engines, needs_rewriter, objective_settings
+from megatron_sip.console import say
 from megatron_sip.data.documents import open_corpus
 from megatron_sip.data.errors import DataError
 from megatron_sip.data.tasks import TaskSettings, TaskSource
@@ -189,7 +190,7 @@ def open_tasks(
             splits = corpus.split(args.split)
             training = TaskSource(splits["train"], tokenizer, settings)
             if args.rank == 0:
-                print(f"tasks: {training.report(args.train_iters * args.global_batch_size)}", flush=True)
+                say(f"tasks: {training.report(args.train_iters * args.global_batch_size)}")
                 if args.win_rate_prompts:
                     held_out = TaskSource(splits["test"], tokenizer, settings)
         exchange.barrier()
@@ -232,7 +233,7 @@ def load_policy(
     if args.rank == 0:
         copy_hf_files(Path(args.hf_config), save / HF_SUBFOLDER)  # so that checkpoints convert back on their own
         for line in mend_checkpoint_folder(save):
-            print(f"checkpoint: {line}", flush=True)
+            say(f"checkpoint: {line}")
     exchange.barrier()
     args.task_fingerprint = exchange.share(tasks.fingerprint() if tasks is not None else None)[0]
     objective = objective_settings(args)

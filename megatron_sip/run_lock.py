@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from megatron_sip.console import say
 from megatron_sip.data.errors import DataError
 
 LOCK_FILE = "run.lock"
@@ -103,7 +104,7 @@ class RunLock:
                 f"{self.path.parent} is in use by {_name(owner)}: stop that run or wait for its end, or give this one other "
                 f"--save and --run-dir folders; if that process is certainly gone, remove {self.path}"
             )
-        print(f"{self.path}: its run ({_name(owner)}) is gone, the folder is taken over", flush=True)
+        say(f"{self.path}: its run ({_name(owner)}) is gone, the folder is taken over")
         aside = self.path.with_name(f".{LOCK_FILE}.stale.{socket.gethostname()}.{os.getpid()}")
         try:
             self.path.rename(aside)
@@ -119,7 +120,7 @@ class RunLock:
             return _start_time(owner.pid) == owner.started
         if owner is not None and owner.job is not None and owner.job == mine.job and owner.restarts < mine.restarts:
             return False
-        print(f"{self.path} is of {_name(owner)}: watching for {self._watch_seconds:g} s whether it lives", flush=True)
+        say(f"{self.path} is of {_name(owner)}: watching for {self._watch_seconds:g} s whether it lives")
         first, deadline = _time_stamp(self.path), time.monotonic() + self._watch_seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._beat_seconds))

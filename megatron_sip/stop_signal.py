@@ -14,6 +14,8 @@ from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from megatron_sip.console import error_descriptor
+
 POLL_SECONDS = 0.25
 INTERRUPTED = (
     b"\nCtrl-C: the run will save its last finished step and end; Ctrl-C again ends it at once, without saving\n"
@@ -55,7 +57,7 @@ class StopSignal:
         self.requested = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one must not wait for Python to run a handler
-            os.write(2, INTERRUPTED)  # print is not safe here: it may be the one that was interrupted
+            os.write(error_descriptor(), INTERRUPTED)  # print is not safe here: it may be the one that was interrupted
 
     async def run[T](self, work: Coroutine[Any, Any, T]) -> T | None:
         """The result of `work`, or None, with `work` cancelled, once a stop is requested."""

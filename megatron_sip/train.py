@@ -16,29 +16,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
 from megatron_sip.argument_checks import ArgumentError
-from megatron_sip.arguments import parse_arguments
+from megatron_sip.arguments import megatron_help, parse_arguments
+from megatron_sip.console import quiet, say
 from megatron_sip.data.errors import DataError
 from megatron_sip.dry_run import describe
-from megatron_sip.evaluation.outcome import write_outcome
+from megatron_sip.early_arguments import check_flags
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
 from megatron_sip.judge.cache import CacheError
 from megatron_sip.judge.client import EndpointError
 from megatron_sip.judge.encoding import EncodingError
 from megatron_sip.judge.settings import SettingsError
 from megatron_sip.learning.metrics import Metrics, flatten, merge
-from megatron_sip.platform.megatron_cpu import enable_cpu, rendezvous_store
+from megatron_sip.presets import expand_presets
 from megatron_sip.rollout.guard import kill_with_parent
 from megatron_sip.rollout.launch import ServerStartError
-from megatron_sip.rollout.sglang import EngineError
-from megatron_sip.rollout.weight_sync import WeightSyncError
+from megatron_sip.rollout.protocol import EngineError, WeightSyncError
 from megatron_sip.run_lock import RunLock
 from megatron_sip.stop_signal import StopSignal
 
@@ -55,11 +55,38 @@ USER_ERRORS = (
 
 def main() -> None:
     """Set up, train, compare. Exits 0 after the last step, or after a SIGTERM or Ctrl-C with the last step saved."""
+    given = expand_presets(sys.argv[1:])
+    flags = check_flags(given)
+    with contextlib.nullcontext() if flags.verbose else quiet(log_file(flags), announce=process_rank() == 0):
+        run_command(given, flags)
+
+
+def log_file(flags: argparse.Namespace) -> Path | None:
+    """Where this process's noise goes; None (nowhere) when it only answers a question."""
+    if flags.dry_run or flags.help_megatron:
+        return None
+    rank = process_rank()
+    return Path(flags.run_dir or flags.save) / "logs" / (f"trainer.rank_{rank}.log" if rank else "trainer.log")
+
+
+def process_rank() -> int:
+    """This process's number, as Megatron finds it: torchrun and examples/slurm_job.sh set RANK."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def run_command(given: Sequence[str], flags: argparse.Namespace) -> None:
+    """Do what the command line asks for; the slow imports begin here."""
+    from megatron_sip.platform.megatron_cpu import enable_cpu, rendezvous_store
+
     enable_cpu()  # before anything imports Megatron
-    args = parse_arguments()
-    if args.dry_run:
-        print(describe(args))
+    if flags.help_megatron:
+        say(megatron_help())
         return
+    args = parse_arguments(given)
+    if args.dry_run:
+        say(describe(args))
+        return
+    import torch.distributed as dist
     from megatron.training.initialize import initialize_megatron
 
     from megatron_sip.run import set_up
@@ -128,6 +155,8 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
 
 def conclude(run: Run, stop: StopSignal) -> None:
     """Compare the trained policy with the initial one, and write summary, plots and report (rank 0), unless stopped."""
+    from megatron_sip.evaluation.outcome import write_outcome  # with matplotlib
+
     run.exchange.barrier()  # the last metrics are written
     if run.args.rank != 0:
         return
@@ -138,11 +167,11 @@ def conclude(run: Run, stop: StopSignal) -> None:
         version = str(run.args.iteration)
         compared = leader.run(stop.run(run.comparison.finish(leader.engines, leader.judge, version)))
         if compared is None:
-            print("stopped on request: all steps are saved, the same command makes the comparison", flush=True)
+            say("stopped on request: all steps are saved, the same command makes the comparison")
             return
         win_rate, comparisons = compared
     summary = write_outcome(Path(run.args.run_dir), win_rate, comparisons)
-    print(json.dumps(summary, indent=2), flush=True)
+    say(json.dumps(summary, indent=2))
 
 
 def no_usable_group(metrics: Metrics) -> str:
@@ -159,7 +188,7 @@ def stop_early(run: Run) -> bool:
     run.save()
     run.finish_saving(wait=True)
     if run.args.rank == 0:
-        print(f"stopped on request: step {run.args.iteration} is saved, the same command continues", flush=True)
+        say(f"stopped on request: step {run.args.iteration} is saved, the same command continues")
     return False
 
 

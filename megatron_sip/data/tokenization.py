@@ -29,6 +29,7 @@ import numpy.typing as npt
 import tokenizers
 from tqdm import tqdm
 
+from megatron_sip.console import bars
 from megatron_sip.data.errors import DataError
 from megatron_sip.data.text_sources import TextBatch, read_texts
 from megatron_sip.data.token_store import TokenStoreWriter, token_dtype
@@ -182,7 +183,14 @@ def tokenize_file(source: Path, prefix: Path, encoder: DocumentEncoder, settings
     size = source.stat().st_size
     workers = settings.workers or max(1, min(len(os.sched_getaffinity(0)), size // _BYTES_PER_WORKER))
     documents = empty = tokens = 0
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenise {source.name}", disable=not settings.progress)
+    bar = tqdm(
+        total=size,
+        unit="B",
+        unit_scale=True,
+        desc=f"tokenise {source.name}",
+        disable=not settings.progress,
+        file=bars(),
+    )
     with bar, TokenStoreWriter(prefix, token_dtype(encoder.vocab_size)) as writer:
         for batch in _encode_all(read_texts(source, settings.text_field), encoder, workers):
             writer.add(batch.tokens, batch.lengths)

@@ -29,7 +29,7 @@ from megatron_sip.evaluation.plots import (
 )
 from megatron_sip.evaluation.win_rate import FEW_DOCUMENTS
 from megatron_sip.files import write_atomically
-from megatron_sip.learning.metrics import read_metrics
+from megatron_sip.learning.metrics import duration, read_metrics
 
 SAMPLES = 3
 PREFIX_CHARACTERS = 700
@@ -154,14 +154,6 @@ def result_rows(steps: Steps, summary: Mapping[str, Any] | None) -> list[tuple[s
     if examples:
         rows.append(("Training examples", f"{examples:,.0f} of {total(steps, 'groups'):,.0f} prompts"))
     return rows
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    minutes, hours = seconds / 60, seconds / 3600
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    return f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
 
 
 def total(steps: Steps, name: str) -> float:

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from megatron_sip.console import say
 from megatron_sip.files import write_atomically
-from megatron_sip.learning.objectives import METRIC_COUNTS, LossTerms
+from megatron_sip.learning.objective_settings import METRIC_COUNTS
+
+if TYPE_CHECKING:
+    from megatron_sip.learning.objectives import LossTerms
+
+
+AVERAGED_STEPS = 20
+"""The time left is estimated from so many steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,7 @@ class MetricsWriter:
         self._tensorboard = tensorboard
         self._wandb = wandb
         self._total_steps = total_steps
+        self._durations: deque[float] | None = None  # after the first step, whose length says nothing of the others
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Record `numbers` for `step` (1 is the first) everywhere and print the progress line."""
@@ -94,7 +104,15 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(numbers), step=step)
-        print(progress_line(step, self._total_steps, numbers), flush=True)
+        say(progress_line(step, self._total_steps, numbers, self._seconds_left(step, numbers)))
+
+    def _seconds_left(self, step: int, numbers: Mapping[str, float]) -> float | None:
+        """How long the remaining steps will take when they are as long as the last ones; None after the first."""
+        if self._durations is None:
+            self._durations = deque(maxlen=AVERAGED_STEPS)
+            return None
+        self._durations.append(numbers.get("seconds/total", 0.0))
+        return (self._total_steps - step) * sum(self._durations) / len(self._durations)
 
     def close(self) -> None:
         """Flush and close everything; the last steps would otherwise be missing from tensorboard and wandb."""
@@ -124,8 +142,8 @@ def drop_steps_after(path: Path, step: int) -> None:
     write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def progress_line(step: int, total_steps: int, numbers: Mapping[str, float]) -> str:
-    """One line a step: step, loss, mean score by candidate kind, rollout chosen rate, seconds by phase."""
+def progress_line(step: int, total_steps: int, numbers: Mapping[str, float], seconds_left: float | None = None) -> str:
+    """One line a step: step, loss, mean score by candidate kind, rollout chosen rate, what was lost, seconds by phase."""
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     if "loss" in numbers:
         parts.append(f"loss {numbers['loss']:.4f}")
@@ -136,9 +154,13 @@ def progress_line(step: int, total_steps: int, numbers: Mapping[str, float]) -> 
         parts.append(f"rollout chosen {numbers['chosen_rate/rollout']:.2f}")
     if "reward_accuracy" in numbers:
         parts.append(f"accuracy {numbers['reward_accuracy']:.2f}")
-    dropped = sum(value for name, value in numbers.items() if name.startswith("dropped/"))
+    dropped = {name.removeprefix("dropped/"): n for name, n in numbers.items() if name.startswith("dropped/") and n}
     if dropped:
-        parts.append(f"dropped {dropped:.0f}")
+        reasons = ", ".join(f"{reason} {count:.0f}" for reason, count in dropped.items())
+        parts.append(f"dropped {sum(dropped.values()):.0f} ({reasons})")
+    missing, given = (counted(numbers, f"judge/verdicts{kind}/") for kind in ("-missing", ""))
+    if missing:
+        parts.append(f"verdicts missing {missing:.0f} of {missing + given:.0f}")
     order = ("rollout", "judge", "reference", "train", "sync", "save")
     phases = [
         f"{phase} {numbers[f'seconds/{phase}']:.1f}" for phase in order if numbers.get(f"seconds/{phase}", 0) >= 0.05
@@ -146,4 +168,19 @@ def progress_line(step: int, total_steps: int, numbers: Mapping[str, float]) -> 
     total = numbers.get("seconds/total")
     if total is not None:
         parts.append(f"{total:.1f} s" + (f" ({', '.join(phases)})" if phases else ""))
+    if seconds_left:
+        parts.append(f"{duration(seconds_left)} left")
     return " | ".join(parts)
+
+
+def counted(numbers: Mapping[str, float], prefix: str) -> float:
+    """The sum of the counts whose names start with `prefix`."""
+    return sum(value for name, value in numbers.items() if name.startswith(prefix))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    minutes, hours = seconds / 60, seconds / 3600
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"

@@ -7,91 +7,19 @@ by the global count, so the result does not depend on how examples were packed. 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from megatron_sip.learning.objective_settings import DpoLoss, GrpoAverage, ObjectiveSettings
 from megatron_sip.learning.packing import PackedRow
 from megatron_sip.samples import Example
 
-Objective = Literal["sft", "rf-nll", "dpo", "grpo"]
-DpoLoss = Literal["sigmoid", "ipo"]
-GrpoAverage = Literal["sequence", "token"]
-
-METRIC_COUNTS: dict[str, str] = {
-    "nll": "target_tokens",
-    "dpo_loss": "pairs",
-    "reward_margin": "pairs",
-    "reward_accuracy": "pairs",
-    "chosen_reward": "pairs",
-    "rejected_reward": "pairs",
-    "chosen_logprob": "pairs",
-    "rejected_logprob": "pairs",
-    "chosen_nll": "chosen_tokens",
-    "policy_loss": "grpo_count",
-    "kl_penalty": "grpo_count",
-    "clipped_fraction": "policy_tokens",
-    "kl_to_reference": "rollout_tokens",
-    "engine_logprob_abs_diff": "engine_tokens",
-}
-"""Every metric is a sum; this names the metric that holds its count."""
 MAX_LOG_RATIO = 20.0
 """exp of a larger one overflows sooner or later, and then a clipped token's gradient is 0 times infinity."""
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectiveSettings:
-    """Which objective, and its constants.
-
-    beta: strength of the pull to the reference in DPO and IPO (Rafailov et al. 2023, equation 7).
-    label_smoothing: probability that a pair's order is wrong (conservative DPO), only with dpo_loss sigmoid.
-    nll_coef: weight of the chosen branch's mean token NLL beside DPO (Pang et al. 2024).
-    clip_low, clip_high: GRPO keeps the probability ratio in [1 - clip_low, 1 + clip_high].
-    kl_coef: weight of GRPO's KL penalty.
-    grpo_average: mean over the tokens of each branch, then over branches (Shao et al. 2024, equation 3),
-        or over all tokens.
-
-    Raises:
-        ValueError: a constant out of its range.
-    """
-
-    objective: Objective
-    beta: float = 0.1
-    nll_coef: float = 0.0
-    label_smoothing: float = 0.0
-    dpo_loss: DpoLoss = "sigmoid"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_coef: float = 0.0
-    grpo_average: GrpoAverage = "sequence"
-
-    def __post_init__(self) -> None:
-        _require(
-            self.objective in ("sft", "rf-nll", "dpo", "grpo"), "objective", self.objective, "sft, rf-nll, dpo, grpo"
-        )
-        _require(self.dpo_loss in ("sigmoid", "ipo"), "dpo_loss", self.dpo_loss, "sigmoid or ipo")
-        _require(self.grpo_average in ("sequence", "token"), "grpo_average", self.grpo_average, "sequence or token")
-        _require(math.isfinite(self.beta) and self.beta > 0, "beta", self.beta, "a positive number")
-        _require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "in [0, 0.5)")
-        _require(
-            self.dpo_loss == "sigmoid" or self.label_smoothing == 0,
-            "label_smoothing",
-            self.label_smoothing,
-            "0 with ipo",
-        )
-        for name in ("nll_coef", "clip_low", "clip_high", "kl_coef"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, name, value, "a number not below 0")
-
-    @property
-    def needs_reference(self) -> bool:
-        """Does the loss need the reference model's log-probs?"""
-        return self.objective == "dpo" or (self.objective == "grpo" and self.kl_coef > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +29,7 @@ class LossTerms:
     sum: scalar, differentiable, to be divided by the global count.
     count: pairs (dpo), predicted tokens (sft, rf-nll, grpo by token) or branches (grpo by sequence); weights are in
         the sum only.
-    metrics: detached sums and their counts, see METRIC_COUNTS.
+    metrics: detached sums and their counts, see objective_settings.METRIC_COUNTS.
     """
 
     sum: Tensor
@@ -383,8 +311,3 @@ def _engine_difference(
 
 def _bounded(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(max=MAX_LOG_RATIO)
-
-
-def _require(holds: bool, name: str, value: object, right: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value}, must be {right}")

@@ -25,7 +25,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from megatron_sip.platform.sglang_cpu import has_accelerator
+from megatron_sip.console import bars
 from megatron_sip.rollout.guard import end
 from megatron_sip.rollout.http import call
 from megatron_sip.rollout.protocol import EngineError
@@ -224,6 +224,8 @@ class LocalServer:
         self.stop()
 
     def _spawn(self) -> None:
+        from megatron_sip.platform.sglang_cpu import has_accelerator  # with torch, which checking flags does without
+
         command = server_command(self.settings, self._port, on_cpu=not has_accelerator())
         guarded = [sys.executable, "-m", "megatron_sip.rollout.guard", str(os.getpid()), *command]
         with self.log_file.open("wb") as log:
@@ -277,7 +279,8 @@ def start_servers(count: int, settings: ServerSettings, progress: bool = True) -
     if count > 1 and settings.port:
         raise ValueError(f"{count} servers cannot share port {settings.port}; use port 0 to take free ones")
     servers = [LocalServer(_numbered(settings, index, count)) for index in range(count)]
-    with ThreadPoolExecutor(count) as threads, tqdm(total=count, desc="SGLang servers", disable=not progress) as bar:
+    bar = tqdm(total=count, desc="SGLang servers", disable=not progress, file=bars())
+    with ThreadPoolExecutor(count) as threads, bar:
         futures = [threads.submit(server.start) for server in servers]
         for future in futures:
             future.add_done_callback(lambda _: bar.update())

@@ -25,6 +25,10 @@ RETRYABLE: frozenset[FailureKind] = frozenset(
 )
 
 
+class WeightSyncError(RuntimeError):
+    """The weights did not reach every engine, or none; the message says which and why. Raised on all ranks alike."""
+
+
 class EngineError(RuntimeError):
     """A call to one engine failed; `kind` says how and the message names the URL."""
 

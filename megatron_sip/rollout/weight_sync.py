@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 
 from megatron_sip.rollout.engine_group import Backend, EngineGroup, make_bucket
 from megatron_sip.rollout.http import call
-from megatron_sip.rollout.protocol import EngineError
+from megatron_sip.rollout.protocol import EngineError, WeightSyncError
 from megatron_sip.rollout.recovery import end_open_update
 
 log = logging.getLogger(__name__)
@@ -45,10 +45,6 @@ log = logging.getLogger(__name__)
 REOPEN_S = 5.0
 NamedTensors = Iterable[tuple[str, torch.Tensor | None]]
 Tensors = list[tuple[str, torch.Tensor]]
-
-
-class WeightSyncError(RuntimeError):
-    """The weights did not reach every engine, or none; the message says which and why. Raised on all ranks alike."""
 
 
 def only_rank(value: Any) -> list[Any]:

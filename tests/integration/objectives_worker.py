@@ -17,7 +17,7 @@ from parity_worker import forget_megatron
 from transformers import AutoConfig
 
 from megatron_sip.learning.metrics import flatten
-from megatron_sip.learning.objectives import ObjectiveSettings
+from megatron_sip.learning.objective_settings import ObjectiveSettings
 from megatron_sip.model.standalone import initialize_megatron_for
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.samples import Example

@@ -21,7 +21,9 @@ from training import (
     last_step,
     learnt,
     lines,
+    output,
     refused,
+    screen,
     start,
     steps,
     tracked,
@@ -85,7 +87,17 @@ def test_a_run_trains_and_logs_every_step(uninterrupted: Path) -> None:
     summary = json.loads((uninterrupted / "summary.json").read_text())
     assert summary["steps"] == TOTAL_STEPS
     assert (uninterrupted / "report.html").exists()
-    assert MODEL_BUILT in uninterrupted.with_suffix(".log").read_text(errors="replace")
+    assert MODEL_BUILT in output(uninterrupted)
+
+
+def test_before_the_first_step_a_run_shows_fewer_than_20_lines_of_its_own(uninterrupted: Path) -> None:
+    shown = screen(uninterrupted).splitlines()
+    first = next(number for number, line in enumerate(shown) if line.startswith("step 1/"))
+    assert first < 20
+    assert shown[0] == f"log: {uninterrupted / 'logs' / 'trainer.log'} (--verbose shows it here)"
+    assert not [line for line in shown if MODEL_BUILT in line or "Warning" in line]
+    assert "left" not in shown[first]  # nobody knows after one step, which holds what every first step holds
+    assert re.search(r"\d+ s left$", shown[first + 1])
 
 
 def kill_before_and_while_saving(run: Path, *flags: str) -> None:
@@ -113,10 +125,10 @@ def test_killed_anywhere_the_same_command_continues_as_if_nothing_had_happened(
     assert tracked(run) == 4
     assert lines(run)[:2] == two
     four = lines(run)[:4]
-    output = train(run, *flags)  # of all starts: the log goes on
+    told = train(run, *flags)  # of all starts: the log goes on
     assert lines(run)[:4] == four
-    assert re.findall(r"successfully loaded checkpoint from \S+ .*? at iteration (\d+)", output) == ["2", "4"]
-    assert re.search(rf"{run / 'iter_0000004'} (was not committed: removed|is complete, but)", output)
+    assert re.findall(r"successfully loaded checkpoint from \S+ .*? at iteration (\d+)", told) == ["2", "4"]
+    assert re.search(rf"{run / 'iter_0000004'} (was not committed: removed|is complete, but)", told)
     expected, found = learnt(steps(uninterrupted)), learnt(steps(run))
     assert len(found) == TOTAL_STEPS
     for before, after in zip(expected, found, strict=True):
@@ -128,8 +140,8 @@ def test_other_data_than_the_checkpoint_s_is_refused(
     uninterrupted: Path, flags: tuple[str, ...], tmp_path: Path
 ) -> None:
     """The cursor would point at other tasks."""
-    output = refused(uninterrupted, *flags, "--seed", "99")
-    assert "was trained on other data or cuts" in output
+    told = refused(uninterrupted, *flags, "--seed", "99")
+    assert "was trained on other data or cuts" in told
 
 
 def test_recorded_groups_train_the_same_without_any_server(
@@ -219,15 +231,6 @@ def test_steps_with_suffix_rewrite_and_rollouts_under_several_criteria(
     assert len(list(run.glob("step_000000?.replica_0.jsonl.zst"))) == 2
 
 
-def test_help_explains_every_flag_of_ours_in_its_own_group() -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "megatron_sip.train", "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    ours = text[text.index("self-improving pretraining:") :]
-    for flag in ("--suffix-length", "--objective", "--criteria", "--rollout-local", "--replay-groups"):
-        assert flag in ours
-        assert flag not in text[text.index("options:") : text.index("self-improving pretraining:")]
-
-
 @pytest.mark.parametrize("server", ["--rollout-url", "--teacher-url"])
 def test_a_server_that_is_down_is_named_before_anything_slow(
     flags: tuple[str, ...], tmp_path: Path, server: str
@@ -236,20 +239,20 @@ def test_a_server_that_is_down_is_named_before_anything_slow(
     url = f"http://127.0.0.1:{free_port()}"
     text = tmp_path / "new.jsonl"  # not among the token files that are kept from other runs
     text.write_text(json.dumps({"text": "One text that nobody has tokenised yet. " * 100}) + "\n")
-    output = refused(tmp_path / "down", *flags, server, url, "--data-path", str(text))
-    assert url in output
-    assert f"within {CONNECT_SECONDS:.0f} s" in output
-    assert TOKENISING not in output
-    assert MODEL_BUILT not in output
+    told = refused(tmp_path / "down", *flags, server, url, "--data-path", str(text))
+    assert url in told
+    assert f"within {CONNECT_SECONDS:.0f} s" in told
+    assert TOKENISING not in told
+    assert MODEL_BUILT not in told
 
 
 def test_a_broken_line_is_named_before_anything_is_trained(flags: tuple[str, ...], tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n{"text": "cut off\n')
-    output = refused(tmp_path / "broken", *flags, "--data-path", str(broken))
-    assert "broken.jsonl:2: not valid JSON" in output
-    assert TOKENISING in output
-    assert MODEL_BUILT not in output
+    told = refused(tmp_path / "broken", *flags, "--data-path", str(broken))
+    assert "broken.jsonl:2: not valid JSON" in told
+    assert TOKENISING in told
+    assert MODEL_BUILT not in told
 
 
 def test_another_vocabulary_than_the_engine_is_refused(
@@ -260,6 +263,6 @@ def test_another_vocabulary_than_the_engine_is_refused(
     config.vocab_size = 49280
     config.save_pretrained(other)
     AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(other)
-    output = refused(tmp_path / "vocabulary", *flags, "--hf-config", str(other))
-    assert "49280" in output
-    assert "49152" in output
+    told = refused(tmp_path / "vocabulary", *flags, "--hf-config", str(other))
+    assert "49280" in told
+    assert "49152" in told

@@ -42,7 +42,7 @@ def free_port() -> int:
 
 
 def start(run: Path, *flags: str, processes: int = 1) -> subprocess.Popen[bytes]:
-    """Start a run in the background, in a process group of its own; its output goes to RUN.log."""
+    """Start a run in the background, in a process group of its own; what it would show on a screen goes to RUN.log."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with run.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
@@ -54,21 +54,30 @@ def start(run: Path, *flags: str, processes: int = 1) -> subprocess.Popen[bytes]
         )
 
 
+def screen(run: Path) -> str:
+    """What all starts of a run have shown."""
+    return run.with_suffix(".log").read_text(errors="replace")
+
+
+def output(run: Path) -> str:
+    """What all starts of a run have shown and logged."""
+    logs = sorted((run / "logs").glob("trainer*.log"))
+    return screen(run) + "".join(log.read_text(errors="replace") for log in logs)
+
+
 def train(run: Path, *flags: str, processes: int = 1, timeout: float = START_SECONDS) -> str:
-    """Run to the end and return the output; fails with it when the exit status is not 0."""
+    """Run to the end and return its output; fails with it when the exit status is not 0."""
     status = start(run, *flags, processes=processes).wait(timeout)
-    output = run.with_suffix(".log").read_text(errors="replace")
-    assert status == 0, f"exit status {status}:\n{output[-6000:]}"
-    return output
+    assert status == 0, f"exit status {status}:\n{output(run)[-6000:]}"
+    return output(run)
 
 
 def refused(run: Path, *flags: str) -> str:
-    """Run what must be refused, without a traceback; returns the output."""
+    """Run what must be refused, on the screen and without a traceback; returns the output."""
     status = start(run, *flags).wait(120.0)
-    output = run.with_suffix(".log").read_text(errors="replace")
-    assert status not in (0, None), output[-6000:]
-    assert "Traceback" not in output, output[-6000:]
-    return output
+    assert status not in (0, None), output(run)[-6000:]
+    assert "Traceback" not in output(run), output(run)[-6000:]
+    return output(run)
 
 
 def lines(run: Path) -> list[str]:
@@ -100,7 +109,7 @@ def wait_until(
     """Return as soon as `reached()`; fails when the run ends before."""
     deadline = time.monotonic() + timeout
     while not reached():
-        assert process.poll() is None, run.with_suffix(".log").read_text(errors="replace")[-6000:]
+        assert process.poll() is None, output(run)[-6000:]
         assert time.monotonic() < deadline, f"what was waited for did not come within {timeout:.0f} s"
         time.sleep(0.002)  # a save of a small model takes a fraction of a second, and a test waits for its middle
 

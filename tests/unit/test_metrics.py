@@ -66,6 +66,15 @@ def test_a_new_run_starts_with_an_empty_file(tmp_path: Path) -> None:
     assert path.read_text() == ""
 
 
+def test_the_time_left_is_told_from_the_second_step_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = MetricsWriter(tmp_path, resume_step=0, total_steps=5)
+    for step, seconds in enumerate((100.0, 10.0, 20.0, 30.0, 10.0), start=1):
+        writer.write(step, {"seconds/total": seconds})
+    writer.close()
+    shown = [line.rpartition(" | ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["100.0 s", "30 s left", "30 s left", "20 s left", "10.0 s"]
+
+
 def test_the_progress_line_shows_what_a_step_is_judged_by() -> None:
     numbers = {
         "loss": 0.6931,
@@ -74,17 +83,22 @@ def test_the_progress_line_shows_what_a_step_is_judged_by() -> None:
         "chosen_rate/rollout": 0.75,
         "length/rollout": 32.0,
         "dropped/tied": 2.0,
+        "dropped/judge-quality-rate-limited": 1.0,
+        "judge/verdicts/quality": 37.0,
+        "judge/verdicts-missing/quality": 3.0,
         "seconds/rollout": 6.1,
         "seconds/train": 2.0,
         "seconds/total": 9.0,
     }
-    line = progress_line(7, 40, numbers)
+    line = progress_line(7, 40, numbers, 300.0)
     for part in (
         "step  7/40",
         "loss 0.6931",
         "rollout -2.500 suffix -3.200",
         "chosen 0.75",
-        "dropped 2",
+        "dropped 3 (tied 2, judge-quality-rate-limited 1)",
+        "verdicts missing 3 of 40",
+        "| 5 min left",
         "9.0 s (rollout 6.1, train 2.0)",
     ):
         assert part in line

@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_sip.learning.metrics import flatten, loss_metrics
-from megatron_sip.learning.objectives import (
-    METRIC_COUNTS,
-    LossTerms,
-    ObjectiveSettings,
-    dpo,
-    grpo,
-    row_loss,
-)
+from megatron_sip.learning.objective_settings import METRIC_COUNTS, ObjectiveSettings
+from megatron_sip.learning.objectives import LossTerms, dpo, grpo, row_loss
 from megatron_sip.learning.packing import PackedRow, build_row
 from megatron_sip.samples import Example
 

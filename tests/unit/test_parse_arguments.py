@@ -17,7 +17,7 @@ from tiny_tokenizer import byte_level_tokenizer
 from transformers import LlamaConfig
 
 from megatron_sip.argument_checks import ArgumentError
-from megatron_sip.arguments import SAVE_INTERVAL
+from megatron_sip.arguments import SAVE_INTERVAL, megatron_help
 from megatron_sip.platform.megatron_cpu import enable_cpu
 
 README = Path(__file__).parents[2] / "README.md"
@@ -90,6 +90,19 @@ def test_the_readme_s_command_is_accepted(parse: Parse, model: Path, monkeypatch
 
 def test_a_save_interval_given_wins(parse: Parse) -> None:
     assert parse("--save-interval", "7").save_interval == 7
+
+
+def test_a_value_that_only_megatron_refuses_is_told_in_a_line(parse: Parse, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ArgumentError, match="^--adam-beta2: invalid float value: 'x'"):
+        parse("--adam-beta2", "x")
+    assert "usage:" not in capfd.readouterr().err
+
+
+def test_the_help_of_megatron_s_flags_can_be_formatted_and_holds_none_of_ours() -> None:
+    enable_cpu()
+    text = megatron_help()  # one of Megatron's help texts holds a bare %
+    assert "--tensor-model-parallel-size" in text
+    assert "--num-rollouts" not in text
 
 
 @pytest.mark.parametrize("flag", ["--data-path", "--seq-length", "--train-iters", "--lr", "--save"])
