@@ -3,19 +3,22 @@
     python tools/preprocess_data.py --input 'data/*.jsonl.zst' --tokenizer HF_DIR --output-prefix data/train
 
 Reads .jsonl, .ndjson, .json (one object a line; also .gz and .zst) and .parquet. A single file becomes PREFIX.bin/.idx,
-several become PREFIX_<name>.bin/.idx, one pair a file. Training reads either with `--data-path PREFIX`; it would also
+several become PREFIX_<name>.bin/.idx, one pair a file; where two have the same name, their folders become part of it
+(a/x.jsonl b/x.jsonl: PREFIX_a_x, PREFIX_b_x). Training reads either with `--data-path PREFIX`; it would also
 tokenise the text by itself, once, into its cache. Megatron reads the pairs too.
 """
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from megatron_sip.data.documents import parse_data_path
 from megatron_sip.data.errors import DataError
-from megatron_sip.data.text_sources import is_text_source
+from megatron_sip.data.source_files import parse_data_path
+from megatron_sip.data.text_sources import is_text_source, source_suffix
 from megatron_sip.data.token_store import bin_path, idx_path
 from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, tokenize_file
 
@@ -43,29 +46,53 @@ def preprocess(arguments: argparse.Namespace) -> None:
         prepend_bos=arguments.prepend_bos,
         workers=arguments.workers,
     )
-    sources = [path for spec in parse_data_path(arguments.input) for path in spec.paths]
+    specs = parse_data_path(arguments.input, "--input")
+    if specs[0].weight is not None:
+        raise DataError("--input takes no weights: they belong to the training run's --data-path")
+    sources = [path for spec in specs for path in spec.paths]
     for source in sources:
         if not is_text_source(source):
             raise DataError(f"{source} is tokenised already; --input takes text")
-    encoder = DocumentEncoder.of(AutoTokenizer.from_pretrained(arguments.tokenizer), settings)
-    arguments.output_prefix.parent.mkdir(parents=True, exist_ok=True)
-    for source in sources:
-        prefix = arguments.output_prefix
-        if len(sources) > 1:
-            prefix = prefix.with_name(f"{prefix.name}_{source.name.split('.')[0]}")
+    outputs = output_prefixes(arguments.output_prefix, sources)
+    for prefix in outputs:
         if idx_path(prefix).exists() and not arguments.overwrite:
             raise DataError(f"{idx_path(prefix)} exists; pass --overwrite, or choose another --output-prefix")
+    encoder = DocumentEncoder.of(AutoTokenizer.from_pretrained(arguments.tokenizer), settings)
+    arguments.output_prefix.parent.mkdir(parents=True, exist_ok=True)
+    for source, prefix in zip(sources, outputs, strict=True):
         staged = prefix.with_name(prefix.name + ".partial")
         report = tokenize_file(source, staged, encoder, settings)
+        idx_path(prefix).unlink(missing_ok=True)  # a kill between the two renames must not leave an old one
         bin_path(staged).rename(bin_path(prefix))
         idx_path(staged).rename(idx_path(prefix))
         print(json.dumps(asdict(replace(report, source=str(source))) | {"prefix": str(prefix)}))
 
 
+def output_prefixes(prefix: Path, sources: Sequence[Path]) -> list[Path]:
+    """One prefix a source: `prefix` itself for a single one, else with the source's name, or with its folders and name
+    below their common folder where two have the same name. Raises `DataError` where even those are equal."""
+    if len(sources) == 1:
+        return [prefix]
+    names = [source.name[: -len(source_suffix(source))] for source in sources]
+    if len(set(names)) < len(names):
+        common = Path(os.path.commonpath([source.parent for source in sources]))
+        folders = [source.parent.relative_to(common).parts for source in sources]
+        names = ["_".join((*parts, name)) for parts, name in zip(folders, names, strict=True)]
+    seen: dict[str, Path] = {}
+    for name, source in zip(names, sources, strict=True):
+        if name in seen:
+            raise DataError(
+                f"{seen[name]} and {source} would both become {prefix.name}_{name}: tokenise one of them by itself, with "
+                "another --output-prefix"
+            )
+        seen[name] = source
+    return [prefix.with_name(f"{prefix.name}_{name}") for name in names]
+
+
 def main() -> None:
     try:
         preprocess(parse_arguments())
-    except (DataError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

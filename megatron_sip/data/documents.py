@@ -5,7 +5,6 @@ parse_data_path -> one SourceSpec a source -> open_corpus tokenises what is text
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -18,8 +17,9 @@ import numpy.typing as npt
 
 from megatron_sip.data.errors import DataError
 from megatron_sip.data.ordering import Permutation
-from megatron_sip.data.text_sources import SUPPORTED, is_text_source
-from megatron_sip.data.token_store import TokenStore, bin_path, idx_path
+from megatron_sip.data.source_files import SourceSpec, parse_data_path
+from megatron_sip.data.text_sources import is_text_source
+from megatron_sip.data.token_store import TokenStore
 from megatron_sip.data.tokenization import DocumentEncoder, TokenizeReport, TokenizeSettings, cached_tokens
 
 if TYPE_CHECKING:
@@ -28,99 +28,6 @@ if TYPE_CHECKING:
 SPLITS = ("train", "valid", "test")
 _SPLIT_SEED = 20260121  # fixed: the held-out documents must not move when a run changes its seed
 _OPEN_STORES = 128  # two file descriptors each
-
-
-@dataclass(frozen=True, slots=True)
-class SourceSpec:
-    """Files drawn from as one source. `weight` is its share of tasks, None where the user gave no weights.
-
-    A path is a text file, or the prefix of a token store.
-    """
-
-    paths: tuple[Path, ...]
-    weight: Fraction | None
-    name: str
-
-
-def parse_data_path(data_path: Sequence[str]) -> list[SourceSpec]:
-    """Sources from `[weight] path` entries: text files, .bin/.idx prefixes or globs (`**` too).
-
-    Without weights all files are one source, so that every document is as likely. Raises `DataError` for a missing
-    file, an empty glob, an unknown format, a weight without a path, weights on some entries only, a repeated file.
-    """
-    if not data_path:
-        raise DataError(f"--data-path is empty; name text files ({SUPPORTED}), .bin/.idx prefixes or globs")
-    specs: list[SourceSpec] = []
-    weight: Fraction | None = None
-    for entry in data_path:
-        number = _weight(entry)
-        if number is None:
-            specs.append(SourceSpec(_expand(entry), weight, entry))
-        elif weight is not None:
-            raise DataError(f"--data-path: {entry!r} follows a weight; a path must come between two weights")
-        weight = number
-    if weight is not None:
-        raise DataError(f"--data-path ends with the weight {data_path[-1]!r}; a weight stands before its path")
-    bare = [spec.name for spec in specs if spec.weight is None]
-    if 0 < len(bare) < len(specs):
-        raise DataError(
-            f"--data-path: {bare[0]!r} has no weight, others do; give every entry one (and quote globs) or none"
-        )
-    if bare:
-        paths = tuple(sorted({path for spec in specs for path in spec.paths}))
-        return [SourceSpec(paths, None, ", ".join(bare) if len(bare) < 4 else f"{len(bare)} files from {bare[0]}")]
-    _refuse_repeats(specs)
-    return specs
-
-
-def _weight(entry: str) -> Fraction | None:
-    if Path(entry).exists():
-        return None
-    try:
-        weight = Fraction(entry)
-    except (ValueError, ZeroDivisionError):
-        return None
-    if weight <= 0:
-        raise DataError(f"--data-path: the weight {entry!r} must be positive")
-    return weight
-
-
-def _expand(entry: str) -> tuple[Path, ...]:
-    path = Path(entry).expanduser()
-    if _is_source(path):
-        return (_prefix_or_file(path),)
-    if any(character in entry for character in "*?["):
-        matches = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207  # Path.glob wants a relative pattern
-        found = {_prefix_or_file(match) for match in matches if _is_source(match)}
-        if not found:
-            raise DataError(f"--data-path: no file matches {entry!r}; readable are {SUPPORTED} and .bin/.idx pairs")
-        return tuple(sorted(found))
-    if path.is_dir():
-        raise DataError(f"--data-path: {entry!r} is a folder; name its files, e.g. '{path}/*.jsonl'")
-    if path.exists():
-        raise DataError(f"--data-path: {entry!r} has an unknown format; readable are {SUPPORTED} and .bin/.idx pairs")
-    raise DataError(f"--data-path: no such file: {entry!r} (nor {bin_path(path).name!r} with its .idx)")
-
-
-def _is_source(path: Path) -> bool:
-    prefix = _prefix_or_file(path)
-    return (path.is_file() and is_text_source(path)) or (bin_path(prefix).is_file() and idx_path(prefix).is_file())
-
-
-def _prefix_or_file(path: Path) -> Path:
-    return path.with_suffix("").resolve() if path.suffix in (".bin", ".idx") else path.resolve()
-
-
-def _refuse_repeats(specs: Sequence[SourceSpec]) -> None:
-    seen: dict[Path, str] = {}
-    for spec in specs:
-        for path in spec.paths:
-            if path in seen:
-                raise DataError(
-                    f"--data-path: {path} is in both {seen[path]!r} and {spec.name!r}; the two would not "
-                    "agree on which of its documents are held out: name it once"
-                )
-            seen[path] = spec.name
 
 
 class DocumentSource:

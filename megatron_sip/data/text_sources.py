@@ -23,10 +23,15 @@ JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 PARQUET_SUFFIX = ".parquet"
 SUPPORTED = ".jsonl, .ndjson, .json (one object a line), each also .gz or .zst, and .parquet"
+MAX_DOCUMENT_BYTES = 1 << 28
+"""Of one line or one parquet value: a file without line ends (or a compression bomb) must not fill the memory."""
 
 _BATCH_CHARACTERS = 2_000_000
 _BATCH_DOCUMENTS = 1_000
 _EXCERPT = 80
+_NAMES_SHOWN = 20
+_MAX_ZSTD_WINDOW = 1 << 31  # the format's largest, of `zstd --ultra --long=31`; the library stops at 1 << 27
+_POINTERS = {b"version https://git-lfs": "git lfs pull", b"/annex/objects/": "git annex get"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +42,31 @@ class TextBatch:
     position: int
 
 
+def source_suffix(path: Path) -> str:
+    """The end of the name that tells the format, in lower case (".jsonl.gz"); "" for what `read_texts` does not read."""
+    name = path.name.lower()
+    if name.endswith(PARQUET_SUFFIX):
+        return PARQUET_SUFFIX
+    compression = next((suffix for suffix in COMPRESSION_SUFFIXES if name.endswith(suffix)), "")
+    name = name.removesuffix(compression)
+    return next((suffix + compression for suffix in JSON_SUFFIXES if name.endswith(suffix)), "")
+
+
 def is_text_source(path: Path) -> bool:
     """Whether the name ends like a format that `read_texts` reads."""
-    name = path.name.lower()
-    for suffix in COMPRESSION_SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name.endswith(JSON_SUFFIXES) or path.name.lower().endswith(PARQUET_SUFFIX)
+    return source_suffix(path) != ""
 
 
 def read_texts(path: Path, text_field: str) -> Iterator[TextBatch]:
     """Every document's text in file order, empty ones included.
 
-    Raises `DataError` on a broken line, a missing or non-string text field, or a truncated file.
+    Raises `DataError` on a broken line, a missing or non-string text field, or a truncated or unreadable file.
     """
-    is_parquet = path.suffix.lower() == PARQUET_SUFFIX
-    documents = _parquet_texts(path, text_field) if is_parquet else _json_texts(path, text_field)
+    is_parquet = source_suffix(path) == PARQUET_SUFFIX
     texts: list[str] = []
     characters = position = 0
-    for text, position in documents:
+    _refuse_pointer(path)
+    for text, position in (_parquet_texts if is_parquet else _json_texts)(path, text_field):
         texts.append(text)
         characters += len(text)
         if characters >= _BATCH_CHARACTERS or len(texts) >= _BATCH_DOCUMENTS:
@@ -63,25 +75,51 @@ def read_texts(path: Path, text_field: str) -> Iterator[TextBatch]:
     yield TextBatch(texts, max(position, path.stat().st_size))
 
 
+def _refuse_pointer(path: Path) -> None:
+    """Raise `DataError` for what stands in for a file that was not fetched, and for a file that cannot be opened."""
+    try:
+        with path.open("rb") as raw:
+            start = raw.read(32)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    for mark, command in _POINTERS.items():
+        if start.startswith(mark):
+            raise DataError(f"{path}: a pointer to the file, not the file itself; fetch it with {command}")
+
+
 def _json_texts(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
     with path.open("rb") as raw:
         line_number = 0
         try:
-            for line_number, line in enumerate(_decompressed(path, raw), start=1):
+            for line_number, line in enumerate(_lines(_decompressed(path, raw)), start=1):
+                if len(line) > MAX_DOCUMENT_BYTES:
+                    raise DataError(
+                        f"{path}:{line_number}: longer than {MAX_DOCUMENT_BYTES >> 20} MiB: {_excerpt(line)}; each line "
+                        "must be one object, and a document this large is better cut into several"
+                    )
                 if line.strip():
                     yield _text_of_line(line, path, line_number, text_field), raw.tell()
         except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
             raise DataError(
                 f"{path}: cannot be decompressed after line {line_number} ({error}); the file is cut short or damaged"
             ) from error
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read after line {line_number} ({error.strerror})") from error
+
+
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:
+    while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
+        yield line
 
 
 def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
-    if path.name.lower().endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
-    if path.name.lower().endswith(".zst"):
-        return io.BufferedReader(_ZstdFrames(raw))
-    return raw
+    suffix = source_suffix(path)
+    if not suffix.endswith(COMPRESSION_SUFFIXES):
+        return raw
+    if path.stat().st_size == 0:
+        raise EOFError("it is empty, where even no text makes an archive of some bytes")
+    reader = gzip.GzipFile(fileobj=raw) if suffix.endswith(".gz") else _ZstdFrames(raw)
+    return io.BufferedReader(reader, 1 << 17)
 
 
 class _ZstdFrames(io.RawIOBase):
@@ -89,44 +127,49 @@ class _ZstdFrames(io.RawIOBase):
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._frame = _zstd_frame()
         self._frame_started = False
         self._compressed = b""
-        self._content = b""
+        self._content = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._content:
-            data = self._compressed or self._raw.read(1 << 17)
+            # Few bytes at a time: all of their content is held, and a bomb's is a hundred thousand times as much.
+            data = self._compressed or self._raw.read(1 << 10)
             self._compressed = b""
             if not data:
                 if self._frame_started:
                     raise EOFError("the last zstd frame has no end")
                 return 0
             self._frame_started = True
-            self._content = self._frame.decompress(data)
+            self._content = memoryview(self._frame.decompress(data))
             if self._frame.eof:
                 self._compressed = self._frame.unused_data
-                self._frame, self._frame_started = zstandard.ZstdDecompressor().decompressobj(), False
+                self._frame, self._frame_started = _zstd_frame(), False
         count = min(len(buffer), len(self._content))
         buffer[:count] = self._content[:count]
         self._content = self._content[count:]
         return count
 
 
+def _zstd_frame() -> zstandard.ZstdDecompressionObj:
+    return zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW).decompressobj()
+
+
 def _text_of_line(line: bytes, path: Path, line_number: int, text_field: str) -> str:
     where = f"{path}:{line_number}"
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: syntax, no UTF-8, an integer of 4,300 digits
         raise DataError(f"{where}: not valid JSON ({error}): {_excerpt(line)}; each line must be one object") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}: {_excerpt(line)}")
     if text_field not in record:
         raise DataError(
-            f"{where}: no field {text_field!r}; this line has {sorted(record)}. Name the field that holds the text"
+            f"{where}: no field {text_field!r}; this line has {_names(sorted(record))}. Name the field that holds the text"
         )
     text = record[text_field]
     if not isinstance(text, str):
@@ -143,32 +186,49 @@ def _text_of_line(line: bytes, path: Path, line_number: int, text_field: str) ->
 
 
 def _excerpt(line: bytes) -> str:
-    text = line.decode("utf-8", errors="replace").strip()
+    text = line[: 8 * _EXCERPT].decode("utf-8", errors="replace").strip()
     return repr(text if len(text) <= _EXCERPT else text[:_EXCERPT] + "...")
+
+
+def _names(names: list[str]) -> str:
+    """Names of fields or columns, not too many."""
+    shown = ", ".join(repr(name[:_EXCERPT]) for name in names[:_NAMES_SHOWN])
+    return f"[{shown}]" + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
 
 
 def _parquet_texts(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    row = 0
     try:
-        with pq.ParquetFile(path) as table:
-            schema = table.schema_arrow
-            if text_field not in schema.names:
-                raise DataError(
-                    f"{path}: no column {text_field!r}; it has {schema.names}. Name the column that holds the text"
-                )
-            kind = schema.field(text_field).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise DataError(f"{path}: column {text_field!r} must hold strings, it holds {kind}")
-            rows, size = max(1, table.metadata.num_rows), path.stat().st_size
-            row = 0
+        with pq.ParquetFile(path, page_checksum_verification=True) as table:
+            _check_column(path, table.schema_arrow, text_field)
+            rows, size = table.metadata.num_rows, path.stat().st_size
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                for value in batch.column(0):
+                for value in batch.column(batch.schema.get_field_index(text_field)):
                     row += 1
-                    yield _text_of_value(value, path, row, text_field), size * row // rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: cannot be read as parquet ({error})") from error
+                    yield _text_of_value(value, path, row, text_field), size * row // max(1, rows)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last for a column's name
+        after = f" after row {row}" if row else ""
+        raise DataError(f"{path}: cannot be read as parquet{after} ({error})") from error
+    if row != rows:
+        raise DataError(f"{path}: holds {row} rows, where its end says {rows}; the file is damaged")
+
+
+def _check_column(path: Path, schema: Any, text_field: str) -> None:
+    import pyarrow.types as kinds
+
+    count = schema.names.count(text_field)
+    if count != 1:
+        found = f"{count} columns" if count else "no column"
+        raise DataError(
+            f"{path}: {found} {text_field!r}; it has {_names(schema.names)}. Name the one column that holds the text"
+        )
+    kind = schema.field(text_field).type
+    value = kind.value_type if kinds.is_dictionary(kind) else kind
+    if not (kinds.is_string(value) or kinds.is_large_string(value) or kinds.is_string_view(value)):
+        raise DataError(f"{path}: column {text_field!r} must hold strings, it holds {str(kind)[:_EXCERPT]}")
 
 
 def _text_of_value(value: Any, path: Path, row: int, text_field: str) -> str:
@@ -179,4 +239,6 @@ def _text_of_value(value: Any, path: Path, row: int, text_field: str) -> str:
         raise DataError(f"{where} is not UTF-8 ({error}); write the file with the text in that encoding") from error
     if text is None:
         raise DataError(f"{where} is null, expected a string")
+    if len(text) > MAX_DOCUMENT_BYTES:
+        raise DataError(f"{where} has {len(text)} characters; a document this large is better cut into several")
     return text

@@ -54,12 +54,16 @@ class TokenStore:
         self.lengths = _document_lengths(sequence_lengths, first_sequence)
         """int64 [documents], tokens of each document."""
         self._starts = _document_starts(idx_path(prefix), dtype, sequence_lengths, pointers, first_sequence)
-        needed = int((self._starts + self.lengths).max(initial=0)) * dtype.itemsize
+        # The starts by themselves too: with the lengths a damaged one could overflow.
+        needed = (
+            max(int(self._starts.max(initial=0)), int((self._starts + self.lengths).max(initial=0))) * dtype.itemsize
+        )
         size = bin_path(prefix).stat().st_size
         if size < needed:
             raise DataError(f"{bin_path(prefix)}: {size} bytes, but its index needs {needed}; the file is cut short")
         # an empty file cannot be mapped
-        self._tokens = np.memmap(bin_path(prefix), dtype=dtype, mode="r") if size else np.zeros(0, dtype)
+        count = size // dtype.itemsize
+        self._tokens = np.memmap(bin_path(prefix), dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -147,8 +151,10 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     lengths = np.frombuffer(data, np.int32, sequences, at)
     pointers = np.frombuffer(data, np.int64, sequences, at + 4 * sequences)
     first = np.frombuffer(data, np.int64, documents, at + 12 * sequences)
-    if documents == 0 or first[0] != 0 or first[-1] != sequences:
+    if documents == 0 or first[0] != 0 or first[-1] != sequences or (first[1:] < first[:-1]).any():
         raise DataError(f"{path}: its documents do not cover its {sequences} sequences; the file is damaged")
+    if lengths.min(initial=0) < 0 or pointers.min(initial=0) < 0 or (pointers % np.dtype(_DTYPES[code]).itemsize).any():
+        raise DataError(f"{path}: a sequence has a negative length or begins inside a token; the file is damaged")
     return np.dtype(_DTYPES[code]), lengths, pointers, first
 
 

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from megatron_sip.console import bars
 from megatron_sip.data.errors import DataError
-from megatron_sip.data.text_sources import TextBatch, read_texts
-from megatron_sip.data.token_store import TokenStoreWriter, token_dtype
+from megatron_sip.data.text_sources import TextBatch, read_texts, source_suffix
+from megatron_sip.data.token_store import TokenStore, TokenStoreWriter, token_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -203,37 +203,52 @@ def tokenize_file(source: Path, prefix: Path, encoder: DocumentEncoder, settings
 def cached_tokens(source: Path, encoder: DocumentEncoder, settings: TokenizeSettings) -> tuple[Path, TokenizeReport]:
     """(prefix of the token store of `source`, its report), tokenising it first when the cache lacks it.
 
-    Raises `DataError` for a broken source, or when another process holds the lock longer than `lock_timeout_s`.
+    Raises `DataError` for a broken source, for a cache folder that cannot be written to, or when another process holds
+    the lock longer than `lock_timeout_s`.
     """
     entry = _entry_path(source, encoder, settings)
-    if not _finished(entry):
-        entry.parent.mkdir(parents=True, exist_ok=True)
+    report = _finished(entry)
+    if report is None:
         lock_path = entry.with_name(entry.name + ".lock")
         try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(lock_path, timeout=settings.lock_timeout_s):
-                if not _finished(entry):
-                    _fill(entry, source, encoder, settings)
+                report = _finished(entry) or _fill(entry, source, encoder, settings)
         except filelock.Timeout as error:
             raise DataError(
                 f"{source}: another process has been tokenising it for {settings.lock_timeout_s:.0f} s "
                 f"(lock {lock_path}); wait for it, raise the time-out, or end that process"
             ) from error
-    return entry / "tokens", TokenizeReport(**json.loads((entry / "report.json").read_text()))
+        except OSError as error:
+            raise DataError(
+                f"{source}: its tokens cannot be kept in {entry.parent} ({error}); free space there, or name another "
+                "folder with --data-cache-path"
+            ) from error
+    return entry / "tokens", report
 
 
 def _entry_path(source: Path, encoder: DocumentEncoder, settings: TokenizeSettings) -> Path:
-    source = source.resolve()
-    stat = source.stat()
-    identity = [CACHE_VERSION, str(source), stat.st_size, stat.st_mtime_ns, encoder.fingerprint(), settings.text_field]
+    file = source.resolve()  # the same file under another name of the same format is the same text
+    stat = file.stat()
+    identity = [CACHE_VERSION, str(file), stat.st_size, stat.st_mtime_ns, encoder.fingerprint(), settings.text_field]
+    if file.name != source.name:
+        identity.append(source_suffix(source))
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
-    return settings.cache_dir.expanduser() / f"{source.name[:60]}-{key}"
+    name = source.name.encode(errors="replace")[:60].decode(errors="ignore")
+    return settings.cache_dir.expanduser() / f"{name}-{key}"
 
 
-def _finished(entry: Path) -> bool:
-    return (entry / "report.json").is_file()
+def _finished(entry: Path) -> TokenizeReport | None:
+    """The report of a whole entry; None where there is none, or a damaged one (after a power cut, say)."""
+    try:
+        report = TokenizeReport(**json.loads((entry / "report.json").read_text()))
+        whole = TokenStore(entry / "tokens").num_tokens == report.tokens
+    except (OSError, ValueError, TypeError):
+        return None
+    return report if whole else None
 
 
-def _fill(entry: Path, source: Path, encoder: DocumentEncoder, settings: TokenizeSettings) -> None:
+def _fill(entry: Path, source: Path, encoder: DocumentEncoder, settings: TokenizeSettings) -> TokenizeReport:
     with tempfile.TemporaryDirectory(prefix=f".{entry.name}-", dir=entry.parent, ignore_cleanup_errors=True) as work:
         staged = Path(work) / "entry"
         staged.mkdir()
@@ -242,6 +257,7 @@ def _fill(entry: Path, source: Path, encoder: DocumentEncoder, settings: Tokeniz
         # Where locks do not reach across nodes, another one may have finished first: its entry is equal, ours goes.
         with suppress(OSError):
             staged.rename(entry)
-        if not _finished(entry):
+        if _finished(entry) is None:
             shutil.rmtree(entry, ignore_errors=True)  # a damaged entry, e.g. emptied by hand
             staged.rename(entry)
+    return report

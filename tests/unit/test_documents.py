@@ -6,12 +6,12 @@ import gzip
 import json
 import multiprocessing
 import os
+import random
 import runpy
 import sys
 from fractions import Fraction
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,11 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import MULTILINGUAL, byte_level_tokenizer
 
-from megatron_sip.data.documents import Corpus, DocumentSource, open_corpus, parse_data_path, parse_split
+from megatron_sip.data.documents import Corpus, DocumentSource, open_corpus, parse_split
 from megatron_sip.data.errors import DataError
 from megatron_sip.data.text_sources import TextBatch
 from megatron_sip.data.token_store import TokenStore, TokenStoreWriter, bin_path, idx_path
-from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, _encode_all, cached_tokens, tokenize_file
+from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, _encode_all, tokenize_file
 
 TOKENIZER = byte_level_tokenizer()
 TEXTS = [*MULTILINGUAL, "", "line\nbreak \u2028 and <|im_end|> markers", " leading and trailing "]
@@ -152,98 +152,6 @@ def test_we_read_what_megatron_writes(tmp_path: Path) -> None:
     assert ours.num_tokens == 7
 
 
-# ---------------------------------------------------------------- cache
-
-
-def test_a_finished_cache_is_reused_and_a_changed_source_or_setting_is_not(
-    tmp_path: Path, settings: TokenizeSettings
-) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    encoder = DocumentEncoder.of(TOKENIZER, settings)
-    prefix, report = cached_tokens(source, encoder, settings)
-    written = bin_path(prefix).stat().st_mtime_ns
-    assert cached_tokens(source, encoder, settings) == (prefix, report)
-    assert bin_path(prefix).stat().st_mtime_ns == written
-    other_tokenizer = DocumentEncoder.of(byte_level_tokenizer(300), settings)
-    no_eos = DocumentEncoder.of(TOKENIZER, TokenizeSettings(append_eos=False))
-    assert len({prefix, *(cached_tokens(source, e, settings)[0] for e in (other_tokenizer, no_eos))}) == 3
-    write_jsonl(source, TEXTS[:2])
-    assert cached_tokens(source, encoder, settings)[1].documents == 2
-
-
-def test_truncation_set_on_the_callers_tokenizer_is_neither_used_nor_changed(
-    tmp_path: Path, settings: TokenizeSettings
-) -> None:
-    tokenizer = byte_level_tokenizer()
-    before = DocumentEncoder.of(tokenizer, settings).fingerprint()
-    tokenizer("some text", truncation=True, max_length=2)
-    assert tokenizer.backend_tokenizer.truncation is not None
-    assert DocumentEncoder.of(tokenizer, settings).fingerprint() == before
-    corpus = open_corpus([str(write_jsonl(tmp_path / "a.jsonl", [TEXTS[0]]))], tokenizer, settings)
-    assert len(stored(corpus)[0]) > 3
-    assert tokenizer.backend_tokenizer.truncation["max_length"] == 2
-
-
-def test_a_failed_source_leaves_no_cache_entry(tmp_path: Path, settings: TokenizeSettings) -> None:
-    source = tmp_path / "a.jsonl"
-    source.write_text('{"text": "fine"}\n{"text": broken}\n')
-    with pytest.raises(DataError):
-        open_corpus([str(source)], TOKENIZER, settings)
-    assert [path.name for path in settings.cache_dir.iterdir() if not path.name.endswith(".lock")] == []
-    source.write_text('{"text": "fine"}\n')
-    assert len(stored(open_corpus([str(source)], TOKENIZER, settings))) == 1
-
-
-def _open_together(source: str, cache: str, barrier, results) -> None:
-    settings = TokenizeSettings(cache_dir=Path(cache), progress=False)
-    barrier.wait(60)
-    results.put(stored(open_corpus([source], byte_level_tokenizer(), settings)))
-
-
-def test_processes_that_start_together_agree(tmp_path: Path, settings: TokenizeSettings) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 200)
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
-    arguments = (str(source), str(settings.cache_dir), barrier, results)
-    processes = [context.Process(target=_open_together, args=arguments) for _ in range(2)]
-    for process in processes:
-        process.start()
-    answers = [results.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(60)
-    assert answers[0] == answers[1]
-    assert len(answers[0]) == 7 * 200
-    assert len([path for path in settings.cache_dir.iterdir() if path.is_dir()]) == 1
-
-
-def test_a_node_whose_locks_are_not_seen_loses_the_race_harmlessly(tmp_path: Path, settings: TokenizeSettings) -> None:
-    """Without a common lock both tokenise; the second to finish must keep the first one's entry, which may be in use."""
-    from megatron_sip.data.tokenization import _entry_path, _fill
-
-    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    encoder = DocumentEncoder.of(TOKENIZER, settings)
-    prefix, _ = cached_tokens(source, encoder, settings)
-    inode = bin_path(prefix).stat().st_ino
-    _fill(_entry_path(source, encoder, settings), source, encoder, settings)
-    assert bin_path(prefix).stat().st_ino == inode
-    assert not [path for path in settings.cache_dir.iterdir() if path.name.startswith(".")]
-
-
-def test_waiting_for_another_process_ends(tmp_path: Path, settings: TokenizeSettings) -> None:
-    from megatron_sip.data.tokenization import _entry_path
-
-    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    encoder = DocumentEncoder.of(TOKENIZER, settings)
-    entry = _entry_path(source, encoder, settings)
-    entry.parent.mkdir(parents=True)
-    impatient = TokenizeSettings(cache_dir=settings.cache_dir, progress=False, lock_timeout_s=0.2)
-    with (
-        filelock.FileLock(entry.with_name(entry.name + ".lock")),
-        pytest.raises(DataError, match=r"another process has been tokenising it for 0 s \(lock .*a\.jsonl-.*\.lock\)"),
-    ):
-        cached_tokens(source, encoder, impatient)
-
-
 # ---------------------------------------------------------------- errors
 
 GOOD = '{"text": "good"}\n'
@@ -326,33 +234,34 @@ def test_token_store_errors(tmp_path: Path, settings: TokenizeSettings) -> None:
         TokenStore(prefix)
 
 
-def test_data_path_errors(tmp_path: Path) -> None:
-    a, b = (str(write_jsonl(tmp_path / name, ["x"])) for name in ("a.jsonl", "b.jsonl"))
-    (tmp_path / "notes.txt").write_text("x")
-    for data_path, message in (
-        ([], "--data-path is empty"),
-        ([str(tmp_path / "none.jsonl")], "no such file: '.*none.jsonl'"),
-        ([str(tmp_path / "*.parquet")], "no file matches '.*parquet'"),
-        ([str(tmp_path)], r"is a folder; name its files, e.g. '.*/\*\.jsonl'"),
-        ([str(tmp_path / "notes.txt")], "notes.txt' has an unknown format; readable are .jsonl"),
-        (["0.5", a, b], "b.jsonl' has no weight"),
-        (["0.5", "0.2", a], "'0.2' follows a weight"),
-        ([a, "0.5"], "ends with the weight '0.5'"),
-        (["-1", a], "weight '-1' must be positive"),
-        (["1", a, "2", str(tmp_path / "*.jsonl")], "a.jsonl is in both"),
-    ):
-        with pytest.raises(DataError, match=message):
-            parse_data_path(data_path)
+def damaged_index(prefix: Path, draw: random.Random) -> None:
+    content = bytearray(idx_path(prefix).read_bytes())
+    for _ in range(draw.choice([1, 3])):
+        content[draw.randrange(len(content))] = draw.choice([0, 127, 128, 255, draw.randrange(256)])
+    idx_path(prefix).write_bytes(content)
 
 
-def test_data_path_forms(tmp_path: Path) -> None:
-    a, b = (write_jsonl(tmp_path / name, ["x"]) for name in ("a.jsonl", "b.jsonl"))
-    for data_path in ([str(tmp_path / "*.jsonl")], [str(b), str(a)], [str(a), str(b), str(a)]):
-        (spec,) = parse_data_path(data_path)
-        assert spec.paths == (a, b)
-        assert spec.weight is None
-    specs = parse_data_path(["0.7", str(b), "3e-1", str(a)])
-    assert [(spec.weight, spec.paths) for spec in specs] == [(Fraction(7, 10), (b,)), (Fraction(3, 10), (a,))]
+def test_a_damaged_index_is_read_or_refused_but_never_leads_outside(tmp_path: Path) -> None:
+    draw = random.Random(20261128)
+    whole = idx_path(write_store(tmp_path / "s", [[i] * (i + 1) for i in range(10)])).read_bytes()
+    refused = 0
+    for _ in range(300):
+        idx_path(tmp_path / "s").write_bytes(whole)
+        damaged_index(tmp_path / "s", draw)
+        try:
+            store = TokenStore(tmp_path / "s")
+        except DataError:
+            refused += 1
+            continue
+        assert [len(store[i]) for i in range(len(store))] == store.lengths.tolist()
+    assert refused > 200
+
+
+def test_bytes_after_the_last_token_do_no_harm(tmp_path: Path) -> None:
+    prefix = write_store(tmp_path / "s", [[1, 2], [3]])
+    bin_path(prefix).write_bytes(bin_path(prefix).read_bytes() + b"\0")
+    store = TokenStore(prefix)
+    assert [store[i].tolist() for i in range(2)] == [[1, 2], [3]]
 
 
 def test_tokenizers_that_cannot_serve(settings: TokenizeSettings) -> None:
@@ -405,21 +314,6 @@ ROOT = Path(__file__).parents[2]
 def run_tool(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
-
-
-def test_preprocess_data_tool(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    TOKENIZER.save_pretrained(tmp_path / "tok")
-    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    arguments = ["--input", str(source), "--tokenizer", str(tmp_path / "tok")]
-    arguments += ["--output-prefix", str(tmp_path / "out" / "train")]
-    run_tool(monkeypatch, "preprocess_data.py", *arguments)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["documents"] == 7
-    assert len(TokenStore(tmp_path / "out" / "train")) == 7
-    with pytest.raises(SystemExit, match=r"error: .*train\.idx exists; pass --overwrite"):
-        run_tool(monkeypatch, "preprocess_data.py", *arguments)
-    run_tool(monkeypatch, "preprocess_data.py", *arguments, "--overwrite")
 
 
 def test_demo_corpus(tmp_path: Path, settings: TokenizeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
