@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_sip.data.documents import parse_split
 from megatron_sip.data.errors import DataError
+from megatron_sip.http_reply import key_from_environment, shown_url, url_mistake
 from megatron_sip.judge.settings import SettingsError
 from megatron_sip.judge_arguments import flag_for, judge_settings, rewriter_settings
 from megatron_sip.learning.checkpoint_folder import TRACKER
@@ -23,6 +24,8 @@ class ArgumentError(SystemExit):
     """A combination of flags that cannot work; the message names the flag and the mend."""
 
 
+SERVER_ROLES = ("rollout", "teacher")
+"""For each there are the flags --ROLE-url and --ROLE-key-variable."""
 REQUIRED = {
     "data_path": "jsonl, parquet or .bin/.idx files, optionally with weights",
     "seq_length": "the most tokens of a prefix and its suffix together",
@@ -67,8 +70,8 @@ def refuse(problems: Iterable[str]) -> None:
 
 
 def check_required(args: argparse.Namespace) -> None:
-    """Refuse what must be known before Megatron fills its own defaults. Raises ArgumentError."""
-    refuse(missing_flags(args))
+    """Refuse what must be known before Megatron fills its own defaults and prints all arguments. Raises ArgumentError."""
+    refuse([*missing_flags(args), *_check_urls(args)])
 
 
 def missing_flags(args: argparse.Namespace) -> Iterator[str]:
@@ -119,7 +122,8 @@ def needs_engines(args: argparse.Namespace) -> bool:
 
 def problems_of_ours(args: argparse.Namespace) -> list[str]:
     """What is wrong with our own flags, and with those of Megatron's that `early_arguments` reads as well."""
-    return _problems(args, _check_lengths, _check_objective, _check_servers, _check_teacher_settings, _check_data)
+    checks = (_check_lengths, _check_objective, _check_urls, _check_servers, _check_teacher_settings, _check_data)
+    return _problems(args, *checks)
 
 
 def _problems(args: argparse.Namespace, *checks: Callable[[argparse.Namespace], Iterator[str]]) -> list[str]:
@@ -212,15 +216,28 @@ def _check_servers(args: argparse.Namespace) -> Iterator[str]:
         yield f"--teacher-model {args.teacher_model}: no config.json there; give an HF model folder"
     if args.teacher_api == "openai" and not args.teacher_name:
         yield "--teacher-api openai needs --teacher-name, the model name that the server expects"
-    for flag, urls in (("--rollout-url", args.rollout_url), ("--teacher-url", args.teacher_url)):
-        for url in urls or []:
-            if not url.startswith(("http://", "https://")):
-                yield f"{flag} {url}: a URL starts with http:// or https://"
+    for role in SERVER_ROLES:
+        if variable := getattr(args, f"{role}_key_variable"):
+            try:
+                key_from_environment(variable)
+            except ValueError as error:
+                yield f"--{role}-key-variable: {error}"
+
+
+def _check_urls(args: argparse.Namespace) -> Iterator[str]:
+    """A URL is shown without what may be its password."""
+    for role in SERVER_ROLES:
+        for url in getattr(args, f"{role}_url") or []:
+            if mistake := url_mistake(url):
+                hint = f": give the key through --{role}-key-variable" if "@" in url else ""
+                yield f"--{role}-url {shown_url(url)}: {mistake}{hint}"
 
 
 def _check_teacher_settings(args: argparse.Namespace) -> Iterator[str]:
     """What criteria, schedule, verdicts and endpoints need of each other; the server itself may still be starting."""
     urls = args.teacher_url or ["http://teacher"]
+    if any(map(url_mistake, urls)):
+        return
     try:
         if needs_judge(args):
             judge_settings(args, urls)

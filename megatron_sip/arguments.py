@@ -162,6 +162,12 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--rollout-url", nargs="+", metavar="URL", help="Running SGLang engines that serve the policy.")
     group.add_argument(
+        "--rollout-key-variable",
+        default=None,
+        metavar="NAME",
+        help="Environment variable that holds the key which the engines demand (SGLang's --api-key).",
+    )
+    group.add_argument(
         "--rollout-local", type=int, default=0, metavar="N", help="Start N SGLang engines on this node instead."
     )
     group.add_argument("--rollout-timeout", type=float, default=600.0, metavar="SECONDS", help="For one engine call.")

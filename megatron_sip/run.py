@@ -36,7 +36,7 @@ from megatron_sip.model.hf_folder import HF_SUBFOLDER, copy_hf_files
 from megatron_sip.model.hf_weights import export_hf_weights
 from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
 from megatron_sip.samples import Task
-from megatron_sip.services import Leader, LocalServers, rollout_sampling
+from megatron_sip.services import Leader, LocalServers, rollout_key, rollout_sampling
 from megatron_sip.stop_signal import StopSignal
 
 EXCHANGE_SECONDS = 8 * 3600.0
@@ -286,6 +286,7 @@ def open_weight_sync(
         address=address_towards(args.rollout_url[0]),
         bucket_bytes=args.weight_sync_bucket_mb << 20,
         timeout_s=args.rollout_timeout,
+        key=rollout_key(args),
     )
     sync: WeightSync
     if args.weight_sync == "disk":

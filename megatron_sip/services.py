@@ -24,6 +24,7 @@ from megatron_sip.argument_checks import (
     needs_teacher,
 )
 from megatron_sip.experience import Experience, ExperienceMaker, ExperienceSettings
+from megatron_sip.http_reply import key_from_environment
 from megatron_sip.judge.judge import Judge
 from megatron_sip.judge.rewriter import Rewriter
 from megatron_sip.judge.settings import JudgeSettings
@@ -112,6 +113,11 @@ def rotated_urls(urls: Sequence[str], replica: int, share: int) -> list[str]:
     return [*urls[start:], *urls[:start]]
 
 
+def rollout_key(args: argparse.Namespace) -> str | None:
+    """What the engines demand as a bearer token; checked when the flags were."""
+    return key_from_environment(args.rollout_key_variable) if args.rollout_key_variable else None
+
+
 def rollout_sampling(args: argparse.Namespace, *, num: int, temperature: float) -> SamplingSettings:
     """How the engines sample `num` continuations a prefix."""
     return SamplingSettings(max_new_tokens=args.suffix_length, temperature=temperature, top_p=args.rollout_top_p, n=num)
@@ -192,11 +198,15 @@ class Leader:
             call_timeout_s=args.rollout_timeout,
             deadline_s=3 * args.rollout_timeout,
             max_concurrency=max(1, args.rollout_concurrency // len(urls)),
+            key=rollout_key(args),
+            vocab_size=args.vocab_size,
         )
         engines = await self._clients.enter_async_context(SGLangPool(urls, settings))
         await engines.wait_ready(CONNECT_SECONDS)
         if self._replica == 0:  # the others' checks wait for it; each of them doing so could break into our first push
-            recovered = (asyncio.to_thread(end_open_update, url, args.rollout_timeout) for url in urls)
+            recovered = (
+                asyncio.to_thread(end_open_update, url, args.rollout_timeout, rollout_key(args)) for url in urls
+            )
             await asyncio.gather(*recovered)
         contract = ModelContract(
             vocab_size=args.vocab_size,

@@ -12,9 +12,10 @@ entered it too. So every call that can block for ever runs in a daemon thread, a
 
 from __future__ import annotations
 
+import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +30,8 @@ from megatron_sip.rollout.http import call
 from megatron_sip.rollout.protocol import EngineError
 
 Backend = Literal["gloo", "nccl"]
+NamedTensors = Iterable[tuple[str, torch.Tensor | None]]
+Tensors = list[tuple[str, torch.Tensor]]
 GroupFactory = Callable[[dist.TCPStore, str, Backend, int, timedelta], Any]
 POLL_S = 0.001
 ABORT_S = 5.0
@@ -44,7 +47,7 @@ class Bucket:
     data: torch.Tensor
 
 
-def make_bucket(tensors: list[tuple[str, torch.Tensor]], device: torch.device) -> Bucket:
+def make_bucket(tensors: Tensors, device: torch.device) -> Bucket:
     """Flatten named tensors of any dtypes into one bucket on `device`.
 
     Wide dtypes come first, so that every tensor starts at a multiple of its item size, which the receiver requires.
@@ -59,6 +62,22 @@ def make_bucket(tensors: list[tuple[str, torch.Tensor]], device: torch.device) -
     )
 
 
+def buckets(named_tensors: NamedTensors, bucket_bytes: int) -> Iterator[Tensors]:
+    """Group the tensors that are not None, in order, into lists of at most `bucket_bytes` (a larger one goes alone)."""
+    pending: Tensors = []
+    size = 0
+    for name, tensor in named_tensors:
+        if tensor is None:
+            continue
+        if pending and size + tensor.nbytes > bucket_bytes:
+            yield pending
+            pending, size = [], 0
+        pending.append((name, tensor))
+        size += tensor.nbytes
+    if pending:
+        yield pending
+
+
 class EngineGroup:
     """The group with one engine; this trainer rank is its rank 0. Not thread-safe: one thread at a time uses it."""
 
@@ -70,6 +89,7 @@ class EngineGroup:
         address: str,
         timeout_s: float,
         control_timeout_s: float,
+        key: str | None = None,
         new_group: GroupFactory | None = None,
     ) -> None:
         self.url = url
@@ -78,6 +98,7 @@ class EngineGroup:
         self._address = address
         self._timeout_s = timeout_s
         self._control_timeout_s = control_timeout_s
+        self._key = key
         self._new_group = new_group or backend_group
         self._name: str | None = None
         self._group: Any = None
@@ -87,12 +108,14 @@ class EngineGroup:
 
     def ensure_joined(self) -> bool:
         """Join unless we are joined with this very process of the engine. True when a join was needed."""
-        info = call(self.url, "GET", "/server_info", timeout_s=self._control_timeout_s)
+        info = call(self.url, "GET", "/server_info", timeout_s=self._control_timeout_s, key=self._key)
+        if not isinstance(info, dict) or type(ranks := info.get("tp_size", 1)) is not int:
+            raise EngineError("bad-response", self.url, f"/server_info is none: {str(info)[:200]}")
         startup_time = info.get("startup_time")
         if self._group is not None and startup_time == self._startup_time:
             return False
         self.leave(tell_engine=startup_time == self._startup_time)
-        self._join(int(info.get("tp_size", 1)))
+        self._join(ranks)
         self._startup_time = startup_time
         return True
 
@@ -131,13 +154,14 @@ class EngineGroup:
         self._abandon()
         if tell_engine:
             try:
-                call(self.url, "POST", "/destroy_weights_update_group", {"group_name": name}, timeout_s=10.0)
+                body = {"group_name": name}
+                call(self.url, "POST", "/destroy_weights_update_group", body, timeout_s=10.0, key=self._key)
             except EngineError:
                 return  # an engine that is gone has no group either
 
     def _join(self, engine_ranks: int) -> None:
         timeout = timedelta(seconds=self._timeout_s)
-        store = dist.TCPStore(self._address, 0, is_master=True, wait_for_workers=False, timeout=timeout, use_libuv=True)
+        store = listening_store(self._address, timeout)
         name = f"sip-{self._source}-{uuid.uuid4().hex[:8]}"
         body = {
             "master_address": self._address,
@@ -167,7 +191,7 @@ class EngineGroup:
 
     def _request(self, path: str, body: dict[str, Any]) -> Future[Any]:
         return in_daemon_thread(
-            partial(call, self.url, "POST", path, body, timeout_s=self._timeout_s), "weight-sync-http"
+            partial(call, self.url, "POST", path, body, timeout_s=self._timeout_s, key=self._key), "weight-sync-http"
         )
 
     def _await(self, entry: Future[Any], request: Future[Any], deadline: float) -> None:
@@ -187,6 +211,20 @@ class EngineGroup:
             wait([in_daemon_thread(self._group.abort, "weight-sync-abort")], timeout=ABORT_S)
             self._broken.append(self._group)
         self._group = self._name = None
+
+
+def listening_store(address: str, timeout: timedelta) -> dist.TCPStore:
+    """A store that listens at `address` alone, on a free port: by itself it would on all interfaces."""
+    with socket.create_server((address, 0)) as listener:
+        port, descriptor = listener.getsockname()[1], listener.detach()  # the store closes it
+    return dist.TCPStore(
+        *(address, port),
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timeout,
+        use_libuv=True,
+        master_listen_fd=descriptor,
+    )
 
 
 def backend_group(store: dist.TCPStore, name: str, backend: Backend, world_size: int, timeout: timedelta) -> Any:

@@ -1,13 +1,14 @@
 """One HTTP call to one SGLang engine, awaited or blocking; whatever goes wrong becomes an EngineError of a kind.
 
 Both kinds of call go straight to the engine: a proxy of the environment (http_proxy), meant for the way out of the
-cluster, is not used.
+cluster, is not used, and no redirect followed. An answer is read up to MAX_REPLY_BYTES. `key` is sent as a bearer token.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -15,11 +16,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
+import orjson
 
+from megatron_sip.http_reply import MAX_REPLY_BYTES, ReplyTooLongError, masked, plain, printable, read_reply
 from megatron_sip.rollout.protocol import EngineError, FailureKind
 
 CONNECT_S = 10.0
 """An engine's node that is switched off costs a blocking call this long, however long the answer may take."""
+PIECE = 2**20
+"""Bytes of an answer that a blocking call reads at a time."""
 
 
 async def send(
@@ -32,18 +37,30 @@ async def send(
     params: Mapping[str, str] | None = None,
     timeout_s: float,
     connect_timeout_s: float,
+    key: str | None = None,
 ) -> Any:
     """The JSON value (or text, when it is none) that the engine at base `url` answers. Raises EngineError."""
     timeout = aiohttp.ClientTimeout(total=timeout_s, connect=connect_timeout_s)
+    what = f"{method} {path}"
     try:
-        async with session.request(method, url + path, json=body, params=params, timeout=timeout) as response:
-            raw = await response.read()
+        async with session.request(
+            method,
+            url + path,
+            json=body,
+            params=params,
+            timeout=timeout,
+            headers=_key_header(key),
+            allow_redirects=False,
+        ) as response:
+            raw = await read_reply(response)
             status = response.status
-    except TimeoutError as error:
-        raise EngineError("timeout", url, f"{method} {path} gave no answer within {timeout_s:g} s") from error
-    except (aiohttp.ClientError, OSError) as error:
-        raise EngineError("connection", url, f"{method} {path}: {error or type(error).__name__}") from error
-    return _answer(raw, status, url, f"{method} {path}")
+    except TimeoutError:
+        raise EngineError("timeout", url, f"{what} gave no answer within {timeout_s:g} s") from None
+    except ReplyTooLongError as error:
+        raise EngineError("bad-response", url, f"{what}: {error}") from None
+    except (aiohttp.ClientError, OSError, ValueError) as error:  # aiohttp's own would show the key in a traceback
+        raise EngineError("connection", url, f"{what}: {printable(masked(plain(error), key))}") from None
+    return _answer(raw, status, url, what, key)
 
 
 def call(
@@ -54,27 +71,49 @@ def call(
     *,
     params: Mapping[str, str] | None = None,
     timeout_s: float,
+    key: str | None = None,
 ) -> Any:
     """The blocking twin of `send`, for threads without an event loop.
 
-    `timeout_s` bounds each wait for the engine, and CONNECT_S the connection to it.
+    `timeout_s` bounds each wait for the engine and the reading of its answer, CONNECT_S the connection to it.
     """
     query = "?" + urllib.parse.urlencode(params) if params else ""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(
-        url + path + query, data=data, method=method, headers={"Content-Type": "application/json"}
-    )
+    headers = {"Content-Type": "application/json", **_key_header(key)}
+    request = urllib.request.Request(url + path + query, data=data, method=method, headers=headers)
+    what = f"{method} {path}"
     try:
-        with _opener().open(request, timeout=timeout_s) as response:
-            return _answer(response.read(), response.status, url, f"{method} {path}")
-    except urllib.error.HTTPError as error:
-        return _answer(error.read(), error.code, url, f"{method} {path}")
-    except TimeoutError as error:
-        raise EngineError("timeout", url, f"{method} {path} gave no answer within {timeout_s:g} s") from error
-    except OSError as error:
+        try:
+            response = _opener().open(request, timeout=timeout_s)
+        except urllib.error.HTTPError as refusal:
+            response = refusal
+        with response:
+            return _answer(_read(response, timeout_s), response.status, url, what, key)
+    except TimeoutError:
+        raise EngineError("timeout", url, f"{what} gave no answer within {timeout_s:g} s") from None
+    except ReplyTooLongError as error:
+        raise EngineError("bad-response", url, f"{what}: {error}") from None
+    except (OSError, http.client.HTTPException) as error:
         if isinstance(getattr(error, "reason", None), TimeoutError):
-            raise EngineError("timeout", url, f"{method} {path} was not taken within {timeout_s:g} s") from error
-        raise EngineError("connection", url, f"{method} {path}: {error}") from error
+            raise EngineError("timeout", url, f"{what} was not taken within {timeout_s:g} s") from None
+        raise EngineError("connection", url, f"{what}: {printable(masked(plain(error), key))}") from None
+
+
+def _key_header(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _read(response: http.client.HTTPResponse | urllib.error.HTTPError, timeout_s: float) -> bytes:
+    """The body, up to MAX_REPLY_BYTES and for `timeout_s` in all. Raises ReplyTooLongError, TimeoutError."""
+    deadline, pieces, size = time.monotonic() + timeout_s, [], 0
+    while piece := response.read1(PIECE):
+        size += len(piece)
+        if size > MAX_REPLY_BYTES:
+            raise ReplyTooLongError(f"more than {MAX_REPLY_BYTES >> 20} MB in one reply")
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 class _EarlyTimeout(http.client.HTTPConnection):
@@ -104,16 +143,21 @@ class _DirectTLS(urllib.request.HTTPSHandler):
         return self.do_open(_EarlyTimeoutTLS, request)
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None  # the redirect is then an HTTPError
+
+
 def _opener() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}), _Direct, _DirectTLS)
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}), _Direct, _DirectTLS, _NoRedirect)
 
 
-def _answer(raw: bytes, status: int, url: str, what: str) -> Any:
-    text = raw.decode(errors="replace")
-    if status >= 400:
-        kind: FailureKind = "http-5xx" if status >= 500 else "http-4xx"
+def _answer(raw: bytes, status: int, url: str, what: str, key: str | None) -> Any:
+    if status >= 300:
+        kind: FailureKind = "http-5xx" if status >= 500 else "http-4xx" if status >= 400 else "http-3xx"
+        text = printable(masked(raw[:4000].decode(errors="replace"), key))
         raise EngineError(kind, url, f"{what} answered {status}: {text[:500]}")
     try:
-        return json.loads(text)
-    except ValueError:
-        return text
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return raw.decode(errors="replace")

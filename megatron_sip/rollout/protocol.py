@@ -5,16 +5,18 @@ Pure functions over plain JSON values. Token ids go in and come out; text is onl
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from megatron_sip.http_reply import is_logprob
 
 FailureKind = Literal[
     "timeout",  # no answer within the call's time
     "deadline",  # the whole request ran out of time, retries included
     "connection",  # refused, reset, name not resolved
     "http-5xx",
+    "http-3xx",  # a redirect, which is not followed
     "http-4xx",  # the request itself is wrong: not retried
     "aborted",  # the engine gave up the generation
     "bad-response",  # an answer that contradicts itself or the request
@@ -124,10 +126,35 @@ def score_body(prefix: Sequence[int], continuations: Sequence[Sequence[int]]) ->
     }
 
 
-def parse_completions(reply: Any, settings: SamplingSettings, url: str) -> list[Completion]:
-    """The `settings.n` completions in a /generate reply. Raises EngineError when they are not what was asked for."""
+def read_reply[Result](
+    reply: Any, url: str, parse: Callable[..., Result], weight_version: str | None
+) -> tuple[Result, tuple[int, int, int]]:
+    """What `parse` makes of a reply, and its `token_counts`.
+
+    Whatever a reply does to a parser is the reply's fault. Raises EngineError, of the kind "stale-weights" for a reply by
+    other weights than `weight_version` (None: any).
+    """
+    try:
+        result, versions, counts = parse(reply, url=url), served_versions(reply), token_counts(reply)
+    except EngineError:
+        raise
+    except Exception as error:
+        shown = f"{type(error).__name__}: {error}; reply {str(reply)[:200]!r}"
+        raise EngineError("bad-response", url, shown) from error
+    if weight_version is not None and versions != {weight_version}:
+        raise EngineError("stale-weights", url, f"generated with weights {sorted(versions)}, not {weight_version!r}")
+    return result, counts
+
+
+def parse_completions(
+    reply: Any, settings: SamplingSettings, url: str, vocab_size: int | None = None
+) -> list[Completion]:
+    """The `settings.n` completions in a /generate reply, with ids below `vocab_size`.
+
+    Raises EngineError when they are not what was asked for.
+    """
     results = _results(reply, settings.n, url)
-    return [_completion(result, settings, url) for result in results]
+    return [_completion(result, settings, url, vocab_size) for result in results]
 
 
 def parse_scores(reply: Any, continuations: Sequence[Sequence[int]], url: str) -> list[list[float]]:
@@ -150,9 +177,9 @@ def token_counts(reply: Any) -> tuple[int, int, int]:
     """(prompt, cached prompt, completion) tokens that a reply reports, summed over its results."""
     metas = [result["meta_info"] for result in (reply if isinstance(reply, list) else [reply])]
     return (
-        sum(int(meta.get("prompt_tokens", 0)) for meta in metas),
-        sum(int(meta.get("cached_tokens", 0)) for meta in metas),
-        sum(int(meta.get("completion_tokens", 0)) for meta in metas),
+        sum(int(meta.get("prompt_tokens") or 0) for meta in metas),
+        sum(int(meta.get("cached_tokens") or 0) for meta in metas),
+        sum(int(meta.get("completion_tokens") or 0) for meta in metas),
     )
 
 
@@ -169,12 +196,14 @@ def _results(reply: Any, count: int, url: str) -> list[Mapping[str, Any]]:
     return results
 
 
-def _completion(result: Mapping[str, Any], settings: SamplingSettings, url: str) -> Completion:
+def _completion(result: Mapping[str, Any], settings: SamplingSettings, url: str, vocab_size: int | None) -> Completion:
     meta = result["meta_info"]
     ids = result.get("output_ids")
     finish_reason = (meta.get("finish_reason") or {}).get("type")
     if not isinstance(ids, list) or not ids:
         raise EngineError("bad-response", url, "a result without output_ids")
+    if not all(type(token) is int and token >= 0 and (vocab_size is None or token < vocab_size) for token in ids):
+        raise EngineError("bad-response", url, f"output_ids that are no token ids below {vocab_size}")
     if finish_reason not in ("stop", "length"):
         raise EngineError("bad-response", url, f"unknown finish reason {finish_reason!r}")
     if len(ids) > settings.max_new_tokens or (finish_reason == "length" and len(ids) != settings.max_new_tokens):
@@ -201,6 +230,6 @@ def _aligned(entries: Any, ids: Sequence[int], url: str) -> list[float]:
     if any(entry[1] != token for entry, token in zip(entries, ids, strict=True)):
         raise EngineError("bad-response", url, "log-probs of other tokens than the output's")
     logprobs = [entry[0] for entry in entries]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in logprobs):
-        raise EngineError("bad-response", url, "a log-prob that is not a finite number")
+    if not all(map(is_logprob, logprobs)):
+        raise EngineError("bad-response", url, "a log-prob that is not a finite number of at most 0")
     return [float(value) for value in logprobs]

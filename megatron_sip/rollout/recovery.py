@@ -9,14 +9,14 @@ from megatron_sip.rollout.http import call
 from megatron_sip.rollout.protocol import EngineError
 
 
-def end_open_update(url: str, timeout_s: float) -> None:
+def end_open_update(url: str, timeout_s: float, key: str | None = None) -> None:
     """End the weight update and the pause that the engine at `url` may be in, of a trainer that is no more.
 
     Its weights may then be partly those of the update, under the version before it: push before anything is sampled. An
     engine that still receives or loads weights ends that first, which `timeout_s` bounds. Raises EngineError.
     """
     try:
-        call(url, "POST", "/end_weight_update", {}, timeout_s=timeout_s)
+        call(url, "POST", "/end_weight_update", {}, timeout_s=timeout_s, key=key)
     except EngineError as error:
         if error.kind == "timeout":
             raise EngineError(
@@ -27,4 +27,4 @@ def end_open_update(url: str, timeout_s: float) -> None:
             ) from error
         if "no weight-update session is open" not in str(error):
             raise
-    call(url, "POST", "/continue_generation", {}, timeout_s=timeout_s)
+    call(url, "POST", "/continue_generation", {}, timeout_s=timeout_s, key=key)

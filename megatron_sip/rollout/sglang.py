@@ -27,6 +27,7 @@ from typing import Any, Literal, Self
 import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from megatron_sip.http_reply import shown_url, url_mistake
 from megatron_sip.rollout.compatibility import ModelContract, check_engine
 from megatron_sip.rollout.http import send
 from megatron_sip.rollout.protocol import (
@@ -39,9 +40,8 @@ from megatron_sip.rollout.protocol import (
     generate_body,
     parse_completions,
     parse_scores,
+    read_reply,
     score_body,
-    served_versions,
-    token_counts,
 )
 
 __all__ = [
@@ -66,7 +66,8 @@ class PoolSettings:
     """Time in seconds. `call_timeout_s` bounds one HTTP call, `deadline_s` a request with all its retries.
 
     `max_concurrency` calls are in flight for each engine. Routing: "least-loaded", or "prefix" (calls with the same
-    first `affinity_tokens` tokens go to the same engine while it is up, so that they share its radix cache).
+    first `affinity_tokens` tokens go to the same engine while it is up, so that they share its radix cache). `key` is what
+    the engines demand as a bearer token, `vocab_size` what all token ids must be below.
     """
 
     call_timeout_s: float = 300.0
@@ -80,6 +81,8 @@ class PoolSettings:
     down_s: float = 5.0
     routing: Literal["least-loaded", "prefix"] = "least-loaded"
     affinity_tokens: int = 256
+    key: str | None = field(default=None, repr=False)
+    vocab_size: int | None = None
 
 
 @dataclass(slots=True)
@@ -111,8 +114,8 @@ class SGLangPool:
         if not urls:
             raise ValueError("an SGLang pool needs at least one engine URL, for example http://127.0.0.1:30000")
         for url in urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"engine URL {url!r} must start with http:// or https://")
+            if mistake := url_mistake(url):
+                raise ValueError(f"engine URL {shown_url(url)}: {mistake}")
         self.settings = settings or PoolSettings()
         self.counters = PoolCounters()
         self._engines = [_Engine(url.rstrip("/")) for url in urls]
@@ -170,7 +173,7 @@ class SGLangPool:
         async def one(index: int, prefix: Sequence[int]) -> list[Completion] | Failure:
             nonlocal done
             body = generate_body(prefix, settings, None if seeds is None else seeds[index])
-            parse = partial(parse_completions, settings=settings)
+            parse = partial(parse_completions, settings=settings, vocab_size=self.settings.vocab_size)
             result = await self._request(prefix, body, parse, weight_version)
             done += 1
             if on_progress is not None:
@@ -314,7 +317,7 @@ class SGLangPool:
             self.counters.calls += 1
             try:
                 reply = await self._send(engine.url, "POST", "/generate", body, None, self.settings.call_timeout_s)
-                result = _checked(reply, engine.url, parse, weight_version)
+                result, (prompt, cached, completion) = read_reply(reply, engine.url, parse, weight_version)
             except EngineError as error:
                 self.counters.attempt_failures[error.kind] += 1
                 if error.kind in RETRYABLE:
@@ -323,7 +326,6 @@ class SGLangPool:
                 raise
             finally:
                 self.counters.seconds += time.monotonic() - started
-        prompt, cached, completion = token_counts(reply)
         self.counters.prompt_tokens += prompt
         self.counters.cached_tokens += cached
         self.counters.completion_tokens += completion
@@ -372,7 +374,7 @@ class SGLangPool:
             info = await self._control(engine.url, "GET", "/model_info", timeout_s=timeout_s)
             engine.stale = self._version is not None and str(info["weight_version"]) != self._version
             engine.down_until = time.monotonic() + self.settings.down_s if engine.stale else 0.0
-        except (EngineError, KeyError, TypeError):
+        except (EngineError, KeyError, TypeError, IndexError):
             engine.stale = False
             engine.down_until = time.monotonic() + self.settings.down_s
 
@@ -425,22 +427,9 @@ class SGLangPool:
             params=params,
             timeout_s=timeout_s,
             connect_timeout_s=self.settings.connect_timeout_s,
+            key=self.settings.key,
         )
 
 
 def _affinity(key: bytes, url: str) -> bytes:
     return hashlib.blake2b(key + url.encode(), digest_size=8).digest()
-
-
-def _checked[Result](reply: Any, url: str, parse: Callable[..., Result], weight_version: str | None) -> Result:
-    """Parse a reply; anything that its parser did not foresee is a bad response, never a crash of the step."""
-    try:
-        result = parse(reply, url=url)
-        versions = served_versions(reply)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise EngineError(
-            "bad-response", url, f"{type(error).__name__}: {error}; reply {str(reply)[:200]!r}"
-        ) from error
-    if weight_version is not None and versions != {weight_version}:
-        raise EngineError("stale-weights", url, f"generated with weights {sorted(versions)}, not {weight_version!r}")
-    return result

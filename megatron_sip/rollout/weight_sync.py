@@ -25,7 +25,7 @@ import logging
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megatron_sip.rollout.engine_group import Backend, EngineGroup, make_bucket
+from megatron_sip.rollout.engine_group import Backend, EngineGroup, NamedTensors, buckets, make_bucket
 from megatron_sip.rollout.http import call
 from megatron_sip.rollout.protocol import EngineError, WeightSyncError
 from megatron_sip.rollout.recovery import end_open_update
@@ -43,8 +43,6 @@ from megatron_sip.rollout.recovery import end_open_update
 log = logging.getLogger(__name__)
 
 REOPEN_S = 5.0
-NamedTensors = Iterable[tuple[str, torch.Tensor | None]]
-Tensors = list[tuple[str, torch.Tensor]]
 
 
 def only_rank(value: Any) -> list[Any]:
@@ -73,6 +71,7 @@ class SyncSettings:
 
     `timeout_s` bounds what moves weights (a join, a broadcast, a load from disk), `control_timeout_s` every other call
     to an engine, so that one that hangs delays a push by this much; connections are given up earlier (`http.CONNECT_S`).
+    `key` is what the engines demand as a bearer token.
     """
 
     backend: Backend = "gloo"
@@ -80,6 +79,7 @@ class SyncSettings:
     bucket_bytes: int = 512 * 2**20
     timeout_s: float = 120.0
     control_timeout_s: float = 60.0
+    key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if min(self.bucket_bytes, self.timeout_s, self.control_timeout_s) <= 0:
@@ -196,15 +196,20 @@ class WeightSync(ABC):
             log.warning("weights of version %s reached engines that had missed some: %s", version, ", ".join(back))
 
     def _recover(self, url: str) -> None:
-        end_open_update(url, self.settings.timeout_s)
+        end_open_update(url, self.settings.timeout_s, self.settings.key)
 
-    def _call(self, url: str, path: str, body: Any = None, params: Mapping[str, str] | None = None) -> Any:
-        return call(
-            url, "POST", path, {} if body is None else body, params=params, timeout_s=self.settings.call_timeout_s
-        )
+    def _call(
+        self, url: str, path: str, body: Any = None, params: Mapping[str, str] | None = None, timeout_s: float = 0.0
+    ) -> Any:
+        limit = timeout_s or self.settings.call_timeout_s
+        return call(url, "POST", path, body or {}, params=params, timeout_s=limit, key=self.settings.key)
+
+    def _model_info(self, url: str) -> Any:
+        return call(url, "GET", "/model_info", timeout_s=self.settings.call_timeout_s, key=self.settings.key)
 
     def _verify(self, url: str, version: str) -> None:
-        found = call(url, "GET", "/model_info", timeout_s=self.settings.call_timeout_s)["weight_version"]
+        info = self._model_info(url)
+        found = info.get("weight_version") if isinstance(info, dict) else None
         if found != version:
             raise EngineError("stale-weights", url, f"reports weight version {found!r} after a push of {version!r}")
 
@@ -219,7 +224,13 @@ class DistributedWeightSync(WeightSync):
         self._device = torch.device("cuda" if settings.backend == "nccl" else "cpu")
         self._groups = {
             url: EngineGroup(
-                url, rank.name, settings.backend, settings.address, settings.timeout_s, settings.call_timeout_s
+                url,
+                rank.name,
+                settings.backend,
+                settings.address,
+                settings.timeout_s,
+                settings.call_timeout_s,
+                settings.key,
             )
             for url in self.urls
         }
@@ -294,7 +305,7 @@ class DistributedWeightSync(WeightSync):
         """Let an engine that failed answer again; it keeps its old version, so nobody takes its answers for new."""
         for path in ("/end_weight_update", "/flush_cache", "/continue_generation"):
             try:
-                call(url, "POST", path, {}, timeout_s=REOPEN_S)
+                self._call(url, path, timeout_s=REOPEN_S)
             except EngineError as error:  # it failed before, and the reason is already reported
                 if error.kind == "connection":
                     return
@@ -386,7 +397,7 @@ class DiskWeightSync(WeightSync):
                 "weight_version": version,
                 "flush_cache": True,
             }
-            call(url, "POST", "/update_weights_from_disk", body, timeout_s=self.settings.timeout_s)
+            self._call(url, "/update_weights_from_disk", body, timeout_s=self.settings.timeout_s)
         finally:
             self._call(url, "/continue_generation")
         self._verify(url, version)
@@ -419,19 +430,3 @@ def drained(iterator: Iterator[Any]) -> Iterator[None]:
         for _ in iterator:
             pass
         raise
-
-
-def buckets(named_tensors: NamedTensors, bucket_bytes: int) -> Iterator[Tensors]:
-    """Group the tensors that are not None, in order, into lists of at most `bucket_bytes` (a larger one goes alone)."""
-    pending: Tensors = []
-    size = 0
-    for name, tensor in named_tensors:
-        if tensor is None:
-            continue
-        if pending and size + tensor.nbytes > bucket_bytes:
-            yield pending
-            pending, size = [], 0
-        pending.append((name, tensor))
-        size += tensor.nbytes
-    if pending:
-        yield pending
