@@ -98,7 +98,10 @@ class FakeEngine:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
-                status, value = engine.answer(self.path.partition("?")[0], json.loads(self.rfile.read(length) or "{}"))
+                body = json.loads(self.rfile.read(length) or "{}")
+                allowed = engine.key is None or self.headers.get("Authorization") == f"Bearer {engine.key}"
+                refused = 401, {"error": f"wrong key {self.headers.get('Authorization')}"}
+                status, value = engine.answer(self.path.partition("?")[0], body) if allowed else refused
                 raw = json.dumps(value).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(raw)))

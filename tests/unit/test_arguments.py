@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sip.argument_checks import (
+    SERVER_ROLES,
     ArgumentError,
     candidate_kinds,
     check_required,
@@ -186,6 +187,26 @@ def test_contradictions(flags: tuple[str, ...], named: str) -> None:
 )
 def test_flags_of_megatron_that_do_not_fit(megatron: dict[str, Any], named: str) -> None:
     assert named in refusal(**megatron)
+
+
+@pytest.mark.parametrize("role", SERVER_ROLES)
+def test_passwords_and_keys_are_refused_before_megatron_prints_and_saves_its_arguments(
+    role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint keeps the arguments, and wandb and tensorboard show them: they never hold a secret."""
+    args = arguments(f"--{role}-url", "http://me:secret@host:1", "http://host/v1?key=secret")
+    with pytest.raises(ArgumentError) as caught:
+        check_required(args)  # the first of all checks
+    assert f"--{role}-url http://***@host:1: a URL with user or password would be logged" in str(caught.value)
+    assert f"give the key through --{role}-key-variable" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    monkeypatch.setenv("SERVER_KEY", "secret\n")
+    flags = (f"--{role}-url", "http://host", f"--{role}-key-variable", "SERVER_KEY")
+    assert f"--{role}-key-variable: the API key in environment variable SERVER_KEY has a line break" in refusal(*flags)
+    monkeypatch.setenv("SERVER_KEY", "secret")
+    passed = arguments(*flags)
+    check_all(passed)
+    assert "secret" not in repr(vars(passed))
 
 
 def test_the_default_and_none_of_megatron_s_evaluation_are_accepted() -> None:

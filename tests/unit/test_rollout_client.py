@@ -316,6 +316,16 @@ NONSENSE |= {
     "fewer logprobs": (with_logprobs([[-1.0, 5, None]]), "1 log-probs for 2 tokens"),
     "other tokens": (with_logprobs([[-1.0, 5, None], [-1.0, 7, None]]), "other tokens"),
     "null logprob": (with_logprobs([[-1.0, 5, None], [None, 6, None]]), "not a finite number"),
+    "positive logprob": (with_logprobs([[-1.0, 5, None], [5, 6, None]]), "not a finite number of at most 0"),
+    "worded logprob": (with_logprobs([[-1.0, 5, None], ["nan", 6, None]]), "not a finite number"),
+    "true logprob": (with_logprobs([[-1.0, 5, None], [False, 6, None]]), "not a finite number"),
+    "id in words": ([result(["5", 6])], "no token ids"),
+    "id below 0": ([result([5, -1])], "no token ids"),
+    "fraction of an id": ([result([5, 6.5])], "no token ids"),
+    "id above all": ([result([5, 2**70])], "no token ids below 100"),
+    "id outside": ([result([5, 100])], "no token ids below 100"),
+    "versions": ([{**result([5, 6]), "meta_info": {**result([5, 6])["meta_info"], "weight_versions": 7}}], "TypeError"),
+    "counts": ([{**result([5, 6]), "meta_info": {**result([5, 6])["meta_info"], "prompt_tokens": "7x"}}], "ValueError"),
     "garbled": (with_logprobs([[-1.0], [-1.0]]), "IndexError"),
 }
 
@@ -327,7 +337,7 @@ async def test_nonsense_is_a_failure_and_never_a_completion(name: str) -> None:
     async def behave(_: dict[str, Any]) -> Any:
         return reply
 
-    settings = PoolSettings(attempts=1)
+    settings = PoolSettings(attempts=1, vocab_size=100)
     async with engines(behave) as (fake,), SGLangPool([fake.url], settings) as pool:
         (lost,) = await pool.generate([[1]], TWO_TOKENS)
     assert isinstance(lost, Failure)
@@ -358,7 +368,7 @@ def test_scores_are_those_of_the_continuation_only() -> None:
         (lambda: SamplingSettings(max_new_tokens=1, temperature=-1), "temperature must not be negative"),
         (lambda: SamplingSettings(max_new_tokens=1, top_p=0), r"top_p must be in \(0, 1\]"),
         (lambda: SGLangPool([]), "at least one engine URL"),
-        (lambda: SGLangPool(["localhost:30000"]), "'localhost:30000' must start with http"),
+        (lambda: SGLangPool(["localhost:30000"]), "localhost:30000: a URL starts with http"),
     ],
 )
 def test_bad_settings_are_named(make: Callable[[], object], message: str) -> None:
