@@ -87,6 +87,12 @@ def _add_task_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--text-field", default="text", help="Field of jsonl and parquet records that holds the text.")
     group.add_argument(
+        "--prepend-bos",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="Begin documents with the tokenizer's BOS. auto: if the tokenizer puts one before plain text, as for Llama 3.",
+    )
+    group.add_argument(
         "--row-length",
         type=int,
         default=None,

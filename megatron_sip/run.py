@@ -182,7 +182,11 @@ def open_tasks(
         seed=args.seed,
         min_prefix_length=args.min_prefix_length,
     )
-    tokenizing = TokenizeSettings(text_field=args.text_field, cache_dir=Path(args.data_cache_path or DEFAULT_CACHE))
+    tokenizing = TokenizeSettings(
+        text_field=args.text_field,
+        prepend_bos=args.prepend_bos,
+        cache_dir=Path(args.data_cache_path or DEFAULT_CACHE),
+    )
     training = held_out = None
     for turn in (True, False):
         if exchange.is_leader and (args.rank == 0) == turn:
@@ -264,8 +268,9 @@ def require_same_tasks(args: argparse.Namespace) -> None:
     saved = dist_checkpointing.load_common_state_dict(str(folder))["args"]
     if getattr(saved, "task_fingerprint", args.task_fingerprint) != args.task_fingerprint:
         raise DataError(
-            f"{folder} was trained on other data or cuts (--data-path, --split, --seq-length, --suffix-length, --task-mode, "
-            "--seed): continue with the same flags, or start a new run in another --save folder"
+            f"{folder} was trained on other data or cuts (--data-path, --split, --seq-length, --suffix-length, "
+            "--min-prefix-length, --task-mode, --prepend-bos, --seed): continue with the same flags (--prepend-bos off for a "
+            "run older than that flag), or start a new run in another --save folder"
         )
 
 

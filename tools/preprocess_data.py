@@ -30,7 +30,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-prefix", type=Path, required=True, help="writes PREFIX.bin and PREFIX.idx")
     parser.add_argument("--text-field", default="text", help="JSON field or parquet column of the text (default: text)")
     parser.add_argument("--no-append-eos", action="store_true", help="do not end documents with the EOS token")
-    parser.add_argument("--prepend-bos", action="store_true", help="start documents with the BOS token")
+    parser.add_argument(
+        "--prepend-bos",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="begin documents with BOS; auto (default): if the tokenizer puts one before plain text",
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: as the file's size calls for (default)")
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     return parser.parse_args(arguments)

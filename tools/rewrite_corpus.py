@@ -4,9 +4,9 @@
         --teacher-tokenizer TEACHER_DIR --cache rewrites/ --samples 100000
 
 Tasks are drawn as the trainer draws them: give the same --seed, --split, --seq-length, --suffix-length,
---min-prefix-length, --task-mode, --judge-prefix-chars and --rewrite-temperature, and pass the cache as --judge-cache to
-the training run, whose rewriter then asks nobody. Stop and repeat the command at will: what is in the cache is not asked
-again. Ends with the counts as JSON.
+--min-prefix-length, --task-mode, --prepend-bos, --judge-prefix-chars and --rewrite-temperature, and pass the cache as
+--judge-cache to the training run, whose rewriter then asks nobody. Stop and repeat the command at will: what is in the
+cache is not asked again. Ends with the counts as JSON.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", nargs="+", required=True, help="sources, as the trainer takes them")
     parser.add_argument("--text-field", default="text", help="JSON field or parquet column of the text")
+    parser.add_argument(
+        "--prepend-bos",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="begin documents with BOS, as the trainer does",
+    )
     parser.add_argument("--split", default="969,30,1", help="train,valid,test shares; the train part is rewritten")
     parser.add_argument("--tokenizer", required=True, help="the policy's Hugging Face tokenizer")
     parser.add_argument("--seq-length", type=int, default=2048)
@@ -64,7 +70,9 @@ async def rewrite_corpus(args: argparse.Namespace) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    corpus = open_corpus(args.data_path, tokenizer, TokenizeSettings(text_field=args.text_field))
+    corpus = open_corpus(
+        args.data_path, tokenizer, TokenizeSettings(text_field=args.text_field, prepend_bos=args.prepend_bos)
+    )
     settings = TaskSettings(args.seq_length, args.suffix_length, args.task_mode, args.seed, args.min_prefix_length)
     tasks = TaskSource(corpus.split(args.split)["train"], tokenizer, settings)
     async with Rewriter(rewriter_settings(args, args.teacher_url), tokenizer, args.suffix_length) as rewriter:

@@ -31,15 +31,25 @@ _OPEN_STORES = 128  # two file descriptors each
 
 
 class DocumentSource:
-    """The documents of several token stores, numbered through. Stores are opened when read, at most 128 at a time."""
+    """The documents of several token stores, numbered through. Stores are opened when read, at most 128 at a time.
 
-    def __init__(self, name: str, prefixes: Sequence[Path], reports: Sequence[TokenizeReport]) -> None:
+    With a `bos`, documents of stores that were made without it begin with it all the same: it counts among their tokens.
+    """
+
+    def __init__(
+        self, name: str, prefixes: Sequence[Path], reports: Sequence[TokenizeReport], bos: int | None = None
+    ) -> None:
         self.name = name
+        self.bos = bos
         self.prefixes = tuple(prefixes)
         self.reports = tuple(reports)
         """One for each prefix that was made from text."""
         self._open = lru_cache(maxsize=_OPEN_STORES)(TokenStore)
-        lengths = [self._open(prefix).lengths for prefix in self.prefixes]
+        self._lacks_bos = [bos is not None and not self._open(prefix).begins_with(bos) for prefix in self.prefixes]
+        lengths = [
+            self._open(prefix).lengths + lacks_bos
+            for prefix, lacks_bos in zip(self.prefixes, self._lacks_bos, strict=True)
+        ]
         self.lengths: npt.NDArray[np.int64] = np.concatenate(lengths)
         """int64 [documents], tokens of each document."""
         self._ends = np.cumsum([len(part) for part in lengths])
@@ -49,13 +59,21 @@ class DocumentSource:
 
     def locate(self, document: int) -> tuple[Path, int]:
         """(prefix of the store, document number in it)."""
-        store = int(np.searchsorted(self._ends, document, side="right"))
-        return self.prefixes[store], document - (int(self._ends[store - 1]) if store else 0)
+        store, number = self._locate(document)
+        return self.prefixes[store], number
 
-    def tokens(self, document: int) -> npt.NDArray[np.generic]:
-        """The document's token ids: a view of the mapped file."""
-        prefix, number = self.locate(document)
-        return self._open(prefix)[number]
+    def _locate(self, document: int) -> tuple[int, int]:
+        store = int(np.searchsorted(self._ends, document, side="right"))
+        return store, document - (int(self._ends[store - 1]) if store else 0)
+
+    def tokens(self, document: int, start: int = 0, end: int | None = None) -> npt.NDArray[np.generic]:
+        """The document's token ids from `start` to before `end`: a view of the mapped file, or where BOS is added a copy."""
+        store, number = self._locate(document)
+        ids = self._open(self.prefixes[store])[number]
+        if not self._lacks_bos[store]:
+            return ids[start:end]
+        rest = ids[max(start - 1, 0) : None if end is None else max(end - 1, 0)]
+        return np.concatenate([[self.bos], rest]) if start == 0 and end != 0 else rest
 
 
 @dataclass(frozen=True)
@@ -147,4 +165,4 @@ def _open_source(
             prefix = path
             TokenStore(prefix).check_vocabulary(vocab_size)
         prefixes.append(prefix)
-    return DocumentSource(spec.name, prefixes, reports)
+    return DocumentSource(spec.name, prefixes, reports, encoder.bos)

@@ -58,23 +58,18 @@ class TaskSettings:
         if self.mode not in ("random", "stream"):
             raise ValueError(f"--task-mode must be random or stream, got {self.mode!r}")
 
-    @property
-    def first_chunk(self) -> int:
-        """stream: the number of the first chunk that has a long enough prefix."""
-        return -(-self.min_prefix_length // self.suffix_length)
+    def first_cut(self, source: DocumentSource) -> int:
+        """The first place where a document may be cut: behind the shortest prefix, to which a BOS does not count.
 
-    @property
-    def min_document_length(self) -> int:
-        """Tokens of the shortest document that gives a task."""
-        if self.mode == "stream":
-            return (self.first_chunk + 1) * self.suffix_length
-        return self.min_prefix_length + self.suffix_length
+        stream: the beginning of the first chunk that has a long enough prefix.
+        """
+        first = self.min_prefix_length + (source.bos is not None)
+        return -(-first // self.suffix_length) * self.suffix_length if self.mode == "stream" else first
 
-    def tasks_per_document(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """int64: tasks an epoch that documents of these lengths (tokens) give."""
-        if self.mode == "stream":
-            return np.maximum(lengths // self.suffix_length - self.first_chunk, 0)
-        return (lengths >= self.min_document_length).astype(np.int64)
+    def tasks_per_document(self, source: DocumentSource, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64: tasks an epoch that these documents of a source give."""
+        chunks = np.maximum(source.lengths[documents] - self.first_cut(source), 0) // self.suffix_length
+        return chunks if self.mode == "stream" else np.minimum(chunks, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +90,14 @@ class _CutSource:
     """The tasks of one source, numbered through all epochs: which document, and where it is cut."""
 
     def __init__(self, source: DocumentSource, number: int, documents: npt.NDArray[np.int64], settings: TaskSettings):
-        tasks = settings.tasks_per_document(source.lengths[documents])
+        tasks = settings.tasks_per_document(source, documents)
         self.source = source
         self.documents = documents[tasks > 0]
         self.tasks_per_epoch = int(tasks.sum())
         self._tasks = tasks[tasks > 0]
         self._number = number
         self._settings = settings
+        self._first_cut = settings.first_cut(source)
         # Stream mode needs the running total of tasks in shuffled order. Two epochs are kept: a step may straddle them.
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
 
@@ -111,13 +107,13 @@ class _CutSource:
         epoch, position = divmod(sample, self.tasks_per_epoch)
         if settings.mode == "random":
             document = int(self.documents[self._shuffle(epoch)(position)])
-            choices = int(self.source.lengths[document]) - settings.min_document_length + 1
+            choices = int(self.source.lengths[document]) - self._first_cut - settings.suffix_length + 1
             draw = uniform_below(choices, settings.seed, _CUT, self._number, epoch, document)
-            return document, settings.min_prefix_length + draw
+            return document, self._first_cut + draw
         order, ends = self._epoch_order(epoch)
         place = int(np.searchsorted(ends, position, side="right"))
-        chunk = position - (int(ends[place - 1]) if place else 0) + settings.first_chunk
-        return int(self.documents[order[place]]), chunk * settings.suffix_length
+        chunk = position - (int(ends[place - 1]) if place else 0)
+        return int(self.documents[order[place]]), self._first_cut + chunk * settings.suffix_length
 
     def _shuffle(self, epoch: int) -> Permutation:
         return Permutation(len(self.documents), hash64(self._settings.seed, _SHUFFLE, self._number, epoch))
@@ -148,7 +144,7 @@ class TaskSource:
             cuts = _CutSource(source, number, documents, settings)
             report = _source_report(source, float(self._blend.weights[number]), documents, cuts, settings)
             if not cuts.tasks_per_epoch:
-                raise DataError(_nothing_long_enough(report, corpus, source.lengths[documents], settings))
+                raise DataError(_nothing_long_enough(report, corpus, source, documents, settings))
             self._sources.append(cuts)
             self._reports.append(report)
 
@@ -164,12 +160,13 @@ class TaskSource:
         number, sample = self._blend.locate(index)
         document, cut = self._sources[number].cut(sample)
         source, settings = self._corpus.sources[number], self.settings
-        tokens = source.tokens(document)
         start, end = max(0, cut - (settings.seq_length - settings.suffix_length)), cut + settings.suffix_length
-        window = tokens[start : end + LOOKAHEAD]
+        window = source.tokens(document, start, end + LOOKAHEAD)
         check_token_ids(window, self._corpus.vocab_size, bin_path(source.locate(document)[0]))
         ids = window.tolist()
         prefix, suffix, after = ids[: cut - start], ids[cut - start : end - start], ids[end - start :]
+        if source.bos is not None and start == 0 and prefix[:2] == [source.bos, source.bos]:
+            del prefix[0]  # some documents of a store without it may have their own
         texts = continuation_texts(self._tokenizer, prefix, suffix, after, cut_before=start > 0)
         return Task(index, prefix, suffix, *texts)
 
@@ -200,6 +197,8 @@ class TaskSource:
         place to the same lengths. A checkpoint keeps it, so that a cursor is not resumed on other data."""
         digest = hashlib.sha256(repr((self.settings, self._blend.weights)).encode())
         for cuts in self._sources:
+            if cuts.source.bos is not None:
+                digest.update(f"bos {cuts.source.bos}".encode())
             digest.update(cuts.documents.tobytes())
             digest.update(cuts.source.lengths[cuts.documents].tobytes())
         return digest.hexdigest()
@@ -209,7 +208,7 @@ def _source_report(
     source: DocumentSource, weight: float, documents: npt.NDArray[np.int64], cuts: _CutSource, settings: TaskSettings
 ) -> SourceReport:
     lengths = source.lengths[documents]
-    short = lengths[lengths < settings.min_document_length]
+    short = lengths[lengths < settings.first_cut(source) + settings.suffix_length]
     return SourceReport(
         name=source.name,
         weight=weight,
@@ -223,14 +222,19 @@ def _source_report(
 
 
 def _nothing_long_enough(
-    report: SourceReport, corpus: Corpus, lengths: npt.NDArray[np.int64], settings: TaskSettings
+    report: SourceReport,
+    corpus: Corpus,
+    source: DocumentSource,
+    documents: npt.NDArray[np.int64],
+    settings: TaskSettings,
 ) -> str:
     where = f"{report.name} ({corpus.split_name} split)"
     if not report.documents:
         return f"{where}: no document; name more text or give this split more with --split"
     return (
-        f"{where}: none of its {report.documents} documents is long enough: the longest has {int(lengths.max())} "
-        f"tokens, a {settings.mode} task needs {settings.min_document_length} (--suffix-length "
+        f"{where}: none of its {report.documents} documents is long enough: the longest has "
+        f"{int(source.lengths[documents].max())} tokens, a {settings.mode} task needs "
+        f"{settings.first_cut(source) + settings.suffix_length} (--suffix-length "
         f"{settings.suffix_length} after a prefix of at least {settings.min_prefix_length}; --seq-length "
         f"{settings.seq_length}); shorten --suffix-length or use longer text"
     )

@@ -22,6 +22,7 @@ _DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4:
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _CHECK_BLOCK = 1 << 20
 _CHECK_BLOCKS = 64
+_CHECK_DOCUMENTS = 1 << 10
 
 
 def token_dtype(vocab_size: int) -> type[np.generic]:
@@ -76,6 +77,15 @@ class TokenStore:
     def num_tokens(self) -> int:
         """Tokens of all documents."""
         return int(self.lengths.sum())
+
+    def begins_with(self, token: int) -> bool:
+        """Whether every document that holds anything begins with `token`: of all, or of 64 runs of 1,024 over the file."""
+        documents = np.arange(len(self))
+        if len(self) > _CHECK_BLOCKS * _CHECK_DOCUMENTS:
+            runs = np.linspace(0, len(self) - _CHECK_DOCUMENTS, _CHECK_BLOCKS, dtype=np.int64)
+            documents = (runs[:, None] + np.arange(_CHECK_DOCUMENTS)).ravel()
+        documents = documents[self.lengths[documents] > 0]
+        return len(documents) > 0 and bool((self._tokens[self._starts[documents]] == token).all())
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise `DataError` if an id is outside [0, vocab_size) in any of 64 blocks of 1M tokens spread over the file.

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import filelock
 import numpy as np
@@ -37,6 +37,7 @@ from megatron_sip.data.token_store import TokenStore, TokenStoreWriter, token_dt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PrependBos = Literal["auto", "on", "off"]
 CACHE_VERSION = 1
 DEFAULT_CACHE = Path.home() / ".cache" / "megatron_sip" / "tokens"
 _BYTES_PER_WORKER = 128_000_000
@@ -47,15 +48,16 @@ _BATCH_TIMEOUT_S = 900.0
 class TokenizeSettings:
     """How text becomes tokens.
 
-    `append_eos` ends every document with the tokenizer's EOS (Megatron's --append-eod), `prepend_bos` starts it with
-    BOS. Special tokens written out in a document ("<|im_end|>") are tokenised as the plain text that they are.
+    `append_eos` ends every document with the tokenizer's EOS (Megatron's --append-eod). `prepend_bos` starts it with BOS:
+    "auto" does where the tokenizer puts one before plain text, as its model was then trained. Special tokens written out
+    in a document ("<|im_end|>") are tokenised as the plain text that they are.
     `workers` 0 means one process a 128 MB of source, at most one a core; `lock_timeout_s` is how long to wait while
     another process tokenises the same source.
     """
 
     text_field: str = "text"
     append_eos: bool = True
-    prepend_bos: bool = False
+    prepend_bos: PrependBos = "auto"
     cache_dir: Path = DEFAULT_CACHE
     workers: int = 0
     progress: bool = True
@@ -92,10 +94,8 @@ class DocumentEncoder:
             raise DataError(f"{type(tokenizer).__name__} has no fast backend; use a tokenizer with a tokenizer.json")
         if settings.append_eos and tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token to append to documents; switch append_eos off")
-        if settings.prepend_bos and tokenizer.bos_token_id is None:
-            raise DataError("the tokenizer has no BOS token to put before documents; switch prepend_bos off")
         definition = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-        bos = tokenizer.bos_token_id if settings.prepend_bos else None
+        bos = _document_bos(tokenizer, settings.prepend_bos)
         eos = tokenizer.eos_token_id if settings.append_eos else None
         special = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
         ordinary = set(backend.get_vocab(with_added_tokens=True).values()) - special
@@ -114,6 +114,14 @@ class DocumentEncoder:
         backend = tokenizers.Tokenizer.from_str(self.definition)
         backend.encode_special_tokens = True
         return backend
+
+
+def _document_bos(tokenizer: PreTrainedTokenizerBase, prepend_bos: PrependBos) -> int | None:
+    bos: int | None = tokenizer.bos_token_id
+    if prepend_bos == "on" and bos is None:
+        raise DataError("--prepend-bos on: the tokenizer has no BOS token; leave it at auto")
+    adds_it = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return bos if prepend_bos == "on" or (prepend_bos == "auto" and adds_it) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ def test_special_tokens_in_a_document_stay_text(tmp_path: Path, settings: Tokeni
 def test_bos_and_eos_are_configurable(tmp_path: Path, settings: TokenizeSettings) -> None:
     path = str(write_jsonl(tmp_path / "a.jsonl", ["dog"]))
     plain = TOKENIZER("dog", add_special_tokens=False).input_ids
-    both = TokenizeSettings(cache_dir=settings.cache_dir, progress=False, prepend_bos=True)
+    both = TokenizeSettings(cache_dir=settings.cache_dir, progress=False, prepend_bos="on")
     neither = TokenizeSettings(cache_dir=settings.cache_dir, progress=False, append_eos=False)
     assert stored(open_corpus([path], TOKENIZER, both)) == [[TOKENIZER.bos_token_id, *plain, TOKENIZER.eos_token_id]]
     assert stored(open_corpus([path], TOKENIZER, neither)) == [plain]

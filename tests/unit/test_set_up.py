@@ -87,7 +87,7 @@ def test_the_token_cache_lies_where_data_cache_path_says(tmp_path: Path) -> None
         **{"seq_length": 32, "suffix_length": 8, "task_mode": "random", "seed": 1, "min_prefix_length": 4},
         **{"data_path": [str(tmp_path / "a.jsonl")], "text_field": "text", "split": "1", "vocab_size": len(tokenizer)},
         **{"data_cache_path": str(tmp_path / "cache"), "rank": 0, "train_iters": 1, "global_batch_size": 1},
-        **{"win_rate_prompts": 0},
+        **{"win_rate_prompts": 0, "prepend_bos": "auto"},
     )
     tasks, held_out = run_module.open_tasks(args, tokenizer, FakeExchange())  # type: ignore[arg-type]
     assert tasks is not None
