@@ -1,9 +1,15 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are there as a whole or not at all, and files that are named when they cannot be read."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from megatron_sip.data.errors import DataError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -22,6 +28,37 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         staged.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def described(path: Path | str, what: str) -> Iterator[None]:
+    """Whatever the body stumbles over in the content of `path`, which should be `what`, becomes a DataError that names it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+        raise DataError(
+            f"{path} is not {what}, or only a part of it ({reason}): another file, or one cut short"
+        ) from error
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The JSON value in `path`, which should be `what`. Raises DataError."""
+    with described(path, what):
+        return json.loads(path.read_bytes())
+
+
+def read_json_lines(path: Path, what: str) -> list[Any]:
+    """The value of each line of `path` that is not empty. Raises DataError, which names the line."""
+    values = []
+    # Split as bytes: str.splitlines would also split at the line separators that text may contain.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            with described(f"{path}:{number}", what):
+                values.append(json.loads(line))
+    return values
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_sip.data.errors import DataError
 from megatron_sip.evaluation.report import write_report
 
 
 def main() -> None:
-    """Parse RUN_DIR and write its report; a folder without metrics.jsonl is a usage error."""
+    """Parse RUN_DIR and write its report; a folder that is not a run's is a usage error."""
     parser = argparse.ArgumentParser(description="Draw the plots and the report of a run folder.")
     parser.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="Folder with metrics.jsonl (--run-dir or --save)."
@@ -21,7 +22,7 @@ def main() -> None:
     run_dir = parser.parse_args().run_dir
     try:
         write_report(run_dir)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, DataError) as error:
         parser.error(str(error))
     print(f"{run_dir / 'report.html'} and {len(list((run_dir / 'plots').glob('*.png')))} plots in {run_dir / 'plots'}")
 

@@ -10,7 +10,6 @@ report.html is one file that needs nothing else: its images are inside.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -28,7 +27,7 @@ from megatron_sip.evaluation.plots import (
     render_png,
 )
 from megatron_sip.evaluation.win_rate import FEW_DOCUMENTS
-from megatron_sip.files import write_atomically
+from megatron_sip.files import described, read_json, read_json_lines, write_atomically
 from megatron_sip.learning.metrics import duration, read_metrics
 
 SAMPLES = 3
@@ -51,40 +50,36 @@ def write_report(run_dir: Path) -> None:
 
     Raises:
         FileNotFoundError: there is no metrics.jsonl in it.
+        DataError: a file of the folder is cut short, or not of a run.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: name the folder that the run was given as --run-dir or --save")
-    steps = read_metrics(path)
+    steps, summary, comparisons = read_metrics(path), read_summary(run_dir), read_comparisons(run_dir)
+    with described(run_dir / "summary.json", "a run's summary"):
+        result_rows(steps, summary)
+    with described(run_dir / "comparisons.jsonl", "a run's comparisons"):
+        _samples(comparisons)
     plots = available_plots(steps)
     images = {plot.name: (render_png(plot, steps, LIGHT), render_png(plot, steps, DARK)) for plot in plots}
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
     for name, (light, _) in images.items():
         (folder / f"{name}.png").write_bytes(light)
-    page = render_page(
-        run_dir.resolve().name,
-        steps,
-        read_summary(run_dir),
-        read_comparisons(run_dir),
-        [(p, *images[p.name]) for p in plots],
-    )
+    page = render_page(run_dir.resolve().name, steps, summary, comparisons, [(p, *images[p.name]) for p in plots])
     write_atomically(run_dir / "report.html", page)
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """summary.json, or None while there is none."""
     path = run_dir / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path, "a run's summary") if path.is_file() else None
 
 
 def read_comparisons(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of comparisons.jsonl; none while there is no such file."""
     path = run_dir / "comparisons.jsonl"
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")  # str.splitlines would also split at U+2028 inside a text
-    return [json.loads(line) for line in lines if line.strip()]
+    return read_json_lines(path, "a comparison") if path.is_file() else []
 
 
 def render_page(

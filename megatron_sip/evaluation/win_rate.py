@@ -20,7 +20,7 @@ import numpy as np
 from megatron_sip.data.continuation_text import rollout_texts
 from megatron_sip.data.errors import DataError
 from megatron_sip.experience import ScoresGroups
-from megatron_sip.files import write_atomically
+from megatron_sip.files import described, write_atomically
 from megatron_sip.judge.settings import LIKELIHOOD
 from megatron_sip.learning.selection import TIE_TOLERANCE
 from megatron_sip.rollout.sglang import Failure, SamplingSettings, SGLangPool
@@ -86,7 +86,8 @@ def save_continuations(path: Path, continuations: Sequence[Candidate | None]) ->
 
 def load_continuations(path: Path) -> list[Candidate | None]:
     """Inverse of `save_continuations`."""
-    return [Candidate(**c) if c is not None else None for c in json.loads(path.read_text(encoding="utf-8"))]
+    with described(path, "the initial policy's continuations"):
+        return [Candidate(**c) if c is not None else None for c in json.loads(path.read_bytes())]
 
 
 async def compare(

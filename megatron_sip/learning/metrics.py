@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_sip.console import say
+from megatron_sip.data.errors import DataError
 from megatron_sip.files import write_atomically
 from megatron_sip.learning.objective_settings import METRIC_COUNTS
 
@@ -96,7 +97,10 @@ class MetricsWriter:
         self._durations: deque[float] | None = None  # after the first step, whose length says nothing of the others
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Record `numbers` for `step` (1 is the first) everywhere and print the progress line."""
+        """Record `numbers` for `step` (1 is the first) everywhere and print the progress line.
+
+        Raises OSError when a file does not take them, as on a full disk.
+        """
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
@@ -124,22 +128,43 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The steps of a metrics.jsonl; a half-written last line, left by a killed run, is ignored."""
-    steps = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            steps.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    """The steps of a metrics.jsonl; lines that cannot be read (half-written by a killed run, or broken) are left out.
+
+    Raises:
+        DataError: there are lines, and none of them is a step.
+    """
+    lines = path.read_bytes().split(b"\n")
+    steps = [record for line in lines if (record := _step_of(line)) is not None]
+    if not steps and len(lines) > 1:
+        raise DataError(
+            f'{path}: no line is a step of a run, {{"step": 1, "loss": ...}}: another file, or a broken one'
+        )
     return steps
 
 
+def _step_of(line: bytes) -> dict[str, float] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    return record if all(isinstance(value, int | float) for value in record.values()) else None
+
+
 def drop_steps_after(path: Path, step: int) -> None:
-    """Keep only the lines of steps up to `step`, replacing the file in one move."""
+    """Keep only the lines of steps up to `step`, replacing the file in one move; unreadable ones go to another file."""
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+    *lines, half = path.read_bytes().split(b"\n")
+    records = [(line, _step_of(line)) for line in ([*lines, half] if _step_of(half) is not None else lines)]
+    broken = [line for line, record in records if record is None and line.strip()]
+    if broken:
+        aside = path.with_name(f"{path.name}.unreadable")
+        write_atomically(aside, (aside.read_bytes() if aside.exists() else b"") + b"\n".join([*broken, b""]))
+        say(f"{path}: {len(broken)} lines cannot be read; they are now in {aside.name}")
+    kept = [line + b"\n" for line, record in records if record is not None and record["step"] <= step]
+    write_atomically(path, b"".join(kept))
 
 
 def progress_line(step: int, total_steps: int, numbers: Mapping[str, float], seconds_left: float | None = None) -> str:

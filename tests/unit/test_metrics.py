@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sip.data.errors import DataError
 from megatron_sip.learning.metrics import (
     Mean,
     MetricsWriter,
@@ -57,6 +59,43 @@ def test_resume_keeps_each_step_once_and_drops_a_half_written_line(tmp_path: Pat
         (3, 0.3),
         (4, 7.0),
     ]
+
+
+def test_a_broken_line_costs_no_later_step_on_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps({"step": step, "loss": step / 10}) + "\n" for step in range(1, 7)]
+    broken = ['{"step": 2, "lo\x00\x00\n', "\n", "17\n", '{"loss": 1}\n']
+    path.write_text("".join([*good[:1], *broken, *good[2:], '{"step": 7, "lo']))
+    assert [record["step"] for record in read_metrics(path)] == [1, 3, 4, 5, 6]
+    for _ in range(2):
+        MetricsWriter(tmp_path, resume_step=5, total_steps=9).close()
+        assert path.read_text() == good[0] + "".join(good[2:5])
+        assert (tmp_path / "metrics.jsonl.unreadable").read_text() == broken[0] + broken[2] + broken[3]
+    assert capsys.readouterr().out.count("3 lines cannot be read; they are now in metrics.jsonl.unreadable") == 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.binary(max_size=8)), max_size=10), st.integers(0, 20), st.integers(0, 9)
+)
+def test_whatever_stands_between_the_steps_of_a_file_resume_keeps_them(
+    lines: list[tuple[int, bytes]], resumed: int, cut: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "metrics.jsonl"
+        noise = [between.replace(b"\n", b"") for _, between in lines]
+        written = b"".join(b'{"step": %d}\n' % step + n + b"\n" for (step, _), n in zip(lines, noise, strict=True))
+        path.write_bytes(written + b'{"step": 99}'[:cut])
+        drop_steps_after(path, resumed)
+        kept = [step for step, _ in lines if step <= resumed]
+        assert [json.loads(line)["step"] for line in path.read_bytes().splitlines()] == kept
+
+
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"[1]\n[2]\n", b'{"prefix": "x"}\n', b"\xff\xfe\n"])
+def test_a_file_of_something_else_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"metrics\.jsonl: no line is a step"):
+        read_metrics(path)
 
 
 def test_a_new_run_starts_with_an_empty_file(tmp_path: Path) -> None:

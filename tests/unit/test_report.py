@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from megatron_sip.data.errors import DataError
 from megatron_sip.evaluation.outcome import write_outcome
 from megatron_sip.evaluation.plots import LIGHT, MAX_BARS, available_plots, binned_seconds, moving_average, series
 from megatron_sip.evaluation.report import dropped_counts, read_comparisons, result_rows, write_report
@@ -237,11 +238,33 @@ def test_bars_of_time_lose_no_second(count: int) -> None:
     assert seconds[1] @ steps_a_bar == pytest.approx(count)
 
 
+BROKEN = {
+    "metrics.jsonl": ["prefix,score\n1,2\n", '{"step": 1, "loss": "high"}\n', "\x00" * 20 + "\n"],
+    "summary.json": ["", '{"win_rate": 0.', "[]", '{"win_rate": "x", "win_rate_ci95": 3}', '{"win_rate": 0.5}'],
+    "comparisons.jsonl": ['{"prefix": "a", "bef', '{"prefix": "a"}\n', "17\n", "\x00\n"],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, content) for name, found in BROKEN.items() for content in found])
+def test_a_file_that_is_cut_short_or_foreign_is_named(name: str, content: str, tmp_path: Path) -> None:
+    make_run(tmp_path, [make_step(1)], make_summary(), [make_comparison(1)])
+    (tmp_path / "report.html").unlink()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=re.escape(str(tmp_path / name))) as caught:
+        write_report(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_plot_run_tool(tmp_path: Path) -> None:
     tool = [sys.executable, str(Path(__file__).parents[2] / "tools" / "plot_run.py"), str(tmp_path)]
     refused = subprocess.run(tool, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2
     assert f"{tmp_path}/metrics.jsonl is not there: name the folder" in refused.stderr
+    (tmp_path / "metrics.jsonl").write_text("of another program\n")
+    refused = subprocess.run(tool, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2
+    assert f"error: {tmp_path}/metrics.jsonl: no line is a step of a run" in refused.stderr
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
     done = subprocess.run(tool, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == f"{tmp_path}/report.html and 1 plots in {tmp_path}/plots\n"
