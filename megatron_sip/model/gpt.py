@@ -30,6 +30,7 @@ from megatron_sip.learning.packing import PackedRow
 from megatron_sip.model.attention import PrefixTreeAttention
 from megatron_sip.model.embedding import embed_into_main_grad
 from megatron_sip.model.float_logits import float_logits
+from megatron_sip.model.hf_layouts import AttentionShape, tensor_parallel_faults
 from megatron_sip.model.linear_logprob import linear_branch_logprobs
 from megatron_sip.model.logprob import branch_logprobs
 from megatron_sip.model.mlp import SwiGLUMLP
@@ -207,7 +208,13 @@ def check_arguments(args: Any) -> None:
         (args.num_experts is not None, "--num-experts is not supported: the policy is a dense model"),
         (args.vocab_size is None, "--vocab-size is needed: entries that Megatron adds as padding are masked"),
     ]
+    attention = AttentionShape(
+        heads=args.num_attention_heads,
+        groups=args.num_query_groups or args.num_attention_heads,
+        head_dim=args.kv_channels,
+    )
     messages = [message for is_wrong, message in wrong if is_wrong]
+    messages += tensor_parallel_faults(attention, args.ffn_hidden_size, args.tensor_model_parallel_size)
     if messages:
         raise ValueError("; ".join(messages))
 

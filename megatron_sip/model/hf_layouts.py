@@ -21,7 +21,7 @@ class Layout(Enum):
     REPLICATED = "whole on every rank"
     COLUMNS = "split on dimension 1 (row-parallel linear)"
     VOCABULARY = "split on dimension 0, padded at the end"
-    QKV = "split on dimension 0 by query group; within a group its query heads, then its key, then its value"
+    QKV = "one group after the other, of each its query heads, then its key, then its value; split on dimension 0"
     GATE_UP = "both split on dimension 0; a rank's part of the gate, then its part of up"
 
 
@@ -40,10 +40,26 @@ class Sliceable(Protocol):
     def __getitem__(self, index: slice | tuple[slice, slice]) -> Tensor: ...
 
 
-def check_divisible(name: str, size: int, tp_size: int) -> None:
-    """Raise ValueError when `size` things cannot be split evenly over the tensor-parallel ranks."""
-    if size % tp_size:
-        raise ValueError(f"--tensor-model-parallel-size {tp_size} does not divide {name} ({size}): choose a divisor")
+def tensor_parallel_faults(attention: AttentionShape, ffn_size: int, tp_size: int) -> list[str]:
+    """Why a model cannot be split over `tp_size` ranks: one message a fault, none where it can.
+
+    With fewer query groups than ranks Megatron copies no weights: a rank holds `1 / tp_size` of the fused rows, wherever
+    that cuts a group, and the ranks gather queries, keys and values after the product.
+    """
+    flag = f"--tensor-model-parallel-size {tp_size}"
+    rows = (attention.heads + 2 * attention.groups) * attention.head_dim
+    faults = [
+        f"{flag} does not divide {name} ({size}): choose a divisor"
+        for name, size in (("the number of attention heads", attention.heads), ("the MLP's size", ffn_size))
+        if size % tp_size
+    ]
+    if attention.groups % tp_size and tp_size % attention.groups:
+        faults.append(f"{flag} must be a divisor or a multiple of the number of query groups ({attention.groups})")
+    elif rows % tp_size:
+        faults.append(
+            f"{flag} does not divide the rows of the fused queries, keys and values ({rows}): choose a divisor"
+        )
+    return faults
 
 
 def to_shard(
@@ -53,9 +69,8 @@ def to_shard(
     attention: AttentionShape,
     vocab_size: int,
     rank: int,
-    tp_size: int,
 ) -> Tensor:
-    """Rank `rank`'s parameter of shape `shape`, cut and fused from whole HF tensors.
+    """Tensor-parallel rank `rank`'s parameter of shape `shape`, cut and fused from whole HF tensors.
 
     A vocabulary shard's rows past the end of the HF tensor are zero. Reads only the rank's part of each tensor.
     """
@@ -71,14 +86,7 @@ def to_shard(
     if layout is Layout.GATE_UP:
         half = shape[0] // 2
         return torch.cat([tensor[rank * half : (rank + 1) * half] for tensor in tensors])
-    check_divisible("the number of query groups", attention.groups, tp_size)
-    groups = attention.groups // tp_size
-    parts = []
-    for tensor, heads in zip(tensors, _heads_per_group(attention), strict=True):
-        size = groups * heads * attention.head_dim
-        part = tensor[rank * size : (rank + 1) * size]
-        parts.append(part.view(groups, heads * attention.head_dim, *part.shape[1:]))
-    return torch.cat(parts, dim=1).flatten(0, 1)
+    return _qkv_rows(tensors, rank * shape[0], (rank + 1) * shape[0], attention)
 
 
 def from_shards(
@@ -94,14 +102,26 @@ def from_shards(
     if layout is Layout.GATE_UP:
         halves = [shard.chunk(2) for shard in shards]
         return _cat([gate for gate, _ in halves]), _cat([up for _, up in halves])
-    groups = attention.groups // len(shards)
-    sizes = [heads * attention.head_dim for heads in _heads_per_group(attention)]
-    pieces = [shard.view(groups, sum(sizes), *shard.shape[1:]).split(sizes, dim=1) for shard in shards]
-    return tuple(_cat(list(part)).flatten(0, 1) for part in zip(*pieces, strict=True))
+    sizes = _qkv_sizes(attention)
+    fused = _cat(shards).view(attention.groups, sum(sizes), *shards[0].shape[1:])
+    return tuple(part.flatten(0, 1).contiguous() for part in fused.split(sizes, dim=1))
 
 
-def _heads_per_group(attention: AttentionShape) -> tuple[int, int, int]:
-    return attention.heads // attention.groups, 1, 1
+def _qkv_rows(tensors: Sequence[Sliceable], first: int, last: int, attention: AttentionShape) -> Tensor:
+    """Rows first:last of the fused tensor; they may begin and end inside a group. Reads only the groups they touch."""
+    sizes = _qkv_sizes(attention)
+    group, end = first // sum(sizes), -(-last // sum(sizes))
+    parts = []
+    for tensor, size in zip(tensors, sizes, strict=True):
+        part = tensor[group * size : end * size]
+        parts.append(part.view(end - group, size, *part.shape[1:]))
+    start = first - group * sum(sizes)
+    return torch.cat(parts, dim=1).flatten(0, 1)[start : start + last - first]
+
+
+def _qkv_sizes(attention: AttentionShape) -> tuple[int, int, int]:
+    """Rows of a group's query heads, its key and its value."""
+    return attention.heads // attention.groups * attention.head_dim, attention.head_dim, attention.head_dim
 
 
 def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:

@@ -113,7 +113,6 @@ def load_hf_weights(model_chunks: Sequence[torch.nn.Module], hf_dir: Path | str)
                 attention_shape(hf_config),
                 hf_config.vocab_size,
                 tp_group.rank(),
-                tp_group.size(),
             )
             if shard.shape != parameter.shape:
                 raise ValueError(

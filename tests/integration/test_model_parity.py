@@ -1,8 +1,8 @@
 """Megatron's policy against transformers: logits, log-probs, loss, gradient norm and weights, at every parallel layout.
 
-Four torchrun processes load the same Megatron checkpoint at TP1, TP2, PP2 and TP2xPP2 (the rest is data parallel) and
-take a training step, and three do so with SmolLM2, whose 9 heads and 3 KV heads a third can share; transformers computes
-the same from unpacked sequences in one process.
+Four torchrun processes load the same Megatron checkpoint at TP1, TP2, PP2 and TP2xPP2 (the rest is data parallel), with one or
+two KV heads also at TP4, and take a training step, and three do so with SmolLM2, whose 9 heads and 3 KV heads a third can
+share; transformers computes the same from unpacked sequences in one process.
 """
 
 import hashlib
@@ -59,6 +59,7 @@ TINY_MODELS = {
     ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**{**TINY, "tie_word_embeddings": True})),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**TINY, head_dim=32)),
+    "one-kv": lambda: Qwen2ForCausalLM(Qwen2Config(**{**TINY, "num_key_value_heads": 1})),
 }
 LAYOUTS = {
     "dp4": [],
@@ -67,6 +68,7 @@ LAYOUTS = {
     "tp2": ["--tensor-model-parallel-size", "2", "--use-distributed-optimizer"],
     "pp2": ["--pipeline-model-parallel-size", "2"],
     "tp2pp2": ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"],
+    "tp4": ["--tensor-model-parallel-size", "4"],
     "tp2sp": [
         *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
         *("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
@@ -77,7 +79,9 @@ ROW_LENGTH = 160
 # Layouts of three processes (the others have four), and how far their logits may be from transformers', which themselves
 # reach 44 and are 9e-5 from float64's: sums in three parts are rounded in other places.
 OF_THREE = {"dp3": 1e-4, "tp3": 2e-4}
-RUNS = [(model, layout) for model in TINY_MODELS for layout in LAYOUTS if layout not in OF_THREE]
+ONE_KV_LAYOUTS = ("tp4", "tp2", "tp2sp")
+RUNS = [(m, layout) for m in TINY_MODELS if m != "one-kv" for layout in LAYOUTS if layout not in (*OF_THREE, "tp4")]
+RUNS += [("qwen3", "tp4"), *(("one-kv", layout) for layout in ONE_KV_LAYOUTS)]
 RUNS += [("smollm2", layout) for layout in ("pp2", *OF_THREE)]
 TEXT_TOKENS = 300
 
@@ -173,7 +177,7 @@ def results(references: dict[str, Reference], results_dir: Path) -> dict[str, li
     for processes, runs in ((4, of_four), (3, of_three)):
         cases = [case(references[model], model, layout, results_dir) for model, layout in runs]
         if processes == 4:
-            cases += resume_cases(references["llama"], results_dir)
+            cases += resume_cases(references["llama"], results_dir) + one_kv_cases(references["one-kv"], results_dir)
         found |= run_worker(cases, results_dir, processes)
     return found
 
@@ -200,7 +204,8 @@ def run_worker(cases: list[dict], folder: Path, processes: int) -> dict[str, lis
 
 def case(reference: Reference, model: str, layout: str, folder: Path) -> dict:
     """A tiny model's first layout takes the HF weights and saves a Megatron checkpoint, which the others load."""
-    checkpoint, first = str(folder / f"checkpoint-{model}"), model == "smollm2" or layout == "dp4"
+    checkpoint = str(folder / f"checkpoint-{model}")
+    first = model == "smollm2" or layout == next(of_model for name, of_model in RUNS if name == model)
     if model == "smollm2":
         storage = []
     elif first:
@@ -238,6 +243,24 @@ def resume_cases(reference: Reference, folder: Path) -> list[dict]:
         add(f"{kind}-second", 2, False, *extra, "--load", saved)
     add("reshardable-tp2", 2, False, *CHECKPOINT_FORMATS["reshardable"], "--load", saved, *LAYOUTS["tp2"])
     return cases
+
+
+def one_kv_cases(reference: Reference, folder: Path) -> list[dict]:
+    """Three training steps of one KV head at TP1 and, saved, at TP4; and what that checkpoint is at TP1."""
+    training = ["--train-iters", "4", "--lr", "0.01", "--lr-decay-style", "constant"]
+    fresh = ["--no-load-optim", "--no-load-rng", "--pretrained-checkpoint"]
+    saved = str(folder / "one-kv-trained")
+    start = [*training, *fresh, str(folder / "checkpoint-one-kv")]
+    flags = {
+        "one-kv-trained-dp4": start,
+        "one-kv-trained-tp4": [*start, *LAYOUTS["tp4"], "--save", saved, "--save-interval", "3"],
+        "one-kv-reloaded": [*fresh, saved],
+    }
+    same = case(reference, "one-kv", "tp2", folder)
+    return [
+        {**same, "name": name, "flags": given, "steps": 3 if "trained" in name else 1, "save": "--save" in given}
+        for name, given in flags.items()
+    ]
 
 
 @pytest.fixture(params=RUNS, ids=lambda run: "-".join(run))
@@ -294,6 +317,15 @@ def test_exported_weights_are_the_files_bit_for_bit(run: tuple[list[dict], Refer
         assert not set(rank["digests"]) & set(exported), "a tensor came from two ranks"
         exported |= rank["digests"]
     assert exported == {name: digest(tensor.float()) for name, tensor in tensors.items()}
+
+
+def test_trained_kv_heads_are_exported_from_more_ranks_than_heads(results: dict[str, list[dict]]) -> None:
+    """No rank holds a copy of a key or value, so none can go astray: the steps are TP1's, the export the checkpoint's."""
+    straight, split = (results[f"one-kv-trained-{layout}"] for layout in ("dp4", "tp4"))
+    assert split[0]["losses"] == pytest.approx(straight[0]["losses"], rel=1e-5)
+    assert split[0]["losses"][2] < split[0]["losses"][1] < split[0]["losses"][0]
+    assert split[0]["digests"]
+    assert split[0]["digests"] == results["one-kv-reloaded"][0]["digests"]
 
 
 @pytest.mark.parametrize("kind", CHECKPOINT_FORMATS)

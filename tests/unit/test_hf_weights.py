@@ -1,6 +1,7 @@
 """The HF tables and layouts: splitting for any TP size and putting together again gives every bit back."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from megatron_sip.model.hf_families import (
     megatron_arguments_from_hf,
     tensor_maps,
 )
-from megatron_sip.model.hf_layouts import AttentionShape, Layout, from_shards, to_shard
+from megatron_sip.model.hf_layouts import AttentionShape, Layout, from_shards, tensor_parallel_faults, to_shard
 from megatron_sip.model.hf_weights import load_hf_weights
 
 ANY_ATTENTION = AttentionShape(heads=4, groups=2, head_dim=2)
@@ -35,12 +36,21 @@ class Case:
     tp_size: int
 
 
+def attentions(tp_size: int) -> st.SearchStrategy[AttentionShape]:
+    """Every attention that Megatron splits over `tp_size` ranks: also fewer query groups than ranks."""
+    return st.builds(
+        lambda groups, per_group, head_dim: AttentionShape(groups * per_group, groups, head_dim),
+        st.integers(1, 12),
+        st.integers(1, 6),
+        st.integers(1, 4),
+    ).filter(lambda attention: not tensor_parallel_faults(attention, 0, tp_size))
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     layout = draw(st.sampled_from(list(Layout)))
     tp_size = draw(st.integers(1, 4))
-    attention = AttentionShape(groups=tp_size * draw(st.integers(1, 3)), heads=0, head_dim=draw(st.integers(1, 4)))
-    attention = dataclasses.replace(attention, heads=attention.groups * draw(st.integers(1, 3)))
+    attention = draw(attentions(tp_size))
     width, part = draw(st.integers(1, 5)), draw(st.integers(1, 5))
     vocab_size = draw(st.integers(1, tp_size * part))
     columns = draw(st.sampled_from([(), (width,)]))  # weights and biases
@@ -67,7 +77,7 @@ def cases(draw: st.DrawFn) -> Case:
 def shards_of(case: Case) -> list[torch.Tensor]:
     shape = torch.Size(case.shard_shape)
     return [
-        to_shard(case.layout, case.tensors, shape, case.attention, case.vocab_size, rank, case.tp_size)
+        to_shard(case.layout, case.tensors, shape, case.attention, case.vocab_size, rank)
         for rank in range(case.tp_size)
     ]
 
@@ -102,7 +112,7 @@ def test_queries_keys_and_values_are_interleaved_by_group() -> None:
     query = torch.tensor([[10.0], [11.0], [12.0], [13.0]])
     key, value = torch.tensor([[20.0], [21.0]]), torch.tensor([[30.0], [31.0]])
     attention = AttentionShape(heads=4, groups=2, head_dim=1)
-    fused = to_shard(Layout.QKV, [query, key, value], torch.Size([8, 1]), attention, 0, 0, 1)
+    fused = to_shard(Layout.QKV, [query, key, value], torch.Size([8, 1]), attention, 0, 0)
     assert fused.flatten().tolist() == [10, 11, 20, 30, 12, 13, 21, 31]
 
 
@@ -112,15 +122,40 @@ def test_reading_from_a_file_equals_reading_from_memory(tmp_path) -> None:
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         for rank in range(4):  # 16 padded rows: the third rank's part is half padding, the last one's all
             shape = torch.Size([4, 3])
-            lazy = to_shard(Layout.VOCABULARY, [file.get_slice("table")], shape, ANY_ATTENTION, 7, rank, 4)
-            assert torch.equal(lazy, to_shard(Layout.VOCABULARY, [table], shape, ANY_ATTENTION, 7, rank, 4))
+            lazy = to_shard(Layout.VOCABULARY, [file.get_slice("table")], shape, ANY_ATTENTION, 7, rank)
+            assert torch.equal(lazy, to_shard(Layout.VOCABULARY, [table], shape, ANY_ATTENTION, 7, rank))
 
 
-def test_tp_size_that_does_not_divide_the_query_groups_is_refused() -> None:
-    tensors = [torch.zeros(6, 1), torch.zeros(3, 1), torch.zeros(3, 1)]
-    attention = AttentionShape(heads=6, groups=3, head_dim=1)
-    with pytest.raises(ValueError, match=r"--tensor-model-parallel-size 2 does not divide the number of query groups"):
-        to_shard(Layout.QKV, tensors, torch.Size([6, 1]), attention, 0, 0, 2)
+@pytest.mark.parametrize(
+    ("heads", "groups", "tp_size", "cut"),
+    [
+        (4, 1, 2, [["q0", "q1", "q2"], ["q3", "k0", "v0"]]),
+        (8, 2, 4, [["q0", "q1", "q2"], ["q3", "k0", "v0"], ["q4", "q5", "q6"], ["q7", "k1", "v1"]]),
+        (6, 1, 4, [["q0", "q1"], ["q2", "q3"], ["q4", "q5"], ["k0", "v0"]]),
+    ],
+)
+def test_fewer_key_value_heads_than_ranks(heads: int, groups: int, tp_size: int, cut: list[list[str]]) -> None:
+    """As Megatron cuts its fused rows then: no copies, and a group's heads lie where they fall."""
+    names = [f"{part}{i}" for part, count in (("q", heads), ("k", groups), ("v", groups)) for i in range(count)]
+    numbers = torch.arange(float(len(names)))[:, None].split([heads, groups, groups])
+    shape = torch.Size([len(names) // tp_size, 1])
+    attention = AttentionShape(heads, groups, head_dim=1)
+    shards = [to_shard(Layout.QKV, numbers, shape, attention, 0, rank) for rank in range(tp_size)]
+    assert [[names[int(value)] for value in shard.flatten()] for shard in shards] == cut
+
+
+@pytest.mark.parametrize(
+    ("attention", "tp_size", "named"),
+    [
+        (AttentionShape(6, 3, 8), 2, r"--tensor-model-parallel-size 2 must be a divisor or a multiple of .* \(3\)"),
+        (AttentionShape(6, 2, 8), 4, r"--tensor-model-parallel-size 4 does not divide .*attention heads \(6\)"),
+        (AttentionShape(4, 1, 1), 4, r"--tensor-model-parallel-size 4 does not divide the rows .* \(6\)"),
+        (AttentionShape(10, 5, 8), 5, r"--tensor-model-parallel-size 5 does not divide the MLP's size \(96\)"),
+    ],
+)
+def test_a_tp_size_that_cannot_be_is_named(attention: AttentionShape, tp_size: int, named: str) -> None:
+    [fault] = tensor_parallel_faults(attention, 96, tp_size)
+    assert re.fullmatch(named + ".*", fault)
 
 
 def save_tiny(folder: Path, names: set[str]) -> None:

@@ -135,6 +135,23 @@ def test_what_megatron_or_the_policy_cannot_do_is_told_without_a_traceback(
         parse(*flags)
 
 
+@pytest.mark.parametrize(("size", "named"), [(3, r"attention heads \(4\)"), (8, r"attention heads \(4\)")])
+def test_a_tensor_parallel_size_that_the_model_cannot_have(
+    parse: Parse, monkeypatch: pytest.MonkeyPatch, size: int, named: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with pytest.raises(ArgumentError, match=f"--tensor-model-parallel-size {size} does not divide .*{named}"):
+        parse("--tensor-model-parallel-size", str(size))
+
+
+def test_more_tensor_parallel_ranks_than_key_value_heads(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    args = parse("--tensor-model-parallel-size", "4")
+    assert (args.tensor_model_parallel_size, args.num_query_groups) == (4, 2)
+
+
 def test_an_architecture_that_is_not_supported(parse: Parse, model: Path) -> None:
     (model / "hf" / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ArgumentError, match=r"hf/config.json: model_type 'gpt2' .* supported are llama"):
