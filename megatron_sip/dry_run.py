@@ -61,7 +61,7 @@ def prompt_cost(args: argparse.Namespace, settings: JudgeSettings | None, with_r
         cost["rewriter calls"] = 1
         instructions = _instruction_tokens(builtin_prompt("rewrite"))
         cost["rewriter tokens, prompt"] = instructions + prefix + suffix + 3 * REWRITE_START_TOKENS
-        cost["rewriter tokens, answer"] = REWRITE_ROOM * suffix + args.teacher_reasoning_tokens
+        cost["rewriter tokens, answer"] = REWRITE_ROOM * suffix + _rewriter_reasoning(args)
     if uses_judge(args):
         assert settings is not None
         count = candidate_count(args, with_rollouts)
@@ -73,6 +73,11 @@ def prompt_cost(args: argparse.Namespace, settings: JudgeSettings | None, with_r
     if args.objective == "dpo":
         cost["reference tokens, packed"] = prefix + branches * suffix
     return cost
+
+
+def _rewriter_reasoning(args: argparse.Namespace) -> int:
+    """Tokens for reasoning before a rewrite; none where the server goes on from the start that we give."""
+    return 0 if args.teacher_api == "sglang" or args.teacher_prefill else int(args.teacher_reasoning_tokens)
 
 
 def candidate_count(args: argparse.Namespace, with_rollouts: bool = True) -> int:
@@ -129,8 +134,7 @@ def _pointwise(settings: JudgeSettings, name: str, count: int) -> tuple[int, int
 def _written_tokens(settings: JudgeSettings, name: str) -> int:
     """The most that a judge writes for one verdict; 0 where the verdict's probability is read without an answer."""
     [endpoint, *_] = settings.client.endpoints_for(name)
-    forced = endpoint.kind == "sglang" or endpoint.prefill
-    if settings.mode(name) == "soft" and forced:
+    if settings.mode(name) == "soft" and endpoint.continues_answers:
         return 0
     return settings.max_tokens + endpoint.reasoning_tokens
 

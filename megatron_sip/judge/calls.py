@@ -1,7 +1,7 @@
 """What a judge's server can be asked: three kinds of calls, independent of the server's protocol.
 
 An answer is plain JSON data, so that it can be cached: a list of values or texts for `GenerateCall`, one value for
-`ChoiceCall`, one log-prob for `LikelihoodCall`. None inside it is a missing vote; None instead of it a failed call.
+`ChoiceCall`, one log-prob for `LikelihoodCall`. None inside it is a missing vote or text; None instead of it a failed call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import orjson
 
 from megatron_sip.judge.verdicts import VerdictRule
 
-Answer = list[float | None] | list[str] | float | None
+Answer = list[float | None] | list[str | None] | float | None
+
+READING = 2
+"""Version of how answers are asked for and read: raised when the same response comes to mean something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class GenerateCall:
     salt: int = 0
 
     def cache_fields(self) -> list[Any]:
-        return ["generate", self.n, self.max_tokens, self.temperature, self.top_p, self.start, self.salt]
+        return [f"generate@{READING}", self.n, self.max_tokens, self.temperature, self.top_p, self.start, self.salt]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class ChoiceCall:
     max_tokens: int = 512
 
     def cache_fields(self) -> list[Any]:
-        return ["choice", self.rule.start]
+        return [f"choice@{READING}", self.rule.start]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from megatron_sip.judge.cache import AnswerCache, cache_key
 from megatron_sip.judge.calls import Answer, Call, GenerateCall, LikelihoodCall, cache_material
 from megatron_sip.judge.encoding import ChatEncoder, EncodingError
 from megatron_sip.judge.probe import EndpointError, EndpointFacts, probe
+from megatron_sip.judge.reasoning import UNKNOWN, ReasoningStyle
 from megatron_sip.judge.settings import DEFAULT_MODEL, ClientSettings, Endpoint, SettingsError
 from megatron_sip.judge.window import PrefixWindow, estimated_tokens
 from megatron_sip.judge.wire import (
@@ -45,6 +46,14 @@ PREFILL_BATCH = 32
 GENERATE_BATCH = 8
 """Prompts in one native request that generates: few, since the batch is as slow as its slowest answer."""
 CHECK_TIMEOUT_S = 30.0
+UNREADABLE = {
+    "aborted": "the server aborted or filtered it",
+    "cut": "it reached its limit of tokens (--judge-max-tokens, --teacher-reasoning-tokens)",
+    "in-reasoning": "its reasoning never ended; it may need more tokens for it (--teacher-reasoning-tokens)",
+    "no-verdict": "it holds no verdict",
+    "verdict-not-last": "it does not end with its verdict; if that is how the judge is meant to answer, its prompt file "
+    "needs position = 'anywhere'",
+}
 TEMPLATE_TOKENS = 128
 """Allowed for a chat template that only the server knows."""
 
@@ -137,7 +146,7 @@ class JudgeClient:
         if open_calls:
             fresh = await self._ask_servers(open_calls, allowed, affinity, deadline, failures)
             if self._cache is not None:
-                self._cache.put_many(fresh.items())
+                self._cache.put_many((key, answer) for key, answer in fresh.items() if answer is not None)
             known |= fresh
         return [known.get(key) for key in keys]
 
@@ -213,11 +222,20 @@ class JudgeClient:
         return True
 
     def _answer_source(self, endpoint: Endpoint) -> str:
-        """What answers are kept under: the model that gives them, and what its reasoning may cost."""
+        """What answers are kept under: the model that gives them, what its reasoning may cost, how they are begun."""
         model = endpoint.model
         if model == DEFAULT_MODEL:
             model = self._facts.get(endpoint.url, EndpointFacts()).model or model
-        return model if not endpoint.reasoning_tokens else f"{model}\x00{endpoint.reasoning_tokens}"
+        asked = [endpoint.reasoning_tokens, endpoint.answer_prefix, endpoint.prefill]
+        return "\x00".join([model, *(str(value) for value in asked if value)])
+
+    @property
+    def reasoning(self) -> ReasoningStyle:
+        """How the model reasons, as far as its tokenizer is known and made for chats."""
+        try:
+            return UNKNOWN if self._encoder is None else self._encoder.reasoning
+        except EncodingError:
+            return UNKNOWN
 
     def _body(self, calls: list[Call], endpoint: Endpoint, quirks: frozenset[Quirk]) -> bytes:
         if endpoint.kind == "sglang":
@@ -226,14 +244,20 @@ class JudgeClient:
         return orjson.dumps(openai_body(calls[0], endpoint, quirks))
 
     def _parse(self, calls: list[Call], endpoint: Endpoint, response: Any) -> list[Answer]:
+        lost: Counter[str] = Counter()
         if endpoint.kind == "sglang":
-            answers, prompt_tokens, generated = sglang_answers(calls, self.encoder, response)
+            answers, prompt_tokens, generated = sglang_answers(calls, self.encoder, response, lost)
         else:
             assert not isinstance(calls[0], LikelihoodCall)
-            answer, prompt_tokens, generated = openai_answer(calls[0], endpoint, response)
+            answer, prompt_tokens, generated = openai_answer(calls[0], endpoint, response, self.reasoning, lost)
             answers = [answer]
         self.counts["prompt-tokens"] += prompt_tokens
         self.counts["generated-tokens"] += generated
+        for reason, count in lost.items():
+            name = f"unreadable/{reason}"
+            self.counts[name] += count
+            if self.counts[name] == count:  # the first of its kind is worth a line
+                log.warning("an answer of the judge or rewriter is not used: %s", UNREADABLE[reason])
         return answers
 
 

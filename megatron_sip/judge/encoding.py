@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_sip.data.continuation_text import Seam, ids_after
+from megatron_sip.judge.reasoning import CHANNEL, ReasoningStyle, style_of
 
 _SENTINEL = "SIP-CONTENT-SENTINEL"
 
@@ -30,6 +31,7 @@ class ChatEncoder:
         self._cached_pieces = cached_pieces
         self._pieces: OrderedDict[tuple[str, str], list[int]] = OrderedDict()
         self._frame: tuple[list[int], list[int]] | None = None
+        self._style: ReasoningStyle | None = None
         self._choices: dict[tuple[str, tuple[str, ...]], tuple[list[int], list[int]]] = {}
 
     @classmethod
@@ -55,15 +57,31 @@ class ChatEncoder:
         bos = self._tokenizer.bos_token_id
         return [bos] if bos is not None and self._tokenizer("a")["input_ids"][:1] == [bos] else []
 
-    def chat(self, prompt: Sequence[str], answer_prefix: str = "", start: str = "") -> list[int]:
-        """Ids of a chat with one user message made of the pieces of `prompt`, up to where the answer begins."""
+    @property
+    def reasoning(self) -> ReasoningStyle:
+        """How the model reasons, by its chat template and its tokens. Raises EncodingError without a chat template."""
+        if self._style is None:
+            _, generation_prompt = self._chat_texts()
+            special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+            harmony = CHANNEL in self._tokenizer.get_vocab() or CHANNEL in str(self._tokenizer.chat_template)
+            self._style = style_of(generation_prompt, special, harmony=harmony)
+        return self._style
+
+    def chat(self, prompt: Sequence[str], answer_prefix: str | None = None, start: str = "") -> list[int]:
+        """Ids of a chat with one user message made of the pieces of `prompt`, up to where the model goes on.
+
+        With `answer_prefix` (special tokens in it are recognised, "" is the model's own) or `start`, its answer is begun
+        there, behind all reasoning.
+        """
         head, tail = self._chat_frame()
         ids = list(head)
         for piece in prompt:
             ids += self.text(piece)
         ids += tail
-        if answer_prefix:
-            ids += self._tokenizer.encode(answer_prefix, add_special_tokens=False)
+        if answer_prefix is None and not start:
+            return ids
+        if prefix := self.reasoning.answer_start(answer_prefix or ""):
+            ids += self._tokenizer.encode(prefix, add_special_tokens=False)
         return ids + self.text(start) if start else ids
 
     def choices(self, start: str, labels: tuple[str, ...]) -> tuple[list[int], list[int]]:
@@ -102,12 +120,18 @@ class ChatEncoder:
 
     def _chat_frame(self) -> tuple[list[int], list[int]]:
         if self._frame is None:
-            if not getattr(self._tokenizer, "chat_template", None):
-                raise EncodingError("the judge's tokenizer has no chat template: serve a post-trained (chat) model")
-            message = [{"role": "user", "content": _SENTINEL}]
-            rendered = self._tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-            head, found, tail = rendered.partition(_SENTINEL)
-            if not found:
-                raise EncodingError("the judge's chat template does not show the user's message")
-            self._frame = tuple(self._tokenizer.encode(part, add_special_tokens=False) for part in (head, tail))
+            head, tail = self._chat_texts()
+            encode = self._tokenizer.encode
+            self._frame = encode(head, add_special_tokens=False), encode(tail, add_special_tokens=False)
         return self._frame
+
+    def _chat_texts(self) -> tuple[str, str]:
+        """What the template puts before and after the user's message."""
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise EncodingError("the judge's tokenizer has no chat template: serve a post-trained (chat) model")
+        message = [{"role": "user", "content": _SENTINEL}]
+        rendered = self._tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        head, found, tail = rendered.partition(_SENTINEL)
+        if not found:
+            raise EncodingError("the judge's chat template does not show the user's message")
+        return head, tail

@@ -34,7 +34,7 @@ from megatron_sip.judge.criteria import (
 )
 from megatron_sip.judge.prompts import fence_code, valid_unicode
 from megatron_sip.judge.schedules import AllPairs
-from megatron_sip.judge.settings import JudgeSettings, Objective
+from megatron_sip.judge.settings import JudgeSettings, Objective, SettingsError
 from megatron_sip.judge.window import PrefixWindow
 from megatron_sip.samples import Group
 
@@ -73,9 +73,17 @@ class Judge(AsksTeacher):
         """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
         await super().check(timeout_s)
         for item in self._criteria:
-            native = any(endpoint.kind == "sglang" for endpoint in self._settings.client.endpoints_for(item.setting))
-            if native and isinstance(item.criterion, Pointwise | Pairwise):
-                item.criterion.check(self._client.encoder)
+            if not isinstance(item.criterion, Pointwise | Pairwise):
+                continue
+            for endpoint in self._settings.client.endpoints_for(item.setting):
+                if endpoint.kind == "sglang":
+                    item.criterion.check(self._client.encoder)
+                written = item.criterion.mode == "hard" or not endpoint.continues_answers
+                if written and self._client.reasoning.always and not endpoint.reasoning_tokens:
+                    raise SettingsError(
+                        f"criterion {item.setting}: the judge's model reasons before each answer, by its chat template, and "
+                        "has no tokens for it: give --teacher-reasoning-tokens, for example 2048"
+                    )
 
     async def score(
         self, groups: Sequence[Group], *, objective: Objective = "dpo", deadline_s: float | None = None

@@ -8,6 +8,7 @@ A prompt file is text with a TOML header between two lines `+++`:
     kind = "pointwise"             # pointwise | pairwise | text
     pattern = 'RATING:\\s*(GOOD|BAD)'   # one group: the verdict
     start = "RATING: "             # what a soft verdict makes the answer begin with (optional)
+    position = "last"              # the answer ends with its verdict (default); "anywhere": reasons may follow (optional)
     [values]
     GOOD = 1.0
     BAD = 0.0
@@ -37,12 +38,13 @@ TEXT_SLOTS = ("prefix", "reference", "candidate", "option_1", "option_2", "conti
 PLAIN_SLOTS = ("code", "first_words")
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 _REQUIRED_SLOTS = {"pairwise": {"option_1", "option_2"}, "pointwise": {"candidate"}, "text": set[str]()}
-_HEADER_KEYS = {"name", "version", "kind", "description", "pattern", "start", "values"}
+_HEADER_KEYS = {"name", "version", "kind", "description", "pattern", "start", "position", "values"}
 
 # Role, turn and reasoning marks of the common chat templates. A tokenizer's own special tokens are added to these.
 _TEMPLATE_MARKS = re.compile(
-    r"<[|｜][^<>|｜\n]{1,60}[|｜]>|</?s>|</?(?:think|thinking|reasoning)>|<</?SYS>>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS"
-    r"|TOOL_RESULTS|gMASK|SYSTEM_PROMPT)\]|</?(?:bos|eos|pad|unk|mask|\w{0,30}_\w{0,30})>|<\|",
+    r"<[|｜][^<>|｜\n]{1,60}[|｜]>|</?s>|</?(?:\w{1,12}[:|])?(?:think(?:ing)?|thought|reasoning)>|◁/?think▷|<channel\|>"
+    r"|\[/?THINK\]|<</?SYS>>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS"
+    r"|TOOL_RESULTS|gMASK|SYSTEM_PROMPT)\]|</?(?:bos|eos|pad|unk|mask|(?=[^\W_]{0,30}_)\w{1,61})>|<\|",
     re.IGNORECASE,
 )
 
@@ -63,6 +65,7 @@ class PromptFile:
     start: str
     rule: VerdictRule | None
     source: str
+    text_pattern: re.Pattern[str] | None = None
 
     @property
     def slots(self) -> frozenset[str]:
@@ -70,8 +73,9 @@ class PromptFile:
 
     @property
     def identity(self) -> str:
-        """What a cached verdict is tied to: name, version and a digest of the wording."""
-        digest = hashlib.blake2b("\x00".join((*self.body, self.start)).encode(), digest_size=6).hexdigest()
+        """What a cached verdict is tied to: name, version and a digest of the wording and of how answers are read."""
+        reading = "" if self.rule is None else repr((self.rule.pattern.pattern, self.rule.values, self.rule.anywhere))
+        digest = hashlib.blake2b("\x00".join((*self.body, self.start, reading)).encode(), digest_size=6).hexdigest()
         return f"{self.name}@{self.version}#{digest}"
 
     def fill(self, texts: Mapping[str, str], code: str, first_words: str = "") -> tuple[str, ...]:
@@ -90,6 +94,13 @@ class PromptFile:
             else:
                 pieces.append(fence(piece, texts[piece], code))
         return tuple(piece for piece in pieces if piece)
+
+    def text_of(self, answer: str) -> str | None:
+        """The text that an answer to a prompt of kind text gives: what its pattern's group finds, without one all of it."""
+        if self.text_pattern is None:
+            return answer
+        found = self.text_pattern.search(answer)
+        return None if found is None else found[1]
 
 
 @lru_cache(maxsize=4096)  # a task's prefix recurs in each of its prompts, a candidate in several
@@ -154,10 +165,9 @@ def parse_prompt(content: str, source: str) -> PromptFile:
         wanted = " and ".join("{{" + slot + "}}" for slot in sorted(missing))
         raise PromptError(f"{source}: a {kind} prompt must contain {wanted}")
     rule = None if kind == "text" else _verdict_rule(header, source)
-    version = header.get("version", 1)
-    return PromptFile(
-        name, int(version), kind, header.get("description", ""), pieces, header.get("start", ""), rule, source
-    )
+    text_pattern = _pattern(header, source) if kind == "text" and "pattern" in header else None
+    version, about, start = int(header.get("version", 1)), header.get("description", ""), header.get("start", "")
+    return PromptFile(name, version, kind, about, pieces, start, rule, source, text_pattern)
 
 
 def _split_header(content: str, source: str) -> tuple[dict[str, Any], str]:
@@ -171,6 +181,18 @@ def _split_header(content: str, source: str) -> tuple[dict[str, Any], str]:
 
 
 def _verdict_rule(header: Mapping[str, Any], source: str) -> VerdictRule:
+    pattern = _pattern(header, source)
+    values = header.get("values") or {}
+    if len(values) < 2 or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in values.values()):
+        raise PromptError(f"{source}: [values] must give at least two verdicts a number from 0 to 1")
+    position = header.get("position", "last")
+    if position not in ("last", "anywhere"):
+        raise PromptError(f"{source}: position '{position}' is neither last nor anywhere")
+    numbers = {label: float(value) for label, value in values.items()}
+    return VerdictRule(pattern, numbers, header.get("start", ""), position == "anywhere")
+
+
+def _pattern(header: Mapping[str, Any], source: str) -> re.Pattern[str]:
     try:
         pattern = re.compile(header["pattern"], re.IGNORECASE)
     except KeyError:
@@ -179,10 +201,7 @@ def _verdict_rule(header: Mapping[str, Any], source: str) -> VerdictRule:
         raise PromptError(f"{source}: pattern is not a regular expression: {error}") from error
     if pattern.groups != 1:
         raise PromptError(f"{source}: pattern needs exactly one group (the verdict), it has {pattern.groups}")
-    values = header.get("values") or {}
-    if len(values) < 2 or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in values.values()):
-        raise PromptError(f"{source}: [values] must give at least two verdicts a number from 0 to 1")
-    return VerdictRule(pattern, {label: float(value) for label, value in values.items()}, header.get("start", ""))
+    return pattern
 
 
 def builtin_names() -> list[str]:

@@ -23,7 +23,6 @@ from megatron_sip.judge.calls import Answer, GenerateCall
 from megatron_sip.judge.client import affinity_of
 from megatron_sip.judge.prompts import builtin_prompt, fence_code, valid_unicode
 from megatron_sip.judge.settings import ClientSettings, SettingsError
-from megatron_sip.judge.verdicts import own_answer
 from megatron_sip.samples import Candidate, Task
 
 START_WORDS = 5
@@ -93,7 +92,7 @@ class Rewriter(AsksTeacher):
             return None
         call = self._call(task, words, prefix)
         [answer] = await self._client.ask([call], "rewrite", affinity_of(task.prefix_text), deadline)
-        forced = any(e.kind == "sglang" or e.prefill for e in self._settings.client.endpoints_for("rewrite"))
+        forced = any(e.continues_answers for e in self._settings.client.endpoints_for("rewrite"))
         text, problem = read_rewrite(answer, task, words, start_required=not forced)
         if problem:
             self._counts[f"dropped/{problem}"] += 1
@@ -140,10 +139,12 @@ class Rewriter(AsksTeacher):
 
 
 def read_rewrite(answer: Answer, task: Task, words: str, *, start_required: bool) -> tuple[str, str]:
-    """(text, "") or ("", why there is no rewrite: failed, wrong-start, empty, refused)."""
-    if not isinstance(answer, list) or not answer or not isinstance(answer[0], str):
+    """(text, "") or ("", why there is no rewrite: failed, unfinished, wrong-start, empty, refused)."""
+    if not isinstance(answer, list) or not answer:
         return "", "failed"
-    text = without_start(own_answer(answer[0]), words, required=start_required)
+    if not isinstance(answer[0], str):
+        return "", "unfinished"
+    text = without_start(answer[0], words, required=start_required)
     if text is None:
         return "", "wrong-start"
     text = fit_whitespace(text, task.prefix_text)

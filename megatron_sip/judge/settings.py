@@ -34,8 +34,9 @@ class Endpoint:
     criteria: restricts it to some criteria; empty: all.
     api_key_env: name of the environment variable that holds the key, which is never stored or logged.
     prefill: an openai server that continues a started answer (vLLM, SGLang).
-    answer_prefix: goes between chat template and a forced answer (gpt-oss: `<|channel|>final<|message|>`).
-    reasoning_tokens: tokens for reasoning, on top of each answer's own budget.
+    answer_prefix: goes between chat template and an answer that we begin ("": what closes the model's reasoning, by its
+    template: `<|channel|>final<|message|>` for gpt-oss, `</think>` where the template opens `<think>`).
+    reasoning_tokens: tokens for reasoning, on top of each written answer's own budget.
     requests_per_s: rate limit, 0: none.
     context_tokens: what a request and its answer may take together (None: what the server reports, if it does).
     """
@@ -71,6 +72,11 @@ class Endpoint:
             )
         if self.answer_prefix and self.kind != "sglang":
             raise SettingsError(f"endpoint {self.url}: answer_prefix is for kind sglang; the others take no raw tokens")
+
+    @property
+    def continues_answers(self) -> bool:
+        """Whether it goes on from an answer that we begin."""
+        return self.kind == "sglang" or self.prefill
 
     def api_key(self) -> str | None:
         """The key from the environment. Raises SettingsError when the named variable holds none that can be sent."""

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Collection, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 from megatron_sip.http import BadResponseError
 from megatron_sip.judge.calls import Answer, Call, ChoiceCall, GenerateCall, LikelihoodCall
 from megatron_sip.judge.encoding import ChatEncoder
+from megatron_sip.judge.readings import Written, finish_of, read_vote, read_written
+from megatron_sip.judge.reasoning import UNKNOWN, ReasoningStyle
 from megatron_sip.judge.settings import Endpoint
 from megatron_sip.judge.verdicts import VerdictRule
 
@@ -40,7 +45,8 @@ def answer_tokens(call: Call, endpoint: Endpoint) -> int:
             return 1
         if endpoint.prefill:
             return 3  # the label may follow white space of its own
-    return call.max_tokens + endpoint.reasoning_tokens
+    begun = isinstance(call, GenerateCall) and call.start != "" and endpoint.continues_answers
+    return call.max_tokens if begun else call.max_tokens + endpoint.reasoning_tokens
 
 
 # ---- SGLang, native -------------------------------------------------------------------------------------------------
@@ -68,7 +74,7 @@ def sglang_body(calls: Sequence[Call], encoder: ChatEncoder, endpoint: Endpoint)
             "return_logprob": True,
             "token_ids_logprob": [label_ids] * len(calls),
         }
-    prefix = endpoint.answer_prefix if first.start else ""
+    prefix = endpoint.answer_prefix if first.start else None
     return {
         "input_ids": [
             encoder.chat(call.prompt, prefix, call.start) for call in calls if isinstance(call, GenerateCall)
@@ -79,13 +85,18 @@ def sglang_body(calls: Sequence[Call], encoder: ChatEncoder, endpoint: Endpoint)
             "temperature": first.temperature,
             "top_p": first.top_p,
             # Marks of reasoning channels are special tokens; the parser needs to see them.
-            "skip_special_tokens": endpoint.reasoning_tokens == 0,
+            "skip_special_tokens": not (endpoint.reasoning_tokens or encoder.reasoning.special_marks),
         },
     }
 
 
-def sglang_answers(calls: Sequence[Call], encoder: ChatEncoder, response: Any) -> tuple[list[Answer], int, int]:
-    """Answers in the order of `calls`, prompt tokens, generated tokens. Raises BadResponseError."""
+def sglang_answers(
+    calls: Sequence[Call], encoder: ChatEncoder, response: Any, lost: Counter[str] | None = None
+) -> tuple[list[Answer], int, int]:
+    """Answers in the order of `calls`, prompt tokens, generated tokens; `lost` counts unreadable answers by reason.
+
+    Raises BadResponseError.
+    """
     outputs = response if isinstance(response, list) else [response]
     copies = calls[0].n if isinstance(calls[0], GenerateCall) else 1
     if len(outputs) != copies * len(calls):
@@ -95,7 +106,9 @@ def sglang_answers(calls: Sequence[Call], encoder: ChatEncoder, response: Any) -
         for place, call in enumerate(calls):
             own = outputs[place * copies : (place + 1) * copies]
             if isinstance(call, GenerateCall):
-                answers.append(read_texts(call, [output["text"] for output in own]))
+                answers.append(read_written(call, [_sglang_written(call, encoder, one) for one in own], lost))
+            elif finish_of(own[0]["meta_info"].get("finish_reason")) == "aborted":
+                answers.append(None)
             elif isinstance(call, ChoiceCall):
                 answers.append(_sglang_choice(call, encoder, own[0]["meta_info"]))
             else:
@@ -105,6 +118,11 @@ def sglang_answers(calls: Sequence[Call], encoder: ChatEncoder, response: Any) -
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise BadResponseError(f"response without the expected fields: {error!r}") from error
     return answers, prompt_tokens, generated
+
+
+def _sglang_written(call: GenerateCall, encoder: ChatEncoder, output: dict[str, Any]) -> Written:
+    finish = finish_of(output["meta_info"].get("finish_reason"))
+    return Written(str(output["text"]), finish, encoder.reasoning, begun=call.start != "")
 
 
 def _sglang_choice(call: ChoiceCall, encoder: ChatEncoder, meta: dict[str, Any]) -> float | None:
@@ -155,8 +173,17 @@ def _continued(messages: list[dict[str, str]], start: str) -> dict[str, Any]:
     }
 
 
-def openai_answer(call: GenerateCall | ChoiceCall, endpoint: Endpoint, response: Any) -> tuple[Answer, int, int]:
-    """Answer, prompt tokens, generated tokens. Fewer choices than `n` are missing votes. Raises BadResponseError."""
+def openai_answer(
+    call: GenerateCall | ChoiceCall,
+    endpoint: Endpoint,
+    response: Any,
+    style: ReasoningStyle = UNKNOWN,
+    lost: Counter[str] | None = None,
+) -> tuple[Answer, int, int]:
+    """Answer, prompt tokens, generated tokens. Fewer choices than `n` are missing votes. Raises BadResponseError.
+
+    style: of the model's reasoning, where its tokenizer is known. lost: where unreadable answers are counted by reason.
+    """
     try:
         choices = response["choices"]
         if not choices:
@@ -164,26 +191,31 @@ def openai_answer(call: GenerateCall | ChoiceCall, endpoint: Endpoint, response:
         usage = response.get("usage") or {}
         tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         if isinstance(call, GenerateCall):
-            return read_texts(call, [choice["message"]["content"] or "" for choice in choices]), *tokens
-        return _openai_choice(call, endpoint, choices[0]), *tokens
+            return read_written(call, [_openai_written(call, endpoint, c, style) for c in choices], lost), *tokens
+        return _openai_choice(call, endpoint, choices[0], style, lost), *tokens
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise BadResponseError(f"response without the expected fields: {error!r}") from error
 
 
-def read_texts(call: GenerateCall, texts: list[str]) -> Answer:
-    """Texts as the call wants them: verdict values, padded with missing votes up to n, or the texts themselves."""
-    if call.rule is None:
-        return texts[: call.n]
-    votes = [call.rule.parse(text) for text in texts[: call.n]]
-    return votes + [None] * (call.n - len(votes))
+def _openai_written(
+    call: GenerateCall | ChoiceCall, endpoint: Endpoint, choice: dict[str, Any], style: ReasoningStyle
+) -> Written:
+    """A choice's content; a server that has put the reasoning elsewhere leaves none in it."""
+    message = choice["message"]
+    apart = message.get("reasoning_content") or message.get("reasoning") or style.harmony
+    begun = isinstance(call, GenerateCall) and call.start != "" and endpoint.prefill
+    text = message["content"] or ""
+    return Written(text, finish_of(choice.get("finish_reason")), UNKNOWN if apart else style, begun)
 
 
-def _openai_choice(call: ChoiceCall, endpoint: Endpoint, choice: dict[str, Any]) -> float | None:
-    content = choice["message"]["content"] or ""
+def _openai_choice(
+    call: ChoiceCall, endpoint: Endpoint, choice: dict[str, Any], style: ReasoningStyle, lost: Counter[str] | None
+) -> float | None:
     tokens = (choice.get("logprobs") or {}).get("content") or []
+    written = _openai_written(call, endpoint, choice, style)
     if endpoint.prefill:
-        return _first_choice(call.rule, tokens)
-    return _generated_choice(call.rule, content, tokens)
+        return _first_choice(call.rule, tokens) if written.finish != "aborted" else None
+    return _generated_choice(call.rule, read_vote(written, call.rule, lost), tokens)
 
 
 def _first_choice(rule: VerdictRule, tokens: Sequence[dict[str, Any]]) -> float | None:
@@ -192,19 +224,15 @@ def _first_choice(rule: VerdictRule, tokens: Sequence[dict[str, Any]]) -> float 
     return None if token is None else rule.expected_value(label_logprobs(rule, token["top_logprobs"]))
 
 
-def _generated_choice(rule: VerdictRule, content: str, tokens: Sequence[dict[str, Any]]) -> float | None:
-    """The expected value where the last verdict of a generated answer begins; without log-probs, its value."""
-    hard = rule.parse(content)
+def _generated_choice(rule: VerdictRule, hard: float | None, tokens: Sequence[dict[str, Any]]) -> float | None:
+    """The expected value where the verdict that a generated answer ends with begins; without log-probs, its value `hard`."""
     if hard is None or not tokens:
         return hard
-    text, starts = "", []
-    for token in tokens:
-        starts.append(len(text))
-        text += token["token"]
-    match = next(reversed(list(rule.pattern.finditer(text))), None)
-    if match is None:
+    ends = list(accumulate(len(token["token"]) for token in tokens))
+    matches = list(rule.pattern.finditer("".join(token["token"] for token in tokens)))
+    if not matches:
         return hard
-    place = max(i for i, start in enumerate(starts) if start <= match.start(1))
+    place = bisect_right(ends, matches[-1].start(1))
     soft = rule.expected_value(label_logprobs(rule, tokens[place]["top_logprobs"]))
     return hard if soft is None else soft
 

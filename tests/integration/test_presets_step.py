@@ -57,6 +57,7 @@ def results(
     """What the worker wrote for each case."""
     work = tmp_path_factory.mktemp("presets")
     soft, hard = ["--judge-verdict", "soft"], ["--judge-max-tokens", "6", "--global-batch-size", "1"]
+    hard += ["--teacher-reasoning-tokens", "0"]
     cases = {preset: [*sizes(preset), *soft] for preset in known_presets()}
     cases |= {f"{preset}:hard": [*sizes(preset), *hard] for preset in HARD}
     cases[AUDITED] = [*sizes("quality-pivot-8"), "--num-rollouts", str(MOST_ROLLOUTS), *soft, "--judge-audit-rate", "1"]

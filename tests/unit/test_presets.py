@@ -54,6 +54,7 @@ def test_preset_gives_the_papers_hyper_parameters(parser: argparse.ArgumentParse
     assert (args.rollout_temperature, args.rollout_top_p) == (1.0, 1.0)
     prompted = name.startswith(("quality", "factuality"))  # GPT-OSS-120B: section 3.2.2
     assert (args.judge_votes, args.judge_temperature, args.judge_top_p) == (5, 1.0, 1.0 if prompted else 0.6)
+    assert args.teacher_reasoning_tokens == (2048 if prompted else 0)
 
 
 def test_fixed_roles_are_chosen_rewrite_rejected_rollout(parser: argparse.ArgumentParser) -> None:
