@@ -233,6 +233,9 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
         metavar="DIR",
         help="Folder for metrics.jsonl, samples, server logs, plots and summary.json. Default: the folder of --save.",
     )
+    group.add_argument(
+        "--started-as", metavar="COMMAND", help="What the report names as the command that continues the run."
+    )
     group.add_argument("--save-groups", metavar="DIR", help="Write every step's judged groups there, compressed.")
     group.add_argument(
         "--replay-groups",

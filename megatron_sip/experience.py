@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from megatron_sip.data.continuation_text import rollout_texts
+from megatron_sip.evaluation.training_samples import SampleLog
 from megatron_sip.group_files import read_groups, write_groups
 from megatron_sip.learning.metrics import Mean, Metrics
 from megatron_sip.learning.selection import SelectionSettings, select, selection_metrics
@@ -61,6 +62,7 @@ class RewritesSuffixes(Protocol):
 class ExperienceSettings:
     """kinds: candidates to make. rollout_start_step: before it, rollouts are left out.
 
+    samples: where a few judged groups are kept for people to read.
     record: folder to write judged groups to, as `replica`. replay: folder to read them from instead of making any.
     """
 
@@ -71,6 +73,7 @@ class ExperienceSettings:
     replica: int = 0
     record: Path | None = None
     replay: Path | None = None
+    samples: SampleLog | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,8 @@ class ExperienceMaker:
         if self._settings.record is not None:
             write_groups(self._settings.record, step, self._settings.replica, groups)
         selected = select(groups, self._settings.selection)
+        if self._settings.samples is not None:
+            self._settings.samples.record(step, groups, selected.examples)
         metrics = selection_metrics(groups, selected)
         metrics |= candidate_lengths(groups)
         metrics |= {f"dropped/{reason}": float(count) for reason, count in selected.dropped.items()}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import socket
+import time
 import urllib.parse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from megatron_sip.model.hf_folder import HF_SUBFOLDER, copy_hf_files
 from megatron_sip.model.hf_weights import export_hf_weights
 from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
 from megatron_sip.samples import Task
-from megatron_sip.services import Leader, LocalServers, rollout_key, rollout_sampling
+from megatron_sip.services import Leader, LocalServers, check_named_servers, rollout_key, rollout_sampling
 from megatron_sip.stop_signal import StopSignal
 
 EXCHANGE_SECONDS = 8 * 3600.0
@@ -139,6 +141,8 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
     exchange = LeaderExchange(timeout_seconds=EXCHANGE_SECONDS)
     tokenizer = AutoTokenizer.from_pretrained(args.hf_config)
     named = bool(args.rollout_url or args.teacher_url)  # a wrong URL must not show only after hours of tokenising
+    if named and args.rank == 0 and (args.rollout_local or args.teacher_model):
+        check_named_servers(args)
     servers = start_local_servers(args, stack) if named else None
     leader = open_leader(args, tokenizer, exchange, servers, stack) if named else None
     tasks, held_out = open_tasks(args, tokenizer, exchange)
@@ -165,6 +169,7 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
     run.push_weights(require_all=True)  # a wrong URL must not be taken for an engine that died
     if run.comparison is not None and leader is not None and leader.engines is not None:
         if args.iteration == 0:
+            say(f"comparison: sampling {args.win_rate_prompts} held-out continuations of the initial policy")
             leader.run(run.comparison.record_initial(leader.engines))
         run.comparison.check_initial()
     exchange.barrier()
@@ -194,11 +199,24 @@ def open_tasks(
             splits = corpus.split(args.split)
             training = TaskSource(splits["train"], tokenizer, settings)
             if args.rank == 0:
-                say(f"tasks: {training.report(args.train_iters * args.global_batch_size)}")
+                report = training.report(args.train_iters * args.global_batch_size)
+                say(f"tasks: {tasks_line(report)}")
+                print(f"tasks: {report}", flush=True)
                 if args.win_rate_prompts:
                     held_out = TaskSource(splits["test"], tokenizer, settings)
         exchange.barrier()
     return training, held_out
+
+
+def tasks_line(report: Mapping[str, Any]) -> str:
+    """What a run's tasks are cut from, in a line; its log holds the rest of `TaskSource.report`."""
+    passes = max(source["epochs"] for source in report["sources"])
+    count = len(report["sources"])
+    short = f", {report['too_short']:,} of them too short" if report["too_short"] else ""
+    return (
+        f"documents {report['documents']:,}{short}, tokens {report['tokens']:,}, sources {count}; epochs in this run "
+        f"{passes:.2g}{' at most' * (count > 1)}"
+    )
 
 
 def start_local_servers(args: argparse.Namespace, stack: contextlib.ExitStack) -> LocalServers | None:
@@ -206,6 +224,8 @@ def start_local_servers(args: argparse.Namespace, stack: contextlib.ExitStack) -
     if args.rank != 0:
         return None
     servers = LocalServers(args)
+    if servers.description:
+        say(f"servers: starting {servers.description} on this node; their logs are in {args.run_dir}/logs")
     stack.callback(servers.stop)
     return servers
 
@@ -218,7 +238,10 @@ def open_leader(
     stack: contextlib.ExitStack,
 ) -> Leader | None:
     """The clients of engines and teacher, on leaders. All ranks learn the URLs of servers that rank 0 started."""
+    waiting = time.monotonic()
     started = servers.urls() if servers is not None else ([], [])
+    if servers is not None and servers.description:
+        say(f"servers: ready, {time.monotonic() - waiting:.0f} s after all else")
     engines, teachers = exchange.share(started)[0]
     args.rollout_url = args.rollout_url or engines
     args.teacher_url = args.teacher_url or teachers
@@ -242,7 +265,11 @@ def load_policy(
     args.task_fingerprint = exchange.share(tasks.fingerprint() if tasks is not None else None)[0]
     objective = objective_settings(args)
     # Padding is masked: any id does that the embedding has, and a tokenizer's own may lie outside it.
+    if args.rank == 0:
+        say("policy: building the model and loading its weights")
     trainer = PolicyTrainer(args, objective, exchange, pad_id=0)
+    if args.rank == 0:
+        say(f"policy: {origin_of_weights(args)}")
     args.last_saved_iteration = args.iteration if args.iteration else None
     if args.iteration:
         require_same_tasks(args)
@@ -256,6 +283,15 @@ def load_policy(
     else:
         store.save(reference, 0)
     return trainer, reference, store
+
+
+def origin_of_weights(args: argparse.Namespace) -> str:
+    """Where the policy's weights, which are loaded, come from."""
+    if args.iteration:
+        return f"continued at step {args.iteration} of {args.train_iters}, from {args.save}"
+    if args.pretrained_checkpoint is not None:
+        return f"starts from the weights of {args.pretrained_checkpoint}"
+    return "starts from RANDOM weights: --hf-config gives only the architecture, --pretrained-checkpoint weights"
 
 
 def require_same_tasks(args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from megatron_sip.argument_checks import (
     needs_rewriter,
     needs_teacher,
 )
+from megatron_sip.evaluation.training_samples import SampleLog
 from megatron_sip.experience import Experience, ExperienceMaker, ExperienceSettings
 from megatron_sip.http_reply import key_from_environment
 from megatron_sip.judge.judge import Judge
@@ -53,6 +54,8 @@ class LocalServers:
     def __init__(self, args: argparse.Namespace) -> None:
         self._servers: list[LocalServer] = []
         self._threads = ThreadPoolExecutor(2)
+        self.description = ""
+        """What is being started, in words; empty when nothing is."""
         logs = Path(args.run_dir) / "logs"
         context = args.seq_length + ENGINE_MARGIN
         gpus = spare_gpus(args)
@@ -62,10 +65,12 @@ class LocalServers:
             engine = self._settings(args, args.hf_config, logs / "engine.log", context, ENGINE_FLAGS)
             engine = replace(engine, devices=gpus[: args.rollout_local] if gpus else None)
             self._engines = self._threads.submit(start_servers, args.rollout_local, engine)
+            self.description = "an engine" if args.rollout_local == 1 else f"{args.rollout_local} engines"
         if args.teacher_model and needs_teacher(args):
             teacher = self._settings(args, args.teacher_model, logs / "teacher.log", None, ())
             teacher = replace(teacher, devices=gpus[-1:] if gpus else None)
             self._teacher = self._threads.submit(start_servers, 1, teacher)
+            self.description += " and the teacher" if self.description else "the teacher"
 
     @staticmethod
     def _settings(
@@ -101,6 +106,24 @@ def spare_gpus(args: argparse.Namespace) -> tuple[int, ...] | None:
         return None
     first = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
     return tuple(range(first, first + local_servers(args)))
+
+
+def check_named_servers(args: argparse.Namespace) -> None:
+    """Ask the servers given as URLs whether they are there, so that a wrong one shows before other servers are started.
+
+    Raises:
+        EngineError, EndpointError: one of them gave no answer within CONNECT_SECONDS.
+    """
+
+    async def ask() -> None:
+        if args.rollout_url and needs_engines(args):
+            async with SGLangPool(args.rollout_url, PoolSettings(key=rollout_key(args))) as engines:
+                await engines.wait_ready(CONNECT_SECONDS)
+        if args.teacher_url and needs_judge(args):
+            async with Judge(judge_settings(args, args.teacher_url)) as judge:
+                await judge.check(CONNECT_SECONDS)
+
+    asyncio.run(ask())
 
 
 def rotated_urls(urls: Sequence[str], replica: int, share: int) -> list[str]:
@@ -140,6 +163,7 @@ def experience_settings(args: argparse.Namespace, replica: int) -> ExperienceSet
         replica=replica,
         record=Path(args.save_groups) if args.save_groups else None,
         replay=Path(args.replay_groups) if args.replay_groups else None,
+        samples=SampleLog.of(Path(args.run_dir), args.train_iters) if replica == 0 else None,
     )
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import time
@@ -29,6 +28,7 @@ from megatron_sip.console import quiet, say
 from megatron_sip.data.errors import DataError
 from megatron_sip.dry_run import describe
 from megatron_sip.early_arguments import check_flags
+from megatron_sip.evaluation.run_record import run_record, write_run_record
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
 from megatron_sip.judge.cache import CacheError
 from megatron_sip.judge.client import EndpointError
@@ -94,6 +94,7 @@ def run_command(given: Sequence[str], flags: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         if args.rank == 0:
             lock_folders(args, stack)
+            write_run_record(Path(args.run_dir), run_record(given, flags, os.environ))
         initialize_megatron(allow_no_cuda=True, store=rendezvous_store())
         stop = stack.enter_context(StopSignal())
         try:
@@ -155,7 +156,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
 
 def conclude(run: Run, stop: StopSignal) -> None:
     """Compare the trained policy with the initial one, and write summary, plots and report (rank 0), unless stopped."""
-    from megatron_sip.evaluation.outcome import write_outcome  # with matplotlib
+    from megatron_sip.evaluation.outcome import outcome_line, write_outcome  # with matplotlib
 
     run.exchange.barrier()  # the last metrics are written
     if run.args.rank != 0:
@@ -165,13 +166,14 @@ def conclude(run: Run, stop: StopSignal) -> None:
     leader = run.leader
     if run.comparison is not None and leader is not None and leader.engines is not None and leader.judge is not None:
         version = str(run.args.iteration)
+        say("comparison: the trained policy continues the same held-out prefixes, then both are judged")
         compared = leader.run(stop.run(run.comparison.finish(leader.engines, leader.judge, version)))
         if compared is None:
             say("stopped on request: all steps are saved, the same command makes the comparison")
             return
         win_rate, comparisons = compared
-    summary = write_outcome(Path(run.args.run_dir), win_rate, comparisons)
-    say(json.dumps(summary, indent=2))
+    run_dir = Path(run.args.run_dir)
+    say(outcome_line(run_dir, write_outcome(run_dir, win_rate, comparisons)))
 
 
 def no_usable_group(metrics: Metrics) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_sip.evaluation.report import write_report
+from megatron_sip.evaluation.run_record import read_run_record
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
 from megatron_sip.files import write_atomically
 from megatron_sip.learning.metrics import read_metrics
@@ -42,9 +43,23 @@ def final_mean(steps: Sequence[dict[str, float]], name: str) -> float | None:
 
 def write_outcome(run_dir: Path, win_rate: WinRate | None, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Write everything that stands at the end of a run folder; returns the summary."""
+    record = read_run_record(run_dir)
     summary = summarize(read_metrics(run_dir / "metrics.jsonl"), win_rate)
+    summary["initial_weights"] = record.initial_weights if record is not None else None
     lines = (json.dumps(asdict(comparison), ensure_ascii=False) + "\n" for comparison in comparisons)
     (run_dir / "comparisons.jsonl").write_text("".join(lines), encoding="utf-8")
     write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_report(run_dir)
     return summary
+
+
+def outcome_line(run_dir: Path, summary: Mapping[str, Any]) -> str:
+    """What the run came to, and where to read on."""
+    report = f"report: {run_dir / 'report.html'}"
+    if summary["win_rate"] is None:
+        return f"done: {summary['steps']} steps; {report}"
+    low, high = summary["win_rate_ci95"]
+    return (
+        f"done: {summary['steps']} steps; win rate over the initial policy {summary['win_rate']:.1%} (95% interval {low:.1%} "
+        f"to {high:.1%}, {summary['prompts']} held-out prefixes); {report}"
+    )

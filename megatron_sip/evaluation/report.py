@@ -1,6 +1,8 @@
 """A run's plots and its report.html, from the files of the run folder; works while the run is still going.
 
     metrics.jsonl      one flat object a step                    required
+    run.json           the settings and the command to continue  missing in runs of earlier versions
+    samples.jsonl      judged prompts of some steps              missing when nothing was judged
     summary.json       how it ended, with the win rate           missing while it runs
     comparisons.jsonl  held-out continuations before and after   missing while it runs
 
@@ -10,6 +12,7 @@ report.html is one file that needs nothing else: its images are inside.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -26,6 +29,8 @@ from megatron_sip.evaluation.plots import (
     average_window,
     render_png,
 )
+from megatron_sip.evaluation.run_record import RANDOM, RunRecord, read_run_record
+from megatron_sip.evaluation.training_samples import read_samples
 from megatron_sip.evaluation.win_rate import FEW_DOCUMENTS
 from megatron_sip.files import described, read_json, read_json_lines, write_atomically
 from megatron_sip.learning.metrics import duration, read_metrics
@@ -38,6 +43,7 @@ COVERED = (
     "the choice of held-out documents, and with it the draws of continuations and votes; not another training run (seed), "
     "nor a judge's mistakes that favour one policy"
 )
+BIDI_MARKS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 OTHER_COUNTS = {
     "merged_candidates": "identical candidates judged as one",
     "packing/cut_tokens": "prefix tokens cut to fit a row",
@@ -66,7 +72,9 @@ def write_report(run_dir: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name, (light, _) in images.items():
         (folder / f"{name}.png").write_bytes(light)
-    page = render_page(run_dir.resolve().name, steps, summary, comparisons, [(p, *images[p.name]) for p in plots])
+    record, samples = read_run_record(run_dir), read_samples(run_dir)
+    drawn = [(plot, *images[plot.name]) for plot in plots]
+    page = render_page(run_dir.resolve().name, steps, summary, comparisons, record, samples, drawn)
     write_atomically(run_dir / "report.html", page)
 
 
@@ -87,30 +95,37 @@ def render_page(
     steps: Steps,
     summary: Mapping[str, Any] | None,
     comparisons: Sequence[Mapping[str, Any]],
+    record: RunRecord | None,
+    samples: Sequence[Mapping[str, Any]],
     images: Sequence[tuple[Plot, bytes, bytes]],
 ) -> str:
     """The whole page. `images`: each plot with its light and its dark PNG."""
     state = "finished" if summary is not None else "not finished"
     count = f"{len(steps):,} step" + "s" * (len(steps) != 1)
     sections = [
-        _section("Result", _table(result_rows(steps, summary))),
+        _section("Result", _table(result_rows(steps, summary, record))),
         _section("Training", _figures(images, len(steps)) if images else "<p>No step has been finished yet.</p>"),
+        _section("Training samples", _training_samples(samples)),
         _section("Before and after", _samples(comparisons)),
         _section("Dropped prompts", _dropped(steps)),
     ]
+    if record is not None:
+        sections.append(_section("Settings", _settings(record)))
     style = (files("megatron_sip.evaluation") / "report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(name)} · Self-Improving Pretraining</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"<header><h1>{escape(name)}</h1><p>Self-Improving Pretraining, {count}, {state}</p></header>\n"
+        f"<header><h1>{_inline(name)}</h1><p>Self-Improving Pretraining, {count}, {state}</p></header>\n"
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
 
 
-def result_rows(steps: Steps, summary: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def result_rows(
+    steps: Steps, summary: Mapping[str, Any] | None, record: RunRecord | None = None
+) -> list[tuple[str, str]]:
     """What the run came to, as (name, value) of the summary table."""
     rows = []
     if summary is not None and summary.get("win_rate") is not None:
@@ -143,6 +158,9 @@ def result_rows(steps: Steps, summary: Mapping[str, Any] | None) -> list[tuple[s
         by_chance = f" (by chance {chance:.1%})" if chance is not None else ""
         rows.append(("Rollout chosen rate, last steps", f"{summary['final_rollout_chosen_rate']:.1%}{by_chance}"))
     seconds = sum(step.get("seconds/total", 0.0) for step in steps)
+    if record is not None:
+        random = "random: --hf-config gave only the architecture"
+        rows.append(("Initial weights", random if record.initial_weights == RANDOM else record.initial_weights))
     rows.append(("Steps", f"{len(steps):,}"))
     rows.append(("Training time", duration(seconds)))
     examples = sum(step.get("examples", 0.0) for step in steps)
@@ -163,13 +181,56 @@ def dropped_counts(steps: Steps) -> dict[str, float]:
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
+def _shown(text: str) -> str:
+    """`text` for HTML; marks that would turn the text around them round are spelt out."""
+    return escape(BIDI_MARKS.sub(lambda mark: f"⟨U+{ord(mark.group()):04X}⟩", text))
+
+
+def _inline(text: str) -> str:
+    """`text` inside a line, from which it cannot change the direction of the rest."""
+    return f"<bdi>{_shown(text)}</bdi>"
+
+
+def _block(text: str, style: str = "") -> str:
+    """`text` as it is, each of its lines in the direction of its own letters."""
+    name = f' class="{style}"' if style else ""
+    return f'<pre dir="auto"{name}>{_shown(text)}</pre>'
+
+
+def _settings(record: RunRecord) -> str:
+    rows = list(record.settings.items())
+    note = "<p>Flags that say something else than the defaults. The same command continues the run, or repeats its end:</p>"
+    return f"{note}\n{_block(record.command)}\n{_table(rows, ('Flag', 'Value'))}"
+
+
+def _training_samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    if not samples:
+        return "<p>No judged prompt was kept.</p>"
+    last = len(samples) - 1
+    shown = [samples[index] for index in sorted({round(part * last / SAMPLES) for part in range(SAMPLES + 1)})]
+    note = f"<p>A prompt of each of {len(shown)} steps from the first to the last, not a selection.</p>"
+    return note + "\n" + "\n".join(_training_sample(sample) for sample in shown)
+
+
+def _training_sample(sample: Mapping[str, Any]) -> str:
+    columns = "".join(
+        f"<div><h4>{_inline(str(made['kind']))}"
+        f"<span>{_score(made['score'])}{', ' + _inline(str(made['role'])) if made['role'] else ''}</span></h4>"
+        f"{_block(str(made['text']))}</div>"
+        for made in sample["candidates"]
+    )
+    dropped = f", dropped: {_inline(str(sample['dropped']))}" if sample.get("dropped") else ""
+    prefix = _block("… " + str(sample["prefix"]), "prefix")
+    return f'<article><h4>Step {int(sample["step"])}{dropped}</h4>{prefix}<div class="candidates">{columns}</div></article>'
+
+
 def _section(title: str, content: str) -> str:
     return f"<section>\n<h2>{title}</h2>\n{content}\n</section>"
 
 
 def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
     top = "<thead><tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr></thead>" if head else ""
-    lines = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    lines = "\n".join("<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table>{top}<tbody>\n{lines}\n</tbody></table>"
 
 
@@ -205,10 +266,10 @@ def _sample(comparison: Mapping[str, Any]) -> str:
     before, after = comparison.get("score_before"), comparison.get("score_after")
     sides = (("Initial policy", "before", before), ("Trained policy", "after", after))
     columns = "".join(
-        f"<div><h4>{title}<span>{_score(score)}</span></h4><pre>{escape(str(comparison[key]))}</pre></div>"
+        f"<div><h4>{title}<span>{_score(score)}</span></h4>{_block(str(comparison[key]))}</div>"
         for title, key, score in sides
     )
-    return f'<article><h4>Prefix</h4><pre class="prefix">{escape(end)}</pre><div class="pair">{columns}</div></article>'
+    return f'<article><h4>Prefix</h4>{_block(end, "prefix")}<div class="pair">{columns}</div></article>'
 
 
 def _score(score: float | None) -> str:

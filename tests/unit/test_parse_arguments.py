@@ -93,7 +93,7 @@ def test_a_save_interval_given_wins(parse: Parse) -> None:
 
 
 def test_a_value_that_only_megatron_refuses_is_told_in_a_line(parse: Parse, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ArgumentError, match="^--adam-beta2: invalid float value: 'x'"):
+    with pytest.raises(ArgumentError, match=r"^--adam-beta2: invalid float value: 'x'"):
         parse("--adam-beta2", "x")
     assert "usage:" not in capfd.readouterr().err
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from test_run_steps import FakeExchange
 from tiny_tokenizer import byte_level_tokenizer
 
+from megatron_sip.arguments import add_arguments
 from megatron_sip.data.errors import DataError
 from megatron_sip.judge.cache import AnswerCache, CacheError
 from megatron_sip.model.hf_folder import copy_hf_files
@@ -22,6 +25,7 @@ from megatron_sip.train import USER_ERRORS
 enable_cpu()  # before anything imports Megatron
 
 from megatron_sip import run as run_module  # noqa: E402
+from megatron_sip import services  # noqa: E402
 from megatron_sip.learning.reference import ReferenceStore  # noqa: E402
 
 
@@ -46,19 +50,48 @@ def set_up(monkeypatch: pytest.MonkeyPatch, **servers: Any) -> list[str]:
     monkeypatch.setattr(run_module, "open_leader", opens("connect"))
     monkeypatch.setattr(run_module, "open_tasks", opens("tokenise", (None, None)))
     monkeypatch.setattr(run_module, "start_local_servers", opens("start servers"))
+    monkeypatch.setattr(run_module, "check_named_servers", opens("ask"))
     monkeypatch.setattr(run_module, "load_policy", opens("load", (None, None, None)))
     monkeypatch.setattr(run_module, "open_weight_sync", raises_the_end)
     names = {"rollout_url": None, "teacher_url": None, "rollout_local": 0, "teacher_model": None, "hf_config": "hf"}
+    names |= {"rank": 0}
     with contextlib.suppress(EndOfTestError):
         run_module.set_up(argparse.Namespace(**(names | servers)), contextlib.ExitStack())
     return calls
 
 
-@pytest.mark.parametrize("servers", [{"rollout_url": ["http://e"]}, {"teacher_url": ["http://t"], "rollout_local": 1}])
-def test_a_url_is_checked_before_anything_is_tokenised(
+def test_a_url_is_checked_before_anything_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set_up(monkeypatch, rollout_url=["http://e"]) == ["start servers", "connect", "tokenise", "load"]
+
+
+@pytest.mark.parametrize(
+    "servers", [{"teacher_url": ["http://t"], "rollout_local": 1}, {"rollout_url": ["http://e"], "teacher_model": "m"}]
+)
+def test_a_url_is_asked_before_a_server_of_this_node_is_started(
     monkeypatch: pytest.MonkeyPatch, servers: dict[str, Any]
 ) -> None:
-    assert set_up(monkeypatch, **servers) == ["start servers", "connect", "tokenise", "load"]
+    assert set_up(monkeypatch, **servers) == ["ask", "start servers", "connect", "tokenise", "load"]
+
+
+@pytest.mark.parametrize("flag", ["--rollout-url", "--teacher-url"])
+def test_a_server_given_as_url_that_is_down_is_named(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    monkeypatch.setattr(services, "CONNECT_SECONDS", 0.1)
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        args = add_arguments(argparse.ArgumentParser()).parse_args([flag, url])
+        args.seed = 1
+        with pytest.raises(USER_ERRORS, match=url):
+            services.check_named_servers(args)
+
+
+def test_where_the_weights_come_from_is_said() -> None:
+    args = argparse.Namespace(iteration=0, train_iters=9, save="run", pretrained_checkpoint=None)
+    assert "RANDOM weights" in run_module.origin_of_weights(args)
+    args.pretrained_checkpoint = "ckpt"
+    assert run_module.origin_of_weights(args) == "starts from the weights of ckpt"
+    args.iteration = 4
+    assert run_module.origin_of_weights(args) == "continued at step 4 of 9, from run"
 
 
 def test_servers_of_this_node_start_after_tokenising_while_the_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +113,7 @@ def test_a_broken_judge_cache_is_the_user_s_to_mend(tmp_path: Path) -> None:
     assert isinstance(caught.value, USER_ERRORS)
 
 
-def test_the_token_cache_lies_where_data_cache_path_says(tmp_path: Path) -> None:
+def test_the_token_cache_lies_where_data_cache_path_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = byte_level_tokenizer()
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "some words that make many tokens " * 20}) + "\n")
     args = argparse.Namespace(
@@ -92,6 +125,9 @@ def test_the_token_cache_lies_where_data_cache_path_says(tmp_path: Path) -> None
     tasks, held_out = run_module.open_tasks(args, tokenizer, FakeExchange())  # type: ignore[arg-type]
     assert tasks is not None
     assert held_out is None
+    assert re.search(
+        r"^tasks: documents 1, tokens \d+, sources 1; epochs in this run 1$", capsys.readouterr().out, re.M
+    )
     assert list((tmp_path / "cache").glob("a.jsonl-*/tokens.bin"))
 
 

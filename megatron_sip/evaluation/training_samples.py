@@ -1,0 +1,86 @@
+"""samples.jsonl of a run folder: what the judge saw and the policy learnt in some of the steps, for the report.
+
+One prompt of every recorded step, a line each: its prefix's end, its candidates with their scores, and which of them became
+the chosen, the rejected or the target. The steps are spread over the run, so that the file stays small however long it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sip.samples import Candidate, Example, Group
+
+FILE = "samples.jsonl"
+RECORDED_STEPS = 50
+PREFIX_CHARACTERS = 700
+"""Of a prefix its end is kept."""
+CANDIDATES = 6
+"""Of a group with more, those that were trained on and the best-scored others."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleLog:
+    """Where samples are written, and every how many steps."""
+
+    path: Path
+    interval: int
+
+    @classmethod
+    def of(cls, run_dir: Path, train_iters: int) -> SampleLog:
+        """About RECORDED_STEPS samples of a run of `train_iters` steps."""
+        return cls(run_dir / FILE, max(1, train_iters // RECORDED_STEPS))
+
+    def record(self, step: int, groups: Sequence[Group], examples: Sequence[Example]) -> None:
+        """Add a sample of step `step` (0 is the first) when it is due; a disk that is full costs samples, not the run."""
+        if step % self.interval or not groups:
+            return
+        by_task = {example.task_index: example for example in examples}
+        group = next((group for group in groups if group.task.index in by_task), groups[0])
+        line = json.dumps(sample(step, group, by_task.get(group.task.index))) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            log.warning("no sample of step %d is written: %s", step + 1, error)
+
+
+def sample(step: int, group: Group, example: Example | None) -> dict[str, Any]:
+    """What a line holds; steps are counted from 1 there, as in metrics.jsonl."""
+    roles = {} if example is None else dict(zip(map(tuple, example.branches), example.roles, strict=True))
+    scores: Sequence[float | None] = group.scores or [None] * len(group.candidates)
+
+    def rank(item: tuple[Candidate, float | None]) -> tuple[bool, float]:
+        return (tuple(item[0].ids) not in roles, -(item[1] if item[1] is not None else 0.0))
+
+    kept = sorted(zip(group.candidates, scores, strict=True), key=rank)[:CANDIDATES]
+    return {
+        "step": step + 1,
+        "prefix": group.task.prefix_text[-PREFIX_CHARACTERS:],
+        "dropped": group.dropped,
+        "candidates": [
+            {"kind": made.kind, "text": made.text, "score": score, "role": roles.get(tuple(made.ids))}
+            for made, score in kept
+        ],
+    }
+
+
+def read_samples(run_dir: Path) -> list[dict[str, Any]]:
+    """The samples by step, of a step recorded again after a restart the last; lines cut off by a kill are left out."""
+    path = run_dir / FILE
+    found: dict[int, dict[str, Any]] = {}
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+            found[record["step"]] = record
+        except (ValueError, TypeError, KeyError):
+            continue
+    return [found[step] for step in sorted(found)]
