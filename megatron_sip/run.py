@@ -25,6 +25,7 @@ from megatron_sip.argument_checks import needs_engines, needs_rewriter, objectiv
 from megatron_sip.console import say
 from megatron_sip.data.documents import open_corpus
 from megatron_sip.data.errors import DataError
+from megatron_sip.data.shared_texts import count_shared_texts
 from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.data.tokenization import DEFAULT_CACHE, TokenizeSettings
 from megatron_sip.evaluation.win_rate import HeldOutComparison
@@ -204,6 +205,9 @@ def open_tasks(
                 print(f"tasks: {report}", flush=True)
                 if args.win_rate_prompts:
                     held_out = TaskSource(splits["test"], tokenizer, settings)
+                    around = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+                    shared = count_shared_texts(splits["train"], splits["test"], around, tokenizing.cache_dir)
+                    say(f"data: {shared}")
         exchange.barrier()
     return training, held_out
 

@@ -52,7 +52,9 @@ class DocumentSource:
         ]
         self.lengths: npt.NDArray[np.int64] = np.concatenate(lengths)
         """int64 [documents], tokens of each document."""
-        self._ends = np.cumsum([len(part) for part in lengths])
+        self.counts = [len(part) for part in lengths]
+        """Documents of each store."""
+        self._ends = np.cumsum(self.counts)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -1,6 +1,6 @@
 """Tokenise a text source once into a token store, and find it again next time.
 
-A finished cache entry is a folder `<name>-<key>` with tokens.bin, tokens.idx and report.json; the key is a hash of the
+A finished cache entry is a folder `<name>-<key>` with tokens.bin, .idx, .hash and report.json; the key is a hash of the
 source's path, size and modification time, the tokenizer and the settings. The folder is written under another name and
 renamed when complete, so that a killed run leaves nothing that looks finished and two nodes that start together cannot
 mix their writes; a lock keeps processes that share a machine (or a file system with locks) from doing the work twice.
@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from megatron_sip.console import bars
 from megatron_sip.data.errors import DataError
+from megatron_sip.data.shared_texts import hash_documents, hash_path
 from megatron_sip.data.text_sources import TextBatch, read_texts, source_suffix
 from megatron_sip.data.token_store import TokenStore, TokenStoreWriter, token_dtype
 
@@ -95,7 +96,7 @@ class DocumentEncoder:
         if settings.append_eos and tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token to append to documents; switch append_eos off")
         definition = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-        bos = _document_bos(tokenizer, settings.prepend_bos)
+        bos = _document_bos(tokenizer.bos_token_id, backend, settings.prepend_bos)
         eos = tokenizer.eos_token_id if settings.append_eos else None
         special = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
         ordinary = set(backend.get_vocab(with_added_tokens=True).values()) - special
@@ -116,18 +117,21 @@ class DocumentEncoder:
         return backend
 
 
-def _document_bos(tokenizer: PreTrainedTokenizerBase, prepend_bos: PrependBos) -> int | None:
-    bos: int | None = tokenizer.bos_token_id
+def _document_bos(bos: int | None, backend: tokenizers.Tokenizer, prepend_bos: PrependBos) -> int | None:
     if prepend_bos == "on" and bos is None:
         raise DataError("--prepend-bos on: the tokenizer has no BOS token; leave it at auto")
-    adds_it = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    return bos if prepend_bos == "on" or (prepend_bos == "auto" and adds_it) else None
+    if prepend_bos == "auto":
+        encoding = backend.encode("a")  # not by a call of the caller's tokenizer, which would change its settings
+        shown = [token for token, is_text in zip(encoding.ids, encoding.attention_mask, strict=True) if is_text]
+        return bos if shown[:1] == [bos] else None
+    return bos if prepend_bos == "on" else None
 
 
 @dataclass(frozen=True, slots=True)
 class _EncodedBatch:
     tokens: npt.NDArray[np.generic]
     lengths: npt.NDArray[np.int32]
+    hashes: npt.NDArray[np.uint64]
     empty: int
     position: int
 
@@ -136,10 +140,12 @@ def _encode(backend: tokenizers.Tokenizer, encoder: DocumentEncoder, batch: Text
     before = [] if encoder.bos is None else [encoder.bos]
     after = [] if encoder.eos is None else [encoder.eos]
     documents = [e.ids for e in backend.encode_batch_fast(batch.texts, add_special_tokens=False)]
-    kept = [np.asarray(before + ids + after, token_dtype(encoder.vocab_size)) for ids in documents if ids]
-    tokens = np.concatenate(kept) if kept else np.zeros(0, token_dtype(encoder.vocab_size))
+    dtype = token_dtype(encoder.vocab_size)
+    kept = [np.asarray(before + ids + after, dtype) for ids in documents if ids]
+    tokens = np.concatenate(kept) if kept else np.zeros(0, dtype)
     lengths = np.fromiter(map(len, kept), np.int32, len(kept))
-    return _EncodedBatch(tokens, lengths, len(documents) - len(kept), batch.position)
+    hashes = hash_documents(ids[len(before) : len(ids) - len(after)] for ids in kept)
+    return _EncodedBatch(tokens, lengths, hashes, len(documents) - len(kept), batch.position)
 
 
 class _Worker:
@@ -183,10 +189,13 @@ def _encode_all(batches: Iterator[TextBatch], encoder: DocumentEncoder, workers:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def tokenize_file(source: Path, prefix: Path, encoder: DocumentEncoder, settings: TokenizeSettings) -> TokenizeReport:
+def tokenize_file(
+    source: Path, prefix: Path, encoder: DocumentEncoder, settings: TokenizeSettings, hashes: Path | None = None
+) -> TokenizeReport:
     """Tokenise `source` to `prefix`.bin/.idx with a progress bar and return what was written.
 
-    Raises `DataError` where the source is broken; `prefix` then has no .idx.
+    With `hashes`, a file, also the hash of each document. Raises `DataError` where the source is broken; `prefix` then has
+    no .idx.
     """
     size = source.stat().st_size
     workers = settings.workers or max(1, min(len(os.sched_getaffinity(0)), size // _BYTES_PER_WORKER))
@@ -199,9 +208,12 @@ def tokenize_file(source: Path, prefix: Path, encoder: DocumentEncoder, settings
         disable=not settings.progress,
         file=bars(),
     )
-    with bar, TokenStoreWriter(prefix, token_dtype(encoder.vocab_size)) as writer:
+    hash_stream = hashes.open("wb") if hashes is not None else nullcontext()
+    with bar, hash_stream as hash_file, TokenStoreWriter(prefix, token_dtype(encoder.vocab_size)) as writer:
         for batch in _encode_all(read_texts(source, settings.text_field), encoder, workers):
             writer.add(batch.tokens, batch.lengths)
+            if hash_file is not None:
+                hash_file.write(batch.hashes.tobytes())
             documents, empty, tokens = documents + len(batch.lengths), empty + batch.empty, tokens + len(batch.tokens)
             bar.set_postfix(documents=documents, tokens=tokens, refresh=False)
             bar.update(batch.position - bar.n)
@@ -260,7 +272,7 @@ def _fill(entry: Path, source: Path, encoder: DocumentEncoder, settings: Tokeniz
     with tempfile.TemporaryDirectory(prefix=f".{entry.name}-", dir=entry.parent, ignore_cleanup_errors=True) as work:
         staged = Path(work) / "entry"
         staged.mkdir()
-        report = tokenize_file(source, staged / "tokens", encoder, settings)
+        report = tokenize_file(source, staged / "tokens", encoder, settings, hash_path(staged / "tokens"))
         (staged / "report.json").write_text(json.dumps(asdict(report), indent=1))
         # Where locks do not reach across nodes, another one may have finished first: its entry is equal, ours goes.
         with suppress(OSError):

@@ -66,6 +66,13 @@ def test_auto_does_as_the_tokenizer_does(tmp_path: Path, tokenizer, prepend_bos:
         assert ids == [*head, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 
 
+def test_padding_and_truncation_of_the_callers_tokenizer_do_not_hide_it(tmp_path: Path) -> None:
+    tokenizer = adding_bos(byte_level_tokenizer())
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    tokenizer("x", padding="max_length", truncation=True, max_length=9)
+    assert DocumentEncoder.of(tokenizer, tokenize_settings(tmp_path)).bos == tokenizer.bos_token_id
+
+
 def test_a_tokenizer_without_bos(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer()
     tokenizer.bos_token = None

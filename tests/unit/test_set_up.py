@@ -131,6 +131,20 @@ def test_the_token_cache_lies_where_data_cache_path_says(tmp_path: Path, capsys:
     assert list((tmp_path / "cache").glob("a.jsonl-*/tokens.bin"))
 
 
+def test_held_out_texts_that_training_has_too_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"text": f"the same words {i % 2}, many tokens of them " * 20}) + "\n" for i in range(8)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    tokenizer = byte_level_tokenizer()
+    args = argparse.Namespace(
+        **{"seq_length": 32, "suffix_length": 8, "task_mode": "random", "seed": 1, "min_prefix_length": 4},
+        **{"data_path": [str(tmp_path / "a.jsonl")], "text_field": "text", "split": "3,0,1", "prepend_bos": "auto"},
+        **{"data_cache_path": str(tmp_path / "cache"), "rank": 0, "train_iters": 1, "global_batch_size": 1},
+        **{"win_rate_prompts": 1, "vocab_size": len(tokenizer)},
+    )
+    run_module.open_tasks(args, tokenizer, FakeExchange())  # type: ignore[arg-type]
+    assert "data: 2 of 2 held-out documents have the same text as a training document: " in capsys.readouterr().out
+
+
 def test_rows_are_padded_with_an_id_that_every_embedding_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer's own padding token may have been added beyond the model's vocabulary."""
     (tmp_path / "hf").mkdir()
