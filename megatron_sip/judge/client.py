@@ -79,7 +79,7 @@ class JudgeClient:
 
     async def __aenter__(self) -> Self:
         if self._settings.cache_path is not None:
-            self._cache = AnswerCache(self._settings.cache_path)
+            self._cache = AnswerCache(self._settings.cache_path, counts=self.counts)
         await self.pool.__aenter__()
         return self
 

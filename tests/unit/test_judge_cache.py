@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import sqlite3
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sip.judge import cache as cache_module
 from megatron_sip.judge.cache import AnswerCache, CacheError, cache_key
 
 ANSWERS = st.one_of(
@@ -69,3 +73,87 @@ def test_a_file_that_is_no_cache_is_named(tmp_path: Path) -> None:
     path.write_text("this is not a database, but long enough to look like a file of its own" * 10)
     with pytest.raises(CacheError, match=r"notes\.txt"):
         AnswerCache(path)
+
+
+KEYS = [cache_key(str(number).encode()) for number in range(2000)]
+
+
+def test_a_locked_file_is_left_aside_and_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache_module, "LOCK_SECONDS", 0.05)
+    path = tmp_path / "cache.sqlite"
+    cache = AnswerCache(path)
+    cache.put_many([(KEYS[0], 0.5)])
+    cache.flush()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    for number in (1, 2):
+        assert cache.get_many(KEYS[:1]) == {}  # asked again, not lost
+        cache.put_many([(KEYS[number], float(number))])
+        cache.flush()
+        assert cache.get_many(KEYS[: number + 1])[KEYS[number]] == number
+    assert cache.counts["cache-failures"] == 1  # while it is aside, requests do not wait for it again
+    late = AnswerCache(path)  # a run that starts meanwhile
+    late.put_many([(KEYS[3], 3.0)])
+    assert late.get_many(KEYS[:4]) == {KEYS[3]: 3.0}
+    other.execute("COMMIT")
+    later = time.monotonic() + 100
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    late.close()
+    cache.flush()
+    assert cache.get_many(KEYS[:4]) == {KEYS[0]: 0.5, KEYS[1]: 1.0, KEYS[2]: 2.0, KEYS[3]: 3.0}
+    cache.close()
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2  # of each cache one
+    assert all(f"judge cache {path} is left aside" in warning and "locked" in warning for warning in warnings)
+
+
+def test_a_full_disk_costs_what_does_not_fit_into_memory_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache_module, "KEPT_IN_MEMORY", 1500)
+    cache = AnswerCache(tmp_path / "cache.sqlite")
+    cache._db.execute("PRAGMA max_page_count = 5")  # "database or disk is full" from then on
+    for begin in range(0, 2000, 100):
+        cache.put_many((key, ["text " * 20]) for key in KEYS[begin : begin + 100])
+        cache.flush()
+        cache._aside_until = 0.0
+    found = cache.get_many(KEYS)
+    assert set(found) >= set(KEYS[500:])
+    assert cache.counts["cache-lost"] == 2000 - len(found) > 0
+    assert cache.counts["cache-failures"] > 1
+    cache.close()
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 2
+    assert "full" in warnings[0]
+    assert "1500 answers could not be kept" in warnings[1]
+
+
+def test_a_value_that_is_no_answer_is_asked_for_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "cache.sqlite"
+    cache = AnswerCache(path)
+    cache.put_many((key, 1.0) for key in KEYS[:5])
+    cache.flush()
+    for key, value in zip(KEYS, (b"0.", b"\xff", b'{"a": 1}', "text"), strict=False):
+        cache._db.execute("UPDATE answers SET value = ? WHERE key = ?", (value, key))
+    assert cache.get_many(KEYS[:5]) == {KEYS[4]: 1.0}
+    assert cache.counts["cache-unreadable"] == 4
+    assert [f"judge cache {path} holds a value" in record.getMessage() for record in caplog.records] == [True]
+    cache.close()
+
+
+@pytest.mark.parametrize("columns", ["key BLOB, value BLOB", "id INTEGER, answer TEXT, made INTEGER"])
+def test_another_schema_names_the_file(tmp_path: Path, columns: str) -> None:
+    path = tmp_path / "cache.sqlite"
+    other = sqlite3.connect(path)
+    other.execute(f"CREATE TABLE answers ({columns})")
+    other.close()
+    with pytest.raises(CacheError, match=r"cache\.sqlite has a table of answers with the columns"):
+        AnswerCache(path)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match=f"judge cache {tmp_path / 'file' / 'cache.sqlite'}: "):
+        AnswerCache(tmp_path / "file" / "cache.sqlite")
