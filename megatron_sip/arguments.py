@@ -236,6 +236,11 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--started-as", metavar="COMMAND", help="What the report names as the command that continues the run."
     )
+    group.add_argument(
+        "--load-last-whole",
+        action="store_true",
+        help="When files of the latest checkpoint are damaged, move it aside and continue from the newest one that is whole.",
+    )
     group.add_argument("--save-groups", metavar="DIR", help="Write every step's judged groups there, compressed.")
     group.add_argument(
         "--replay-groups",

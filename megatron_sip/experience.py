@@ -78,10 +78,11 @@ class ExperienceSettings:
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """What one leader made of its share of a step's tasks."""
+    """What one leader made of its share of a step's tasks; `unrecorded` says why its groups could not be kept."""
 
     examples: list[Example]
     metrics: Metrics
+    unrecorded: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,12 @@ class ExperienceMaker:
             groups, seconds = read_groups(self._settings.replay, step, tasks), Metrics()
         else:
             groups, seconds = await self._judged_groups(step, tasks)
+        unrecorded = None
         if self._settings.record is not None:
-            write_groups(self._settings.record, step, self._settings.replica, groups)
+            try:
+                write_groups(self._settings.record, step, self._settings.replica, groups)
+            except OSError as error:
+                unrecorded = f"--save-groups {self._settings.record} took no more: {error.strerror or error}"
         selected = select(groups, self._settings.selection)
         if self._settings.samples is not None:
             self._settings.samples.record(step, groups, selected.examples)
@@ -133,7 +138,7 @@ class ExperienceMaker:
         if next_tasks and self._rewriter is not None and self._settings.replay is None:
             rewrites = asyncio.create_task(self._rewriter.rewrite(next_tasks))
             self._ahead = RewritesAhead([task.index for task in next_tasks], rewrites)
-        return Experience(selected.examples, metrics)
+        return Experience(selected.examples, metrics, unrecorded)
 
     async def _judged_groups(self, step: int, tasks: Sequence[Task]) -> tuple[list[Group], Metrics]:
         """Groups with scores (when the objective needs them), and the seconds of each phase."""

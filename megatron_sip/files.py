@@ -12,6 +12,10 @@ from typing import Any
 from megatron_sip.data.errors import DataError
 
 
+class DiskError(RuntimeError):
+    """A disk did not take what a run must write; the message says where, and which step is safe."""
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write `content` (text as UTF-8) to `path`: after a kill or a power cut it holds the old content or the new, never a part.
 

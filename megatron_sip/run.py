@@ -22,6 +22,7 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_sip.argument_checks import needs_engines, needs_rewriter, objective_settings
+from megatron_sip.checkpoints import require_whole_checkpoint, require_whole_weights, saving_explained
 from megatron_sip.console import say
 from megatron_sip.data.documents import open_corpus
 from megatron_sip.data.errors import DataError
@@ -30,9 +31,10 @@ from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.data.tokenization import DEFAULT_CACHE, TokenizeSettings
 from megatron_sip.evaluation.win_rate import HeldOutComparison
 from megatron_sip.experience import Experience
-from megatron_sip.learning.checkpoint_folder import mend_checkpoint_folder
+from megatron_sip.learning.checkpoint_folder import TRACKER, mend_checkpoint_folder
+from megatron_sip.learning.checksums import ChecksumWriter
 from megatron_sip.learning.exchange import LeaderExchange
-from megatron_sip.learning.metrics import Metrics, MetricsWriter
+from megatron_sip.learning.metrics import Metrics, MetricsWriter, flatten
 from megatron_sip.learning.reference import Reference, ReferenceStore, build_reference
 from megatron_sip.learning.trainer import PolicyTrainer
 from megatron_sip.model.hf_folder import HF_SUBFOLDER, copy_hf_files
@@ -61,6 +63,7 @@ class Run:
     hf_config: Any
     writer: MetricsWriter | None
     comparison: HeldOutComparison | None
+    checksums: ChecksumWriter
     unsaved_reference: int | None = None
     """Iteration at which the reference was updated, when no checkpoint has kept it since."""
 
@@ -113,24 +116,38 @@ class Run:
         """Save a checkpoint of the present iteration, unless the last one is of it already; first its reference."""
         if self.args.iteration == self.args.last_saved_iteration:
             return
-        if self.reference is not None and self.unsaved_reference is not None:
-            self.reference_store.save(self.reference, self.unsaved_reference)
-            self.unsaved_reference = None
-        trainer = self.trainer
-        # The cursor, consumed_train_samples, is among Megatron's arguments, which are part of the checkpoint.
-        save_checkpoint(
-            self.args.iteration,
-            trainer.model,
-            trainer.optimizer,
-            trainer.scheduler,
-            0,
-            checkpointing_context=trainer.checkpointing_context,
-        )
+        save, trainer = Path(self.args.save), self.trainer
+        with saving_explained(save, self.args.iteration):
+            if self.reference is not None and self.unsaved_reference is not None:
+                self.reference_store.save(self.reference, self.unsaved_reference)
+                self.unsaved_reference = None
+            # The cursor, consumed_train_samples, is among Megatron's arguments, which are part of the checkpoint.
+            save_checkpoint(
+                self.args.iteration,
+                trainer.model,
+                trainer.optimizer,
+                trainer.scheduler,
+                0,
+                checkpointing_context=trainer.checkpointing_context,
+            )
         self.args.last_saved_iteration = self.args.iteration
+        self.checksums.add(save / f"iter_{self.args.iteration:07d}")
 
     def finish_saving(self, *, wait: bool) -> None:
-        """Commit the asynchronous saves that are done, or all of them when `wait`."""
-        maybe_finalize_async_save(blocking=wait, terminate=wait)
+        """Commit the asynchronous saves that are done, or all of them when `wait`; their checksums follow."""
+        with saving_explained(Path(self.args.save), self.args.last_saved_iteration or 0):
+            maybe_finalize_async_save(blocking=wait, terminate=wait)
+        self.checksums.proceed(wait=wait)
+
+    def write_metrics(self, metrics: Metrics) -> list[str]:
+        """Log the present step, on the rank that has the writer; returns what a disk did not take, in words."""
+        if self.writer is None:
+            return []
+        try:
+            self.writer.write(self.args.iteration, flatten(metrics))
+        except OSError as error:
+            return [f"{self.writer.path} took no more: {error.strerror or error}"]
+        return []
 
 
 def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
@@ -166,6 +183,7 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
         hf_config=AutoConfig.from_pretrained(args.hf_config),
         writer=open_writer(args, stack),
         comparison=open_comparison(args, held_out, tokenizer),
+        checksums=ChecksumWriter(args.rank),
     )
     run.push_weights(require_all=True)  # a wrong URL must not be taken for an engine that died
     if run.comparison is not None and leader is not None and leader.engines is not None:
@@ -263,9 +281,12 @@ def load_policy(
     save = Path(args.save)
     if args.rank == 0:
         copy_hf_files(Path(args.hf_config), save / HF_SUBFOLDER)  # so that checkpoints convert back on their own
-        for line in mend_checkpoint_folder(save):
+        for line in mend_checkpoint_folder(save, last_whole=args.load_last_whole):
             say(f"checkpoint: {line}")
     exchange.barrier()
+    require_whole_checkpoint(save, exchange, args.rank, last_whole=args.load_last_whole)
+    if args.pretrained_checkpoint and not (save / TRACKER).exists():
+        require_whole_weights(Path(args.pretrained_checkpoint), exchange, args.rank)
     args.task_fingerprint = exchange.share(tasks.fingerprint() if tasks is not None else None)[0]
     objective = objective_settings(args)
     # Padding is masked: any id does that the embedding has, and a tokenizer's own may lie outside it.

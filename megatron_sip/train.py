@@ -30,11 +30,12 @@ from megatron_sip.dry_run import describe
 from megatron_sip.early_arguments import check_flags
 from megatron_sip.evaluation.run_record import run_record, write_run_record
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
+from megatron_sip.files import DiskError
 from megatron_sip.judge.cache import CacheError
 from megatron_sip.judge.client import EndpointError
 from megatron_sip.judge.encoding import EncodingError
 from megatron_sip.judge.settings import SettingsError
-from megatron_sip.learning.metrics import Metrics, flatten, merge
+from megatron_sip.learning.metrics import Metrics, merge
 from megatron_sip.presets import expand_presets
 from megatron_sip.rollout.guard import kill_with_parent
 from megatron_sip.rollout.launch import ServerStartError
@@ -101,8 +102,11 @@ def run_command(given: Sequence[str], flags: argparse.Namespace) -> None:
             run = set_up(args, stack)
         except USER_ERRORS as error:
             raise ArgumentError(f"{type(error).__name__}: {error}") from error
-        if run_steps(run, stop):
-            conclude(run, stop)
+        try:
+            if run_steps(run, stop):
+                conclude(run, stop)
+        except (DataError, DiskError) as error:  # a file of recorded groups, a full disk
+            raise ArgumentError(f"{type(error).__name__}: {error}") from error
         run.exchange.barrier()
     dist.destroy_process_group()
 
@@ -138,8 +142,13 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
             metrics |= timed("seconds/sync", run.push_weights, run.exchange.barrier)
         metrics["seconds/total"] = time.monotonic() - started
         started = time.monotonic()
-        if run.writer is not None:
-            run.writer.write(args.iteration, flatten(metrics))
+        lost = [part.unrecorded for part in shared if part.unrecorded is not None] + run.write_metrics(metrics)
+        if exchange.any(bool(lost)):
+            run.save()
+            run.finish_saving(wait=True)
+            raise DiskError(
+                f"{lost[0] if lost else 'a rank could not write its files'}; step {args.iteration} is saved"
+            )
         if stopping:
             return stop_early(run)
         empty_steps = 0 if examples else empty_steps + 1
@@ -173,7 +182,10 @@ def conclude(run: Run, stop: StopSignal) -> None:
             return
         win_rate, comparisons = compared
     run_dir = Path(run.args.run_dir)
-    say(outcome_line(run_dir, write_outcome(run_dir, win_rate, comparisons)))
+    try:
+        say(outcome_line(run_dir, write_outcome(run_dir, win_rate, comparisons)))
+    except OSError as error:
+        raise DiskError(f"all steps are saved, but not the report, which the same command writes: {error}") from error
 
 
 def no_usable_group(metrics: Metrics) -> str:

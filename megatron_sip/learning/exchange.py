@@ -52,6 +52,12 @@ class LeaderExchange:
         dist.all_gather_object(gathered, mine, group=self._replica_group)
         return gathered
 
+    def gather(self, mine: Any) -> list[Any]:
+        """`mine` of every rank, on every rank."""
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine, group=self._everyone)
+        return gathered
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
         vote = torch.tensor([int(flag)])
@@ -68,9 +74,7 @@ class LeaderExchange:
             parallel_state.is_pipeline_last_stage(ignore_virtual=True)
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine if speaks else None, group=self._everyone)
-        return [part for part in gathered if part is not None]
+        return [part for part in self.gather(mine if speaks else None) if part is not None]
 
 
 def gloo_group(ranks: list[int], timeout: timedelta) -> dist.ProcessGroup:

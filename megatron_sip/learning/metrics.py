@@ -6,6 +6,7 @@ which ranks report the longest.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections import deque
@@ -120,7 +121,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close everything; the last steps would otherwise be missing from tensorboard and wandb."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk, already told by `write`
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

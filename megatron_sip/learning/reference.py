@@ -27,7 +27,13 @@ from megatron.training.training import get_model
 from torch import Tensor
 
 from megatron_sip.data.errors import DataError
-from megatron_sip.learning.checkpoint_folder import REFERENCE_FOLDER, iteration_folders, needed_references
+from megatron_sip.learning.checkpoint_folder import (
+    REFERENCE_FOLDER,
+    iteration_folders,
+    needed_references,
+    reference_folder,
+)
+from megatron_sip.learning.checksums import write_checksums
 from megatron_sip.model.gpt import model_provider
 
 
@@ -135,6 +141,7 @@ class ReferenceStore:
         dist.barrier()
         with reference.active() as chunks:
             dist_checkpointing.save(_sharded(chunks), str(staged), TorchDistSaveShardedStrategy())
+        write_checksums(staged, dist.get_rank())
         dist.barrier()
         if dist.get_rank() == 0:
             staged.rename(final)
@@ -151,25 +158,23 @@ class ReferenceStore:
                     shutil.rmtree(folder)
         dist.barrier()
 
-    def load(self, reference: Reference, iteration: int) -> int:
-        """Load the newest reference not after `iteration`; returns the iteration it is of.
+    def load(self, reference: Reference, iteration: int) -> None:
+        """Load the newest reference not after `iteration`.
 
         Raises:
             DataError: there is none, as in a run that trained without --objective dpo so far.
         """
-        found = iteration_folders(self._folder)
-        newest = max((saved for saved in found if saved <= iteration), default=None)
-        if newest is None:
+        folder = reference_folder(self._checkpoints, iteration)
+        if folder is None:
             raise DataError(
                 f"{self._folder}: no reference weights of iteration {iteration} or before, so the run did not train with "
                 "--objective dpo until now: continue it with the objective it had, or start a dpo run from its weights with "
                 f"--pretrained-checkpoint {self._checkpoints} and another --save folder"
             )
         with reference.active(keep_changes=True) as chunks:
-            loaded = dist_checkpointing.load(_sharded(chunks), str(found[newest]))
+            loaded = dist_checkpointing.load(_sharded(chunks), str(folder))
             for index, chunk in enumerate(unwrap_model(chunks)):
                 chunk.load_state_dict(loaded[f"model{index}"])
-        return newest
 
 
 def _sharded(chunks: list[Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def checkpoint(save: Path, iteration: int, *, complete: bool = True) -> Path:
     folder.mkdir(parents=True)
     (folder / "__0_0.distcp").write_bytes(b"weights")
     if complete:
-        (folder / "metadata.json").write_text("{}")
+        (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     return folder
 
 

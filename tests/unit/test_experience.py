@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,3 +169,12 @@ async def test_rewrites_for_other_tasks_are_never_used() -> None:
     await making.make(0, TASKS[:1], TASKS[1:])
     with pytest.raises(ValueError, match=r"made ahead for tasks \[1, 2\]"):
         await making.make(1, TASKS[:1])
+
+
+async def test_groups_that_the_disk_does_not_take_are_told_and_cost_no_example(tmp_path: Path) -> None:
+    making = maker(Engines())
+    (tmp_path / "file").write_text("no folder")
+    making._settings = replace(making._settings, record=tmp_path / "file" / "groups")
+    experience = await making.make(0, TASKS)
+    assert len(experience.examples) == 2
+    assert experience.unrecorded == f"--save-groups {tmp_path}/file/groups took no more: Not a directory"

@@ -45,7 +45,12 @@ def run_of(sync: Sync | None, exchange: Exchange) -> Run:
     from megatron_sip.run import Run
 
     parts: dict[str, Any] = dict.fromkeys(Run.__dataclass_fields__)
-    parts |= {"args": argparse.Namespace(iteration=7), "trainer": Trainer, "weight_sync": sync, "exchange": exchange}
+    parts |= {
+        "args": argparse.Namespace(iteration=7),
+        "trainer": Trainer,
+        "weight_sync": sync,
+        "exchange": exchange,
+    }
     return Run(**parts)
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint import CheckpointException
 
+from megatron_sip.checkpoints import saving_explained
 from megatron_sip.experience import Experience
+from megatron_sip.files import DiskError
 from megatron_sip.learning.metrics import Metrics
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.samples import Example
@@ -29,6 +36,9 @@ class FakeExchange:
     is_leader, replica, num_replicas = True, 0, 1
 
     def share(self, mine: Any) -> list[Any]:
+        return [mine]
+
+    def gather(self, mine: Any) -> list[Any]:
         return [mine]
 
     def any(self, flag: bool) -> bool:
@@ -98,3 +108,71 @@ def test_a_checkpoint_that_is_due_at_an_empty_step_comes_after_the_next_usable_o
     run = FakeRun([True, False, False, True, True, False], save_interval=2)
     assert run_steps(run, StopSignal())
     assert run.saved == [4, 6]
+
+
+class FullDisk:
+    """A writer of metrics on a disk that takes no more from step 3 on."""
+
+    path = "run/metrics.jsonl"
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        if step >= 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_metrics_that_a_full_disk_does_not_take_end_the_run_with_its_step_saved() -> None:
+    run = FakeRun([True] * 8, save_interval=100)
+    run.writer = FullDisk()  # type: ignore[assignment]
+    with pytest.raises(DiskError, match=r"run/metrics.jsonl took no more: No space left on device; step 3 is saved"):
+        run_steps(run, StopSignal())
+    assert run.saved == [3]
+    assert run.finished
+
+
+def test_groups_that_a_full_disk_does_not_take_end_every_rank_with_the_step_saved() -> None:
+    run = FakeRun([True] * 8, save_interval=100)
+    made = run.make_experience
+    run.make_experience = lambda stop: replace(made(stop), unrecorded="--save-groups g took no more")  # type: ignore[method-assign]
+    with pytest.raises(DiskError, match="--save-groups g took no more; step 1 is saved"):
+        run_steps(run, StopSignal())
+    assert run.saved == [1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        CheckpointException(
+            "write",
+            {
+                0: (
+                    RuntimeError(
+                        "Worker failure: Local process 0 encountered an error: [Errno 28] No space left on device"
+                    ),
+                    [],
+                )
+            },  # type: ignore[dict-item]
+        ),
+    ],
+)
+def test_a_full_disk_while_saving_is_told_with_its_place_and_the_step_that_is_safe(
+    tmp_path: Path, error: Exception
+) -> None:
+    with (
+        pytest.raises(
+            DiskError, match=rf"{tmp_path}: no space left on device while step 15 was saved; no step is saved"
+        ),
+        saving_explained(tmp_path, 15),
+    ):
+        raise error
+    for step in (5, 10, 15):
+        folder = tmp_path / f"iter_{step:07d}"
+        folder.mkdir()
+        (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}' if step < 15 else "")
+    with pytest.raises(DiskError, match="while step 15 was saved; step 10 is safe"), saving_explained(tmp_path, 15):
+        raise error
+
+
+def test_other_errors_while_saving_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), saving_explained(tmp_path, 15):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
