@@ -5,7 +5,6 @@ For all HTTP clients of this package, asyncio and blocking alike.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import urllib.parse
@@ -94,4 +93,4 @@ def shown_url(url: str) -> str:
 
 def is_logprob(value: Any) -> bool:
     """Whether a server's value can be the natural log of a probability."""
-    return type(value) in (int, float) and math.isfinite(value) and value <= LOGPROB_SLACK
+    return type(value) in (int, float) and -1e30 < value <= LOGPROB_SLACK

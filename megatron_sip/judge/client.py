@@ -13,6 +13,8 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import orjson
@@ -20,6 +22,7 @@ import orjson
 from megatron_sip.http import HttpPool, Request, RequestError, RetryPolicy, Server
 from megatron_sip.judge.cache import AnswerCache, cache_key
 from megatron_sip.judge.calls import Answer, Call, GenerateCall, LikelihoodCall, cache_material
+from megatron_sip.judge.dialect import Dialect, Dialects, DialectTrial
 from megatron_sip.judge.encoding import ChatEncoder, EncodingError
 from megatron_sip.judge.probe import EndpointError, EndpointFacts, probe
 from megatron_sip.judge.reasoning import UNKNOWN, ReasoningStyle
@@ -28,11 +31,9 @@ from megatron_sip.judge.window import PrefixWindow, estimated_tokens
 from megatron_sip.judge.wire import (
     OPENAI_PATH,
     SGLANG_PATH,
-    Quirk,
     answer_tokens,
     openai_answer,
     openai_body,
-    quirk_in,
     sglang_answers,
     sglang_body,
 )
@@ -75,7 +76,8 @@ class JudgeClient:
         self._cache: AnswerCache | None = None
         self._encoder = ChatEncoder.load(settings.tokenizer) if settings.tokenizer else None
         self._facts: dict[str, EndpointFacts] = {}
-        self._quirks: dict[str, set[Quirk]] = {}
+        self._dialects = Dialects()
+        self._singly: set[str] = set()  # servers that gave fewer answers than n
 
     async def __aenter__(self) -> Self:
         if self._settings.cache_path is not None:
@@ -162,8 +164,7 @@ class JudgeClient:
         deadline: float,
         failures: Counter[str],
     ) -> dict[bytes, Answer]:
-        one_each = any(endpoint.kind == "openai" for endpoint in allowed)  # chat completions take one prompt each
-        batches = [[key] for key in calls] if one_each else _batches(calls)
+        batches = [[key] for key in calls] if one_each(allowed) else _batches(calls)
         results = await asyncio.gather(
             *(self._send([calls[key] for key in batch], allowed, affinity, deadline, failures) for batch in batches)
         )
@@ -181,45 +182,60 @@ class JudgeClient:
         deadline: float,
         failures: Counter[str],
     ) -> list[Answer] | None:
-        sent: list[tuple[str, frozenset[Quirk]]] = []
+        sent: tuple[str, Dialect, dict[str, Any]] = ("", Dialect(), {})
+        missing = 0  # answers of the `n` that were asked for
 
         def body(server: Server) -> bytes:
-            quirks = frozenset(self._quirks.get(server.url, ()))
-            sent.append((server.url, quirks))
-            return self._body(calls, server.tag, quirks)
+            nonlocal sent
+            dialect = self._dialects.of(server.url)
+            sent = server.url, dialect, self._body(calls, server.tag, dialect)
+            return orjson.dumps(sent[2])
+
+        def parse(server: Server, response: Any) -> list[Answer]:
+            nonlocal missing
+            answers = self._parse(calls, server.tag, response)
+            asked = calls[0].n if server.tag.kind == "openai" and isinstance(calls[0], GenerateCall) else 0
+            missing = max(0, asked - len(response["choices"])) if asked else 0
+            return answers
 
         request = Request(
             affinity,
             path=lambda server: SGLANG_PATH if server.tag.kind == "sglang" else OPENAI_PATH,
             body=body,
-            parse=lambda server, response: self._parse(calls, server.tag, response),
+            parse=parse,
             allowed=lambda server: server.tag in allowed,
         )
+        trial = DialectTrial(self._dialects)
         while True:
             try:
-                return await self.pool.send(request, deadline)
+                answers = await self.pool.send(request, deadline)
+                break
             except RequestError as failure:
-                if failure.kind == "rejected" and self._learn_quirk(*sent[-1], str(failure)):
+                if failure.refusal and trial.another(*sent, failure.refusal):
                     continue
-                failures[failure.kind] += len(calls)
-                name = f"failed/{failure.kind}"
-                self.counts[name] += len(calls)
-                if self.counts[name] == len(calls):  # the first of its kind is worth a line, not a flood
-                    log.warning("judge call failed, its votes are missing: %s", failure)
+                trial.undo()
+                self._count_failure(failure, len(calls), failures)
                 return None
+        trial.keep(*sent[:2])
+        first, answer = calls[0], answers[0]
+        if missing and isinstance(first, GenerateCall) and isinstance(answer, list):
+            self._say_once(sent[0], first.n - missing, first.n)
+            ask = partial(self._send, [replace(first, n=1)], allowed, affinity, deadline, failures)
+            singles = await asyncio.gather(*(ask() for _ in range(missing)))
+            return [[*answer[:-missing], *map(_only, singles)]]
+        return answers
 
-    def _learn_quirk(self, url: str, used: frozenset[Quirk], refusal: str) -> bool:
-        """Whether the server refused for want of a quirk that the request did not heed; it is heeded from now on."""
-        quirk = quirk_in(refusal)
-        if quirk is None or quirk in used:
-            return False
-        known = self._quirks.setdefault(url, set())
-        if quirk not in known:
-            log.warning(
-                "judge server %s: requests are sent with '%s' from now on, since it said: %s", url, quirk, refusal
-            )
-        known.add(quirk)
-        return True
+    def _count_failure(self, failure: RequestError, calls: int, failures: Counter[str]) -> None:
+        failures[failure.kind] += calls
+        name = f"failed/{failure.kind}"
+        self.counts[name] += calls
+        if self.counts[name] == calls:  # the first of its kind is worth a line, not a flood
+            log.warning("judge call failed, its votes are missing: %s", failure)
+
+    def _say_once(self, url: str, given: int, asked: int) -> None:
+        if url not in self._singly:
+            self._singly.add(url)
+            log.warning("judge server %s gave %d of %d answers: the others are asked for singly", url, given, asked)
 
     def _answer_source(self, endpoint: Endpoint) -> str:
         """What answers are kept under: the model that gives them, what its reasoning may cost, how they are begun."""
@@ -237,11 +253,11 @@ class JudgeClient:
         except EncodingError:
             return UNKNOWN
 
-    def _body(self, calls: list[Call], endpoint: Endpoint, quirks: frozenset[Quirk]) -> bytes:
+    def _body(self, calls: list[Call], endpoint: Endpoint, dialect: Dialect) -> dict[str, Any]:
         if endpoint.kind == "sglang":
-            return orjson.dumps(sglang_body(calls, self.encoder, endpoint))
+            return sglang_body(calls, self.encoder, endpoint)
         assert not isinstance(calls[0], LikelihoodCall)
-        return orjson.dumps(openai_body(calls[0], endpoint, quirks))
+        return dialect.adapted(openai_body(calls[0], endpoint))
 
     def _parse(self, calls: list[Call], endpoint: Endpoint, response: Any) -> list[Answer]:
         lost: Counter[str] = Counter()
@@ -259,6 +275,16 @@ class JudgeClient:
             if self.counts[name] == count:  # the first of its kind is worth a line
                 log.warning("an answer of the judge or rewriter is not used: %s", UNREADABLE[reason])
         return answers
+
+
+def one_each(endpoints: Sequence[Endpoint]) -> bool:
+    """Whether requests hold one prompt each: chat completions take no more."""
+    return any(endpoint.kind == "openai" for endpoint in endpoints)
+
+
+def _only(answers: list[Answer] | None) -> Any:
+    """The vote (or text) in the answer to a call for one; None when it failed."""
+    return answers[0][0] if answers and isinstance(answers[0], list) else None
 
 
 def _server(endpoint: Endpoint) -> Server:

@@ -6,16 +6,18 @@ A response of an unexpected shape raises BadResponseError: it is retried, and ne
 from __future__ import annotations
 
 import math
-import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 from megatron_sip.http import BadResponseError
+from megatron_sip.http_reply import is_logprob
 from megatron_sip.judge.calls import Answer, Call, ChoiceCall, GenerateCall, LikelihoodCall
+from megatron_sip.judge.dialect import TOP_LOGPROBS
 from megatron_sip.judge.encoding import ChatEncoder
+from megatron_sip.judge.openai_reply import choices_of, content_of, tokens_of, usage_of
 from megatron_sip.judge.readings import Written, finish_of, read_vote, read_written
 from megatron_sip.judge.reasoning import UNKNOWN, ReasoningStyle
 from megatron_sip.judge.settings import Endpoint
@@ -23,17 +25,6 @@ from megatron_sip.judge.verdicts import VerdictRule
 
 SGLANG_PATH = "/generate"
 OPENAI_PATH = "/v1/chat/completions"
-TOP_LOGPROBS = 20
-
-Quirk = Literal["max_completion_tokens", "no-logprobs"]
-"""What a chat API wants otherwise than most: reasoning models of some hosted services refuse `max_tokens` and log-probs."""
-_REFUSALS: tuple[tuple[Quirk, re.Pattern[str]], ...] = (
-    ("max_completion_tokens", re.compile(r"max_tokens.{0,200}max_completion_tokens", re.DOTALL)),
-    (
-        "no-logprobs",
-        re.compile(r"logprobs.{0,40}(?:not supported|unsupported)|unsupported.{0,40}logprobs", re.DOTALL | re.I),
-    ),
-)
 
 
 def answer_tokens(call: Call, endpoint: Endpoint) -> int:
@@ -113,11 +104,10 @@ def sglang_answers(
                 answers.append(_sglang_choice(call, encoder, own[0]["meta_info"]))
             else:
                 answers.append(_sglang_likelihood(call, encoder, own[0]["meta_info"]))
-        prompt_tokens = sum(int(output["meta_info"]["prompt_tokens"]) for output in outputs)
-        generated = sum(int(output["meta_info"]["completion_tokens"]) for output in outputs)
+        usage = [usage_of({"usage": output["meta_info"]}) for output in outputs]
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise BadResponseError(f"response without the expected fields: {error!r}") from error
-    return answers, prompt_tokens, generated
+    return answers, sum(prompt for prompt, _ in usage), sum(generated for _, generated in usage)
 
 
 def _sglang_written(call: GenerateCall, encoder: ChatEncoder, output: dict[str, Any]) -> Written:
@@ -127,7 +117,7 @@ def _sglang_written(call: GenerateCall, encoder: ChatEncoder, output: dict[str, 
 
 def _sglang_choice(call: ChoiceCall, encoder: ChatEncoder, meta: dict[str, Any]) -> float | None:
     _, label_ids = encoder.choices(call.rule.start, call.rule.labels)
-    found = {entry[1]: float(entry[0]) for entry in meta["output_token_ids_logprobs"][0]}
+    found = {entry[1]: logprob(entry[0]) for entry in meta["output_token_ids_logprobs"][0]}
     return call.rule.expected_value([found[label_id] for label_id in label_ids])
 
 
@@ -136,33 +126,33 @@ def _sglang_likelihood(call: LikelihoodCall, encoder: ChatEncoder, meta: dict[st
     entries = meta["input_token_logprobs"][-len(expected) :] if expected else []
     if [entry[1] for entry in entries] != expected:
         raise BadResponseError("the log-probs returned are not those of the continuation's tokens")
-    values = [entry[0] for entry in entries if entry[0] is not None]
-    mean = math.fsum(values) / len(values) if values else math.nan
-    return mean if math.isfinite(mean) else None
+    if entries and entries[0][0] is None:
+        entries = entries[1:]  # a text's first token follows nothing
+    values = [logprob(entry[0]) for entry in entries]
+    return math.fsum(values) / len(values) if values else None
 
 
 # ---- OpenAI-compatible ----------------------------------------------------------------------------------------------
 
 
-def openai_body(call: GenerateCall | ChoiceCall, endpoint: Endpoint, quirks: Collection[Quirk] = ()) -> dict[str, Any]:
-    """One chat completion; a soft verdict is forced where the server continues a started answer, else generated."""
+def openai_body(call: GenerateCall | ChoiceCall, endpoint: Endpoint) -> dict[str, Any]:
+    """One chat completion; a soft verdict is forced where the server continues a started answer, else generated.
+
+    Parameters at their defaults are left out: some servers refuse them even so.
+    """
     messages = [{"role": "user", "content": "".join(call.prompt)}]
-    limit = "max_completion_tokens" if "max_completion_tokens" in quirks else "max_tokens"
-    body: dict[str, Any] = {"model": endpoint.model, "messages": messages, limit: answer_tokens(call, endpoint)}
+    body: dict[str, Any] = {"model": endpoint.model, "messages": messages, "max_tokens": answer_tokens(call, endpoint)}
     if isinstance(call, ChoiceCall):
-        start, sampling = call.rule.start, {"temperature": 1.0}
-        if "no-logprobs" not in quirks:
-            body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        start = call.rule.start
+        body |= {"temperature": 1.0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
     else:
-        start, sampling = call.start, {"temperature": call.temperature, "top_p": call.top_p}
-        body["n"] = call.n
-    body |= sampling
+        start = call.start
+        body["temperature"] = call.temperature
+        if call.top_p != 1:
+            body["top_p"] = call.top_p
+        if call.n != 1:
+            body["n"] = call.n
     return body | _continued(messages, start) if start and endpoint.prefill else body
-
-
-def quirk_in(refusal: str) -> Quirk | None:
-    """What the server asks for when it refuses a request with this message; None when it is something else."""
-    return next((quirk for quirk, pattern in _REFUSALS if pattern.search(refusal)), None)
 
 
 def _continued(messages: list[dict[str, str]], start: str) -> dict[str, Any]:
@@ -185,14 +175,10 @@ def openai_answer(
     style: of the model's reasoning, where its tokenizer is known. lost: where unreadable answers are counted by reason.
     """
     try:
-        choices = response["choices"]
-        if not choices:
-            raise BadResponseError("no choices in the response")
-        usage = response.get("usage") or {}
-        tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        choices, usage = choices_of(response), usage_of(response)
         if isinstance(call, GenerateCall):
-            return read_written(call, [_openai_written(call, endpoint, c, style) for c in choices], lost), *tokens
-        return _openai_choice(call, endpoint, choices[0], style, lost), *tokens
+            return read_written(call, [_openai_written(call, endpoint, c, style) for c in choices], lost), *usage
+        return _openai_choice(call, endpoint, choices[0], style, lost), *usage
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise BadResponseError(f"response without the expected fields: {error!r}") from error
 
@@ -201,21 +187,22 @@ def _openai_written(
     call: GenerateCall | ChoiceCall, endpoint: Endpoint, choice: dict[str, Any], style: ReasoningStyle
 ) -> Written:
     """A choice's content; a server that has put the reasoning elsewhere leaves none in it."""
-    message = choice["message"]
+    message = choice.get("message") or {}
     apart = message.get("reasoning_content") or message.get("reasoning") or style.harmony
     begun = isinstance(call, GenerateCall) and call.start != "" and endpoint.prefill
-    text = message["content"] or ""
-    return Written(text, finish_of(choice.get("finish_reason")), UNKNOWN if apart else style, begun)
+    return Written(content_of(choice), finish_of(choice.get("finish_reason")), UNKNOWN if apart else style, begun)
 
 
 def _openai_choice(
     call: ChoiceCall, endpoint: Endpoint, choice: dict[str, Any], style: ReasoningStyle, lost: Counter[str] | None
 ) -> float | None:
-    tokens = (choice.get("logprobs") or {}).get("content") or []
+    tokens = tokens_of(choice)
     written = _openai_written(call, endpoint, choice, style)
-    if endpoint.prefill:
-        return _first_choice(call.rule, tokens) if written.finish != "aborted" else None
-    return _generated_choice(call.rule, read_vote(written, call.rule, lost), tokens)
+    if not endpoint.prefill:
+        return _generated_choice(call.rule, read_vote(written, call.rule, lost), tokens)
+    if written.finish == "aborted":
+        return None
+    return _first_choice(call.rule, tokens) if tokens else call.rule.parse(call.rule.start + written.text.lstrip())
 
 
 def _first_choice(rule: VerdictRule, tokens: Sequence[dict[str, Any]]) -> float | None:
@@ -244,5 +231,12 @@ def label_logprobs(rule: VerdictRule, top: Sequence[dict[str, Any]]) -> list[flo
         token = entry["token"].strip().casefold()
         matching = [label for label in rule.labels if token and label.casefold().startswith(token)]
         if len(matching) == 1:
-            masses[matching[0]] += math.exp(float(entry["logprob"]))
+            masses[matching[0]] += math.exp(logprob(entry["logprob"]))
     return [math.log(mass) if mass > 0 else -math.inf for mass in masses.values()]
+
+
+def logprob(value: Any) -> float:
+    """A log-prob that a server gave. Raises BadResponseError when it can be none: it would turn a verdict round."""
+    if not is_logprob(value):
+        raise BadResponseError(f"{str(value)[:40]!r} is no log-prob")
+    return float(value)

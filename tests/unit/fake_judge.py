@@ -51,8 +51,12 @@ class FakeJudge:
         context: int | None = None,
         model: str = "fake",
         refuses: Callable[[dict[str, Any]], str | None] = lambda body: None,
+        edits: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda body, reply: reply,
     ) -> None:
-        """context, model: what the server reports about itself. refuses: why a body gets status 400, or None."""
+        """context, model: what the server reports about itself. refuses: why a body gets status 400, or None.
+
+        edits: what becomes of a good reply to a body.
+        """
         self.requests = 0
         self.prompts: list[str] = []
         self.bodies: list[dict[str, Any]] = []
@@ -62,6 +66,7 @@ class FakeJudge:
         self._context = context
         self._model = model
         self._refuses = refuses
+        self._edits = edits
         self._port = 0
         self._runner: web.AppRunner | None = None
 
@@ -137,7 +142,7 @@ class FakeJudge:
             case "disconnect":
                 assert request.transport is not None
                 request.transport.close()
-        return web.json_response(reply(self._answer(prompt), body))
+        return web.json_response(self._edits(body, reply(self._answer(prompt), body)))
 
 
 def reply(text: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -171,3 +171,65 @@ def test_soft_verdicts_of_a_hosted_model_are_read_where_it_gave_them() -> None:
 def test_label_probability_adds_up_spellings() -> None:
     reply = message("1", [token("1", **{"1": 0.3, " 1": 0.3, "2": 0.2})])
     assert openai_answer(CHOICE, PREFILLED, reply)[0] == pytest.approx(0.75)
+
+
+BAD_LOGPROBS = [
+    1000,
+    5,
+    0.01,
+    "nan",
+    "-1",
+    True,
+    None,
+    [],
+    {},
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    10**400,
+    -(10**400),
+]
+
+
+@pytest.mark.parametrize("value", BAD_LOGPROBS, ids=lambda value: str(value)[:8])
+def test_a_log_prob_that_can_be_none_is_a_bad_reply(value: Any, encoder: ChatEncoder) -> None:
+    first, second = sglang_body([CHOICE], encoder, NATIVE)["token_ids_logprob"][0]
+    native = meta(output_token_ids_logprobs=[[[value, first, None], [-1.0, second, None]]])
+    with pytest.raises(BadResponseError):
+        sglang_answers([CHOICE], encoder, [native])
+    likelihood = LikelihoodCall("l", ("the quick", " brown fox"))
+    entries = [[-0.5, token, None] for token in encoder.text(" brown fox")]
+    entries[-1][0] = value
+    with pytest.raises(BadResponseError):
+        sglang_answers([likelihood], encoder, [meta(input_token_logprobs=entries)])
+    top = [{"token": "1", "logprob": value}, {"token": "2", "logprob": -0.5}]
+    for endpoint, text in ((PREFILLED, "1"), (HOSTED, "Conclusion: Option 1")):
+        reply = message(
+            text, [{"token": "Conclusion: Option "}, {"token": "1", "top_logprobs": top}][endpoint.prefill :]
+        )
+        reply["choices"][0]["logprobs"]["content"][0].setdefault("top_logprobs", [])
+        with pytest.raises(BadResponseError):
+            openai_answer(CHOICE, endpoint, reply)
+
+
+@pytest.mark.parametrize("missing", [{}, {"top_logprobs": None}])
+@pytest.mark.parametrize(("endpoint", "text"), [(PREFILLED, " 2"), (HOSTED, "So. Conclusion: Option 2")])
+def test_without_log_probs_of_the_alternatives_the_plain_verdict_counts(
+    missing: dict[str, Any], endpoint: Endpoint, text: str
+) -> None:
+    reply = message(text, [{"token": text, "logprob": -0.1, **missing}])
+    assert openai_answer(CHOICE, endpoint, reply)[0] == 0.0
+    reply["choices"][0]["logprobs"] = None
+    assert openai_answer(CHOICE, endpoint, reply)[0] == 0.0
+    assert openai_answer(CHOICE, endpoint, message("Neither."))[0] is None
+
+
+def test_wrong_counts_of_tokens_cost_no_vote(encoder: ChatEncoder) -> None:
+    for usage in (None, {}, 5, {"prompt_tokens": "many", "completion_tokens": None}, {"prompt_tokens": 1e400}):
+        assert openai_answer(GENERATE, HOSTED, {**message("Conclusion: Option 1"), "usage": usage}) == (
+            [1.0, None],
+            0,
+            0,
+        )
+    texts = [{"text": "Conclusion: Option 1", "meta_info": {"prompt_tokens": "x"}}] * 2
+    assert sglang_answers([GENERATE], encoder, texts) == ([[1.0, 1.0]], 0, 0)
