@@ -10,17 +10,16 @@ TEXT_PARTS = (None, "text", "output_text")
 
 
 def choices_of(response: Any) -> list[dict[str, Any]]:
-    """The choices of a reply. Raises BadResponseError when there is none."""
+    """The choices of a reply, each with a message, if an empty one. Raises BadResponseError when there is none."""
     choices = response.get("choices") if isinstance(response, dict) else None
     if not isinstance(choices, list) or not any(map(_is_choice, choices)):
         raise BadResponseError("no choices in the response")
-    return [choice if _is_choice(choice) else {} for choice in choices]
+    return [_with_message(choice if _is_choice(choice) else {}) for choice in choices]
 
 
 def content_of(choice: dict[str, Any]) -> str:
     """The text of a choice; empty when a filter, or reasoning without an answer, left none."""
-    message = choice.get("message")
-    content = message.get("content") if isinstance(message, dict) else None
+    content = choice["message"].get("content")
     parts = content if isinstance(content, list) else [content]
     return "".join(map(_part_text, parts))
 
@@ -44,6 +43,11 @@ def usage_of(response: dict[str, Any]) -> tuple[int, int]:
 
 def _is_choice(choice: Any) -> bool:
     return isinstance(choice, dict) and (isinstance(choice.get("message"), dict) or bool(choice.get("finish_reason")))
+
+
+def _with_message(choice: dict[str, Any]) -> dict[str, Any]:
+    message = choice.get("message")
+    return {**choice, "message": message if isinstance(message, dict) else {}}
 
 
 def _part_text(part: Any) -> str:

@@ -187,7 +187,7 @@ def _openai_written(
     call: GenerateCall | ChoiceCall, endpoint: Endpoint, choice: dict[str, Any], style: ReasoningStyle
 ) -> Written:
     """A choice's content; a server that has put the reasoning elsewhere leaves none in it."""
-    message = choice.get("message") or {}
+    message = choice["message"]
     apart = message.get("reasoning_content") or message.get("reasoning") or style.harmony
     begun = isinstance(call, GenerateCall) and call.start != "" and endpoint.prefill
     return Written(content_of(choice), finish_of(choice.get("finish_reason")), UNKNOWN if apart else style, begun)
