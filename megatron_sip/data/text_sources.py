@@ -23,7 +23,7 @@ JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 PARQUET_SUFFIX = ".parquet"
 SUPPORTED = ".jsonl, .ndjson, .json (one object a line), each also .gz or .zst, and .parquet"
-MAX_DOCUMENT_BYTES = 1 << 28
+MAX_DOCUMENT_BYTES = 1 << 27
 """Of one line or one parquet value: a file without line ends (or a compression bomb) must not fill the memory."""
 
 _BATCH_CHARACTERS = 2_000_000
@@ -202,7 +202,12 @@ def _parquet_texts(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
 
     row = 0
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as table:
+        options = {
+            "page_checksum_verification": True,
+            "pre_buffer": False,
+            "buffer_size": 1 << 20,
+        }  # no row group whole
+        with pq.ParquetFile(path, **options) as table:
             _check_column(path, table.schema_arrow, text_field)
             rows, size = table.metadata.num_rows, path.stat().st_size
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):

@@ -43,11 +43,19 @@ def idx_path(prefix: Path) -> Path:
 class TokenStore:
     """Read-only memory map of the documents under a prefix; `store[i]` is document i's token ids (a view).
 
-    Raises `DataError` when the files are missing, are not of this format, or the .bin is shorter than the .idx says.
+    Raises `DataError` when the files are missing or unreadable, are not of this format, or the .bin is shorter than the
+    .idx says.
     """
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
+        try:
+            self._open()
+        except OSError as error:
+            raise DataError(f"{error.filename or bin_path(prefix)}: cannot be read ({error.strerror})") from error
+
+    def _open(self) -> None:
+        prefix = self.prefix
         for path in (bin_path(prefix), idx_path(prefix)):
             if not path.is_file():
                 raise DataError(f"{path}: no such file; a token store is a pair PREFIX.bin and PREFIX.idx")

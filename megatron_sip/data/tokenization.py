@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 PrependBos = Literal["auto", "on", "off"]
 CACHE_VERSION = 1
-DEFAULT_CACHE = Path.home() / ".cache" / "megatron_sip" / "tokens"
+DEFAULT_CACHE = Path("~/.cache/megatron_sip/tokens")
 _BYTES_PER_WORKER = 128_000_000
 _BATCH_TIMEOUT_S = 900.0
 

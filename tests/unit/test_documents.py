@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import multiprocessing
@@ -255,6 +256,16 @@ def test_a_damaged_index_is_read_or_refused_but_never_leads_outside(tmp_path: Pa
             continue
         assert [len(store[i]) for i in range(len(store))] == store.lengths.tolist()
     assert refused > 200
+
+
+def test_a_store_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    write_store(tmp_path / "s", [[1, 2]])
+    monkeypatch.setattr(np, "memmap", refuse)
+    with pytest.raises(DataError, match=r"s\.idx: cannot be read \(Permission denied\)"):
+        TokenStore(tmp_path / "s")
 
 
 def test_bytes_after_the_last_token_do_no_harm(tmp_path: Path) -> None:

@@ -238,6 +238,14 @@ def test_columns_that_hold_no_strings(tmp_path: Path, column: pa.Array, kind: st
         texts_of(tmp_path / "t.parquet")
 
 
+def test_a_row_group_is_not_held_whole(tmp_path: Path) -> None:
+    texts = [os.urandom(2000).hex() for _ in range(10_000)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "t.parquet", row_group_size=10_000, use_dictionary=False)
+    before = pa.total_allocated_bytes()
+    peak = max(pa.total_allocated_bytes() for _ in read_texts(tmp_path / "t.parquet", "text"))
+    assert peak - before < 10 << 20 < (tmp_path / "t.parquet").stat().st_size
+
+
 def test_a_flipped_byte_in_a_parquet_page_with_a_checksum_is_found(tmp_path: Path) -> None:
     text = os.urandom(64).hex()
     options = {"compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
