@@ -200,6 +200,8 @@ def _check_objective(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _check_servers(args: argparse.Namespace) -> Iterator[str]:
+    if args.local_server_memory is not None and not 0 < args.local_server_memory < 1:
+        yield f"--local-server-memory {args.local_server_memory}: a share of a GPU's memory is between 0 and 1"
     if args.dry_run:  # it asks no server
         return
     if args.replay_groups and not Path(args.replay_groups).is_dir():
@@ -329,7 +331,7 @@ def _check_local_servers(args: argparse.Namespace) -> Iterator[str]:
             "apart and give --rollout-url and --teacher-url (examples/train_continual.sbatch)"
         )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
-    if gpus is not None and gpus < here + servers:
+    if args.local_server_memory is None and gpus is not None and gpus < here + servers:
         yield (
             f"--rollout-local and --teacher-model: {here} trainer processes and {servers} servers need a GPU each, this "
             f"node has {gpus}: start fewer processes, or serve elsewhere and give --rollout-url and --teacher-url"

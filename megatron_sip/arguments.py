@@ -198,6 +198,14 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
         help="Size of a local server's KV cache. Default: SGLang's choice with a GPU, 32768 without.",
     )
     group.add_argument(
+        "--local-server-memory",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="What each local server takes of a GPU's memory; servers then share the GPUs behind the trainer's, or its last "
+        "one. Default: a GPU a server.",
+    )
+    group.add_argument(
         "--weight-sync",
         choices=["distributed", "disk"],
         default="distributed",

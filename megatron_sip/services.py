@@ -79,6 +79,7 @@ class LocalServers:
         return ServerSettings(
             model_path=model,
             dtype=args.local_engine_dtype,
+            mem_fraction=args.local_server_memory,
             max_total_tokens=args.local_engine_tokens,
             context_length=context,
             seed=args.seed,
@@ -101,11 +102,21 @@ class LocalServers:
 
 
 def spare_gpus(args: argparse.Namespace) -> tuple[int, ...] | None:
-    """The GPUs behind those of the trainer's processes, one a server, as indices among those that we see; None without."""
+    """A GPU for each server of this node, as indices among those that we see; None without GPUs."""
     if not torch.cuda.is_available():
         return None
     first = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
-    return tuple(range(first, first + local_servers(args)))
+    shared = torch.cuda.device_count() if args.local_server_memory is not None else None
+    return server_gpus(first, local_servers(args), shared)
+
+
+def server_gpus(first: int, servers: int, shared: int | None) -> tuple[int, ...]:
+    """The GPUs from `first` on, one a server; where the node's `shared` GPUs may be shared, those again and again.
+
+    When the trainer's processes take all of them, servers are on its last one.
+    """
+    places = range(first, first + servers) if shared is None else range(min(first, shared - 1), shared)
+    return tuple(places[server % len(places)] for server in range(servers))
 
 
 def check_named_servers(args: argparse.Namespace) -> None:

@@ -1,0 +1,118 @@
+"""How one node's GPUs are divided between trainer, engines and teacher. Pure arithmetic; `one_node` measures and starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TRAINING_COPIES = 10
+"""Bytes a trainer holds a byte of bf16 weights: weights, float32 gradients and master weights, Adam's two moments, and the
+DPO reference."""
+TRAINING_SHARE = 0.66
+"""Of a GPU's memory, for these; the rest is for activations."""
+WEIGHTS_SHARE = 0.85
+"""Of a server's memory, at most for its weights; the rest is for its KV cache."""
+
+
+class LayoutError(ValueError):
+    """The models do not fit; the message says which, and what would."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a run asks of its node. policy_bytes, teacher_bytes: of the bf16 weights. prompts: a step's.
+
+    engines: whether engines are to be started here; teacher likewise.
+    """
+
+    policy_bytes: int
+    teacher_bytes: int
+    prompts: int
+    engines: bool = True
+    teacher: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Processes of the trainer, of which `tensor_parallel` share each layer, and servers, one a GPU.
+
+    server_memory: where servers share GPUs, the part of a GPU that each of them takes.
+    """
+
+    trainers: int
+    tensor_parallel: int
+    engines: int
+    teachers: int
+    server_memory: float | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{self.trainers} trainer process" + "es" * (self.trainers > 1)]
+        parts += [f"tensor parallel {self.tensor_parallel}"] if self.tensor_parallel > 1 else []
+        parts += [f"{self.engines} engine" + "s" * (self.engines > 1)] if self.engines else []
+        parts += ["the teacher"] if self.teachers else []
+        shared = f"; servers share GPUs, {self.server_memory:.0%} of one each" if self.server_memory else ""
+        return ", ".join(parts) + shared
+
+
+def plan_layout(gpus: Sequence[int], demand: Demand) -> Layout:
+    """A layout for GPUs with these bytes of memory each; no GPUs mean one process on the CPU.
+
+    From three on every process has a GPU of its own, and rollouts get about as many as training. On two the servers share
+    the second, on one all share it.
+
+    Raises:
+        LayoutError: a model is too large for this, or the prompts of a step do not divide among the replicas.
+    """
+    teachers = int(demand.teacher)
+    servers = int(demand.engines) + teachers
+    if not gpus:
+        return Layout(1, 1, int(demand.engines), teachers)
+    memory = min(gpus)
+    if len(gpus) <= servers:
+        alone = len(gpus) == 1
+        share = round((0.5 if alone else 0.9) / servers, 2)
+        _require_server(demand, share * memory)
+        _tensor_parallel(1, memory * (1 - share * servers if alone else 1), demand)
+        return Layout(1, 1, int(demand.engines), teachers, share)
+    _require_server(demand, memory)
+    others = len(gpus) - teachers
+    trainers = _power_of_two((others + 1) // 2 if demand.engines else others)
+    while True:
+        tensor_parallel = _tensor_parallel(trainers, memory, demand)
+        if demand.prompts % (trainers // tensor_parallel) == 0:
+            break
+        trainers //= 2
+    engines = others - trainers if demand.engines else 0
+    return Layout(trainers, tensor_parallel, engines, teachers)
+
+
+def _power_of_two(most: int) -> int:
+    return 1 << (most.bit_length() - 1)
+
+
+def _tensor_parallel(trainers: int, memory: float, demand: Demand) -> int:
+    needed = TRAINING_COPIES * demand.policy_bytes
+    size = 1
+    while needed / size > TRAINING_SHARE * memory:
+        size *= 2
+        if size > trainers:
+            raise LayoutError(
+                f"training takes about {_gb(needed)} for the policy, {trainers} GPU{'s' * (trainers > 1)} of "
+                f"{_gb(memory)} would train it: take a smaller model or more GPUs, or serve rollouts and judgements elsewhere "
+                "(--rollout-url, --teacher-url)"
+            )
+    return size
+
+
+def _require_server(demand: Demand, memory: float) -> None:
+    models = (("policy", demand.policy_bytes, demand.engines), ("teacher", demand.teacher_bytes, demand.teacher))
+    for name, size, wanted in models:
+        if wanted and size > WEIGHTS_SHARE * memory:
+            raise LayoutError(
+                f"the {name}'s weights ({_gb(size)}) do not fit into the {_gb(memory)} that its server would have: serve it "
+                f"elsewhere and give {'--teacher-url' if name == 'teacher' else '--rollout-url'}"
+            )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
