@@ -27,6 +27,7 @@ class FakeEngine:
         self.calls: list[tuple[str, Any]] = []
         self.answers: dict[str, Answer] = {}
         self.silent: set[str] = set()
+        self.key: str | None = None
         self._released = threading.Event()
         self._server: ThreadingHTTPServer | None = None
         self._port = 0

@@ -97,7 +97,9 @@ async def test_the_leaders_together_load_every_engine_equally(leaders: int, prom
 
 async def test_a_run_opens_engines_that_a_killed_run_left_paused_and_in_an_update() -> None:
     """Their check asks for a generation, which a paused engine never answers."""
-    args = argparse.Namespace(rollout_timeout=5.0, rollout_concurrency=4, vocab_size=32, seq_length=8)
+    args = argparse.Namespace(
+        rollout_timeout=5.0, rollout_concurrency=4, vocab_size=32, seq_length=8, rollout_key_variable=None
+    )
     tokenizer = SimpleNamespace(encode=lambda *_, **__: [1, 2])
     with FakeEngine() as engine:
         engine.paused = engine.updating = True
