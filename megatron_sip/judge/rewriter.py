@@ -4,15 +4,17 @@
         await rewriter.check()
         rewrites = await rewriter.rewrite(tasks)
 
-The model sees the prefix and the suffix, the latter with the prefix's last five words before it, and has to start its
-answer with these words, which are cut off again: so the rewrite continues the prefix smoothly. It needs no rollouts,
-so it can run ahead of the policy, or offline for a whole corpus (tools/rewrite_corpus.py fills the same cache).
+The model sees the prefix and the suffix, the latter with the prefix's last five words (60 characters at most) before it,
+and has to start its answer with these words, which are cut off again: so the rewrite continues the prefix smoothly. It
+needs no rollouts, so it can run ahead of the policy, or offline for a whole corpus (tools/rewrite_corpus.py fills the
+same cache).
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,19 +24,21 @@ from megatron_sip.judge.base import UNKNOWN_CODE, AsksTeacher
 from megatron_sip.judge.calls import Answer, GenerateCall
 from megatron_sip.judge.client import affinity_of
 from megatron_sip.judge.prompts import builtin_prompt, fence_code, valid_unicode
+from megatron_sip.judge.refusals import is_refusal
 from megatron_sip.judge.settings import ClientSettings, SettingsError
 from megatron_sip.samples import Candidate, Task
 
 START_WORDS = 5
 REWRITE_ROOM = 2
 """Tokens that the model may write, in suffix lengths: its tokenizer may need more of them than the policy's."""
-_REFUSAL = re.compile(
-    r"\W*(?:(?:I['’]?m|I am|We['’]?re) (?:very |really |so )?(?:sorry|unable|not able)"
-    r"|I (?:can['’]?t|can ?not|won['’]?t|could not)"
-    r"|Sorry,? (?:but )?I|As an AI|As a (?:responsible|helpful|large)|I must (?:decline|refuse))"
-    r".{0,120}?\b(?:assist|help|fulfil|fulfill|provide|rewrite|continue|comply|create|generate|write|engage|request|content)",
-    re.IGNORECASE | re.DOTALL,
-)
+START_CHARS = 60
+"""The start words take no more: a "word" of Chinese, Japanese, Thai or minified code may be the whole prefix."""
+START_BYTES = 128
+"""Nor more than this in UTF-8, and so in tokens: no tokenizer makes more tokens than there are bytes."""
+PIECE_CHARS = 24
+"""Of a last word that is too long by itself."""
+_SURE_CHARS = 12
+"""Words that a model repeats by chance are shorter than this, or fewer than three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,29 +150,53 @@ def read_rewrite(answer: Answer, task: Task, words: str, *, start_required: bool
         return "", "unfinished"
     text = without_start(answer[0], words, required=start_required)
     if text is None:
-        return "", "wrong-start"
+        return "", "refused" if is_refusal(answer[0]) else "wrong-start"
     text = fit_whitespace(text, task.prefix_text)
     if not text.strip():
         return "", "empty"
-    if _REFUSAL.match(text) and not _REFUSAL.match(task.suffix_text):
+    if is_refusal(text) and not is_refusal(task.suffix_text):
         return "", "refused"
     return text, ""
 
 
 def last_words(prefix: str, count: int = START_WORDS) -> str:
-    """The last `count` words of a text with the white space that follows them; a cut-off word counts as one."""
-    match = re.search(rf"(?:\S+\s+){{0,{count - 1}}}\S+\s*\Z", prefix)
-    return match[0] if match else ""
+    """The last `count` words of a text with the white space that follows them; a cut-off word counts as one.
+
+    Fewer where they exceed START_CHARS or START_BYTES, and where even the last one does, its last PIECE_CHARS characters.
+    """
+    body = prefix.rstrip()
+    if not body:
+        return ""
+    after = prefix[len(body) :][:START_CHARS]
+    near = body[
+        -START_CHARS - 1 :
+    ]  # with the character before the longest start, which tells whether a word begins there
+    cut = len(near) > START_CHARS
+    starts = [word.start() for word in re.finditer(r"\S+", near) if word.start() or not cut]
+    fitting = (near[start:] for start in starts[-count:])
+    return (
+        next((words for words in fitting if len(words.encode(errors="replace")) <= START_BYTES), _piece(near)) + after
+    )
+
+
+def _piece(word: str) -> str:
+    """The end of a long word, from a boundary inside it when one is near, else from the beginning of a character."""
+    piece = word[-PIECE_CHARS:]
+    if boundary := re.search(r"(?<=\W)\w", piece[: PIECE_CHARS // 2]):
+        return piece[boundary.start() :]
+    while len(piece) > 1 and (unicodedata.category(piece[0])[0] == "M" or piece[0] == "\u200d"):
+        piece = piece[1:]
+    return piece
 
 
 def without_start(answer: str, words: str, *, required: bool) -> str | None:
     """`answer` after the words it had to start with; None when they are `required` and missing.
 
     Where the server forced them they are not part of the answer, but some models repeat them: that is only believed of
-    three words or more, since a rewrite may begin with the same word by chance.
+    three words or as many characters, since a rewrite may begin with the same word by chance.
     """
     wanted = words.split()
-    if not wanted or (not required and len(wanted) < 3):
+    if not wanted or (not required and len(wanted) < 3 and len(words.strip()) < _SURE_CHARS):
         return answer
     pattern = r"[\s\"'“”*_]*" + r"\s+".join(map(re.escape, wanted))
     match = re.match(pattern, answer, re.IGNORECASE)

@@ -111,8 +111,10 @@ def sglang_answers(
 
 
 def _sglang_written(call: GenerateCall, encoder: ChatEncoder, output: dict[str, Any]) -> Written:
-    finish = finish_of(output["meta_info"].get("finish_reason"))
-    return Written(str(output["text"]), finish, encoder.reasoning, begun=call.start != "")
+    text, finish = output["text"], finish_of(output["meta_info"].get("finish_reason"))
+    if not isinstance(text, str):
+        text, finish = "", "aborted"
+    return Written(text, finish, encoder.reasoning, begun=call.start != "")
 
 
 def _sglang_choice(call: ChoiceCall, encoder: ChatEncoder, meta: dict[str, Any]) -> float | None:

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from megatron_sip.judge.prompts import break_marks, builtin_prompt
 from megatron_sip.judge.reasoning import ReasoningStyle, own_answer
+from megatron_sip.judge.refusals import is_refusal
 from megatron_sip.judge.rewriter import fit_whitespace, last_words, without_start
 
-CHARS = 20_000
-SECONDS_PER_MEGABYTE = 20.0
-"""About a hundred times what it takes; a quadratic pattern takes a second and more on 20,000 characters."""
+CHARS = 40_000
+SECONDS_PER_MEGABYTE = 10.0
+"""Several times what it takes; a quadratic pattern takes a second and more on 40,000 characters."""
 RULES = [builtin_prompt(name).rule for name in ("quality", "safety", "factuality", "coherence")]
 
 
@@ -35,6 +36,7 @@ def cut_reasoning(text: str) -> None:
 
 def read_rewrites(text: str) -> None:
     last_words(text)
+    is_refusal(text)
     for required in (True, False):
         without_start(text, text[:60], required=required)
         without_start(text, "one two three four five", required=required)
@@ -91,9 +93,8 @@ def seconds(reader: Callable[[str], object], text: str) -> float:
 def test_repeated_marks_are_read_in_linear_time(name: str) -> None:
     for unit in UNITS:
         text = unit * (CHARS // len(unit))
-        for hostile in (text + "x", "decided that the " + text):
-            spent = seconds(READERS[name], hostile)
-            assert spent < SECONDS_PER_MEGABYTE * len(hostile) / 1e6, (unit, spent)
+        spent = seconds(READERS[name], f"decided that {text}x")
+        assert spent < SECONDS_PER_MEGABYTE * len(text) / 1e6, (unit, spent)
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -181,6 +181,9 @@ def test_aborted_answers_are_failures_and_never_rewrites() -> None:
         assert native(PLAIN, output(" a time", finish), call=REWRITE)[0] is None
         assert native(PLAIN, output("Conclusion: Option 1", finish), output("", finish))[0] is None
     assert openai_answer(REWRITE, HOSTED, {"choices": [choice("once upon a time", "content_filter")]})[0] is None
+    nothing: Any = None
+    assert native(PLAIN, output(nothing), output("Conclusion: Option 1"))[0] == [None, 1.0]
+    assert native(PLAIN, output(nothing), call=REWRITE)[0] is None
 
 
 def test_a_rewrite_may_be_cut_where_its_start_shows_that_it_is_one() -> None:

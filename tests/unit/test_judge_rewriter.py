@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 from tiny_tokenizer import byte_level_tokenizer, metaspace_tokenizer
 
 from megatron_sip.judge import ClientSettings, Endpoint, Rewriter, RewriterSettings, SettingsError
-from megatron_sip.judge.rewriter import fit_whitespace, last_words, without_start
+from megatron_sip.judge.refusals import is_refusal
+from megatron_sip.judge.rewriter import START_BYTES, START_CHARS, fit_whitespace, last_words, without_start
 from megatron_sip.samples import Candidate, Task
 
 TOKENIZER = byte_level_tokenizer()
 METASPACE = metaspace_tokenizer()
 PREFIX = "The committee met on Tuesday and decided that the old bridge"
+REFUSALS = json.loads((Path(__file__).parents[1] / "data" / "refusals.json").read_text(encoding="utf-8"))
 HOSTILE = json.loads((Path(__file__).parents[1] / "data" / "hostile_texts.json").read_text(encoding="utf-8"))
 
 
@@ -108,6 +111,50 @@ async def test_what_is_no_rewrite_is_dropped_and_counted(answer: str, reason: st
     assert counters[f"dropped/{reason}"] == 1
 
 
+@pytest.mark.parametrize("text", REFUSALS["refusals"])
+def test_refusals(text: str) -> None:
+    assert is_refusal(text)
+    assert is_refusal(text.replace("'", "’").replace("I ", "I\n  "))
+    assert is_refusal(f"\n\n{text}")
+
+
+@pytest.mark.parametrize("text", REFUSALS["others"])
+def test_what_only_sounds_like_a_refusal(text: str) -> None:
+    assert not is_refusal(text)
+    assert not is_refusal(text.replace("'", "’"))
+
+
+def test_only_the_opening_tells_a_refusal() -> None:
+    assert min(len(set(texts)) for texts in REFUSALS.values()) >= 30
+    assert not is_refusal("The clerk read the letter aloud. I'm sorry, but I can't help with that request, it said.")
+    assert is_refusal("I'm sorry, but I can't help with that request. The clerk read the letter aloud.")
+
+
+async def test_a_refusal_instead_of_the_start_words_is_one() -> None:
+    made, counters = await rewrite("I apologize, but I cannot rewrite this passage.", [make_task(0, " falls down.")])
+    assert made == [None]
+    assert counters["dropped/refused"] == 1
+
+
+@pytest.mark.parametrize("finish", ["abort", "content_filter"])
+async def test_an_aborted_answer_is_no_rewrite(finish: str, tmp_path: Path) -> None:
+    """Nor is it kept: it says nothing about the suffix."""
+    task, ends = make_task(0, " falls down."), [finish, "stop"]
+
+    def ended(body: dict[str, Any], reply: dict[str, Any]) -> dict[str, Any]:
+        reply["choices"][0]["finish_reason"] = ends.pop(0)
+        return reply
+
+    async with FakeJudge(answer=lambda prompt: "decided that the old bridge stays.", edits=ended) as server:
+        settings = RewriterSettings(ClientSettings((Endpoint(server.url, "openai"),), cache_path=tmp_path / "a.sqlite"))
+        async with Rewriter(settings, TOKENIZER, 40) as rewriter:
+            assert await rewriter.rewrite([task]) == [None]
+            assert rewriter.counters()["dropped/failed"] == rewriter.counters()["unreadable/aborted"] == 1
+            [made] = await rewriter.rewrite([task])
+            assert made is not None
+            assert made.text == " stays."
+
+
 async def test_a_suffix_that_sounds_like_a_refusal_may_be_copied() -> None:
     task = make_task(0, " I cannot help but write this down.")
     [made], _ = await rewrite("decided that the old bridge I cannot help but write this down.", [task])
@@ -157,7 +204,69 @@ def test_a_negative_temperature_is_refused() -> None:
 def test_last_words_are_the_end_of_the_prefix(prefix: str) -> None:
     words = last_words(prefix)
     assert prefix.endswith(words)
-    assert words.split() == prefix.split()[-5:]
+    assert bool(words) == bool(prefix.strip())
+    assert len(words.strip()) <= START_CHARS
+    assert len(words.strip().encode(errors="replace")) <= START_BYTES
+    five = prefix.split()[-5:]
+    if len(prefix) <= START_CHARS and len(prefix.encode(errors="replace")) <= START_BYTES:
+        assert words.split() == five
+    elif all(len(word.encode(errors="replace")) <= START_BYTES and len(word) <= START_CHARS for word in five):
+        assert words.split() == five[len(five) - len(words.split()) :]  # whole words, where the last one fits
+
+
+CHINESE = "委员会星期二开会，" * 40 + "决定那座旧桥必须在春天之前修好，否则"
+JAPANESE = "委員会は火曜日に集まり、" * 40 + "古い橋は春までに直さなければならないと"
+THAI = "คณะกรรมการประชุมกันในวันอังคารและตัดสินใจว่าสะพานเก่าจะต้องซ่อมให้เสร็จก่อนฤดูใบไม้ผลิ" * 10
+MINIFIED = (
+    "!function(e,t){for(var n=0;n<t.length;n++)e.push(t[n]);return e}(window,document.forms);" * 20
+    + "var q=function(r){return"
+)
+EMOJI = "👩‍👩‍👧🚀½" * 100
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        (CHINESE, "决定那座旧桥必须在春天之前修好，否则"),
+        (JAPANESE, "古い橋は春までに直さなければならないと"),
+        (MINIFIED, "e}(window,document.forms);var q=function(r){return"),
+        ("let a=1;" + "for(i=0;i<9;)a+=i++;" * 90, "for(i=0;i<9;)a+=i++;"),
+        ("A " + "x" * 500, "x" * 24),
+        ("one two three four five six ", "two three four five six "),
+        ("one two \n\n three", "one two \n\n three"),
+        ("a " + "long" * 12 + " words here", "long" * 12 + " words here"),
+        ("a " + "long" * 16 + " words here", "words here"),
+        ("end" + "\n" * 5000, "end" + "\n" * 60),
+    ],
+)
+def test_last_words_without_spaces_are_bounded(prefix: str, words: str) -> None:
+    assert last_words(prefix) == words
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, METASPACE], ids=["byte-level", "metaspace"])
+@pytest.mark.parametrize(
+    ("prefix", "text"),
+    [
+        (CHINESE, "要拆掉。"),
+        (JAPANESE, "決めた。"),
+        (THAI, "แล้วเสร็จ"),
+        (THAI[:-1], "ิแล้ว"),
+        (MINIFIED, " r+1};"),
+        (MINIFIED[:-3], "urn r};"),
+        (EMOJI, "🙂 end"),
+    ],
+    ids=["chinese", "japanese", "thai", "thai-in-syllable", "minified", "minified-in-word", "emoji"],
+)
+async def test_the_seam_is_exact_where_words_have_no_spaces(tokenizer: Any, prefix: str, text: str) -> None:
+    prefix_ids = tokenizer.encode(prefix, add_special_tokens=False)
+    task = Task(0, prefix_ids, tokenizer.encode("x", add_special_tokens=False), prefix, "x")
+    start = last_words(prefix)
+    assert len(tokenizer.encode(start, add_special_tokens=False)) <= START_BYTES + 1  # one may stand for the beginning
+    assert not unicodedata.category(start[0]).startswith("M")
+    [made], counters = await rewrite(start + text, [task], tokenizer=tokenizer)
+    assert made is not None, counters
+    assert made.text == text
+    assert tokenizer.decode(prefix_ids + made.ids) == prefix + text
 
 
 def test_start_words_match_whatever_the_white_space() -> None:
@@ -167,6 +276,7 @@ def test_start_words_match_whatever_the_white_space() -> None:
     assert without_start("anything", "", required=True) == "anything"
     assert without_start("These are", "The", required=False) == "These are"
     assert without_start("the old bridge is", "the old bridge", required=False) == " is"
+    assert without_start("那座旧桥必须在春天之前修好要拆掉", "那座旧桥必须在春天之前修好", required=False) == "要拆掉"
     assert without_start("the old bridges", "the old bridge", required=True) == "s"  # the prefix may end within a word
 
 
