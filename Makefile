@@ -1,10 +1,12 @@
-# make install    everything into .venv (Python 3.12 and a C++ compiler are all it needs)
+# make install    everything into .venv (Python 3.12 and a C++ compiler are all it needs); then source .venv/bin/activate
 # make demo       Self-Improving Pretraining on this machine; DATA="my/*.jsonl" trains on your own text
 # make test       unit tests, then the integration tests with real Megatron and real SGLang
 # make lint       ruff, mypy, shellcheck
 # make bench      the CPU benchmarks in about 15 minutes, results under benchmarks/results/
 
-PYTHON ?= python3
+# The first of these that is a 3.12; make install PYTHON=/path/to/python3.12 names another.
+PYTHON ?= $(firstword $(foreach name,python3.12 python3 python,$(shell $(name) -c $(IS_3_12) 2>/dev/null && echo $(name))) python3)
+IS_3_12 := 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'
 VENV ?= .venv
 DATA ?=
 BENCH_SECONDS ?= 870
@@ -18,7 +20,8 @@ install: $(VENV)/installed
 # torch comes first: the extension modules are built against the one that is then used. Bytecode is compiled at once, since
 # servers import thousands of modules and some environments never write it.
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
-	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 12), f"Python 3.12 is needed, this is {sys.version}"'
+	@$(PYTHON) -c $(IS_3_12) || { echo "Python 3.12 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1): install python3.12," \
+		"or name one with make install PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip uv
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python "torch==2.14.1" "setuptools>=80" wheel ninja "pybind11>=3.0"

@@ -1,6 +1,6 @@
 """What the user sees: our own lines on the screen, everything else in a log file that is named there.
 
-    with quiet(Path("run/logs/trainer.log"), "trainer.log"):
+    with quiet(Path("run/logs/output.log")):
         say("step 1/32 ...")     # on the screen, and in the log
         print("noise")           # in the log alone, as is what C++ and child processes write
 

@@ -188,7 +188,7 @@ def run_converter(direction: str, load: Path, save: Path) -> None:
 
 def last_lines(run_dir: Path) -> list[str]:
     """The end of the trainer's log."""
-    path = run_dir / "logs" / "trainer.log"
+    path = run_dir / "logs" / "output.log"
     if not path.is_file():
         return []
     with path.open("rb") as file:

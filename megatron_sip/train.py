@@ -67,7 +67,8 @@ def log_file(flags: argparse.Namespace) -> Path | None:
     if flags.dry_run or flags.help_megatron:
         return None
     rank = process_rank()
-    return Path(flags.run_dir or flags.save) / "logs" / (f"trainer.rank_{rank}.log" if rank else "trainer.log")
+    # Not trainer.log: examples/slurm_job.sh keeps there what would be on the screen.
+    return Path(flags.run_dir or flags.save) / "logs" / (f"output.rank_{rank}.log" if rank else "output.log")
 
 
 def process_rank() -> int:

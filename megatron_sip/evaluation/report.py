@@ -11,6 +11,7 @@ report.html is one file that needs nothing else: its images are inside.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from megatron_sip.data.errors import DataError
 from megatron_sip.evaluation.plots import (
     DARK,
     FEW_STEPS,
@@ -49,6 +51,20 @@ OTHER_COUNTS = {
     "packing/cut_tokens": "prefix tokens cut to fit a row",
     "skipped_steps": "steps without an update",
 }
+
+
+def main() -> None:
+    """megatron-sip-report RUN_DIR: write its report; a folder that is not a run's is a usage error."""
+    parser = argparse.ArgumentParser(description="Draw the plots and the report of a run folder, also while it runs.")
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="Folder with metrics.jsonl (--run-dir or --save)."
+    )
+    run_dir = parser.parse_args().run_dir
+    try:
+        write_report(run_dir)
+    except (FileNotFoundError, DataError) as error:
+        parser.error(str(error))
+    print(f"{run_dir / 'report.html'} and {len(list((run_dir / 'plots').glob('*.png')))} plots in {run_dir / 'plots'}")
 
 
 def write_report(run_dir: Path) -> None:
@@ -283,3 +299,7 @@ def _dropped(steps: Steps) -> str:
     content = _table(rows, ("Reason", "Prompts", "Share")) if rows else "<p>Every prompt gave a training example.</p>"
     others = [(text, f"{total(steps, name):,.0f}") for name, text in OTHER_COUNTS.items() if total(steps, name)]
     return content + ("\n<h3>Also counted</h3>\n" + _table(others) if others else "")
+
+
+if __name__ == "__main__":
+    main()

@@ -94,7 +94,7 @@ def test_before_the_first_step_a_run_shows_fewer_than_20_lines_of_its_own(uninte
     shown = screen(uninterrupted).splitlines()
     first = next(number for number, line in enumerate(shown) if line.startswith("step 1/"))
     assert first < 20
-    assert shown[0] == f"log: {uninterrupted / 'logs' / 'trainer.log'} (--verbose shows it here)"
+    assert shown[0] == f"log: {uninterrupted / 'logs' / 'output.log'} (--verbose shows it here)"
     assert not [line for line in shown if MODEL_BUILT in line or "Warning" in line]
     assert "left" not in shown[first]  # nobody knows after one step, which holds what every first step holds
     assert re.search(r"\d+ s left$", shown[first + 1])

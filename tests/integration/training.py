@@ -61,7 +61,7 @@ def screen(run: Path) -> str:
 
 def output(run: Path) -> str:
     """What all starts of a run have shown and logged."""
-    logs = sorted((run / "logs").glob("trainer*.log"))
+    logs = sorted((run / "logs").glob("output*.log"))
     return screen(run) + "".join(log.read_text(errors="replace") for log in logs)
 
 

@@ -21,7 +21,7 @@ def run(code: str, log: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_only_our_lines_reach_the_screen_and_all_lines_the_log_in_order(tmp_path: Path) -> None:
-    log = tmp_path / "logs" / "trainer.log"
+    log = tmp_path / "logs" / "output.log"
     code = """
 with quiet(log):
     print("noise of Python")
@@ -44,7 +44,7 @@ print("after")
 
 
 def test_an_unexpected_error_shows_the_end_of_this_start_s_log_and_its_traceback(tmp_path: Path) -> None:
-    log = tmp_path / "trainer.log"
+    log = tmp_path / "output.log"
     log.write_text("of an earlier start\n")
     done = run("with quiet(log):\n    for i in range(100): print('line', i)\n    1 / 0", log)
     assert done.returncode == 1
