@@ -10,8 +10,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import steps
+from transformers import AutoTokenizer
 
 REPO = Path(__file__).parents[2]
 STEPS, PROMPTS = 3, 4
@@ -59,6 +62,29 @@ def demo(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Path:
             process.kill()  # its servers end with it
     assert status == 0, (folder / "demo.log").read_text(errors="replace")[-6000:]
     return run
+
+
+def test_the_screen_shows_our_own_lines_and_names_the_log_of_the_rest(demo: Path) -> None:
+    shown = demo.with_name("demo.log").read_text(errors="replace").splitlines()
+    first = next(number for number, line in enumerate(shown) if line.startswith("step 1/"))
+    assert first < 20, shown[:first]
+    assert f"log: {demo / 'logs' / 'output.log'} (--verbose shows it here)" in shown
+    assert len(shown) < first + STEPS + 10, shown[first:]
+    assert len((demo / "logs" / "output.log").read_text(errors="replace").splitlines()) > 500
+
+
+def test_the_trained_model_is_a_hugging_face_folder(demo: Path, smollm2_dir: Path) -> None:
+    trained, initial = (load_file(folder / "model.safetensors") for folder in (demo / "hf", smollm2_dir))
+    assert set(trained) == set(initial)
+    assert any(not torch.equal(trained[name], initial[name]) for name in trained)
+    assert AutoTokenizer.from_pretrained(demo / "hf")("text") == AutoTokenizer.from_pretrained(smollm2_dir)("text")
+
+
+def test_the_run_folder_says_how_it_was_started_and_keeps_samples(demo: Path) -> None:
+    record = json.loads((demo / "run.json").read_text())
+    assert record["command"].startswith("megatron-sip ")
+    assert record["settings"]["--train-iters"] == str(STEPS)
+    assert [json.loads(line)["step"] for line in (demo / "samples.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
 def test_summary_compares_the_policies(demo: Path) -> None:

@@ -1,0 +1,81 @@
+"""Figures and commands in the documentation against the code they speak of."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from test_dry_run import cost_of, parse
+
+from megatron_sip.dry_run import describe
+from megatron_sip.early_arguments import check_flags, early_parser
+from megatron_sip.node_layout import Layout
+from megatron_sip.one_node import layout_flags, understand
+
+REPO = Path(__file__).parents[2]
+
+
+def page(name: str) -> str:
+    return (REPO / name).read_text(encoding="utf-8")
+
+
+def commands(text: str, program: str) -> list[list[str]]:
+    """The words after `program` of each command in the fenced blocks of a page."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    lines = [line for block in blocks for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(program + " ")]
+
+
+def test_readme_s_command_for_one_node_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [words] = commands(page("README.md"), "megatron-sip")
+    monkeypatch.chdir(tmp_path)
+    for model in (words[0], words[words.index("--teacher") + 1]):
+        (tmp_path / model).mkdir()
+        (tmp_path / model / "config.json").write_text("{}")
+    request = understand(words)
+    args = check_flags([*request.flags, *layout_flags(Layout(4, 1, 3, 1), request.flags), "--hf-config", words[0]])
+    assert (args.criteria, args.rollout_local, args.run_dir) == (["quality=1", "safety=1"], 3, f"runs/{words[0]}")
+    assert f"`runs/{words[0]}/hf`" in page("README.md")
+
+
+def test_readme_s_tools_and_files_exist() -> None:
+    text = page("README.md")
+    for path in {*re.findall(r"python (tools/\w+\.py)", text), *re.findall(r"\]\(((?!https?:)[^)#]+)\)", text)}:
+        assert (REPO / path).exists(), path
+
+
+def test_readme_s_engines_hold_the_sequences_of_its_trainer() -> None:
+    text = page("README.md")
+    [length] = set(re.findall(r"--seq-length (\d+)", text))
+    assert re.findall(r"--context-length (\d+)", text) == [str(int(length) + 2)]
+
+
+def test_the_costs_in_presets_md_are_what_a_dry_run_says() -> None:
+    shown = re.findall(r"^ {6}(\S.*?) {2,}([\d,]+) +([\d,]+) +([\d,]+)$", page("docs/presets.md"), flags=re.MULTILINE)
+    assert len(shown) >= 4
+    told = [line.split() for line in describe(parse("--preset", "safety")).splitlines()]
+    for name, *numbers in shown:
+        assert [*name.split(), *numbers] in told
+
+
+def test_the_verdicts_in_judging_md_are_those_of_the_defaults_and_of_the_paper() -> None:
+    text = page("docs/judging.md")
+    found = re.search(r"defaults ask (\d+) one-token verdicts for 17 candidates instead of (\d+)", text)
+    assert found is not None
+    safety = ("--preset", "safety", "--criteria", "quality=1")
+    defaults = ("--judge-schedule", "circulant_bt", "--judge-verdict", "soft")
+    assert cost_of(parse(*safety, *defaults))["judge requests"] == int(found[1])
+    assert cost_of(parse(*safety))["pair judgements"] == int(found[2])
+    parser = early_parser()
+    assert [parser.get_default(name) for name in ("judge_schedule", "judge_verdict")] == ["circulant_bt", ["soft"]]
+
+
+def test_defaults_that_the_documentation_states_are_the_parser_s() -> None:
+    """As in "`--save-interval` is 100 steps unless given"."""
+    parser: argparse.ArgumentParser = early_parser()
+    for name in ("README.md", *(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md"))):
+        for flag, value in re.findall(r"`--([a-z-]+)` is ([\d.]+)\b[^.]*?unless given", page(name)):
+            assert float(parser.get_default(flag.replace("-", "_"))) == float(value), f"{name}: --{flag}"
