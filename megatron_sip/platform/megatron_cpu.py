@@ -19,7 +19,6 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_sip.platform.fused_kernels_cpu import offer_fused_kernels
 from megatron_sip.platform.hidden_packages import GPU_KERNELS, hide_packages
+from megatron_sip.platform.megatron_fixes import mend_megatron
 from megatron_sip.platform.widened_bfloat16_cpu import offer_widened_bfloat16
 
 CPU = torch.device("cpu")
@@ -73,16 +73,14 @@ def rendezvous_store() -> torch.distributed.Store | None:
 def enable_cpu() -> None:
     """Give Megatron's CUDA calls a CPU meaning in this process and thread. With CUDA present it leaves CUDA alone.
 
-    Two faults of the pip wheel are mended on every machine: they end the run where Transformer Engine or the dataset
-    helper's sources are missing. Idempotent. Must run before Megatron is initialised and before a model is built, in
-    every process of the run. The device names are mapped by a `TorchFunctionMode`, which is per thread: build and run
-    models in the calling thread.
+    What `megatron_fixes` mends is mended on every machine. Idempotent. Must run before Megatron is initialised and
+    before a model is built, in every process of the run. The device names are mapped by a `TorchFunctionMode`, which is
+    per thread: build and run models in the calling thread.
     """
     if not torch.cuda.is_available():
         hide_packages(*GPU_KERNELS)
         _import_megatron_uncompiled()
-    _skip_dataset_helper_build()
-    _let_torch_adam_resume()
+    mend_megatron()
     if torch.cuda.is_available():
         return
     _replace_cuda_runtime()
@@ -225,50 +223,3 @@ def _replace_random_state() -> None:
         module.manual_seed = manual_seed
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
-
-
-def _skip_dataset_helper_build() -> None:
-    """Do not run `make` for Megatron's dataset helper where the installed wheel has no Makefile.
-
-    The wheel carries the compiled helper but not its Makefile, and `initialize_megatron` ends the process when `make`
-    fails. This concerns GPU machines as well.
-    """
-    from megatron.core.datasets import utils
-
-    if not (Path(utils.__file__).parent / "Makefile").exists():
-        utils.compile_helpers = _no_operation()
-
-
-def _let_torch_adam_resume() -> None:
-    """Make the distributed optimizer's checkpoints load when torch's Adam is inside it (no Transformer Engine, no Apex).
-
-    Four faults of Megatron 0.19.2 end or falsify a resumed run there: a fresh optimizer has no per-parameter state,
-    of which `state_dict` wants the step; the reshardable formats hold no step, which loading looks up; loading float32
-    parameters writes into a view that requires grad; and the restored step is one tensor shared by all parameters, so
-    that each of them advances it for all.
-    """
-    from megatron.core.optimizer import distrib_optimizer
-
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return
-    optimizer = distrib_optimizer.DistributedOptimizer
-    sharded_state_dict, load_state_dict = optimizer.sharded_state_dict, optimizer.load_state_dict
-    set_states = optimizer._set_main_param_and_optimizer_states
-
-    def fill_then_shard(self: Any, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
-        if is_loading and not self.optimizer.state:
-            self._init_optimizer_states_with_dummy_values()  # the checkpoint overwrites them
-        return sharded_state_dict(self, model_state, is_loading, *args, **kwargs)
-
-    def load_then_unshare_step(self: Any, state_dict: Any) -> None:
-        load_state_dict(self, state_dict)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
-
-    @torch.no_grad()  # in float32 the main parameters are views of the model's
-    def set_states_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        set_states(self, model_param, {**tensors, "step": None})  # `load_state_dict` has set it
-
-    optimizer.sharded_state_dict = fill_then_shard
-    optimizer.load_state_dict = load_then_unshare_step
-    optimizer._set_main_param_and_optimizer_states = set_states_but_step

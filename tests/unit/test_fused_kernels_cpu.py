@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_sip.model.bf16_layers import KERNELS_USABLE
-from megatron_sip.platform.fused_kernels_cpu import accumulate_weight_gradient, apply_rotary, scale_tensors
+from megatron_sip.platform.fused_kernels_cpu import accumulate_weight_gradient, apply_rotary, l2_norm, scale_tensors
 from megatron_sip.platform.megatron_cpu import enable_cpu
 
 
@@ -57,6 +60,41 @@ def test_clipping_scales_in_place() -> None:
     assert torch.equal(gradients[1], torch.ones(2, 2))
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one, which Megatron adds norms up over."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_gradients_of_a_whole_embedding_are_clipped_to_the_norm_asked_for(alone: None) -> None:
+    """SmolLM2's, 49,152 x 576: a sum of squares in float32 is wrong by 2e-3 there, and otherwise for each half of it."""
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+
+    embedding = torch.nn.Parameter(torch.zeros(49152, 576))
+    embedding.grad = torch.randn(49152, 576, generator=torch.Generator().manual_seed(0))
+    exact = float(torch.linalg.vector_norm(embedding.grad.double()))
+    norm = get_grad_norm_fp32([embedding.grad])
+    halves = [get_grad_norm_fp32([half]) for half in embedding.grad.view(-1).tensor_split(2)]
+    assert norm == pytest.approx(exact, rel=1e-6)
+    assert (halves[0] ** 2 + halves[1] ** 2) ** 0.5 == pytest.approx(exact, rel=1e-6)  # as two ranks share it
+    clip_grad_by_total_norm_fp32([embedding], 1.0, norm)
+    assert float(torch.linalg.vector_norm(embedding.grad.double())) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_norm_hides_no_bad_gradient(bad: float) -> None:
+    gradient = torch.ones(100_000)
+    gradient[77_777] = bad
+    norm, _ = l2_norm(65536, torch.zeros(1), [[torch.ones(3), gradient.to(torch.bfloat16)]])
+    assert not torch.isfinite(norm)
+
+
+def test_a_norm_of_nothing_is_zero() -> None:
+    assert l2_norm(65536, torch.zeros(1), [[]])[0].tolist() == [0.0]
+
+
 def test_megatron_has_them() -> None:
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.optimizer import clip_grads
@@ -65,3 +103,4 @@ def test_megatron_has_them() -> None:
     assert rope_utils.fused_apply_rotary_pos_emb is apply_rotary
     assert layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32 is accumulate_weight_gradient
     assert clip_grads.multi_tensor_scale_impl is scale_tensors
+    assert clip_grads.l2_norm_impl is l2_norm
