@@ -49,6 +49,8 @@ ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "heap reuse": heap_reuse
 TIMEOUT_S = 7200  # by arithmetic TRL's step takes 20 minutes where torch has no bfloat16 instructions
 TOLERANCES = {"loss": 2e-3, "logprob": 5e-3, "chosen_logprob": 5e-3, "rejected_logprob": 5e-3, "grad_norm": 3e-2}
 """Relative (of the loss, absolute) differences between variants that bfloat16's eight bits explain."""
+ALWAYS = ("loss", "grad_norm")
+"""What every variant computes; the log-probs are those of its objective."""
 
 
 class MeasurementError(SystemExit):
@@ -195,12 +197,14 @@ def summarise(setting: Setting, runs: Sequence[Mapping[str, Any]], flops: float,
 
 
 def disagreements(rows: Sequence[Row]) -> list[str]:
-    """What differs between the variants of an objective by more than its tolerance."""
+    """What differs between the variants of an objective by more than its tolerance, or is not known of all of them."""
     found = []
     for objective in PROBLEMS:
         same = [row for row in rows if row.name.startswith(objective)]
         for name, tolerance in TOLERANCES.items():
             values = {f"{row.name}, {row.allocator}": row.computed[name] for row in same if name in row.computed}
+            if len(values) < len(same) and (values or name in ALWAYS):
+                found.append(f"{name} of {objective} is known only of {sorted(values)}")
             scale = 1.0 if name == "loss" else max(map(abs, values.values()), default=1.0)
             if values and max(values.values()) - min(values.values()) > tolerance * scale:
                 found.append(f"{name} of {objective} differs by more than {tolerance}: {values}")

@@ -208,8 +208,8 @@ def _preferences(steps: Steps, axes: Sequence[Axes], theme: Theme) -> None:
     _as_share(axes[1])
 
 
-def _kl(steps: Steps, axes: Sequence[Axes], theme: Theme) -> None:
-    _line(axes[0], steps, "kl_to_reference", theme.colors[0])
+def _log_ratio(steps: Steps, axes: Sequence[Axes], theme: Theme) -> None:
+    _line(axes[0], steps, "rollout_logratio", theme.colors[0])
     axes[0].axhline(0, color=theme.faint, linewidth=0.7)
     _label(axes[0], "nats per token", theme)
 
@@ -292,11 +292,12 @@ PLOTS = (
         _preferences,
     ),
     Plot(
-        "kl",
-        "KL to the reference",
-        "How far the policy has moved from the reference, estimated on the rollouts it is trained on.",
-        (("kl_to_reference",),),
-        _kl,
+        "log_ratio",
+        "Log-ratio to the reference",
+        "How much likelier, a token, the policy finds the rollouts it is trained on than the reference does. A sign of drift, "
+        "not the KL divergence: selection picks these rollouts.",
+        (("rollout_logratio",),),
+        _log_ratio,
     ),
     Plot(
         "loss",

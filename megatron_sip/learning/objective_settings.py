@@ -23,10 +23,10 @@ METRIC_COUNTS: dict[str, str] = {
     "policy_loss": "grpo_count",
     "kl_penalty": "grpo_count",
     "clipped_fraction": "policy_tokens",
-    "kl_to_reference": "rollout_tokens",
+    "rollout_logratio": "rollout_tokens",
     "engine_logprob_abs_diff": "engine_tokens",
 }
-"""Every metric is a sum; this names the metric that holds its count."""
+"""Every metric is a sum without the examples' weights, over what is trained on; this names the metric that holds its count."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ from megatron_sip.learning.objective_settings import DpoLoss, GrpoAverage, Objec
 from megatron_sip.learning.packing import PackedRow
 from megatron_sip.samples import Example
 
+TIE_NATS = 1e-3
+"""Log-ratios closer than this are equal: float32 sums over a branch differ by less with the order of addition, which depends
+on the parallel layout."""
 MAX_LOG_RATIO = 20.0
 """exp of a larger one overflows sooner or later, and then a clipped token's gradient is 0 times infinity."""
 
@@ -68,7 +71,8 @@ def dpo(
     plus nll_coef times the chosen branch's mean token NLL.
 
     Args: all [N]; policy_*, reference_*: log-prob sums; chosen_tokens: chosen branch lengths; weights: pair weights.
-    Metrics: rewards are beta (policy - reference); accuracy counts a tie (as before the first update) as a half.
+    Metrics: rewards are beta (policy - reference); accuracy counts a tie, h within TIE_NATS of 0 as before the first update,
+    as a half. dpo_loss is without the NLL term, and chosen_nll a mean over tokens, not over branches.
     """
     chosen_ratio = policy_chosen - reference_chosen.detach()
     rejected_ratio = policy_rejected - reference_rejected.detach()
@@ -84,7 +88,7 @@ def dpo(
         "pairs": pairs,
         "dpo_loss": losses.detach().sum(),
         "reward_margin": margin.sum(),
-        "reward_accuracy": ((margin > 0) + 0.5 * (margin == 0)).sum(),
+        "reward_accuracy": torch.where(logits.detach().abs() <= TIE_NATS, 0.5, (margin > 0).to(margin.dtype)).sum(),
         "chosen_reward": beta * chosen_ratio.detach().sum(),
         "rejected_reward": beta * rejected_ratio.detach().sum(),
         "chosen_logprob": policy_chosen.detach().sum(),
@@ -162,7 +166,7 @@ def row_loss(
     Args:
         examples: the step's list, which row.examples indexes.
         token_logprobs: [L]; branch_logprobs, reference_branch_logprobs: [B]. The reference is needed when
-            settings.needs_reference, and otherwise only feeds the KL metric.
+            settings.needs_reference, and otherwise only feeds a metric.
         reference_token_logprobs, old_token_logprobs: [L] and advantages: [B], for GRPO only; without old log-probs the
             data counts as drawn from the present policy.
 
@@ -189,7 +193,7 @@ def row_loss(
         terms = _nll_row(examples, row, lengths, token_logprobs)
     metrics = terms.metrics | _engine_difference(examples, row, lengths, token_logprobs.detach())
     if reference_branch_logprobs is not None:
-        metrics |= _kl_to_reference(examples, row, lengths, branch_logprobs.detach(), reference_branch_logprobs)
+        metrics |= _rollout_logratio(examples, row, lengths, branch_logprobs.detach(), reference_branch_logprobs)
     return LossTerms(terms.sum, terms.count, metrics)
 
 
@@ -269,12 +273,14 @@ def _grpo_row(
     )
 
 
-def _kl_to_reference(
+def _rollout_logratio(
     examples: Sequence[Example], row: PackedRow, lengths: list[int], policy: Tensor, reference: Tensor
 ) -> dict[str, Tensor | float]:
-    """KL(policy || reference) on rollouts' tokens: the k1 estimator, the sum of log-prob differences at sampled tokens.
+    """Sum of policy minus reference log-prob over the tokens of the rollouts that are trained on.
 
-    Unbiased as far as the rollouts were drawn from the present policy at temperature 1; can be negative in a sample.
+    Exact for those, and a sign of drift. It estimates KL(policy || reference) only where every rollout of the present policy
+    is trained on, as in GRPO: DPO's are the best and the worst, and what was learnt from such ones sets its sign. The
+    others' reference log-probs would cost a forward pass over all of them.
     """
     lines = [
         line
@@ -283,7 +289,7 @@ def _kl_to_reference(
     ]
     pick = torch.tensor(lines, dtype=torch.int64, device=policy.device)
     return {
-        "kl_to_reference": (policy[pick] - reference.detach()[pick]).sum(),
+        "rollout_logratio": (policy[pick] - reference.detach()[pick]).sum(),
         "rollout_tokens": sum(lengths[line] for line in lines),
     }
 

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 VOCABULARY = 131
 WORKER = Path(__file__).with_name("objectives_worker.py")
 BETA, NLL_COEF = 0.1, 0.2
+ROW_LENGTH = 160
+"""The worker's."""
 
 
 def make_model(folder: Path, seed: int) -> Path:
@@ -37,21 +39,33 @@ def make_model(folder: Path, seed: int) -> Path:
 
 
 def make_examples(roles: list[str], seed: int) -> list[dict]:
+    """Examples of unequal weight, and with them: a prefix longer than a row, branches of one token, one twice in a group, and
+    an example twice in a step."""
     rng = random.Random(seed)
 
     def ids(low: int, high: int) -> list[int]:
         return [rng.randrange(VOCABULARY) for _ in range(rng.randint(low, high))]
 
-    return [
+    examples: list[dict] = [
         {
             "task_index": task,
             "prefix_ids": ids(5, 60),
             "branches": [ids(3, 25) for _ in roles],
             "roles": roles,
             "kinds": ["suffix"] * len(roles),
+            "weight": 0.25 + 0.5 * task,
         }
         for task in range(6)
     ]
+    examples[1]["prefix_ids"] = ids(ROW_LENGTH + 10, ROW_LENGTH + 40)
+    examples[2]["branches"] = [ids(1, 1) for _ in roles]
+    examples[3]["branches"] = [ids(4, 9)] * len(roles)
+    return [*examples, examples[4]]
+
+
+def prefix_in_a_row(example: dict) -> list[int]:
+    """Its end, as far as a row has room for it beside the branches."""
+    return example["prefix_ids"][-(ROW_LENGTH - sum(map(len, example["branches"]))) :]
 
 
 PROBLEMS = {
@@ -85,18 +99,21 @@ def branch_logprobs(model: LlamaForCausalLM, prefix: list[int], branch: list[int
 
 
 def nll_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: list[dict]) -> Tensor:
-    logprobs = torch.cat([branch_logprobs(policy, e["prefix_ids"], e["branches"][0]) for e in examples])
-    return -logprobs.mean()
+    logprobs = [branch_logprobs(policy, prefix_in_a_row(e), e["branches"][0]) for e in examples]
+    weighted = sum(e["weight"] * part.sum() for e, part in zip(examples, logprobs, strict=True))
+    return -weighted / sum(len(part) for part in logprobs)
 
 
 def dpo_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: list[dict]) -> Tensor:
     losses = []
     for example in examples:
-        chosen, rejected = (branch_logprobs(policy, example["prefix_ids"], branch) for branch in example["branches"])
+        prefix, branches = prefix_in_a_row(example), example["branches"]
+        chosen, rejected = (branch_logprobs(policy, prefix, branch) for branch in branches)
         with torch.no_grad():
-            base = [branch_logprobs(reference, example["prefix_ids"], branch).sum() for branch in example["branches"]]
+            base = [branch_logprobs(reference, prefix, branch).sum() for branch in branches]
         margin = (chosen.sum() - base[0]) - (rejected.sum() - base[1])
-        losses.append(-torch.nn.functional.logsigmoid(BETA * margin) - NLL_COEF * chosen.mean())
+        loss = -torch.nn.functional.logsigmoid(BETA * margin) - NLL_COEF * chosen.mean()
+        losses.append(example["weight"] * loss)
     return torch.stack(losses).mean()
 
 

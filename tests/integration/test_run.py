@@ -76,8 +76,8 @@ def test_a_run_trains_and_logs_every_step(uninterrupted: Path) -> None:
     records = steps(uninterrupted)
     assert [record["step"] for record in records] == list(range(1, TOTAL_STEPS + 1))
     assert records[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # policy and reference are still equal: log 2
-    assert records[0]["kl_to_reference"] == pytest.approx(0.0, abs=1e-4)
-    assert records[1]["kl_to_reference"] != 0.0  # the policy has moved
+    assert records[0]["rollout_logratio"] == pytest.approx(0.0, abs=1e-4)
+    assert records[1]["rollout_logratio"] != 0.0  # the policy has moved
     for record in records:
         assert record["engine_logprob_abs_diff"] < 1e-3  # both are float32
         assert record["groups"] == 4

@@ -130,7 +130,8 @@ LEARNT = (
     "score/rollout",
     "chosen_rate/rollout",
     "reward_margin",
-    "kl_to_reference",
+    "reward_accuracy",
+    "rollout_logratio",
 )
 
 
@@ -147,5 +148,12 @@ def wait_for_end_of_group(group: int, timeout: float = 10.0) -> None:
 
 
 def learnt(records: Sequence[dict[str, Any]]) -> list[list[float]]:
-    """What a step computed, without durations and counters."""
-    return [[record["step"], *(record.get(name, 0.0) for name in LEARNT)] for record in records]
+    """What each step computed, without durations and counters; fails when a step lacks one of LEARNT or there is no step.
+
+    What two runs both lack must not make them equal.
+    """
+    assert records, "no step was recorded"
+    for record in records:
+        missing = [name for name in LEARNT if name not in record]
+        assert not missing, f"step {record['step']} has no {', '.join(missing)}"
+    return [[record["step"], *(record[name] for name in LEARNT)] for record in records]

@@ -178,7 +178,7 @@ def test_dpo_metrics_are_sums_that_their_counts_divide():
         "rejected_reward": 0.4 * sum(rejected) / 3,
         "reward_margin": 0.4 * (sum(chosen) - sum(rejected)) / 3,
         "reward_accuracy": sum(c > r for c, r in zip(chosen, rejected, strict=True)) / 3,
-        "kl_to_reference": sum(chosen) / tokens,
+        "rollout_logratio": sum(chosen) / tokens,
         "engine_logprob_abs_diff": engine / tokens,
         "rollout_tokens": tokens,
         "pairs": 3,
@@ -194,6 +194,15 @@ def test_dpo_accuracy_counts_the_untrained_policy_as_a_half():
     terms = dpo(same, same - 1, same, same - 1, torch.ones(2), torch.ones(2))
     assert float(terms.metrics["reward_accuracy"]) == 1.0
     assert float(terms.sum) == pytest.approx(2 * math.log(2))
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4, -1e-4])
+def test_dpo_accuracy_is_the_same_whatever_the_order_of_addition(noise):
+    """Log-probs of 512 tokens in float32 are off by this much under another parallel layout."""
+    reference = torch.tensor([-1500.0, -300.0, -2.0])
+    policy = reference + noise + torch.tensor([0.0, 0.0, 0.01])
+    terms = dpo(policy, reference, reference, reference, torch.ones(3), torch.ones(3), beta=5.0)
+    assert float(terms.metrics["reward_accuracy"]) == 0.5 + 0.5 + 1.0
 
 
 def plain_grpo(examples, policy, old, reference, advantages, settings) -> tuple[Tensor, int]:

@@ -21,14 +21,14 @@ from megatron_sip.evaluation.plots import LIGHT, MAX_BARS, available_plots, binn
 from megatron_sip.evaluation.report import dropped_counts, read_comparisons, result_rows, write_report
 from megatron_sip.evaluation.win_rate import Comparison
 
-ALL_PLOTS = {"rollout_chosen_rate", "scores", "preferences", "kl", "loss", "seconds", "engine_difference"}
+ALL_PLOTS = {"rollout_chosen_rate", "scores", "preferences", "log_ratio", "loss", "seconds", "engine_difference"}
 HOSTILE = '<script>alert("x")</script> & <img src=http://evil.example/a.png> \'"'
 
 
 def make_step(number: int) -> dict[str, float]:
     metrics = {f"score/{kind}": 0.5 for kind in ("suffix", "rewrite", "rollout")}
     metrics |= {"chosen_rate/rollout": 0.25, "reward_margin": 0.1 * number, "reward_accuracy": 0.5}
-    metrics |= {"chosen_reward": 0.0, "rejected_reward": -0.1, "kl_to_reference": 0.01, "loss": 0.7, "grad_norm": 1.0}
+    metrics |= {"chosen_reward": 0.0, "rejected_reward": -0.1, "rollout_logratio": 0.01, "loss": 0.7, "grad_norm": 1.0}
     metrics |= {"engine_logprob_abs_diff": 0.01, "groups": 8.0, "examples": 6.0, "dropped/tied": 2.0}
     metrics |= {"seconds/rollout": 3.0, "seconds/judge": 2.0, "seconds/train": 1.0, "seconds/total": 7.0}
     return {"step": number, **metrics}
@@ -147,7 +147,7 @@ def test_run_without_any_step_says_so(tmp_path: Path) -> None:
     ("metric", "plot"),
     [
         ("chosen_rate/rollout", "rollout_chosen_rate"),
-        ("kl_to_reference", "kl"),
+        ("rollout_logratio", "log_ratio"),
         ("engine_logprob_abs_diff", "engine_difference"),
     ],
 )

@@ -105,3 +105,16 @@ def test_measurements_that_would_not_end_in_time_are_left_out(
     assert runs
     assert "trl" not in {setting.implementation for setting in runs}
     assert {setting.variant for setting in benchmark.SETTINGS} == set(variant.VARIANTS)
+
+
+def test_variants_that_lack_a_number_do_not_agree_on_it(variant: ModuleType) -> None:
+    benchmark = importlib.import_module("train_step")
+    rows = [
+        SimpleNamespace(name=name, allocator="default", computed={"loss": 0.5}) for name in ("dpo_packed", "dpo_trl")
+    ]
+    assert benchmark.disagreements(rows) == ["grad_norm of dpo is known only of []"]
+    for row in rows:
+        row.computed["grad_norm"] = 1.0
+    assert benchmark.disagreements(rows) == []
+    rows[0].computed["chosen_logprob"] = -9.0
+    assert benchmark.disagreements(rows) == ["chosen_logprob of dpo is known only of ['dpo_packed, default']"]
