@@ -136,7 +136,13 @@ def validate(args: argparse.Namespace) -> None:
     Raises:
         ArgumentError: names the flag and what would be right.
     """
-    refuse([*problems_of_ours(args), *_problems(args, _check_batch, _check_megatron, _check_local_servers)])
+    refuse(
+        [
+            *problems_of_ours(args),
+            *_problems(args, _check_batch, _check_schedule, _check_megatron, _check_local_servers),
+        ]
+    )
+    begin_warm_up_above_zero(args)
     if args.run_dir is None:
         args.run_dir = args.save
     args.load = args.save  # the same command again continues the run
@@ -263,8 +269,33 @@ def _check_batch(args: argparse.Namespace) -> Iterator[str]:
             f"--global-batch-size {args.global_batch_size} prompts do not divide among {args.data_parallel_size} "
             "data-parallel replicas"
         )
-    if (args.lr_warmup_iters or 0) >= args.train_iters:
-        yield f"--lr-warmup-iters {args.lr_warmup_iters} must be below --train-iters {args.train_iters}"
+
+
+def _check_schedule(args: argparse.Namespace) -> Iterator[str]:
+    """What Megatron's schedule only asserts once the model is built."""
+    flag, decay = _decay(args)
+    if decay < 1:
+        yield f"{flag} {decay} must be at least 1"
+    elif (args.lr_warmup_iters or 0) >= decay:
+        yield f"--lr-warmup-iters {args.lr_warmup_iters} must be below {flag} {decay}"
+    if args.lr_warmup_init > args.lr:
+        yield f"--lr-warmup-init {args.lr_warmup_init} must not be above --lr {args.lr}"
+    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
+        yield "--lr-decay-style WSD needs --lr-wsd-decay-iters, the steps of its decay at the end"
+
+
+def _decay(args: argparse.Namespace) -> tuple[str, int]:
+    """The flag that says at which step the learning rate has decayed, and that step."""
+    if args.lr_decay_iters is None:
+        return "--train-iters", args.train_iters
+    return "--lr-decay-iters", args.lr_decay_iters
+
+
+def begin_warm_up_above_zero(args: argparse.Namespace) -> None:
+    """Let the first step have the rate of one step of warm-up: at Megatron's 0 its rollouts and judgements are for nothing."""
+    steps = args.lr_warmup_iters if args.lr_warmup_fraction is None else args.lr_warmup_fraction * _decay(args)[1]
+    if steps and args.lr_warmup_init == 0:
+        args.lr_warmup_init = args.lr / max(steps, 1)
 
 
 def _check_megatron(args: argparse.Namespace) -> Iterator[str]:
@@ -290,6 +321,10 @@ def _check_megatron(args: argparse.Namespace) -> Iterator[str]:
         (
             args.virtual_pipeline_model_parallel_size is not None,
             "--num-layers-per-virtual-pipeline-stage: it needs a fixed number of micro-batches, and ours varies; remove it",
+        ),
+        (
+            args.use_checkpoint_opt_param_scheduler,
+            "--use-checkpoint-opt-param-scheduler: a run that continues takes the schedule of its flags; remove it",
         ),
         (args.rampup_batch_size is not None, "--rampup-batch-size: the number of prompts a step is fixed; remove it"),
         (

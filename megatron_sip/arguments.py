@@ -341,6 +341,9 @@ def _implied_by_model(given: Sequence[str]) -> list[str]:
         # The trainer checks loss and gradient norm itself: Megatron's check expects a fixed number of micro-batches.
         *("--no-check-for-nan-in-loss-and-grad", "--rerun-mode", "disabled"),
         *("--attention-dropout", "0", "--hidden-dropout", "0"),
+        "--override-opt-param-scheduler",  # on resume the flags win over the checkpoint's schedule
+        # A step of --fp16 is tried again at half the loss scale, and the loss is a sum: Megatron's 2**32 took it 20 trials.
+        *("--initial-loss-scale", str(2**12), "--hysteresis", "1"),
         *("--ckpt-format", "torch_dist", "--save-interval", str(SAVE_INTERVAL)),
     ]
 

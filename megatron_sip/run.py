@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.checkpointing import save_checkpoint
@@ -25,7 +25,6 @@ from megatron_sip.argument_checks import needs_engines, needs_rewriter, objectiv
 from megatron_sip.checkpoints import require_whole_checkpoint, require_whole_weights, saving_explained
 from megatron_sip.console import say
 from megatron_sip.data.documents import open_corpus
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.shared_texts import count_shared_texts
 from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.data.tokenization import DEFAULT_CACHE, TokenizeSettings
@@ -36,6 +35,7 @@ from megatron_sip.learning.checksums import ChecksumWriter
 from megatron_sip.learning.exchange import LeaderExchange
 from megatron_sip.learning.metrics import Metrics, MetricsWriter, flatten
 from megatron_sip.learning.reference import Reference, ReferenceStore, build_reference
+from megatron_sip.learning.resume import require_resumable, saved_arguments, what_is_new
 from megatron_sip.learning.trainer import PolicyTrainer
 from megatron_sip.model.hf_folder import HF_SUBFOLDER, copy_hf_files
 from megatron_sip.model.hf_weights import export_hf_weights
@@ -288,6 +288,13 @@ def load_policy(
     if args.pretrained_checkpoint and not (save / TRACKER).exists():
         require_whole_weights(Path(args.pretrained_checkpoint), exchange, args.rank)
     args.task_fingerprint = exchange.share(tasks.fingerprint() if tasks is not None else None)[0]
+    saved = saved_arguments(save)
+    if saved is not None:
+        require_resumable(saved, args)
+        if args.rank == 0:
+            for line in what_is_new(saved, args):
+                say(line)
+    args.non_finite_steps = getattr(saved, "non_finite_steps", 0)
     objective = objective_settings(args)
     # Padding is masked: any id does that the embedding has, and a tokenizer's own may lie outside it.
     if args.rank == 0:
@@ -296,8 +303,6 @@ def load_policy(
     if args.rank == 0:
         say(f"policy: {origin_of_weights(args)}")
     args.last_saved_iteration = args.iteration if args.iteration else None
-    if args.iteration:
-        require_same_tasks(args)
     store = ReferenceStore(save)
     store.forget_after(args.iteration)
     if not objective.needs_reference:
@@ -317,22 +322,6 @@ def origin_of_weights(args: argparse.Namespace) -> str:
     if args.pretrained_checkpoint is not None:
         return f"starts from the weights of {args.pretrained_checkpoint}"
     return "starts from RANDOM weights: --hf-config gives only the architecture, --pretrained-checkpoint weights"
-
-
-def require_same_tasks(args: argparse.Namespace) -> None:
-    """Refuse to continue on other data: the cursor would point at other tasks.
-
-    Raises:
-        DataError: the checkpoint was trained on other documents or other cuts.
-    """
-    folder = Path(args.load) / f"iter_{args.iteration:07d}"
-    saved = dist_checkpointing.load_common_state_dict(str(folder))["args"]
-    if getattr(saved, "task_fingerprint", args.task_fingerprint) != args.task_fingerprint:
-        raise DataError(
-            f"{folder} was trained on other data or cuts (--data-path, --split, --seq-length, --suffix-length, "
-            "--min-prefix-length, --task-mode, --prepend-bos, --seed): continue with the same flags (--prepend-bos off for a "
-            "run older than that flag), or start a new run in another --save folder"
-        )
 
 
 def open_weight_sync(

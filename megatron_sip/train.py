@@ -35,7 +35,9 @@ from megatron_sip.judge.cache import CacheError
 from megatron_sip.judge.client import EndpointError
 from megatron_sip.judge.encoding import EncodingError
 from megatron_sip.judge.settings import SettingsError
+from megatron_sip.learning.checkpoint_folder import TRACKER
 from megatron_sip.learning.metrics import Metrics, merge
+from megatron_sip.learning.non_finite import MAX_NON_FINITE_STEPS, in_a_row
 from megatron_sip.presets import expand_presets
 from megatron_sip.rollout.guard import kill_with_parent
 from megatron_sip.rollout.launch import ServerStartError
@@ -52,6 +54,10 @@ USER_ERRORS = (
     *(DataError, SettingsError, CacheError, EndpointError, EncodingError),
     *(ServerStartError, EngineError, WeightSyncError),
 )
+
+
+class TrainingError(SystemExit):
+    """Training cannot go on; on rank 0 the message says why, what is saved and what to do."""
 
 
 def main() -> None:
@@ -134,6 +140,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         examples = [example for part in shared for example in part.examples]
         metrics = merge(part.metrics for part in shared) | saving
         metrics |= run.trainer.train_step(examples, run.reference)
+        args.non_finite_steps = in_a_row(args.non_finite_steps, metrics, trained=bool(examples))
         args.iteration += 1
         args.consumed_train_samples += args.global_batch_size
         run.refresh_reference()
@@ -152,10 +159,15 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
             )
         if stopping:
             return stop_early(run)
+        if examples and args.non_finite_steps >= MAX_NON_FINITE_STEPS:
+            if args.non_finite_steps == MAX_NON_FINITE_STEPS:  # a job that is requeued passes these batches, once
+                run.save()
+            run.finish_saving(wait=True)
+            raise TrainingError(no_finite_step(args) if args.rank == 0 else 1)
         empty_steps = 0 if examples else empty_steps + 1
         if empty_steps == MAX_EMPTY_STEPS:
             run.finish_saving(wait=True)
-            raise RuntimeError(no_usable_group(metrics))
+            raise TrainingError(no_usable_group(metrics) if args.rank == 0 else 1)
         # Not after an empty step: a job that is restarted again and again would eat its data without learning.
         is_due = (run.save_is_due() and bool(examples)) or args.iteration == args.train_iters
         saving = timed("seconds/save", run.save) if is_due else {}
@@ -195,6 +207,16 @@ def no_usable_group(metrics: Metrics) -> str:
     return (
         f"no group was usable in {MAX_EMPTY_STEPS} steps in a row; reasons in the last one: {dropped}. Those steps are not "
         "saved: once judge and engines answer, the same command tries their tasks again"
+    )
+
+
+def no_finite_step(args: argparse.Namespace) -> str:
+    """Why the run ends after steps without an update."""
+    return (
+        f"{args.non_finite_steps} steps in a row, up to step {args.iteration}, had no finite loss or gradient. Checkpoint "
+        f"{args.last_saved_iteration} has the weights from before them, and the same command continues behind their batches: "
+        "lower --lr or --dpo-beta, raise --adam-eps, or take --bf16 for --fp16; to go back further write an earlier step into "
+        f"{args.save}/{TRACKER}"
     )
 
 

@@ -20,22 +20,21 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from megatron.training.training import setup_model_and_optimizer
 from torch import Tensor
 
+from megatron_sip.console import say
 from megatron_sip.learning.exchange import LeaderExchange
 from megatron_sip.learning.metrics import Mean, Metrics, loss_metrics, merge
+from megatron_sip.learning.non_finite import NON_FINITE, Attempt, as_ranges, worth_another
 from megatron_sip.learning.objectives import LossTerms, ObjectiveSettings, row_loss
 from megatron_sip.learning.packing import PackedRow, RowPlan, build_row, example_lengths, plan_rows
 from megatron_sip.learning.reference import Reference
 from megatron_sip.model.gpt import model_provider, row_logprobs
 from megatron_sip.samples import Example
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or gradient norm is NaN or infinite; the last checkpoint is from before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ class PolicyTrainer:
     def train_step(self, examples: Sequence[Example], reference: Reference | None) -> Metrics:
         """Update the policy on `examples` (all replicas' together); returns the step's metrics on every rank.
 
-        Without examples nothing is updated. Raises NonFiniteLossError when the loss or the gradient norm is not finite.
+        Nothing is updated without examples, nor when the loss or the gradient is not finite (see `non_finite`).
         """
         if not examples:
             return {"skipped_steps": 1.0}
@@ -156,6 +155,35 @@ class PolicyTrainer:
         return [MicroBatch(batch.row, logprobs) for batch, logprobs in zip(micro_batches, found, strict=True)]
 
     def _update(self, examples: Sequence[Example], micro_batches: list[MicroBatch], row_length: int) -> Metrics:
+        """Passes over the examples until one updates the policy, or the step has to be skipped."""
+        self.scheduler.num_steps = (
+            self._args.iteration * self._args.global_batch_size
+        )  # whatever became of steps before
+        self.scheduler.step(0)
+        attempts: list[Attempt] = []
+        while not attempts or worth_another(attempts):
+            metrics = self._accumulate_gradients(examples, micro_batches, row_length)
+            loss = metrics["loss"]
+            assert isinstance(loss, Mean)
+            attempts.append(self._try_step(loss.value))
+        metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        self.scheduler.step(increment=self._args.global_batch_size)
+        if self._args.fp16:
+            failed = sum(attempt.trouble is not None for attempt in attempts)
+            metrics |= {"loss_scale": attempts[-1].scale, "overflows": float(failed)}
+        last = attempts[-1]
+        if last.trouble is None:
+            assert last.grad_norm is not None
+            return metrics | {"grad_norm": last.grad_norm}
+        if self._args.rank == 0:
+            tasks = as_ranges(example.task_index for example in examples)
+            say(f"step {self._args.iteration + 1} skipped: {last.trouble}; its tasks: {tasks}")
+        return metrics | {"skipped_steps": 1.0, NON_FINITE: 1.0}
+
+    def _accumulate_gradients(
+        self, examples: Sequence[Example], micro_batches: list[MicroBatch], row_length: int
+    ) -> Metrics:
+        """One forward and backward pass; the loss and its metrics over all replicas, on every rank."""
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -189,27 +217,36 @@ class PolicyTrainer:
             micro_batch_size=1,
             forward_only=False,
         )
-        metrics = merge(self._exchange.gather_last_stage(merge(map(loss_metrics, parts))))
-        loss = metrics["loss"]
-        assert isinstance(loss, Mean)
-        self._require_finite("loss", loss.value)
-        updated, grad_norm, _ = self.optimizer.step()
-        if grad_norm is not None:
-            self._require_finite("gradient norm", float(grad_norm))
-            metrics["grad_norm"] = float(grad_norm)
-        metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-        if updated:
-            self.scheduler.step(increment=self._args.global_batch_size)
-        else:
-            metrics["skipped_steps"] = 1.0
-        return metrics
+        return merge(self._exchange.gather_last_stage(merge(map(loss_metrics, parts))))
 
-    @staticmethod
-    def _require_finite(name: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"the {name} is {value}: lower --lr or --dpo-beta, raise --adam-eps, or look at the last checkpoint's data"
-            )
+    @torch.no_grad()
+    def _try_step(self, loss: float) -> Attempt:
+        """Megatron's own optimizer step, but for a look at loss and gradient before anything is updated."""
+        scale = float(self.optimizer.get_loss_scale())
+        norm: float | None = None
+        if not math.isfinite(loss):
+            trouble = f"the loss is {loss}"
+        elif self.optimizer.prepare_grads():  # in float16 this lowers the loss scale
+            trouble = f"the gradient overflows float16 at a loss scale of {scale:g}"
+        else:
+            norm = float(self.optimizer.get_grad_norm())
+            trouble = "" if math.isfinite(norm) else f"the gradient norm is {norm}"
+        if self._exchange.any(bool(trouble)):  # no rank may go on alone
+            next_scale = float(self.optimizer.get_loss_scale())
+            return Attempt(trouble or "the gradient of another rank is not finite", None, scale, next_scale)
+        assert norm is not None
+        clip_gradients(self.optimizer, norm)
+        self.optimizer.step_with_ready_grads()
+        return Attempt(None, norm, scale, scale)
+
+
+def clip_gradients(optimizer: Any, norm: float) -> None:
+    """Scale the gradients of a chained optimizer, whose norm is `norm`, down to --clip-grad, as its own `step` does."""
+    for part in optimizer.chained_optimizers:
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm, use_decoupled_grad=decoupled)
 
 
 def take_fused_steps(param_groups: Sequence[dict[str, Any]]) -> None:

@@ -18,10 +18,11 @@ from megatron_sip.checkpoints import saving_explained
 from megatron_sip.experience import Experience
 from megatron_sip.files import DiskError
 from megatron_sip.learning.metrics import Metrics
+from megatron_sip.learning.non_finite import NON_FINITE
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.samples import Example
 from megatron_sip.stop_signal import StopSignal
-from megatron_sip.train import MAX_EMPTY_STEPS, run_steps
+from megatron_sip.train import MAX_EMPTY_STEPS, TrainingError, run_steps
 
 enable_cpu()  # before anything imports Megatron
 
@@ -49,9 +50,14 @@ class FakeExchange:
 
 
 class FakeRun(Run):
-    """A run whose steps have an example, or none, as `usable` says; `saved` are the iterations of its checkpoints."""
+    """A run whose steps have an example, or none, as `usable` says, and of which those in `bad` give no finite gradient.
 
-    def __init__(self, usable: Sequence[bool], save_interval: int, iteration: int = 0) -> None:
+    `saved` are the iterations of its checkpoints.
+    """
+
+    def __init__(
+        self, usable: Sequence[bool], save_interval: int, iteration: int = 0, bad: Sequence[int] = (), before: int = 0
+    ) -> None:
         self.args = argparse.Namespace(
             iteration=iteration,
             train_iters=iteration + len(usable),
@@ -59,14 +65,20 @@ class FakeRun(Run):
             global_batch_size=1,
             save_interval=save_interval,
             last_saved_iteration=iteration or None,
+            non_finite_steps=before,
+            save="run",
             rank=0,
         )
         self.exchange: Any = FakeExchange()
-        self.trainer: Any = SimpleNamespace(train_step=lambda examples, reference: {})
+        self.trainer: Any = SimpleNamespace(train_step=self.train_step)
         self.reference = self.writer = None
         self.saved: list[int] = []
         self.finished = False
         self._usable = list(usable)
+        self._bad = set(bad)
+
+    def train_step(self, examples: Sequence[Example], reference: None) -> Metrics:
+        return {NON_FINITE: 1.0} if self.args.iteration + 1 in self._bad else {}
 
     def make_experience(self, stop: StopSignal) -> Experience:
         usable = self._usable.pop(0)
@@ -97,7 +109,7 @@ def test_checkpoints_come_at_every_interval_and_at_the_end() -> None:
 
 def test_a_run_without_any_usable_group_ends_and_saves_none_of_those_steps() -> None:
     run = FakeRun([True, True, *[False] * 20], save_interval=2)
-    with pytest.raises(RuntimeError, match=rf"in {MAX_EMPTY_STEPS} steps in a row; .*'dropped/no verdict': 1.0"):
+    with pytest.raises(TrainingError, match=rf"in {MAX_EMPTY_STEPS} steps in a row; .*'dropped/no verdict': 1.0"):
         run_steps(run, StopSignal())
     assert run.args.iteration == 2 + MAX_EMPTY_STEPS
     assert run.saved == [2]  # the same command tries the tasks after step 2 again
@@ -176,3 +188,36 @@ def test_a_full_disk_while_saving_is_told_with_its_place_and_the_step_that_is_sa
 def test_other_errors_while_saving_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), saving_explained(tmp_path, 15):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def test_single_steps_without_a_finite_gradient_are_passed() -> None:
+    run = FakeRun([True] * 8, save_interval=100, bad=[2, 3, 5, 8])
+    assert run_steps(run, StopSignal())
+    assert (run.saved, run.args.consumed_train_samples, run.args.non_finite_steps) == ([8], 8, 1)
+
+
+def test_three_in_a_row_end_the_run_behind_their_batches() -> None:
+    run = FakeRun([True] * 9, save_interval=100, bad=[4, 5, 6])
+    with pytest.raises(TrainingError, match=r"3 steps in a row, up to step 6, .* Checkpoint 6 .*lower --lr"):
+        run_steps(run, StopSignal())
+    assert run.saved == [6]  # a requeued job does not meet the same batches
+    assert run.finished
+    requeued = FakeRun([True] * 3, save_interval=100, iteration=6, before=run.args.non_finite_steps)
+    assert run_steps(requeued, StopSignal())
+    assert requeued.args.non_finite_steps == 0
+
+
+def test_a_policy_that_gives_no_finite_gradient_any_more_ends_each_requeued_job_at_once() -> None:
+    """And saves no more: a SLURM job gives up after some starts at one checkpoint."""
+    run = FakeRun([True] * 9, save_interval=1, iteration=6, before=3, bad=range(7, 20))
+    with pytest.raises(
+        TrainingError, match=r"4 steps in a row, up to step 7, .* Checkpoint 6 has the weights from before"
+    ):
+        run_steps(run, StopSignal())
+    assert run.saved == []
+
+
+def test_a_step_without_examples_neither_adds_to_them_nor_ends_their_row() -> None:
+    run = FakeRun([True, True, False, True, True], save_interval=100, bad=[1, 2, 3, 4])
+    with pytest.raises(TrainingError, match="3 steps in a row, up to step 4"):
+        run_steps(run, StopSignal())
