@@ -226,7 +226,7 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--preset", metavar="NAME|FILE", help="Flags of a file, see examples/presets/; flags after it win over its own."
+        "--preset", metavar="NAME|FILE", help="Flags of a file, see docs/presets.md; flags after it win over its own."
     )
     group.add_argument(
         "--verbose",

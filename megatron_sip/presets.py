@@ -4,7 +4,7 @@
 
 A preset file holds one flag with its values a line; `#` starts a comment, values are quoted as in a shell. It may
 build on another one with a line `--preset NAME`. The presets that come with the project are the set-ups and ablations
-of the paper, in examples/presets/; docs/presets.md says which is which.
+of the paper, in preset_files/ beside this file; docs/presets.md says which is which.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FLAG = "--preset"
-PRESETS = Path(__file__).resolve().parents[1] / "examples" / "presets"
+PRESETS = Path(__file__).resolve().parent / "preset_files"
 
 
 class PresetError(SystemExit):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import tomllib
 from pathlib import Path
 
 import pytest
 from paper_presets import PAPER, paper_criteria
 
+import megatron_sip
 from megatron_sip.argument_checks import candidate_kinds, uses_judge
 from megatron_sip.arguments import add_arguments
 from megatron_sip.judge.settings import ScheduleSettings, parse_criteria
@@ -75,8 +77,13 @@ def test_preset_by_path_may_build_on_a_file_beside_it_and_on_a_known_one(tmp_pat
     assert expanded == ["--bf16", *continual, *mine, "--lr", "1"]
 
 
-def test_presets_are_found_in_the_checkout() -> None:
-    assert Path(__file__).parents[2] / "examples" / "presets" == PRESETS
+def test_presets_are_files_of_the_package() -> None:
+    """Where the package is installed without the checkout, they come along."""
+    patterns = tomllib.loads((PRESETS.parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    package = Path(megatron_sip.__file__).parent
+    assert package / "preset_files" == PRESETS
+    packed = {path for pattern in patterns["megatron_sip"] for path in package.glob(pattern)}
+    assert set(PRESETS.iterdir()) <= packed
 
 
 @pytest.mark.parametrize("argv", [["--preset", "qualty"], ["--preset=qualty"]])
