@@ -78,8 +78,8 @@ def add_teacher_flags(group: argparse._ActionsContainer) -> None:
         "--teacher-answer-prefix",
         default="",
         metavar="TEXT",
-        help="Put between an SGLang teacher's chat template and an answer that we begin, special tokens included; for "
-        "gpt-oss '<|channel|>final<|message|>'.",
+        help="Put between an SGLang teacher's chat template and an answer that we begin, special tokens included. Default: "
+        "what its template needs to end reasoning, as </think> or gpt-oss's <|channel|>final<|message|>.",
     )
     group.add_argument("--rewrite-temperature", type=float, default=0.0, help="Sampling of the rewriter; 0 is greedy.")
     _add_teacher_limits(group)
@@ -91,7 +91,8 @@ def _add_teacher_limits(group: argparse._ActionsContainer) -> None:
         type=int,
         default=0,
         metavar="TOKENS",
-        help="For reasoning in a channel of its own (gpt-oss, <think>), on top of each answer's own tokens.",
+        help="For reasoning (gpt-oss, <think>), on top of each written answer's own tokens. Needed for written verdicts of "
+        "a model that always reasons, for example 2048.",
     )
     group.add_argument(
         "--teacher-context",
@@ -136,7 +137,12 @@ def add_judge_flags(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument("--judge-votes", type=int, default=5, help="Verdicts asked per judgement (paper: 5).")
     group.add_argument("--judge-temperature", type=float, default=1.0, help="Sampling of verdicts (paper: 1.0).")
-    group.add_argument("--judge-top-p", type=float, default=0.6, help="Nucleus of the verdicts' sampling (paper: 0.6).")
+    group.add_argument(
+        "--judge-top-p",
+        type=float,
+        default=0.6,
+        help="Nucleus of the verdicts' sampling (paper: 0.6). An option with that much probability gets all hard votes.",
+    )
     group.add_argument(
         "--judge-max-tokens",
         type=int,

@@ -31,6 +31,9 @@ def describe(prompt: PromptFile) -> str:
     if prompt.rule is not None:
         values = ", ".join(f"{label} = {value:g}" for label, value in prompt.rule.values.items())
         lines += [f"verdict: {prompt.rule.pattern.pattern}", f"values: {values}", f"soft start: {prompt.start!r}"]
+        lines += ["position: anywhere"] if prompt.rule.anywhere else []
+    if prompt.text_pattern is not None:
+        lines.append(f"text: {prompt.text_pattern.pattern}")
     body = "".join("{{" + piece + "}}" if place % 2 else piece for place, piece in enumerate(prompt.body))
     return "\n".join(lines) + f"\nsource: {prompt.source}\n\n{body}"
 

@@ -13,7 +13,7 @@ def test_show_prints_the_prompt_with_its_slots(capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     assert "{{option_1}}" in shown
     assert "Conclusion: Option 2" in shown
-    assert "version: 1" in shown
+    assert "version: 2" in shown
 
 
 def test_list_names_every_prompt(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,47 @@ def test_factuality_versions_differ_and_four_is_the_default() -> None:
 
 
 @pytest.mark.parametrize(
+    ("names", "says", "never"),
+    [
+        (("quality",), ["may break off anywhere"], ["cut off", "length"]),
+        (
+            ("factuality:v1", "factuality-noref:v1"),
+            ["follows logically", "implausible"],
+            ["Labels:", "unsupported", "support"],
+        ),
+        (
+            ("factuality:v2", "factuality-noref:v2"),
+            ["Invented names and terms are allowed", "if what it says is accurate"],
+            [],
+        ),
+        (("factuality:v3", "factuality-noref:v3"), ["A small lapse of coherence is not one by itself"], []),
+        (("factuality:v5",), ['lean towards "No Hallucination"'], ['choose "No']),
+    ],
+)
+def test_prompts_say_what_the_paper_s_table_9_says(names: tuple[str, ...], says: list[str], never: list[str]) -> None:
+    for name in names:
+        prompt = builtin_prompt(name)
+        text = "".join(prompt.body)
+        assert prompt.version == 2
+        assert [phrase for phrase in says if phrase not in text] == []
+        assert [phrase for phrase in never if phrase in text] == []
+
+
+def test_a_spoilt_continuation_is_what_follows_its_mark() -> None:
+    prompt = builtin_prompt("corruption")
+    plan = "I will write the MODIFIED CONTINUATION: with a wrong year."
+    assert prompt.text_of(f"{plan}\n\n**MODIFIED CONTINUATION:**\n in 1066.\n\nThen") == "in 1066.\n\nThen"
+    assert prompt.text_of(plan) is None
+    assert builtin_prompt("rewrite").text_of("all of it") == "all of it"
+    for content in ("", "pattern = 'A: (.+)'\n"):
+        found = parse_prompt(f"+++\nname = 'x'\nkind = 'text'\n{content}+++\nWrite.", "x")
+        assert found.rule is None
+        assert found.text_of("A: b") == ("b" if content else "A: b")
+    with pytest.raises(PromptError, match="exactly one group"):
+        parse_prompt("+++\nname = 'x'\nkind = 'text'\npattern = 'A'\n+++\nWrite.", "x")
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("no header", "TOML header"),
@@ -74,6 +115,7 @@ def test_factuality_versions_differ_and_four_is_the_default() -> None:
         (GOOD.replace("BAD = 0.0", ""), "at least two verdicts"),
         (GOOD.replace("BAD = 0.0", "BAD = 7"), "from 0 to 1"),
         (GOOD.replace("start =", "begin ="), "unknown header keys ['begin']"),
+        (GOOD.replace("start =", "position = 'first'\nstart ="), "'first' is neither last nor anywhere"),
         (GOOD.replace("pattern = 'RATING: (GOOD|BAD)'\n", ""), "needs pattern"),
     ],
 )
