@@ -16,6 +16,7 @@ from megatron_sip.judge_arguments import add_judge_flags, add_teacher_flags
 from megatron_sip.model.hf_folder import HF_SUBFOLDER
 from megatron_sip.presets import expand_presets
 from megatron_sip.samples import CANDIDATE_KINDS
+from megatron_sip.wandb_run import continue_wandb_run
 
 GROUP_TITLE = "self-improving pretraining"
 SAVE_INTERVAL = 100
@@ -299,6 +300,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.dry_run:
         if args.wandb_project and args.rank == args.world_size - 1:
             keep_wandb_offline_without_login()
+            with explained("--run-dir"):
+                continue_wandb_run(Path(args.run_dir))
         with explained("tokenizer, tensorboard or wandb"):
             set_global_variables(args)
     return args

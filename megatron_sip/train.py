@@ -64,7 +64,11 @@ def main() -> None:
     """Set up, train, compare. Exits 0 after the last step, or after a SIGTERM or Ctrl-C with the last step saved."""
     given = expand_presets(sys.argv[1:])
     flags = check_flags(given)
-    with contextlib.nullcontext() if flags.verbose else quiet(log_file(flags), announce=process_rank() == 0):
+    with contextlib.ExitStack() as stack:
+        if not flags.verbose:
+            stack.enter_context(quiet(log_file(flags), announce=process_rank() == 0))
+        if process_rank() == 0 and not (flags.dry_run or flags.help_megatron):
+            lock_folders(flags, stack)
         run_command(given, flags)
 
 
@@ -101,7 +105,6 @@ def run_command(given: Sequence[str], flags: argparse.Namespace) -> None:
 
     with contextlib.ExitStack() as stack:
         if args.rank == 0:
-            lock_folders(args, stack)
             write_run_record(Path(args.run_dir), run_record(given, flags, os.environ))
         initialize_megatron(allow_no_cuda=True, store=rendezvous_store())
         stop = stack.enter_context(StopSignal())
@@ -118,10 +121,10 @@ def run_command(given: Sequence[str], flags: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def lock_folders(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
-    """Keep other runs out of this run's folders until `stack` ends."""
+def lock_folders(flags: argparse.Namespace, stack: contextlib.ExitStack) -> None:
+    """Keep other runs out of this run's folders until `stack` ends; before anything, wandb's run too, is continued there."""
     try:
-        for folder in sorted({Path(args.save).resolve(), Path(args.run_dir).resolve()}):
+        for folder in sorted({Path(flags.save).resolve(), Path(flags.run_dir or flags.save).resolve()}):
             stack.enter_context(RunLock(folder))
     except (DataError, OSError) as error:
         raise ArgumentError(f"--save, --run-dir: {error}") from error
