@@ -202,12 +202,8 @@ def _parquet_texts(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
 
     row = 0
     try:
-        options = {
-            "page_checksum_verification": True,
-            "pre_buffer": False,
-            "buffer_size": 1 << 20,
-        }  # no row group whole
-        with pq.ParquetFile(path, **options) as table:
+        # Read piece by piece: by default all of a row group is held.
+        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 20) as table:
             _check_column(path, table.schema_arrow, text_field)
             rows, size = table.metadata.num_rows, path.stat().st_size
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
