@@ -53,8 +53,8 @@ def read_groups(folder: Path, step: int, tasks: Sequence[Task]) -> list[Group]:
         if recorded[task.index].task != task:
             raise DataError(
                 f"--replay-groups {folder}: step {step} was recorded for other tasks than task {task.index} of this run: use "
-                "the same --data-path, --split, --seq-length, --suffix-length, --min-prefix-length, --task-mode, --prepend-bos, "
-                "--seed and --global-batch-size"
+                "the same --data-path, --split, --seq-length, --suffix-length, --min-prefix-length, --task-mode, "
+                "--prepend-bos, --seed and --global-batch-size"
             )
         groups.append(recorded[task.index])
     return groups
