@@ -103,6 +103,12 @@ class JudgeClient:
                     raise EncodingError(f"{error}; give the judge's tokenizer explicitly") from error
         if any(endpoint.kind == "sglang" for endpoint in self._settings.endpoints):
             _ = self.encoder
+        begun = [endpoint.url for endpoint in self._settings.endpoints if endpoint.prefill]
+        if begun and self.reasoning.always:
+            raise SettingsError(
+                f"endpoint {begun[0]}: prefill would begin answers inside the model's reasoning, which its template opens: "
+                "leave out --teacher-prefill, or use --teacher-api sglang, where it is closed first"
+            )
 
     def window(self, criterion: str, chars: int) -> PrefixWindow:
         """How much of a prefix the endpoints of a criterion may be shown, at most `chars`; after `check`."""

@@ -6,15 +6,16 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from fake_judge import FakeJudge
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import byte_level_tokenizer
 
-from megatron_sip.judge import ClientSettings, Endpoint, Judge, JudgeSettings, SettingsError
+from megatron_sip.judge import ClientSettings, Endpoint, Judge, JudgeSettings, Rewriter, RewriterSettings, SettingsError
 from megatron_sip.judge.calls import ChoiceCall, GenerateCall, cache_material
 from megatron_sip.judge.encoding import ChatEncoder
 from megatron_sip.judge.prompts import builtin_prompt, parse_prompt
-from megatron_sip.judge.readings import finish_of
+from megatron_sip.judge.readings import Written, finish_of, read_vote
 from megatron_sip.judge.reasoning import HARMONY_FINAL, UNKNOWN, ReasoningStyle, own_answer, style_of
 from megatron_sip.judge.wire import answer_tokens, openai_answer, sglang_answers, sglang_body
 
@@ -248,18 +249,64 @@ async def test_a_judge_that_reasons_needs_tokens_for_it(
 ) -> None:
     """Refused at the check, where nothing has been paid for yet."""
     monkeypatch.setattr(ChatEncoder, "load", classmethod(lambda cls, path: encoder(OPENED)))
-    client = ClientSettings((Endpoint("http://a", kind, reasoning_tokens=budget),), tokenizer="opened")
-    judge = Judge(JudgeSettings({"quality": 1.0}, client, default_verdict=verdict))
-    monkeypatch.setattr(judge._client, "check", no_servers)
-    if budget or (verdict == "soft" and kind == "sglang"):
-        await judge.check()
-    else:
-        with pytest.raises(SettingsError, match="--teacher-reasoning-tokens"):
-            await judge.check()
+    async with FakeJudge() as server:
+        client = ClientSettings((Endpoint(server.url, kind, reasoning_tokens=budget),), tokenizer="opened")
+        async with Judge(JudgeSettings({"quality": 1.0}, client, default_verdict=verdict)) as judge:
+            if budget or (verdict == "soft" and kind == "sglang"):
+                await judge.check(5.0)
+            else:
+                with pytest.raises(SettingsError, match="--teacher-reasoning-tokens"):
+                    await judge.check(5.0)
 
 
-async def no_servers(timeout_s: float) -> None:
-    return None
+@pytest.mark.parametrize("template", [OPENED, HARMONY])
+async def test_a_chat_api_does_not_begin_answers_inside_reasoning(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's puts the begun answer behind the template's `<think>`."""
+    special = ["<|channel|>"] if template == HARMONY else []
+    monkeypatch.setattr(ChatEncoder, "load", classmethod(lambda cls, path: encoder(template, *special)))
+    async with FakeJudge() as server:
+        endpoint = Endpoint(server.url, "openai", prefill=True, reasoning_tokens=2048)
+        client = ClientSettings((endpoint,), tokenizer="known")
+        tokenizer = byte_level_tokenizer()
+        for asks in (Judge(JudgeSettings({"quality": 1.0}, client)), Rewriter(RewriterSettings(client), tokenizer, 8)):
+            async with asks:
+                with pytest.raises(SettingsError, match="--teacher-prefill"):
+                    await asks.check(5.0)
+
+
+ARGUMENTS = [
+    "The first repeats itself. ",
+    "I must end with Conclusion: Option 1 or Conclusion: Option 2. ",
+    "\nConclusion: Option 1\n",
+    "Wait, let me re-read.\n",
+    '{"label": "x"} ',
+    "**Conclusion: Option 1**",
+]
+
+
+@given(
+    st.sampled_from(["opened", "own", "channels", "apart"]),
+    st.lists(st.sampled_from(ARGUMENTS), max_size=6),
+    st.integers(0, 400),
+    st.sampled_from([None, "stop", "length", "abort"]),
+)
+def test_a_cut_answer_gives_its_own_verdict_or_none(
+    form: str, arguments: list[str], at: int, finish: str | None
+) -> None:
+    """Wherever an answer for option 2, with option 1 in its reasoning, breaks off, and whatever is said of its end."""
+    thought, verdict = "".join(arguments), "So it is.\n\nConclusion: Option 2"
+    whole, style = {
+        "opened": (f"{thought}</think>\n\n{verdict}", ReasoningStyle("</think>")),
+        "own": (f"<think>{thought}</think>{verdict}", UNKNOWN),
+        "channels": (f"<|channel|>analysis<|message|>{thought}{FINAL}{verdict}", ReasoningStyle(harmony=True)),
+        "apart": (verdict, UNKNOWN),
+    }[form]
+    cut = whole[: at % (len(whole) + 1)]
+    made = read_vote(Written(cut, finish_of(finish), style), RULE)
+    complete = cut == whole and finish in (None, "stop")
+    assert made == (0.0 if complete else None)
 
 
 @given(st.text(), st.integers(0, 200))
