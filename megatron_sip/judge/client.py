@@ -103,6 +103,12 @@ class JudgeClient:
                     raise EncodingError(f"{error}; give the judge's tokenizer explicitly") from error
         if any(endpoint.kind == "sglang" for endpoint in self._settings.endpoints):
             _ = self.encoder
+        for endpoint in self._settings.endpoints:
+            if endpoint.kind == "sglang" and self.reasoning.unknown and not endpoint.answer_prefix:
+                raise EncodingError(
+                    f"endpoint {endpoint.url}: the chat template ends with '{self.reasoning.unknown}', which seems to open "
+                    "reasoning, and what ends that is not known: give it with --teacher-answer-prefix"
+                )
         begun = [endpoint.url for endpoint in self._settings.endpoints if endpoint.prefill]
         if begun and self.reasoning.always:
             raise SettingsError(

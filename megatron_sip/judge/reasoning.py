@@ -18,14 +18,16 @@ _HARMONY_END = re.compile(r"<\|(?:end|return|call|start)\|>")
 
 REASONING_MARK = re.compile(
     r"<(?P<end>/?)(?P<name>(?:\w{1,12}[:|])?(?:think(?:ing)?|thought|reasoning))>|(?P<square>\[/?THINK\])"
-    r"|(?P<kimi>◁/?think▷)|(?P<gemma><\|channel>|<channel\|>)",
+    r"|(?P<kimi>◁/?think▷)|(?P<gemma><\|channel>|<channel\|>)|<\|(?P<edge>start|begin|end)_(?:of_)?(?:thinking|thought)\|>",
     re.IGNORECASE,
 )
-"""The marks around reasoning: <think>, <thinking>, <reasoning>, <seed:think>; Mistral's, Kimi's and Gemma's."""
+"""The marks around reasoning: <think>, <thinking>, <reasoning>, <seed:think>; Mistral's, Kimi's, Gemma's and Cohere's."""
 # What may be the beginning of a block at the end of a template's prompt, in whatever spelling.
 _OPENING = re.compile(
     r"[<\[◁](?!/)[^<>\[\]◁▷\n]{0,40}(?:think|thought|reason)[^<>\[\]◁▷\n]{0,40}[>\]▷]|<\|channel>", re.IGNORECASE
 )
+_EDGES = {"start": "end", "START": "END", "begin": "end", "BEGIN": "END"}
+_SWITCHED_OFF = re.compile(r"no_?think|non|off|disable|end|stop", re.IGNORECASE)
 # Harmony whose marks the server has stripped: `analysisWe need to ...assistantfinalConclusion: ...`.
 _STRIPPED_HARMONY = re.compile(r"\A\s*analysis(?=[^\W\d_])")
 _STRIPPED_FINAL = "assistantfinal"
@@ -36,7 +38,8 @@ class ReasoningStyle:
     """How a model reasons, as far as its tokenizer and chat template say.
 
     end: the mark that ends the reasoning block which the template leaves open, "" when it leaves none. closing: what ends
-    that block at once, where an answer is begun for the model. harmony: it writes harmony's channels. special_marks: its
+    that block at once, where an answer is begun for the model. unknown: a mark that seems to open reasoning, if how that ends
+    is not known. harmony: it writes harmony's channels. special_marks: its
     marks are special tokens, which a server strips unless told otherwise.
     """
 
@@ -44,11 +47,12 @@ class ReasoningStyle:
     closing: str = ""
     harmony: bool = False
     special_marks: bool = False
+    unknown: str = ""
 
     @property
     def always(self) -> bool:
         """Whether every answer begins with reasoning, for which there must be tokens."""
-        return self.harmony or self.end != ""
+        return self.harmony or self.end != "" or self.unknown != ""
 
     def answer_start(self, given: str = "") -> str:
         """What stands between the template and an answer that we begin, so that it is never begun inside reasoning.
@@ -71,11 +75,24 @@ def style_of(generation_prompt: str, special_tokens: Iterable[str], *, harmony: 
     opening = next(reversed(list(_OPENING.finditer(generation_prompt))), None)
     if harmony or opening is None:
         return ReasoningStyle(harmony=harmony, special_marks=special_marks)
-    end = "<channel|>" if opening[0] == "<|channel>" else opening[0][0] + "/" + opening[0][1:]
+    end = _end_of(opening[0])
+    if end is None:
+        last = generation_prompt.rstrip().endswith(opening[0]) and not _SWITCHED_OFF.search(opening[0])
+        return ReasoningStyle(special_marks=special_marks, unknown=opening[0] if last else "")
     if end in generation_prompt[opening.end() :]:
         return ReasoningStyle(special_marks=special_marks)
     line_break = "\n" if generation_prompt.endswith("\n") else ""
     return ReasoningStyle(end, f"{line_break}{end}\n\n", special_marks=special_marks or end in special)
+
+
+def _end_of(opening: str) -> str | None:
+    """The mark that ends what `opening` begins, None when that is not known."""
+    if opening.casefold() == "<|channel>":
+        return "<channel|>"
+    for edge, end in _EDGES.items():
+        if edge in opening:
+            return opening.replace(edge, end, 1)
+    return None if opening[1] == "|" else opening[0] + "/" + opening[1:]
 
 
 def own_answer(output: str, style: ReasoningStyle = UNKNOWN, *, begun: bool = False) -> str | None:
@@ -124,5 +141,7 @@ def _kind_of(mark: re.Match[str]) -> tuple[str, bool]:
     """(name of the block, whether the mark ends it)"""
     if mark["name"]:
         return mark["name"].casefold(), bool(mark["end"])
+    if mark["edge"]:
+        return "edge", mark["edge"].casefold() == "end"
     text = mark[0].casefold()
     return mark.lastgroup or "", "/" in text or text == "<channel|>"

@@ -13,7 +13,7 @@ from tiny_tokenizer import byte_level_tokenizer
 
 from megatron_sip.judge import ClientSettings, Endpoint, Judge, JudgeSettings, Rewriter, RewriterSettings, SettingsError
 from megatron_sip.judge.calls import ChoiceCall, GenerateCall, cache_material
-from megatron_sip.judge.encoding import ChatEncoder
+from megatron_sip.judge.encoding import ChatEncoder, EncodingError
 from megatron_sip.judge.prompts import builtin_prompt, parse_prompt
 from megatron_sip.judge.readings import Written, finish_of, read_vote
 from megatron_sip.judge.reasoning import HARMONY_FINAL, UNKNOWN, ReasoningStyle, own_answer, style_of
@@ -68,6 +68,9 @@ def choice(text: str | None, finish: str | None = "stop", **message: Any) -> dic
         ("<|im_assistant|>assistant<|im_middle|>◁think▷", "◁/think▷", "◁/think▷\n\n"),
         ("<|turn>model\n<|channel>thought\n", "<channel|>", "\n<channel|>\n\n"),
         ("<|start|>assistant<ifm|think>", "</ifm|think>", "</ifm|think>\n\n"),
+        ("<|CHATBOT_TOKEN|><|START_THINKING|>", "<|END_THINKING|>", "<|END_THINKING|>\n\n"),
+        ("assistant\n<|begin_of_thought|>\n", "<|end_of_thought|>", "\n<|end_of_thought|>\n\n"),
+        ("<|CHATBOT_TOKEN|><|START_THINKING|><|END_THINKING|>", "", ""),
         ("<|im_start|>assistant\n", "", ""),
         ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "", ""),
         ("<｜Assistant｜></think>", "", ""),
@@ -109,6 +112,8 @@ def test_templates_and_tokens_are_read_from_the_tokenizer() -> None:
         ("◁think▷a◁/think▷b", "b"),
         ("<|channel>thought\na<channel|>b", "b"),
         ("<seed:think>a</seed:think>b", "b"),
+        ("<|START_THINKING|>a<|END_THINKING|>b", "b"),
+        ("<|START_THINKING|>a", None),
         (f"{ANALYSIS}", None),
         (f"{ANALYSIS}{FINAL}b", "b"),
         (f"{ANALYSIS}{FINAL}b<|return|>", "b"),
@@ -256,6 +261,32 @@ async def test_a_judge_that_reasons_needs_tokens_for_it(
                 await judge.check(5.0)
             else:
                 with pytest.raises(SettingsError, match="--teacher-reasoning-tokens"):
+                    await judge.check(5.0)
+
+
+def test_an_unknown_beginning_of_reasoning_is_noticed() -> None:
+    assert style_of("<|assistant|><|think|>\n", []) == ReasoningStyle(unknown="<|think|>")
+    assert style_of("<|think|>", []).always
+    for harmless in (
+        "<|assistant|><|no_think|>",
+        "<|think|>now",
+        "<|reasoning_off|>",
+        "<|reasoning:low|><|assistant|>",
+    ):
+        assert style_of(harmless, []) == UNKNOWN
+
+
+async def test_reasoning_whose_end_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = PLAIN.replace("{% endif %}", "<|think|>{% endif %}")
+    monkeypatch.setattr(ChatEncoder, "load", classmethod(lambda cls, path: encoder(template)))
+    for prefix in ("", "<|answer|>"):
+        async with FakeJudge() as server:
+            client = ClientSettings((Endpoint(server.url, answer_prefix=prefix),), tokenizer="known")
+            async with Judge(JudgeSettings({"quality": 1.0}, client)) as judge:
+                if prefix:
+                    await judge.check(5.0)
+                    continue
+                with pytest.raises(EncodingError, match=r"'<\|think\|>'.*--teacher-answer-prefix"):
                     await judge.check(5.0)
 
 
