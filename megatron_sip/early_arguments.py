@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sip.argument_checks import ArgumentError, missing_flags, problems_of_ours, refuse
-from megatron_sip.arguments import SAVE_INTERVAL, add_arguments
+from megatron_sip.arguments import SAVE_INTERVAL, add_arguments, find_hf_config
+from megatron_sip.data.errors import DataError
+from megatron_sip.data.source_files import parse_data_path
 
 PROGRAM = "python -m megatron_sip.train"
 
@@ -78,8 +80,21 @@ def check_flags(given: Sequence[str]) -> argparse.Namespace:
         return args
     named = {word.rstrip(":") for problem in problems for word in problem.split()}  # given, if wrongly
     problems += [problem for problem in missing_flags(args) if problem.split()[0] not in named]
-    refuse([*problems, *problems_of_ours(args)])
+    refuse([*problems, *problems_of_ours(args), *missing_files(args)])
     return args
+
+
+def missing_files(args: argparse.Namespace) -> Iterator[str]:
+    """What the flags name and is not there: the policy's folder, and texts unless only their cost is asked for."""
+    try:
+        find_hf_config(args.hf_config, args.pretrained_checkpoint)
+    except ArgumentError as error:
+        yield str(error)
+    try:
+        if args.data_path and not args.dry_run:
+            parse_data_path(args.data_path)
+    except DataError as error:
+        yield str(error)
 
 
 def early_parser() -> argparse.ArgumentParser:

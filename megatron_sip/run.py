@@ -214,6 +214,8 @@ def open_tasks(
     training = held_out = None
     for turn in (True, False):
         if exchange.is_leader and (args.rank == 0) == turn:
+            if args.rank == 0:
+                say(f"data: opening it; text is tokenised once and kept in {tokenizing.cache_dir}")
             corpus = open_corpus(args.data_path, tokenizer, tokenizing, vocab_size=args.vocab_size)
             splits = corpus.split(args.split)
             training = TaskSource(splits["train"], tokenizer, settings)

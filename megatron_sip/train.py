@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sip.argument_checks import ArgumentError
+from megatron_sip.argument_checks import ArgumentError, explained
 from megatron_sip.arguments import megatron_help, parse_arguments
 from megatron_sip.console import quiet, say
 from megatron_sip.data.errors import DataError
@@ -66,7 +66,8 @@ def main() -> None:
     flags = check_flags(given)
     with contextlib.ExitStack() as stack:
         if not flags.verbose:
-            stack.enter_context(quiet(log_file(flags), announce=process_rank() == 0))
+            with explained("--save or --run-dir"):
+                stack.enter_context(quiet(log_file(flags), announce=process_rank() == 0))
         if process_rank() == 0 and not (flags.dry_run or flags.help_megatron):
             lock_folders(flags, stack)
         run_command(given, flags)

@@ -35,6 +35,8 @@ def test_readme_s_command_for_one_node_is_understood(tmp_path: Path, monkeypatch
     for model in (words[0], words[words.index("--teacher") + 1]):
         (tmp_path / model).mkdir()
         (tmp_path / model / "config.json").write_text("{}")
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "a.jsonl.zst").write_bytes(b"")
     request = understand(words)
     args = check_flags([*request.flags, *layout_flags(Layout(4, 1, 3, 1), request.flags), "--hf-config", words[0]])
     assert (args.criteria, args.rollout_local, args.run_dir) == (["quality=1", "safety=1"], 3, f"runs/{words[0]}")

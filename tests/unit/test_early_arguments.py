@@ -35,6 +35,15 @@ OTHER_PROGRAMS = {
 """Flags that the documentation names of programs which are not ours."""
 
 
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What COMPLETE names."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "a.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def megatron() -> argparse.ArgumentParser:
     """Megatron's own parser."""
@@ -89,15 +98,34 @@ def test_every_mistake_is_told_at_once_with_the_nearest_flag() -> None:
         "--data-path is required",
         "beta is -1.0, must be a positive number",
         "rollouts need engines",
+        "--pretrained-checkpoint (continue) or --hf-config (from scratch) is required",
     ):
         assert part in message
-    assert message.startswith("11 of the flags cannot be used:\n  - ")  # with the judge's server
+    assert message.startswith("12 of the flags cannot be used:\n  - ")  # with the judge's server
     assert "--seq-length is required" not in message
 
 
 def test_one_mistake_is_one_line() -> None:
     with pytest.raises(ArgumentError, match=r"^--dpo-bta: there is no such flag; is --dpo-beta meant\?$"):
         check_flags([*COMPLETE, "--dpo-bta", "0.1"])
+
+
+def test_files_that_are_not_there_are_named_with_the_rest() -> None:
+    with pytest.raises(ArgumentError) as caught:
+        check_flags([*COMPLETE, "--hf-config", "nowhere", "--data-path", "none/*.jsonl", "--num-rollots", "1"])
+    for part in ("nowhere/config.json does not exist", "none/*.jsonl", "--num-rollots"):
+        assert part in str(caught.value)
+    check_flags([*COMPLETE, "--data-path", "none/*.jsonl", "--dry-run"])  # only the cost is asked for
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("no folder")
+    command = [sys.executable, "-m", "megatron_sip.train", *COMPLETE, "--save", str(tmp_path / "plain" / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("--save or --run-dir: ")
+    assert str(tmp_path / "plain") in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_complete_command_passes_with_megatron_s_rarer_flags() -> None:
@@ -142,9 +170,9 @@ def test_megatron_s_flags_are_parsed_early_as_by_megatron(megatron: argparse.Arg
 def test_every_preset_holds_existing_flags_only(name: str) -> None:
     needed = (
         "--hf-config",
-        "m",
+        "model",
         "--data-path",
-        "a",
+        "a.jsonl",
         "--save",
         "r",
         "--rollout-url",

@@ -28,18 +28,22 @@ sys.exit(LocalRanks([sys.executable, "-c", sys.argv[1]]).wait())
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "Llama"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"x" * 1000)
+    (tmp_path / "a.jsonl").write_text("")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "b.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
     return folder
 
 
 def checked(words: list[str], layout: Layout) -> argparse.Namespace:
     """The trainer's flags that a command comes to, as its early parser reads them."""
     request = understand(words)
-    flags = [*request.flags, *layout_flags(layout, request.flags), "--pretrained-checkpoint", "ckpt"]
+    flags = [*request.flags, *layout_flags(layout, request.flags), "--hf-config", str(request.model)]
     return check_flags(flags)
 
 

@@ -6,6 +6,8 @@ import json
 import shlex
 from pathlib import Path
 
+import pytest
+from hypothesis import HealthCheck, settings
 from hypothesis import given as draw
 from hypothesis import strategies as st
 
@@ -21,6 +23,16 @@ COMPLETE = [
     *("--train-iters", "3", "--lr", "1e-3", "--lr", "2e-3", "--suffix-length", "128", "--bf16"),
     *("--teacher-url", "https://judge", "--rollout-url", "http://e:1", "--adam-beta2", "0.95"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What COMPLETE names."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "my model").mkdir()
+    for name in ("my model/config.json", "a.jsonl", "b.jsonl"):
+        (folder / name).write_text("{}")
+    monkeypatch.chdir(folder)
 
 
 def group(index: int, scores: list[float] | None, text: str = "text") -> Group:
@@ -70,6 +82,7 @@ def test_random_weights_stand_in_summary_and_report(tmp_path: Path) -> None:
     assert "--adam-beta2" in page
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @draw(st.integers(1, 5000))
 def test_a_run_of_any_length_keeps_few_samples(steps: int) -> None:
     log = SampleLog.of(Path("run"), steps)
