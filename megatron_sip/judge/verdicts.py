@@ -28,9 +28,11 @@ _HESITATION = re.compile(r"\?|…|\.\.\.")
 # What may follow a verdict on its line: what it is out of, a reason; then marks and punctuation.
 _REST_OF_LINE = re.compile(
     r"(?:[^\w(/]|_)*+(?:(?:/|out of|of)\s*+\d{1,5}(?!\w)|points?|stars?|percent)?(?:[^\w(/]|_)*+"
-    r"(?:\([^()\n]{1,300}\)|(?:because|since|is (?:the |an? |clearly |slightly )*(?:better|best|stronger|superior|more|preferred))"
-    r"\b[^.!;\n]{0,500}|(?<=[,:–—-] )(?![^.!;\n]{0,300}\b(?:or|but|however|though|unless|if|not|wait|let|maybe|perhaps|would"
-    r"|could|should|must)\b)[^.!;\n]{1,300})?[\W_]*+",
+    r"(?:\([^()\n]{1,300}\)"
+    r"|(?:because|since|is (?:the |an? |clearly |slightly )*(?:better|best|stronger|superior|more|preferred))\b[^.!;\n]{0,500}"
+    r"|(?<=[,:–—-] )"
+    r"(?![^.!;\n]{0,300}\b(?:or|but|however|though|unless|if|not|wait|let|maybe|perhaps|would|could|should|must)\b)"
+    r"[^.!;\n]{1,300})?[\W_]*+",
     re.IGNORECASE,
 )
 _FAREWELL = re.compile(
