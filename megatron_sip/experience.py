@@ -22,6 +22,7 @@ from megatron_sip.evaluation.training_samples import SampleLog
 from megatron_sip.group_files import read_groups, write_groups
 from megatron_sip.learning.metrics import Mean, Metrics
 from megatron_sip.learning.selection import SelectionSettings, select, selection_metrics
+from megatron_sip.rollout.protocol import drawn_seed
 from megatron_sip.rollout.sglang import Completion, Failure, PoolCounters, SamplingSettings, SGLangPool
 from megatron_sip.samples import CANDIDATE_KINDS, Candidate, CandidateKind, Example, Group, Task
 
@@ -62,7 +63,8 @@ class RewritesSuffixes(Protocol):
 class ExperienceSettings:
     """kinds: candidates to make. rollout_start_step: before it, rollouts are left out.
 
-    samples: where a few judged groups are kept for people to read.
+    samples: where a few judged groups are kept for people to read. rollout_seed: rollouts are drawn by it and their task,
+    for engines that take seeds; None leaves the draws to the engines.
     record: folder to write judged groups to, as `replica`. replay: folder to read them from instead of making any.
     """
 
@@ -74,6 +76,7 @@ class ExperienceSettings:
     record: Path | None = None
     replay: Path | None = None
     samples: SampleLog | None = None
+    rollout_seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +169,9 @@ class ExperienceMaker:
         if not wanted:
             return [[] for _ in tasks]
         assert self._engines is not None
-        prefixes = [task.prefix_ids for task in tasks]
-        answers = await self._engines.generate(prefixes, self._settings.sampling, weight_version=version)
+        prefixes, seed = [task.prefix_ids for task in tasks], self._settings.rollout_seed
+        seeds = None if seed is None else [drawn_seed(seed, task.index) for task in tasks]
+        answers = await self._engines.generate(prefixes, self._settings.sampling, seeds=seeds, weight_version=version)
         return [
             answer.kind if isinstance(answer, Failure) else self._as_candidates(task, answer)
             for task, answer in zip(tasks, answers, strict=True)

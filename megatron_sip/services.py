@@ -195,11 +195,13 @@ class Leader:
         self.engines: SGLangPool | None = None
         self.judge: Judge | None = None
         rewriter: Rewriter | None = None
+        seeded = False
         try:
             if needs_engines(args):
                 share = args.global_batch_size // args.data_parallel_size
                 urls = rotated_urls(engine_urls, replica, share)
                 self.engines = self.run(self._open_engines(args, tokenizer, urls))
+                seeded = self.run(self.engines.take_seeds())
             if needs_judge(args):
                 self.judge = self.run(self._open_judge(judge_settings(args, teacher_urls)))
             if needs_rewriter(args):
@@ -207,7 +209,8 @@ class Leader:
         except BaseException:
             self.close()
             raise
-        self._maker = ExperienceMaker(experience_settings(args, replica), tokenizer, self.engines, self.judge, rewriter)
+        settings = replace(experience_settings(args, replica), rollout_seed=args.seed if seeded else None)
+        self._maker = ExperienceMaker(settings, tokenizer, self.engines, self.judge, rewriter)
 
     def run[T](self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on this leader's loop."""

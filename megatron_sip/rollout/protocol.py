@@ -5,6 +5,7 @@ Pure functions over plain JSON values. Token ids go in and come out; text is onl
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -96,7 +97,11 @@ class SamplingSettings:
 
 
 def generate_body(prefix: Sequence[int], settings: SamplingSettings, seed: int | None = None) -> dict[str, Any]:
-    """JSON body that asks for `settings.n` completions of one prefix, with log-probs."""
+    """JSON body that asks for `settings.n` completions of one prefix, with log-probs.
+
+    With a seed each completion is a request of its own, under a seed drawn from it: SGLang gives the one seed of a request
+    with n > 1 to all its copies, and an engine with deterministic inference then returns n times the same.
+    """
     sampling: dict[str, Any] = {
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
@@ -109,9 +114,17 @@ def generate_body(prefix: Sequence[int], settings: SamplingSettings, seed: int |
         sampling["min_new_tokens"] = settings.min_new_tokens
     if settings.stop_token_ids:
         sampling["stop_token_ids"] = list(settings.stop_token_ids)
-    if seed is not None:
-        sampling["sampling_seed"] = seed
-    return {"input_ids": list(prefix), "sampling_params": sampling, "return_logprob": True}
+    body: dict[str, Any] = {"input_ids": list(prefix), "sampling_params": sampling, "return_logprob": True}
+    if seed is None:
+        return body
+    one_each = [sampling | {"n": 1, "sampling_seed": drawn_seed(seed, number)} for number in range(settings.n)]
+    return body | {"input_ids": [list(prefix)] * settings.n, "sampling_params": one_each}
+
+
+def drawn_seed(*numbers: int) -> int:
+    """A seed from 0 to 2**63 - 1 that is a fixed function of `numbers`, and unrelated for others."""
+    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 def score_body(prefix: Sequence[int], continuations: Sequence[Sequence[int]]) -> dict[str, Any]:

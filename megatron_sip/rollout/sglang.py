@@ -159,7 +159,7 @@ class SGLangPool:
     ) -> list[list[Completion] | Failure]:
         """Sample `settings.n` completions of each prefix (token ids); one entry a prefix, in order.
 
-        `seeds`, one a prefix, are honoured only by engines with deterministic inference. With `weight_version`, a
+        `seeds`, one a prefix, are honoured only by engines that `take_seeds`. With `weight_version`, a
         completion by any other version is thrown away and asked for elsewhere; engines that are known to have another
         get no request. `on_progress(done, total)` is called after each prefix. Raises ValueError for bad arguments only.
         """
@@ -233,6 +233,11 @@ class SGLangPool:
                 f"no SGLang engine answered within {timeout_s:.0f} s: {'; '.join(silent)}. Check that the server is "
                 "running and that the URL (host and port) is right, or let the trainer start engines itself",
             )
+
+    async def take_seeds(self) -> bool:
+        """Whether every engine samples by the seeds it is given, which SGLang does with deterministic inference alone."""
+        found = await self.call_all("GET", "/server_info")
+        return all(info.get("enable_deterministic_inference") is True for info in found.values())
 
     async def model_info(self) -> dict[str, dict[str, Any]]:
         """Each engine's /model_info by URL. Raises EngineError."""

@@ -74,14 +74,16 @@ async def test_greedy_ids_and_their_logprobs_equal_transformers(tiny_llama_serve
         assert completions[0].finish_reason == "length"
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(("temperature", "seeds"), [(1.0, None), (0.6, None), (1.0, [2**63 - 1])])
 async def test_sampled_logprobs_are_the_models_own_at_any_temperature(
-    tiny_llama_server: LocalServer, reference: Any, temperature: float
+    tiny_llama_server: LocalServer, reference: Any, temperature: float, seeds: list[int] | None
 ) -> None:
     settings = SamplingSettings(max_new_tokens=8, temperature=temperature, n=4)
     async with SGLangPool([tiny_llama_server.url]) as pool:
-        (completions,) = await pool.generate([PREFIX], settings)
+        assert not await pool.take_seeds()  # on CPU SGLang has no deterministic inference
+        (completions,) = await pool.generate([PREFIX], settings, seeds=seeds)
     assert not isinstance(completions, Failure)
+    assert len(completions) == 4
     assert len({tuple(completion.ids) for completion in completions}) > 1
     for completion in completions:
         assert len(completion.ids) == len(completion.logprobs) == 8

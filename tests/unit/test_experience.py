@@ -26,9 +26,13 @@ class Engines:
     def __init__(self) -> None:
         self.counters = PoolCounters()
         self.versions: list[str] = []
+        self.seeds: list[int] = []
 
-    async def generate(self, prefixes: Sequence[list[int]], settings: Any, *, weight_version: str) -> list[Any]:
+    async def generate(
+        self, prefixes: Sequence[list[int]], settings: Any, *, seeds: list[int] | None, weight_version: str
+    ) -> list[Any]:
         self.versions.append(weight_version)
+        self.seeds += seeds or []
         self.counters.calls += len(prefixes)
         made = [Completion([6 + n, 7], None, [-1.0, -2.0], "length", weight_version) for n in range(settings.n)]
         return [Failure("timeout", "no answer") if index == 1 else made for index in range(len(prefixes))]
@@ -107,7 +111,9 @@ async def test_rollouts_wait_for_their_start_step() -> None:
 class SuffixAgain(Engines):
     """Writes the suffix " brown fox jumps" of METASPACE_TASK, and its beginning."""
 
-    async def generate(self, prefixes: Sequence[list[int]], settings: Any, *, weight_version: str) -> list[Any]:
+    async def generate(
+        self, prefixes: Sequence[list[int]], settings: Any, *, seeds: list[int] | None, weight_version: str
+    ) -> list[Any]:
         ids = METASPACE_TASK.suffix_ids
         return [[Completion(i, None, [-1.0] * len(i), "length", weight_version) for i in (ids, ids[:-6])]]
 
@@ -178,3 +184,21 @@ async def test_groups_that_the_disk_does_not_take_are_told_and_cost_no_example(t
     experience = await making.make(0, TASKS)
     assert len(experience.examples) == 2
     assert experience.unrecorded == f"--save-groups {tmp_path}/file/groups took no more: Not a directory"
+
+
+async def test_a_task_s_rollouts_have_one_seed_whoever_asks_for_them_and_when() -> None:
+    whole, parts, other, unseeded = Engines(), Engines(), Engines(), Engines()
+    for engines, seed, shares in (
+        (whole, 5, [TASKS]),
+        (parts, 5, [TASKS[2:], TASKS[:2]]),
+        (other, 6, [TASKS]),
+        (unseeded, None, [TASKS]),
+    ):
+        making = maker(engines)
+        making._settings = replace(making._settings, rollout_seed=seed)
+        for share in shares:
+            await making.make(0, share)
+    assert len(set(whole.seeds)) == len(TASKS)
+    assert parts.seeds == [*whole.seeds[2:], *whole.seeds[:2]]
+    assert set(other.seeds).isdisjoint(whole.seeds)
+    assert unseeded.seeds == []

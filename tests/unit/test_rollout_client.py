@@ -50,10 +50,12 @@ class FakeEngine:
         self.calls = self.open = self.most_open = 0
         self.healthy = True
         self.version = "v1"
+        self.server_arguments: dict[str, Any] = {}
         self.url = ""
         app = web.Application()
         app.router.add_post("/generate", self.generate)
         app.router.add_get("/model_info", self.model_info)
+        app.router.add_get("/server_info", self.server_info)
         self.server = TestServer(app)
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
@@ -65,6 +67,9 @@ class FakeEngine:
             return answer if isinstance(answer, web.StreamResponse) else web.json_response(answer)
         finally:
             self.open -= 1
+
+    async def server_info(self, _: web.Request) -> web.Response:
+        return web.json_response(self.server_arguments)
 
     async def model_info(self, _: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.version}, status=200 if self.healthy else 503)
@@ -380,3 +385,34 @@ async def test_an_empty_prefix_is_refused() -> None:
     async with SGLangPool(["http://127.0.0.1:1"]) as pool:
         with pytest.raises(ValueError, match="empty prefix"):
             await pool.generate([[1], []], TWO_TOKENS)
+
+
+async def deterministic(body: dict[str, Any]) -> Any:
+    """As SGLang with --enable-deterministic-inference: what is drawn is a function of prompt and seed (42 without one)."""
+    if isinstance(body["sampling_params"], dict):
+        sampling = body["sampling_params"]
+        return [result([body["input_ids"][0], sampling.get("sampling_seed", 42) % 1000])] * sampling["n"]
+    asked = zip(body["input_ids"], body["sampling_params"], strict=True)
+    return [result([prefix[0], sampling["sampling_seed"] % 1000]) for prefix, sampling in asked]
+
+
+async def test_seeded_completions_differ_among_each_other_and_are_the_same_again() -> None:
+    settings = SamplingSettings(max_new_tokens=2, n=4)
+    async with engines(deterministic) as (fake,), SGLangPool([fake.url], FAST) as pool:
+        first = await pool.generate([[1], [2]], settings, seeds=[7, 8])
+        again = await pool.generate([[2]], settings, seeds=[8])
+        one = await pool.generate([[2]], SamplingSettings(max_new_tokens=2), seeds=[8])
+    assert not any(isinstance(found, Failure) for found in (*first, *again, *one))
+    assert all(len({tuple(completion.ids) for completion in found}) == 4 for found in first)  # type: ignore[union-attr]
+    assert again == first[1:]
+    assert one[0] == first[1][:1]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("answers", "expected"), [((True, True), True), ((True, False), False), ((None, True), False)])
+async def test_seeds_are_for_pools_whose_engines_all_take_them(
+    answers: tuple[bool | None, ...], expected: bool
+) -> None:
+    async with engines(good, good) as fakes, SGLangPool([fake.url for fake in fakes], FAST) as pool:
+        for fake, answer in zip(fakes, answers, strict=True):
+            fake.server_arguments = {} if answer is None else {"enable_deterministic_inference": answer}
+        assert await pool.take_seeds() is expected
