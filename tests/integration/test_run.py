@@ -153,10 +153,29 @@ def test_recorded_groups_train_the_same_without_any_server(
     assert learnt(steps(tmp_path / "replayed")) == learnt(steps(two_steps))
 
 
-def test_sigterm_saves_the_last_step_and_exits_0(flags: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
+    uninterrupted: Path, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    run = tmp_path / "damaged"
+    shutil.copytree(uninterrupted, run)
+    shard = max((run / f"iter_{TOTAL_STEPS:07d}").glob("__0_*"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert f"{shard} has another checksum than when it was saved" in train(run, *flags, "--load-last-whole")
+    expected, found = learnt(steps(uninterrupted)), learnt(steps(run))
+    assert len(found) == TOTAL_STEPS
+    for before, after in zip(expected, found, strict=True):
+        assert after == pytest.approx(before, rel=1e-4, abs=1e-5)
+
+
+def test_sigterm_saves_the_last_step_and_exits_0_and_no_other_run_gets_the_folder_before(
+    flags: tuple[str, ...], tmp_path: Path
+) -> None:
     run = tmp_path / "stopped"
     process = start(run, *flags, "--train-iters", "1000", "--save-interval", "1000")
     wait_until(lambda: last_step(run) >= 2, run, process)
+    assert f"{run} is in use by process {process.pid} on " in refused(run, *flags)
     os.killpg(process.pid, signal.SIGTERM)  # as SLURM and `timeout` do: to the helper processes too
     assert process.wait(60) == 0
     saved = int((run / "latest_checkpointed_iteration.txt").read_text())
