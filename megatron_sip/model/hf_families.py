@@ -27,11 +27,12 @@ class TensorMap:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """An HF architecture: its tensors outside and inside the layers, and the Megatron flags it adds."""
+    """An HF architecture: the tensors inside its layers, and what it has that not all have."""
 
     architecture: str
     layer: tuple[TensorMap, ...]
-    flags: tuple[str, ...] = ()
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
 
 EMBEDDING = TensorMap("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Layout.VOCABULARY)
@@ -63,9 +64,31 @@ QK_NORMS = (
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", LLAMA_LAYER),
-    "qwen2": Family("Qwen2ForCausalLM", (*LLAMA_LAYER, _qkv("bias")), ("--add-qkv-bias",)),
-    "qwen3": Family("Qwen3ForCausalLM", (*LLAMA_LAYER, *QK_NORMS), ("--qk-layernorm",)),
+    "qwen2": Family("Qwen2ForCausalLM", (*LLAMA_LAYER, _qkv("bias")), qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", (*LLAMA_LAYER, *QK_NORMS), qk_norm=True),
 }
+
+QUERIES, KEYS = "num_attention_heads x head_dim", "num_key_value_heads x head_dim"
+TENSOR_SHAPES = {
+    "embed_tokens.weight": ("vocab_size", "hidden_size"),
+    "lm_head.weight": ("vocab_size", "hidden_size"),
+    "norm.weight": ("hidden_size",),
+    "input_layernorm.weight": ("hidden_size",),
+    "post_attention_layernorm.weight": ("hidden_size",),
+    "q_proj.weight": (QUERIES, "hidden_size"),
+    "k_proj.weight": (KEYS, "hidden_size"),
+    "v_proj.weight": (KEYS, "hidden_size"),
+    "q_proj.bias": (QUERIES,),
+    "k_proj.bias": (KEYS,),
+    "v_proj.bias": (KEYS,),
+    "o_proj.weight": ("hidden_size", QUERIES),
+    "q_norm.weight": ("head_dim",),
+    "k_norm.weight": ("head_dim",),
+    "gate_proj.weight": ("intermediate_size", "hidden_size"),
+    "up_proj.weight": ("intermediate_size", "hidden_size"),
+    "down_proj.weight": ("hidden_size", "intermediate_size"),
+}
+"""The config's fields that are a tensor's sizes, by the end of its name."""
 
 TRANSFORMER_ENGINE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -96,6 +119,14 @@ def tensor_maps(hf_config: Any) -> list[TensorMap]:
     return [EMBEDDING, *layers, FINAL_NORM, *([] if hf_config.tie_word_embeddings else [OUTPUT])]
 
 
+def tensor_shape(name: str, hf_config: Any) -> dict[str, int]:
+    """The sizes of an HF tensor, in order, by the fields of the config that they are."""
+    shape = attention_shape(hf_config)
+    own = {"head_dim": shape.head_dim, QUERIES: shape.heads * shape.head_dim, KEYS: shape.groups * shape.head_dim}
+    fields = TENSOR_SHAPES[".".join(name.rsplit(".", 2)[-2:])]
+    return {field: own[field] if field in own else getattr(hf_config, field) for field in fields}
+
+
 def attention_shape(hf_config: Any) -> AttentionShape:
     """The sizes that decide how Megatron interleaves queries, keys and values."""
     heads = hf_config.num_attention_heads
@@ -116,34 +147,54 @@ def megatron_arguments_from_hf(hf_config: Any) -> list[str]:
     Raises:
         ValueError: the family or one of its options (named) has no counterpart.
     """
+    values = {
+        **architecture(hf_config),
+        "max_position_embeddings": hf_config.max_position_embeddings,
+        "normalization": "RMSNorm",
+        "position_embedding_type": "rope",
+        "init_method_std": hf_config.initializer_range,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "tokenizer_type": "NullTokenizer",
+        "group_query_attention": True,
+        "swiglu": True,
+        "disable_bias_linear": True,
+    }
+    given = {flag_of(name): value for name, value in values.items() if value is not False}
+    return [word for flag, value in given.items() for word in ([flag] if value is True else [flag, str(value)])]
+
+
+def architecture(hf_config: Any) -> dict[str, Any]:
+    """What makes two models different ones, by Megatron's names of the arguments: sizes, and what the weights mean.
+
+    Raises:
+        ValueError: the family or one of its options (named) has no counterpart.
+    """
     family = family_of(hf_config)
     _check_options(hf_config)
     shape = attention_shape(hf_config)
-    values = {
-        "--num-layers": hf_config.num_hidden_layers,
-        "--hidden-size": hf_config.hidden_size,
-        "--ffn-hidden-size": hf_config.intermediate_size,
-        "--num-attention-heads": shape.heads,
-        "--num-query-groups": shape.groups,
-        "--kv-channels": shape.head_dim,
-        "--max-position-embeddings": hf_config.max_position_embeddings,
-        "--normalization": "RMSNorm",
-        "--norm-epsilon": hf_config.rms_norm_eps,
-        "--position-embedding-type": "rope",
-        "--init-method-std": hf_config.initializer_range,
-        "--attention-dropout": 0.0,
-        "--hidden-dropout": 0.0,
-        "--tokenizer-type": "NullTokenizer",
-        "--vocab-size": hf_config.vocab_size,
+    return {
+        "num_layers": hf_config.num_hidden_layers,
+        "hidden_size": hf_config.hidden_size,
+        "ffn_hidden_size": hf_config.intermediate_size,
+        "num_attention_heads": shape.heads,
+        "num_query_groups": shape.groups,
+        "kv_channels": shape.head_dim,
+        "vocab_size": hf_config.vocab_size,
+        "untie_embeddings_and_output_weights": not hf_config.tie_word_embeddings,
+        "add_qkv_bias": family.qkv_bias,
+        "qk_layernorm": family.qk_norm,
+        "norm_epsilon": hf_config.rms_norm_eps,
+        **_rotary_arguments(hf_config),
     }
-    flags = ["--group-query-attention", "--swiglu", "--disable-bias-linear", *family.flags]
-    if not hf_config.tie_word_embeddings:
-        flags.append("--untie-embeddings-and-output-weights")
-    pairs = [text for flag, value in values.items() for text in (flag, str(value))]
-    return [*pairs, *flags, *_rotary_arguments(hf_config)]
 
 
-def _rotary_arguments(hf_config: Any) -> list[str]:
+def flag_of(name: str) -> str:
+    """The command line's name of one of Megatron's arguments."""
+    return "--" + name.replace("_", "-")
+
+
+def _rotary_arguments(hf_config: Any) -> dict[str, Any]:
     parameters = dict(getattr(hf_config, "rope_parameters", None) or {})
     kind = parameters.get("rope_type", "default")
     base = parameters.get("rope_theta", 10000.0)
@@ -151,7 +202,7 @@ def _rotary_arguments(hf_config: Any) -> list[str]:
         raise ValueError(f"rope_theta {base} is not a whole number, as Megatron's --rotary-base must be")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor {parameters['partial_rotary_factor']} is not supported, only 1.0")
-    arguments = ["--rotary-base", str(int(base))]
+    arguments: dict[str, Any] = {"rotary_base": int(base), "use_rope_scaling": kind == "llama3"}
     if kind == "default":
         return arguments
     if kind != "llama3":
@@ -161,7 +212,7 @@ def _rotary_arguments(hf_config: Any) -> list[str]:
             raise ValueError(
                 f"llama3 rope with {name} {parameters[name]} is not supported: Megatron fixes it at {fixed}"
             )
-    return [*arguments, "--use-rope-scaling", "--rope-scaling-factor", str(float(parameters["factor"]))]
+    return {**arguments, "rope_scaling_factor": float(parameters["factor"])}
 
 
 def _check_options(hf_config: Any) -> None:
@@ -171,3 +222,6 @@ def _check_options(hf_config: Any) -> None:
         actual = getattr(hf_config, name, value)
         if actual != value:
             raise ValueError(f"{name}={actual!r} in the HF config is not supported, only {value!r}")
+    shape = attention_shape(hf_config)
+    if shape.heads % shape.groups:
+        raise ValueError(f"num_key_value_heads {shape.groups} does not divide num_attention_heads {shape.heads}")

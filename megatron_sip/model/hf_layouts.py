@@ -62,6 +62,22 @@ def tensor_parallel_faults(attention: AttentionShape, ffn_size: int, tp_size: in
     return faults
 
 
+def is_shard_of(layout: Layout, shape: Sequence[int], whole: Sequence[Sequence[int]], tp_size: int) -> bool:
+    """Whether a parameter of `shape` is one of `tp_size` equal parts of HF tensors of the shapes `whole`.
+
+    A vocabulary's parts may together be larger: Megatron pads it.
+    """
+    first, *rest = shape
+    rows = sum(size[0] for size in whole)
+    if layout is Layout.REPLICATED:
+        return tuple(shape) == tuple(whole[0])
+    if layout is Layout.COLUMNS:
+        return (first, *(size * tp_size for size in rest)) == tuple(whole[0])
+    if layout is Layout.VOCABULARY:
+        return first * tp_size >= rows and tuple(rest) == tuple(whole[0][1:])
+    return first * tp_size == rows and tuple(rest) == tuple(whole[0][1:])
+
+
 def to_shard(
     layout: Layout,
     tensors: Sequence[Sliceable],

@@ -9,7 +9,6 @@ checkpoint converter and the weight sync of every training step.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +19,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig
 
 from megatron_sip.model.hf_families import (
     EMBEDDING,
@@ -30,25 +28,29 @@ from megatron_sip.model.hf_families import (
     attention_shape,
     megatron_arguments_from_hf,
     tensor_maps,
+    tensor_shape,
 )
-from megatron_sip.model.hf_layouts import Layout, from_shards, to_shard
+from megatron_sip.model.hf_files import checked_tensors, read_hf_config
+from megatron_sip.model.hf_layouts import Layout, from_shards, is_shard_of, to_shard
 
 __all__ = ["export_hf_weights", "load_hf_weights", "megatron_arguments_from_hf", "named_parameters"]
-
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 def named_parameters(model_chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
     """This rank's parameters by their name in the tables: global layer numbers, unfused norm names, no wrappers."""
-    parameters = {}
+    return {
+        _table_name(name, chunk): parameter
+        for chunk in _unwrapped(model_chunks)
+        for name, parameter in chunk.named_parameters()
+    }
+
+
+def _unwrapped(model_chunks: Sequence[torch.nn.Module]) -> Iterator[Any]:
     for wrapped in model_chunks:
         chunk: Any = wrapped
         while not hasattr(chunk, "decoder"):
             chunk = chunk.module
-        for name, parameter in chunk.named_parameters():
-            parameters[_table_name(name, chunk)] = parameter
-    return parameters
+        yield chunk
 
 
 def export_hf_weights(model_chunks: Sequence[torch.nn.Module], hf_config: Any) -> Iterator[tuple[str, Tensor | None]]:
@@ -62,9 +64,10 @@ def export_hf_weights(model_chunks: Sequence[torch.nn.Module], hf_config: Any) -
     Raises:
         ValueError: the model's parameters are not those of the config's architecture.
     """
+    _check_vocabulary(model_chunks, hf_config)
     parameters = named_parameters(model_chunks)
     maps = tensor_maps(hf_config)
-    owners = _owning_stages(set(parameters), maps)
+    owners = _owning_stages(parameters, hf_config)
     stages = parallel_state.get_pipeline_model_parallel_group()
     is_source = parallel_state.get_data_parallel_rank() == 0
     previous = owners[maps[0].megatron]
@@ -88,37 +91,61 @@ def load_hf_weights(model_chunks: Sequence[torch.nn.Module], hf_dir: Path | str)
     No communication. With an optimizer that is already built, call its `reload_model_params()` afterwards.
 
     Raises:
-        FileNotFoundError: the folder has no safetensors.
-        ValueError: tensors of the file and of the architecture differ (named), or a shape does not fit.
+        FileNotFoundError: the folder has no safetensors, or not all.
+        ValueError: files, config and model do not fit together (`checked_tensors`), or a value is not finite in the
+            model's precision (named).
     """
     hf_dir = Path(hf_dir)
-    hf_config = AutoConfig.from_pretrained(hf_dir)
-    files = _tensor_files(hf_dir)
-    maps = tensor_maps(hf_config)
-    _check_names(files, maps, hf_dir)
-    by_name = {entry.megatron: entry for entry in maps}
-    if hf_config.tie_word_embeddings:  # the last stage holds a copy of the embedding as its output layer
-        by_name[OUTPUT.megatron] = TensorMap(OUTPUT.megatron, EMBEDDING.hf, Layout.VOCABULARY)
-    tp_group = parallel_state.get_tensor_model_parallel_group()
+    hf_config = read_hf_config(hf_dir)
+    stored = checked_tensors(hf_dir, hf_config)
+    by_name = {entry.megatron: entry for entry in _with_tied_output(tensor_maps(hf_config))}
+    _check_vocabulary(model_chunks, hf_config)
+    parameters = named_parameters(model_chunks)
+    _check_model({name: tuple(parameter.shape) for name, parameter in parameters.items()}, hf_config)
+    rank = parallel_state.get_tensor_model_parallel_group().rank()
     with ExitStack() as stack:
-        opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(files.values())}
-        for name, parameter in named_parameters(model_chunks).items():
-            entry = by_name.get(name)
-            if entry is None:
-                raise ValueError(f"the model's parameter {name} has no counterpart in {hf_dir}: wrong model flags?")
-            shard = to_shard(
-                entry.layout,
-                [opened[files[hf_name]].get_slice(hf_name) for hf_name in entry.hf],
-                parameter.shape,
-                attention_shape(hf_config),
-                hf_config.vocab_size,
-                tp_group.rank(),
+        files = {tensor.file for tensor in stored.values()}
+        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
+        for name, parameter in parameters.items():
+            entry = by_name[name]
+            slices = [opened[stored[hf_name].file].get_slice(hf_name) for hf_name in entry.hf]
+            shape = attention_shape(hf_config)
+            parameter.copy_(to_shard(entry.layout, slices, parameter.shape, shape, hf_config.vocab_size, rank))
+            if not parameter.isfinite().all():
+                raise ValueError(f"{hf_dir}: {', '.join(entry.hf)} hold values that {parameter.dtype} cannot")
+
+
+def _with_tied_output(maps: Sequence[TensorMap]) -> list[TensorMap]:
+    """The entries of a model's parameters: a tied model's last stage holds a copy of the embedding as its output layer."""
+    untied = any(entry.megatron == OUTPUT.megatron for entry in maps)
+    return [*maps] if untied else [*maps, TensorMap(OUTPUT.megatron, EMBEDDING.hf, Layout.VOCABULARY)]
+
+
+def _check_vocabulary(model_chunks: Sequence[torch.nn.Module], hf_config: Any) -> None:
+    """Raise ValueError, on all ranks alike, for what the shapes of padded and shared tables do not show."""
+    for chunk in _unwrapped(model_chunks):
+        found = (chunk.unpadded_vocab_size, chunk.share_embeddings_and_output_weights)
+        expected = (hf_config.vocab_size, hf_config.tie_word_embeddings)
+        if found != expected:
+            raise ValueError(
+                f"the model has (vocab_size, tie_word_embeddings) {found}, the HF config {expected}: wrong model flags?"
             )
-            if shard.shape != parameter.shape:
-                raise ValueError(
-                    f"{', '.join(entry.hf)} give {list(shard.shape)}, the model's {name} is {list(parameter.shape)}"
-                )
-            parameter.copy_(shard)
+
+
+def _check_model(shapes: Mapping[str, tuple[int, ...]], hf_config: Any) -> None:
+    """Raise ValueError when a parameter (its shape on a rank) is not the config's: Megatron would cut or pad it."""
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    by_name = {entry.megatron: entry for entry in _with_tied_output(tensor_maps(hf_config))}
+    for name, shape in shapes.items():
+        entry = by_name.get(name)
+        if entry is None:
+            raise ValueError(f"the model's parameter {name} has no counterpart in the HF config: wrong model flags?")
+        whole = [tuple(tensor_shape(hf_name, hf_config).values()) for hf_name in entry.hf]
+        if not is_shard_of(entry.layout, shape, whole, tp_size):
+            raise ValueError(
+                f"the model's {name} is {list(shape)} on each of {tp_size} rank(s), {' and '.join(entry.hf)} of the HF "
+                f"config are {' and '.join(str(list(size)) for size in whole)}: wrong model flags?"
+            )
 
 
 def _table_name(name: str, chunk: Any) -> str:
@@ -131,23 +158,20 @@ def _table_name(name: str, chunk: Any) -> str:
     return f"{prefix}{number}.{TRANSFORMER_ENGINE_NAMES.get(rest, rest)}"
 
 
-def _owning_stages(local_names: set[str], maps: Sequence[TensorMap]) -> dict[str, int]:
-    """Pipeline rank of each Megatron parameter in the tables; ValueError if the model has others or lacks one."""
+def _owning_stages(parameters: Mapping[str, Tensor], hf_config: Any) -> dict[str, int]:
+    """Pipeline rank of each Megatron parameter in the tables; ValueError, on all ranks, if the model has others."""
     group = parallel_state.get_pipeline_model_parallel_group()
-    names_by_stage: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(names_by_stage, sorted(local_names), group=group)
+    shapes_by_stage: list[Any] = [None] * dist.get_world_size(group)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    dist.all_gather_object(shapes_by_stage, shapes, group=group)
     owners: dict[str, int] = {}
-    for stage, names in enumerate(names_by_stage):
-        for name in names:
+    for stage, found in enumerate(shapes_by_stage):
+        _check_model(found, hf_config)
+        for name in found:
             owners.setdefault(name, stage)
-    expected = {entry.megatron for entry in maps}
-    unexpected = set(owners) - expected - {OUTPUT.megatron}  # a tied model's last stage holds a copy of the embedding
-    missing = expected - set(owners)
-    if missing or unexpected:
-        raise ValueError(
-            "the model's parameters are not those of the HF config: "
-            f"missing {sorted(missing)[:5]}, unexpected {sorted(unexpected)[:5]}"
-        )
+    missing = {entry.megatron for entry in tensor_maps(hf_config)} - set(owners)
+    if missing:
+        raise ValueError(f"the model's parameters are not those of the HF config: missing {sorted(missing)[:5]}")
     return owners
 
 
@@ -159,29 +183,3 @@ def _gather_shards(entry: TensorMap, parameter: Tensor) -> list[Tensor] | None:
     shards = [torch.empty_like(parameter) for _ in range(group.size())] if group.rank() == 0 else None
     dist.gather(parameter.contiguous(), shards, group=group, group_dst=0)
     return shards
-
-
-def _tensor_files(hf_dir: Path) -> dict[str, Path]:
-    """The safetensors file of each tensor name."""
-    index = hf_dir / INDEX_FILE
-    if index.exists():
-        return {name: hf_dir / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    single = hf_dir / WEIGHTS_FILE
-    if not single.exists():
-        raise FileNotFoundError(
-            f"{hf_dir} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; save the model as safetensors"
-        )
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
-
-
-def _check_names(files: Mapping[str, Path], maps: Sequence[TensorMap], hf_dir: Path) -> None:
-    expected = {name for entry in maps for name in entry.hf}
-    tied = not any(entry.megatron == OUTPUT.megatron for entry in maps)
-    ignorable = {name for name in files if name.endswith("rotary_emb.inv_freq")} | (set(OUTPUT.hf) if tied else set())
-    missing, unexpected = expected - set(files), set(files) - expected - ignorable
-    if missing or unexpected:
-        raise ValueError(
-            f"{hf_dir}: the tensors are not those of its config: "
-            f"missing {sorted(missing)[:5]}, unexpected {sorted(unexpected)[:5]}"
-        )

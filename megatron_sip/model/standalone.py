@@ -23,9 +23,7 @@ def initialize_megatron_for(hf_config: Any, flags: Sequence[str] = ()) -> Any:
     Raises:
         ValueError: the architecture or its dtype is not supported.
     """
-    dtype = getattr(hf_config, "dtype", None) or torch.float32
-    if dtype not in PRECISION_FLAGS:
-        raise ValueError(f"dtype {dtype} in the HF config is not supported, only float32, bfloat16 and float16")
+    precision = PRECISION_FLAGS[precision_of(hf_config)]
     architecture = megatron_arguments_from_hf(hf_config)
     enable_cpu()
     from megatron.training.arguments import parse_and_validate_args
@@ -33,7 +31,7 @@ def initialize_megatron_for(hf_config: Any, flags: Sequence[str] = ()) -> Any:
 
     fixed = ["--micro-batch-size", "1", "--train-iters", "1", "--lr", "0", "--ckpt-format", "torch_dist"]
     fixed += ["--rerun-mode", "disabled"]  # it wants Megatron's own training loop
-    fixed += ["--seq-length", str(hf_config.max_position_embeddings), *PRECISION_FLAGS[dtype]]
+    fixed += ["--seq-length", str(hf_config.max_position_embeddings), *precision]
     command_line = sys.argv
     sys.argv = [sys.argv[0], *cpu_default_arguments(), *architecture, *fixed, *flags]
     try:
@@ -42,6 +40,14 @@ def initialize_megatron_for(hf_config: Any, flags: Sequence[str] = ()) -> Any:
         sys.argv = command_line  # Megatron reads no other source
     initialize_megatron(allow_no_cuda=True, store=rendezvous_store())
     return args
+
+
+def precision_of(hf_config: Any) -> torch.dtype:
+    """The config's dtype, float32 when it names none. Raises ValueError for one that Megatron does not train in."""
+    dtype = getattr(hf_config, "dtype", None) or torch.float32
+    if dtype not in PRECISION_FLAGS:
+        raise ValueError(f"dtype {dtype} in the HF config is not supported, only float32, bfloat16 and float16")
+    return dtype
 
 
 def build_policy() -> list[torch.nn.Module]:

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from megatron_sip.model.hf_folder import copy_hf_files
 from megatron_sip.rollout.engine_group import Backend, EngineGroup, NamedTensors, buckets, make_bucket
 from megatron_sip.rollout.http import call
 from megatron_sip.rollout.protocol import EngineError, WeightSyncError
@@ -410,9 +411,7 @@ class DiskWeightSync(WeightSync):
 
 def finish_folder(staged: Path, final: Path, template: Path, placed: Mapping[str, str]) -> None:
     """Make the staged safetensors files a complete Hugging Face checkpoint and move it to `final` in one step."""
-    for file in template.iterdir():
-        if file.is_file() and ".safetensors" not in file.name and file.suffix not in (".bin", ".pt", ".pth"):
-            shutil.copy2(file, staged)
+    copy_hf_files(template, staged)
     total = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
     index = {"metadata": {"total_size": total}, "weight_map": dict(placed)}
     (staged / "model.safetensors.index.json").write_text(json.dumps(index))

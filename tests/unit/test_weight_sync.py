@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from megatron_sip.rollout.weight_sync import (
     SyncRank,
     SyncSettings,
     WeightSyncError,
+    finish_folder,
 )
 
 QUICK = SyncSettings(timeout_s=3.0, control_timeout_s=1.0)
@@ -112,6 +114,17 @@ def test_disk_push_names_a_load_format(engines: list[FakeEngine], template: Path
     body = next(body for path, body in engine.calls if path == "/update_weights_from_disk")
     assert body["load_format"] == "auto"
     assert engine.version == "1"
+
+
+def test_a_pushed_folder_holds_no_index_of_the_template_s_weights(template: Path, tmp_path: Path) -> None:
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json", "pytorch_model.bin"):
+        (template / name).write_text("of the weights that training began with")
+    (tmp_path / "staged").mkdir()
+    finish_folder(tmp_path / "staged", tmp_path / "final", template, {"a": "model-stage0-00000.safetensors"})
+    found = {file.name for file in (tmp_path / "final").iterdir()}
+    assert not found & {"pytorch_model.bin.index.json", "pytorch_model.bin"}
+    assert "config.json" in found
+    assert json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())["weight_map"].keys() == {"a"}
 
 
 @pytest.mark.parametrize("kind", ["distributed", "disk"])
