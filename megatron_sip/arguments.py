@@ -13,7 +13,8 @@ from typing import NoReturn
 
 from megatron_sip.argument_checks import ArgumentError, check_required, explained, validate
 from megatron_sip.judge_arguments import add_judge_flags, add_teacher_flags
-from megatron_sip.model.hf_folder import HF_SUBFOLDER
+from megatron_sip.model.converted import converted_checkpoint, is_hf_folder
+from megatron_sip.model.hf_folder import HF_SUBFOLDER, refuse_pointers
 from megatron_sip.presets import expand_presets
 from megatron_sip.samples import CANDIDATE_KINDS
 from megatron_sip.wandb_run import continue_wandb_run
@@ -72,7 +73,7 @@ def _add_task_flags(group: argparse._ArgumentGroup) -> None:
         "--hf-config",
         metavar="DIR",
         help="HF folder with config.json and tokenizer of the policy: gives the architecture flags and the tokenizer, and "
-        "is what the engines serve. Default: the folder hf/ inside --pretrained-checkpoint, which the converter writes.",
+        "is what the engines serve. Default: --pretrained-checkpoint, or the folder hf/ inside, which the converter writes.",
     )
     group.add_argument(
         "--suffix-length", type=int, default=128, metavar="N", help="Tokens of a suffix, a rewrite and a rollout."
@@ -297,7 +298,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         validate_args(args)
         check_arguments(args)
     validate(args)
+    require_model_of_config(args)
     if not args.dry_run:
+        args.pretrained_checkpoint = checkpoint_to_start_from(args.pretrained_checkpoint)
         if args.wandb_project and args.rank == args.world_size - 1:
             keep_wandb_offline_without_login()
             with explained("--run-dir"):
@@ -324,17 +327,18 @@ def keep_wandb_offline_without_login() -> None:
 
 def _implied_by_model(given: Sequence[str]) -> list[str]:
     """Architecture and tokenizer flags of the policy's HF config, plus the settings every run of ours shares."""
-    from transformers import AutoConfig
-
     from megatron_sip.model.hf_families import megatron_arguments_from_hf
+    from megatron_sip.model.hf_files import read_hf_config
 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--hf-config")
     early.add_argument("--pretrained-checkpoint")
     known, _ = early.parse_known_args(given)
     folder = find_hf_config(known.hf_config, known.pretrained_checkpoint)
+    with explained("the model's folder"):
+        hf_config = read_hf_config(folder)
     with explained(f"{folder}/config.json"):
-        architecture = megatron_arguments_from_hf(AutoConfig.from_pretrained(folder))
+        architecture = megatron_arguments_from_hf(hf_config)
     return [
         *architecture,
         *("--hf-config", str(folder)),
@@ -361,10 +365,44 @@ def find_hf_config(hf_config: str | None, pretrained_checkpoint: str | None) -> 
         folder = Path(hf_config)
         hint = "--hf-config must name a folder with config.json and the tokenizer"
     elif pretrained_checkpoint is not None:
-        folder = Path(pretrained_checkpoint) / HF_SUBFOLDER
+        folder = Path(pretrained_checkpoint)
+        if not is_hf_folder(folder):
+            folder /= HF_SUBFOLDER
         hint = "convert the model with tools/convert_checkpoint.py hf-to-megatron, or give --hf-config"
     else:
         raise ArgumentError("--pretrained-checkpoint (continue) or --hf-config (from scratch) is required")
     if not (folder / "config.json").is_file():
         raise ArgumentError(f"{folder}/config.json does not exist: {hint}")
+    with explained("the model's folder"):
+        refuse_pointers(folder)
     return folder
+
+
+def require_model_of_config(args: argparse.Namespace) -> None:
+    """Refuse architecture flags that differ from the HF config, which engines and exported models go by.
+
+    Raises:
+        ArgumentError: names each flag with both values.
+    """
+    from megatron_sip.model.checkpoint_model import differing
+    from megatron_sip.model.hf_families import architecture
+    from megatron_sip.model.hf_files import read_hf_config
+
+    differences = differing(args, architecture(read_hf_config(Path(args.hf_config))))
+    if differences:
+        raise ArgumentError(
+            f"{args.hf_config}/config.json is of another model than the flags ({', '.join(differences)}): the engines serve "
+            "what it says; change it there, or remove the flags"
+        )
+
+
+def checkpoint_to_start_from(given: str | None) -> str | None:
+    """--pretrained-checkpoint as Megatron can load it: a Hugging Face folder is converted, once.
+
+    Raises:
+        ArgumentError: the folder cannot be converted.
+    """
+    if given is None or not is_hf_folder(Path(given)):
+        return given
+    with explained(f"--pretrained-checkpoint {given}"):
+        return str(converted_checkpoint(Path(given)))

@@ -32,7 +32,11 @@ MEGATRON_FLAGS: dict[str, dict[str, Any]] = {
     },
     "--split": {"metavar": "N,N,N", "help": "Shares of documents for train, valid, test; 969,30,1 unless given."},
     "--save": {"metavar": "DIR", "help": "Folder of the run's checkpoints; a run there is continued."},
-    "--pretrained-checkpoint": {"metavar": "DIR", "help": "The policy's initial weights. Without: random weights."},
+    "--pretrained-checkpoint": {
+        "metavar": "DIR",
+        "help": "The policy's initial weights: a converted checkpoint, or an HF folder, which is then converted once and kept "
+        "in ~/.cache/megatron_sip/checkpoints. Without: random weights.",
+    },
     "--seq-length": {"type": int, "metavar": "TOKENS", "help": "The most tokens of a prefix and its suffix together."},
     "--global-batch-size": {"type": int, "metavar": "N", "help": "Prompts a step."},
     "--train-iters": {"type": int, "metavar": "STEPS", "help": "Steps."},

@@ -10,7 +10,6 @@ and SIGTERM reach the trainer, which saves its last step. For several nodes see 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
 import shutil
@@ -20,11 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sip.argument_checks import ArgumentError, needs_engines, needs_teacher
+from megatron_sip.argument_checks import ArgumentError, explained, needs_engines, needs_teacher
 from megatron_sip.console import log_tail, say
 from megatron_sip.early_arguments import check_flags, words_by_flag
 from megatron_sip.learning.checkpoint_folder import TRACKER
 from megatron_sip.local_ranks import LocalRanks
+from megatron_sip.model.converted import converted_checkpoint
 from megatron_sip.model.hf_folder import HF_SUBFOLDER
 from megatron_sip.node_layout import Demand, Layout, LayoutError, plan_layout
 from megatron_sip.presets import FLAG as PRESET_FLAG
@@ -33,7 +33,6 @@ from megatron_sip.presets import expand_presets
 PROGRAM = "megatron-sip"
 USAGE = f"usage: {PROGRAM} HF_DIR 'my/*.jsonl' --teacher HF_DIR2 [--preset NAME] [--run-dir DIR] [flags of the trainer]"
 DEFAULT_PRESET = "continual"
-CHECKPOINTS = Path.home() / ".cache" / "megatron_sip" / "checkpoints"
 GPU_MEMORY = (
     "import json, torch; n = torch.cuda.device_count() if torch.cuda.is_available() else 0; "
     "print(json.dumps([torch.cuda.get_device_properties(i).total_memory for i in range(n)]))"
@@ -69,7 +68,8 @@ def main() -> None:
         sys.exit(LocalRanks([*trainer, *request.flags, *model]).wait())
     layout, on_gpus = lay_out(request, flags)
     say(f"layout: {layout}" + ("" if on_gpus else ", on the CPU"))
-    checkpoint = ["--pretrained-checkpoint", str(converted(request.model))]
+    with explained(str(request.model)):
+        checkpoint = ["--pretrained-checkpoint", str(converted_checkpoint(request.model))]
     given = [*request.flags, *layout_flags(layout, request.flags), *checkpoint]
     environment = GPU_ENVIRONMENT if on_gpus else CPU_ENVIRONMENT
     command = [*trainer, *given, "--started-as", shlex.join([PROGRAM, *request.words])]
@@ -148,20 +148,6 @@ def lay_out(request: Request, flags: argparse.Namespace) -> tuple[Layout, bool]:
 def weight_bytes(folder: Path) -> int:
     """The size of an HF folder's weights."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def converted(model: Path) -> Path:
-    """The Megatron checkpoint of an HF folder, from the cache or converted now. Exits with the converter's status."""
-    weights = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(model.glob("*.safetensors"))
-    ]
-    identity = hashlib.sha256(repr((str(model.resolve()), weights)).encode()).hexdigest()[:12]
-    checkpoint = CHECKPOINTS / f"{model.resolve().name}-{identity}"
-    if not (checkpoint / TRACKER).is_file():
-        say(f"converting {model} into {checkpoint}")
-        shutil.rmtree(checkpoint, ignore_errors=True)  # what a conversion that was stopped has left
-        run_converter("hf-to-megatron", model, checkpoint)
-    return checkpoint
 
 
 def export(run_dir: Path) -> None:

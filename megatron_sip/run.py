@@ -37,7 +37,9 @@ from megatron_sip.learning.metrics import Metrics, MetricsWriter, flatten
 from megatron_sip.learning.reference import Reference, ReferenceStore, build_reference
 from megatron_sip.learning.resume import require_resumable, saved_arguments, what_is_new
 from megatron_sip.learning.trainer import PolicyTrainer
-from megatron_sip.model.hf_folder import HF_SUBFOLDER, copy_hf_files
+from megatron_sip.model.checkpoint_model import require_same_model
+from megatron_sip.model.hf_families import architecture
+from megatron_sip.model.hf_folder import HF_SUBFOLDER, copy_hf_files, renew_hf_files
 from megatron_sip.model.hf_weights import export_hf_weights
 from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
 from megatron_sip.samples import Task
@@ -157,6 +159,7 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
         DataError, SettingsError, ServerStartError, EngineError: what the user can mend, before any training.
     """
     exchange = LeaderExchange(timeout_seconds=EXCHANGE_SECONDS)
+    open_run_folder(args, exchange)
     tokenizer = AutoTokenizer.from_pretrained(args.hf_config)
     named = bool(args.rollout_url or args.teacher_url)  # a wrong URL must not show only after hours of tokenising
     if named and args.rank == 0 and (args.rollout_local or args.teacher_model):
@@ -193,6 +196,29 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
         run.comparison.check_initial()
     exchange.barrier()
     return run
+
+
+def open_run_folder(args: argparse.Namespace, exchange: LeaderExchange) -> None:
+    """Mend the checkpoint folder after a kill and refuse weights that cannot be loaded, before anything costs time.
+
+    Raises:
+        DataError: a checkpoint is not whole, or the one that the run starts from is of another model than --hf-config.
+    """
+    save, hf_dir = Path(args.save), Path(args.hf_config)
+    if args.rank == 0:
+        for line in mend_checkpoint_folder(save, last_whole=args.load_last_whole):
+            say(f"checkpoint: {line}")
+    exchange.barrier()
+    require_whole_checkpoint(save, exchange, args.rank, last_whole=args.load_last_whole)
+    resumes = (save / TRACKER).exists()
+    if args.pretrained_checkpoint and not resumes:
+        require_whole_weights(Path(args.pretrained_checkpoint), exchange, args.rank)
+    start = save if resumes else args.pretrained_checkpoint
+    if start is not None:
+        wanted = architecture(AutoConfig.from_pretrained(hf_dir))
+        require_same_model(Path(start), wanted, f"{hf_dir}/config.json")
+    if args.rank == 0:  # so that checkpoints convert back on their own
+        (copy_hf_files if resumes else renew_hf_files)(hf_dir, save / HF_SUBFOLDER)
 
 
 def open_tasks(
@@ -281,14 +307,6 @@ def load_policy(
 ) -> tuple[PolicyTrainer, Reference | None, ReferenceStore]:
     """The policy at its last checkpoint (or its initial weights), and the reference that goes with it."""
     save = Path(args.save)
-    if args.rank == 0:
-        copy_hf_files(Path(args.hf_config), save / HF_SUBFOLDER)  # so that checkpoints convert back on their own
-        for line in mend_checkpoint_folder(save, last_whole=args.load_last_whole):
-            say(f"checkpoint: {line}")
-    exchange.barrier()
-    require_whole_checkpoint(save, exchange, args.rank, last_whole=args.load_last_whole)
-    if args.pretrained_checkpoint and not (save / TRACKER).exists():
-        require_whole_weights(Path(args.pretrained_checkpoint), exchange, args.rank)
     args.task_fingerprint = exchange.share(tasks.fingerprint() if tasks is not None else None)[0]
     saved = saved_arguments(save)
     if saved is not None:

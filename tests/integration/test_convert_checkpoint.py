@@ -2,15 +2,20 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from convert_checkpoint import shards_of
 from safetensors.torch import load_file
+from training import train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
+
+from megatron_sip.model.convert import shards_of
+from megatron_sip.model.converted import converted_checkpoint
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -75,6 +80,75 @@ def test_split_over_tensor_and_pipeline_ranks(tiny_llama_dir: Path, tmp_path: Pa
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     assert index["weight_map"]["model.embed_tokens.weight"] == "model-00001-of-00002.safetensors"
     assert index["weight_map"]["lm_head.weight"] == "model-00002-of-00002.safetensors"
+
+
+def test_a_run_starts_from_a_hugging_face_folder(
+    tiny_llama_dir: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step at learning rate 0 leaves its weights as they were; whoever asks for the checkpoint later finds it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = ("--pretrained-checkpoint", str(tiny_llama_dir), "--data-path", str(corpus))
+    shown = train(tmp_path / "run", *model, "--objective", "sft", "--train-iters", "1", "--lr", "0")
+    cache = tmp_path / ".cache" / "megatron_sip" / "checkpoints"
+    entry = converted_checkpoint(tiny_llama_dir, cache)
+    assert [path for path in cache.iterdir() if path.suffix != ".lock"] == [entry]
+    assert f"converting {tiny_llama_dir} into {entry}" in shown
+    succeed("megatron-to-hf", "--load", tmp_path / "run", "--save", tmp_path / "hf")
+    assert_same_model(tiny_llama_dir, tmp_path / "hf")
+
+
+def edited(folder: Path, target: Path, **fields: object) -> Path:
+    """A copy of an HF folder whose config says something else."""
+    shutil.copytree(folder, target)
+    config = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | fields))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"vocab_size": 49144}, r"model.embed_tokens.weight is \[49152, 64\], .* \[49144, 64\] \(vocab_size = 49144\)"),
+        ({"intermediate_size": 96}, r"gate_proj.weight is \[128, 64\], .* \[96, 64\] \(intermediate_size = 96\)"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_neither_cut_nor_padded(
+    tiny_llama_dir: Path, tmp_path: Path, fields: dict[str, object], named: str
+) -> None:
+    folder = edited(tiny_llama_dir, tmp_path / "edited", **fields)
+    done = convert("hf-to-megatron", "--load", folder, "--save", tmp_path / "new")
+    assert done.returncode == 1
+    assert re.search(named, done.stdout.splitlines()[-1])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_that_is_not_the_config_s_is_neither_cut_nor_padded(
+    smollm2_checkpoint: Path, smollm2_dir: Path, tmp_path: Path
+) -> None:
+    """Megatron would load what there is of a vocabulary of another size, and fill the rest."""
+    folder = edited(smollm2_dir, tmp_path / "edited", vocab_size=49280)
+    done = convert("megatron-to-hf", "--load", smollm2_checkpoint, "--save", tmp_path / "new", "--hf-dir", folder)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        f"convert_checkpoint: {smollm2_checkpoint} holds another model than {folder}/config.json: "
+        "--vocab-size 49152 there, 49280 here"
+    ]
+    assert not (tmp_path / "new").exists()
+
+
+def test_rounding_is_told_in_both_directions(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_llama_dir, tmp_path / "edited", dtype="bfloat16")
+    done = convert("hf-to-megatron", "--load", folder, "--save", tmp_path / "narrow")
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        "convert_checkpoint: rounds 21 tensors from torch.float32 to torch.bfloat16, the dtype in config.json: to keep every "
+        "bit, change it there",
+        f"convert_checkpoint: wrote {tmp_path / 'narrow'}",
+    ]
+    wide = edited(tiny_llama_dir, tmp_path / "wide", dtype="float16")
+    done = convert("megatron-to-hf", "--load", tmp_path / "narrow", "--save", tmp_path / "new", "--hf-dir", wide)
+    assert done.returncode == 0
+    assert "rounds the checkpoint's torch.bfloat16 to torch.float16" in done.stdout.splitlines()[0]
 
 
 def test_shards_are_cut_at_the_size_limit() -> None:

@@ -100,6 +100,20 @@ def test_before_the_first_step_a_run_shows_fewer_than_20_lines_of_its_own(uninte
     assert re.search(r"\d+ s left$", shown[first + 1])
 
 
+def test_another_model_in_the_run_folder_is_refused_at_once(
+    uninterrupted: Path, flags: tuple[str, ...], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama_dir, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 96, "vocab_size": 49280}))
+    shown = screen(uninterrupted)
+    refused(uninterrupted, *flags, "--hf-config", str(other), "--train-iters", "7")
+    last = screen(uninterrupted).removeprefix(shown).splitlines()[-1]
+    assert f"{uninterrupted} holds another model than {other}/config.json: " in last
+    assert "--ffn-hidden-size 128 there, 96 here, --vocab-size 49152 there, 49280 here" in last
+
+
 def kill_before_and_while_saving(run: Path, *flags: str) -> None:
     """kill -9 after step 1, before the first checkpoint, and while step 4 is saved; again if a kill came too late."""
     for _ in range(3):

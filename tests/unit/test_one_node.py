@@ -93,24 +93,6 @@ def test_help_and_mistakes_come_at_once_without_torch(model: Path) -> None:
     assert done.stdout == "False\n"
 
 
-def test_conversion_is_cached_by_the_weights(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-
-    def convert(direction: str, load: Path, save: Path) -> None:
-        calls.append(direction)
-        save.mkdir(parents=True)
-        (save / one_node.TRACKER).write_text("release")
-
-    monkeypatch.setattr(one_node, "CHECKPOINTS", tmp_path / "cache")
-    monkeypatch.setattr(one_node, "run_converter", convert)
-    first = one_node.converted(model)
-    assert one_node.converted(model) == first
-    assert calls == ["hf-to-megatron"]
-    (model / "model.safetensors").write_bytes(b"y" * 2000)
-    assert one_node.converted(model) != first
-    assert one_node.weight_bytes(model) == 2000
-
-
 def test_the_trained_model_is_exported_once_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Path] = []
 

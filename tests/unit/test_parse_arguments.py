@@ -158,6 +158,49 @@ def test_an_architecture_that_is_not_supported(parse: Parse, model: Path) -> Non
         parse()
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--vocab-size", "330"), ("--ffn-hidden-size", "96"), ("--rotary-base", "7")]
+)
+def test_a_flag_that_makes_another_model_than_the_config_is_refused(parse: Parse, flag: str, value: str) -> None:
+    """The engines serve the config's model, and exports are cut to its sizes."""
+    with pytest.raises(
+        ArgumentError, match=rf"hf/config.json is of another model than the flags \({flag} {value} there"
+    ):
+        parse(flag, value)
+
+
+def test_a_pointer_in_place_of_the_tokenizer(parse: Parse, model: Path) -> None:
+    (model / "hf" / "tokenizer.json").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2\n"
+    )
+    with pytest.raises(ArgumentError, match=r"tokenizer.json is a git-LFS pointer"):
+        parse()
+
+
+def test_a_hugging_face_folder_as_the_pretrained_checkpoint(
+    parse: Parse, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(
+        "megatron_sip.arguments.converted_checkpoint", lambda folder: asked.append(folder) or tmp_path / "converted"
+    )
+    given = ("--pretrained-checkpoint", str(model / "hf"))
+    args = parse(*given)
+    assert (args.pretrained_checkpoint, args.hf_config) == (str(tmp_path / "converted"), str(model / "hf"))
+    assert asked == [model / "hf"]
+
+
+def test_a_dry_run_converts_nothing(parse: Parse, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sip.arguments.converted_checkpoint", lambda _: pytest.fail("it converted"))
+    assert parse("--dry-run", "--pretrained-checkpoint", str(model / "hf")).hf_config == str(model / "hf")
+
+
+def test_a_folder_that_cannot_be_converted_is_told_in_a_line(parse: Parse, model: Path) -> None:
+    """Before a process is started for it: the config and no weights."""
+    with pytest.raises(ArgumentError, match=r"--pretrained-checkpoint .*hf: .*holds neither model.safetensors"):
+        parse("--pretrained-checkpoint", str(model / "hf"))
+
+
 @pytest.mark.parametrize("content", ['{"model_type": "lla', "{}", '{"model_type": "made_up"}'])
 def test_a_broken_config(parse: Parse, model: Path, content: str) -> None:
     (model / "hf" / "config.json").write_text(content)

@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 from test_run_steps import FakeExchange
 from tiny_tokenizer import byte_level_tokenizer
+from transformers import LlamaConfig
 
 from megatron_sip.arguments import add_arguments
 from megatron_sip.data.errors import DataError
 from megatron_sip.judge.cache import AnswerCache, CacheError
-from megatron_sip.model.hf_folder import copy_hf_files
+from megatron_sip.learning.checkpoint_folder import TRACKER
+from megatron_sip.model.hf_families import architecture
+from megatron_sip.model.hf_folder import copy_hf_files, renew_hf_files
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.train import USER_ERRORS
 
@@ -27,6 +30,7 @@ enable_cpu()  # before anything imports Megatron
 from megatron_sip import run as run_module  # noqa: E402
 from megatron_sip import services  # noqa: E402
 from megatron_sip.learning.reference import ReferenceStore  # noqa: E402
+from megatron_sip.model import checkpoint_model  # noqa: E402
 
 
 class EndOfTestError(Exception):
@@ -47,6 +51,7 @@ def set_up(monkeypatch: pytest.MonkeyPatch, **servers: Any) -> list[str]:
     monkeypatch.setattr(run_module, "get_write_results_queue", lambda: None)
     monkeypatch.setattr(run_module, "LeaderExchange", lambda timeout_seconds: FakeExchange())
     monkeypatch.setattr(run_module, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda _: None))
+    monkeypatch.setattr(run_module, "open_run_folder", opens("check weights"))
     monkeypatch.setattr(run_module, "open_leader", opens("connect"))
     monkeypatch.setattr(run_module, "open_tasks", opens("tokenise", (None, None)))
     monkeypatch.setattr(run_module, "start_local_servers", opens("start servers"))
@@ -61,7 +66,13 @@ def set_up(monkeypatch: pytest.MonkeyPatch, **servers: Any) -> list[str]:
 
 
 def test_a_url_is_checked_before_anything_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set_up(monkeypatch, rollout_url=["http://e"]) == ["start servers", "connect", "tokenise", "load"]
+    assert set_up(monkeypatch, rollout_url=["http://e"]) == [
+        "check weights",
+        "start servers",
+        "connect",
+        "tokenise",
+        "load",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +81,7 @@ def test_a_url_is_checked_before_anything_is_tokenised(monkeypatch: pytest.Monke
 def test_a_url_is_asked_before_a_server_of_this_node_is_started(
     monkeypatch: pytest.MonkeyPatch, servers: dict[str, Any]
 ) -> None:
-    assert set_up(monkeypatch, **servers) == ["ask", "start servers", "connect", "tokenise", "load"]
+    assert set_up(monkeypatch, **servers) == ["check weights", "ask", "start servers", "connect", "tokenise", "load"]
 
 
 @pytest.mark.parametrize("flag", ["--rollout-url", "--teacher-url"])
@@ -96,7 +107,7 @@ def test_where_the_weights_come_from_is_said() -> None:
 
 def test_servers_of_this_node_start_after_tokenising_while_the_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = set_up(monkeypatch, rollout_local=1, teacher_model="judge")
-    assert calls == ["tokenise", "start servers", "load", "connect"]
+    assert calls == ["check weights", "tokenise", "start servers", "load", "connect"]
 
 
 def test_a_reference_that_was_never_saved_is_explained(tmp_path: Path) -> None:
@@ -161,6 +172,51 @@ def test_rows_are_padded_with_an_id_that_every_embedding_has(tmp_path: Path, mon
     with pytest.raises(EndOfTestError):
         run_module.load_policy(args, FakeExchange(), None)  # type: ignore[arg-type]
     assert given == {"pad_id": 0}
+
+
+def test_files_of_a_run_that_never_saved_are_not_those_of_the_next_model(tmp_path: Path) -> None:
+    """The folder hf/ is what checkpoints are exported with."""
+    source, target = tmp_path / "model", tmp_path / "run" / "hf"
+    source.mkdir()
+    target.mkdir(parents=True)
+    (source / "config.json").write_text("this")
+    for name in ("config.json", "tokenizer.model"):
+        (target / name).write_text("another model's")
+    renew_hf_files(source, target)
+    assert {file.name: file.read_text() for file in target.iterdir()} == {"config.json": "this"}
+    renew_hf_files(target, target)
+    assert (target / "config.json").read_text() == "this"
+    (target / "model.safetensors").write_text("somebody's only copy")
+    (target / "tokenizer.json").write_text("and its tokenizer")
+    renew_hf_files(source, target)
+    assert {file.name for file in target.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_weights_of_another_model_are_refused_before_anything_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumes: bool
+) -> None:
+    hf_dir, save, pretrained = tmp_path / "hf", tmp_path / "run", tmp_path / "pretrained"
+    LlamaConfig(vocab_size=512).save_pretrained(hf_dir)
+    save.mkdir()
+    if resumes:
+        (save / TRACKER).write_text("20")
+    saved = argparse.Namespace(**(architecture(LlamaConfig(vocab_size=520)) | {"layernorm_epsilon": 1e-6}))
+    asked: list[Path] = []
+    monkeypatch.setattr(checkpoint_model, "saved_arguments", lambda folder: asked.append(folder) or saved)
+    for check in ("mend_checkpoint_folder", "require_whole_checkpoint", "require_whole_weights"):
+        monkeypatch.setattr(run_module, check, lambda *_, **__: [])
+    args = argparse.Namespace(
+        **{"save": str(save), "hf_config": str(hf_dir), "pretrained_checkpoint": str(pretrained)},
+        **{"rank": 0, "load_last_whole": False},
+    )
+    with pytest.raises(
+        DataError, match=r"another model than .*hf/config.json: --vocab-size 520 there, 512 here"
+    ) as error:
+        run_module.open_run_folder(args, FakeExchange())  # type: ignore[arg-type]
+    assert isinstance(error.value, USER_ERRORS)
+    assert asked == [save if resumes else pretrained]
+    assert not (save / "hf").exists()  # which would say that the checkpoints are of this model
 
 
 def test_config_and_tokenizer_are_copied_once_and_weights_are_not(tmp_path: Path) -> None:
