@@ -158,6 +158,20 @@ def test_other_data_than_the_checkpoint_s_is_refused(
     assert "was trained on other data or cuts" in told
 
 
+def test_a_run_continues_with_another_learning_rate_and_more_steps(
+    flags: tuple[str, ...], two_steps: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "continued"
+    shutil.copytree(two_steps, run)
+    new = ("--lr", "5e-4", "--min-lr", "1e-4", "--lr-decay-style", "linear", "--train-iters", "4", "--adam-eps", "1e-6")
+    output = train(run, *flags, *new)
+    assert "from step 3 on with --lr 0.0005 (was 0.001), --min-lr 0.0001 (was 0.0), --lr-decay-style linear" in output
+    assert "--train-iters 4 (was 2), --adam-eps 1e-06 (was 1e-08)" in output
+    assert lines(run)[:2] == lines(two_steps)
+    rates = [record["learning_rate"] for record in steps(run)]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-4 + 4e-4 * 2 / 4, 1e-4 + 4e-4 / 4])
+
+
 def test_recorded_groups_train_the_same_without_any_server(
     flags: tuple[str, ...], uninterrupted: Path, two_steps: Path, tmp_path: Path
 ) -> None:

@@ -105,6 +105,18 @@ def test_the_help_of_megatron_s_flags_can_be_formatted_and_holds_none_of_ours() 
     assert "--num-rollouts" not in text
 
 
+def test_flags_win_over_a_checkpoint_s_schedule_and_warm_up_begins_above_zero(parse: Parse) -> None:
+    args = parse("--lr-warmup-iters", "2")
+    assert args.override_opt_param_scheduler
+    assert args.lr_warmup_init == pytest.approx(1e-3 / 2)
+
+
+@pytest.mark.parametrize(("flags", "scale"), [((), 2**12), (("--initial-loss-scale", "64"), 64)])
+def test_float16_begins_at_a_loss_scale_near_the_one_it_needs(parse: Parse, flags: tuple[str, ...], scale: int) -> None:
+    args = parse("--fp16", *flags)
+    assert (args.initial_loss_scale, args.hysteresis) == (scale, 1)
+
+
 @pytest.mark.parametrize("flag", ["--data-path", "--seq-length", "--train-iters", "--lr", "--save"])
 def test_a_required_flag_is_named(parse: Parse, flag: str) -> None:
     with pytest.raises(ArgumentError, match=f"^{flag} is required"):
@@ -123,6 +135,8 @@ def test_a_required_flag_is_named(parse: Parse, flag: str) -> None:
         (("--split", "1/0,1"), "--split '1/0,1'"),
         (("--finetune",), "--finetune"),
         (("--ckpt-step", "2"), "--ckpt-step"),
+        (("--use-checkpoint-opt-param-scheduler",), "--use-checkpoint-opt-param-scheduler: a run that continues takes"),
+        (("--lr-warmup-iters", "2", "--lr-decay-iters", "2"), "--lr-warmup-iters 2 must be below --lr-decay-iters 2"),
         (("--eval-interval", "10"), "--win-rate-prompts"),
         (("--eval-iters", "10"), "--win-rate-prompts"),
         (("--yaml-cfg", __file__), "--yaml-cfg: flags come from the command line"),
