@@ -316,7 +316,7 @@ PLOTS = (
     Plot(
         "engine_difference",
         "Engine against trainer",
-        "Difference between the log-probs that SGLang reported for sampled tokens and Megatron's for the same tokens. A jump "
+        "Difference between SGLang's log-probs and Megatron's of the tokens of those rollouts that are trained on. A jump "
         "means that the engines do not hold the trainer's weights.",
         (("engine_logprob_abs_diff",),),
         _engine_difference,

@@ -41,6 +41,13 @@ def cases(folder: Path) -> list[dict[str, Any]]:
         saved = str(folder / f"run_{kind}")
         found += [
             {"name": f"faulty {kind}", "dtype": "bfloat16", "flags": [*constant, *flags], "faults": FAULTS},
+            {
+                "name": f"megatron {kind}",
+                "dtype": "bfloat16",
+                "flags": [*constant, *flags],
+                "faults": [None],
+                "megatron": 1,
+            },
             {"name": f"before {kind}", "flags": [*BEFORE, *flags, "--save", saved], "faults": [None, None]},
             {"name": f"after {kind}", "flags": [*AFTER, *flags, "--load", saved], "faults": [None]},
         ]
@@ -86,6 +93,13 @@ def test_a_step_without_finite_gradient_changes_nothing_and_the_next_one_goes_on
         assert steps[3]["metrics"]["loss"] > 0
         assert "grad_norm" not in steps[3]["metrics"]
         assert steps[4]["metrics"]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_is_megatron_s_own_bit_for_bit(results: Any, kind: str) -> None:
+    for ours, megatrons in zip(results[0][f"faulty {kind}"], results[0][f"megatron {kind}"], strict=True):
+        assert [step["state"] for step in ours[:2]] == [step["state"] for step in megatrons]
+        assert ours[1]["metrics"]["grad_norm"] == megatrons[1]["metrics"]["grad_norm"] > 1.0  # it is clipped
 
 
 def test_a_skipped_step_is_told_with_its_tasks(results: Any) -> None:

@@ -4,7 +4,8 @@
 
 CASES.json is a list of cases: {"name", "dtype", "flags", "faults"}. Each builds policy and optimizer as a run does (its flags
 may load a checkpoint), trains one step for each of "faults" (null: none, "loss" or "gradient": that of the row with task 1 is
-not a number), saves a checkpoint where --save says, and writes what each step was like to RESULTS_DIR/NAME.RANK.json.
+not a number), saves a checkpoint where --save says, and writes what each step was like to RESULTS_DIR/NAME.RANK.json. In a
+case with "megatron" the optimizer makes its own step, whatever loss and gradient are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from parity_worker import forget_megatron
 from transformers import AutoConfig
 
 from megatron_sip.learning.metrics import flatten
+from megatron_sip.learning.non_finite import Attempt
 from megatron_sip.learning.objectives import LossTerms, ObjectiveSettings, row_loss
 from megatron_sip.model.standalone import initialize_megatron_for
 from megatron_sip.platform.megatron_cpu import enable_cpu
@@ -80,7 +82,9 @@ def run_case(case: dict[str, Any], hf_dir: str) -> list[dict[str, Any]]:
     if args.iteration == 0:
         load_hf_weights(trainer.model, hf_dir)
         trainer.optimizer.reload_model_params()
-    steps = [{"state": digest(trainer)}]
+    if case.get("megatron"):
+        trainer._try_step = lambda loss: Attempt(None, float(trainer.optimizer.step()[1]), 1.0, 1.0)  # type: ignore[method-assign]
+    steps: list[dict[str, Any]] = [{"state": digest(trainer)}]
     for fault in case["faults"]:
         loss.fault = fault
         metrics = flatten(trainer.train_step(EXAMPLES, None))
