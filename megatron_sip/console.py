@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Buffer, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TextIO
@@ -49,6 +50,22 @@ def say(text: str) -> None:
 def error_descriptor() -> int:
     """Where a signal handler may write to be seen."""
     return 2 if _screen is None else _screen.errors.fileno()
+
+
+class _Lenient(io.FileIO):
+    """Loses what a full disk does not take: no library expects print to fail."""
+
+    def write(self, data: Buffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def _logging_stream(descriptor: int) -> TextIO:
+    """A text stream to a descriptor, written line by line: in order with what C++ and child processes write."""
+    raw = io.BufferedWriter(_Lenient(descriptor, "wb", closefd=False))
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 class _ShowWarnings(logging.Handler):
@@ -92,7 +109,8 @@ def quiet(log: Path | None, *, announce: bool = True) -> Iterator[None]:
         start = file.seek(0, os.SEEK_END)
         previous, _screen = _screen, screen
         _point(file.fileno(), file.fileno())
-        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # in order with what others write
+        stack.enter_context(contextlib.redirect_stdout(_logging_stream(1)))
+        stack.enter_context(contextlib.redirect_stderr(_logging_stream(2)))
         faulthandler.enable(screen.errors)
         warnings = _ShowWarnings(logging.WARNING)
         logging.getLogger(PACKAGE).addHandler(warnings)

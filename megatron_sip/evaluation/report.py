@@ -230,9 +230,9 @@ def _training_samples(samples: Sequence[Mapping[str, Any]]) -> str:
 
 def _training_sample(sample: Mapping[str, Any]) -> str:
     columns = "".join(
-        f"<div><h4>{_inline(str(made['kind']))}"
-        f"<span>{_score(made['score'])}{', ' + _inline(str(made['role'])) if made['role'] else ''}</span></h4>"
-        f"{_block(str(made['text']))}</div>"
+        f"<div><h4>{_inline(str(made.get('kind')))}"
+        f"<span>{_score(made.get('score'))}{', ' + _inline(str(made['role'])) if made.get('role') else ''}</span></h4>"
+        f"{_block(str(made.get('text', '')))}</div>"
         for made in sample["candidates"]
     )
     dropped = f", dropped: {_inline(str(sample['dropped']))}" if sample.get("dropped") else ""

@@ -68,6 +68,7 @@ def write_run_record(run_dir: Path, record: RunRecord) -> None:
 def read_run_record(run_dir: Path) -> RunRecord | None:
     """run.json, or None where there is none (runs of earlier versions) or a foreign one."""
     try:
-        return RunRecord(**json.loads((run_dir / FILE).read_text(encoding="utf-8")))
+        record = RunRecord(**json.loads((run_dir / FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+    return record if isinstance(record.settings, dict) else None

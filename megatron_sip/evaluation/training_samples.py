@@ -80,7 +80,8 @@ def read_samples(run_dir: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-            found[record["step"]] = record
-        except (ValueError, TypeError, KeyError):
+            if set(record) >= {"step", "prefix", "candidates"}:
+                found[int(record["step"])] = record
+        except (ValueError, TypeError):
             continue
     return [found[step] for step in sorted(found)]

@@ -67,6 +67,15 @@ def test_a_crash_of_the_interpreter_leaves_a_traceback_on_the_screen(tmp_path: P
     assert "string_at" in done.stderr
 
 
+def test_a_full_disk_costs_log_lines_not_the_run(tmp_path: Path) -> None:
+    code = (
+        "with quiet(Path('/dev/full')):\n    print('x' * 100_000, flush=True); say('ours'); print('y', file=sys.stderr)"
+    )
+    done = run(code, tmp_path / "log")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "ours"
+
+
 def test_without_a_log_noise_leaves_no_file_and_no_line(tmp_path: Path) -> None:
     done = run("with quiet(None):\n    print('noise'); say('the answer')", tmp_path / "log")
     assert (done.stdout, done.stderr) == ("the answer\n", "")

@@ -109,10 +109,18 @@ def test_a_sample_shows_what_was_trained_on_and_the_best_others(tmp_path: Path) 
 
 def test_a_full_disk_or_a_half_written_line_costs_samples_only(tmp_path: Path) -> None:
     SampleLog(tmp_path / "file" / "samples.jsonl", 1).record(0, [group(0, [0.0, 1.0])], [])
-    (tmp_path / "file" / "samples.jsonl").open("a").write('{"step": 7, "pre')
+    (tmp_path / "file" / "samples.jsonl").open("a").write('{"step": 8}\n[1]\nnull\n{"step": 7, "pre')
     assert [sample["step"] for sample in read_samples(tmp_path / "file")] == [1]
     (tmp_path / "plain").write_text("no folder")
     SampleLog(tmp_path / "plain" / "samples.jsonl", 1).record(0, [group(0, [0.0, 1.0])], [])
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"command": "x"}', '{"command": 1, "settings": 2, "initial_weights": 3}']
+)
+def test_a_foreign_record_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    assert read_run_record(tmp_path) is None
 
 
 def test_texts_with_bidi_marks_turn_nothing_round(tmp_path: Path) -> None:
