@@ -14,7 +14,13 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_sip.console import say
 from megatron_sip.data.errors import DataError
 from megatron_sip.files import DiskError
-from megatron_sip.learning.checkpoint_folder import complete_checkpoints, go_back, reference_folder, tracked_iteration
+from megatron_sip.learning.checkpoint_folder import (
+    complete_checkpoints,
+    go_back,
+    reference_folder,
+    tracked_iteration,
+    weights_folder,
+)
 from megatron_sip.learning.checksums import damages
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -62,8 +68,7 @@ def require_whole_checkpoint(save: Path, ranks: Ranks, rank: int, *, last_whole:
 
 def require_whole_weights(folder: Path, ranks: Ranks, rank: int) -> None:
     """The same of the checkpoint that --pretrained-checkpoint names. Collective. Raises DataError."""
-    step = ranks.share(tracked_iteration(folder))[0]
-    source = folder / "release" if step is None else folder / f"iter_{step:07d}"
+    source = weights_folder(folder)
     parts = len(ranks.gather(None))
     mine = damages(source, rank, parts) if source.is_dir() else []
     found = [line for part in ranks.gather(mine) for line in part]

@@ -8,7 +8,7 @@ import socket
 import time
 import urllib.parse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import get_wri
 from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.checkpointing import save_checkpoint
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_sip.argument_checks import needs_engines, needs_rewriter, objective_settings
@@ -41,6 +42,7 @@ from megatron_sip.model.checkpoint_model import require_same_model
 from megatron_sip.model.hf_families import architecture
 from megatron_sip.model.hf_folder import HF_SUBFOLDER, copy_hf_files, renew_hf_files
 from megatron_sip.model.hf_weights import export_hf_weights
+from megatron_sip.rollout.protocol import WeightSyncError
 from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
 from megatron_sip.samples import Task
 from megatron_sip.services import Leader, LocalServers, check_named_servers, rollout_key, rollout_sampling
@@ -66,6 +68,8 @@ class Run:
     writer: MetricsWriter | None
     comparison: HeldOutComparison | None
     checksums: ChecksumWriter
+    troubles: list[str] = field(default_factory=list)
+    """What ends the run, once its present step is saved; empty where another rank says it."""
     unsaved_reference: int | None = None
     """Iteration at which the reference was updated, when no checkpoint has kept it since."""
 
@@ -98,15 +102,23 @@ class Run:
     def push_weights(self, *, require_all: bool = False) -> Metrics:
         """Give the engines the policy's weights; the version they then report is the iteration.
 
-        Returns, on every rank, how many engines did not take them. Raises WeightSyncError when none did, or with
-        `require_all` when one did not.
+        Returns, on every rank, how many engines did not take them. That none did, or that a disk is full, joins the
+        `troubles` of every rank; with `require_all` it raises WeightSyncError there, as soon as one engine is missing.
         """
-        unsynced: int | None = None
+        unsynced: int | str | None = None
         if self.weight_sync is not None:
             weights = export_hf_weights(self.trainer.model, self.hf_config)
-            report = self.weight_sync.push(weights, version=str(self.args.iteration), require_all=require_all)
-            unsynced = len(report.failed)
+            try:
+                report = self.weight_sync.push(weights, version=str(self.args.iteration), require_all=require_all)
+                unsynced = len(report.failed)
+            except (WeightSyncError, OSError, SafetensorError) as error:
+                unsynced = f"the engines did not get the weights of step {self.args.iteration}: {error}"
         found = self.exchange.share(unsynced)[0]  # of the first replica, whose ranks push
+        if isinstance(found, str):
+            if require_all:
+                raise WeightSyncError(found)
+            self.troubles.append(found if self.args.rank == 0 else "")
+            return {}
         return {} if found is None else {"engines/unsynced": float(found)}
 
     def save_is_due(self) -> bool:
@@ -141,15 +153,14 @@ class Run:
             maybe_finalize_async_save(blocking=wait, terminate=wait)
         self.checksums.proceed(wait=wait)
 
-    def write_metrics(self, metrics: Metrics) -> list[str]:
-        """Log the present step, on the rank that has the writer; returns what a disk did not take, in words."""
+    def write_metrics(self, metrics: Metrics) -> None:
+        """Log the present step, on the rank that has the writer."""
         if self.writer is None:
-            return []
+            return
         try:
             self.writer.write(self.args.iteration, flatten(metrics))
         except OSError as error:
-            return [f"{self.writer.path} took no more: {error.strerror or error}"]
-        return []
+            self.troubles.append(f"{self.writer.path} took no more: {error.strerror or error}")
 
 
 def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:

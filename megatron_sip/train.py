@@ -154,13 +154,13 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
             metrics |= timed("seconds/sync", run.push_weights, run.exchange.barrier)
         metrics["seconds/total"] = time.monotonic() - started
         started = time.monotonic()
-        lost = [part.unrecorded for part in shared if part.unrecorded is not None] + run.write_metrics(metrics)
-        if exchange.any(bool(lost)):
+        run.troubles += [part.unrecorded if args.rank == 0 else "" for part in shared if part.unrecorded is not None]
+        run.write_metrics(metrics)
+        if exchange.any(bool(run.troubles)):
             run.save()
             run.finish_saving(wait=True)
-            raise DiskError(
-                f"{lost[0] if lost else 'a rank could not write its files'}; step {args.iteration} is saved"
-            )
+            told = "; ".join(filter(None, run.troubles))
+            raise TrainingError(f"{told}. Step {args.iteration} is saved, the same command continues" if told else 1)
         if stopping:
             return stop_early(run)
         if examples and args.non_finite_steps >= MAX_NON_FINITE_STEPS:

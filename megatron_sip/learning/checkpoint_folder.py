@@ -131,6 +131,12 @@ def tracked_iteration(save: Path) -> int | None:
     return _tracked_iteration(save / TRACKER)
 
 
+def weights_folder(folder: Path) -> Path:
+    """Where the checkpoint's files are that the tracker of `folder` names."""
+    step = tracked_iteration(folder)
+    return folder / "release" if step is None else folder / f"iter_{step:07d}"
+
+
 def _tracked_iteration(tracker: Path) -> int | None:
     if not tracker.exists():
         return None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_sip.data.errors import DataError
 from megatron_sip.learning.checkpoint_folder import TRACKER
@@ -60,6 +61,8 @@ def saved_arguments(folder: Path) -> argparse.Namespace | None:
         common = dist_checkpointing.load_common_state_dict(str(checkpoint))
         return common["args"]
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError, CheckpointingException):
+        return None
+    except CheckpointException:  # of torch, on a file that is cut short; no Exception
         return None
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from megatron_sip import console
 from megatron_sip.console import quiet
-from megatron_sip.learning.checkpoint_folder import TRACKER
+from megatron_sip.learning.checkpoint_folder import TRACKER, weights_folder
+from megatron_sip.learning.checksums import damages, write_checksums
 from megatron_sip.model.hf_families import architecture
 from megatron_sip.model.hf_files import checked_tensors, read_hf_config, rounding
 from megatron_sip.model.hf_folder import HF_SUBFOLDER, copy_hf_files, refuse_pointers
@@ -85,6 +86,7 @@ def hf_to_megatron(args: argparse.Namespace) -> None:
     if dist.get_rank() == 0:
         copy_hf_files(args.load, args.save / HF_SUBFOLDER)
     save_checkpoint(0, model, None, None, 0, release=True)  # its last act is the file that marks it complete
+    write_checksums(weights_folder(args.save), dist.get_rank())
 
 
 def megatron_to_hf(args: argparse.Namespace) -> None:
@@ -96,6 +98,9 @@ def megatron_to_hf(args: argparse.Namespace) -> None:
     """
     if not (args.load / TRACKER).is_file():
         raise ConversionError(f"--load {args.load} is no Megatron checkpoint folder: it has no {TRACKER}")
+    processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+    if found := damages(weights_folder(args.load), *processes):
+        raise ConversionError(f"--load {args.load} is damaged: {'; '.join(found)}")
     hf_dir = args.hf_dir or args.load / HF_SUBFOLDER
     hf_config = hf_config_of(hf_dir, "--hf-dir" if args.hf_dir else "the hf/ folder of --load (or give --hf-dir)")
     check_new(args.save)

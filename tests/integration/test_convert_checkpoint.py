@@ -136,6 +136,22 @@ def test_a_checkpoint_that_is_not_the_config_s_is_neither_cut_nor_padded(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_damaged_checkpoint_is_named(smollm2_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(smollm2_checkpoint, folder)
+    shard = max((folder / "release").iterdir(), key=lambda path: path.stat().st_size)
+    with shard.open("r+b") as file:
+        file.seek(shard.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+    done = convert("megatron-to-hf", "--load", folder, "--save", tmp_path / "hf")
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        f"convert_checkpoint: --load {folder} is damaged: {shard} has another checksum than when it was saved"
+    ]
+
+
 def test_rounding_is_told_in_both_directions(tiny_llama_dir: Path, tmp_path: Path) -> None:
     folder = edited(tiny_llama_dir, tmp_path / "edited", dtype="bfloat16")
     done = convert("hf-to-megatron", "--load", folder, "--save", tmp_path / "narrow")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +20,8 @@ from megatron_sip.files import DiskError
 from megatron_sip.learning.metrics import Metrics
 from megatron_sip.learning.non_finite import NON_FINITE
 from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.rollout.protocol import WeightSyncError
+from megatron_sip.rollout.weight_sync import SyncReport
 from megatron_sip.samples import Example
 from megatron_sip.stop_signal import StopSignal
 from megatron_sip.train import MAX_EMPTY_STEPS, TrainingError, run_steps
@@ -73,6 +75,7 @@ class FakeRun(Run):
         self.trainer: Any = SimpleNamespace(train_step=self.train_step)
         self.reference = self.writer = None
         self.saved: list[int] = []
+        self.troubles: list[str] = []
         self.finished = False
         self._usable = list(usable)
         self._bad = set(bad)
@@ -135,7 +138,9 @@ class FullDisk:
 def test_metrics_that_a_full_disk_does_not_take_end_the_run_with_its_step_saved() -> None:
     run = FakeRun([True] * 8, save_interval=100)
     run.writer = FullDisk()  # type: ignore[assignment]
-    with pytest.raises(DiskError, match=r"run/metrics.jsonl took no more: No space left on device; step 3 is saved"):
+    with pytest.raises(
+        TrainingError, match=r"run/metrics.jsonl took no more: No space left on device\. Step 3 is saved"
+    ):
         run_steps(run, StopSignal())
     assert run.saved == [3]
     assert run.finished
@@ -145,7 +150,7 @@ def test_groups_that_a_full_disk_does_not_take_end_every_rank_with_the_step_save
     run = FakeRun([True] * 8, save_interval=100)
     made = run.make_experience
     run.make_experience = lambda stop: replace(made(stop), unrecorded="--save-groups g took no more")  # type: ignore[method-assign]
-    with pytest.raises(DiskError, match="--save-groups g took no more; step 1 is saved"):
+    with pytest.raises(TrainingError, match=r"^--save-groups g took no more\. Step 1 is saved"):
         run_steps(run, StopSignal())
     assert run.saved == [1]
 
@@ -221,3 +226,26 @@ def test_a_step_without_examples_neither_adds_to_them_nor_ends_their_row() -> No
     run = FakeRun([True, True, False, True, True], save_interval=100, bad=[1, 2, 3, 4])
     with pytest.raises(TrainingError, match="3 steps in a row, up to step 4"):
         run_steps(run, StopSignal())
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_engines_that_none_took_weights_end_every_rank_with_the_step_saved_and_one_says_why(rank: int) -> None:
+    run = FakeRun([True] * 8, save_interval=100)
+    run.args.rank = rank
+    run.weight_sync = Unreachable()  # type: ignore[assignment]
+    run.trainer.model, run.hf_config = [], None
+    run.push_weights = MethodType(Run.push_weights, run)  # type: ignore[method-assign]
+    with pytest.raises(TrainingError) as caught:
+        run_steps(run, StopSignal())
+    told = "the engines did not get the weights of step 1: 'no engine' answers. Step 1 is saved, the same command continues"
+    assert caught.value.code == (told if rank == 0 else 1)
+    assert run.saved == [1]
+    with pytest.raises(WeightSyncError, match="'no engine' answers"):
+        run.push_weights(require_all=True)
+
+
+class Unreachable:
+    """A weight sync that reaches no engine."""
+
+    def push(self, _: Any, version: str, *, require_all: bool) -> SyncReport:
+        raise WeightSyncError("'no engine' answers")
