@@ -75,11 +75,8 @@ def main() -> None:
     command = [*trainer, *given, "--started-as", shlex.join([PROGRAM, *request.words])]
     status = LocalRanks(command, layout.trainers, environment).wait()
     if status < 0:
-        say(
-            "\n".join(
-                [f"the trainer was ended by signal {-status}; its log's last lines:", *last_lines(request.run_dir)]
-            )
-        )
+        said = f"the trainer was ended by signal {-status}; its log's last lines:"
+        say("\n".join([said, *last_lines(request.run_dir)]))
     if status:
         sys.exit(status if status > 0 else 128 - status)
     if (request.run_dir / "summary.json").is_file():  # and not when it was stopped
@@ -159,15 +156,15 @@ def export(run_dir: Path) -> None:
         shutil.rmtree(target)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    run_converter("megatron-to-hf", checkpoints, partial)
+    say(f"exporting the trained model to {target}")
+    run_converter(checkpoints, partial)
     partial.rename(target)
-    say(f"exported: {target}")
 
 
-def run_converter(direction: str, load: Path, save: Path) -> None:
-    """Run the converter; its errors are its own to tell."""
-    tool = Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py"
-    status = LocalRanks([sys.executable, str(tool), direction, "--load", str(load), "--save", str(save)]).wait()
+def run_converter(checkpoints: Path, target: Path) -> None:
+    """Export in a process of its own; its errors are its own to tell."""
+    converter = [sys.executable, "-m", "megatron_sip.model.convert", "megatron-to-hf"]
+    status = LocalRanks([*converter, "--load", str(checkpoints), "--save", str(target)]).wait()
     if status:
         sys.exit(status if status > 0 else 128 - status)
 

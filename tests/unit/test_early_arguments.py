@@ -29,8 +29,8 @@ COMPLETE = (
     *("--lr", "1e-3", "--objective", "sft"),
 )
 OTHER_PROGRAMS = {
-    *("--nproc-per-node", "--nodes", "--signal", "--requeue"),  # torchrun, sbatch
-    *("--model-path", "--host", "--port", "--tp-size", "--dp-size"),  # SGLang
+    *("--nproc-per-node", "--nodes", "--signal", "--requeue", "--append"),  # torchrun, sbatch, wandb sync
+    *("--model-path", "--host", "--port", "--tp-size", "--dp-size", "--enable-deterministic-inference"),  # SGLang
 }
 """Flags that the documentation names of programs which are not ours."""
 

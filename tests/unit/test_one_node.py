@@ -96,7 +96,7 @@ def test_help_and_mistakes_come_at_once_without_torch(model: Path) -> None:
 def test_the_trained_model_is_exported_once_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Path] = []
 
-    def convert(direction: str, load: Path, save: Path) -> None:
+    def convert(load: Path, save: Path) -> None:
         calls.append(load)
         save.mkdir(parents=True)
         (save / "config.json").write_text(str(len(calls)))
