@@ -50,6 +50,8 @@ OTHER_COUNTS = {
     "merged_candidates": "identical candidates judged as one",
     "packing/cut_tokens": "prefix tokens cut to fit a row",
     "skipped_steps": "steps without an update",
+    "non_finite_steps": "of them without a finite loss or gradient",
+    "overflows": "passes that overflowed float16",
 }
 
 

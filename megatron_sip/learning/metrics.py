@@ -66,9 +66,10 @@ def merge(parts: Iterable[Mapping[str, float | Mean]]) -> Metrics:
 
 
 def flatten(metrics: Mapping[str, float | Mean]) -> dict[str, float]:
-    """Plain numbers for writers; means without weight (nothing was measured) are left out."""
+    """Plain numbers for writers; means without weight (nothing was measured) and what is not finite, as the loss of a step that
+    was skipped for it, are left out: JSON has no word for them."""
     plain = {name: value.value if isinstance(value, Mean) else float(value) for name, value in metrics.items()}
-    return {name: value for name, value in plain.items() if not math.isnan(value)}
+    return {name: value for name, value in plain.items() if math.isfinite(value)}
 
 
 def loss_metrics(terms: LossTerms) -> Metrics:

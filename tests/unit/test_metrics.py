@@ -45,6 +45,11 @@ def test_a_mean_without_weight_is_left_out() -> None:
     assert flatten({"score/rewrite": Mean(0.0, 0.0), "groups": 3.0}) == {"groups": 3.0}
 
 
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_never_reaches_a_file(bad: float) -> None:
+    assert flatten({"loss": Mean(bad, 4.0), "reward_margin": bad, "pairs": 4.0}) == {"pairs": 4.0}
+
+
 def test_resume_keeps_each_step_once_and_drops_a_half_written_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(
