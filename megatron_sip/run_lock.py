@@ -124,8 +124,8 @@ class RunLock:
         first, deadline = _time_stamp(self.path), time.monotonic() + self._watch_seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._beat_seconds))
-            if _time_stamp(self.path) != first:
-                return True
+            if (stamp := _time_stamp(self.path)) != first:
+                return stamp is not None  # it may have ended meanwhile
         return False
 
     def _beat(self) -> None:

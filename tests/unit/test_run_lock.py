@@ -98,6 +98,14 @@ def test_a_run_of_another_machine_lives_as_long_as_its_time_stamp_moves(tmp_path
         pass
 
 
+def test_a_run_that_ends_while_it_is_watched_is_no_longer_in_the_way(tmp_path: Path) -> None:
+    path = leave_lock(tmp_path, elsewhere())
+    end = threading.Timer(0.1, path.unlink)
+    end.start()
+    with RunLock(tmp_path, watch_seconds=30.0, beat_seconds=0.02):
+        end.join()
+
+
 def test_the_time_stamp_of_a_held_lock_moves(tmp_path: Path) -> None:
     with quick(tmp_path) as lock:
         os.utime(lock.path, (1.0, 1.0))
