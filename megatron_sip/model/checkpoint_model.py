@@ -7,18 +7,16 @@ where others differ.
 from __future__ import annotations
 
 import argparse
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_sip.data.errors import DataError
-from megatron_sip.learning.checkpoint_folder import TRACKER
+from megatron_sip.learning.checkpoint_folder import weights_folder
 from megatron_sip.model.hf_families import flag_of
 from megatron_sip.model.hf_files import rounds
 
@@ -56,13 +54,9 @@ def differing(saved: argparse.Namespace, wanted: Mapping[str, Any]) -> list[str]
 def saved_arguments(folder: Path) -> argparse.Namespace | None:
     """Megatron's arguments as `folder`'s latest checkpoint keeps them, None when there are none to be read."""
     try:
-        tracked = (folder / TRACKER).read_text().strip()
-        checkpoint = folder / (tracked if tracked == "release" else f"iter_{int(tracked):07d}")
-        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
-        return common["args"]
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError, CheckpointingException):
-        return None
-    except CheckpointException:  # of torch, on a file that is cut short; no Exception
+        saved: argparse.Namespace = dist_checkpointing.load_common_state_dict(str(weights_folder(folder)))["args"]
+        return saved
+    except (Exception, CheckpointException):  # what it is depends on where the damage is; torch's own is no Exception
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,26 @@ def test_a_checkpoint_of_more_precision_than_the_config_is_told(source: torch.dt
     note = describe_rounding(saved(params_dtype=source), torch.bfloat16)
     assert (note is not None) == rounded
     assert note is None or f"{source} to torch.bfloat16" in note
+
+
+class Evil:
+    """Writes to a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.mark, "code of whoever made the checkpoint ran")
+
+
+def test_a_checkpoint_can_run_code_and_readme_and_converter_say_so(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "release"
+    checkpoint.mkdir()
+    (tmp_path / TRACKER).write_text("release")
+    (checkpoint / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "mark")))
+    assert saved_arguments(tmp_path) is None
+    assert (tmp_path / "mark").exists()
+    root = Path(__file__).parents[2]
+    for place in ("README.md", "tools/convert_checkpoint.py"):
+        assert "A Megatron checkpoint holds pickles" in (root / place).read_text()
