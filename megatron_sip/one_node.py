@@ -132,7 +132,7 @@ def lay_out(request: Request, flags: argparse.Namespace) -> tuple[Layout, bool]:
     demand = Demand(
         policy_bytes=weight_bytes(request.model),
         teacher_bytes=weight_bytes(Path(flags.teacher_model)) if local_teacher else 0,
-        prompts=flags.global_batch_size,
+        prompts=flags.global_batch_size or 0,
         engines=needs_engines(flags) and not flags.rollout_url,
         teacher=local_teacher,
     )

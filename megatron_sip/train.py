@@ -4,8 +4,8 @@
         --seq-length 2048 --global-batch-size 256 --train-iters 2000 --lr 5e-6 \\
         --rollout-local 1 --teacher-model TEACHER            # one process; or under torchrun, or srun (examples/)
 
-The same command again continues the run at its last checkpoint. `--help` lists Megatron's flags and, in a group of
-their own, ours. The whole step is `run_steps`:
+The same command again continues the run at its last checkpoint. `--help` lists our flags, `--help-megatron` all others.
+The whole step is `run_steps`:
 
     leaders: tasks -> rollouts, rewrites -> judge -> select -+
                                                              +-> everyone: train -> push weights -> save -> log

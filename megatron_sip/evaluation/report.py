@@ -32,14 +32,12 @@ from megatron_sip.evaluation.plots import (
     render_png,
 )
 from megatron_sip.evaluation.run_record import RANDOM, RunRecord, read_run_record
-from megatron_sip.evaluation.training_samples import read_samples
+from megatron_sip.evaluation.training_samples import PREFIX_CHARACTERS, read_samples
 from megatron_sip.evaluation.win_rate import FEW_DOCUMENTS
 from megatron_sip.files import described, read_json, read_json_lines, write_atomically
 from megatron_sip.learning.metrics import duration, read_metrics
 
 SAMPLES = 3
-PREFIX_CHARACTERS = 700
-"""Of a sample's prefix its end is shown."""
 
 COVERED = (
     "the choice of held-out documents, and with it the draws of continuations and votes; not another training run (seed), "
@@ -238,7 +236,7 @@ def _training_sample(sample: Mapping[str, Any]) -> str:
         for made in sample["candidates"]
     )
     dropped = f", dropped: {_inline(str(sample['dropped']))}" if sample.get("dropped") else ""
-    prefix = _block("… " + str(sample["prefix"]), "prefix")
+    prefix = _block(_end(str(sample["prefix"])), "prefix")
     return f'<article><h4>Step {int(sample["step"])}{dropped}</h4>{prefix}<div class="candidates">{columns}</div></article>'
 
 
@@ -279,8 +277,7 @@ def _samples(comparisons: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _sample(comparison: Mapping[str, Any]) -> str:
-    prefix = str(comparison["prefix"])
-    end = prefix if len(prefix) <= PREFIX_CHARACTERS else "… " + prefix[-PREFIX_CHARACTERS:]
+    end = _end(str(comparison["prefix"]))
     before, after = comparison.get("score_before"), comparison.get("score_after")
     sides = (("Initial policy", "before", before), ("Trained policy", "after", after))
     columns = "".join(
@@ -288,6 +285,11 @@ def _sample(comparison: Mapping[str, Any]) -> str:
         for title, key, score in sides
     )
     return f'<article><h4>Prefix</h4>{_block(end, "prefix")}<div class="pair">{columns}</div></article>'
+
+
+def _end(prefix: str) -> str:
+    """What is shown of a prefix."""
+    return prefix if len(prefix) <= PREFIX_CHARACTERS else "… " + prefix[-PREFIX_CHARACTERS:]
 
 
 def _score(score: float | None) -> str:

@@ -18,7 +18,7 @@ from megatron_sip.samples import Candidate, Example, Group
 FILE = "samples.jsonl"
 RECORDED_STEPS = 50
 PREFIX_CHARACTERS = 700
-"""Of a prefix its end is kept."""
+"""Of a prefix its end is shown; one more is kept, as a sign that there is more."""
 CANDIDATES = 6
 """Of a group with more, those that were trained on and the best-scored others."""
 
@@ -63,7 +63,7 @@ def sample(step: int, group: Group, example: Example | None) -> dict[str, Any]:
     kept = sorted(zip(group.candidates, scores, strict=True), key=rank)[:CANDIDATES]
     return {
         "step": step + 1,
-        "prefix": group.task.prefix_text[-PREFIX_CHARACTERS:],
+        "prefix": group.task.prefix_text[-PREFIX_CHARACTERS - 1 :],
         "dropped": group.dropped,
         "candidates": [
             {"kind": made.kind, "text": made.text, "score": score, "role": roles.get(tuple(made.ids))}

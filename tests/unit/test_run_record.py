@@ -102,7 +102,7 @@ def test_a_sample_shows_what_was_trained_on_and_the_best_others(tmp_path: Path) 
     assert [made["role"] for made in first["candidates"]] == ["chosen", "rejected", None, None, None, None]
     assert [round(made["score"], 1) for made in first["candidates"]] == [1.6, 0.0, 1.5, 1.4, 1.3, 1.2]
     assert len(first["candidates"]) == CANDIDATES
-    assert len(first["prefix"]) == 700
+    assert len(first["prefix"]) == 701
     assert last["dropped"] == "judge-quality-timeout"
     assert {made["score"] for made in last["candidates"]} == {None}
 
