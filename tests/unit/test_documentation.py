@@ -11,9 +11,11 @@ import pytest
 from test_dry_run import cost_of, parse
 
 from megatron_sip.dry_run import describe
-from megatron_sip.early_arguments import check_flags, early_parser
+from megatron_sip.early_arguments import check_flags, early_parser, megatron_flag_names, words_by_flag
+from megatron_sip.judge.settings import SCHEDULE_NAMES, known_criteria
 from megatron_sip.node_layout import Layout
 from megatron_sip.one_node import layout_flags, understand
+from megatron_sip.presets import expand_presets, known_presets
 
 REPO = Path(__file__).parents[2]
 
@@ -73,6 +75,18 @@ def test_the_verdicts_in_judging_md_are_those_of_the_defaults_and_of_the_paper()
     assert cost_of(parse(*safety))["pair judgements"] == int(found[2])
     parser = early_parser()
     assert [parser.get_default(name) for name in ("judge_schedule", "judge_verdict")] == ["circulant_bt", ["soft"]]
+
+
+def test_judging_md_names_every_criterion_and_every_schedule() -> None:
+    text = page("docs/judging.md")
+    families = {name.partition(":")[0] for name in known_criteria()}
+    assert [name for name in (*sorted(families), *SCHEDULE_NAMES) if f"`{name}`" not in text] == []
+
+
+def test_every_flag_of_a_preset_is_explained_by_help() -> None:
+    explained = {name for action in early_parser()._actions for name in action.option_strings} | megatron_flag_names()
+    given = {flag for name in known_presets() for flag, _ in words_by_flag(expand_presets(["--preset", name]))}
+    assert given <= explained
 
 
 def test_defaults_that_the_documentation_states_are_the_parser_s() -> None:
