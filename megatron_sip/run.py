@@ -26,6 +26,7 @@ from megatron_sip.argument_checks import needs_engines, needs_rewriter, objectiv
 from megatron_sip.checkpoints import require_whole_checkpoint, require_whole_weights, saving_explained
 from megatron_sip.console import say
 from megatron_sip.data.documents import open_corpus
+from megatron_sip.data.errors import DataError
 from megatron_sip.data.shared_texts import count_shared_texts
 from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.data.tokenization import DEFAULT_CACHE, TokenizeSettings
@@ -223,6 +224,11 @@ def open_run_folder(args: argparse.Namespace, exchange: LeaderExchange) -> None:
     require_whole_checkpoint(save, exchange, args.rank, last_whole=args.load_last_whole)
     resumes = (save / TRACKER).exists()
     if args.pretrained_checkpoint and not resumes:
+        if not (Path(args.pretrained_checkpoint) / TRACKER).is_file():
+            raise DataError(
+                f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint: it has no {TRACKER}; give the "
+                "folder that the converter or a run has written, or a Hugging Face folder"
+            )
         require_whole_weights(Path(args.pretrained_checkpoint), exchange, args.rank)
     start = save if resumes else args.pretrained_checkpoint
     if start is not None:

@@ -199,6 +199,8 @@ def test_weights_of_another_model_are_refused_before_anything_is_started(
     hf_dir, save, pretrained = tmp_path / "hf", tmp_path / "run", tmp_path / "pretrained"
     LlamaConfig(vocab_size=512).save_pretrained(hf_dir)
     save.mkdir()
+    pretrained.mkdir()
+    (pretrained / TRACKER).write_text("release")
     if resumes:
         (save / TRACKER).write_text("20")
     saved = argparse.Namespace(**(architecture(LlamaConfig(vocab_size=520)) | {"layernorm_epsilon": 1e-6}))
@@ -217,6 +219,17 @@ def test_weights_of_another_model_are_refused_before_anything_is_started(
     assert isinstance(error.value, USER_ERRORS)
     assert asked == [save if resumes else pretrained]
     assert not (save / "hf").exists()  # which would say that the checkpoints are of this model
+
+
+@pytest.mark.parametrize("place", ["nowhere", "pretrained/iter_0000020"])
+def test_a_pretrained_checkpoint_that_is_none_is_named(tmp_path: Path, place: str) -> None:
+    (tmp_path / "pretrained" / "iter_0000020").mkdir(parents=True)
+    args = argparse.Namespace(
+        **{"save": str(tmp_path / "run"), "hf_config": "hf", "pretrained_checkpoint": str(tmp_path / place)},
+        **{"rank": 0, "load_last_whole": False},
+    )
+    with pytest.raises(DataError, match=f"--pretrained-checkpoint .*{place} holds no checkpoint: it has no {TRACKER}"):
+        run_module.open_run_folder(args, FakeExchange())  # type: ignore[arg-type]
 
 
 def test_config_and_tokenizer_are_copied_once_and_weights_are_not(tmp_path: Path) -> None:
