@@ -13,8 +13,9 @@ from pathlib import Path
 from megatron_sip.data.documents import parse_split
 from megatron_sip.data.errors import DataError
 from megatron_sip.http_reply import key_from_environment, shown_url, url_mistake
-from megatron_sip.judge.settings import SettingsError
-from megatron_sip.judge_arguments import flag_for, judge_settings, rewriter_settings
+from megatron_sip.judge.schedules import least_budget
+from megatron_sip.judge.settings import JudgeSettings, SettingsError, is_pairwise
+from megatron_sip.judge_arguments import flag_for, judge_settings, rewriter_settings, schedule_settings
 from megatron_sip.learning.checkpoint_folder import TRACKER
 from megatron_sip.learning.objective_settings import ObjectiveSettings
 from megatron_sip.samples import CANDIDATE_KINDS
@@ -97,6 +98,15 @@ def candidate_kinds(args: argparse.Namespace) -> tuple[str, ...]:
     else:
         wanted = set(args.candidates)
     return tuple(kind for kind in CANDIDATE_KINDS if kind in wanted)
+
+
+def contender_count(args: argparse.Namespace, with_rollouts: bool = True) -> int:
+    """Candidates of one prompt that compete: all but a rollout drawn as the judge's pivot."""
+    rollouts = args.num_rollouts if with_rollouts else 0
+    count = sum(rollouts if kind == "rollout" else 1 for kind in candidate_kinds(args))
+    schedule = schedule_settings(args)
+    drawn = uses_judge(args) and schedule.pivot_apart and schedule.pivot == "rollout" and rollouts > 0
+    return count - int(drawn)
 
 
 def needs_judge(args: argparse.Namespace) -> bool:
@@ -248,11 +258,37 @@ def _check_teacher_settings(args: argparse.Namespace) -> Iterator[str]:
         return
     try:
         if needs_judge(args):
-            judge_settings(args, urls)
+            yield from _schedule_mistakes(args, judge_settings(args, urls))
         if needs_rewriter(args):
             rewriter_settings(args, urls)
     except SettingsError as error:
         yield f"{flag_for(error)}: {error}"
+
+
+def _schedule_mistakes(args: argparse.Namespace, settings: JudgeSettings) -> Iterator[str]:
+    """What the schedule needs of the candidates, where pairs of them are judged."""
+    if not uses_judge(args) or not any(map(is_pairwise, settings.criteria)):
+        return
+    schedule, kinds = settings.schedule, candidate_kinds(args)
+    if schedule.pivot_apart and schedule.pivot == "suffix" and "suffix" in kinds:
+        yield (
+            "--judge-schedule pivot: the suffix is compared with the candidates and is none of them: leave it out of "
+            "--candidates, or give --judge-pivot-competes"
+        )
+    if (
+        schedule.name == "pivot"
+        and schedule.pivot not in kinds
+        and not (schedule.pivot_apart and schedule.pivot == "suffix")
+    ):
+        yield f"--judge-pivot {schedule.pivot}: there is none to be the pivot; add {schedule.pivot} to --candidates"
+    count = contender_count(args)
+    if args.objective == "dpo" and schedule.pivot_apart and count < 2:
+        yield "--judge-schedule pivot leaves fewer than two candidates beside the pivot: raise --num-rollouts"
+    if schedule.name == "two_ended_bt" and schedule.budget < least_budget(count):
+        yield (
+            f"--judge-budget {schedule.budget}: two_ended_bt needs at least {least_budget(count)} pairs to link {count} "
+            "candidates, and would otherwise compare none; raise it"
+        )
 
 
 def _check_data(args: argparse.Namespace) -> Iterator[str]:

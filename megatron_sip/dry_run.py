@@ -10,10 +10,10 @@ import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from megatron_sip.argument_checks import candidate_kinds, needs_teacher, uses_judge
+from megatron_sip.argument_checks import candidate_kinds, contender_count, needs_teacher, uses_judge
 from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
 from megatron_sip.judge.rewriter import REWRITE_ROOM
-from megatron_sip.judge.schedules import make_schedule, planned_pairs
+from megatron_sip.judge.schedules import SMALL_GROUP, make_schedule, planned_pairs, votes_in_orders
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings
 from megatron_sip.judge_arguments import judge_settings
 
@@ -64,7 +64,7 @@ def prompt_cost(args: argparse.Namespace, settings: JudgeSettings | None, with_r
         cost["rewriter tokens, answer"] = REWRITE_ROOM * suffix + _rewriter_reasoning(args)
     if uses_judge(args):
         assert settings is not None
-        count = candidate_count(args, with_rollouts)
+        count = contender_count(args, with_rollouts)
         judge = add_costs(criterion_cost(name, settings, count, prefix, suffix) for name in settings.criteria)
         cost |= dict(sorted(judge.items(), key=lambda item: not item[0].endswith("judgements")))
     branches = 2 if args.objective == "dpo" else 1
@@ -87,7 +87,7 @@ def candidate_count(args: argparse.Namespace, with_rollouts: bool = True) -> int
 
 
 def criterion_cost(name: str, settings: JudgeSettings, count: int, prefix: int, suffix: int) -> Cost:
-    """What one criterion asks about `count` candidates of `suffix` tokens after `prefix` tokens.
+    """What one criterion asks about `count` candidates that compete, of `suffix` tokens after `prefix` tokens.
 
     Requests are HTTP calls, which ask for all votes of a judgement at once; with a warm prefix cache the server computes the
     instructions and the prefix only once a prompt.
@@ -116,14 +116,12 @@ def criterion_cost(name: str, settings: JudgeSettings, count: int, prefix: int, 
 
 def _pairwise(settings: JudgeSettings, name: str, count: int) -> tuple[int, int]:
     """(judgements, requests); each order of the two options is a request of its own."""
-    pairs = planned_pairs(settings.schedule, count)
-    schedule = make_schedule(settings.schedule)
-    if settings.mode(name) == "soft":
-        orders = 1 if schedule.balanced else 2
-        return pairs * orders, pairs * orders
-    if schedule.both_orders:
-        return 2 * pairs * settings.votes, 2 * pairs
-    return pairs * settings.votes, pairs * min(2, settings.votes)
+    texts = count + settings.schedule.pivot_apart
+    orders = votes_in_orders(
+        make_schedule(settings.schedule), texts, soft=settings.mode(name) == "soft", votes=settings.votes
+    )
+    pairs = planned_pairs(settings.schedule, texts)
+    return pairs * sum(orders), pairs * sum(votes > 0 for votes in orders)
 
 
 def _pointwise(settings: JudgeSettings, name: str, count: int) -> tuple[int, int]:
@@ -203,21 +201,31 @@ def _candidates(args: argparse.Namespace) -> str:
 
 
 def _judge(args: argparse.Namespace, settings: JudgeSettings) -> list[str]:
-    count = candidate_count(args)
+    count = contender_count(args)
     lines = []
     for name, weight in settings.criteria.items():
         cost = criterion_cost(name, settings, count, 0, 0)
         kind, judgements = next(iter(cost.items()))
         how = "mean token log-prob" if name == LIKELIHOOD else f"{settings.mode(name)} verdicts"
         if kind == "pair judgements":
-            pairs = planned_pairs(settings.schedule, count)
-            how += f", {settings.schedule.name}: {pairs} of {count * (count - 1) // 2} pairs"
+            how += f", {_pairs(settings, count)}"
         if name != LIKELIHOOD and settings.mode(name) == "hard":
             how += f", {settings.votes} votes at T={settings.temperature:g}, top-p {settings.top_p:g}"
         if name != LIKELIHOOD and (tokens := _written_tokens(settings, name)):
             how += f", up to {tokens} tokens each"
         lines.append(f"{name} (weight {weight:g}): {how}; {judgements} {kind} a prompt")
     return lines
+
+
+def _pairs(settings: JudgeSettings, count: int) -> str:
+    """Which pairs of `count` candidates are compared, in words."""
+    schedule = settings.schedule
+    texts = count + schedule.pivot_apart
+    pairs = planned_pairs(schedule, texts)
+    text = f"{schedule.name}: {pairs} of {texts * (texts - 1) // 2} pairs"
+    if schedule.pivot_apart:
+        text = f"pivot: {pairs} pairs with the {schedule.pivot}, for comparison only"
+    return text + (", as many votes in either order" if texts <= SMALL_GROUP else "")
 
 
 def _rate_limit(args: argparse.Namespace, settings: JudgeSettings) -> str:

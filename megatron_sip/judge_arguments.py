@@ -29,6 +29,7 @@ FLAG_OF_SETTING = {
     "kind sglang": "--teacher-api sglang",
     "rewrite temperature": "--rewrite-temperature",
     "schedule degree": "--judge-degree",
+    "pivot_competes": "--judge-pivot-competes",
     "schedule budget": "--judge-budget",
     "prefix_chars": "--judge-prefix-chars",
     "max_tokens": "--judge-max-tokens",
@@ -155,7 +156,8 @@ def add_judge_flags(group: argparse._ActionsContainer) -> None:
         type=float,
         default=0.5,
         metavar="SHARE",
-        help="A group some candidate of which has less than this share of its verdicts is dropped, and counted.",
+        help="A candidate with less than this share of its verdicts, the missing ones asked for once more, is dropped, and "
+        "counted; its group stays while two are left.",
     )
     _add_schedule_flags(group)
     group.add_argument(
@@ -177,7 +179,15 @@ def _add_schedule_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--judge-degree", type=int, default=6, help="Opponents of each candidate under circulant_bt.")
     group.add_argument("--judge-budget", type=int, default=48, help="Comparisons a group under two_ended_bt.")
     group.add_argument(
-        "--judge-pivot", choices=["suffix", "rollout"], default="suffix", help="Whom all others meet under pivot."
+        "--judge-pivot",
+        choices=["suffix", "rollout"],
+        default="suffix",
+        help="Whom all candidates meet under pivot: for comparison only, never chosen or rejected.",
+    )
+    group.add_argument(
+        "--judge-pivot-competes",
+        action="store_true",
+        help="The pivot is itself a candidate, of the kinds in --candidates, with a constant win rate of 0.5.",
     )
     group.add_argument(
         "--judge-both-orders",
@@ -268,6 +278,7 @@ def schedule_settings(args: argparse.Namespace) -> ScheduleSettings:
         pivot=args.judge_pivot,
         likelihood_prior=args.judge_likelihood_prior,
         both_orders=args.judge_both_orders,
+        pivot_competes=args.judge_pivot_competes,
     )
 
 

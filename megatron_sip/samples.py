@@ -50,8 +50,10 @@ class Group:
 
     `criterion_scores` keeps each criterion's score a candidate and `votes` the number of verdicts behind them (a list of
     ints a candidate). `verdicts` records each of them as it was given: [first shown, second shown, how far the first was
-    preferred] of a pair, [candidate, value] of one candidate, by place in `candidates`. `dropped` names the reason when the
-    group cannot be used; its scores are then None. An error never becomes a score.
+    preferred] of a pair, [candidate, value] of one candidate, by place in `candidates`. `pivot` is a text that the judge
+    compared them with and that does not compete; its place in `verdicts` is -1. A judged group holds the candidates that
+    have scores: the judge leaves out, and counts, those that lack their verdicts. `dropped` names the reason when the group
+    cannot be used; its scores are then None. An error never becomes a score.
     """
 
     task: Task
@@ -61,6 +63,7 @@ class Group:
     votes: dict[str, list[int]] = field(default_factory=dict)
     verdicts: dict[str, list[list[float]]] = field(default_factory=dict)
     dropped: str | None = None
+    pivot: Candidate | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict that `group_from_json` turns back into an equal Group."""
@@ -89,4 +92,6 @@ def group_from_json(record: dict[str, Any]) -> Group:
     fields = dict(record)
     fields["task"] = Task(**fields["task"])
     fields["candidates"] = [Candidate(**candidate) for candidate in fields["candidates"]]
+    if fields.get("pivot") is not None:
+        fields["pivot"] = Candidate(**fields["pivot"])
     return Group(**fields)

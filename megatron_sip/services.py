@@ -203,7 +203,7 @@ class Leader:
                 self.engines = self.run(self._open_engines(args, tokenizer, urls))
                 seeded = self.run(self.engines.take_seeds())
             if needs_judge(args):
-                self.judge = self.run(self._open_judge(judge_settings(args, teacher_urls)))
+                self.judge = self.run(self._open_judge(judge_settings(args, teacher_urls), tokenizer.eos_token_id))
             if needs_rewriter(args):
                 rewriter = self.run(self._open_rewriter(args, tokenizer, teacher_urls))
         except BaseException:
@@ -264,7 +264,7 @@ class Leader:
         await rewriter.check(CONNECT_SECONDS)
         return rewriter
 
-    async def _open_judge(self, settings: JudgeSettings) -> Judge:
-        judge = await self._clients.enter_async_context(Judge(settings))
+    async def _open_judge(self, settings: JudgeSettings, document_end: int | None) -> Judge:
+        judge = await self._clients.enter_async_context(Judge(settings, document_end))
         await judge.check(CONNECT_SECONDS)
         return judge

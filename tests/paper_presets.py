@@ -17,9 +17,9 @@ PAPER = {
     "safety-rf-nll-suffix-rewrite-1": ("rf-nll", ("suffix", "rewrite", "rollout"), 1, True),
     "safety-rewrite-1": ("dpo", ("rewrite", "rollout"), 1, True),
     "safety-16": ("dpo", ("rollout",), 16, True),
-    "safety-pivot-16": ("dpo", ("suffix", "rollout"), 16, True),
-    "quality-pivot-8": ("dpo", ("suffix", "rollout"), 8, True),
-    "factuality-pivot-8": ("dpo", ("suffix", "rollout"), 8, True),
+    "safety-pivot-16": ("dpo", ("rollout",), 16, True),  # the pivot, the suffix, does not compete
+    "quality-pivot-8": ("dpo", ("rollout",), 8, True),
+    "factuality-pivot-8": ("dpo", ("rollout",), 8, True),
     **{f"safety-suffix-{k}": ("dpo", ("suffix", "rollout"), k, True) for k in (1, 2, 4, 8, 16)},
     **{f"safety-suffix-rewrite-{k}": ("dpo", ("suffix", "rewrite", "rollout"), k, True) for k in (1, 2, 4, 8, 16)},
     **{f"{goal}-{k}": ("dpo", ("rollout",), k, True) for goal in ("quality", "factuality") for k in (2, 4, 8, 16)},

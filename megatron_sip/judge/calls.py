@@ -23,7 +23,7 @@ READING = 2
 class GenerateCall:
     """`n` sampled answers to a prompt. With `rule` they are read as verdicts (list[float | None]), else kept as texts.
 
-    `start` begins the answer; a server's text does not repeat it.
+    `start` begins the answer; a server's text does not repeat it. `again`: asked for what an answer lacked; another draw.
     """
 
     identity: str
@@ -35,9 +35,11 @@ class GenerateCall:
     rule: VerdictRule | None = None
     start: str = ""
     salt: int = 0
+    again: bool = False
 
     def cache_fields(self) -> list[Any]:
-        return [f"generate@{READING}", self.n, self.max_tokens, self.temperature, self.top_p, self.start, self.salt]
+        sampling = [self.max_tokens, self.temperature, self.top_p, self.start, self.salt]
+        return [f"generate@{READING}", self.n, *sampling, *(["again"] if self.again else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +57,30 @@ class ChoiceCall:
 
 @dataclass(frozen=True, slots=True)
 class LikelihoodCall:
-    """Mean log-prob (nats) of the continuation's tokens after the prefix, in the judge's own tokens, no chat template."""
+    """Mean log-prob (nats) of the continuation's tokens after the prefix, in the judge's own tokens, no chat template.
+
+    `ended`: the document ends there, and the token that says so is one of them."""
 
     identity: str
     prompt: tuple[str, str]  # prefix, continuation
+    ended: bool = False
 
     def cache_fields(self) -> list[Any]:
-        return ["likelihood"]
+        return ["likelihood", self.ended]
 
 
 Call = GenerateCall | ChoiceCall | LikelihoodCall
+
+
+def votes_that_came(call: Call, answer: Answer) -> Answer:
+    """What of an answer may be kept: not its missing votes, which a later run shall ask for; None when nothing is left.
+
+    The answer of a call that was made for missing votes is kept whole or not at all, since none is made for it.
+    """
+    if not isinstance(call, GenerateCall) or not isinstance(answer, list):
+        return answer
+    came = [vote for vote in answer if vote is not None]
+    return came if len(came) == call.n or (came and not call.again) else None  # type: ignore[return-value]
 
 
 def cache_material(call: Call, model: str) -> bytes:

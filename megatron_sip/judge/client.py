@@ -21,7 +21,7 @@ import orjson
 
 from megatron_sip.http import HttpPool, Request, RequestError, RetryPolicy, Server
 from megatron_sip.judge.cache import AnswerCache, cache_key
-from megatron_sip.judge.calls import Answer, Call, GenerateCall, LikelihoodCall, cache_material
+from megatron_sip.judge.calls import Answer, Call, GenerateCall, LikelihoodCall, cache_material, votes_that_came
 from megatron_sip.judge.dialect import Dialect, Dialects, DialectTrial
 from megatron_sip.judge.encoding import ChatEncoder, EncodingError
 from megatron_sip.judge.probe import EndpointError, EndpointFacts, probe
@@ -153,14 +153,16 @@ class JudgeClient:
         allowed = self._settings.endpoints_for(criterion)
         source = self._answer_source(allowed[0])
         keys = [cache_key(cache_material(call, source)) for call in calls]
-        known = self._cache.get_many(keys) if self._cache is not None else {}
+        stored = self._cache.get_many(keys) if self._cache is not None else {}
+        known: dict[bytes, Answer] = {key: answer for key, answer in stored.items() if answer is not None}
         open_calls = {key: call for key, call in zip(keys, calls, strict=True) if key not in known}
         self.counts["calls"] += len(calls)
         self.counts["cached"] += len(calls) - len(open_calls)
         if open_calls:
             fresh = await self._ask_servers(open_calls, allowed, affinity, deadline, failures)
             if self._cache is not None:
-                self._cache.put_many((key, answer) for key, answer in fresh.items() if answer is not None)
+                kept = ((key, votes_that_came(open_calls[key], answer)) for key, answer in fresh.items())
+                self._cache.put_many((key, answer) for key, answer in kept if answer is not None)
             known |= fresh
         return [known.get(key) for key in keys]
 

@@ -5,37 +5,53 @@ Scales, so that weighted sums mean something (paper section 3.2.1 adds quality a
 - pointwise (safety, factuality, prompt files): mean value of the votes, or expected value of a soft verdict, 0 .. 1;
 - likelihood: mean log-prob in nats a token. Alone it is the score as it is. Added to others it is first turned into the
   win rate that strengths of log-prob / `likelihood_scale` give in the group, so that it also lies in 0 .. 1.
+
+Verdicts that are missing are asked for once more. A candidate that then still lacks them has no score; the others keep theirs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from megatron_sip.judge.bradley_terry import FloatArray, expected_win_rates
+from megatron_sip.judge.bradley_terry import FloatArray, IntArray, expected_win_rates
 from megatron_sip.judge.calls import Answer, Call, ChoiceCall, GenerateCall, LikelihoodCall
 from megatron_sip.judge.encoding import ChatEncoder
 from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
-from megatron_sip.judge.schedules import Comparisons, Field, Pair, Schedule, is_connected, make_schedule
+from megatron_sip.judge.schedules import (
+    Comparisons,
+    Field,
+    Pair,
+    Pivot,
+    Schedule,
+    largest_linked,
+    make_schedule,
+    votes_in_orders,
+)
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, Objective, SettingsError, VerdictMode
 from megatron_sip.samples import CandidateKind
 
 Ask = Callable[[Sequence[Call]], Awaitable[list[Answer]]]
 """Answers in the order of the calls; None for a call without one."""
 
-LIKELIHOOD_IDENTITY = "likelihood@2"
+LIKELIHOOD_IDENTITY = "likelihood@3"
 PRIOR_LIMIT = 1.5
 """Logits by which a likelihood prior may move a candidate before any verdict."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """One task as the criteria see it: texts, all different. `code` marks its fences, `seed` its random draws."""
+    """One task as the criteria see it: texts, all different. `code` marks its fences, `seed` its random draws.
+
+    ended: the places of the candidates whose document ends with them; of equal texts one may have ended and one been cut.
+    pivot: the place of the text that all others meet, if that was chosen beforehand; apart: it stands last and is compared
+    only, without a score of its own.
+    """
 
     prefix: str
     reference: str
@@ -44,32 +60,51 @@ class Sheet:
     code: str
     seed: tuple[int, ...]
     objective: Objective
+    ended: frozenset[int] = frozenset()
+    pivot: int | None = None
+    apart: bool = False
+
+    @property
+    def contenders(self) -> int:
+        """How many of the candidates, the first ones, are scored."""
+        return len(self.candidates) - self.apart
+
+    def likelihood_calls(self) -> list[LikelihoodCall]:
+        """One a contender."""
+        texts = self.candidates[: self.contenders]
+        return [
+            LikelihoodCall(LIKELIHOOD_IDENTITY, (self.prefix, text), i in self.ended) for i, text in enumerate(texts)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class CriterionScores:
-    """Scores [candidates] and how many verdicts are behind each, or `missing`: why there are no scores.
+    """Scores [contenders] and how many verdicts are behind each. None: it has no score; `missing` says why.
 
-    history: pairwise verdicts; values: those about single candidates [candidates][verdicts].
+    history: pairwise verdicts; values: those about single candidates [contenders][verdicts].
     """
 
-    scores: tuple[float, ...] = ()
-    votes: tuple[int, ...] = ()
+    scores: tuple[float | None, ...]
+    votes: tuple[int, ...]
     missing: str | None = None
     planned: int = 0
     received: int = 0
     history: Comparisons | None = field(default=None, compare=False)
     values: tuple[tuple[float, ...], ...] = ()
 
-    def verdicts(self, places: Sequence[int]) -> list[list[float]]:
+    def verdicts(self, places: Mapping[int, int]) -> list[list[float]]:
         """Each verdict in the order it was given, with the order of the options shown; see Group.verdicts.
 
-        places: where a text stands among the group's candidates.
+        places: where a text stands among the group's candidates; verdicts about others are left out.
         """
         if self.history is not None:
-            shown = zip(self.history.first, self.history.second, self.history.outcome, strict=True)
-            return [[places[first], places[second], round(float(outcome), 6)] for first, second, outcome in shown]
-        return [[places[i], round(value, 6)] for i, own in enumerate(self.values) for value in own]
+            shown = zip(self.history.first.tolist(), self.history.second.tolist(), self.history.outcome, strict=True)
+            return [
+                [places[first], places[second], round(float(outcome), 6)]
+                for first, second, outcome in shown
+                if first in places and second in places
+            ]
+        return [[places[i], round(value, 6)] for i, own in enumerate(self.values) if i in places for value in own]
 
 
 class Criterion(Protocol):
@@ -77,6 +112,10 @@ class Criterion(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    def check(self, encoder: ChatEncoder) -> None:
+        """Raises EncodingError when this criterion cannot be asked in the judge's tokens."""
+        ...
 
     async def score(self, sheet: Sheet, ask: Ask) -> CriterionScores: ...
 
@@ -110,16 +149,14 @@ class Pointwise:
         check_encodable(self.prompt, self.mode, encoder)
 
     async def score(self, sheet: Sheet, ask: Ask) -> CriterionScores:
-        calls = [self._call(sheet, candidate) for candidate in sheet.candidates]
-        answers = await ask(calls)
-        votes = [valid_votes(answer) for answer in answers]
+        calls = [self._call(sheet, candidate) for candidate in sheet.candidates[: sheet.contenders]]
+        votes = await ask_until_there(ask, calls)
         planned = 1 if self.mode == "soft" else self.sampling.votes
-        received = sum(map(len, votes))
-        if any(len(own) < max(1.0, self.quorum * planned) for own in votes):
-            return CriterionScores(missing="too-few-verdicts", planned=planned * len(calls), received=received)
-        means = tuple(float(np.mean(own)) for own in votes)
-        values = tuple(map(tuple, votes))
-        return CriterionScores(means, tuple(map(len, votes)), None, planned * len(calls), received, values=values)
+        enough = max(1.0, self.quorum * planned)
+        scores = tuple(float(np.mean(own)) if len(own) >= enough else None for own in votes)
+        missing = "too-few-verdicts" if None in scores else None
+        counts, values = tuple(map(len, votes)), tuple(map(tuple, votes))
+        return CriterionScores(scores, counts, missing, planned * len(calls), sum(counts), values=values)
 
     def longest_call(self, sheet: Sheet) -> Call:
         return self._call(sheet, max(sheet.candidates, key=len))
@@ -146,50 +183,59 @@ class Pairwise:
         check_encodable(self.prompt, self.mode, encoder)
 
     async def score(self, sheet: Sheet, ask: Ask) -> CriterionScores:
-        if len(sheet.candidates) == 1:
+        if sheet.contenders == 1:
             return CriterionScores((0.5,), (0,))  # it can only draw with itself
-        prior = await self._prior(sheet, ask)
-        rng = np.random.default_rng(sheet.seed)
-        players = Field(sheet.kinds, sheet.objective, rng, prior, repeatable=self.mode == "hard")
+        with_pivot = isinstance(self.schedule, Pivot)  # an audit's schedule needs none
+        count = len(sheet.candidates) if with_pivot else sheet.contenders
+        players = Field(
+            sheet.kinds[:count],
+            sheet.objective,
+            np.random.default_rng(sheet.seed),
+            prior=None if with_pivot else await self._prior(sheet, ask),
+            repeatable=self.mode == "hard",
+            pivot=sheet.pivot if with_pivot else None,
+        )
         history, planned = Comparisons.empty(), Comparisons.empty()
         asked: Counter[Pair] = Counter()
         round_index = 0
         while pairs := self.schedule.next_pairs(round_index, players, history):
-            shown = self._shown(pairs)
+            shown = self._shown(pairs, count)
             calls = []
             for first, second, votes in shown:
                 calls.append(self._call(sheet, first, second, votes, salt=asked[first, second]))
                 asked[first, second] += 1
-            answers = await ask(calls)
-            verdicts = [
-                (first, second, vote)
-                for (first, second, _), answer in zip(shown, answers, strict=True)
-                for vote in valid_votes(answer)
-            ]
-            history = history.plus(verdicts)
+            answers = zip(shown, await ask_until_there(ask, calls), strict=True)
+            history = history.plus([(first, second, vote) for (first, second, _), own in answers for vote in own])
             planned = planned.plus([(first, second, 0.5) for first, second, votes in shown for _ in range(votes)])
             round_index += 1
-        got, wanted = history.appearances(players.count), planned.appearances(players.count)
+        return self._scored(players, history, planned, sheet.contenders)
+
+    def _scored(self, players: Field, history: Comparisons, planned: Comparisons, contenders: int) -> CriterionScores:
+        """Scores of the candidates that have their share of verdicts and that these link; of others, None."""
+        kept = with_quorum(players.count, history, planned, self.quorum)
+        kept = kept[largest_linked(kept.size, history.among(kept, players.count))]
+        scored = [int(i) for i in kept if i < contenders]
+        scores: list[float | None] = [None] * contenders
+        if len(scored) >= 2:
+            found = history.among(kept, players.count)
+            complete = kept.size == players.count and orders(history) == orders(planned)
+            values = self.schedule.scores(players.among(kept), found, complete=complete)
+            for i, value in zip(kept, values, strict=True):
+                if i < contenders:
+                    scores[i] = float(value)
+        missing = "too-few-verdicts" if None in scores else None
+        got = history.appearances(players.count)[:contenders]
         counts = len(planned.first), len(history.first)
-        if np.any(got < np.maximum(1.0, self.quorum * wanted)) or not is_connected(players.count, history):
-            return CriterionScores((), (), "too-few-verdicts", *counts, history)
-        scores = tuple(map(float, self.schedule.scores(players, history)))
-        return CriterionScores(scores, tuple(map(int, got)), None, *counts, history)
+        return CriterionScores(tuple(scores), tuple(map(int, got)), missing, *counts, history)
 
     def longest_call(self, sheet: Sheet) -> Call:
         by_length = sorted(range(len(sheet.candidates)), key=lambda i: len(sheet.candidates[i]))
         return self._call(sheet, by_length[-1], by_length[-2:][0], self.sampling.votes, 0)
 
-    def _shown(self, pairs: Sequence[Pair]) -> list[tuple[int, int, int]]:
-        """(first, second, votes): votes are spread over both orders; which one gets the odd vote the schedule drew."""
-        if self.mode == "soft":
-            both, votes = not self.schedule.balanced, 1
-        else:
-            both, votes = self.schedule.both_orders, self.sampling.votes
-        if both:
-            return [shown for a, b in pairs for shown in ((a, b, votes), (b, a, votes))]
-        halves = (votes + 1) // 2, votes // 2
-        return [(x, y, half) for a, b in pairs for x, y, half in ((a, b, halves[0]), (b, a, halves[1])) if half]
+    def _shown(self, pairs: Sequence[Pair], count: int) -> list[tuple[int, int, int]]:
+        """(first, second, votes): votes are spread over both orders; the schedule says which one gets an odd vote."""
+        given, swapped = votes_in_orders(self.schedule, count, soft=self.mode == "soft", votes=self.sampling.votes)
+        return [(x, y, votes) for a, b in pairs for x, y, votes in ((a, b, given), (b, a, swapped)) if votes]
 
     def _call(self, sheet: Sheet, first: int, second: int, votes: int, salt: int) -> Call:
         texts = {
@@ -204,32 +250,38 @@ class Pairwise:
         """Strengths in logits from the likelihood, where asked for and known for all candidates."""
         if self.prior_scale is None:
             return None
-        answers = await ask([LikelihoodCall(LIKELIHOOD_IDENTITY, (sheet.prefix, text)) for text in sheet.candidates])
-        known = [answer for answer in answers if isinstance(answer, float)]
-        if len(known) < len(answers):
+        known = await ask_until_there(ask, sheet.likelihood_calls())
+        if not all(known):
             return None
-        strengths = np.array(known)
+        strengths = np.concatenate(known)
         return np.clip((strengths - strengths.mean()) / self.prior_scale, -PRIOR_LIMIT, PRIOR_LIMIT)
 
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """Mean token log-prob of a candidate after the prefix under the judge's model, nats; one prefill a candidate."""
+    """Mean token log-prob of a candidate after the prefix under the judge's model, nats; one prefill a candidate.
+
+    The end of a candidate that ended is one of its tokens: a beginning alone is more likely than what it costs to stop there.
+    """
 
     name: str = LIKELIHOOD
 
+    def check(self, encoder: ChatEncoder) -> None:
+        """Raises EncodingError when the judge's tokenizer has no token that ends a text."""
+        encoder.document_end()
+
     async def score(self, sheet: Sheet, ask: Ask) -> CriterionScores:
-        calls = [LikelihoodCall(LIKELIHOOD_IDENTITY, (sheet.prefix, text)) for text in sheet.candidates]
-        answers = await ask(calls)
-        known = tuple(answer for answer in answers if isinstance(answer, float))
-        if len(known) < len(calls):
-            reason = "empty-candidate" if not all(sheet.candidates) else "too-few-verdicts"
-            return CriterionScores(missing=reason, planned=len(calls), received=len(known))
-        values = tuple((value,) for value in known)
-        return CriterionScores(known, (1,) * len(known), None, len(calls), len(known), values=values)
+        calls = sheet.likelihood_calls()
+        known = await ask_until_there(ask, calls)
+        lost = [call for call, own in zip(calls, known, strict=True) if not own]
+        empty = all(not call.prompt[1] for call in lost)
+        missing = None if not lost else "empty-candidate" if empty else "too-few-verdicts"
+        counts, values = tuple(map(len, known)), tuple(map(tuple, known))
+        scores = tuple(own[0] if own else None for own in known)
+        return CriterionScores(scores, counts, missing, len(calls), sum(counts), values=values)
 
     def longest_call(self, sheet: Sheet) -> Call:
-        return LikelihoodCall(LIKELIHOOD_IDENTITY, (sheet.prefix, max(sheet.candidates, key=len)))
+        return max(sheet.likelihood_calls(), key=lambda call: len(call.prompt[1]))
 
 
 def judgement(
@@ -263,6 +315,43 @@ def check_encodable(prompt: PromptFile, mode: VerdictMode, encoder: ChatEncoder)
     encoder.chat(prompt.body)
     if mode == "soft" and prompt.rule is not None:
         encoder.choices(prompt.rule.start, prompt.rule.labels)
+
+
+async def ask_until_there(ask: Ask, calls: Sequence[Call]) -> list[list[float]]:
+    """The votes in the answer to each call; those that are missing are asked for once more, as new draws."""
+    votes = [valid_votes(answer) for answer in await ask(calls)]
+    missing = [
+        (call.n if isinstance(call, GenerateCall) else 1) - len(own) for call, own in zip(calls, votes, strict=True)
+    ]
+    again = [i for i, count in enumerate(missing) if count > 0]
+    if again:
+        for i, answer in zip(again, await ask([_once_more(calls[i], missing[i]) for i in again]), strict=True):
+            votes[i] += valid_votes(answer)
+    return votes
+
+
+def _once_more(call: Call, missing: int) -> Call:
+    return replace(call, n=missing, again=True) if isinstance(call, GenerateCall) else call
+
+
+def with_quorum(count: int, history: Comparisons, planned: Comparisons, quorum: float) -> IntArray:
+    """The candidates with their share of the verdicts that were planned about two of them, in order.
+
+    One by one, the one with the least share first: others are not to go for what they lost with it.
+    """
+    kept = np.arange(count)
+    while kept.size:
+        got, wanted = (part.among(kept, count).appearances(kept.size) for part in (history, planned))
+        lacking = got < np.maximum(1.0, quorum * wanted)
+        if not lacking.any():
+            break
+        kept = np.delete(kept, np.argmin(np.where(lacking, got / np.maximum(wanted, 1), np.inf)))
+    return kept
+
+
+def orders(history: Comparisons) -> set[Pair]:
+    """The pairs with verdicts, each as it was shown."""
+    return set(zip(history.first.tolist(), history.second.tolist(), strict=True))
 
 
 def valid_votes(answer: Answer) -> list[float]:

@@ -48,9 +48,22 @@ class ChatEncoder:
         """Ids of plain text: no special tokens added, none recognised in it. Do not modify the list."""
         return self._remembered("text", text, self._encode)
 
-    def continuation(self, text: str) -> list[int]:
-        """Ids of `text` where it goes on from other text: without the space that some tokenizers put before any."""
-        return self._remembered("continuation", text, self._encode_after)
+    def continuation(self, text: str, *, ended: bool = False) -> list[int]:
+        """Ids of `text` where it goes on from other text: without the space that some tokenizers put before any.
+
+        ended: with the token that ends a text.
+        """
+        ids = self._remembered("continuation", text, self._encode_after)
+        return [*ids, self.document_end()] if ended else ids
+
+    def document_end(self) -> int:
+        """The end-of-sequence id. Raises EncodingError when this tokenizer has none."""
+        end = self._tokenizer.eos_token_id
+        if end is None:
+            raise EncodingError(
+                "likelihood needs a judge whose tokenizer has an end-of-sequence token: set its eos_token"
+            )
+        return int(end)
 
     def document_start(self) -> list[int]:
         """The beginning-of-sequence id if this tokenizer puts one before plain text, else nothing."""

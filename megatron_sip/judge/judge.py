@@ -4,8 +4,9 @@
         await judge.check()
         groups = await judge.score(groups, objective="dpo")
 
-A group comes back either with one score a candidate, made of real verdicts alone, or with `dropped` naming the reason.
-Equal texts are judged once and share their score. All draws depend only on the seed and the task, so that a resumed
+A group comes back either with its candidates that have a score, made of real verdicts alone, or with `dropped` naming
+the reason: a candidate whose verdicts are missing is left out and counted, a group when fewer than two are left. Equal
+texts are judged once and share their score. All draws depend only on the seed and the task, so that a resumed
 step asks the same questions and finds their answers in the cache.
 """
 
@@ -34,12 +35,16 @@ from megatron_sip.judge.criteria import (
 )
 from megatron_sip.judge.prompts import fence_code, valid_unicode
 from megatron_sip.judge.schedules import AllPairs
-from megatron_sip.judge.settings import JudgeSettings, Objective, SettingsError
+from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, Objective, SettingsError
 from megatron_sip.judge.window import PrefixWindow
-from megatron_sip.samples import Group
+from megatron_sip.samples import Candidate, CandidateKind, Group
 
 PROMPTS_IN_FLIGHT_SHARE = 16
 """Groups worked on at once: concurrency / this. Enough to fill it; few keep prompts together and memory flat."""
+
+
+_Text = tuple[str, bool]
+"""A candidate's text, and whether its document ends there (where that matters: likelihood)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +57,19 @@ class _Weighted:
 class Judge(AsksTeacher):
     """See the module. Counters: groups, verdicts, agreement with all pairs, calls, tokens, failures, latency."""
 
-    def __init__(self, settings: JudgeSettings) -> None:
+    def __init__(self, settings: JudgeSettings, document_end: int | None = None) -> None:
+        """document_end: the policy's end-of-document token; candidates that end with it ended, others were cut."""
         super().__init__(settings.client)
         self._settings = settings
+        self._document_end = document_end
         self._criteria = [
             _Weighted(name, weight, make_criterion(name, settings)) for name, weight in settings.criteria.items()
         ]
-        self._audits = {
-            item.setting: make_criterion(item.setting, settings, AllPairs())
-            for item in self._criteria
-            if isinstance(item.criterion, Pairwise) and settings.schedule.name not in ("all_pairs", "all_pairs_swap")
-        }
+        pairwise = [item.setting for item in self._criteria if isinstance(item.criterion, Pairwise)]
+        sparse = settings.schedule.name not in ("all_pairs", "all_pairs_swap")
+        self._all_pairs = {name: make_criterion(name, settings, AllPairs()) for name in pairwise if sparse}
+        self._pivot_kind = settings.schedule.pivot if settings.schedule.pivot_apart and pairwise else None
+        self._ends_matter = settings.schedule.likelihood_prior or LIKELIHOOD in settings.criteria
 
     @property
     def weights(self) -> dict[str, float]:
@@ -73,11 +80,11 @@ class Judge(AsksTeacher):
         """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
         await super().check(timeout_s)
         for item in self._criteria:
-            if not isinstance(item.criterion, Pointwise | Pairwise):
-                continue
             for endpoint in self._settings.client.endpoints_for(item.setting):
                 if endpoint.kind == "sglang":
                     item.criterion.check(self._client.encoder)
+                if not isinstance(item.criterion, Pointwise | Pairwise):
+                    continue
                 written = item.criterion.mode == "hard" or not endpoint.continues_answers
                 if written and self._client.reasoning.always and not endpoint.reasoning_tokens:
                     raise SettingsError(
@@ -90,7 +97,8 @@ class Judge(AsksTeacher):
     ) -> list[Group]:
         """The groups in order, scored or dropped, within `deadline_s` (default: the settings').
 
-        Groups that arrive dropped stay so. Candidates that are all the same text tie without being compared.
+        Groups that arrive dropped stay so. Candidates that are all the same text tie without being compared. With the
+        objective "pair" two candidates are compared directly, whatever the schedule.
         """
         deadline = asyncio.get_running_loop().time() + (deadline_s or self._settings.deadline_s)
         gate = asyncio.Semaphore(max(8, self._settings.client.concurrency // PROMPTS_IN_FLIGHT_SHARE))
@@ -106,23 +114,64 @@ class Judge(AsksTeacher):
     async def _score_group(self, group: Group, objective: Objective, deadline: float) -> Group:
         if group.dropped is not None:
             return group
-        texts = list(dict.fromkeys(valid_unicode(candidate.text) for candidate in group.candidates))
+        apart = group if objective == "pair" else self._with_pivot(group)
+        texts = list(dict.fromkeys(map(self._text, apart.candidates)))
         if not texts:
             return self._drop(group, "judge-no-candidates")
-        sheet = self._sheet(group, texts, objective)
+        sheet = self._sheet(apart, texts, objective)
         if sheet is None:
             return self._drop(group, "judge-context-too-short")
         results = await asyncio.gather(
-            *(self._ask_criterion(item.criterion, item.setting, sheet, deadline) for item in self._criteria)
+            *(
+                self._ask_criterion(self._asked(item, objective), item.setting, sheet, deadline)
+                for item in self._criteria
+            )
         )
         for item, result in zip(self._criteria, results, strict=True):
             self._count_verdicts(item.criterion.name, result)
-        for item, result in zip(self._criteria, results, strict=True):
-            if result.missing is not None:
-                return self._drop(group, f"judge-{item.criterion.name}-{result.missing}")
-        await self._audit(sheet, results, deadline)
+        lost = self._lost(results)
+        if len(lost) > max(0, len(texts) - 2):
+            return self._drop(group, f"judge-{next(iter(lost.values()))}")
+        for candidate in apart.candidates:
+            if (place := texts.index(self._text(candidate))) in lost:
+                self._counts[f"candidates/dropped/{lost[place]}"] += 1
+        if objective != "pair":
+            await self._audit(sheet, results, deadline)
         self._counts["groups/scored"] += 1
-        return self._scored(group, texts, results)
+        return self._scored(apart, texts, sheet, results, lost)
+
+    def _with_pivot(self, group: Group) -> Group:
+        """The group with its pivot set apart, where the settings say so: a candidate of that kind, else the suffix.
+
+        Without either (rollouts that do not begin yet) the schedule draws one of the candidates.
+        """
+        if self._pivot_kind is None:
+            return group
+        own = [i for i, candidate in enumerate(group.candidates) if candidate.kind == self._pivot_kind]
+        if not own:
+            is_suffix = self._pivot_kind == "suffix"
+            suffix = Candidate("suffix", group.task.suffix_ids, group.task.suffix_text)
+            return replace(group, pivot=suffix if is_suffix else None)
+        drawn = own[int(np.random.default_rng((self._settings.client.seed, group.task.index, 2)).integers(len(own)))]
+        others = [candidate for i, candidate in enumerate(group.candidates) if i != drawn]
+        return replace(group, candidates=others, pivot=group.candidates[drawn])
+
+    def _text(self, candidate: Candidate) -> _Text:
+        """What is judged of a candidate: those with equal ones share their scores."""
+        ended = self._document_end is not None and candidate.ids[-1:] == [self._document_end]
+        return valid_unicode(candidate.text), ended and self._ends_matter
+
+    def _asked(self, item: _Weighted, objective: Objective) -> Criterion:
+        return self._all_pairs.get(item.setting, item.criterion) if objective == "pair" else item.criterion
+
+    def _lost(self, results: Sequence[CriterionScores]) -> dict[int, str]:
+        """Places of the texts that a criterion has no score for, and which one, why."""
+        lost: dict[int, str] = {}
+        for item, result in zip(self._criteria, results, strict=True):
+            for place, score in enumerate(result.scores):
+                if score is None:
+                    lost.setdefault(place, f"{item.criterion.name}-{result.missing}")
+        return lost
 
     async def _ask_criterion(
         self, criterion: Criterion, setting: str, sheet: Sheet, deadline: float
@@ -140,14 +189,25 @@ class Judge(AsksTeacher):
             return result
         return replace(result, missing=failures.most_common(1)[0][0])
 
-    def _sheet(self, group: Group, texts: list[str], objective: Objective) -> Sheet | None:
+    def _sheet(self, group: Group, texts: list[_Text], objective: Objective) -> Sheet | None:
         """The task as the criteria see it; None when candidates and instructions leave the judge no room for the prefix."""
-        kinds = {valid_unicode(candidate.text): candidate.kind for candidate in reversed(group.candidates)}
-        reference = valid_unicode(group.task.suffix_text)
+        shown = [text for text, _ in texts]
+        kinds: dict[_Text, CandidateKind] = {}
+        for candidate in reversed(group.candidates):
+            kinds[self._text(candidate)] = candidate.kind
+        places = [kinds[text] for text in texts]
+        pivot, apart = None, False
+        if group.pivot is not None:
+            text = valid_unicode(group.pivot.text)
+            apart = text not in shown  # an equal candidate draws with it unasked
+            if apart:
+                shown.append(text)
+                places.append(group.pivot.kind)
+            pivot = shown.index(text)
+        reference, whole = valid_unicode(group.task.suffix_text), valid_unicode(group.task.prefix_text)
         seed = (self._settings.client.seed, group.task.index)
-        places = tuple(kinds[text] for text in texts)
-        whole = valid_unicode(group.task.prefix_text)
-        bare = Sheet("", reference, tuple(texts), places, UNKNOWN_CODE, seed, objective)
+        ended = frozenset(i for i, (_, ended) in enumerate(texts) if ended)
+        bare = Sheet("", reference, tuple(shown), tuple(places), UNKNOWN_CODE, seed, objective, ended, pivot, apart)
         prefix: str | None = whole
         for item in self._criteria:
             if prefix is not None:
@@ -155,7 +215,7 @@ class Judge(AsksTeacher):
         if prefix is None:
             return None
         self._counts["prefixes-cut"] += prefix != whole
-        code = fence_code(self._settings.client.seed, prefix, [*texts, reference])
+        code = fence_code(self._settings.client.seed, prefix, [*shown, reference])
         return replace(bare, prefix=prefix, code=code)
 
     def _window(self, setting: str) -> PrefixWindow:
@@ -165,22 +225,30 @@ class Judge(AsksTeacher):
         """What the longest request of a criterion takes beside the prefix. With a likelihood prior, that one is shorter."""
         return self._client.request_tokens(item.criterion.longest_call(bare), item.setting)
 
-    def _scored(self, group: Group, texts: list[str], results: Sequence[CriterionScores]) -> Group:
-        """The group with scores for all its candidates, duplicates sharing theirs."""
-        place = {text: i for i, text in enumerate(texts)}
-        order = [place[valid_unicode(candidate.text)] for candidate in group.candidates]
-        total = np.zeros(len(texts))
-        alone = len(self._criteria) == 1
+    def _scored(
+        self, group: Group, texts: list[_Text], sheet: Sheet, results: Sequence[CriterionScores], lost: dict[int, str]
+    ) -> Group:
+        """The group with its candidates that have scores, and these scores; duplicates share theirs."""
+        kept = [place for place in range(len(texts)) if place not in lost]
+        total, alone = np.zeros(len(texts)), len(self._criteria) == 1
         for item, result in zip(self._criteria, results, strict=True):
-            scale = self._settings.likelihood_scale
-            total += item.weight * comparable(item.criterion.name, result.scores, alone, scale)
-        named = list(zip((item.criterion.name for item in self._criteria), results, strict=True))
+            own = [score for place, score in enumerate(result.scores) if score is not None and place not in lost]
+            total[kept] += item.weight * comparable(item.criterion.name, own, alone, self._settings.likelihood_scale)
+        placed = [(texts.index(self._text(candidate)), candidate) for candidate in group.candidates]
+        order = [place for place, _ in placed if place not in lost]
+        places = {place: order.index(place) for place in kept}
+        if sheet.apart and sheet.pivot is not None:
+            places[sheet.pivot] = -1
+        named = [(item.criterion.name, result) for item, result in zip(self._criteria, results, strict=True)]
         return replace(
             group,
+            candidates=[candidate for place, candidate in placed if place not in lost],
             scores=[float(total[i]) for i in order],
-            criterion_scores={name: [result.scores[i] for i in order] for name, result in named},
+            criterion_scores={
+                name: [score for i in order if (score := result.scores[i]) is not None] for name, result in named
+            },
             votes={name: [result.votes[i] for i in order] for name, result in named},
-            verdicts={name: result.verdicts([order.index(i) for i in range(len(texts))]) for name, result in named},
+            verdicts={name: result.verdicts(places) for name, result in named},
         )
 
     def _drop(self, group: Group, reason: str) -> Group:
@@ -193,14 +261,14 @@ class Judge(AsksTeacher):
         if drawn >= self._settings.audit_rate:
             return
         for item, result in zip(self._criteria, results, strict=True):
-            if item.setting not in self._audits:
+            if item.setting not in self._all_pairs:
                 continue
-            full = await self._ask_criterion(self._audits[item.setting], item.setting, sheet, deadline)
-            if full.missing is None:
-                name = item.criterion.name
+            full = await self._ask_criterion(self._all_pairs[item.setting], item.setting, sheet, deadline)
+            if full.missing is None and result.missing is None:
+                name, truth, found = item.criterion.name, np.array(full.scores, float), np.array(result.scores, float)
                 self._counts[f"audit/{name}/groups"] += 1
-                self._counts[f"audit/{name}/same-best"] += int(np.argmax(full.scores) == np.argmax(result.scores))
-                self._counts[f"audit/{name}/same-worst"] += int(np.argmin(full.scores) == np.argmin(result.scores))
+                self._counts[f"audit/{name}/same-best"] += int(truth.argmax() == found.argmax())
+                self._counts[f"audit/{name}/same-worst"] += int(truth.argmin() == found.argmin())
 
     def _count_verdicts(self, name: str, result: CriterionScores) -> None:
         self._counts[f"verdicts/{name}"] += result.received

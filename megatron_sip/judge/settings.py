@@ -144,7 +144,8 @@ class ScheduleSettings:
     """Which pairs a pairwise criterion asks for; see schedules.py.
 
     both_orders: read soft verdicts in both orders also under circulant_bt and two_ended_bt, for twice the calls: for judges
-    whose position bias is strong.
+    whose position bias is strong. pivot_competes: the pivot is one of the candidates, with a constant 0.5; otherwise it is
+    compared only, and is neither scored nor selected.
     """
 
     name: str = "circulant_bt"
@@ -153,8 +154,18 @@ class ScheduleSettings:
     pivot: Literal["suffix", "rollout"] = "suffix"
     likelihood_prior: bool = False
     both_orders: bool = False
+    pivot_competes: bool = False
+
+    @property
+    def pivot_apart(self) -> bool:
+        """Whether a text is compared with the candidates without being one of them."""
+        return self.name == "pivot" and not self.pivot_competes
 
     def __post_init__(self) -> None:
+        if self.pivot_competes and self.name != "pivot":
+            raise SettingsError(
+                f"judge schedule pivot_competes: schedule '{self.name}' has no pivot; it belongs to pivot"
+            )
         if self.name not in SCHEDULE_NAMES:
             raise SettingsError(f"judge schedule '{self.name}' is unknown; there are: {', '.join(SCHEDULE_NAMES)}")
         if self.degree < 2 or self.degree % 2:
@@ -173,7 +184,7 @@ class JudgeSettings:
     client: how to reach the judge's servers; its seed is also that of all draws.
     votes: verdicts asked for a hard judgement (a soft one reads the probability once per order instead).
     verdicts: hard or soft for each criterion; those not named are `default_verdict`.
-    quorum: share of the planned verdicts that must have arrived for a group to be scored.
+    quorum: share of its planned verdicts that must have arrived for a candidate to be scored.
     deadline_s: seconds for one `score` call.
     likelihood_scale: nats per token; see criteria.py on scales. prefix_chars: how much of the prefix's end is shown.
     max_tokens: of one answer, reasoning in a channel of its own apart.
@@ -237,6 +248,14 @@ def known_criteria() -> list[str]:
     """The names that `--criteria` accepts besides paths of prompt files."""
     scored = [name for name in builtin_names() if builtin_prompt(name).kind != "text" and name != "coherence"]
     return sorted([LIKELIHOOD, "factuality", "factuality-noref", *scored])
+
+
+def is_pairwise(criterion: str) -> bool:
+    """Whether a criterion (see `check_criterion_name`) compares pairs, so that a schedule matters."""
+    if criterion == LIKELIHOOD:
+        return False
+    prompt = read_prompt_file(Path(criterion)) if criterion.endswith(".txt") else builtin_prompt(criterion)
+    return prompt.kind == "pairwise"
 
 
 def check_criterion_name(name: str) -> None:

@@ -50,9 +50,7 @@ def sglang_body(calls: Sequence[Call], encoder: ChatEncoder, endpoint: Endpoint)
         start = encoder.document_start()
         prefixes = [start + encoder.text(call.prompt[0]) for call in calls]
         return {
-            "input_ids": [
-                ids + encoder.continuation(call.prompt[1]) for ids, call in zip(prefixes, calls, strict=True)
-            ],
+            "input_ids": [ids + likelihood_ids(call, encoder) for ids, call in zip(prefixes, calls, strict=True)],
             "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
             "return_logprob": True,
             "logprob_start_len": [max(len(ids) - 1, 0) for ids in prefixes],
@@ -79,6 +77,12 @@ def sglang_body(calls: Sequence[Call], encoder: ChatEncoder, endpoint: Endpoint)
             "skip_special_tokens": not (endpoint.reasoning_tokens or encoder.reasoning.special_marks),
         },
     }
+
+
+def likelihood_ids(call: Call, encoder: ChatEncoder) -> list[int]:
+    """The tokens whose log-probs a likelihood call is about."""
+    assert isinstance(call, LikelihoodCall)
+    return encoder.continuation(call.prompt[1], ended=call.ended)
 
 
 def sglang_answers(
@@ -124,7 +128,7 @@ def _sglang_choice(call: ChoiceCall, encoder: ChatEncoder, meta: dict[str, Any])
 
 
 def _sglang_likelihood(call: LikelihoodCall, encoder: ChatEncoder, meta: dict[str, Any]) -> float | None:
-    expected = encoder.continuation(call.prompt[1])
+    expected = likelihood_ids(call, encoder)
     entries = meta["input_token_logprobs"][-len(expected) :] if expected else []
     if [entry[1] for entry in entries] != expected:
         raise BadResponseError("the log-probs returned are not those of the continuation's tokens")

@@ -114,6 +114,29 @@ def test_rf_nll_needs_something_that_a_rollout_can_lose_against() -> None:
     validate(arguments(*lone[:-1], "2"))
 
 
+def test_a_budget_that_cannot_link_all_candidates_names_the_least() -> None:
+    """The suffix and 16 rollouts: every group would be dropped."""
+    adaptive = ("--criteria", "quality=1", "--judge-schedule", "two_ended_bt", "--judge-budget")
+    message = refusal(*adaptive, "15")
+    assert "--judge-budget 15" in message
+    assert "at least 16 pairs" in message
+    validate(arguments(*adaptive, "16"))
+    validate(arguments(*adaptive, "1", "--criteria", "likelihood"))  # no pairs are compared
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--candidates", "rollout"),
+        ("--candidates", "suffix", "rollout", "--judge-pivot-competes"),
+        ("--judge-pivot", "rollout"),
+        ("--judge-pivot", "rollout", "--judge-pivot-competes"),
+    ],
+)
+def test_pivots_that_are_possible(flags: tuple[str, ...]) -> None:
+    validate(arguments("--criteria", "quality=1", "--judge-schedule", "pivot", *flags))
+
+
 def test_dpo_cannot_wait_for_rollouts_with_one_other_candidate() -> None:
     assert "--rollout-start-step" in refusal("--rollout-start-step", "100")
     validate(arguments("--rollout-start-step", "100", "--candidates", "suffix", "rewrite", "rollout"))
@@ -136,6 +159,34 @@ def test_dpo_cannot_wait_for_rollouts_with_one_other_candidate() -> None:
         (("--rollout-url", "engine:30000"), "http://"),
         (("--judge-degree", "5"), "--judge-degree"),
         (("--judge-budget", "0"), "--judge-budget"),
+        (("--judge-pivot-competes", "--criteria", "quality"), "--judge-pivot-competes"),
+        (("--criteria", "quality", "--judge-schedule", "pivot"), "--judge-pivot-competes"),
+        (
+            (
+                "--criteria",
+                "quality",
+                "--judge-schedule",
+                "pivot",
+                "--judge-pivot",
+                "rollout",
+                "--candidates",
+                "suffix",
+                "rewrite",
+            ),
+            "--judge-pivot rollout",
+        ),
+        (
+            (
+                *("--criteria", "quality", "--judge-schedule", "pivot", "--judge-pivot-competes"),
+                "--candidates",
+                "rollout",
+            ),
+            "--judge-pivot suffix",
+        ),
+        (
+            ("--criteria", "quality", "--judge-schedule", "pivot", "--judge-pivot", "rollout", "--num-rollouts", "1"),
+            "--num-rollouts",
+        ),
         (("--judge-votes", "0"), "--judge-votes"),
         (("--judge-max-tokens", "0"), "--judge-max-tokens"),
         (("--judge-prefix-chars", "0"), "--judge-prefix-chars"),

@@ -65,7 +65,9 @@ def test_the_papers_safety_run() -> None:
         ("quality-pivot-8", 8 * 5, None),  # K judgements an update, section 3.2.3; 5 votes each
         ("factuality-8", 8 * 7 // 2 * 5, 8 * 5),
         ("safety-suffix-rewrite-16", 18 * 17 // 2 * 5, 18 * 5),
-        ("from-scratch", 5, 10),
+        ("factuality-pivot-8", 8 * 5, 8 * 5),  # the suffix is not its own reference
+        ("safety-pivot-16", 16 * 5, 16 * 5),
+        ("from-scratch", 6, 10),  # of two candidates: three votes in either order
         ("safety-sft-rollout", None, None),
         ("safety-dpo-rewrite-over-rollout", None, None),
     ],
@@ -85,7 +87,8 @@ def test_judgements_a_prompt_of_presets(preset: str, pairs: int | None, points: 
         (settings_with(ScheduleSettings("circulant_bt", degree=4), votes=5), 170, 68),
         (settings_with(ScheduleSettings("circulant_bt", degree=4), verdict="soft"), 34, 34),
         (settings_with(ScheduleSettings("two_ended_bt", budget=40), votes=1), 40, 40),
-        (settings_with(ScheduleSettings("pivot"), votes=2), 32, 32),
+        (settings_with(ScheduleSettings("pivot", pivot_competes=True), votes=2), 32, 32),
+        (settings_with(ScheduleSettings("pivot"), votes=2), 34, 34),
     ],
 )
 def test_pairwise_judgements_of_17_candidates(settings: JudgeSettings, judgements: int, requests: int) -> None:
@@ -112,7 +115,7 @@ def test_a_late_start_of_rollouts_saves_their_cost_until_then() -> None:
     )
     cost = run_cost(args, judge_settings(args, [URL]))
     assert cost["rollout tokens, generated"] == 500 * 2 * 16 * 128
-    assert cost["pair judgements"] == 2 * (500 * 18 * 17 // 2 * 5 + 500 * 5)
+    assert cost["pair judgements"] == 2 * (500 * 18 * 17 // 2 * 5 + 500 * 6)
     assert cost["rewriter calls"] == 2000
 
 
@@ -149,12 +152,23 @@ def test_what_a_reasoning_judge_behind_a_rate_limit_costs() -> None:
     limits = ("--teacher-reasoning-tokens", "2048", "--teacher-requests-per-second", "5", "--judge-max-tokens", "100")
     args = parse(*flags, *limits, "--judge-verdict", "hard", "safety=soft")
     cost = prompt_cost(args, judge_settings(args, args.teacher_url))
-    # One pair with 5 votes in 2 requests; 2 candidates whose verdicts are written too, and their probabilities read.
-    assert (cost["pair judgements"], cost["point judgements"], cost["judge requests"]) == (5, 2, 4)
-    assert cost["judge tokens, answers"] == (5 + 2) * 2148
+    # One pair with 3 votes in either order; 2 candidates whose verdicts are written too, and their probabilities read.
+    assert (cost["pair judgements"], cost["point judgements"], cost["judge requests"]) == (6, 2, 4)
+    assert cost["judge tokens, answers"] == (6 + 2) * 2148
     text = describe(args)
     assert "  at least    102 s a step for 1,024 teacher requests at 10 a second" in text.splitlines()
     assert "soft verdicts, up to 2148 tokens each" in text
+
+
+def test_a_pivot_and_votes_made_even_are_said() -> None:
+    lines = describe(parse("--preset", "quality-pivot-8")).splitlines()
+    assert any("pivot: 8 pairs with the suffix, for comparison only" in line for line in lines)
+    assert "  candidates  8 rollouts = 8 a prompt, 128 tokens each; rollouts at T=1, top-p 1" in lines
+    small = describe(parse("--preset", "quality-2"))
+    assert "1 of 1 pairs, as many votes in either order, 5 votes" in small
+    assert "6 pair judgements a prompt" in small
+    drawn = cost_of(parse("--preset", "quality-pivot-8", "--judge-pivot", "rollout"))
+    assert drawn["pair judgements"] == 7 * 5  # of 8 rollouts one is the pivot
 
 
 def test_description_without_a_judge() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judge_cases import make_settings
 
-from megatron_sip.judge.calls import Answer, Call, ChoiceCall, GenerateCall, LikelihoodCall
+from megatron_sip.judge.calls import Answer, Call, ChoiceCall, GenerateCall, LikelihoodCall, cache_material
 from megatron_sip.judge.criteria import Ask, CriterionScores, Likelihood, Sheet, comparable, make_criterion
 from megatron_sip.judge.settings import Endpoint, ScheduleSettings
 
@@ -33,11 +34,20 @@ def answering(reply: Callable[[Call], Answer], seen: list[Call] | None = None) -
 async def test_likelihood_passes_the_logprobs_through() -> None:
     ask = answering(lambda call: -float(len(call.prompt[1])))
     assert (await Likelihood().score(SHEET, ask)).scores == (-1.0, -2.0, -3.0, -4.0)
-    partly = answering(lambda call: None if call.prompt[1] == "bb" else -1.0)
-    assert (await Likelihood().score(SHEET, partly)).missing == "too-few-verdicts"
+    partly = await Likelihood().score(SHEET, answering(lambda call: None if call.prompt[1] == "bb" else -1.0))
+    assert (partly.scores, partly.missing) == ((-1.0, None, -1.0, -1.0), "too-few-verdicts")
     empty = replace(SHEET, candidates=("a", ""), kinds=("suffix", "rollout"))
-    nothing = answering(lambda call: -1.0 if call.prompt[1] else None)
-    assert (await Likelihood().score(empty, nothing)).missing == "empty-candidate"
+    nothing = await Likelihood().score(empty, answering(lambda call: -1.0 if call.prompt[1] else None))
+    assert (nothing.scores, nothing.missing) == ((-1.0, None), "empty-candidate")
+
+
+async def test_the_likelihood_of_a_candidate_that_ended_is_that_of_its_end_too() -> None:
+    seen: list[Call] = []
+    sheet = replace(SHEET, candidates=("a", "a", ""), kinds=("suffix", "rollout", "rollout"), ended=frozenset({1, 2}))
+    result = await Likelihood().score(sheet, answering(lambda call: -2.0 if call.ended else -1.0, seen))
+    assert result.scores == (-1.0, -2.0, -2.0)
+    assert result.missing is None
+    assert len({cache_material(call, "model") for call in seen}) == 3
 
 
 @given(st.lists(st.floats(-20, 0), min_size=2, max_size=17))
@@ -55,14 +65,11 @@ def test_likelihoods_in_a_sum_are_win_rates_in_the_same_order(values: list[float
 async def test_pointwise_means_are_over_the_votes_that_came(votes: list[list[float | None]]) -> None:
     replies = iter(votes)
     criterion = make_criterion("safety", make_settings("http://a", criteria={"safety": 1.0}, votes=4))
-    result = await criterion.score(SHEET, answering(lambda call: next(replies)))
+    result = await criterion.score(SHEET, answering(lambda call: next(replies, None)))  # asked again: no answer
     valid = [[vote for vote in own if vote is not None] for own in votes]
-    if min(map(len, valid)) < 2:
-        assert result.missing == "too-few-verdicts"
-        assert not result.scores
-    else:
-        assert result.scores == pytest.approx([np.mean(own) for own in valid])
-        assert result.votes == tuple(map(len, valid))
+    assert result.scores == tuple(pytest.approx(np.mean(own)) if len(own) >= 2 else None for own in valid)
+    assert result.missing == ("too-few-verdicts" if min(map(len, valid)) < 2 else None)
+    assert result.votes == tuple(map(len, valid))
     assert result.planned == 16
     assert result.received == sum(map(len, valid))
 
@@ -75,7 +82,7 @@ async def quality(reply: Callable[[Call], Answer], seen: list[Call], **changes: 
 async def test_soft_all_pairs_reads_both_orders_and_circulant_one() -> None:
     for name, both, calls in (
         ("all_pairs", False, 12),
-        ("circulant_bt", False, 6),
+        ("circulant_bt", False, 8),  # 6 pairs; the two across the circle in both orders, so that all are balanced
         ("circulant_bt", True, 12),
         ("pivot", False, 6),
     ):
@@ -102,20 +109,60 @@ async def test_repeated_questions_are_new_draws() -> None:
     assert len(keys) == 60
 
 
-async def test_a_candidate_without_verdicts_leaves_the_group_unscored() -> None:
+@pytest.mark.parametrize("name", ["all_pairs", "circulant_bt", "two_ended_bt"])
+async def test_a_candidate_without_verdicts_is_left_out_and_the_others_are_scored(name: str) -> None:
     def reply(call: Call) -> Answer:
-        return [None] if any("\ndddd\n" in piece for piece in call.prompt) else [1.0]
+        assert isinstance(call, GenerateCall)
+        return [None if any("\ndddd\n" in piece for piece in call.prompt) else 1.0] * call.n
 
-    assert (await quality(reply, [])).missing == "too-few-verdicts"
+    result = await quality(reply, [], schedule=ScheduleSettings(name))
+    assert result.missing == "too-few-verdicts"
+    assert [score is None for score in result.scores] == [False, False, False, True]
 
 
-async def test_groups_of_candidates_that_never_met_are_not_compared() -> None:
+async def test_missing_votes_are_asked_for_once_more_as_new_draws() -> None:
+    """Of five votes two are unreadable, then one of these two: it stays missing."""
+    seen: list[GenerateCall] = []
+
+    def reply(call: Call) -> Answer:
+        assert isinstance(call, GenerateCall)
+        seen.append(call)
+        return [1.0] * (call.n - 1) + [None] if call.again else [1.0] * (call.n - 2) + [None, None]
+
+    result = await quality(reply, [], votes=5, quorum=1.0)
+    assert (result.planned, result.received) == (6 * 5, 6 * (5 - 2))  # 3 and 2 votes in the two orders of each pair
+    assert Counter((call.n, call.again) for call in seen) == {(3, False): 6, (2, False): 6, (2, True): 12}
+    assert len({cache_material(call, "model") for call in seen}) == len(seen)
+
+
+async def test_of_candidates_that_never_met_the_largest_set_is_compared() -> None:
     def reply(call: Call) -> Answer:
         shown = "".join(call.prompt)
         left = ("\na\n" in shown) + ("\nbb\n" in shown)
         return [None] if left == 1 else [1.0]
 
-    assert (await quality(reply, [], quorum=0.01)).missing == "too-few-verdicts"
+    result = await quality(reply, [], quorum=0.01)
+    assert result.missing == "too-few-verdicts"
+    assert [score is None for score in result.scores] == [False, False, True, True]
+
+
+async def test_a_pivot_apart_is_met_by_all_and_scored_by_none() -> None:
+    seen: list[Call] = []
+    sheet = replace(SHEET, pivot=3, apart=True)
+    settings = make_settings("http://a", criteria={"quality": 1.0, "safety": 1.0}, schedule=ScheduleSettings("pivot"))
+
+    def reply(call: Call) -> Answer:
+        assert isinstance(call, GenerateCall)
+        seen.append(call)
+        return [1.0] * call.n
+
+    for name, calls in (("quality", 3), ("safety", 3)):
+        seen.clear()
+        result = await make_criterion(name, settings).score(sheet, answering(reply))
+        assert len(result.scores) == len(result.votes) == 3
+        assert len(seen) == calls
+        shown = ["".join(call.prompt).count("\ndddd\n") for call in seen]
+        assert shown == [1 if name == "quality" else 0] * calls
 
 
 async def test_the_likelihood_prior_decides_where_verdicts_do_not() -> None:

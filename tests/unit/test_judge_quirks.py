@@ -106,7 +106,7 @@ async def test_a_server_that_goes_on_refusing_is_not_asked_for_ever() -> None:
         async with Judge(make_settings(server.url)) as judge:
             [judged] = await judge.score([make_group(0, [0.4, 0.9])])
         assert judged.dropped == "judge-quality-rejected"
-        assert server.requests == 2
+        assert server.requests == 8  # both orders, each once more, each twice
 
 
 async def test_what_did_not_help_is_not_kept() -> None:
@@ -166,7 +166,7 @@ async def test_a_choice_without_content_is_one_missing_vote(caplog: pytest.LogCa
             [judged] = await judge.score([make_group(0, [0.4, 0.9])])
         assert judged.scores == [0.0, 1.0]
         assert judged.votes == {"quality": [6, 6]}
-        assert server.requests == 2
+        assert [body["n"] for body in server.bodies] == [5, 5, 2, 2]  # what was missing is asked for once more
     counters = judge.counters()
     assert not [name for name in counters if name.startswith(("failed", "breaker", "retries"))]
 

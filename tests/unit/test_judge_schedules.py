@@ -19,11 +19,14 @@ from megatron_sip.judge.schedules import (
     Pivot,
     Schedule,
     TwoEndedBT,
+    balanced_pairs,
     circulant_pairs,
-    is_connected,
+    largest_linked,
+    least_budget,
     make_schedule,
     measured_win_rates,
     planned_pairs,
+    votes_in_orders,
 )
 from megatron_sip.judge.settings import Objective, ScheduleSettings
 
@@ -83,17 +86,98 @@ def test_circulant_is_regular_balanced_and_connected(count: int, degree: int, se
     assert len({frozenset(pair) for pair in pairs}) == len(pairs) == count * degree // 2
     assert set(Counter(a for a, _ in pairs).values()) == {degree // 2}
     assert set(Counter(b for _, b in pairs).values()) == {degree // 2}
-    assert is_connected(count, Comparisons.empty().plus([(a, b, 1.0) for a, b in pairs]))
+    assert linked(count, pairs) == list(range(count))
+
+
+def linked(count: int, pairs: list[Pair]) -> list[int]:
+    return largest_linked(count, Comparisons.empty().plus([(a, b, 1.0) for a, b in pairs])).tolist()
+
+
+@given(st.integers(4, 24), st.sampled_from([2, 4, 6, 8, 30]), st.integers(0, 10**6))
+def test_every_candidate_is_shown_first_as_often_as_second(count: int, degree: int, seed: int) -> None:
+    """Also where the degree reaches all others: orders are a design, not coin flips."""
+    pairs = circulant_pairs(count, degree, np.random.default_rng(seed))
+    assert Counter(a for a, _ in pairs) == Counter(b for _, b in pairs)
+    assert len(set(pairs)) == len(pairs) == planned_pairs(ScheduleSettings(degree=degree), count)
+    if degree >= count - 1:
+        assert len({frozenset(pair) for pair in pairs}) == count * (count - 1) // 2
+
+
+@given(st.integers(2, 24), st.integers(0, 10**6))
+def test_all_pairs_are_each_asked_once_and_balanced_where_that_can_be(count: int, seed: int) -> None:
+    pairs = balanced_pairs(count, np.random.default_rng(seed))
+    assert len({frozenset(pair) for pair in pairs}) == len(pairs) == count * (count - 1) // 2
+    first, second = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+    assert {abs(first[i] - second[i]) for i in range(count)} == {1 - count % 2}
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_adaptive_rounds_stay_balanced(soft: bool) -> None:
+    for seed in range(20):
+        asked, _ = play(TwoEndedBT(90), np.linspace(-2, 2, 16), soft=soft, seed=seed)
+        first, second = Counter(a for a, _ in asked), Counter(b for _, b in asked)
+        assert max(abs(first[i] - second[i]) for i in range(16)) <= 4
+
+
+@pytest.mark.parametrize("name", ["all_pairs", "pivot", "circulant_bt", "two_ended_bt"])
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(("soft", "votes"), [(True, 1), (False, 1), (False, 5)])
+def test_small_groups_are_asked_in_both_orders_alike(name: str, count: int, soft: bool, votes: int) -> None:
+    """With a bias of 3 logits towards the first option the best of two or three is still found."""
+    schedule = make_schedule(ScheduleSettings(name))
+    given_order, swapped = votes_in_orders(schedule, count, soft=soft, votes=votes)
+    assert given_order == swapped == (1 if soft else (votes + 1) // 2)
+    for seed in range(20):
+        quality = np.random.default_rng(seed).standard_normal(count)
+        field = Field(("suffix", *["rollout"] * (count - 1)), "dpo", np.random.default_rng(seed), repeatable=False)
+        history = Comparisons.empty()
+        for a, b in schedule.next_pairs(0, field, history):
+            for first, second in ((a, b), (b, a)):
+                chance = float(sigmoid(quality[first] - quality[second] + 3.0))
+                history = history.plus([(first, second, chance)] * given_order)
+        scores = schedule.scores(field, history)
+        if name != "pivot":  # which says little about candidates on the same side of the pivot
+            assert np.array_equal(np.argsort(scores), np.argsort(quality))
+        assert (scores[0] > scores[1]) == (quality[0] > quality[1])
+
+
+@pytest.mark.parametrize("name", ["all_pairs", "pivot"])
+def test_candidates_that_lost_opponents_are_compared_by_a_fit_not_by_their_averages(name: str) -> None:
+    """The best one lost its verdicts against the weak: its average is lower than another's, its strength is not."""
+    quality = np.array([0.0, 1.4, 1.0, -1.0, -3.0])
+    pairs = balanced_pairs(5, np.random.default_rng(0)) if name == "all_pairs" else [(0, i) for i in (1, 2, 3, 4)]
+    lost = {frozenset(pair) for pair in ((1, 3), (1, 4))}
+    verdicts = [(a, b, float(sigmoid(quality[a] - quality[b]))) for a, b in pairs if frozenset((a, b)) not in lost]
+    history = Comparisons.empty().plus(verdicts + [(b, a, 1 - outcome) for a, b, outcome in verdicts])
+    field = Field(("suffix", *["rollout"] * 4), "dpo", np.random.default_rng(0), pivot=0 if name == "pivot" else None)
+    scores = make_schedule(ScheduleSettings(name)).scores(field, history, complete=False)
+    assert np.array_equal(np.argsort(scores), np.argsort(quality))
+    if name == "all_pairs":
+        assert np.argmax(measured_win_rates(5, history)) != 1
+    else:
+        assert scores[0] == 0.5
+        assert np.all((scores > 0.5) == (quality > 0))
+
+
+@given(st.integers(2, 40))
+def test_the_least_budget_links_all_candidates_and_one_less_does_not(count: int) -> None:
+    for budget in (least_budget(count), least_budget(count) - 1):
+        field = Field(("rollout",) * count, "dpo", np.random.default_rng(count))
+        pairs = TwoEndedBT(budget).next_pairs(0, field, Comparisons.empty()) if budget else []
+        assert (len(linked(count, pairs)) == count) == (budget == least_budget(count))
 
 
 def test_circulant_turns_into_all_pairs_when_the_group_is_small() -> None:
     assert len(circulant_pairs(5, 6, np.random.default_rng(0))) == 10
 
 
-def test_connectedness() -> None:
-    assert is_connected(3, Comparisons.empty().plus([(0, 1, 1.0), (2, 1, 0.0)]))
-    assert not is_connected(4, Comparisons.empty().plus([(0, 1, 1.0), (2, 3, 0.0)]))
-    assert not is_connected(2, Comparisons.empty())
+def test_the_largest_set_of_candidates_that_verdicts_link() -> None:
+    assert linked(3, [(0, 1), (2, 1)]) == [0, 1, 2]
+    assert linked(4, [(2, 3), (0, 1)]) == [0, 1]
+    assert linked(6, [(0, 1), (5, 4), (3, 4), (2, 3)]) == [2, 3, 4, 5]
+    assert linked(33, [(i, i + 1) for i in range(32)]) == list(range(33))
+    assert linked(2, []) == [0]
+    assert linked(0, []) == []
 
 
 def test_pivot_compares_all_with_the_suffix() -> None:

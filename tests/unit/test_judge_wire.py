@@ -115,6 +115,30 @@ def test_native_likelihood(encoder: ChatEncoder) -> None:
         sglang_answers([call], encoder, [meta(input_token_logprobs=wrong)])
 
 
+def test_the_end_of_a_document_is_one_of_the_tokens_whose_likelihood_is_asked(encoder: ChatEncoder) -> None:
+    """Also where it is the only one: a rollout that ended at once."""
+    end = byte_level_tokenizer().eos_token_id
+    for text in (" brown fox", ""):
+        cut, ended = LikelihoodCall("l", ("the quick", text)), LikelihoodCall("l", ("the quick", text), ended=True)
+        body = sglang_body([cut, ended], encoder, NATIVE)
+        assert body["input_ids"][1] == [*body["input_ids"][0], end]
+        assert body["logprob_start_len"][0] == body["logprob_start_len"][1] == len(encoder.text("the quick")) - 1
+        tokens = body["input_ids"][1][body["logprob_start_len"][1] :]
+        entries = [[None, tokens[0], None], *([-2.0 if token == end else -1.0, token, None] for token in tokens[1:])]
+        answers, _, _ = sglang_answers(
+            [cut, ended], encoder, [meta(input_token_logprobs=entries[:-1]), meta(input_token_logprobs=entries)]
+        )
+        count = len(encoder.text(text))
+        assert answers == [-1.0 if text else None, pytest.approx((-1.0 * count - 2.0) / (count + 1))]
+
+
+def test_a_judge_without_an_end_token_cannot_give_likelihoods() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(EncodingError, match="end-of-sequence"):
+        ChatEncoder(tokenizer).document_end()
+
+
 @pytest.mark.parametrize("response", [{}, [], None, [{"text": 3}], [{"meta_info": {}}, {}], "Conclusion: Option 1", 7])
 def test_native_responses_of_another_shape_are_no_verdicts(encoder: ChatEncoder, response: Any) -> None:
     for call in (CHOICE, GENERATE, LikelihoodCall("l", ("a", "b"))):
