@@ -1,4 +1,6 @@
-"""Every preset makes one real training step on the demo's data: real parser, Megatron, engine, judge and rewriter.
+"""Each kind of preset makes one real training step on the demo's data: real parser, Megatron, engine, judge and rewriter.
+
+One preset stands for those that differ from it in numbers alone; test_presets checks what each of them comes to.
 
 A preset's objective, candidates, criteria, schedule, votes and learning rate are its own. Overridden are sizes (batch,
 lengths, model; 2 rollouts for 8 and 16, since all pairs of 17 candidates take this teacher minutes), and the verdict: a
@@ -19,11 +21,17 @@ from typing import Any
 import pytest
 from paper_presets import PAPER, paper_criteria
 
-from megatron_sip.presets import known_presets
 from megatron_sip.rollout.launch import LocalServer
 
 WORKER = Path(__file__).with_name("presets_worker.py")
 MOST_ROLLOUTS, FEW_ROLLOUTS = 4, 2
+KINDS = (
+    *("from-scratch-baseline", "safety-sft-rewrite", "safety-sft-rollout"),
+    *("from-scratch-suffix-rewrite", "safety-rf-nll-suffix-rewrite-1"),
+    *("safety-dpo-rewrite-over-rollout", "safety-suffix-rewrite-2", "factuality-2", "quality-pivot-8"),
+)
+"""sft on each kind of target, rf-nll without and with rollouts, dpo by fixed roles, on all candidates, by factuality, on a
+pivot."""
 HARD = ("quality-2", "factuality-2", "safety-suffix-1")
 AUDITED = "quality-pivot-8:audited"
 SIZES = (
@@ -58,7 +66,7 @@ def results(
     work = tmp_path_factory.mktemp("presets")
     soft, hard = ["--judge-verdict", "soft"], ["--judge-max-tokens", "6", "--global-batch-size", "1"]
     hard += ["--teacher-reasoning-tokens", "0"]
-    cases = {preset: [*sizes(preset), *soft] for preset in known_presets()}
+    cases = {preset: [*sizes(preset), *soft] for preset in KINDS}
     cases |= {f"{preset}:hard": [*sizes(preset), *hard] for preset in HARD}
     cases[AUDITED] = [*sizes("quality-pivot-8"), "--num-rollouts", str(MOST_ROLLOUTS), *soft, "--judge-audit-rate", "1"]
     flags = [
@@ -74,11 +82,11 @@ def results(
     return {result["preset"]: result for result in map(json.loads, (work / "results.jsonl").read_text().splitlines())}
 
 
-@pytest.mark.parametrize("preset", known_presets())
+@pytest.mark.parametrize("preset", KINDS)
 def test_a_preset_makes_a_step_of_its_own_kind(results: dict[str, dict[str, Any]], preset: str) -> None:
     result = results[preset]
     metrics, examples = result["metrics"], result["examples"]
-    objective, kinds, _, _ = PAPER.get(preset, ("dpo", ("suffix", "rollout"), None, True))
+    objective, kinds, _, _ = PAPER[preset]
     assert result["objective"] == objective
     assert examples, {name: value for name, value in metrics.items() if name.startswith("dropped/")}
     assert math.isfinite(metrics["loss"])
@@ -95,7 +103,7 @@ def test_a_preset_makes_a_step_of_its_own_kind(results: dict[str, dict[str, Any]
             assert found == list(kinds)
 
 
-@pytest.mark.parametrize("preset", PAPER)
+@pytest.mark.parametrize("preset", KINDS)
 def test_a_preset_asks_its_own_judge(results: dict[str, dict[str, Any]], preset: str) -> None:
     _, kinds, _, judged = PAPER[preset]
     metrics = results[preset]["metrics"]
@@ -103,7 +111,7 @@ def test_a_preset_asks_its_own_judge(results: dict[str, dict[str, Any]], preset:
     asked = {name.removeprefix("judge/verdicts/") for name in metrics if name.startswith("judge/verdicts/")}
     assert asked == (paper_criteria(preset) if judged else set())
     if judged:
-        most = rollouts_here(preset) + len(set(kinds) - {"rollout"})
+        most = rollouts_here(preset) + len(set(kinds) - {"rollout"}) + ("pivot" in preset)
         pairs = most - 1 if "pivot" in preset else most * (most - 1) // 2
         assert 0 < metrics["judge/verdicts/quality"] <= 2 * pairs * groups  # soft: each pair in both orders
         assert metrics["judge/verdicts/quality"] % 2 == 0
