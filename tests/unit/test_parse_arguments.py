@@ -222,6 +222,20 @@ def test_a_broken_config(parse: Parse, model: Path, content: str) -> None:
         parse()
 
 
+def test_a_dry_run_shows_its_answer_alone(model: Path, tmp_path: Path) -> None:
+    """Megatron alone prints 860 lines before it."""
+    flags = ["--pretrained-checkpoint", str(model), "--save", "run", "--data-path", "none.jsonl", "--seq-length", "256"]
+    command = [sys.executable, "-m", "megatron_sip.train", *flags, "--train-iters", "3", "--lr", "1e-3", "--dry-run"]
+    environment = os.environ | {"PYTHONPATH": str(README.parent)}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=True
+    )
+    assert done.stdout.startswith("What this run does\n")
+    assert len(done.stdout.splitlines()) < 30
+    assert done.stderr == ""
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_writes_nothing_and_starts_no_wandb_run(
     parse: Parse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
