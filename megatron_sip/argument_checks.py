@@ -7,7 +7,8 @@ import contextlib
 import linecache
 import os
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_sip.data.documents import parse_split
@@ -19,13 +20,14 @@ from megatron_sip.judge_arguments import flag_for, judge_settings, rewriter_sett
 from megatron_sip.learning.checkpoint_folder import TRACKER
 from megatron_sip.learning.objective_settings import ObjectiveSettings
 from megatron_sip.samples import CANDIDATE_KINDS
+from megatron_sip.server_arguments import ROLES, Role, has_servers, rewriter_role
 
 
 class ArgumentError(SystemExit):
     """A combination of flags that cannot work; the message names the flag and the mend."""
 
 
-SERVER_ROLES = ("rollout", "teacher")
+SERVER_ROLES = ("rollout", *ROLES)
 """For each there are the flags --ROLE-url and --ROLE-key-variable."""
 REQUIRED = {
     "data_path": "jsonl, parquet or .bin/.idx files, optionally with weights",
@@ -110,13 +112,23 @@ def contender_count(args: argparse.Namespace, with_rollouts: bool = True) -> int
 
 
 def needs_judge(args: argparse.Namespace) -> bool:
-    """Whether anything is scored in this run, the held-out comparison included."""
-    return (uses_judge(args) and args.replay_groups is None) or args.win_rate_prompts > 0
+    """Whether the teacher scores anything in this run, the held-out comparison included."""
+    compares = args.win_rate_prompts > 0 and not needs_eval_judge(args)
+    return (uses_judge(args) and args.replay_groups is None) or compares
+
+
+def needs_eval_judge(args: argparse.Namespace) -> bool:
+    """Whether the held-out comparison has a judge of its own."""
+    return args.win_rate_prompts > 0 and has_servers(args, "eval_judge")
 
 
 def needs_teacher(args: argparse.Namespace) -> bool:
-    """Whether a judge or a rewriter is asked anything."""
-    return needs_judge(args) or needs_rewriter(args)
+    """Whether the teacher is asked anything."""
+    return needs_judge(args) or (needs_rewriter(args) and rewriter_role(args) == "teacher")
+
+
+def flag_of(role: str, name: str) -> str:
+    return f"--{role}-{name}".replace("_", "-")
 
 
 def needs_rewriter(args: argparse.Namespace) -> bool:
@@ -228,18 +240,21 @@ def _check_servers(args: argparse.Namespace) -> Iterator[str]:
         yield "--rollout-url and --rollout-local exclude each other: use one"
     if needs_teacher(args) and not args.teacher_url and not args.teacher_model:
         yield "the judge or rewriter needs a server: give --teacher-url URL ..., or --teacher-model DIR"
-    if args.teacher_url and args.teacher_model:
-        yield "--teacher-url and --teacher-model exclude each other: use one"
-    if args.teacher_model and not (Path(args.teacher_model) / "config.json").is_file():
-        yield f"--teacher-model {args.teacher_model}: no config.json there; give an HF model folder"
-    if args.teacher_api == "openai" and not args.teacher_name:
-        yield "--teacher-api openai needs --teacher-name, the model name that the server expects"
+    for role in ("teacher", "rewriter"):
+        url, model = getattr(args, f"{role}_url"), getattr(args, f"{role}_model")
+        if url and model:
+            yield f"--{role}-url and --{role}-model exclude each other: use one"
+        if model and not (Path(model) / "config.json").is_file():
+            yield f"--{role}-model {model}: no config.json there; give an HF model folder"
+    for role in ROLES:
+        if getattr(args, f"{role}_api") == "openai" and not getattr(args, f"{role}_name"):
+            yield f"{flag_of(role, 'api')} openai needs {flag_of(role, 'name')}, the model name that the server expects"
     for role in SERVER_ROLES:
         if variable := getattr(args, f"{role}_key_variable"):
             try:
                 key_from_environment(variable)
             except ValueError as error:
-                yield f"--{role}-key-variable: {error}"
+                yield f"{flag_of(role, 'key-variable')}: {error}"
 
 
 def _check_urls(args: argparse.Namespace) -> Iterator[str]:
@@ -247,22 +262,27 @@ def _check_urls(args: argparse.Namespace) -> Iterator[str]:
     for role in SERVER_ROLES:
         for url in getattr(args, f"{role}_url") or []:
             if mistake := url_mistake(url):
-                hint = f": give the key through --{role}-key-variable" if "@" in url else ""
-                yield f"--{role}-url {shown_url(url)}: {mistake}{hint}"
+                hint = f": give the key through {flag_of(role, 'key-variable')}" if "@" in url else ""
+                yield f"{flag_of(role, 'url')} {shown_url(url)}: {mistake}{hint}"
 
 
 def _check_teacher_settings(args: argparse.Namespace) -> Iterator[str]:
-    """What criteria, schedule, verdicts and endpoints need of each other; the server itself may still be starting."""
-    urls = args.teacher_url or ["http://teacher"]
-    if any(map(url_mistake, urls)):
-        return
-    try:
-        if needs_judge(args):
-            yield from _schedule_mistakes(args, judge_settings(args, urls))
-        if needs_rewriter(args):
-            rewriter_settings(args, urls)
-    except SettingsError as error:
-        yield f"{flag_for(error)}: {error}"
+    """What criteria, schedule, verdicts and endpoints need of each other; the servers themselves may still be starting."""
+    asked: list[tuple[bool, Role, Callable[[Sequence[str]], object]]] = [
+        (needs_judge(args), "teacher", partial(judge_settings, args)),
+        (needs_eval_judge(args), "eval_judge", partial(judge_settings, args, role="eval_judge")),
+        (needs_rewriter(args), rewriter_role(args), partial(rewriter_settings, args)),
+    ]
+    for needed, role, settings in asked:
+        urls = getattr(args, f"{role}_url") or [f"http://{role.replace('_', '-')}"]
+        if not needed or any(map(url_mistake, urls)):
+            continue
+        try:
+            made = settings(urls)
+            if role == "teacher" and isinstance(made, JudgeSettings):
+                yield from _schedule_mistakes(args, made)
+        except SettingsError as error:
+            yield f"{flag_for(error, role)}: {error}"
 
 
 def _schedule_mistakes(args: argparse.Namespace, settings: JudgeSettings) -> Iterator[str]:
@@ -398,21 +418,23 @@ def _check_local_servers(args: argparse.Namespace) -> Iterator[str]:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
     if here < args.world_size:
         yield (
-            "--rollout-local and --teacher-model start servers that only this node reaches: on several nodes start them "
-            "apart and give --rollout-url and --teacher-url (examples/train_continual.sbatch)"
+            "--rollout-local, --teacher-model and --rewriter-model start servers that only this node reaches: on several "
+            "nodes start them apart and give --rollout-url and --teacher-url (examples/train_continual.sbatch)"
         )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
     if args.local_server_memory is None and gpus is not None and gpus < here + servers:
         yield (
-            f"--rollout-local and --teacher-model: {here} trainer processes and {servers} servers need a GPU each, this "
-            f"node has {gpus}: start fewer processes, or serve elsewhere and give --rollout-url and --teacher-url"
+            f"--rollout-local, --teacher-model, --rewriter-model: {here} trainer processes and {servers} servers need a GPU "
+            f"each, this node has {gpus}: start fewer processes, or serve elsewhere and give --rollout-url and --teacher-url"
         )
 
 
 def local_servers(args: argparse.Namespace) -> int:
     """How many SGLang servers this run starts."""
     engines = args.rollout_local if needs_engines(args) else 0
-    return engines + int(args.teacher_model is not None and needs_teacher(args))
+    teacher = args.teacher_model is not None and needs_teacher(args)
+    rewriter = args.rewriter_model is not None and needs_rewriter(args)
+    return engines + int(teacher) + int(rewriter)
 
 
 def objective_settings(args: argparse.Namespace) -> ObjectiveSettings:

@@ -17,6 +17,7 @@ from megatron_sip.model.converted import converted_checkpoint, is_hf_folder
 from megatron_sip.model.hf_folder import HF_SUBFOLDER, refuse_pointers
 from megatron_sip.presets import expand_presets
 from megatron_sip.samples import CANDIDATE_KINDS
+from megatron_sip.server_arguments import add_server_flags
 from megatron_sip.wandb_run import continue_wandb_run
 
 GROUP_TITLE = "self-improving pretraining"
@@ -33,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     _add_rollout_flags(group)
     group.add_argument("--teacher-model", metavar="DIR", help="Start an SGLang server of this HF model on this node.")
     add_teacher_flags(group)
+    group.add_argument(
+        "--rewriter-model", metavar="DIR", help="Start an SGLang server of this HF model on this node for the rewriter."
+    )
+    add_server_flags(group, "rewriter")
+    add_server_flags(group, "eval_judge")
     add_judge_flags(group)
     _add_run_flags(group)
     return parser

@@ -10,12 +10,13 @@ import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from megatron_sip.argument_checks import candidate_kinds, contender_count, needs_teacher, uses_judge
+from megatron_sip.argument_checks import candidate_kinds, contender_count, needs_judge, uses_judge
 from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
 from megatron_sip.judge.rewriter import REWRITE_ROOM
 from megatron_sip.judge.schedules import SMALL_GROUP, make_schedule, planned_pairs, votes_in_orders
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings
 from megatron_sip.judge_arguments import judge_settings
+from megatron_sip.server_arguments import endpoints_of, rewriter_role
 
 CHARACTERS_PER_TOKEN = 4
 """Of the instructions in prompt files; texts are counted in the policy's tokens."""
@@ -29,7 +30,7 @@ Cost = dict[str, int]
 
 def describe(args: argparse.Namespace) -> str:
     """The text that --dry-run prints; `args` as `parse_arguments` returns them."""
-    settings = judge_settings(args, args.teacher_url or ["http://teacher"]) if needs_teacher(args) else None
+    settings = judge_settings(args, args.teacher_url or ["http://teacher"]) if needs_judge(args) else None
     judge = _judge(args, settings) if settings is not None and uses_judge(args) else ["none"]
     facts = [
         ("objective", _objective(args)),
@@ -77,7 +78,8 @@ def prompt_cost(args: argparse.Namespace, settings: JudgeSettings | None, with_r
 
 def _rewriter_reasoning(args: argparse.Namespace) -> int:
     """Tokens for reasoning before a rewrite; none where the server goes on from the start that we give."""
-    return 0 if args.teacher_api == "sglang" or args.teacher_prefill else int(args.teacher_reasoning_tokens)
+    [endpoint] = endpoints_of(args, rewriter_role(args), ["http://rewriter"])
+    return 0 if endpoint.continues_answers else endpoint.reasoning_tokens
 
 
 def candidate_count(args: argparse.Namespace, with_rollouts: bool = True) -> int:

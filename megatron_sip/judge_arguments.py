@@ -8,16 +8,15 @@ from pathlib import Path
 
 from megatron_sip.judge.rewriter import RewriterSettings
 from megatron_sip.judge.settings import (
-    DEFAULT_MODEL,
     SCHEDULE_NAMES,
     ClientSettings,
-    Endpoint,
     JudgeSettings,
     ScheduleSettings,
     SettingsError,
     parse_criteria,
     parse_verdicts,
 )
+from megatron_sip.server_arguments import Role, add_server_flags, endpoints_of, rewriter_role, tokenizer_of
 
 FLAG_OF_SETTING = {
     "requests_per_s": "--teacher-requests-per-second",
@@ -48,64 +47,8 @@ FLAG_OF_SETTING = {
 
 def add_teacher_flags(group: argparse._ActionsContainer) -> None:
     """The servers of judge and rewriter, and how they are to be asked."""
-    group.add_argument("--teacher-url", nargs="+", metavar="URL", help="Running servers of the judge and rewriter.")
-    group.add_argument(
-        "--teacher-api",
-        choices=["sglang", "openai"],
-        default="sglang",
-        help="sglang: native API (likelihood and soft verdicts). openai: any OpenAI-compatible server.",
-    )
-    group.add_argument(
-        "--teacher-name",
-        default=None,
-        metavar="MODEL",
-        help="Model name sent to an OpenAI-type server, and the name that --judge-cache keeps answers under. Default for "
-        "SGLang: the name that the server reports.",
-    )
-    group.add_argument(
-        "--teacher-key-variable", default=None, metavar="NAME", help="Environment variable that holds the API key."
-    )
-    group.add_argument(
-        "--teacher-tokenizer",
-        metavar="DIR",
-        help="Tokenizer of an SGLang teacher. Default: --teacher-model, or the path that the server reports.",
-    )
-    group.add_argument(
-        "--teacher-prefill",
-        action="store_true",
-        help="An OpenAI-type server continues an answer that we begin (vLLM, SGLang): soft verdicts then cost one token.",
-    )
-    group.add_argument(
-        "--teacher-answer-prefix",
-        default="",
-        metavar="TEXT",
-        help="Put between an SGLang teacher's chat template and an answer that we begin, special tokens included. Default: "
-        "what its template needs to end reasoning, as </think> or gpt-oss's <|channel|>final<|message|>.",
-    )
+    add_server_flags(group, "teacher")
     group.add_argument("--rewrite-temperature", type=float, default=0.0, help="Sampling of the rewriter; 0 is greedy.")
-    _add_teacher_limits(group)
-
-
-def _add_teacher_limits(group: argparse._ActionsContainer) -> None:
-    group.add_argument(
-        "--teacher-reasoning-tokens",
-        type=int,
-        default=0,
-        metavar="TOKENS",
-        help="For reasoning (gpt-oss, <think>), on top of each written answer's own tokens. Needed for written verdicts of "
-        "a model that always reasons, for example 2048.",
-    )
-    group.add_argument(
-        "--teacher-context",
-        type=int,
-        default=None,
-        metavar="TOKENS",
-        help="What a request and its answer may take together; of longer prefixes only the end is shown, and counted. "
-        "Default: what the server reports.",
-    )
-    group.add_argument(
-        "--teacher-requests-per-second", type=float, default=0.0, metavar="N", help="Limit for each URL; 0: none."
-    )
     group.add_argument(
         "--teacher-timeout", type=float, default=120.0, metavar="SECONDS", help="For one attempt of one teacher call."
     )
@@ -208,12 +151,12 @@ def _add_schedule_flags(group: argparse._ActionsContainer) -> None:
     )
 
 
-def judge_settings(args: argparse.Namespace, urls: Sequence[str]) -> JudgeSettings:
-    """The judge that the flags describe, at `urls`."""
+def judge_settings(args: argparse.Namespace, urls: Sequence[str], role: Role = "teacher") -> JudgeSettings:
+    """The judge that the flags describe, at `urls`, the servers of `role`."""
     default_verdict, verdicts = parse_verdicts(args.judge_verdict)
     return JudgeSettings(
         criteria=parse_criteria(args.criteria),
-        client=teacher_client(args, urls),
+        client=client_settings(args, urls, role),
         votes=args.judge_votes,
         schedule=schedule_settings(args),
         verdicts=verdicts,
@@ -228,11 +171,11 @@ def judge_settings(args: argparse.Namespace, urls: Sequence[str]) -> JudgeSettin
     )
 
 
-def teacher_client(args: argparse.Namespace, urls: Sequence[str]) -> ClientSettings:
-    """How judge and rewriter reach the teacher at `urls`."""
+def client_settings(args: argparse.Namespace, urls: Sequence[str], role: Role) -> ClientSettings:
+    """How judge and rewriter reach the servers of `role` at `urls`."""
     return ClientSettings(
-        endpoints=teacher_endpoints(args, urls),
-        tokenizer=args.teacher_tokenizer or args.teacher_model,
+        endpoints=endpoints_of(args, role, urls),
+        tokenizer=tokenizer_of(args, role),
         cache_path=Path(args.judge_cache) if args.judge_cache is not None else None,
         call_timeout_s=args.teacher_timeout,
         concurrency=args.judge_concurrency,
@@ -240,28 +183,10 @@ def teacher_client(args: argparse.Namespace, urls: Sequence[str]) -> ClientSetti
     )
 
 
-def teacher_endpoints(args: argparse.Namespace, urls: Sequence[str]) -> tuple[Endpoint, ...]:
-    """The teacher's servers as the judge and the rewriter address them."""
-    return tuple(
-        Endpoint(
-            url,
-            args.teacher_api,
-            args.teacher_name or DEFAULT_MODEL,
-            api_key_env=args.teacher_key_variable,
-            prefill=args.teacher_prefill,
-            answer_prefix=args.teacher_answer_prefix,
-            reasoning_tokens=args.teacher_reasoning_tokens,
-            requests_per_s=args.teacher_requests_per_second,
-            context_tokens=args.teacher_context,
-        )
-        for url in urls
-    )
-
-
 def rewriter_settings(args: argparse.Namespace, urls: Sequence[str]) -> RewriterSettings:
     """The rewriter that the flags describe, at `urls`."""
     return RewriterSettings(
-        client=teacher_client(args, urls),
+        client=client_settings(args, urls, rewriter_role(args)),
         temperature=args.rewrite_temperature,
         deadline_s=args.judge_deadline,
         prefix_chars=args.judge_prefix_chars,
@@ -282,7 +207,9 @@ def schedule_settings(args: argparse.Namespace) -> ScheduleSettings:
     )
 
 
-def flag_for(error: SettingsError) -> str:
-    """The flag that a mistake in the settings comes from."""
+def flag_for(error: SettingsError, role: Role = "teacher") -> str:
+    """The flag that a mistake in the settings comes from, where they are about the servers of `role`."""
     message = str(error)
-    return next((flag for name, flag in FLAG_OF_SETTING.items() if name in message), "--criteria and --judge-schedule")
+    flag = next((flag for name, flag in FLAG_OF_SETTING.items() if name in message), "--criteria and --judge-schedule")
+    shared = role == "teacher" or flag == "--teacher-timeout"
+    return flag if shared else flag.replace("--teacher-", f"--{role.replace('_', '-')}-")

@@ -46,7 +46,7 @@ from megatron_sip.model.hf_weights import export_hf_weights
 from megatron_sip.rollout.protocol import WeightSyncError
 from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
 from megatron_sip.samples import Task
-from megatron_sip.services import Leader, LocalServers, check_named_servers, rollout_key, rollout_sampling
+from megatron_sip.services import Leader, LocalServers, StartedUrls, check_named_servers, rollout_key, rollout_sampling
 from megatron_sip.stop_signal import StopSignal
 
 EXCHANGE_SECONDS = 8 * 3600.0
@@ -173,8 +173,9 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
     exchange = LeaderExchange(timeout_seconds=EXCHANGE_SECONDS)
     open_run_folder(args, exchange)
     tokenizer = AutoTokenizer.from_pretrained(args.hf_config)
-    named = bool(args.rollout_url or args.teacher_url)  # a wrong URL must not show only after hours of tokenising
-    if named and args.rank == 0 and (args.rollout_local or args.teacher_model):
+    urls = (args.rollout_url, args.teacher_url, args.rewriter_url, args.eval_judge_url)
+    named = any(urls)  # a wrong URL must not show only after hours of tokenising
+    if named and args.rank == 0 and (args.rollout_local or args.teacher_model or args.rewriter_model):
         check_named_servers(args)
     servers = start_local_servers(args, stack) if named else None
     leader = open_leader(args, tokenizer, exchange, servers, stack) if named else None
@@ -306,15 +307,16 @@ def open_leader(
 ) -> Leader | None:
     """The clients of engines and teacher, on leaders. All ranks learn the URLs of servers that rank 0 started."""
     waiting = time.monotonic()
-    started = servers.urls() if servers is not None else ([], [])
+    started = servers.urls() if servers is not None else StartedUrls()
     if servers is not None and servers.description:
         say(f"servers: ready, {time.monotonic() - waiting:.0f} s after all else")
-    engines, teachers = exchange.share(started)[0]
-    args.rollout_url = args.rollout_url or engines
-    args.teacher_url = args.teacher_url or teachers
+    found = exchange.share(started)[0]
+    args.rollout_url = args.rollout_url or found.engines
+    args.teacher_url = args.teacher_url or found.teacher
+    args.rewriter_url = args.rewriter_url or found.rewriter
     if not exchange.is_leader:
         return None
-    leader = Leader(args, tokenizer, args.rollout_url, args.teacher_url, exchange.replica)
+    leader = Leader(args, tokenizer, args.rollout_url, args.teacher_url, exchange.replica, args.rewriter_url)
     stack.callback(leader.close)
     return leader
 

@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -19,6 +19,7 @@ from megatron_sip.argument_checks import (
     candidate_kinds,
     local_servers,
     needs_engines,
+    needs_eval_judge,
     needs_judge,
     needs_rewriter,
     needs_teacher,
@@ -37,6 +38,7 @@ from megatron_sip.rollout.launch import LocalServer, ServerSettings, start_serve
 from megatron_sip.rollout.recovery import end_open_update
 from megatron_sip.rollout.sglang import PoolSettings, SamplingSettings, SGLangPool
 from megatron_sip.samples import CandidateKind, Task
+from megatron_sip.server_arguments import Role, rewriter_role
 from megatron_sip.stop_signal import StopSignal
 
 CONNECT_SECONDS = 10.0
@@ -48,29 +50,45 @@ PROBE_TEXT = "Self-improving pretraining: naïve façade, 12345 + 678 = ?\n\tΔ�
 """Tokenised by us and by every engine; a difference means that they do not share a tokenizer."""
 
 
+class StartedUrls(NamedTuple):
+    """URLs of the servers that this run has started."""
+
+    engines: Sequence[str] = ()
+    teacher: Sequence[str] = ()
+    rewriter: Sequence[str] = ()
+
+
 class LocalServers:
-    """The engines and the teacher of this node, started in the background while the model is being built."""
+    """The engines, teacher and rewriter of this node, started in the background while the model is being built."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._servers: list[LocalServer] = []
-        self._threads = ThreadPoolExecutor(2)
-        self.description = ""
-        """What is being started, in words; empty when nothing is."""
+        self._threads = ThreadPoolExecutor(3)
+        started: list[str] = []
         logs = Path(args.run_dir) / "logs"
         context = args.seq_length + ENGINE_MARGIN
         gpus = spare_gpus(args)
         self._engines: Future[list[LocalServer]] | None = None
         self._teacher: Future[list[LocalServer]] | None = None
+        self._rewriter: Future[list[LocalServer]] | None = None
         if args.rollout_local and needs_engines(args):
             engine = self._settings(args, args.hf_config, logs / "engine.log", context, ENGINE_FLAGS)
             engine = replace(engine, devices=gpus[: args.rollout_local] if gpus else None)
+            gpus = gpus[args.rollout_local :] if gpus else None
             self._engines = self._threads.submit(start_servers, args.rollout_local, engine)
-            self.description = "an engine" if args.rollout_local == 1 else f"{args.rollout_local} engines"
+            started.append("an engine" if args.rollout_local == 1 else f"{args.rollout_local} engines")
         if args.teacher_model and needs_teacher(args):
             teacher = self._settings(args, args.teacher_model, logs / "teacher.log", None, ())
-            teacher = replace(teacher, devices=gpus[-1:] if gpus else None)
+            teacher = replace(teacher, devices=gpus[:1] if gpus else None)
             self._teacher = self._threads.submit(start_servers, 1, teacher)
-            self.description += " and the teacher" if self.description else "the teacher"
+            started.append("the teacher")
+        if args.rewriter_model and needs_rewriter(args):
+            rewriter = self._settings(args, args.rewriter_model, logs / "rewriter.log", None, ())
+            rewriter = replace(rewriter, devices=gpus[-1:] if gpus else None)
+            self._rewriter = self._threads.submit(start_servers, 1, rewriter)
+            started.append("the rewriter")
+        self.description = " and ".join(started)
+        """What is being started, in words; empty when nothing is."""
 
     @staticmethod
     def _settings(
@@ -87,18 +105,20 @@ class LocalServers:
             extra_args=extra,
         )
 
-    def urls(self) -> tuple[list[str], list[str]]:
-        """(engine URLs, teacher URLs), once all of them are healthy. Raises what starting them raised."""
-        engines = self._engines.result() if self._engines is not None else []
-        teacher = self._teacher.result() if self._teacher is not None else []
-        return [server.url for server in engines], [server.url for server in teacher]
+    def urls(self) -> StartedUrls:
+        """Once all of them are healthy. Raises what starting them raised."""
+        found = [future.result() if future is not None else [] for future in self._futures()]
+        return StartedUrls(*([server.url for server in servers] for servers in found))
 
     def stop(self) -> None:
         """Stop whatever was started; waits for a start under way."""
-        for started in (self._engines, self._teacher):
+        for started in self._futures():
             if started is not None and started.exception() is None:
                 stop_servers(started.result())
         self._threads.shutdown()
+
+    def _futures(self) -> tuple[Future[list[LocalServer]] | None, ...]:
+        return self._engines, self._teacher, self._rewriter
 
 
 def spare_gpus(args: argparse.Namespace) -> tuple[int, ...] | None:
@@ -130,9 +150,11 @@ def check_named_servers(args: argparse.Namespace) -> None:
         if args.rollout_url and needs_engines(args):
             async with SGLangPool(args.rollout_url, PoolSettings(key=rollout_key(args))) as engines:
                 await engines.wait_ready(CONNECT_SECONDS)
-        if args.teacher_url and needs_judge(args):
-            async with Judge(judge_settings(args, args.teacher_url)) as judge:
-                await judge.check(CONNECT_SECONDS)
+        judges: list[tuple[bool, Role]] = [(needs_judge(args), "teacher"), (needs_eval_judge(args), "eval_judge")]
+        for needed, role in judges:
+            if needed and (urls := getattr(args, f"{role}_url")):
+                async with Judge(judge_settings(args, urls, role)) as judge:
+                    await judge.check(CONNECT_SECONDS)
 
     asyncio.run(ask())
 
@@ -188,24 +210,32 @@ class Leader:
         engine_urls: Sequence[str],
         teacher_urls: Sequence[str],
         replica: int,
+        rewriter_urls: Sequence[str] = (),
     ) -> None:
         self._replica = replica
         self._loop = LoopThread("leader")
         self._clients = contextlib.AsyncExitStack()
         self.engines: SGLangPool | None = None
         self.judge: Judge | None = None
+        self.eval_judge: Judge | None = None
+        """The held-out comparison's, in the leader that makes it: the one of its own, or the teacher."""
         rewriter: Rewriter | None = None
         seeded = False
         try:
             if needs_engines(args):
                 share = args.global_batch_size // args.data_parallel_size
-                urls = rotated_urls(engine_urls, replica, share)
-                self.engines = self.run(self._open_engines(args, tokenizer, urls))
+                rotated = rotated_urls(engine_urls, replica, share)
+                self.engines = self.run(self._open_engines(args, tokenizer, rotated))
                 seeded = self.run(self.engines.take_seeds())
             if needs_judge(args):
                 self.judge = self.run(self._open_judge(judge_settings(args, teacher_urls), tokenizer.eos_token_id))
+            self.eval_judge = self.judge
+            if needs_eval_judge(args) and replica == 0:
+                own = judge_settings(args, args.eval_judge_url, "eval_judge")
+                self.eval_judge = self.run(self._open_judge(own, tokenizer.eos_token_id))
             if needs_rewriter(args):
-                rewriter = self.run(self._open_rewriter(args, tokenizer, teacher_urls))
+                urls = rewriter_urls if rewriter_role(args) == "rewriter" else teacher_urls
+                rewriter = self.run(self._open_rewriter(args, tokenizer, urls))
         except BaseException:
             self.close()
             raise

@@ -190,10 +190,15 @@ def conclude(run: Run, stop: StopSignal) -> None:
     win_rate: WinRate | None = None
     comparisons: list[Comparison] = []
     leader = run.leader
-    if run.comparison is not None and leader is not None and leader.engines is not None and leader.judge is not None:
+    if (
+        run.comparison is not None
+        and leader is not None
+        and leader.engines is not None
+        and leader.eval_judge is not None
+    ):
         version = str(run.args.iteration)
         say("comparison: the trained policy continues the same held-out prefixes, then both are judged")
-        compared = leader.run(stop.run(run.comparison.finish(leader.engines, leader.judge, version)))
+        compared = leader.run(stop.run(run.comparison.finish(leader.engines, leader.eval_judge, version)))
         if compared is None:
             say("stopped on request: all steps are saved, the same command makes the comparison")
             return
