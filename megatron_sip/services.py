@@ -27,6 +27,7 @@ from megatron_sip.argument_checks import (
 from megatron_sip.evaluation.training_samples import SampleLog
 from megatron_sip.experience import Experience, ExperienceMaker, ExperienceSettings
 from megatron_sip.http_reply import key_from_environment
+from megatron_sip.judge.base import AsksTeacher
 from megatron_sip.judge.judge import Judge
 from megatron_sip.judge.rewriter import Rewriter
 from megatron_sip.judge.settings import JudgeSettings
@@ -155,6 +156,9 @@ def check_named_servers(args: argparse.Namespace) -> None:
             if needed and (urls := getattr(args, f"{role}_url")):
                 async with Judge(judge_settings(args, urls, role)) as judge:
                     await judge.check(CONNECT_SECONDS)
+        if needs_rewriter(args) and args.rewriter_url:
+            async with AsksTeacher(rewriter_settings(args, args.rewriter_url).client) as rewriter:
+                await rewriter.check(CONNECT_SECONDS)
 
     asyncio.run(ask())
 

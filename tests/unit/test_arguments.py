@@ -250,6 +250,7 @@ def test_passwords_and_keys_are_refused_before_megatron_prints_and_saves_its_arg
     role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint keeps the arguments, and wandb and tensorboard show them: they never hold a secret."""
+    role = role.replace("_", "-")
     args = arguments(f"--{role}-url", "http://me:secret@host:1", "http://host/v1?key=secret")
     with pytest.raises(ArgumentError) as caught:
         check_required(args)  # the first of all checks

@@ -59,7 +59,7 @@ def set_up(monkeypatch: pytest.MonkeyPatch, **servers: Any) -> list[str]:
     monkeypatch.setattr(run_module, "load_policy", opens("load", (None, None, None)))
     monkeypatch.setattr(run_module, "open_weight_sync", raises_the_end)
     names = {"rollout_url": None, "teacher_url": None, "rollout_local": 0, "teacher_model": None, "hf_config": "hf"}
-    names |= {"rank": 0}
+    names |= {"rank": 0, "rewriter_url": None, "rewriter_model": None, "eval_judge_url": None}
     with contextlib.suppress(EndOfTestError):
         run_module.set_up(argparse.Namespace(**(names | servers)), contextlib.ExitStack())
     return calls
@@ -76,7 +76,13 @@ def test_a_url_is_checked_before_anything_is_tokenised(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "servers", [{"teacher_url": ["http://t"], "rollout_local": 1}, {"rollout_url": ["http://e"], "teacher_model": "m"}]
+    "servers",
+    [
+        {"eval_judge_url": ["http://j"], "teacher_model": "m"},
+        {"rewriter_url": ["http://r"], "rollout_local": 1},
+        {"teacher_url": ["http://t"], "rollout_local": 1},
+        {"rollout_url": ["http://e"], "teacher_model": "m"},
+    ],
 )
 def test_a_url_is_asked_before_a_server_of_this_node_is_started(
     monkeypatch: pytest.MonkeyPatch, servers: dict[str, Any]
@@ -84,13 +90,14 @@ def test_a_url_is_asked_before_a_server_of_this_node_is_started(
     assert set_up(monkeypatch, **servers) == ["check weights", "ask", "start servers", "connect", "tokenise", "load"]
 
 
-@pytest.mark.parametrize("flag", ["--rollout-url", "--teacher-url"])
+@pytest.mark.parametrize("flag", ["--rollout-url", "--teacher-url", "--rewriter-url", "--eval-judge-url"])
 def test_a_server_given_as_url_that_is_down_is_named(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
     monkeypatch.setattr(services, "CONNECT_SECONDS", 0.1)
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        args = add_arguments(argparse.ArgumentParser()).parse_args([flag, url])
+        more = ["--win-rate-prompts", "1", "--candidates", "suffix", "rewrite", "rollout"]
+        args = add_arguments(argparse.ArgumentParser()).parse_args([flag, url, *more])
         args.seed = 1
         with pytest.raises(USER_ERRORS, match=url):
             services.check_named_servers(args)

@@ -1,0 +1,114 @@
+"""Servers of a rewriter and of a last judge of their own; without them both are the teacher's work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fake_judge import FakeJudge
+from test_arguments import arguments, check_all, refusal
+from tiny_tokenizer import byte_level_tokenizer
+
+from megatron_sip.argument_checks import local_servers, needs_eval_judge, needs_judge, needs_teacher
+from megatron_sip.judge.rewriter import Rewriter
+from megatron_sip.judge_arguments import judge_settings, rewriter_settings
+from megatron_sip.samples import Task
+
+OWN_REWRITER = (
+    *("--rewriter-url", "http://rewriter:1", "--rewriter-api", "openai", "--rewriter-name", "big"),
+    *("--rewriter-reasoning-tokens", "99", "--rewriter-tokenizer", "tok", "--rewriter-requests-per-second", "3"),
+)
+REWRITES = ("--candidates", "suffix", "rewrite", "rollout")
+
+
+def test_without_servers_of_its_own_the_rewriter_is_the_teacher() -> None:
+    args = arguments(*REWRITES, "--teacher-tokenizer", "teacher-tok", "--teacher-context", "4096")
+    check_all(args)
+    [endpoint] = rewriter_settings(args, args.teacher_url).client.endpoints
+    assert (endpoint.url, endpoint.context_tokens) == ("http://teacher:30000", 4096)
+    assert rewriter_settings(args, args.teacher_url).client.tokenizer == "teacher-tok"
+
+
+def test_a_rewriter_of_its_own_takes_nothing_from_the_teacher() -> None:
+    args = arguments(*REWRITES, *OWN_REWRITER, "--teacher-prefill", "--teacher-api", "openai", "--teacher-name", "j")
+    args.criteria = ["quality"]
+    check_all(args)
+    client = rewriter_settings(args, args.rewriter_url).client
+    [own] = client.endpoints
+    assert (own.kind, own.model, own.prefill, own.reasoning_tokens, own.requests_per_s) == (
+        "openai",
+        "big",
+        False,
+        99,
+        3.0,
+    )
+    assert client.tokenizer == "tok"
+    [teacher] = judge_settings(args, args.teacher_url).client.endpoints
+    assert (teacher.model, teacher.prefill, teacher.reasoning_tokens) == ("j", True, 0)
+
+
+def test_a_run_that_only_rewrites_needs_no_teacher_with_a_rewriter_of_its_own() -> None:
+    args = arguments("--dpo-pair", "rewrite", "suffix", *OWN_REWRITER)
+    args.teacher_url = None
+    check_all(args)
+    assert not needs_teacher(args)
+
+
+def test_a_last_judge_of_its_own() -> None:
+    flags = ("--win-rate-prompts", "5", "--eval-judge-url", "http://last:1", "--eval-judge-api", "openai")
+    args = arguments("--objective", "sft", *flags, "--eval-judge-name", "gpt", "--criteria", "quality")
+    args.teacher_url = None
+    check_all(args)
+    assert needs_eval_judge(args)
+    assert not needs_judge(args)
+    settings = judge_settings(args, args.eval_judge_url, "eval_judge")
+    assert [(e.url, e.model) for e in settings.client.endpoints] == [("http://last:1", "gpt")]
+    trained = arguments("--win-rate-prompts", "5", *flags, "--eval-judge-name", "gpt")
+    assert needs_judge(trained)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rewriter-api", "openai"), "--rewriter-api openai needs --rewriter-name"),
+        (("--eval-judge-api", "openai"), "--eval-judge-api openai needs --eval-judge-name"),
+        (("--rewriter-model", "/nowhere"), "--rewriter-model /nowhere: no config.json there"),
+        (("--rewriter-url", "rewriter"), "--rewriter-url rewriter: a URL starts with http"),
+        ((*REWRITES, *OWN_REWRITER, "--rewriter-context", "0"), "--rewriter-context: endpoint http://rewriter:1"),
+        (
+            ("--win-rate-prompts", "1", "--eval-judge-url", "http://last", "--eval-judge-reasoning-tokens", "-1"),
+            "--eval-judge-reasoning-tokens: endpoint http://last",
+        ),
+        (
+            (
+                *("--win-rate-prompts", "1", "--eval-judge-url", "http://last"),
+                *("--eval-judge-api", "openai", "--eval-judge-name", "m"),
+            ),
+            "likelihood needs an endpoint of kind sglang",
+        ),
+    ],
+)
+def test_mistakes_name_the_role_s_own_flag(flags: tuple[str, ...], message: str) -> None:
+    assert message in refusal(*flags)
+
+
+def test_a_local_rewriter_is_one_server_more(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    args = arguments(*REWRITES, "--rewriter-model", str(tmp_path))
+    args.rollout_url, args.rollout_local = None, 2
+    check_all(args)
+    assert local_servers(args) == 3
+
+
+async def test_each_role_asks_its_own_servers() -> None:
+    task = Task(0, [1, 2], [3], "Once upon a", " time")
+    async with FakeJudge() as teacher, FakeJudge(answer=lambda prompt: "Once upon a day") as rewriter:
+        flags = ("--rewriter-url", rewriter.url, "--rewriter-api", "openai", "--rewriter-name", "r")
+        args = arguments(*REWRITES, "--teacher-url", teacher.url, *flags)
+        settings = rewriter_settings(args, args.rewriter_url)
+        async with Rewriter(settings, byte_level_tokenizer(), 8) as own:
+            [candidate] = await own.rewrite([task])
+        assert candidate is not None
+        assert candidate.text == " day"
+        assert rewriter.bodies[0]["model"] == "r"
+        assert teacher.requests == 0
