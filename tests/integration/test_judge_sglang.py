@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,10 @@ def make_settings(
     return JudgeSettings(**(values | changes))
 
 
-async def score(settings: JudgeSettings, group: Group) -> tuple[Group, dict[str, float]]:
-    async with Judge(settings) as judge:
+async def score(
+    settings: JudgeSettings, group: Group, document_end: int | None = None
+) -> tuple[Group, dict[str, float]]:
+    async with Judge(settings, document_end) as judge:
         await judge.check()
         [judged] = await judge.score([group])
         return judged, judge.counters()
@@ -73,16 +76,22 @@ def next_logprobs(model: Any, ids: Sequence[int]) -> torch.Tensor:
 async def test_likelihood_is_the_models_mean_token_logprob(
     smollm2_server: LocalServer, smollm2_dir: Path, reference: Any
 ) -> None:
-    judged, _ = await score(make_settings(smollm2_server, smollm2_dir, criteria={"likelihood": 1.0}), make_group())
+    """Of a candidate that ended, its end is one of them: one that ended at once has nothing else."""
+    end, early = 9, " true"
+    texts = [*TEXTS.values(), early, ""]
+    group = make_group(texts)
+    ended = [replace(c, ids=[*c.ids, end] if c.text in (early, "") else c.ids) for c in group.candidates]
+    settings = make_settings(smollm2_server, smollm2_dir, criteria={"likelihood": 1.0})
+    judged, _ = await score(settings, replace(group, candidates=ended), end)
     encoder = ChatEncoder.load(str(smollm2_dir))
     prefix = encoder.document_start() + encoder.text(PREFIX)
     assert judged.scores is not None
-    for text, value in zip(TEXTS.values(), judged.scores, strict=True):
-        ids = encoder.text(text)
+    for text, value in zip(texts, judged.scores, strict=True):
+        ids = encoder.text(text) + ([encoder.document_end()] if text in (early, "") else [])
         logprobs = next_logprobs(reference, prefix + ids)
         expected = [float(logprobs[len(prefix) + k - 1, token]) for k, token in enumerate(ids)]
         assert value == pytest.approx(sum(expected) / len(expected), abs=0.05)
-    assert judged.scores[0] > judged.scores[1]
+    assert judged.scores[0] > max(judged.scores[1], judged.scores[3], judged.scores[4])
 
 
 async def test_soft_verdicts_are_the_models_probabilities(
@@ -174,7 +183,13 @@ async def test_every_schedule_with_soft_verdicts(
             smollm2_server,
             smollm2_dir,
             criteria={"quality": 1.0},
-            schedule=ScheduleSettings(name, degree=2, budget=6, likelihood_prior=name == "two_ended_bt"),
+            schedule=ScheduleSettings(
+                name,
+                degree=2,
+                budget=6,
+                likelihood_prior=name == "two_ended_bt",
+                pivot_competes=name == "pivot",
+            ),
             cache=tmp_path / "cache.sqlite",
         )
         judged, counters = await score(settings, group)

@@ -111,8 +111,8 @@ def test_a_preset_asks_its_own_judge(results: dict[str, dict[str, Any]], preset:
     asked = {name.removeprefix("judge/verdicts/") for name in metrics if name.startswith("judge/verdicts/")}
     assert asked == (paper_criteria(preset) if judged else set())
     if judged:
-        most = rollouts_here(preset) + len(set(kinds) - {"rollout"}) + ("pivot" in preset)
-        pairs = most - 1 if "pivot" in preset else most * (most - 1) // 2
+        most = rollouts_here(preset) + len(set(kinds) - {"rollout"})
+        pairs = most if "pivot" in preset else most * (most - 1) // 2  # the pivot is none of them
         assert 0 < metrics["judge/verdicts/quality"] <= 2 * pairs * groups  # soft: each pair in both orders
         assert metrics["judge/verdicts/quality"] % 2 == 0
         for criterion in asked - {"quality"}:
@@ -131,13 +131,12 @@ def test_a_run_logs_its_agreement_with_all_pairs(results: dict[str, dict[str, An
 
 @pytest.mark.parametrize("preset", HARD)
 def test_a_preset_s_own_written_verdicts_are_asked_for(results: dict[str, dict[str, Any]], preset: str) -> None:
-    """Five votes a judgement, each read or missing; a group without enough of them is dropped, not scored."""
+    """Five votes a judgement, six of a pair of two; each is read or missing, and a group without enough is dropped."""
     result = results[f"{preset}:hard"]
     metrics, groups = result["metrics"], result["metrics"]["groups"]
     for criterion in paper_criteria(preset):
         votes = metrics[f"judge/verdicts/{criterion}"] + metrics[f"judge/verdicts-missing/{criterion}"]
-        judgements = 1 if criterion == "quality" else 2
-        assert votes == 5 * judgements * groups
+        assert votes == (6 if criterion == "quality" else 2 * 5) * groups
     assert metrics["judge/generated-tokens"] > 0
     dropped = {name: value for name, value in metrics.items() if name.startswith("dropped/")}
     assert len(result["examples"]) + sum(dropped.values()) == groups
