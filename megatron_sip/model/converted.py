@@ -146,7 +146,7 @@ def _convert(hf_dir: Path, target: Path) -> None:
         raise ConversionFailedError(
             from_converter[-1] if from_converter else f"the converter failed:\n{done.stdout[-3000:]}"
         )
-    for line in from_converter:
+    for line in from_converter[:-1]:  # the last one names the folder that is moved now
         say(line)
 
 
