@@ -49,7 +49,7 @@ def read_hf_config(hf_dir: Path) -> Any:
 
 
 def checked_tensors(hf_dir: Path, hf_config: Any) -> dict[str, StoredTensor]:
-    """The folder's tensors by name: whole files, and exactly the tensors, of exactly the sizes, that the config asks for.
+    """The tensors to be read, by name: whole files, and exactly the tensors, of exactly the sizes, that the config asks for.
 
     Reads headers only; and both tables of a tied model whose files hold two.
 
@@ -76,7 +76,7 @@ def checked_tensors(hf_dir: Path, hf_config: Any) -> dict[str, StoredTensor]:
             f"{hf_dir}: config.json ties the embeddings (tie_word_embeddings), but {tied_copy} and {EMBEDDING.hf[0]} "
             "differ: set tie_word_embeddings to false there, or leave the tensor out"
         )
-    return stored
+    return {name: stored[name] for name in expected if name != tied_copy}
 
 
 def stored_tensors(hf_dir: Path) -> dict[str, StoredTensor]:

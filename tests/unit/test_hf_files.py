@@ -228,6 +228,16 @@ def test_rounding_is_told_exactly_where_a_value_can_change(
         assert f"1 tensors from {stored} to {wanted}" in note
 
 
+def test_rounding_counts_only_what_is_read(tmp_path: Path) -> None:
+    """Old files hold rotary frequencies in float32, and a tied model's may repeat the embedding."""
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors_of(CONFIGS["qwen2"]).items()}
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2), "lm_head.weight": torch.zeros(11, 8)}
+    save_file(tensors | extra, tmp_path / WEIGHTS_FILE)
+    checked = checked_tensors(tmp_path, CONFIGS["qwen2"])
+    assert set(checked) == set(tensors)
+    assert rounding(checked, torch.bfloat16) is None
+
+
 def test_an_index_of_other_weights_is_not_copied(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     for name in ("config.json", "pytorch_model.bin.index.json", "model.safetensors.index.json"):
