@@ -54,8 +54,15 @@ class Request:
 
 
 def main() -> None:
-    """Convert, divide, start, train, export; exits with the trainer's status."""
-    words = sys.argv[1:]
+    """Convert, divide, start, train, export; exits with the trainer's status, or 130 on a Ctrl-C while there is none."""
+    try:
+        run(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run(words: Sequence[str]) -> None:
+    """`main` for the words of a command line."""
     if not words or words[0] in ("-h", "--help"):
         say(f"{__doc__}\nUnless given: --preset {DEFAULT_PRESET}, --run-dir runs/NAME_OF_HF_DIR. The trainer's flags: "
             "python -m megatron_sip.train --help")  # fmt: skip

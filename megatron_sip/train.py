@@ -70,7 +70,10 @@ def main() -> None:
                 stack.enter_context(quiet(log_file(flags), announce=process_rank() == 0))
         if process_rank() == 0 and not (flags.dry_run or flags.help_megatron):
             lock_folders(flags, stack)
-        run_command(given, flags)
+        try:
+            run_command(given, flags)
+        except KeyboardInterrupt:
+            sys.exit("Ctrl-C before the first step: there is nothing to save")
 
 
 def log_file(flags: argparse.Namespace) -> Path | None:

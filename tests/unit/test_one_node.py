@@ -134,6 +134,17 @@ def test_processes_learn_their_rank_and_the_first_failure_ends_them_all(tmp_path
     assert (tmp_path / "1").read_text().startswith("3")
 
 
+def test_ctrl_c_before_there_is_a_trainer_leaves_no_traceback(model: Path) -> None:
+    code = (
+        "import os, signal, sys; from megatron_sip import one_node\n"
+        "one_node.lay_out = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "one_node.main()"
+    )
+    words = [str(model), "a.jsonl", "--teacher", str(model)]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_child_and_its_status_comes_back(tmp_path: Path, number: signal.Signals) -> None:
     child = (
