@@ -20,16 +20,16 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a run asks of its node. policy_bytes, teacher_bytes: of the bf16 weights. prompts: a step's.
+    """What a run asks of its node. policy_bytes, teacher_bytes: of the bf16 weights, of the largest teacher. prompts: a step's.
 
-    engines: whether engines are to be started here; teacher likewise.
+    engines: whether engines are to be started here. teachers: servers of judge and rewriter to be started here.
     """
 
     policy_bytes: int
     teacher_bytes: int
     prompts: int
     engines: bool = True
-    teacher: bool = True
+    teachers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Layout:
         parts = [f"{self.trainers} trainer process" + "es" * (self.trainers > 1)]
         parts += [f"tensor parallel {self.tensor_parallel}"] if self.tensor_parallel > 1 else []
         parts += [f"{self.engines} engine" + "s" * (self.engines > 1)] if self.engines else []
-        parts += ["the teacher"] if self.teachers else []
+        parts += ["the teacher" if self.teachers == 1 else "teacher and rewriter"] if self.teachers else []
         shared = f"; servers share GPUs, {self.server_memory:.0%} of one each" if self.server_memory else ""
         return ", ".join(parts) + shared
 
@@ -63,7 +63,7 @@ def plan_layout(gpus: Sequence[int], demand: Demand) -> Layout:
     Raises:
         LayoutError: a model is too large for this, or the prompts of a step do not divide among the replicas.
     """
-    teachers = int(demand.teacher)
+    teachers = demand.teachers
     servers = int(demand.engines) + teachers
     if not gpus:
         return Layout(1, 1, int(demand.engines), teachers)
@@ -105,7 +105,7 @@ def _tensor_parallel(trainers: int, memory: float, demand: Demand) -> int:
 
 
 def _require_server(demand: Demand, memory: float) -> None:
-    models = (("policy", demand.policy_bytes, demand.engines), ("teacher", demand.teacher_bytes, demand.teacher))
+    models = (("policy", demand.policy_bytes, demand.engines), ("teacher", demand.teacher_bytes, demand.teachers > 0))
     for name, size, wanted in models:
         if wanted and size > WEIGHTS_SHARE * memory:
             raise LayoutError(

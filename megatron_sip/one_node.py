@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sip.argument_checks import ArgumentError, explained, needs_engines, needs_teacher
+from megatron_sip.argument_checks import ArgumentError, explained, needs_engines, needs_rewriter, needs_teacher
 from megatron_sip.console import log_tail, say
 from megatron_sip.early_arguments import check_flags, words_by_flag
 from megatron_sip.learning.checkpoint_folder import TRACKER
@@ -135,13 +135,14 @@ def lay_out(request: Request, flags: argparse.Namespace) -> tuple[Layout, bool]:
     """The layout for this node, and whether it has GPUs. Raises ArgumentError when the models do not fit."""
     answer = subprocess.run([sys.executable, "-c", GPU_MEMORY], capture_output=True, text=True, check=True)
     gpus = json.loads(answer.stdout.splitlines()[-1])
-    local_teacher = needs_teacher(flags) and flags.teacher_model is not None
+    wanted = ((flags.teacher_model, needs_teacher(flags)), (flags.rewriter_model, needs_rewriter(flags)))
+    teachers = [Path(model) for model, is_needed in wanted if model is not None and is_needed]
     demand = Demand(
         policy_bytes=weight_bytes(request.model),
-        teacher_bytes=weight_bytes(Path(flags.teacher_model)) if local_teacher else 0,
+        teacher_bytes=max(map(weight_bytes, teachers), default=0),
         prompts=flags.global_batch_size or 0,
         engines=needs_engines(flags) and not flags.rollout_url,
-        teacher=local_teacher,
+        teachers=len(teachers),
     )
     try:
         return plan_layout(gpus, demand), bool(gpus)

@@ -61,7 +61,7 @@ def test_help_shows_every_flag_of_ours_with_its_default_and_imports_neither_torc
     )
     text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
     assert "IMPORTED []" in text
-    assert text.count("\n") < 200  # 4,046 with Megatron's
+    assert text.count("\n") < 400  # 4,046 with Megatron's
     flat = " ".join(text.split())
     for flag, default in (("--suffix-length", "128"), ("--win-rate-prompts", "0"), ("--candidates", "suffix rollout")):
         assert re.search(rf"{flag} [^\[]*(\[{flag[2:].upper()}[^\[]*)?.*?\[default: {default}\]", flat), flag

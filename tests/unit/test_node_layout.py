@@ -31,10 +31,11 @@ def test_usual_nodes(gpus: int, layout: Layout) -> None:
     ("demand", "gpus", "layout"),
     [
         (Demand(16 * 10**9, 16 * 10**9, 256), 8, Layout(4, 4, 3, 1)),  # an 8B policy: 160 GB to train
-        (Demand(10**9, 0, 256, teacher=False), 8, Layout(4, 1, 4, 0)),
+        (Demand(10**9, 0, 256, teachers=0), 8, Layout(4, 1, 4, 0)),
         (Demand(10**9, 10**9, 256, engines=False), 8, Layout(4, 1, 0, 1)),
-        (Demand(10**9, 0, 256, engines=False, teacher=False), 8, Layout(8, 1, 0, 0)),
+        (Demand(10**9, 0, 256, engines=False, teachers=0), 8, Layout(8, 1, 0, 0)),
         (Demand(10**9, 10**9, 6), 8, Layout(2, 1, 5, 1)),  # 6 prompts do not divide among 4 replicas
+        (Demand(10**9, 10**9, 256, teachers=2), 8, Layout(2, 1, 4, 2)),  # a judge and a rewriter
         (Demand(10**9, 10**9, 256, engines=False), 1, Layout(1, 1, 0, 1, server_memory=0.5)),
     ],
 )
@@ -55,17 +56,19 @@ def test_a_model_that_does_not_fit_is_named(demand: Demand, gpus: int, named: st
         plan_layout([H100] * gpus, demand)
 
 
-@given(st.integers(1, 16), st.integers(0, 40), st.integers(0, 40), st.integers(1, 300), st.booleans(), st.booleans())
+@given(
+    st.integers(1, 16), st.integers(0, 40), st.integers(0, 40), st.integers(1, 300), st.booleans(), st.integers(0, 2)
+)
 def test_no_layout_asks_for_more_than_there_is(
-    gpus: int, policy: int, teacher: int, prompts: int, engines: bool, judged: bool
+    gpus: int, policy: int, teacher: int, prompts: int, engines: bool, teachers: int
 ) -> None:
-    demand = Demand(policy * 10**9, teacher * 10**9, prompts, engines, judged)
+    demand = Demand(policy * 10**9, teacher * 10**9, prompts, engines, teachers)
     try:
         layout = plan_layout([H100] * gpus, demand)
     except LayoutError:
         assume(False)
     servers = layout.engines + layout.teachers
-    assert (layout.engines > 0, layout.teachers) == (engines, int(judged))
+    assert (layout.engines > 0, layout.teachers) == (engines, teachers)
     assert layout.trainers % layout.tensor_parallel == 0
     assert prompts % (layout.trainers // layout.tensor_parallel) == 0
     if layout.server_memory is None:
