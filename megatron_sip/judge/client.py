@@ -107,14 +107,15 @@ class JudgeClient:
             if endpoint.kind == "sglang" and self.reasoning.unknown and not endpoint.answer_prefix:
                 raise EncodingError(
                     f"endpoint {endpoint.url}: the chat template ends with '{self.reasoning.unknown}', which seems to open "
-                    "reasoning, and what ends that is not known: give it with --teacher-answer-prefix"
+                    "reasoning, and what ends that is not known: give it with --teacher-answer-prefix (or --rewriter-..., "
+                    "--eval-judge-...)"
                 )
-        begun = [endpoint.url for endpoint in self._settings.endpoints if endpoint.prefill]
-        if begun and self.reasoning.always:
-            raise SettingsError(
-                f"endpoint {begun[0]}: prefill would begin answers inside the model's reasoning, which its template opens: "
-                "leave out --teacher-prefill, or use --teacher-api sglang, where it is closed first"
-            )
+            if endpoint.prefill and self.reasoning.always:
+                raise SettingsError(
+                    f"endpoint {endpoint.url}: prefill would begin answers inside the reasoning that the model's template "
+                    "opens: leave out --teacher-prefill (or --rewriter-..., --eval-judge-...), or use the API sglang, which "
+                    "closes it first"
+                )
 
     def window(self, criterion: str, chars: int) -> PrefixWindow:
         """How much of a prefix the endpoints of a criterion may be shown, at most `chars`; after `check`."""

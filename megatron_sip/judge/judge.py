@@ -89,7 +89,7 @@ class Judge(AsksTeacher):
                 if written and self._client.reasoning.always and not endpoint.reasoning_tokens:
                     raise SettingsError(
                         f"criterion {item.setting}: the judge's model reasons before each answer, by its chat template, and "
-                        "has no tokens for it: give --teacher-reasoning-tokens, for example 2048"
+                        "has no tokens for it: give --teacher-reasoning-tokens (or --eval-judge-...), for example 2048"
                     )
 
     async def score(
