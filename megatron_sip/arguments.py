@@ -27,20 +27,25 @@ REFUSED = "these flags cannot work (--help and --help-megatron explain each)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add our flags to Megatron's parser, in one group of their own."""
-    group = parser.add_argument_group(title=GROUP_TITLE)
-    _add_task_flags(group)
-    _add_objective_flags(group)
-    _add_rollout_flags(group)
+    """Add our flags to Megatron's parser, in groups of their own."""
+
+    def section(name: str) -> argparse._ArgumentGroup:
+        return parser.add_argument_group(title=f"{GROUP_TITLE}: {name}")
+
+    _add_run_flags(section("the run"))
+    _add_task_flags(section("policy and tasks"))
+    _add_objective_flags(section("objective"))
+    _add_rollout_flags(section("rollouts and local servers"))
+    group = section("teacher")
     group.add_argument("--teacher-model", metavar="DIR", help="Start an SGLang server of this HF model on this node.")
     add_teacher_flags(group)
+    group = section("another server for the rewriter, or for the held-out judge")
     group.add_argument(
         "--rewriter-model", metavar="DIR", help="Start an SGLang server of this HF model on this node for the rewriter."
     )
     add_server_flags(group, "rewriter")
     add_server_flags(group, "eval_judge")
-    add_judge_flags(group)
-    _add_run_flags(group)
+    add_judge_flags(section("judge"))
     return parser
 
 
