@@ -1,7 +1,8 @@
 """What a run does and what it will cost, from its flags alone: `python -m megatron_sip.train ... --dry-run`.
 
 All figures are upper bounds: full prefixes, full-length continuations, no identical candidates, no cached verdict,
-answers as long as allowed. Judgements are counted as the paper counts them: one verdict about one candidate or pair.
+answers as long as allowed; but missing verdicts, which are asked for once more, are not foreseen. Judgements are counted
+as the paper counts them: one verdict about one candidate or pair.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ COVERED = (
     "nor a judge's mistakes that favour one policy"
 )
 BIDI_MARKS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+LEFT_OUT = "judge/candidates/dropped/"
 OTHER_COUNTS = {
     "merged_candidates": "identical candidates judged as one",
     "packing/cut_tokens": "prefix tokens cut to fit a row",
@@ -302,6 +303,12 @@ def _dropped(steps: Steps) -> str:
     rows = [(reason, f"{count:,.0f}", f"{count / groups:.2%}" if groups else "") for reason, count in counts.items()]
     content = _table(rows, ("Reason", "Prompts", "Share")) if rows else "<p>Every prompt gave a training example.</p>"
     others = [(text, f"{total(steps, name):,.0f}") for name, text in OTHER_COUNTS.items() if total(steps, name)]
+    left_out = {name for step in steps for name in step if name.startswith(LEFT_OUT)}
+    others += [
+        (f"candidates left out: {name.removeprefix(LEFT_OUT)}", f"{total(steps, name):,.0f}")
+        for name in sorted(left_out)
+        if total(steps, name)
+    ]
     return content + ("\n<h3>Also counted</h3>\n" + _table(others) if others else "")
 
 

@@ -174,6 +174,13 @@ def test_the_result_says_what_its_interval_covers_and_when_it_says_little(tmp_pa
     assert "Warning" not in dict(result_rows(steps, {**make_summary(), "documents": 20}))
 
 
+def test_candidates_that_were_left_out_are_counted_by_reason(tmp_path: Path) -> None:
+    lost = {"judge/candidates/dropped/quality-too-few-verdicts": 3.0, "judge/candidates/dropped/safety-deadline": 0.0}
+    text = Page(make_run(tmp_path, [{"step": 1, **lost}, {"step": 2, **lost}])).text
+    assert re.search(r"candidates left out: quality-too-few-verdicts\s*6", text)
+    assert "safety-deadline" not in text
+
+
 def test_the_chosen_rate_is_drawn_beside_what_chance_gives() -> None:
     steps = [{**make_step(n), "chosen_chance/rollout": 16 / 17} for n in (1, 2)]
     axis = Figure().subplots()
