@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Self
 
 from megatron_sip.judge.client import CHECK_TIMEOUT_S, JudgeClient
-from megatron_sip.judge.settings import ClientSettings
+from megatron_sip.judge.settings import ClientSettings, Endpoint, SettingsError
 
 UNKNOWN_CODE = "00000000"
 """As long as a fence code, for prompts of which only the length matters."""
@@ -29,6 +29,14 @@ class AsksTeacher:
     async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
         await self._client.check(timeout_s)
+
+    def _check_reasoning(self, endpoint: Endpoint, what: str) -> None:
+        """Raises SettingsError where `what` is written by a model that reasons first and has no tokens for it."""
+        if self._client.reasoning.always and not endpoint.reasoning_tokens:
+            raise SettingsError(
+                f"{what}: the model at {endpoint.url} reasons before each answer, by its chat template, and has no tokens for "
+                "it: give --teacher-reasoning-tokens (or --rewriter-..., --eval-judge-...), for example 2048"
+            )
 
     def counters(self) -> dict[str, float]:
         """Totals since the start as flat numbers, those of the transport included, and the shares that follow from them."""

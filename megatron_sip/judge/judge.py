@@ -35,7 +35,7 @@ from megatron_sip.judge.criteria import (
 )
 from megatron_sip.judge.prompts import fence_code, valid_unicode
 from megatron_sip.judge.schedules import AllPairs
-from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, Objective, SettingsError
+from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, Objective
 from megatron_sip.judge.window import PrefixWindow
 from megatron_sip.samples import Candidate, CandidateKind, Group
 
@@ -85,12 +85,8 @@ class Judge(AsksTeacher):
                     item.criterion.check(self._client.encoder)
                 if not isinstance(item.criterion, Pointwise | Pairwise):
                     continue
-                written = item.criterion.mode == "hard" or not endpoint.continues_answers
-                if written and self._client.reasoning.always and not endpoint.reasoning_tokens:
-                    raise SettingsError(
-                        f"criterion {item.setting}: the judge's model reasons before each answer, by its chat template, and "
-                        "has no tokens for it: give --teacher-reasoning-tokens (or --eval-judge-...), for example 2048"
-                    )
+                if item.criterion.mode == "hard" or not endpoint.continues_answers:
+                    self._check_reasoning(endpoint, f"criterion {item.setting}")
 
     async def score(
         self, groups: Sequence[Group], *, objective: Objective = "dpo", deadline_s: float | None = None

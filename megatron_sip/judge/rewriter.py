@@ -22,7 +22,7 @@ from typing import Any
 from megatron_sip.data.continuation_text import find_seam, ids_after, text_after
 from megatron_sip.judge.base import UNKNOWN_CODE, AsksTeacher
 from megatron_sip.judge.calls import Answer, GenerateCall
-from megatron_sip.judge.client import affinity_of
+from megatron_sip.judge.client import CHECK_TIMEOUT_S, affinity_of
 from megatron_sip.judge.prompts import builtin_prompt, fence_code, valid_unicode
 from megatron_sip.judge.refusals import is_refusal
 from megatron_sip.judge.settings import ClientSettings, SettingsError
@@ -71,6 +71,13 @@ class Rewriter(AsksTeacher):
         self._tokenizer = policy_tokenizer
         self._max_tokens = max_tokens
         self._prompt = builtin_prompt("rewrite")
+
+    async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
+        """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
+        await super().check(timeout_s)
+        for endpoint in self._settings.client.endpoints_for("rewrite"):
+            if not endpoint.continues_answers:
+                self._check_reasoning(endpoint, "rewrites")
 
     async def rewrite(self, tasks: Sequence[Task]) -> list[Candidate | None]:
         """One rewrite a task, in order; None where there is none, counted by reason.

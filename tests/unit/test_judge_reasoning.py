@@ -262,6 +262,12 @@ async def test_a_judge_that_reasons_needs_tokens_for_it(
             else:
                 with pytest.raises(SettingsError, match="--teacher-reasoning-tokens"):
                     await judge.check(5.0)
+        async with Rewriter(RewriterSettings(client), byte_level_tokenizer(), 8) as rewriter:
+            if kind == "sglang":
+                await rewriter.check(5.0)  # a rewrite is begun behind the reasoning
+            else:
+                with pytest.raises(SettingsError, match="--teacher-reasoning-tokens"):
+                    await rewriter.check(5.0)
 
 
 def test_an_unknown_beginning_of_reasoning_is_noticed() -> None:
