@@ -26,7 +26,7 @@ from megatron_sip.learning.checkpoint_folder import TRACKER
 from megatron_sip.model.hf_folder import READ_SUFFIXES
 from megatron_sip.rollout.guard import kill_with_parent
 
-DEFAULT_CACHE = Path.home() / ".cache" / "megatron_sip" / "checkpoints"
+DEFAULT_CACHE = Path("~/.cache/megatron_sip/checkpoints")  # expanded where it is used: a container may have no home
 CACHE_VERSION = 1
 LOCK_TIMEOUT_S = 4 * 3600.0
 SAMPLES, SAMPLE_BYTES = 32, 1 << 16
