@@ -16,11 +16,21 @@ from megatron_sip.data.errors import DataError
 from megatron_sip.http_reply import key_from_environment, shown_url, url_mistake
 from megatron_sip.judge.schedules import least_budget
 from megatron_sip.judge.settings import JudgeSettings, SettingsError, is_pairwise
-from megatron_sip.judge_arguments import flag_for, judge_settings, rewriter_settings, schedule_settings
+from megatron_sip.judge_arguments import flag_for, judge_settings, rewriter_settings
 from megatron_sip.learning.checkpoint_folder import TRACKER
 from megatron_sip.learning.objective_settings import ObjectiveSettings
-from megatron_sip.samples import CANDIDATE_KINDS
-from megatron_sip.server_arguments import ROLES, Role, has_servers, rewriter_role
+from megatron_sip.run_needs import (
+    candidate_kinds,
+    contender_count,
+    local_servers,
+    needs_engines,
+    needs_eval_judge,
+    needs_judge,
+    needs_rewriter,
+    needs_teacher,
+    uses_judge,
+)
+from megatron_sip.server_arguments import ROLES, Role, rewriter_role
 
 
 class ArgumentError(SystemExit):
@@ -86,60 +96,8 @@ def missing_flags(args: argparse.Namespace) -> Iterator[str]:
             yield f"--{name.replace('_', '-')} is required: {meaning}"
 
 
-def uses_judge(args: argparse.Namespace) -> bool:
-    """Whether selection needs scores: not for SFT, nor for DPO with roles fixed by kind."""
-    return args.objective != "sft" and args.dpo_pair is None
-
-
-def candidate_kinds(args: argparse.Namespace) -> tuple[str, ...]:
-    """The kinds of candidates that the run needs, in canonical order."""
-    if args.objective == "sft":
-        wanted = {args.sft_target}
-    elif args.dpo_pair is not None:
-        wanted = set(args.dpo_pair)
-    else:
-        wanted = set(args.candidates)
-    return tuple(kind for kind in CANDIDATE_KINDS if kind in wanted)
-
-
-def contender_count(args: argparse.Namespace, with_rollouts: bool = True) -> int:
-    """Candidates of one prompt that compete: all but a rollout drawn as the judge's pivot."""
-    rollouts = args.num_rollouts if with_rollouts else 0
-    count = sum(rollouts if kind == "rollout" else 1 for kind in candidate_kinds(args))
-    schedule = schedule_settings(args)
-    drawn = uses_judge(args) and schedule.pivot_apart and schedule.pivot == "rollout" and rollouts > 0
-    return count - int(drawn)
-
-
-def needs_judge(args: argparse.Namespace) -> bool:
-    """Whether the teacher scores anything in this run, the held-out comparison included."""
-    compares = args.win_rate_prompts > 0 and not needs_eval_judge(args)
-    return (uses_judge(args) and args.replay_groups is None) or compares
-
-
-def needs_eval_judge(args: argparse.Namespace) -> bool:
-    """Whether the held-out comparison has a judge of its own."""
-    return args.win_rate_prompts > 0 and has_servers(args, "eval_judge")
-
-
-def needs_teacher(args: argparse.Namespace) -> bool:
-    """Whether the teacher is asked anything."""
-    return needs_judge(args) or (needs_rewriter(args) and rewriter_role(args) == "teacher")
-
-
 def flag_of(role: str, name: str) -> str:
     return f"--{role}-{name}".replace("_", "-")
-
-
-def needs_rewriter(args: argparse.Namespace) -> bool:
-    """Whether suffixes are rewritten."""
-    return args.replay_groups is None and "rewrite" in candidate_kinds(args)
-
-
-def needs_engines(args: argparse.Namespace) -> bool:
-    """Whether the policy is sampled."""
-    makes_groups = args.replay_groups is None and "rollout" in candidate_kinds(args)
-    return makes_groups or args.win_rate_prompts > 0
 
 
 def problems_of_ours(args: argparse.Namespace) -> list[str]:
@@ -427,14 +385,6 @@ def _check_local_servers(args: argparse.Namespace) -> Iterator[str]:
             f"--rollout-local, --teacher-model, --rewriter-model: {here} trainer processes and {servers} servers need a GPU "
             f"each, this node has {gpus}: start fewer processes, or serve elsewhere and give --rollout-url and --teacher-url"
         )
-
-
-def local_servers(args: argparse.Namespace) -> int:
-    """How many SGLang servers this run starts."""
-    engines = args.rollout_local if needs_engines(args) else 0
-    teacher = args.teacher_model is not None and needs_teacher(args)
-    rewriter = args.rewriter_model is not None and needs_rewriter(args)
-    return engines + int(teacher) + int(rewriter)
 
 
 def objective_settings(args: argparse.Namespace) -> ObjectiveSettings:

@@ -197,6 +197,11 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
         metavar="CALLS",
         help="Calls in flight of each data-parallel replica.",
     )
+    _add_local_server_flags(group)
+    _add_weight_sync_flags(group)
+
+
+def _add_local_server_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--local-engine-dtype",
         choices=["bfloat16", "float16", "float32"],
@@ -218,6 +223,9 @@ def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
         help="What each local server takes of a GPU's memory; servers then share the GPUs behind the trainer's, or its last "
         "one. Default: a GPU a server.",
     )
+
+
+def _add_weight_sync_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--weight-sync",
         choices=["distributed", "disk"],

@@ -11,12 +11,12 @@ import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from megatron_sip.argument_checks import candidate_kinds, contender_count, needs_judge, uses_judge
 from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
 from megatron_sip.judge.rewriter import REWRITE_ROOM
 from megatron_sip.judge.schedules import SMALL_GROUP, make_schedule, planned_pairs, votes_in_orders
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings
 from megatron_sip.judge_arguments import judge_settings
+from megatron_sip.run_needs import candidate_kinds, contender_count, needs_judge, uses_judge
 from megatron_sip.server_arguments import endpoints_of, rewriter_role
 
 CHARACTERS_PER_TOKEN = 4

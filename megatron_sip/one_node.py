@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sip.argument_checks import ArgumentError, explained, needs_engines, needs_rewriter, needs_teacher
+from megatron_sip.argument_checks import ArgumentError, explained
 from megatron_sip.console import log_tail, say
 from megatron_sip.early_arguments import check_flags, words_by_flag
 from megatron_sip.learning.checkpoint_folder import TRACKER
@@ -29,6 +29,7 @@ from megatron_sip.model.hf_folder import HF_SUBFOLDER
 from megatron_sip.node_layout import Demand, Layout, LayoutError, plan_layout
 from megatron_sip.presets import FLAG as PRESET_FLAG
 from megatron_sip.presets import expand_presets
+from megatron_sip.run_needs import needs_engines, needs_rewriter, needs_teacher
 
 PROGRAM = "megatron-sip"
 USAGE = f"usage: {PROGRAM} HF_DIR 'my/*.jsonl' --teacher HF_DIR2 [--preset NAME] [--run-dir DIR] [flags of the trainer]"

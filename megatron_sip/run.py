@@ -22,7 +22,7 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from megatron_sip.argument_checks import needs_engines, needs_rewriter, objective_settings
+from megatron_sip.argument_checks import objective_settings
 from megatron_sip.checkpoints import require_whole_checkpoint, require_whole_weights, saving_explained
 from megatron_sip.console import say
 from megatron_sip.data.documents import open_corpus
@@ -45,6 +45,7 @@ from megatron_sip.model.hf_folder import HF_SUBFOLDER, copy_hf_files, renew_hf_f
 from megatron_sip.model.hf_weights import export_hf_weights
 from megatron_sip.rollout.protocol import WeightSyncError
 from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
+from megatron_sip.run_needs import needs_engines, needs_rewriter
 from megatron_sip.samples import Task
 from megatron_sip.services import Leader, LocalServers, StartedUrls, check_named_servers, rollout_key, rollout_sampling
 from megatron_sip.stop_signal import StopSignal

@@ -14,16 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from megatron_sip.argument_checks import (
-    ArgumentError,
-    candidate_kinds,
-    local_servers,
-    needs_engines,
-    needs_eval_judge,
-    needs_judge,
-    needs_rewriter,
-    needs_teacher,
-)
+from megatron_sip.argument_checks import ArgumentError
 from megatron_sip.evaluation.training_samples import SampleLog
 from megatron_sip.experience import Experience, ExperienceMaker, ExperienceSettings
 from megatron_sip.http_reply import key_from_environment
@@ -38,6 +29,15 @@ from megatron_sip.rollout.compatibility import ModelContract
 from megatron_sip.rollout.launch import LocalServer, ServerSettings, start_servers, stop_servers
 from megatron_sip.rollout.recovery import end_open_update
 from megatron_sip.rollout.sglang import PoolSettings, SamplingSettings, SGLangPool
+from megatron_sip.run_needs import (
+    candidate_kinds,
+    local_servers,
+    needs_engines,
+    needs_eval_judge,
+    needs_judge,
+    needs_rewriter,
+    needs_teacher,
+)
 from megatron_sip.samples import CandidateKind, Task
 from megatron_sip.server_arguments import Role, rewriter_role
 from megatron_sip.stop_signal import StopSignal

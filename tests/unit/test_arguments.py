@@ -8,18 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_sip.argument_checks import (
-    SERVER_ROLES,
-    ArgumentError,
-    candidate_kinds,
-    check_required,
-    explained,
-    needs_engines,
-    needs_teacher,
-    uses_judge,
-    validate,
-)
+from megatron_sip.argument_checks import SERVER_ROLES, ArgumentError, check_required, explained, validate
 from megatron_sip.arguments import GROUP_TITLE, add_arguments, find_hf_config
+from megatron_sip.run_needs import candidate_kinds, needs_engines, needs_teacher, uses_judge
 
 MEGATRON = {
     "seq_length": 2048,

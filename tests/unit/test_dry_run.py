@@ -6,12 +6,12 @@ import argparse
 
 import pytest
 
-from megatron_sip.argument_checks import uses_judge
 from megatron_sip.arguments import add_arguments
 from megatron_sip.dry_run import criterion_cost, describe, prompt_cost, run_cost
 from megatron_sip.judge.settings import ClientSettings, Endpoint, JudgeSettings, ScheduleSettings, VerdictMode
 from megatron_sip.judge_arguments import judge_settings
 from megatron_sip.presets import expand_presets
+from megatron_sip.run_needs import uses_judge
 
 URL = "http://teacher"
 

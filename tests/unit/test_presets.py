@@ -10,11 +10,11 @@ import pytest
 from paper_presets import PAPER, paper_criteria
 
 import megatron_sip
-from megatron_sip.argument_checks import candidate_kinds, uses_judge
 from megatron_sip.arguments import add_arguments
 from megatron_sip.judge.settings import ScheduleSettings, parse_criteria
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.presets import PRESETS, PresetError, expand_presets, known_presets
+from megatron_sip.run_needs import candidate_kinds, uses_judge
 
 
 @pytest.fixture(scope="module")

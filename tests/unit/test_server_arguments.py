@@ -9,9 +9,9 @@ from fake_judge import FakeJudge
 from test_arguments import arguments, check_all, refusal
 from tiny_tokenizer import byte_level_tokenizer
 
-from megatron_sip.argument_checks import local_servers, needs_eval_judge, needs_judge, needs_teacher
 from megatron_sip.judge.rewriter import Rewriter
 from megatron_sip.judge_arguments import judge_settings, rewriter_settings
+from megatron_sip.run_needs import local_servers, needs_eval_judge, needs_judge, needs_teacher
 from megatron_sip.samples import Task
 
 OWN_REWRITER = (
