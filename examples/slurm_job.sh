@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the sbatch scripts share: servers on their own nodes, the trainer on its own, a clean end. Sourced, not run.
 #
-#   settings -> servers (engines, teacher) -> health -> trainer -> stop servers -> requeue if there is more to do
+#   settings -> servers (engines, teacher, rewriter) -> health -> trainer -> stop servers -> requeue if there is more to do
 #
 # SIGTERM to the batch script (sbatch --signal=B:TERM@SECONDS sends it before the time limit) goes on to the trainer as
 # SIGUSR1, upon which it saves the last finished step. The job is then requeued, and the same command continues there. So it
@@ -10,9 +10,12 @@
 # Settings that rarely change; the scripts hold the others.
 ENGINE_FLAGS="--mem-fraction-static=0.85"  # further SGLang flags, separated by spaces
 TEACHER_FLAGS="--mem-fraction-static=0.85"
+REWRITER_FLAGS="--mem-fraction-static=0.85"
+SERVER_ADDRESS= # where servers listen; empty: at their node's name. 0.0.0.0 (all networks) if a node takes its own name for loopback
 TRAINER_PORT=29500
 ENGINE_PORT=30000
 TEACHER_PORT=31000
+REWRITER_PORT=32000
 START_MINUTES=30 # for the servers to load
 SAVE_SECONDS=800 # for the trainer's last step and checkpoint; less than --signal=B:TERM@SECONDS of the job
 MAX_RESTARTS=3   # requeues of a job that comes no further than its last checkpoint
@@ -33,20 +36,31 @@ fail() {
     exit 1
 }
 
+# Settings that are numbers; COUNTS may be 0. Checked before any arithmetic, which would run what is written in them.
+COUNTS="ENGINE_NODES TEACHER_NODES REWRITER_NODES WIN_RATE_PROMPTS MAX_RESTARTS RESTART_SECONDS"
+NUMBERS="TRAINER_NODES GPUS_PER_NODE TENSOR_PARALLEL PIPELINE_PARALLEL ENGINE_TP TEACHER_TP REWRITER_TP SEQ_LENGTH \
+TRAINER_PORT ENGINE_PORT TEACHER_PORT REWRITER_PORT START_MINUTES SAVE_SECONDS MAX_SERVER_FAILURES"
+
+check_numbers() {
+    local name
+    for name in $COUNTS $NUMBERS; do
+        [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || fail "$name=${!name}: a whole number is needed"
+        [[ ${!name} != 0 || " $COUNTS " == *" $name "* ]] || fail "$name=0: at least 1 is needed"
+    done
+}
+
 # read_settings ARGUMENTS...: NAME=VALUE sets a variable of the settings, --dry-run only prints commands, what follows --
 # goes to the trainer.
 read_settings() {
-    local name names=" VENV POLICY HF_CONFIG TEACHER_MODEL DATA RUN_DIR PRESET TRAINER_NODES ENGINE_NODES TEACHER_NODES \
-GPUS_PER_NODE TENSOR_PARALLEL PIPELINE_PARALLEL ENGINE_TP TEACHER_TP SEQ_LENGTH WIN_RATE_PROMPTS ENGINE_FLAGS \
-TEACHER_FLAGS TRAINER_PORT ENGINE_PORT TEACHER_PORT START_MINUTES SAVE_SECONDS MAX_RESTARTS RESTART_SECONDS \
-MAX_SERVER_FAILURES "
+    local name names=" VENV POLICY HF_CONFIG TEACHER_MODEL REWRITER_MODEL DATA RUN_DIR PRESET ENGINE_FLAGS TEACHER_FLAGS \
+REWRITER_FLAGS SERVER_ADDRESS $COUNTS $NUMBERS "
     while (($#)); do
         case $1 in
             --dry-run) dry_run=1 ;;
             --)
                 shift
                 trainer_flags=("$@")
-                return
+                break
                 ;;
             *=*)
                 name=${1%%=*}
@@ -57,6 +71,7 @@ MAX_SERVER_FAILURES "
         esac
         shift
     done
+    check_numbers
 }
 
 # require NAME...: settings that must not be empty; a dry run shows their names instead.
@@ -72,7 +87,7 @@ require() {
 
 # The job's hosts, or made-up names when there is no job and the commands are only shown.
 find_hosts() {
-    local wanted=$((TRAINER_NODES + ENGINE_NODES + TEACHER_NODES))
+    local wanted=$((TRAINER_NODES + ENGINE_NODES + TEACHER_NODES + REWRITER_NODES))
     if [[ -n ${SLURM_JOB_NODELIST:-} ]]; then
         mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     elif ((dry_run)); then
@@ -81,7 +96,7 @@ find_hosts() {
         fail "this is no SLURM job: submit it with sbatch, or add --dry-run to see its commands"
     fi
     ((${#hosts[@]} == wanted)) || fail "the job has ${#hosts[@]} nodes, but TRAINER_NODES + ENGINE_NODES + \
-TEACHER_NODES = $wanted: add --nodes=$wanted to sbatch"
+TEACHER_NODES + REWRITER_NODES = $wanted: add --nodes=$wanted to sbatch"
 }
 
 # show WORD...: the words as a command line that a shell would read back.
@@ -148,7 +163,7 @@ start_servers() {
             step "$host" 1
             # Every engine samples with a seed of its own: equal seeds would give equal rollouts.
             local command=("${step_words[@]}" env SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1 SGLANG_RETURN_ORIGINAL_LOGPROB=1
-                "$VENV/bin/python" -m sglang.launch_server --host=0.0.0.0
+                "$VENV/bin/python" -m sglang.launch_server --host="${SERVER_ADDRESS:-$host}"
                 --port=$((port + slot)) --tp-size="$tp" --base-gpu-id=$((slot * tp))
                 --log-level-http=warning # no line for each of millions of requests
                 --random-seed=$((1 + ${#server_urls[@]})) "$@")
@@ -285,14 +300,37 @@ give_up() {
     finish 1
 }
 
+# read_data: DATA as the array `paths`. One path (or weight) a line when it has several lines, which may hold spaces; else
+# separated by spaces. A word that names nothing would only show once all servers have loaded.
+read_data() {
+    local path
+    if [[ $DATA == *$'\n'* ]]; then
+        mapfile -t paths < <(sed '/^[[:space:]]*$/d' <<< "$DATA")
+    else
+        read -ra paths <<< "$DATA"
+    fi
+    ((dry_run == 0)) || return 0
+    for path in "${paths[@]}"; do
+        [[ $path =~ ^[0-9]+([.][0-9]*)?$ || -e $path || -e $path.bin ]] || names_files "$path" || fail "DATA: there is no \
+file '$path'. Files are separated by spaces; paths that hold some stand in lines of their own: DATA=\$'a b.jsonl\\nc.jsonl'"
+    done
+}
+
+# names_files PATTERN: whether it matches any file.
+names_files() (
+    shopt -s globstar
+    compgen -G "$1" > /dev/null
+)
+
 # run_job HF_FOLDER POLICY_WORDS...: everything. HF_FOLDER holds the policy's config.json and tokenizer.
 run_job() {
-    local hf=$1 status=0 paths engine_flags teacher_flags engine_urls teacher_urls
+    local hf=$1 status=0 paths engine_flags teacher_flags rewriter_flags engine_urls teacher_urls rewriter_urls
     shift
-    read -ra paths <<< "$DATA"
-    read -ra engine_flags <<< "$ENGINE_FLAGS"
-    read -ra teacher_flags <<< "$TEACHER_FLAGS"
+    read -ra engine_flags <<< "${ENGINE_FLAGS//$'\n'/ }"
+    read -ra teacher_flags <<< "${TEACHER_FLAGS//$'\n'/ }"
+    read -ra rewriter_flags <<< "${REWRITER_FLAGS//$'\n'/ }"
     find_hosts
+    read_data
     if ((dry_run == 0)); then
         mkdir -p "$RUN_DIR/logs"
         rm -f "$RUN_DIR/logs/servers_ready"
@@ -313,7 +351,10 @@ run_job() {
     start_servers teacher $((TRAINER_NODES + ENGINE_NODES)) "$TEACHER_NODES" "$TEACHER_TP" "$TEACHER_PORT" \
         --model-path="$TEACHER_MODEL" "${teacher_flags[@]}"
     teacher_urls=("${server_urls[@]}")
-    wait_healthy "${engine_urls[@]}" "${teacher_urls[@]}"
+    start_servers rewriter $((TRAINER_NODES + ENGINE_NODES + TEACHER_NODES)) "$REWRITER_NODES" "$REWRITER_TP" \
+        "$REWRITER_PORT" --model-path="$REWRITER_MODEL" "${rewriter_flags[@]}"
+    rewriter_urls=("${server_urls[@]}")
+    wait_healthy "${engine_urls[@]}" "${teacher_urls[@]}" "${rewriter_urls[@]}"
 
     local words=(--preset "$PRESET" "$@" --data-path "${paths[@]}" --save "$RUN_DIR" --seq-length "$SEQ_LENGTH"
         --tensor-model-parallel-size "$TENSOR_PARALLEL" --pipeline-model-parallel-size "$PIPELINE_PARALLEL"
@@ -322,6 +363,7 @@ run_job() {
     ((TENSOR_PARALLEL == 1)) || words+=(--sequence-parallel)
     ((ENGINE_NODES == 0)) || words+=(--rollout-url "${engine_urls[@]}")
     ((TEACHER_NODES == 0)) || words+=(--teacher-url "${teacher_urls[@]}")
+    ((REWRITER_NODES == 0)) || words+=(--rewriter-url "${rewriter_urls[@]}")
     train "${words[@]}" || status=$?
     ((dry_run)) || finish "$status"
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_sip.judge.settings import DEFAULT_MODEL, Endpoint
 
@@ -20,67 +20,52 @@ ROLES: dict[Role, str] = {
 """By the name among the arguments -> what the servers are."""
 
 
+FLAGS: dict[str, tuple[dict[str, Any], str]] = {
+    "url": ({"nargs": "+", "metavar": "URL"}, "Running servers of the judge and rewriter."),
+    "api": (
+        {"choices": ["sglang", "openai"], "default": "sglang"},
+        "sglang: native API (likelihood and soft verdicts). openai: any OpenAI-compatible server.",
+    ),
+    "name": (
+        {"metavar": "MODEL"},
+        "Model name sent to an OpenAI-type server, and the name that --judge-cache keeps answers under. Default for SGLang: "
+        "the name that the server reports.",
+    ),
+    "key-variable": ({"metavar": "NAME"}, "Environment variable that holds the API key."),
+    "tokenizer": (
+        {"metavar": "DIR"},
+        "Tokenizer of an SGLang teacher. Default: --teacher-model, or the path that the server reports.",
+    ),
+    "prefill": (
+        {"action": "store_true"},
+        "An OpenAI-type server continues an answer that we begin (vLLM, SGLang): soft verdicts then cost one token.",
+    ),
+    "answer-prefix": (
+        {"metavar": "TEXT", "default": ""},
+        "Put between an SGLang teacher's chat template and an answer that we begin, special tokens included. Default: what "
+        "its template needs to end reasoning, as </think> or gpt-oss's <|channel|>final<|message|>.",
+    ),
+    "reasoning-tokens": (
+        {"type": int, "metavar": "TOKENS", "default": 0},
+        "For reasoning (gpt-oss, <think>), on top of each written answer's own tokens. Needed for written verdicts of a "
+        "model that always reasons, for example 2048.",
+    ),
+    "context": (
+        {"type": int, "metavar": "TOKENS"},
+        "What a request and its answer may take together; of longer prefixes only the end is shown, and counted. Default: "
+        "what the server reports.",
+    ),
+    "requests-per-second": ({"type": float, "metavar": "N", "default": 0.0}, "Limit for each URL; 0: none."),
+}
+"""Name -> (settings for argparse, help); the same for each role."""
+
+
 def add_server_flags(group: argparse._ActionsContainer, role: Role) -> None:
     """How the servers of `role` are reached and asked."""
     prefix = f"--{role.replace('_', '-')}"
-    model = f" Default: {prefix}-model, or" if role != "eval_judge" else " Default:"
-    group.add_argument(f"{prefix}-url", nargs="+", metavar="URL", help=f"Running servers of {ROLES[role]}.")
-    group.add_argument(
-        f"{prefix}-api",
-        choices=["sglang", "openai"],
-        default="sglang",
-        help="sglang: native API (likelihood and soft verdicts). openai: any OpenAI-compatible server.",
-    )
-    group.add_argument(
-        f"{prefix}-name",
-        default=None,
-        metavar="MODEL",
-        help="Model name sent to an OpenAI-type server, and the name that --judge-cache keeps answers under. Default for "
-        "SGLang: the name that the server reports.",
-    )
-    group.add_argument(
-        f"{prefix}-key-variable", default=None, metavar="NAME", help="Environment variable that holds the API key."
-    )
-    group.add_argument(
-        f"{prefix}-tokenizer",
-        metavar="DIR",
-        help=f"Tokenizer of an SGLang server's model.{model} the path that the server reports.",
-    )
-    group.add_argument(
-        f"{prefix}-prefill",
-        action="store_true",
-        help="An OpenAI-type server continues an answer that we begin (vLLM, SGLang): soft verdicts then cost one token.",
-    )
-    group.add_argument(
-        f"{prefix}-answer-prefix",
-        default="",
-        metavar="TEXT",
-        help="Put between an SGLang model's chat template and an answer that we begin, special tokens included. Default: "
-        "what its template needs to end reasoning, as </think> or gpt-oss's <|channel|>final<|message|>.",
-    )
-    _add_limits(group, prefix)
-
-
-def _add_limits(group: argparse._ActionsContainer, prefix: str) -> None:
-    group.add_argument(
-        f"{prefix}-reasoning-tokens",
-        type=int,
-        default=0,
-        metavar="TOKENS",
-        help="For reasoning (gpt-oss, <think>), on top of each written answer's own tokens. Needed for written verdicts of "
-        "a model that always reasons, for example 2048.",
-    )
-    group.add_argument(
-        f"{prefix}-context",
-        type=int,
-        default=None,
-        metavar="TOKENS",
-        help="What a request and its answer may take together; of longer prefixes only the end is shown, and counted. "
-        "Default: what the server reports.",
-    )
-    group.add_argument(
-        f"{prefix}-requests-per-second", type=float, default=0.0, metavar="N", help="Limit for each URL; 0: none."
-    )
+    for name, (settings, text) in FLAGS.items():
+        short = f"Servers of {ROLES[role]}." if name == "url" else f"As --teacher-{name}."
+        group.add_argument(f"{prefix}-{name}", **settings, help=text if role == "teacher" else short)
 
 
 def has_servers(args: argparse.Namespace, role: Role) -> bool:

@@ -31,6 +31,7 @@ COMPLETE = (
 OTHER_PROGRAMS = {
     *("--nproc-per-node", "--nodes", "--signal", "--requeue", "--append"),  # torchrun, sbatch, wandb sync
     *("--model-path", "--host", "--port", "--tp-size", "--dp-size", "--enable-deterministic-inference"),  # SGLang
+    *("--api-key", "--mem-fraction-static"),
 }
 """Flags that the documentation names of programs which are not ours."""
 

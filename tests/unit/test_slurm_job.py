@@ -123,7 +123,7 @@ class Job:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, trainer: str, *settings: str, **environment: str) -> subprocess.Popen[str]:
-        own = {"POLICY": "p", "TEACHER_MODEL": "t", "DATA": "d", "RUN_DIR": str(self.run_dir)}
+        own = {"POLICY": "p", "TEACHER_MODEL": "t", "DATA": "README.md", "RUN_DIR": str(self.run_dir)}
         own |= {"TRAINER_NODES": "1", "ENGINE_NODES": "1", "TEACHER_NODES": "1", "GPUS_PER_NODE": "1"}
         own |= {"ENGINE_PORT": str(self.ports[0]), "TEACHER_PORT": str(self.ports[1]), "RESTART_SECONDS": "0"}
         self._process = subprocess.Popen(
@@ -320,6 +320,5 @@ def test_job_with_too_few_nodes_says_what_to_ask_for(job: Job) -> None:
     process = job.start("finish", SLURM_JOB_NODELIST="localhost,localhost")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert (
-        "the job has 2 nodes, but TRAINER_NODES + ENGINE_NODES + TEACHER_NODES = 3: add --nodes=3 to sbatch" in output
-    )
+    sum_of_roles = "TRAINER_NODES + ENGINE_NODES + TEACHER_NODES + REWRITER_NODES = 3"
+    assert f"the job has 2 nodes, but {sum_of_roles}: add --nodes=3 to sbatch" in output

@@ -248,3 +248,70 @@ def test_mistakes_are_named(arguments: list[str], message: str) -> None:
     done = bash("examples/train_continual.sbatch", *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith(message)
+
+
+@pytest.mark.parametrize("value", ["", "x", "-1", "1.5", "08", " 1", "1 ", "1\n2", "a[$(touch hacked)]", "1" * 20])
+@pytest.mark.parametrize("name", ["TRAINER_NODES", "TEACHER_NODES", "SEQ_LENGTH", "ENGINE_PORT", "SAVE_SECONDS"])
+def test_numbers_are_checked_before_arithmetic_sees_them(name: str, value: str) -> None:
+    done = bash("examples/train_continual.sbatch", "--dry-run", f"{name}={value}")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {name}={value}: a whole number is needed\n"
+    assert not (REPO / "hacked").exists()
+
+
+def test_only_counts_may_be_zero() -> None:
+    refused = bash("examples/train_continual.sbatch", "--dry-run", "ENGINE_TP=0")
+    assert refused.stderr == "error: ENGINE_TP=0: at least 1 is needed\n"
+    assert bash("examples/train_continual.sbatch", "--dry-run", "ENGINE_NODES=0").returncode == 0
+
+
+def test_data_in_lines_may_hold_spaces(trainer_parser: argparse.ArgumentParser) -> None:
+    data = "0.3\nmy texts/*.jsonl\n\n0.7\nb.parquet\n"
+    assert trainer_arguments(trainer_parser, "train_continual.sbatch", f"DATA={data}").data_path == [
+        *("0.3", "my texts/*.jsonl", "0.7", "b.parquet")
+    ]
+
+
+def test_data_that_is_not_there_is_named_before_servers_load(tmp_path: Path) -> None:
+    (tmp_path / "my text.jsonl").touch()
+    (tmp_path / "tokens.bin").touch()
+    hosts = {
+        "SLURM_JOB_NODELIST": "n1,n2,n3",
+        "SLURM_SUBMIT_DIR": str(REPO),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/bash\nprintf 'n1\\nn2\\nn3\\n'\n")
+    scontrol.chmod(0o755)
+    nodes = ("TRAINER_NODES=1", "ENGINE_NODES=1", "TEACHER_NODES=1", "POLICY=a", "TEACHER_MODEL=b", "ENGINE_TP=3")
+
+    def refusal(data: str) -> str:
+        words = ("examples/train_continual.sbatch", *nodes, f"RUN_DIR={tmp_path / 'run'}", f"DATA={data}")
+        return bash(*words, **hosts).stderr
+
+    assert f"error: DATA: there is no file '{tmp_path}/my'. Files are separated by spaces" in refusal(
+        f"{tmp_path}/my text.jsonl"
+    )
+    enough = "error: 3 GPUs for each engine do not divide"  # the next check
+    good = (f"{tmp_path}/my text.jsonl\n", f"0.5 {tmp_path}/*.jsonl 1 {tmp_path}/tokens", f"{tmp_path}/**/*.jsonl")
+    assert all(refusal(data).startswith(enough) for data in good)
+
+
+def test_a_rewriter_of_its_own_has_nodes_of_its_own(trainer_parser: argparse.ArgumentParser) -> None:
+    settings = ("REWRITER_NODES=2", "REWRITER_MODEL=big", "REWRITER_TP=4")
+    servers = dry_run("train_from_scratch.sbatch", *settings)[:-1]
+    rewriters = [server for server in servers if server_options(server)["model-path"] == "big"]
+    assert len(rewriters) == 4
+    args = trainer_arguments(trainer_parser, "train_from_scratch.sbatch", *settings)
+    assert args.rewriter_url == [f"http://{host_of(server)}:{server_options(server)['port']}" for server in rewriters]
+    assert not set(args.rewriter_url) & set(args.teacher_url)
+    refused = bash(
+        "examples/train_from_scratch.sbatch", "HF_CONFIG=a", "TEACHER_MODEL=b", "DATA=c", "RUN_DIR=d", settings[0]
+    )
+    assert "REWRITER_MODEL is not set" in refused.stderr
+
+
+def test_servers_listen_at_their_node_s_name() -> None:
+    for server in dry_run("train_continual.sbatch")[:-1]:
+        assert server_options(server)["host"] == host_of(server)
+    assert server_options(dry_run("train_continual.sbatch", "SERVER_ADDRESS=0.0.0.0")[0])["host"] == "0.0.0.0"
