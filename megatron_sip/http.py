@@ -26,7 +26,7 @@ from typing import Any, Self
 import aiohttp
 import orjson
 
-from megatron_sip.http_reply import ReplyTooLongError, masked, plain, printable, read_reply
+from megatron_sip.http_reply import ReplyTooLongError, masked, masked_reply, plain, printable, read_reply
 from megatron_sip.latency import LatencyHistogram
 from megatron_sip.proxy import DIRECT, Proxy
 
@@ -245,7 +245,7 @@ class HttpPool:
                         proxy_headers=server.proxy.headers,
                     ) as response,
                 ):
-                    content = await read_reply(response)
+                    content = masked_reply(await read_reply(response), server.key)
             if response.status == 200:
                 result = _parsed(request, server, content)
                 server.succeeded()
@@ -344,7 +344,7 @@ def _status_failure(
             "rejected", server, f"status {status}: redirects to {place}, which is not followed: give that URL"
         )
     kind = {429: "rate-limited"}.get(status, "server-error") if status in RETRIED_STATUS else "rejected"
-    text = printable(masked(content[: 2 * REFUSAL_BYTES].decode(errors="replace"), server.key))[:REFUSAL_BYTES]
+    text = printable(content[:REFUSAL_BYTES].decode(errors="replace"))
     retry_after = min(_retry_after_s(response.headers.get("Retry-After")), longest_retry_after_s)
     return RequestError(
         kind,

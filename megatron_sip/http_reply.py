@@ -14,6 +14,8 @@ import aiohttp
 
 MAX_REPLY_BYTES = 64 * 2**20
 """Of a reply's body, decompressed. Far above any honest one: a judge's is some kB, an engine's some MB."""
+SECRET_CHARS = 8
+"""Shorter keys are placeholders for servers that want any, such as EMPTY, and words that texts may hold."""
 LOGPROB_SLACK = 1e-3
 """By which a log-prob may exceed 0: servers compute it in float32, or in bfloat16 and then round."""
 
@@ -42,7 +44,12 @@ def plain(error: BaseException) -> str:
 
 def masked(text: str, key: str | None) -> str:
     """`text` without an API key that a server or an error may have put into it."""
-    return text.replace(key, "***") if key else text
+    return text.replace(key, "***") if key and len(key) >= SECRET_CHARS else text
+
+
+def masked_reply(content: bytes, key: str | None) -> bytes:
+    """A reply's body without the key: errors quote replies, and a server may have echoed what it was sent."""
+    return content.replace(key.encode(), b"***") if key and len(key) >= SECRET_CHARS else content
 
 
 def printable(text: str) -> str:

@@ -18,7 +18,15 @@ from typing import Any
 import aiohttp
 import orjson
 
-from megatron_sip.http_reply import MAX_REPLY_BYTES, ReplyTooLongError, masked, plain, printable, read_reply
+from megatron_sip.http_reply import (
+    MAX_REPLY_BYTES,
+    ReplyTooLongError,
+    masked,
+    masked_reply,
+    plain,
+    printable,
+    read_reply,
+)
 from megatron_sip.rollout.protocol import EngineError, FailureKind
 
 CONNECT_S = 10.0
@@ -152,11 +160,12 @@ def _opener() -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(urllib.request.ProxyHandler({}), _Direct, _DirectTLS, _NoRedirect)
 
 
-def _answer(raw: bytes, status: int, url: str, what: str, key: str | None) -> Any:
+def _answer(content: bytes, status: int, url: str, what: str, key: str | None) -> Any:
+    raw = masked_reply(content, key)
     if status >= 300:
         kind: FailureKind = "http-5xx" if status >= 500 else "http-4xx" if status >= 400 else "http-3xx"
-        text = printable(masked(raw[:4000].decode(errors="replace"), key))
-        raise EngineError(kind, url, f"{what} answered {status}: {text[:500]}")
+        text = printable(raw[:500].decode(errors="replace"))
+        raise EngineError(kind, url, f"{what} answered {status}: {text}")
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError:

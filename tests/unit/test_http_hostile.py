@@ -109,6 +109,11 @@ FAILURES: dict[str, Callable[[bytes], Iterable[bytes]]] = {
     "echo in a 500": lambda request: [reply_of({"error": echo(request).decode()}, b"HTTP/1.1 500 No\r\n")],
     "echo in a reason": lambda request: [b"HTTP/1.1 200 " + echo(request) + b"\r\n" + b"bad header\r\n\r\n"],
     "echo as a version": lambda request: [echo(request) + b"\r\n\r\n"],
+    "echo as a value": lambda request: [
+        reply_of(
+            {"choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"token": echo(request).decode()}]}}]}
+        )
+    ],
     "wrong type": lambda request: [reply_of({"choices": echo(request).decode()})],
 }
 
@@ -132,7 +137,7 @@ async def test_no_failure_shows_the_key(
             said += [judged, judge.counters(), repr(judge_settings)]
         assert any(KEY.encode() in request for request in server.requests)
     assert judged[0].scores is None
-    assert caplog.records  # the failure was logged at all
+    assert caplog.records  # what was lost was logged at all
     everything = (
         repr(said) + "".join(caplog.handler.format(record) for record in caplog.records) + repr(capfd.readouterr())
     )
