@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from megatron_sip.model.hf_families import EMBEDDING, OUTPUT, tensor_maps, tensor_shape
+from megatron_sip.model.hf_families import EMBEDDING, OUTPUT, architecture, tensor_maps, tensor_shape
 from megatron_sip.model.hf_folder import refuse_pointer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -56,8 +56,9 @@ def checked_tensors(hf_dir: Path, hf_config: Any) -> dict[str, StoredTensor]:
     Raises:
         FileNotFoundError: no safetensors, or a file of the index is missing (named).
         ValueError: a file is a git-LFS pointer or cut short, a tensor is missing, unexpected, held twice, of another size
-            (with the config's field) or quantised.
+            (with the config's field) or quantised; or the architecture is not supported.
     """
+    architecture(hf_config)  # of weights that nobody could load it does not matter what is wrong with them
     stored = stored_tensors(hf_dir)
     _check_names(stored, hf_config, hf_dir)
     expected = {name: tensor_shape(name, hf_config) for entry in tensor_maps(hf_config) for name in entry.hf}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from megatron_sip.model.hf_families import tensor_maps, tensor_shape
 from megatron_sip.model.hf_files import (
@@ -82,6 +82,18 @@ def test_what_fits_is_accepted(tmp_path: Path, name: str) -> None:
     assert {name: tensor.shape for name, tensor in stored.items()} == {
         name: tuple(shape.values()) for name, shape in shapes_of(config).items()
     }
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (MistralConfig(architectures=["MistralForCausalLM"]), "MistralForCausalLM"),
+        (LlamaConfig(mlp_bias=True), "mlp_bias"),
+    ],
+)
+def test_a_model_that_is_not_supported_is_named_before_its_weights_are(tmp_path: Path, config: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"{said}.* supported"):
+        checked_tensors(tmp_path, config)
 
 
 def test_how_many_tensors_do_not_fit_is_said(tmp_path: Path) -> None:
