@@ -237,7 +237,7 @@ class SGLangPool:
     async def take_seeds(self) -> bool:
         """Whether every engine samples by the seeds it is given, which SGLang does with deterministic inference alone."""
         found = await self.call_all("GET", "/server_info")
-        return all(info.get("enable_deterministic_inference") is True for info in found.values())
+        return all(isinstance(i, dict) and i.get("enable_deterministic_inference") is True for i in found.values())
 
     async def model_info(self) -> dict[str, dict[str, Any]]:
         """Each engine's /model_info by URL. Raises EngineError."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
+from fake_engine import FakeEngine
 from fake_judge import FakeJudge
+from judge_cases import make_group
 from test_arguments import arguments, check_all, refusal
 from tiny_tokenizer import byte_level_tokenizer
 
@@ -13,6 +16,7 @@ from megatron_sip.judge.rewriter import Rewriter
 from megatron_sip.judge_arguments import judge_settings, rewriter_settings
 from megatron_sip.run_needs import local_servers, needs_eval_judge, needs_judge, needs_teacher
 from megatron_sip.samples import Task
+from megatron_sip.services import PROBE_TEXT, Leader
 
 OWN_REWRITER = (
     *("--rewriter-url", "http://rewriter:1", "--rewriter-api", "openai", "--rewriter-name", "big"),
@@ -112,3 +116,37 @@ async def test_each_role_asks_its_own_servers() -> None:
         assert candidate.text == " day"
         assert rewriter.bodies[0]["model"] == "r"
         assert teacher.requests == 0
+
+
+async def test_the_last_judge_of_its_own_makes_the_comparison(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    with FakeEngine() as engine:
+        engine.answers |= {
+            "/v1/models": (200, {"data": [{"max_model_len": 10**6}]}),
+            "/generate": (400, {"error": "valid range is [0, 320)"}),
+            "/tokenize": (200, {"tokens": tokenizer.encode(PROBE_TEXT, add_special_tokens=False)}),
+        }
+        async with FakeJudge() as teacher, FakeJudge() as last:
+            flags = [
+                "--teacher-api",
+                "openai",
+                "--teacher-name",
+                "t",
+                "--judge-verdict",
+                "hard",
+                "--criteria",
+                "quality",
+            ]
+            flags += ["--eval-judge-url", last.url, "--eval-judge-api", "openai", "--eval-judge-name", "e"]
+            args = arguments(*flags, "--win-rate-prompts", "2", vocab_size=320, run_dir=str(tmp_path), train_iters=1)
+            leader = await asyncio.to_thread(Leader, args, tokenizer, [engine.url], [teacher.url], 0)
+            other = await asyncio.to_thread(Leader, args, tokenizer, [engine.url], [teacher.url], 1)
+            try:
+                assert leader.judge is not leader.eval_judge
+                assert leader.eval_judge is not None
+                await asyncio.to_thread(leader.run, leader.eval_judge.score([make_group(0, [0.4, 0.9])]))
+                assert (teacher.requests, last.bodies[0]["model"]) == (0, "e")
+                assert other.eval_judge is other.judge  # only the first leader compares
+            finally:
+                await asyncio.to_thread(leader.close)
+                await asyncio.to_thread(other.close)
