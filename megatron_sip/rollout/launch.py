@@ -278,7 +278,7 @@ def start_servers(count: int, settings: ServerSettings, progress: bool = True) -
         raise ValueError(f"the number of servers must be at least 1, not {count}")
     if count > 1 and settings.port:
         raise ValueError(f"{count} servers cannot share port {settings.port}; use port 0 to take free ones")
-    servers = [LocalServer(_numbered(settings, index, count)) for index in range(count)]
+    servers = [LocalServer(numbered(settings, index, count)) for index in range(count)]
     bar = tqdm(total=count, desc="SGLang servers", disable=not progress, file=bars())
     with ThreadPoolExecutor(count) as threads, bar:
         futures = [threads.submit(server.start) for server in servers]
@@ -298,7 +298,8 @@ def stop_servers(servers: Sequence[LocalServer]) -> None:
             list(threads.map(LocalServer.stop, servers))
 
 
-def _numbered(settings: ServerSettings, index: int, count: int) -> ServerSettings:
+def numbered(settings: ServerSettings, index: int, count: int) -> ServerSettings:
+    """The settings of one of `count` servers: a log file, devices and a seed of its own, or all would draw alike."""
     if count == 1:
         return settings
     log_file, devices = settings.log_file, settings.devices
@@ -308,7 +309,8 @@ def _numbered(settings: ServerSettings, index: int, count: int) -> ServerSetting
         if len(devices) != count * settings.tp_size:
             raise ValueError(f"{count} servers of {settings.tp_size} GPUs need that many devices, not {len(devices)}")
         devices = devices[index * settings.tp_size : (index + 1) * settings.tp_size]
-    return replace(settings, log_file=log_file, devices=devices)
+    seed = None if settings.seed is None else settings.seed + index
+    return replace(settings, log_file=log_file, devices=devices, seed=seed)
 
 
 def _check_model_path(model_path: str | Path) -> None:

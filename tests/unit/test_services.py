@@ -6,6 +6,7 @@ import argparse
 import asyncio
 from collections import Counter
 from contextlib import AsyncExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_sip.rollout.launch import (
     LocalServer,
     ServerSettings,
     free_port,
+    numbered,
     server_command,
     server_environment,
     visible_devices,
@@ -48,6 +50,14 @@ def test_a_servers_devices_are_among_those_that_we_see(
 def test_a_device_that_we_do_not_see_is_refused(ours: str, device: int) -> None:
     with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES='{ours}' holds .* number {device} of them"):
         visible_devices((device,), ours)
+
+
+def test_servers_of_one_node_have_log_devices_and_seed_of_their_own() -> None:
+    settings = ServerSettings("model", devices=(2, 3), seed=7, log_file=Path("engine.log"))
+    both = [numbered(settings, index, 2) for index in range(2)]
+    assert [one.seed for one in both] == [7, 8]  # with one seed they would draw alike
+    assert [one.devices for one in both] == [(2,), (3,)]
+    assert [str(one.log_file) for one in both] == ["engine.0.log", "engine.1.log"]
 
 
 def test_a_server_writes_no_line_for_each_request() -> None:
