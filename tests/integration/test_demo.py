@@ -42,7 +42,9 @@ def write_documents(path: Path) -> int:
 def environment(home: Path) -> dict[str, str]:
     """As after `source .venv/bin/activate`, on a machine where nobody is logged in to wandb."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    return kept | KEYS | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NETRC": str(home / "no-netrc")}
+    return (
+        kept | KEYS | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NETRC": str(home / "no-netrc")}
+    )
 
 
 @pytest.fixture(scope="module")
