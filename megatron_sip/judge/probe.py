@@ -49,7 +49,10 @@ async def probe(server: Server, timeout_s: float) -> EndpointFacts:
                 last = f"status {status}" + (f", redirects to {report}" if 300 <= status < 400 else "")
                 if 300 <= status < 400 or status in (401, 403):
                     break
-            except (aiohttp.ClientError, OSError, ValueError, ReplyTooLongError) as error:
+            except ReplyTooLongError as error:  # no server that starts up slowly
+                last = plain(error)
+                break
+            except (aiohttp.ClientError, OSError, ValueError) as error:
                 last = plain(error)
             await asyncio.sleep(min(1.0, max(0.0, deadline - loop.time())))
     raise EndpointError(

@@ -255,10 +255,12 @@ def test_tensorboard_is_written_without_dry_run(parse: Parse, tmp_path: Path) ->
 
 
 SHOW_WANDB_MODE = """
+import os
 from megatron_sip.arguments import keep_wandb_offline_without_login
 keep_wandb_offline_without_login()
 import json, wandb
-print(json.dumps(wandb.setup().settings.mode))
+print(json.dumps(wandb.setup().settings.mode), flush=True)
+os._exit(0)  # wandb's own end asks its servers, which may take minutes to be out of reach
 """
 
 
