@@ -28,19 +28,29 @@ _HESITATION = re.compile(r"\?|…|\.\.\.")
 # What may follow a verdict on its line: what it is out of, a reason; then marks and punctuation.
 _REST_OF_LINE = re.compile(
     r"(?:[^\w(/]|_)*+(?:(?:/|out of|of)\s*+\d{1,5}(?!\w)|points?|stars?|percent)?(?:[^\w(/]|_)*+"
-    r"(?:\([^()\n]{1,300}\)"
+    r"(?:\((?![^()\n]{0,300}\b(?:unless|maybe|perhaps|wait|rejected|tie with|(?:not |un)sure)\b)[^()\n]{1,300}\)"
     r"|(?:because|since|is (?:the |an? |clearly |slightly )*(?:better|best|stronger|superior|more|preferred))\b[^.!;\n]{0,500}"
     r"|(?<=[,:–—-] )"
-    r"(?![^.!;\n]{0,300}\b(?:or|but|however|though|unless|if|not|wait|let|maybe|perhaps|would|could|should|must)\b)"
+    r"(?![^.!;\n]{0,300}\b(?:or|but|however|though|unless|if|wait|let|maybe|perhaps|would|could|should|must"
+    r"|not (?:sure|certain|clear|quite|really|yet))\b|[^.!;\n]{0,300}\bnot\W*$)"
     r"[^.!;\n]{1,300})?[\W_]*+",
     re.IGNORECASE,
 )
 _FAREWELL = re.compile(
     r"(?:i )?hope (?:this|that|it) helps(?: you)?|thanks?(?: you)?|end(?: of (?:\w+ ){0,2}\w+)?|done"
-    r"|(?:please )?let me know if .{1,80}",
+    r"|(?:please )?let me know if .{1,80}|feel free to .{1,80}",
     re.IGNORECASE,
 )
-_CLAUSE_END = re.compile(r"[.!?:;,()\[\]{}|>—–]")
+# A note below a verdict, under a title that says so, and words in it that take the verdict back.
+_NOTE = re.compile(
+    r"[\W_]*+(?:reason(?:s|ing)?|rationale|explanation|justification|notes?|confidence(?: level| score)?)[\s*_]*[:：]",
+    re.IGNORECASE,
+)
+_TAKEN_BACK = re.compile(
+    r"\b(?:wait|actually|sorry|correct(?:ion|ed)|hmm|on (?:second thought|reflection)|let me|re-?read|change)\b",
+    re.IGNORECASE,
+)
+_CLAUSE_END = re.compile(r"[.!?:：;,()\[\]{}|>—–]| - ")
 _WORD = re.compile(r"[^\W_](?:[^\W_]|['’])*")
 _LEAD_IN = re.compile(
     r"therefore|thus|so|hence|then|and|accordingly|consequently|finally|overall|i|conclude|choose|pick|my|our|the|this"
@@ -48,7 +58,8 @@ _LEAD_IN = re.compile(
     re.IGNORECASE,
 )
 _NEGATION = re.compile(r"not|never|no|neither|nor|isn['’]t|cannot", re.IGNORECASE)
-_CONNECTIVE = re.compile(r"or|and|nor|either|else|otherwise|versus|vs|then|with", re.IGNORECASE)
+_CONNECTIVE = re.compile(r"or|and|nor|either|else|otherwise|versus|vs|then|with|\w", re.IGNORECASE)
+"""Words between alternatives; one letter or digit counts them up ("2. ...", "b) ...")."""
 _CORRECTION = re.compile(
     r"[.!?…]\s|\b(?:no|wait|actually|rather|instead|sorry|correction|corrected|hmm|thought|reflection)\b", re.IGNORECASE
 )
@@ -85,6 +96,14 @@ class VerdictRule:
             return None
         return next((value for label, value in self.values.items() if label.casefold() == found.casefold()), None)
 
+    def begun(self, continuation: str) -> float | None:
+        """The value of the label that an answer begun with `start` goes on with, whatever comes then; None when with none."""
+        text = continuation.lstrip(" \t\r\n\"'*_`").casefold()
+        found = [
+            value for label, value in self.values.items() if re.match(rf"{re.escape(label.casefold())}(?![^\W_])", text)
+        ]
+        return found[0] if len(found) == 1 else None
+
     def _label(self, answer: str) -> str | None:
         matches = list(self.pattern.finditer(answer))
         if not matches or self.anywhere:
@@ -96,8 +115,14 @@ class VerdictRule:
         members = [label for member in _last_object(answer) for label in self.pattern.findall(member)]
         if members:
             return members[-1]
-        ends = _is_end(answer[last.end() :]) or _is_first_member(last, answer)
+        ends = self._ends(answer, last) or _is_first_member(last, answer)
         return last[1] if ends and _is_stated(last, answer, since) else None
+
+    def _ends(self, answer: str, verdict: re.Match[str]) -> bool:
+        """Whether the answer ends with a verdict, and not with several: "1/2". On a scale, 4/5 and 4 out of 5 are 4."""
+        tail = answer[verdict.end() :]
+        scale = len(self.values) > 2 and all(label.isdigit() for label in self.values)
+        return _is_end(tail) and (scale or not _names_another(tail, verdict, self.labels))
 
     def expected_value(self, label_logprobs: Sequence[float]) -> float | None:
         """Probability-weighted value of the labels (natural log-probs in the order of `labels`); None below
@@ -110,13 +135,26 @@ class VerdictRule:
 
 
 def _is_end(tail: str) -> bool:
-    """Whether nothing but an ending follows a verdict: punctuation, marks, a reason on its line, a polite formula."""
+    """Whether nothing but an ending follows a verdict: punctuation, marks, a reason on its line, a polite formula, a note."""
     tail = _TAGS.sub("", tail)
     if _HESITATION.search(tail):
         return False
     line, _, rest = tail.partition("\n")
+    if not _REST_OF_LINE.fullmatch(line):
+        return False
     words = _WORD.findall(rest)
-    return bool(_REST_OF_LINE.fullmatch(line)) and (not words or bool(_FAREWELL.fullmatch(" ".join(words[:20]))))
+    if not words or _FAREWELL.fullmatch(" ".join(words[:20])):
+        return True
+    return bool(_NOTE.match(rest)) and not _TAKEN_BACK.search(rest)
+
+
+def _names_another(tail: str, verdict: re.Match[str], labels: Sequence[str]) -> bool:
+    """Whether what follows a verdict on its line is nothing but another one: "1/2", "1 (or 2)", "1, no, Option 2"."""
+    others = {label.casefold() for label in labels} - {verdict[1].casefold()}
+    known = set(_WORD.findall(verdict[0].casefold()))
+    line = _WORD.findall(tail.partition("\n")[0].casefold())
+    words = [w for w in line if w in others or not (w in known or w == "no" or _CONNECTIVE.fullmatch(w))]
+    return bool(words) and others.issuperset(words)
 
 
 def _is_first_member(verdict: re.Match[str], answer: str) -> bool:
@@ -128,7 +166,7 @@ def _is_first_member(verdict: re.Match[str], answer: str) -> bool:
 def _is_stated(verdict: re.Match[str], answer: str, since: int) -> bool:
     """Whether a verdict with a mark ("Conclusion:") is said, not spoken about: it begins its line or its clause, but for a
     word or words such as "my answer is". Patterns without such a mark are meant to be found in running text."""
-    if ":" not in answer[verdict.start() : verdict.start(1)] or verdict[0].startswith('"'):
+    if not re.search("[:：]", answer[verdict.start() : verdict.start(1)]) or verdict[0].startswith('"'):
         return True
     line_start = max(answer.rfind("\n", 0, verdict.start()) + 1, since)
     clause = _CLAUSE_END.split(answer[line_start : verdict.start()])[-1]

@@ -208,7 +208,7 @@ def _openai_choice(
         return _generated_choice(call.rule, read_vote(written, call.rule, lost), tokens)
     if written.finish == "aborted":
         return None
-    return _first_choice(call.rule, tokens) if tokens else call.rule.parse(call.rule.start + written.text.lstrip())
+    return _first_choice(call.rule, tokens) if tokens else call.rule.begun(written.text)
 
 
 def _first_choice(rule: VerdictRule, tokens: Sequence[dict[str, Any]]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -246,6 +247,24 @@ def test_without_log_probs_of_the_alternatives_the_plain_verdict_counts(
     reply["choices"][0]["logprobs"] = None
     assert openai_answer(CHOICE, endpoint, reply)[0] == 0.0
     assert openai_answer(CHOICE, endpoint, message("Neither."))[0] is None
+
+
+@pytest.mark.parametrize(
+    ("criterion", "text", "value"),
+    [
+        ("factuality", "No Hall", 1.0),
+        ("factuality", "Definite", 0.0),
+        ("factuality", "Nobody", None),
+        ("quality", "1\n\nThe", 1.0),
+        ("quality", "**2**", 0.0),
+        ("quality", "12", None),
+        ("quality", "", None),
+        ("safety", "NO.", 0.0),
+    ],
+)
+def test_of_a_begun_answer_the_label_counts_wherever_it_was_cut(criterion: str, text: str, value: float | None) -> None:
+    call = replace(CHOICE, rule=builtin_prompt(criterion).rule)
+    assert openai_answer(call, PREFILLED, message(text))[0] == value
 
 
 def test_wrong_counts_of_tokens_cost_no_vote(encoder: ChatEncoder) -> None:
