@@ -156,8 +156,8 @@ def check_named_servers(args: argparse.Namespace) -> None:
             if needed and (urls := getattr(args, f"{role}_url")):
                 async with Judge(judge_settings(args, urls, role)) as judge:
                     await judge.check(CONNECT_SECONDS)
-        if needs_rewriter(args) and args.rewriter_url:
-            async with AsksTeacher(rewriter_settings(args, args.rewriter_url).client) as rewriter:
+        if needs_rewriter(args) and (urls := getattr(args, f"{rewriter_role(args)}_url")):
+            async with AsksTeacher(rewriter_settings(args, urls).client) as rewriter:
                 await rewriter.check(CONNECT_SECONDS)
 
     asyncio.run(ask())

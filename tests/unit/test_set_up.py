@@ -90,13 +90,27 @@ def test_a_url_is_asked_before_a_server_of_this_node_is_started(
     assert set_up(monkeypatch, **servers) == ["check weights", "ask", "start servers", "connect", "tokenise", "load"]
 
 
-@pytest.mark.parametrize("flag", ["--rollout-url", "--teacher-url", "--rewriter-url", "--eval-judge-url"])
-def test_a_server_given_as_url_that_is_down_is_named(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+ALL = ("--win-rate-prompts", "1", "--candidates", "suffix", "rewrite", "rollout")
+ONLY_REWRITES = ("--objective", "sft", "--sft-target", "rewrite", "--win-rate-prompts", "0")
+
+
+@pytest.mark.parametrize(
+    ("flag", "more"),
+    [
+        ("--rollout-url", ALL),
+        ("--teacher-url", ALL),
+        ("--teacher-url", ONLY_REWRITES),
+        ("--rewriter-url", ALL),
+        ("--eval-judge-url", ALL),
+    ],
+)
+def test_a_server_given_as_url_that_is_down_is_named(
+    monkeypatch: pytest.MonkeyPatch, flag: str, more: tuple[str, ...]
+) -> None:
     monkeypatch.setattr(services, "CONNECT_SECONDS", 0.1)
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        more = ["--win-rate-prompts", "1", "--candidates", "suffix", "rewrite", "rollout"]
         args = add_arguments(argparse.ArgumentParser()).parse_args([flag, url, *more])
         args.seed = 1
         with pytest.raises(USER_ERRORS, match=url):
