@@ -133,7 +133,8 @@ def preference(criterion: str, group: Group) -> float:
     """How far a criterion prefers the second candidate of a judged pair, 0 .. 1; 0.5: not at all.
 
     Pairwise: the mean of the judgements in both orders. Pointwise: (1 + difference of the mean scores) / 2; of verdicts that
-    are 0 or 1 that is the share of comparisons between one about each that it wins, ties half. Likelihood is one measurement, and wins, ties or loses.
+    are 0 or 1 that is the share of comparisons between one about each that it wins, ties half. Likelihood is one measurement,
+    and wins, ties or loses.
     """
     before, after = group.criterion_scores[criterion]
     if criterion == LIKELIHOOD:

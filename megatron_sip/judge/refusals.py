@@ -67,6 +67,8 @@ _MATTER = (
     r"|dangerous|derogatory|abusive|insult|demean|degrad)"
 )
 _THIS_TEXT = rf"(?:{_WRITE}(?: with)? (?:this|that|it)(?: one)?{_END}|(?:{_WRITE}|{_OTHER})[^.!?]{{0,60}}?{_MATTER})"
+_REWRITE = r"(?:re-?writ|re-?phras|paraphras)(?:e|ing)"
+_HENCE = r"[.!?,;:]?(?: so| and| but| therefore| thus| hence)*,? "
 _TEXT = r"(?:request|prompt|passage|continuation|text|topic)"
 _FAULT = r"(?:harmful|hateful|explicit|offensive|inappropriate|hate|slurs|unethical|not appropriate|violent)"
 
@@ -82,6 +84,13 @@ _FORMS = (
     r"i (?:(?:have|need|am going|must|will) (?:to )?(?:have to )?(?:respectfully |politely )?(?:decline|refuse)"
     r"|respectfully decline|decline"
     r"|refuse|'ll have to decline)(?:$|[.!]| (?:this|that|your|the|such) (?:request|task|prompt))",
+    r"(?:i am|i'm) going to (?:have to )?(?:respectfully |politely )?(?:decline|refuse)"
+    r"(?:$|[.!]| (?:this|that|your|the|such) (?:request|task|prompt))",
+    # It is harmful, so I cannot rewrite this. The text is harmful, so I cannot rewrite it.
+    rf"[^.!?]{{0,160}}{_HENCE}{_CANNOT} {_REWRITE} (?:this|that|such|the (?:\w+ )?(?:text|passage|content|continuation))"
+    r"(?:$|[.!,;]| (?:text|passage|content|for you|as|because))",
+    rf"[^.!?]{{0,60}}\b(?:content|text|passage|request|prompt|continuation)\b[^.!?]{{0,120}}{_HENCE}{_CANNOT}"
+    rf" {_REWRITE} it{_END}",
     r"(?:i|we) (?:can ?not|can't) (?:and|or) (?:will not|won't|shall not)\b",
     r"i (?:do not|don't) (?:write|provide|create|generate|produce|engage in)[^.!?]{0,40}? (?:content|material"
     r"|insults|slurs|hate|explicit)",
