@@ -45,12 +45,15 @@ def require_whole_checkpoint(save: Path, ranks: Ranks, rank: int, *, last_whole:
         DataError: on all ranks, when a file is missing, cut short or changed; it names the file and the way out.
     """
     while (step := ranks.share(tracked_iteration(save))[0]) is not None:
-        folders = [folder for folder in (complete_checkpoints(save).get(step), reference_folder(save, step)) if folder]
+        complete = complete_checkpoints(save)
+        folders = [folder for folder in (complete.get(step), reference_folder(save, step)) if folder]
         parts = len(ranks.gather(None))
         found = [line for part in ranks.gather([d for f in folders for d in damages(f, rank, parts)]) for line in part]
+        if step not in complete:
+            found.append(f"{weights_folder(save)} is missing, or its metadata say nothing")
         if not found:
             return
-        earlier = max((iteration for iteration in complete_checkpoints(save) if iteration < step), default=None)
+        earlier = max((iteration for iteration in complete if iteration < step), default=None)
         told = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
         if earlier is None:
             raise DataError(f"the checkpoint of step {step} is damaged, and there is none before it: {told}")

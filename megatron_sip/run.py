@@ -37,7 +37,7 @@ from megatron_sip.learning.checksums import ChecksumWriter
 from megatron_sip.learning.exchange import LeaderExchange
 from megatron_sip.learning.metrics import Metrics, MetricsWriter, flatten
 from megatron_sip.learning.reference import Reference, ReferenceStore, build_reference
-from megatron_sip.learning.resume import require_resumable, saved_arguments, what_is_new
+from megatron_sip.learning.resume import require_resumable, saved_run, what_is_new
 from megatron_sip.learning.trainer import PolicyTrainer
 from megatron_sip.model.checkpoint_model import require_same_model
 from megatron_sip.model.hf_families import architecture
@@ -328,7 +328,7 @@ def load_policy(
     """The policy at its last checkpoint (or its initial weights), and the reference that goes with it."""
     save = Path(args.save)
     args.task_fingerprint = exchange.share(tasks.fingerprint() if tasks is not None else None)[0]
-    saved = saved_arguments(save)
+    saved = saved_run(save)
     if saved is not None:
         require_resumable(saved, args)
         if args.rank == 0:

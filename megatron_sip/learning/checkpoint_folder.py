@@ -35,7 +35,7 @@ def mend_checkpoint_folder(save: Path, *, last_whole: bool = False) -> list[str]
     if not save.is_dir():
         return done
     tracker = save / TRACKER
-    if tracker.exists() and tracker.read_text().strip() == "release":
+    if tracker.exists() and tracker.read_bytes().strip() == b"release":
         return done  # a converted model, not a run
     committed = _tracked_iteration(tracker)
     complete = complete_checkpoints(save)
@@ -140,7 +140,7 @@ def weights_folder(folder: Path) -> Path:
 def _tracked_iteration(tracker: Path) -> int | None:
     if not tracker.exists():
         return None
-    text = tracker.read_text().strip()
+    text = tracker.read_bytes().strip()  # whatever a power cut left there
     return int(text) if text.isdigit() else None
 
 

@@ -10,10 +10,9 @@ from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron.core import dist_checkpointing
-
 from megatron_sip.data.errors import DataError
-from megatron_sip.learning.checkpoint_folder import TRACKER, iteration_folders
+from megatron_sip.learning.checkpoint_folder import tracked_iteration
+from megatron_sip.model.checkpoint_model import saved_arguments
 
 LEARNING = (
     *("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_fraction", "train_iters"),
@@ -34,15 +33,14 @@ LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 NEW_RUN = "or start a new run from its weights with --pretrained-checkpoint {load} and another --save folder"
 
 
-def saved_arguments(save: Path) -> Namespace | None:
-    """The arguments kept in the checkpoint that a run in `save` continues from, with its `iteration`; None without one."""
-    tracker = save / TRACKER
-    tracked = tracker.read_text().strip() if tracker.exists() else ""
-    folder = iteration_folders(save).get(int(tracked)) if tracked.isdigit() else None
-    if folder is None:
-        return None
-    common = dist_checkpointing.load_common_state_dict(str(folder))
-    return Namespace(**{"prepend_bos": "off", **vars(common["args"]), "iteration": common["iteration"]})
+def saved_run(save: Path) -> Namespace | None:
+    """The arguments kept in the checkpoint that a run in `save` continues from, with its `iteration`; None without one.
+
+    None also when they cannot be read: whoever loads the checkpoint says why.
+    """
+    step = tracked_iteration(save)
+    saved = None if step is None else saved_arguments(save)
+    return None if saved is None else Namespace(**{"prepend_bos": "off", **vars(saved), "iteration": step})
 
 
 def differences(saved: Namespace, present: Namespace, names: Iterable[str]) -> list[str]:

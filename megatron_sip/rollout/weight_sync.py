@@ -166,7 +166,17 @@ class WeightSync(ABC):
         if error is not None:
             raise error
         if errors:
-            raise WeightSyncError(f"another trainer rank failed while it exported its weights: {errors[0]}")
+            raise WeightSyncError(f"another trainer rank could not export its weights: {errors[0]}")
+
+    def _on_lead(self, action: Callable[[], object]) -> None:
+        """Run `action` on the lead alone; what it raises ends the push on every rank, so that none waits for the lead."""
+        error: BaseException | None = None
+        if self.rank.lead:
+            try:
+                action()
+            except Exception as raised:
+                error = raised
+        self._raise_on_errors(error)
 
     def _conclude(
         self, version: str, started: float, sent: tuple[int, int], failed: Mapping[str, str], require_all: bool
@@ -351,10 +361,7 @@ class DiskWeightSync(WeightSync):
         error: BaseException | None = None
         sent = (0, 0)
         placed: dict[str, str] = {}
-        if self.rank.lead:
-            shutil.rmtree(staged, ignore_errors=True)  # of a trainer that died while writing
-            staged.mkdir(parents=True)
-        self.rank.exchange(None)  # the folder is there before any source writes into it
+        self._on_lead(lambda: begin_folder(staged))  # before any source writes into it
         try:
             sent, placed = self._write(named_tensors, staged)
         except Exception as raised:
@@ -363,11 +370,9 @@ class DiskWeightSync(WeightSync):
         for part in self.rank.exchange(placed):
             everywhere.update(part)
         self._raise_on_errors(error)
-        if self.rank.lead:
-            finish_folder(staged, final, self._template, everywhere)
+        self._on_lead(lambda: finish_folder(staged, final, self._template, everywhere))
         failed = self._on_engines(lambda url: self._load(url, final, version), {}, self.rank.lead)
-        if self.rank.lead:
-            self._forget_old()
+        self._on_lead(self._forget_old)
         return self._conclude(version, started, sent, failed, require_all)
 
     def close(self) -> None:
@@ -407,6 +412,12 @@ class DiskWeightSync(WeightSync):
         folders = sorted(self._folder.glob("weights-*"), key=lambda folder: folder.stat().st_mtime_ns)
         for folder in folders[: -self._keep]:
             shutil.rmtree(folder)
+
+
+def begin_folder(staged: Path) -> None:
+    """Make an empty folder `staged`."""
+    shutil.rmtree(staged, ignore_errors=True)  # of a trainer that died while writing
+    staged.mkdir(parents=True)
 
 
 def finish_folder(staged: Path, final: Path, template: Path, placed: Mapping[str, str]) -> None:

@@ -77,12 +77,12 @@ def test_going_back_twice_keeps_both_branches(tmp_path: Path) -> None:
     assert (tmp_path / "set_aside_after_0000005_2" / "iter_0000010").is_dir()
 
 
-@pytest.mark.parametrize("content", ["", "1x"])
-def test_an_unreadable_tracker_is_set_to_the_newest_complete_checkpoint(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", [b"", b"1x", b"\xff\xfe", b"\0\0", "²".encode()])
+def test_an_unreadable_tracker_is_set_to_the_newest_complete_checkpoint(tmp_path: Path, content: bytes) -> None:
     checkpoint(tmp_path, 5)
     checkpoint(tmp_path, 10)
     half = checkpoint(tmp_path, 15, complete=False)
-    (tmp_path / TRACKER).write_text(content)
+    (tmp_path / TRACKER).write_bytes(content)
     mend_checkpoint_folder(tmp_path)
     assert (tmp_path / TRACKER).read_text() == "10"
     assert not half.exists()

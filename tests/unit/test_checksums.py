@@ -140,6 +140,24 @@ def test_a_checkpoint_with_empty_metadata_is_not_complete(run: Path, name: str) 
     assert (run / "set_aside_after_0000010" / "iter_0000015").is_dir()
 
 
+@pytest.mark.parametrize("lost", ["metadata.json", ".metadata", "folder"])
+@pytest.mark.parametrize("last_whole", [True, False])
+def test_an_only_checkpoint_that_is_not_complete_is_named_before_it_is_loaded(
+    tmp_path: Path, lost: str, last_whole: bool
+) -> None:
+    folder = tmp_path / "iter_0000005"
+    folder.mkdir()
+    save_checkpoint(folder)
+    (tmp_path / TRACKER).write_text("5")
+    if lost == "folder":
+        shutil.rmtree(folder)
+    else:
+        (folder / lost).write_bytes(b"")
+    assert mend_checkpoint_folder(tmp_path, last_whole=last_whole) == []
+    with pytest.raises(DataError, match=f"step 5 is damaged, and there is none before it: {folder} is missing, or its"):
+        require_whole_checkpoint(tmp_path, Alone(), 0, last_whole=last_whole)
+
+
 def test_pretrained_weights_are_looked_at_as_well(run: Path) -> None:
     require_whole_weights(run, Alone(), 0)
     flip(shard(run, 15))

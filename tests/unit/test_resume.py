@@ -19,7 +19,7 @@ enable_cpu()  # before anything imports Megatron
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 
 from megatron_sip.argument_checks import _check_schedule, begin_warm_up_above_zero  # noqa: E402
-from megatron_sip.learning.resume import require_resumable, saved_arguments, what_is_new  # noqa: E402
+from megatron_sip.learning.resume import require_resumable, saved_run, what_is_new  # noqa: E402
 
 SAVED = {
     **{"iteration": 4, "load": "run", "train_iters": 6, "lr": 1e-3, "min_lr": 0.0, "optimizer": "adam", "seed": 1},
@@ -74,9 +74,9 @@ def test_a_fully_reshardable_checkpoint_takes_any_layout() -> None:
 
 
 def test_a_new_folder_and_a_converted_model_have_no_run_to_continue(tmp_path: Path) -> None:
-    assert saved_arguments(tmp_path) is None
+    assert saved_run(tmp_path) is None
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
-    assert saved_arguments(tmp_path) is None
+    assert saved_run(tmp_path) is None
 
 
 def test_a_group_keeps_what_it_has_learnt_under_new_settings() -> None:

@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 import torch
 from fake_engine import FakeEngine
 
-from megatron_sip.rollout import engine_group, http
+from megatron_sip.rollout import engine_group, http, weight_sync
 from megatron_sip.rollout.engine_group import EngineGroup, make_bucket
 from megatron_sip.rollout.launch import free_port
 from megatron_sip.rollout.protocol import EngineError
@@ -114,6 +116,43 @@ def test_disk_push_names_a_load_format(engines: list[FakeEngine], template: Path
     body = next(body for path, body in engine.calls if path == "/update_weights_from_disk")
     assert body["load_format"] == "auto"
     assert engine.version == "1"
+
+
+@pytest.mark.parametrize("broken", ["begin_folder", "finish_folder"])
+def test_a_disk_that_fails_the_lead_ends_the_push_on_every_rank(
+    template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """The others would wait for the lead in the next exchange, for hours."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weight_sync, broken, full)
+    ranks = threading.Barrier(2, timeout=20)
+    said: list[Any] = [None, None]
+
+    def exchange(rank: int, value: Any) -> list[Any]:
+        said[rank] = value
+        ranks.wait()
+        values = list(said)
+        ranks.wait()
+        return values
+
+    def pushed(rank: int) -> str:
+        place = SyncRank(lead=rank == 0, name=f"stage{rank}", exchange=partial(exchange, rank))
+        sync = DiskWeightSync(["http://127.0.0.1:9"], place, QUICK, folder=tmp_path / "weights", template=template)
+        try:
+            push(sync, 1)
+        except (OSError, WeightSyncError) as error:
+            return str(error)
+        finally:
+            ranks.wait()  # both are out: nobody waits in an exchange
+        return "no error"
+
+    with ThreadPoolExecutor(2) as threads:
+        lead, other = threads.map(pushed, range(2))
+    assert "No space left on device" in lead
+    assert "No space left on device" in other
 
 
 def test_a_pushed_folder_holds_no_index_of_the_template_s_weights(template: Path, tmp_path: Path) -> None:
