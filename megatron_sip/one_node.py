@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sip.argument_checks import ArgumentError, explained
+from megatron_sip.argument_checks import ArgumentError, explained, refuse
 from megatron_sip.console import log_tail, say
 from megatron_sip.early_arguments import check_flags, words_by_flag
 from megatron_sip.learning.checkpoint_folder import TRACKER
@@ -42,6 +42,15 @@ CPU_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 
 """Heap reuse: without it most of the time of large CPU tensors is page faults."""
 GPU_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 """Megatron demands it for tensor parallelism on GPUs before Blackwell."""
+
+
+OWN_FLAGS = {
+    "--save": "checkpoints lie in RUN_DIR/checkpoints, from where the trained model is exported; give --run-dir",
+    "--hf-config": "the first word names the model",
+    "--pretrained-checkpoint": "the first word names the model, which is converted once and kept",
+    "--data-path": "texts come behind the model",
+}
+"""Flags of the trainer that this command gives itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +104,7 @@ def understand(words: Sequence[str]) -> Request:
     """The command line as a request.
 
     Raises:
-        ArgumentError: no model or no text is named, or the model's folder is none.
+        ArgumentError: no model or no text is named, the model's folder is none, or a flag is this command's own.
     """
     chunks = words_by_flag(words)
     texts = [word for flag, values in chunks if not flag for word in values]
@@ -106,6 +115,7 @@ def understand(words: Sequence[str]) -> Request:
     for flag, values in named.items():
         if len(values) != 1:
             raise ArgumentError(f"{flag} takes one folder, not {len(values)}: quote patterns of files; {USAGE}")
+    refuse(f"{flag}: {instead}" for flag, instead in OWN_FLAGS.items() if flag in expand_presets(rest))
     model = Path(texts[0])
     if not (model / "config.json").is_file():
         raise ArgumentError(f"{model}: no config.json there; the first word is the folder of a Hugging Face model")

@@ -224,9 +224,11 @@ def no_usable_group(metrics: Metrics) -> str:
 
 def no_finite_step(args: argparse.Namespace) -> str:
     """Why the run ends after steps without an update."""
+    passed = args.non_finite_steps == MAX_NON_FINITE_STEPS  # see `run_steps`
+    goes_on = "continues behind their batches" if passed else "tries those since then again"
     return (
         f"{args.non_finite_steps} steps in a row, up to step {args.iteration}, had no finite loss or gradient. Checkpoint "
-        f"{args.last_saved_iteration} has the weights from before them, and the same command continues behind their batches: "
+        f"{args.last_saved_iteration} has the weights from before them, and the same command {goes_on}: "
         "lower --lr or --dpo-beta, raise --adam-eps, or take --bf16 for --fp16; to go back further write an earlier step into "
         f"{args.save}/{TRACKER}"
     )

@@ -73,6 +73,8 @@ def test_a_user_s_own_flags_win(model: Path) -> None:
         (["nowhere", "a.jsonl"], "nowhere: no config.json there"),
         (["MODEL", "a.jsonl", "--teacher"], "--teacher takes one folder, not 0"),
         (["MODEL", "a.jsonl", "--run-dir", "a", "b"], "--run-dir takes one folder, not 2"),
+        (["MODEL", "a.jsonl", "--save", "r"], "--save: .*RUN_DIR/checkpoints.* give --run-dir"),
+        (["MODEL", "a.jsonl", "--pretrained-checkpoint=c"], "--pretrained-checkpoint: the first word names the model"),
     ],
 )
 def test_what_is_missing_is_named(model: Path, words: list[str], named: str) -> None:
