@@ -7,7 +7,7 @@ import contextlib
 import socket
 import time
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -378,7 +378,7 @@ def open_weight_sync(
     )
     settings = SyncSettings(
         backend="nccl" if torch.cuda.is_available() else "gloo",
-        address=address_towards(args.rollout_url[0]),
+        address=address_for(args.rollout_url),
         bucket_bytes=args.weight_sync_bucket_mb << 20,
         timeout_s=args.rollout_timeout,
         key=rollout_key(args),
@@ -391,6 +391,12 @@ def open_weight_sync(
     sync.connect()
     stack.callback(sync.close)
     return sync
+
+
+def address_for(urls: Sequence[str]) -> str:
+    """This host's address as all servers at `urls` see it: one of this host reaches that of an interface, too."""
+    addresses = [address_towards(url) for url in urls]
+    return next((address for address in addresses if not address.startswith("127.")), addresses[0])
 
 
 def address_towards(url: str) -> str:

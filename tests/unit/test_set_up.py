@@ -117,6 +117,13 @@ def test_a_server_given_as_url_that_is_down_is_named(
             services.check_named_servers(args)
 
 
+def test_engines_here_and_elsewhere_meet_at_an_address_that_both_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_module.address_for(["http://127.0.0.1:1", "http://localhost:2"]) == "127.0.0.1"
+    towards = {"http://127.0.0.1:1": "127.0.0.1", "http://engine:1": "10.0.0.7"}
+    monkeypatch.setattr(run_module, "address_towards", towards.__getitem__)
+    assert run_module.address_for(list(towards)) == "10.0.0.7"
+
+
 def test_where_the_weights_come_from_is_said() -> None:
     args = argparse.Namespace(iteration=0, train_iters=9, save="run", pretrained_checkpoint=None)
     assert "RANDOM weights" in run_module.origin_of_weights(args)
