@@ -178,6 +178,7 @@ def export(run_dir: Path) -> None:
     say(f"exporting the trained model to {target}")
     run_converter(checkpoints, partial)
     partial.rename(target)
+    say(f"the trained model is in {target}")
 
 
 def run_converter(checkpoints: Path, target: Path) -> None:
