@@ -21,6 +21,8 @@ from megatron_sip.argument_checks import ArgumentError, missing_flags, problems_
 from megatron_sip.arguments import SAVE_INTERVAL, add_arguments, find_hf_config
 from megatron_sip.data.errors import DataError
 from megatron_sip.data.source_files import parse_data_path
+from megatron_sip.learning.checkpoint_folder import TRACKER, require_checkpoint
+from megatron_sip.model.converted import is_hf_folder
 
 PROGRAM = "python -m megatron_sip.train"
 
@@ -89,10 +91,13 @@ def check_flags(given: Sequence[str]) -> argparse.Namespace:
 
 
 def missing_files(args: argparse.Namespace) -> Iterator[str]:
-    """What the flags name and is not there: the policy's folder, and texts unless only their cost is asked for."""
+    """What the flags name and is not there: the policy's folder, and unless only the cost is asked for weights and texts."""
     try:
         find_hf_config(args.hf_config, args.pretrained_checkpoint)
-    except ArgumentError as error:
+        start, resumes = args.pretrained_checkpoint, args.save and (Path(args.save) / TRACKER).exists()
+        if start and not resumes and not args.dry_run and not is_hf_folder(Path(start)):
+            require_checkpoint(Path(start))
+    except (ArgumentError, DataError) as error:
         yield str(error)
     try:
         if args.data_path and not args.dry_run:

@@ -26,13 +26,12 @@ from megatron_sip.argument_checks import objective_settings
 from megatron_sip.checkpoints import require_whole_checkpoint, require_whole_weights, saving_explained
 from megatron_sip.console import say
 from megatron_sip.data.documents import open_corpus
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.shared_texts import count_shared_texts
 from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.data.tokenization import DEFAULT_CACHE, TokenizeSettings
 from megatron_sip.evaluation.win_rate import HeldOutComparison
 from megatron_sip.experience import Experience
-from megatron_sip.learning.checkpoint_folder import TRACKER, mend_checkpoint_folder
+from megatron_sip.learning.checkpoint_folder import TRACKER, mend_checkpoint_folder, require_checkpoint
 from megatron_sip.learning.checksums import ChecksumWriter
 from megatron_sip.learning.exchange import LeaderExchange
 from megatron_sip.learning.metrics import Metrics, MetricsWriter, flatten
@@ -226,11 +225,7 @@ def open_run_folder(args: argparse.Namespace, exchange: LeaderExchange) -> None:
     require_whole_checkpoint(save, exchange, args.rank, last_whole=args.load_last_whole)
     resumes = (save / TRACKER).exists()
     if args.pretrained_checkpoint and not resumes:
-        if not (Path(args.pretrained_checkpoint) / TRACKER).is_file():
-            raise DataError(
-                f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint: it has no {TRACKER}; give the "
-                "folder that the converter or a run has written, or a Hugging Face folder"
-            )
+        require_checkpoint(Path(args.pretrained_checkpoint))
         require_whole_weights(Path(args.pretrained_checkpoint), exchange, args.rank)
     start = save if resumes else args.pretrained_checkpoint
     if start is not None:

@@ -120,7 +120,7 @@ def check_token_ids(ids: npt.NDArray[np.generic], vocab_size: int, path: Path) -
 
 
 class TokenStoreWriter:
-    """Writes documents to a prefix; a context manager. The index is written at the end, only if nothing failed."""
+    """Writes documents to a prefix; a context manager. The index comes at the end; after a failure there is neither file."""
 
     def __init__(self, prefix: Path, dtype: type[np.generic]) -> None:
         self._prefix = prefix
@@ -139,9 +139,15 @@ class TokenStoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.close()
-        if error is None:
-            self._write_index()
+        is_whole = False
+        try:
+            self._stream.close()
+            if error is None:
+                self._write_index()
+                is_whole = True
+        finally:
+            for path in () if is_whole else (bin_path(self._prefix), idx_path(self._prefix)):
+                path.unlink(missing_ok=True)
 
     def _write_index(self) -> None:
         lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])

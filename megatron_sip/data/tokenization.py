@@ -195,7 +195,7 @@ def tokenize_file(
     """Tokenise `source` to `prefix`.bin/.idx with a progress bar and return what was written.
 
     With `hashes`, a file, also the hash of each document. Raises `DataError` where the source is broken; `prefix` then has
-    no .idx.
+    no files.
     """
     size = source.stat().st_size
     workers = settings.workers or max(1, min(len(os.sched_getaffinity(0)), size // _BYTES_PER_WORKER))

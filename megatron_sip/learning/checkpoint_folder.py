@@ -137,6 +137,15 @@ def weights_folder(folder: Path) -> Path:
     return folder / "release" if step is None else folder / f"iter_{step:07d}"
 
 
+def require_checkpoint(folder: Path) -> None:
+    """Raise DataError unless `folder`, which --pretrained-checkpoint names, holds a checkpoint."""
+    if not (folder / TRACKER).is_file():
+        raise DataError(
+            f"--pretrained-checkpoint {folder} holds no checkpoint: it has no {TRACKER}; give the folder that the converter "
+            "or a run has written, or a Hugging Face folder"
+        )
+
+
 def _tracked_iteration(tracker: Path) -> int | None:
     if not tracker.exists():
         return None

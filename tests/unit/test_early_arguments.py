@@ -70,6 +70,19 @@ def test_help_shows_every_flag_of_ours_with_its_default_and_imports_neither_torc
         assert action.option_strings[-1] in flat
 
 
+def test_weights_that_are_not_there_are_told_with_the_other_mistakes_unless_a_run_goes_on_without_them() -> None:
+    given = [*COMPLETE, "--pretrained-checkpoint", "nowhere"]
+    with pytest.raises(
+        ArgumentError, match=r"(?s)2 of the flags.*--num-rollots.*--pretrained-checkpoint nowhere holds no"
+    ):
+        check_flags([*given, "--num-rollots", "1"])
+    check_flags([*given, "--dry-run"])
+    check_flags([*COMPLETE, "--pretrained-checkpoint", "model"])  # a Hugging Face folder, which is converted
+    Path("run").mkdir()
+    Path("run/latest_checkpointed_iteration.txt").write_text("20")
+    check_flags(given)
+
+
 def test_every_mistake_is_told_at_once_with_the_nearest_flag() -> None:
     given = [
         "--num-rollots",

@@ -70,6 +70,14 @@ def test_an_output_that_exists_is_found_before_anything_is_tokenised(tmp_path: P
     assert texts(tmp_path / "out_a") == ["a"]
 
 
+def test_a_broken_input_leaves_nothing_but_the_outputs_before_it(tmp_path: Path, tokenizer: str) -> None:
+    good, bad = write(tmp_path / "a.jsonl", "text"), tmp_path / "b.jsonl"
+    bad.write_text('{"text": "text"}\n{"text": 5}\n')
+    with pytest.raises(DataError, match=r"b\.jsonl:2"):
+        run(tokenizer, tmp_path / "out" / "t", good, str(bad))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"t_a.bin", "t_a.idx"}
+
+
 def test_a_linked_blob_takes_the_name_of_its_link(tmp_path: Path, tokenizer: str) -> None:
     blob = Path(write(tmp_path / "blobs" / "0a1b", "linked"))
     for name in ("one.jsonl", "two.jsonl"):
