@@ -332,8 +332,7 @@ async def test_a_rollout_equal_to_the_pivot_draws_with_it() -> None:
 @pytest.mark.parametrize("schedule", ["all_pairs", "pivot", "circulant_bt", "two_ended_bt"])
 @pytest.mark.parametrize("bias", [0.5, 1.0, 3.0])
 async def test_a_comparison_of_two_is_direct_and_in_both_orders(schedule: str, bias: float, tmp_path: Path) -> None:
-    """A true share of .5 + .226 is read as such whatever the judge's preference for the first option, under any schedule."""
-    shares = {}
+    """Under any schedule; what the judge's preference for the first option adds in one order it takes away in the other."""
 
     class Biased(Judge):
         async def _ask_criterion(self, criterion: Any, setting: str, sheet: Any, deadline: float) -> Any:
@@ -355,8 +354,8 @@ async def test_a_comparison_of_two_is_direct_and_in_both_orders(schedule: str, b
     [judged] = await judge.score([pair], objective="pair")
     assert judged.scores is not None
     low, high = (1 / (1 + math.exp(-logit)) for logit in (1 - bias, 1 + bias))
-    shares[bias] = (low + high) / 2
-    assert judged.scores == pytest.approx([1 - shares[bias], shares[bias]])
+    share = (low + high) / 2
+    assert judged.scores == pytest.approx([1 - share, share])
     assert len(judged.verdicts["quality"]) == 2
 
 
