@@ -15,12 +15,13 @@ TOP_LOGPROBS = 20
 _ANOTHER_LIMIT = re.compile(r"max_completion_tokens")
 _TOO_LONG = re.compile(r"too (?:large|long|many)|context (?:length|window)|maximum context|exceed", re.IGNORECASE)
 _LOGPROBS = re.compile(r"log[ _-]?prob", re.IGNORECASE)
-_BOUND = re.compile(r"at most|less|below|between|max|up to|exceed|greater|larger|range|<|≤|>|limit", re.IGNORECASE)
+_BOUND = re.compile(r"at most|less|below|between|max|up to|exceed|greater|larger|range|<|≤|>|limit|\[\d", re.IGNORECASE)
 _NAMED: dict[str, re.Pattern[str]] = {
     "top_p": re.compile(r"\btop[ _-]?p\b|nucleus", re.IGNORECASE),
     "n": re.compile(
         r"[\"'`]n[\"'`]|\bparameter:? n\b|\bn ?(?:=|>|must|is |has to|should|can)"
-        r"|(?i:multiple|only one|more than one|single) (?:choice|completion|candidate|sample|generation)"
+        r"|(?<!\\)\bn:|: n(?![\w'’])"
+        r"|(?i:multiple|only one|more than one|single|(?:number|count) of) (?:choice|completion|candidate|sample|generation)"
     ),
     "temperature": re.compile(r"\btemperature\b", re.IGNORECASE),
 }

@@ -65,6 +65,11 @@ def reasoning_model(body: dict[str, Any]) -> str | None:
         ("n must be 1", HARD, without("n")),
         ("Only one completion is supported", HARD, without("n")),
         ("Number of choices: n > 1 is not supported", HARD, without("n")),
+        ("n: only 1 is supported", HARD, without("n")),
+        ("Unrecognized request argument supplied: n", HARD, without("n")),
+        ("a number of completions > 1 is unsupported", HARD, without("n")),
+        ("topLogprobs must be in [1, 10]", SOFT, Dialect(top_logprobs=10)),
+        ('{"error":"no such model\\n: see the list"}', HARD, None),
         ("Incorrect API key", HARD, None),
         ("The content was flagged", HARD, None),
         ("top_p is not supported", SOFT, None),  # it was not sent
