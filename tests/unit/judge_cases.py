@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from megatron_sip.judge import ClientSettings, Endpoint, JudgeSettings, ScheduleSettings
+from megatron_sip.judge import ClientSettings, Endpoint, Judge, JudgeSettings, ScheduleSettings
 from megatron_sip.samples import Candidate, Group, Task
 
 
@@ -40,3 +41,10 @@ def settings_of(values: dict[str, Any]) -> JudgeSettings:
     names = {field.name for field in fields(ClientSettings)}
     client = ClientSettings(**{name: value for name, value in values.items() if name in names})
     return JudgeSettings(client=client, **{name: value for name, value in values.items() if name not in names})
+
+
+async def score(judge_settings: JudgeSettings, groups: Sequence[Group]) -> tuple[list[Group], dict[str, float]]:
+    """The groups as a judge of these settings leaves them, and what it counted."""
+    async with Judge(judge_settings) as judge:
+        await judge.check(5.0)
+        return await judge.score(groups), judge.counters()
