@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from document_cases import stored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import MULTILINGUAL, adding_bos, byte_level_tokenizer, metaspace_tokenizer
@@ -44,10 +45,6 @@ def write_store(prefix: Path, documents: list[list[int]]) -> Path:
         for ids in documents:
             writer.add(np.asarray(ids), np.asarray([len(ids)]))
     return prefix
-
-
-def stored(corpus: Corpus) -> list[list[int]]:
-    return [source.tokens(i).tolist() for source in corpus.sources for i in range(len(source))]
 
 
 # ---------------------------------------------------------------- when

@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from document_cases import TEXTS, TOKENIZER, stored, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_tokenizer import MULTILINGUAL, byte_level_tokenizer
+from tiny_tokenizer import byte_level_tokenizer
 
 from megatron_sip.data.documents import Corpus, DocumentSource, open_corpus, parse_split
 from megatron_sip.data.errors import DataError
@@ -28,23 +29,10 @@ from megatron_sip.data.text_sources import TextBatch
 from megatron_sip.data.token_store import TokenStore, TokenStoreWriter, bin_path, idx_path
 from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, _encode_all, tokenize_file
 
-TOKENIZER = byte_level_tokenizer()
-TEXTS = [*MULTILINGUAL, "", "line\nbreak \u2028 and <|im_end|> markers", " leading and trailing "]
-
 
 @pytest.fixture
 def settings(tmp_path: Path) -> TokenizeSettings:
     return TokenizeSettings(cache_dir=tmp_path / "cache", progress=False)
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    lines = [json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)]
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
-
-
-def stored(corpus: Corpus) -> list[list[int]]:
-    return [source.tokens(i).tolist() for source in corpus.sources for i in range(len(source))]
 
 
 def write_store(prefix: Path, documents: list[list[int]], dtype: type[np.generic] = np.uint16) -> Path:

@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import errno
-import json
 import multiprocessing
 import os
 from pathlib import Path
 
 import filelock
 import pytest
-from tiny_tokenizer import MULTILINGUAL, byte_level_tokenizer
+from document_cases import TEXTS, TOKENIZER, stored, write_jsonl
+from tiny_tokenizer import byte_level_tokenizer
 
-from megatron_sip.data.documents import Corpus, open_corpus
+from megatron_sip.data.documents import open_corpus
 from megatron_sip.data.errors import DataError
 from megatron_sip.data.token_store import TokenStoreWriter, bin_path
 from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, cached_tokens
-
-TOKENIZER = byte_level_tokenizer()
-TEXTS = [*MULTILINGUAL, "", "line\nbreak \u2028 and <|im_end|> markers", " leading and trailing "]
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> TokenizeSettings:
     return TokenizeSettings(cache_dir=tmp_path / "cache", progress=False)
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    lines = [json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)]
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
-
-
-def stored(corpus: Corpus) -> list[list[int]]:
-    return [source.tokens(i).tolist() for source in corpus.sources for i in range(len(source))]
 
 
 def test_a_finished_cache_is_reused_and_a_changed_source_or_setting_is_not(
