@@ -208,9 +208,10 @@ class JudgeClient:
 
         def parse(server: Server, response: Any) -> list[Answer]:
             nonlocal missing
-            answers = self._parse(calls, server.tag, response)
-            asked = calls[0].n if server.tag.kind == "openai" and isinstance(calls[0], GenerateCall) else 0
-            missing = max(0, asked - len(response["choices"])) if asked else 0
+            asked = sent[2].get("n", 1)  # less than the call's `n` where the server refuses that parameter
+            answers = self._parse(calls, server.tag, response, asked)
+            wanted = calls[0].n if server.tag.kind == "openai" and isinstance(calls[0], GenerateCall) else 0
+            missing = max(0, wanted - min(asked, len(response["choices"]))) if wanted else 0
             return answers
 
         request = Request(
@@ -274,13 +275,13 @@ class JudgeClient:
         assert not isinstance(calls[0], LikelihoodCall)
         return dialect.adapted(openai_body(calls[0], endpoint))
 
-    def _parse(self, calls: list[Call], endpoint: Endpoint, response: Any) -> list[Answer]:
+    def _parse(self, calls: list[Call], endpoint: Endpoint, response: Any, asked: int) -> list[Answer]:
         lost: Counter[str] = Counter()
         if endpoint.kind == "sglang":
             answers, prompt_tokens, generated = sglang_answers(calls, self.encoder, response, lost)
         else:
             assert not isinstance(calls[0], LikelihoodCall)
-            answer, prompt_tokens, generated = openai_answer(calls[0], endpoint, response, self.reasoning, lost)
+            answer, prompt_tokens, generated = openai_answer(calls[0], endpoint, response, self.reasoning, lost, asked)
             answers = [answer]
         self.counts["prompt-tokens"] += prompt_tokens
         self.counts["generated-tokens"] += generated

@@ -175,13 +175,15 @@ def openai_answer(
     response: Any,
     style: ReasoningStyle = UNKNOWN,
     lost: Counter[str] | None = None,
+    asked: int | None = None,
 ) -> tuple[Answer, int, int]:
     """Answer, prompt tokens, generated tokens. Fewer choices than `n` are missing votes. Raises BadResponseError.
 
     style: of the model's reasoning, where its tokenizer is known. lost: where unreadable answers are counted by reason.
+    asked: choices that the request asked for, by default the call's `n`; what a server gives beyond them is not read.
     """
     try:
-        choices, usage = choices_of(response), usage_of(response)
+        choices, usage = choices_of(response)[:asked], usage_of(response)
         if isinstance(call, GenerateCall):
             return read_written(call, [_openai_written(call, endpoint, c, style) for c in choices], lost), *usage
         return _openai_choice(call, endpoint, choices[0], style, lost), *usage

@@ -218,7 +218,7 @@ def test_no_behaviour_of_a_judge_is_taken_for_a_verdict(
                 criteria={criterion: 1.0},
                 votes=2,
                 attempts=2,
-                call_timeout_s=1.0,
+                call_timeout_s=2.0,
                 concurrency=16,
                 deadline_s=DEADLINE_S,
                 schedule=ScheduleSettings(schedule),

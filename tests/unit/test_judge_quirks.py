@@ -158,6 +158,20 @@ async def test_a_server_that_ignores_n_is_asked_singly(refused: bool, caplog: py
     assert caplog.text.count("gave 1 of 3 answers: the others are asked for singly") == 1
 
 
+async def test_choices_beyond_those_asked_for_are_no_votes() -> None:
+    """Also where the server was asked for one, because it refuses n."""
+    wrong = {"finish_reason": "stop", "message": {"role": "assistant", "content": "Conclusion: Option 1"}}
+
+    def one_more(body: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+        return {**full, "choices": [*full["choices"], wrong]}
+
+    server = FakeJudge(edits=one_more, refuses=lambda body: "n must be 1" if "n" in body else None)
+    async with server, Judge(make_settings(server.url, votes=6)) as judge:
+        [judged] = await judge.score([make_group(0, [0.4, 0.9])])
+    assert judged.scores == [0.0, 1.0]
+    assert judged.votes == {"quality": [6, 6]}
+
+
 async def test_a_choice_without_content_is_one_missing_vote(caplog: pytest.LogCaptureFixture) -> None:
     def filtered(body: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
         lost = [
