@@ -1,13 +1,14 @@
 # make install    everything into .venv (Python 3.12 and a C++ compiler are all it needs); then source .venv/bin/activate
 # make demo       Self-Improving Pretraining on this machine; DATA="my/*.jsonl" trains on your own text
 # make test       unit tests, then the integration tests with real Megatron and real SGLang
-# make lint       ruff, mypy, shellcheck
+# make lint       ruff, mypy, shellcheck, uv.lock against pyproject.toml
 # make bench      the CPU benchmarks in about 15 minutes, results under benchmarks/results/
 
 # The first of these that is a 3.12; make install PYTHON=/path/to/python3.12 names another.
 PYTHON ?= $(firstword $(foreach name,python3.12 python3 python,$(shell $(name) -c $(IS_3_12) 2>/dev/null && echo $(name))) python3)
 IS_3_12 := 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'
 VENV ?= .venv
+UV_VERSION := 0.13.9
 DATA ?=
 BENCH_SECONDS ?= 870
 RUN_DIR ?= $(if $(DATA),runs/demo-own-text,runs/demo)
@@ -17,15 +18,22 @@ BIN := $(VENV)/bin
 
 install: $(VENV)/installed
 
-# torch comes first: the extension modules are built against the one that is then used. Bytecode is compiled at once, since
-# servers import thousands of modules and some environments never write it.
-$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
+# Names, versions and hashes of uv.lock, without addresses: they install from the index or folder that uv is told of
+# (UV_DEFAULT_INDEX, UV_FIND_LINKS), and nothing else does. Bytecode is compiled at once, since servers import thousands of
+# modules and some environments never write it.
+define install_locked
+$(BIN)/uv export --quiet --frozen --no-emit-project --python $(BIN)/python $(1) --output-file $(VENV)/requirements.txt
+$(BIN)/uv pip install --quiet --compile-bytecode --require-hashes --python $(BIN)/python -r $(VENV)/requirements.txt
+endef
+
+# The extension module is built against the torch that is then used, so after everything else.
+$(VENV)/installed: pyproject.toml uv.lock setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	@$(PYTHON) -c $(IS_3_12) || { echo "Python 3.12 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1): install python3.12," \
 		"or name one with make install PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python "torch==2.14.1" "setuptools>=80" wheel ninja "pybind11>=3.0"
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+	$(call install_locked,--extra dev --group build)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation --no-deps --editable .
 	touch $@
 
 demo: install
@@ -43,6 +51,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/uv lock --quiet --check --offline --python $(BIN)/python
 	$(BIN)/shellcheck $(wildcard examples/*.sh examples/*.sbatch) .ci/run
 
 format: install
@@ -51,7 +60,7 @@ format: install
 
 # trl, with datasets, is a peer to measure against; nothing else needs it.
 $(VENV)/installed-bench: $(VENV)/installed
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r pyproject.toml --extra bench
+	$(call install_locked,--extra bench)
 	touch $@
 
 # The last one leaves out, and says so, what would not end within BENCH_SECONDS of the start on a slow machine.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,11 +16,18 @@ from test_dry_run import cost_of, parse
 from megatron_sip.dry_run import describe
 from megatron_sip.early_arguments import check_flags, early_parser, megatron_flag_names, words_by_flag
 from megatron_sip.judge.settings import SCHEDULE_NAMES, known_criteria
+from megatron_sip.model.hf_families import FAMILIES
 from megatron_sip.node_layout import Layout
 from megatron_sip.one_node import layout_flags, understand
 from megatron_sip.presets import expand_presets, known_presets
 
 REPO = Path(__file__).parents[2]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *sorted(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md")),
+]
 
 
 def page(name: str) -> str:
@@ -45,14 +55,87 @@ def test_readme_s_command_for_one_node_is_understood(tmp_path: Path, monkeypatch
     assert f"`runs/{words[0]}/hf`" in page("README.md")
 
 
-def test_readme_s_tools_and_files_exist() -> None:
-    text = page("README.md")
-    for path in {*re.findall(r"python (tools/\w+\.py)", text), *re.findall(r"\]\(((?!https?:)[^)#]+)\)", text)}:
+def anchors(text: str) -> set[str]:
+    """What a Markdown page's headings are linked by."""
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_a_page_links_to_and_runs_exists(name: str) -> None:
+    text = page(name)
+    for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        linked = (REPO / name).parent / path if path else REPO / name
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), target
+    for path in re.findall(r"python ((?:tools|benchmarks)/\w+\.py)", text):
         assert (REPO / path).exists(), path
 
 
-def test_readme_s_engines_hold_the_sequences_of_its_trainer() -> None:
-    text = page("README.md")
+def test_the_hops_of_architecture_md_are_ten_files_and_its_rooms_are_all_folders() -> None:
+    text = page("docs/architecture.md")
+    hops = re.findall(r"^(\d+)\. `(megatron_sip/[\w/]+\.py)`", text, flags=re.MULTILINE)
+    assert [int(number) for number, _ in hops] == list(range(1, 11))
+    assert [
+        path for path in re.findall(r"`((?:megatron_sip|csrc|tests)/[\w/.]*)`", text) if not (REPO / path).exists()
+    ] == []
+    rooms = {f"megatron_sip/{path.parent.name}/" for path in (REPO / "megatron_sip").glob("*/__init__.py")}
+    assert rooms <= set(re.findall(r"^\| `(\S+/)` ", text, flags=re.MULTILINE))
+
+
+def test_files_that_contributing_md_names_exist() -> None:
+    named = re.findall(r"`((?:megatron_sip|tests)/[\w/.]+)`", page("CONTRIBUTING.md"))
+    assert len(named) >= 8
+    assert [path for path in named if not (REPO / path).exists()] == []
+
+
+def test_files_and_functions_are_as_short_as_contributing_md_says() -> None:
+    [lines, of_function] = re.findall(r"at most (\d+)\s+lines, a function at most (\d+)", page("CONTRIBUTING.md"))[0]
+    for folder in ("megatron_sip", "tools", "benchmarks", "csrc", "tests"):
+        for path in (path for path in (REPO / folder).rglob("*") if path.suffix in (".py", ".cpp", ".cu", ".h")):
+            text = path.read_text(encoding="utf-8")
+            assert text.count("\n") <= int(lines), path
+            if path.suffix == ".py" and folder != "tests":
+                for node in ast.walk(ast.parse(text)):
+                    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+                        assert node.end_lineno - node.lineno < int(of_function), f"{path}: {node.name}"
+
+
+def test_one_version_everywhere() -> None:
+    version = tomllib.loads(page("pyproject.toml"))["project"]["version"]
+    assert f"\nversion: {version}\n" in page("CITATION.cff")
+    assert re.search(r"^## ([\d.]+)", page("CHANGELOG.md"), flags=re.MULTILINE)[1] == version.removesuffix(".0")
+
+
+def test_readme_s_table_of_models_knows_every_family() -> None:
+    [row] = re.findall(r"^\| policy \|.*$", page("README.md"), flags=re.MULTILINE)
+    assert [family for family in FAMILIES if family not in row.lower()] == []
+
+
+def test_readme_s_figures_of_a_step_are_the_benchmark_s() -> None:
+    measured = json.loads(page("benchmarks/results/train_step_cpu.json"))
+    rows = {(row["name"], row["allocator"]): row for row in measured["rows"]}
+
+    def shown(name: str) -> tuple[str, str, list[str]]:
+        """Seconds by default and with heap reuse, or how many times ours they are, and the peaks in GB."""
+        cells = [rows[name, allocator] for allocator in ("default", "heap reuse")]
+        ours = [1.0 if name == "dpo_packed" else rows["dpo_packed", row["allocator"]]["median_s"] for row in cells]
+        first, second = (f"{row['median_s'] / own:.1f}" for row, own in zip(cells, ours, strict=True))
+        return first, second, sorted({f"{row['peak_gb']:.1f}" for row in cells})
+
+    table = re.findall(
+        r"^\| [^|]+\| ([\d.]+) (?:s|times)[^|]*\| ([\d.]+) (?:s|times) \| (.*) GB \|$", page("README.md"), re.M
+    )
+    assert len(table) == 3
+    for name, (first, second, peaks) in zip(("dpo_packed", "dpo_unpacked", "dpo_trl"), table, strict=True):
+        told = shown(name)
+        assert (first, second) == told[:2]
+        assert peaks in (" to ".join(told[2]), told[2][-1])
+
+
+def test_engines_in_training_md_hold_the_sequences_of_its_trainer() -> None:
+    text = page("docs/training.md")
     [length] = set(re.findall(r"--seq-length (\d+)", text))
     assert re.findall(r"--context-length (\d+)", text) == [str(int(length) + 2)]
 
@@ -92,6 +175,6 @@ def test_every_flag_of_a_preset_is_explained_by_help() -> None:
 def test_defaults_that_the_documentation_states_are_the_parser_s() -> None:
     """As in "`--save-interval` is 100 steps unless given"."""
     parser: argparse.ArgumentParser = early_parser()
-    for name in ("README.md", *(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md"))):
+    for name in PAGES:
         for flag, value in re.findall(r"`--([a-z-]+)` is ([\d.]+)\b[^.]*?unless given", page(name)):
             assert float(parser.get_default(flag.replace("-", "_"))) == float(value), f"{name}: --{flag}"

@@ -4,14 +4,52 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shlex
 import stat
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).parents[2]
+LOCKED = tomllib.loads((REPO / "uv.lock").read_text())["package"]
+
+
+def test_the_lock_is_that_of_pyproject(tmp_path: Path) -> None:
+    """uv compares both without a network and without a cache."""
+    command = [str(Path(sys.executable).with_name("uv")), "lock", "--check", "--offline", "--cache-dir", str(tmp_path)]
+    done = subprocess.run([*command, "--python", sys.executable], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_lock_has_public_addresses_and_hashes_only() -> None:
+    others = [package for package in LOCKED if package["source"] != {"registry": "https://pypi.org/simple"}]
+    assert [package["name"] for package in others] == ["megatron-sip"]
+    for package in LOCKED:
+        for file in [*package.get("wheels", []), *([package["sdist"]] if "sdist" in package else [])]:
+            assert file["url"].startswith("https://files.pythonhosted.org/"), package["name"]
+            assert file["hash"].startswith("sha256:"), package["name"]
+
+
+def test_make_installs_the_lock_s_versions_from_any_index(tmp_path: Path) -> None:
+    """A package index or folder of the user's own has the same files under other addresses."""
+    [flags] = re.findall(r"uv export (.*?) --python \S+ \$\(1\)", (REPO / "Makefile").read_text())
+    command = [
+        str(Path(sys.executable).with_name("uv")),
+        "export",
+        *shlex.split(flags),
+        "--extra",
+        "dev",
+        "--group",
+        "build",
+    ]
+    done = subprocess.run([*command, "--python", sys.executable], cwd=REPO, capture_output=True, text=True, timeout=60)
+    requirements = [line for line in done.stdout.splitlines() if line and line[0] not in " #"]
+    assert {"torch", "setuptools", "ninja", "ruff", "sglang"} <= {line.partition("==")[0] for line in requirements}
+    assert [line for line in requirements if "==" not in line or "://" in line] == []
 
 
 def fake_python(folder: Path, name: str, version: str) -> None:
