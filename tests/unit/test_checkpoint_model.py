@@ -104,7 +104,7 @@ class Evil:
         return Path.write_text, (self.mark, "code of whoever made the checkpoint ran")
 
 
-def test_a_checkpoint_can_run_code_and_readme_and_converter_say_so(tmp_path: Path) -> None:
+def test_a_checkpoint_can_run_code_and_documentation_and_converter_say_so(tmp_path: Path) -> None:
     checkpoint = tmp_path / "release"
     checkpoint.mkdir()
     (tmp_path / TRACKER).write_text("release")
@@ -113,5 +113,5 @@ def test_a_checkpoint_can_run_code_and_readme_and_converter_say_so(tmp_path: Pat
     assert saved_arguments(tmp_path) is None
     assert (tmp_path / "mark").exists()
     root = Path(__file__).parents[2]
-    for place in ("README.md", "tools/convert_checkpoint.py"):
+    for place in ("docs/training.md", "tools/convert_checkpoint.py"):
         assert "A Megatron checkpoint holds pickles" in (root / place).read_text()

@@ -1,4 +1,4 @@
-"""The real parser, Megatron's and ours: README's command, what every run gets unasked, and refusals without a traceback."""
+"""The real parser, Megatron's and ours: the documented command, what every run gets unasked, refusals without a traceback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_sip.argument_checks import ArgumentError
 from megatron_sip.arguments import SAVE_INTERVAL, megatron_help
 from megatron_sip.platform.megatron_cpu import enable_cpu
 
-README = Path(__file__).parents[2] / "README.md"
+REPO = Path(__file__).parents[2]
 Parse = Callable[..., argparse.Namespace]
 
 
@@ -68,17 +68,17 @@ def parse(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     unset_global_variables()
 
 
-def readme_command(first_words: str) -> list[str]:
-    """The words of the README's command that holds `first_words`, from there on."""
-    text = re.sub(r"\s*\\\n\s*", " ", README.read_text())
+def documented_command(first_words: str) -> list[str]:
+    """The words of the command in docs/training.md that holds `first_words`, from there on."""
+    text = re.sub(r"\s*\\\n\s*", " ", (REPO / "docs/training.md").read_text())
     [line] = [line for line in text.splitlines() if first_words in line]
     return shlex.split(line.partition(first_words)[2])
 
 
-def test_the_readme_s_command_is_accepted(parse: Parse, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_command_is_accepted(parse: Parse, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sip.arguments import parse_arguments
 
-    words = readme_command("-m megatron_sip.train --pretrained-checkpoint")[1:]
+    words = documented_command("-m megatron_sip.train --pretrained-checkpoint")[1:]
     monkeypatch.setenv("WORLD_SIZE", "8")  # torchrun --nproc-per-node 8
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     args = parse_arguments(["--pretrained-checkpoint", str(model), *words])
@@ -226,7 +226,7 @@ def test_a_dry_run_shows_its_answer_alone(model: Path, tmp_path: Path) -> None:
     """Megatron alone prints 860 lines before it."""
     flags = ["--pretrained-checkpoint", str(model), "--save", "run", "--data-path", "none.jsonl", "--seq-length", "256"]
     command = [sys.executable, "-m", "megatron_sip.train", *flags, "--train-iters", "3", "--lr", "1e-3", "--dry-run"]
-    environment = os.environ | {"PYTHONPATH": str(README.parent)}
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=True
     )
@@ -283,7 +283,7 @@ def test_wandb_is_offline_only_where_nobody_logged_in(
         (tmp_path / ".netrc").chmod(0o600)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
     command = [sys.executable, "-c", SHOW_WANDB_MODE]
-    home = {"HOME": str(tmp_path), "PYTHONPATH": str(README.parent)}
+    home = {"HOME": str(tmp_path), "PYTHONPATH": str(REPO)}
     result = subprocess.run(
         command, env=clean | home | environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
     )
