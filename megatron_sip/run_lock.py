@@ -15,7 +15,6 @@ import time
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from megatron_sip.console import say
@@ -76,9 +75,7 @@ class RunLock:
         threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._released.set()
         if _read(self.path) == self._content:
             self.path.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,7 +32,6 @@ from megatron_sip.rollout.protocol import EngineError
 Backend = Literal["gloo", "nccl"]
 NamedTensors = Iterable[tuple[str, torch.Tensor | None]]
 Tensors = list[tuple[str, torch.Tensor]]
-GroupFactory = Callable[[dist.TCPStore, str, Backend, int, timedelta], Any]
 POLL_S = 0.001
 ABORT_S = 5.0
 
@@ -90,7 +89,6 @@ class EngineGroup:
         timeout_s: float,
         control_timeout_s: float,
         key: str | None = None,
-        new_group: GroupFactory | None = None,
     ) -> None:
         self.url = url
         self._source = source
@@ -99,7 +97,6 @@ class EngineGroup:
         self._timeout_s = timeout_s
         self._control_timeout_s = control_timeout_s
         self._key = key
-        self._new_group = new_group or backend_group
         self._name: str | None = None
         self._group: Any = None
         self._startup_time: Any = None
@@ -173,7 +170,7 @@ class EngineGroup:
         }
         request = self._request("/init_weights_update_group", body)
         ours = in_daemon_thread(
-            partial(self._new_group, store, name, self._backend, 1 + engine_ranks, timeout), "weight-sync-join"
+            partial(backend_group, store, name, self._backend, 1 + engine_ranks, timeout), "weight-sync-join"
         )
         done, waiting = wait((request, ours), timeout=self._timeout_s + 5, return_when=FIRST_EXCEPTION)
         try:

@@ -6,17 +6,13 @@ cluster, is not used, and no redirect followed. An answer is read up to MAX_REPL
 
 from __future__ import annotations
 
-import http.client
 import json
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
 import orjson
+import urllib3
 
 from megatron_sip.http_reply import (
     MAX_REPLY_BYTES,
@@ -42,7 +38,6 @@ async def send(
     path: str,
     body: Any = None,
     *,
-    params: Mapping[str, str] | None = None,
     timeout_s: float,
     connect_timeout_s: float,
     key: str | None = None,
@@ -55,7 +50,6 @@ async def send(
             method,
             url + path,
             json=body,
-            params=params,
             timeout=timeout,
             headers=_key_header(key),
             allow_redirects=False,
@@ -77,7 +71,6 @@ def call(
     path: str,
     body: Any = None,
     *,
-    params: Mapping[str, str] | None = None,
     timeout_s: float,
     key: str | None = None,
 ) -> Any:
@@ -85,25 +78,31 @@ def call(
 
     `timeout_s` bounds each wait for the engine and the reading of its answer, CONNECT_S the connection to it.
     """
-    query = "?" + urllib.parse.urlencode(params) if params else ""
-    data = None if body is None else json.dumps(body).encode()
+    data = None if body is None else json.dumps(body)
     headers = {"Content-Type": "application/json", **_key_header(key)}
-    request = urllib.request.Request(url + path + query, data=data, method=method, headers=headers)
+    timeout = urllib3.Timeout(connect=min(CONNECT_S, timeout_s), read=timeout_s)
     what = f"{method} {path}"
     try:
-        try:
-            response = _opener().open(request, timeout=timeout_s)
-        except urllib.error.HTTPError as refusal:
-            response = refusal
-        with response:
+        with (
+            urllib3.PoolManager(retries=False) as pool,
+            pool.request(
+                method,
+                url + path,
+                body=data,
+                headers=headers,
+                timeout=timeout,
+                redirect=False,
+                preload_content=False,
+            ) as response,
+        ):
             return _answer(_read(response, timeout_s), response.status, url, what, key)
-    except TimeoutError:
+    except (TimeoutError, urllib3.exceptions.ReadTimeoutError):
         raise EngineError("timeout", url, f"{what} gave no answer within {timeout_s:g} s") from None
+    except urllib3.exceptions.ConnectTimeoutError:
+        raise EngineError("connection", url, f"{what}: no connection within {timeout.connect_timeout:g} s") from None
     except ReplyTooLongError as error:
         raise EngineError("bad-response", url, f"{what}: {error}") from None
-    except (OSError, http.client.HTTPException) as error:
-        if isinstance(getattr(error, "reason", None), TimeoutError):
-            raise EngineError("timeout", url, f"{what} was not taken within {timeout_s:g} s") from None
+    except (OSError, urllib3.exceptions.HTTPError) as error:
         raise EngineError("connection", url, f"{what}: {printable(masked(plain(error), key))}") from None
 
 
@@ -111,7 +110,7 @@ def _key_header(key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _read(response: http.client.HTTPResponse | urllib.error.HTTPError, timeout_s: float) -> bytes:
+def _read(response: urllib3.BaseHTTPResponse, timeout_s: float) -> bytes:
     """The body, up to MAX_REPLY_BYTES and for `timeout_s` in all. Raises ReplyTooLongError, TimeoutError."""
     deadline, pieces, size = time.monotonic() + timeout_s, [], 0
     while piece := response.read1(PIECE):
@@ -122,42 +121,6 @@ def _read(response: http.client.HTTPResponse | urllib.error.HTTPError, timeout_s
             raise TimeoutError
         pieces.append(piece)
     return b"".join(pieces)
-
-
-class _EarlyTimeout(http.client.HTTPConnection):
-    def connect(self) -> None:
-        patience = self.timeout
-        self.timeout = CONNECT_S if patience is None else min(CONNECT_S, patience)
-        try:
-            super().connect()
-        except TimeoutError as error:
-            raise ConnectionError(f"no connection within {self.timeout:g} s") from error
-        finally:
-            self.timeout = patience
-        self.sock.settimeout(patience)
-
-
-class _EarlyTimeoutTLS(_EarlyTimeout, http.client.HTTPSConnection):
-    pass
-
-
-class _Direct(urllib.request.HTTPHandler):
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_EarlyTimeout, request)
-
-
-class _DirectTLS(urllib.request.HTTPSHandler):
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_EarlyTimeoutTLS, request)
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        return None  # the redirect is then an HTTPError
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}), _Direct, _DirectTLS, _NoRedirect)
 
 
 def _answer(content: bytes, status: int, url: str, what: str, key: str | None) -> Any:

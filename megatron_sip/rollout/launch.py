@@ -20,17 +20,19 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
 
-from megatron_sip.console import bars
+from megatron_sip.console import bars, log_tail
 from megatron_sip.rollout.guard import end
 from megatron_sip.rollout.http import call
 from megatron_sip.rollout.protocol import EngineError
 
+HOST = "127.0.0.1"
 LOG_TAIL_LINES = 30
+STOP_S = 5.0
+"""Seconds between SIGTERM and SIGKILL."""
 PORT_ATTEMPTS = 3
 PORT_TAKEN = re.compile(r"address already in use|EADDRINUSE|port \d+ is (not available|already in use)", re.IGNORECASE)
 
@@ -55,30 +57,23 @@ class ServerStartError(RuntimeError):
 class ServerSettings:
     """How to start one SGLang server.
 
-    `port` 0 takes a free one. `mem_fraction` and `max_total_tokens` None leave the choice to SGLang on a GPU and to
-    CPU_MEM_FRACTION and CPU_MAX_TOTAL_TOKENS without one. `threads` is the number of OpenMP threads (None: all cores).
+    `mem_fraction` and `max_total_tokens` None leave the choice to SGLang on a GPU and to
+    CPU_MEM_FRACTION and CPU_MAX_TOTAL_TOKENS without one.
     `devices` are the GPUs that the server may see, as indices among those that this process sees (None: all).
     `extra_args` are SGLang flags, passed as they are, last. `log_file` None makes a temporary file. `start_timeout_s`
     covers loading the weights.
     """
 
     model_path: str | Path
-    host: str = "127.0.0.1"
-    port: int = 0
-    tp_size: int = 1
     dtype: str = "auto"
     mem_fraction: float | None = None
     max_total_tokens: int | None = None
     context_length: int | None = None
-    max_running_requests: int | None = None
-    weight_version: str | None = None
     seed: int | None = None
-    threads: int | None = None
     devices: tuple[int, ...] | None = None
     extra_args: tuple[str, ...] = ()
     log_file: Path | None = None
     start_timeout_s: float = 300.0
-    stop_timeout_s: float = 5.0
 
 
 def server_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[str]:
@@ -91,8 +86,6 @@ def server_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[st
         "--mem-fraction-static": mem_fraction,
         "--max-total-tokens": max_total_tokens,
         "--context-length": settings.context_length,
-        "--max-running-requests": settings.max_running_requests,
-        "--weight-version": settings.weight_version,
         "--random-seed": settings.seed,
     }
     return [
@@ -100,9 +93,8 @@ def server_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[st
         "-m",
         CPU_MODULE if on_cpu else "sglang.launch_server",
         f"--model-path={settings.model_path}",
-        f"--host={settings.host}",
+        f"--host={HOST}",
         f"--port={port}",
-        f"--tp-size={settings.tp_size}",
         f"--dtype={settings.dtype}",
         "--skip-server-warmup",
         "--log-level-http=warning",  # no line for each of the millions of requests of a run
@@ -113,7 +105,7 @@ def server_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[st
 
 
 def server_environment(settings: ServerSettings) -> dict[str, str]:
-    """The environment of the server: ours without the trainer's torchrun variables, plus threads and devices."""
+    """The environment of the server: ours without the trainer's torchrun variables and threads, plus devices."""
     # torchrun's rendezvous variables would make SGLang believe that it is a rank of the trainer.
     torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR"}
     torchrun |= {"MASTER_PORT", "OMP_NUM_THREADS"}
@@ -122,8 +114,6 @@ def server_environment(settings: ServerSettings) -> dict[str, str]:
     kept["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"
     if settings.context_length is not None:  # SGLang needs a little more than the tokens it is to generate
         kept["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
-    if settings.threads is not None:
-        kept["OMP_NUM_THREADS"] = str(settings.threads)
     if settings.devices is not None:
         kept["CUDA_VISIBLE_DEVICES"] = visible_devices(settings.devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return kept
@@ -147,26 +137,26 @@ def visible_devices(devices: Sequence[int], ours: str | None) -> str:
     return ",".join(names[device] for device in devices)
 
 
-def free_port(host: str = "127.0.0.1") -> int:
+def free_port() -> int:
     """A TCP port that is free now. Another process may still take it first: callers retry."""
     with socket.socket() as probe:
-        probe.bind((host, 0))
+        probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
 class LocalServer:
-    """One SGLang server process of this machine. A context manager; `start`, `stop` and `restart` also work alone."""
+    """One SGLang server process of this machine. A context manager; `start` and `stop` also work alone, and again."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
         self.log_file = settings.log_file or Path(tempfile.mkdtemp(prefix="sglang-")) / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
-        self._port = settings.port
+        self._port = 0
 
     @property
     def url(self) -> str:
         """Base URL, without a slash at the end."""
-        return f"http://{self.settings.host}:{self._port}"
+        return f"http://{HOST}:{self._port}"
 
     @property
     def pid(self) -> int | None:
@@ -178,14 +168,17 @@ class LocalServer:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> Self:
-        """Start and wait until healthy. Raises ServerStartError (with the log's tail) or FileNotFoundError."""
+        """Start, on the port of the last time if it is free, and wait until healthy.
+
+        Raises ServerStartError (with the log's tail) or FileNotFoundError.
+        """
         if self.alive():
             raise RuntimeError(f"the server at {self.url} is already running")
         _check_model_path(self.settings.model_path)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(PORT_ATTEMPTS):
-            former = self._port if attempt == 0 else 0
-            self._port = self.settings.port or former or free_port(self.settings.host)
+            if attempt or not self._port:
+                self._port = free_port()
             try:
                 self._spawn()
                 self._wait_until_healthy()
@@ -193,34 +186,21 @@ class LocalServer:
             except BaseException as error:
                 self.stop()
                 lost_port = isinstance(error, ServerStartError) and PORT_TAKEN.search(str(error)) is not None
-                if not lost_port or self.settings.port or attempt == PORT_ATTEMPTS - 1:
+                if not lost_port or attempt == PORT_ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
 
     def stop(self) -> None:
-        """End the server and all its processes: SIGTERM, then SIGKILL after `stop_timeout_s`. Safe to repeat."""
+        """End the server and all its processes: SIGTERM, then SIGKILL after STOP_S. Safe to repeat."""
         if self._process is None:
             return
-        end(self._process, self._process.pid, self.settings.stop_timeout_s)
+        end(self._process, self._process.pid, STOP_S)
         self._process.wait()
-
-    def restart(self) -> Self:
-        """Stop, then start from `model_path` again, on the same port unless another process has taken it."""
-        self.stop()
-        return self.start()
-
-    def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
-        """The last lines of the log, decoded leniently."""
-        if not self.log_file.exists():
-            return "(no log was written)"
-        return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
 
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _spawn(self) -> None:
@@ -261,25 +241,27 @@ class LocalServer:
             return False
         return isinstance(info, dict) and info.get("model_path") == str(self.settings.model_path)
 
+    def _log_tail(self) -> str:
+        with self.log_file.open("rb") as log:
+            return "\n".join(log_tail(log, count=LOG_TAIL_LINES))
+
     def _start_error(self, what: str) -> ServerStartError:
         return ServerStartError(
             f"SGLang for {self.settings.model_path} at {self.url} {what}. "
-            f"Log {self.log_file}, last lines:\n{self.log_tail()}"
+            f"Log {self.log_file}, last lines:\n{self._log_tail()}"
         )
 
 
-def start_servers(count: int, settings: ServerSettings, progress: bool = True) -> list[LocalServer]:
+def start_servers(count: int, settings: ServerSettings) -> list[LocalServer]:
     """Start `count` equal servers at once; all of them or, when one fails, none.
 
-    Each gets its own free port (so `settings.port` must be 0 for more than one), its own log file (the name gets
-    `.0`, `.1`, ... before its suffix) and, when `settings.devices` is given, its share of the GPUs in order.
+    Each gets its own log file (the name gets `.0`, `.1`, ... before its suffix) and, when `settings.devices` is given, one
+    of them.
     """
     if count < 1:
         raise ValueError(f"the number of servers must be at least 1, not {count}")
-    if count > 1 and settings.port:
-        raise ValueError(f"{count} servers cannot share port {settings.port}; use port 0 to take free ones")
     servers = [LocalServer(numbered(settings, index, count)) for index in range(count)]
-    bar = tqdm(total=count, desc="SGLang servers", disable=not progress, file=bars())
+    bar = tqdm(total=count, desc="SGLang servers", file=bars())
     with ThreadPoolExecutor(count) as threads, bar:
         futures = [threads.submit(server.start) for server in servers]
         for future in futures:
@@ -306,9 +288,9 @@ def numbered(settings: ServerSettings, index: int, count: int) -> ServerSettings
     if log_file is not None:
         log_file = log_file.with_name(f"{log_file.stem}.{index}{log_file.suffix}")
     if devices is not None:
-        if len(devices) != count * settings.tp_size:
-            raise ValueError(f"{count} servers of {settings.tp_size} GPUs need that many devices, not {len(devices)}")
-        devices = devices[index * settings.tp_size : (index + 1) * settings.tp_size]
+        if len(devices) != count:
+            raise ValueError(f"{count} servers need that many devices, not {len(devices)}")
+        devices = devices[index : index + 1]
     seed = None if settings.seed is None else settings.seed + index
     return replace(settings, log_file=log_file, devices=devices, seed=seed)
 

@@ -1,12 +1,12 @@
 """SGLang's native /generate on the wire: our records, the request bodies, and the checks on what comes back.
 
-Pure functions over plain JSON values. Token ids go in and come out; text is only a by-product.
+Pure functions over plain JSON values. Token ids go in and come out.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,7 +52,6 @@ class Completion:
     """
 
     ids: list[int]
-    text: str | None
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
     weight_version: str
@@ -68,20 +67,12 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
-    """How to sample. `temperature` 0 is greedy; `top_k` -1 and `top_p` 1 are off; `n` completions for each prefix.
-
-    `ignore_eos` makes every completion exactly `max_new_tokens` long. `return_text` False leaves out the text.
-    """
+    """How to sample. `temperature` 0 is greedy; `top_p` 1 is off; `n` completions for each prefix."""
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = -1
     n: int = 1
-    min_new_tokens: int = 0
-    ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    return_text: bool = True
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -92,8 +83,6 @@ class SamplingSettings:
             raise ValueError(f"temperature must not be negative, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ValueError(f"min_new_tokens must be in [0, {self.max_new_tokens}], not {self.min_new_tokens}")
 
 
 def generate_body(prefix: Sequence[int], settings: SamplingSettings, seed: int | None = None) -> dict[str, Any]:
@@ -106,14 +95,9 @@ def generate_body(prefix: Sequence[int], settings: SamplingSettings, seed: int |
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
-        "top_k": settings.top_k,
+        "top_k": -1,  # off, whatever the engine's default
         "n": settings.n,
-        "ignore_eos": settings.ignore_eos,
     }
-    if settings.min_new_tokens:
-        sampling["min_new_tokens"] = settings.min_new_tokens
-    if settings.stop_token_ids:
-        sampling["stop_token_ids"] = list(settings.stop_token_ids)
     body: dict[str, Any] = {"input_ids": list(prefix), "sampling_params": sampling, "return_logprob": True}
     if seed is None:
         return body
@@ -127,28 +111,17 @@ def drawn_seed(*numbers: int) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def score_body(prefix: Sequence[int], continuations: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """JSON body that prefills prefix + continuation for each continuation and returns its tokens' log-probs."""
-    count = len(continuations)
-    return {
-        "input_ids": [[*prefix, *continuation] for continuation in continuations],
-        "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
-        "return_logprob": True,
-        # The entry at the start position has no log-prob, so start one before the continuation.
-        "logprob_start_len": [len(prefix) - 1] * count,
-    }
-
-
-def read_reply[Result](
-    reply: Any, url: str, parse: Callable[..., Result], weight_version: str | None
-) -> tuple[Result, tuple[int, int, int]]:
-    """What `parse` makes of a reply, and its `token_counts`.
+def read_reply(
+    reply: Any, url: str, settings: SamplingSettings, vocab_size: int | None, weight_version: str | None
+) -> tuple[list[Completion], tuple[int, int, int]]:
+    """The `settings.n` completions in a /generate reply, with ids below `vocab_size`, and its `token_counts`.
 
     Whatever a reply does to a parser is the reply's fault. Raises EngineError, of the kind "stale-weights" for a reply by
     other weights than `weight_version` (None: any).
     """
     try:
-        result, versions, counts = parse(reply, url=url), served_versions(reply), token_counts(reply)
+        completions = [_completion(result, settings, url, vocab_size) for result in _results(reply, settings.n, url)]
+        versions, counts = served_versions(reply), token_counts(reply)
     except EngineError:
         raise
     except Exception as error:
@@ -156,24 +129,7 @@ def read_reply[Result](
         raise EngineError("bad-response", url, shown) from error
     if weight_version is not None and versions != {weight_version}:
         raise EngineError("stale-weights", url, f"generated with weights {sorted(versions)}, not {weight_version!r}")
-    return result, counts
-
-
-def parse_completions(
-    reply: Any, settings: SamplingSettings, url: str, vocab_size: int | None = None
-) -> list[Completion]:
-    """The `settings.n` completions in a /generate reply, with ids below `vocab_size`.
-
-    Raises EngineError when they are not what was asked for.
-    """
-    results = _results(reply, settings.n, url)
-    return [_completion(result, settings, url, vocab_size) for result in results]
-
-
-def parse_scores(reply: Any, continuations: Sequence[Sequence[int]], url: str) -> list[list[float]]:
-    """Log-probs of each continuation's tokens, of the continuations' lengths, from the reply to `score_body`."""
-    results = _results(reply, len(continuations), url)
-    return [_score(result, continuation, url) for result, continuation in zip(results, continuations, strict=True)]
+    return completions, counts
 
 
 def served_versions(reply: Any) -> set[str]:
@@ -224,15 +180,7 @@ def _completion(result: Mapping[str, Any], settings: SamplingSettings, url: str,
             "bad-response", url, f"{len(ids)} tokens and finish reason {finish_reason}, asked {settings.max_new_tokens}"
         )
     logprobs = _aligned(meta.get("output_token_logprobs"), ids, url)
-    text = str(result.get("text", "")) if settings.return_text else None
-    return Completion(list(ids), text, logprobs, finish_reason, str(meta.get("weight_version")))
-
-
-def _score(result: Mapping[str, Any], continuation: Sequence[int], url: str) -> list[float]:
-    entries = result["meta_info"].get("input_token_logprobs")
-    if not isinstance(entries, list):
-        raise EngineError("bad-response", url, "a result without input_token_logprobs")
-    return _aligned(entries[1:], continuation, url)
+    return Completion(list(ids), logprobs, finish_reason, str(meta.get("weight_version")))
 
 
 def _aligned(entries: Any, ids: Sequence[int], url: str) -> list[float]:

@@ -44,6 +44,8 @@ from megatron_sip.rollout.recovery import end_open_update
 log = logging.getLogger(__name__)
 
 REOPEN_S = 5.0
+KEPT_FOLDERS = 2
+"""Of DiskWeightSync: engines may still read the newest."""
 
 
 def only_rank(value: Any) -> list[Any]:
@@ -209,11 +211,9 @@ class WeightSync(ABC):
     def _recover(self, url: str) -> None:
         end_open_update(url, self.settings.timeout_s, self.settings.key)
 
-    def _call(
-        self, url: str, path: str, body: Any = None, params: Mapping[str, str] | None = None, timeout_s: float = 0.0
-    ) -> Any:
+    def _call(self, url: str, path: str, body: Any = None, timeout_s: float = 0.0) -> Any:
         limit = timeout_s or self.settings.call_timeout_s
-        return call(url, "POST", path, body or {}, params=params, timeout_s=limit, key=self.settings.key)
+        return call(url, "POST", path, body or {}, timeout_s=limit, key=self.settings.key)
 
     def _model_info(self, url: str) -> Any:
         return call(url, "GET", "/model_info", timeout_s=self.settings.call_timeout_s, key=self.settings.key)
@@ -305,7 +305,7 @@ class DistributedWeightSync(WeightSync):
 
     def _close(self, url: str, version: str | None) -> None:
         self._call(url, "/end_weight_update")
-        self._call(url, "/flush_cache", params={"timeout": "10"})
+        self._call(url, "/flush_cache?timeout=10")
         if version is not None:
             self._call(url, "/update_weight_version", {"new_version": version, "abort_all_requests": False})
         self._call(url, "/continue_generation")
@@ -327,7 +327,7 @@ class DiskWeightSync(WeightSync):
 
     Slower than broadcasting but without any connection to lose: an engine that restarted is simply told again. Folders
     `weights-VERSION` under `folder` appear complete (atomic rename), with config and tokenizer files from `template`
-    (the checkpoint that training started from), and the last `keep` stay.
+    (the checkpoint that training started from), and the last KEPT_FOLDERS stay.
     """
 
     def __init__(
@@ -337,16 +337,12 @@ class DiskWeightSync(WeightSync):
         settings: SyncSettings,
         folder: str | Path,
         template: str | Path,
-        keep: int = 2,
     ) -> None:
         super().__init__(urls, rank, settings)
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, not {keep}: the engines may still read the newest folder")
         if not (Path(template) / "config.json").is_file():
             raise FileNotFoundError(f"{template} holds no config.json: give the folder of a Hugging Face checkpoint")
         self._folder = Path(folder).resolve()
         self._template = Path(template)
-        self._keep = keep
 
     def connect(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -410,7 +406,7 @@ class DiskWeightSync(WeightSync):
 
     def _forget_old(self) -> None:
         folders = sorted(self._folder.glob("weights-*"), key=lambda folder: folder.stat().st_mtime_ns)
-        for folder in folders[: -self._keep]:
+        for folder in folders[:-KEPT_FOLDERS]:
             shutil.rmtree(folder)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from training import free_port
 
 from megatron_sip.judge import ClientSettings, Endpoint, Judge, JudgeSettings
 from megatron_sip.rollout.launch import LocalServer, ServerSettings
@@ -26,7 +25,6 @@ def victim(tiny_llama_dir: Path) -> Iterator[LocalServer]:
         tiny_llama_dir,
         dtype="float32",
         max_total_tokens=8192,
-        port=free_port(),
         extra_args=("--log-level-http=info",),  # a line for each request: the tests count them
     )
     with LocalServer(settings) as server:

@@ -1,4 +1,4 @@
-"""Real SGLang: sampling, log-probs and scoring against transformers, compatibility checks, weight sync."""
+"""Real SGLang: sampling and log-probs against transformers, compatibility checks, weight sync."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sip.rollout.http import call
 from megatron_sip.rollout.launch import LocalServer
-from megatron_sip.rollout.sglang import EngineError, Failure, ModelContract, PoolSettings, SamplingSettings, SGLangPool
+from megatron_sip.rollout.protocol import generate_body, read_reply
+from megatron_sip.rollout.sglang import Failure, ModelContract, PoolSettings, SamplingSettings, SGLangPool
 from megatron_sip.rollout.weight_sync import (
     DiskWeightSync,
     DistributedWeightSync,
@@ -28,7 +29,7 @@ from megatron_sip.rollout.weight_sync import (
 )
 
 PREFIX = [1, 504, 3575, 282, 4649, 314]
-CONTINUATIONS = [[260, 2512, 9], [5, 6], [49000, 17, 3, 8]]
+LONG_PREFIX = [17 + i % 300 for i in range(200)]
 SETTINGS = SyncSettings(timeout_s=20.0, bucket_bytes=1 << 20)  # several buckets for the tiny model
 
 
@@ -62,16 +63,17 @@ def named_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
 
 
 async def test_greedy_ids_and_their_logprobs_equal_transformers(tiny_llama_server: LocalServer, reference: Any) -> None:
-    prefixes = [PREFIX, PREFIX[:2], list(range(100, 160))]
+    prefixes = [PREFIX, PREFIX[:2], list(range(100, 160)), LONG_PREFIX]
     async with SGLangPool([tiny_llama_server.url]) as pool:
-        results = await pool.generate(prefixes, SamplingSettings(max_new_tokens=12, temperature=0, ignore_eos=True))
-    for prefix, completions in zip(prefixes, results, strict=True):
+        greedy = SamplingSettings(max_new_tokens=12, temperature=0)
+        results = await pool.generate(prefixes, greedy)
+        again = await pool.generate([LONG_PREFIX], greedy)
+        assert pool.counters.cached_tokens >= 190
+    for prefix, completions in zip([*prefixes, LONG_PREFIX], results + again, strict=True):
         assert not isinstance(completions, Failure)
-        tokens = torch.tensor([prefix])
-        expected = reference.generate(tokens, do_sample=False, max_new_tokens=12, min_new_tokens=12)
+        expected = reference.generate(torch.tensor([prefix]), do_sample=False, max_new_tokens=12)
         assert completions[0].ids == expected[0, len(prefix) :].tolist()
         assert completions[0].logprobs == pytest.approx(logprobs_of(reference, prefix, completions[0].ids), abs=1e-4)
-        assert completions[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize(("temperature", "seeds"), [(1.0, None), (0.6, None), (1.0, [2**63 - 1])])
@@ -90,29 +92,22 @@ async def test_sampled_logprobs_are_the_models_own_at_any_temperature(
         assert completion.logprobs == pytest.approx(logprobs_of(reference, PREFIX, completion.ids), abs=1e-4)
 
 
-async def test_a_stop_token_ends_the_completion_and_stays_in_it(tiny_llama_server: LocalServer) -> None:
-    async with SGLangPool([tiny_llama_server.url]) as pool:
-        greedy = SamplingSettings(max_new_tokens=6, temperature=0, ignore_eos=True)
-        ((full,),) = await pool.generate([PREFIX], greedy)
-        stop = full.ids[3]
-        ((ended,),) = await pool.generate(
-            [PREFIX], SamplingSettings(max_new_tokens=6, temperature=0, stop_token_ids=(stop,))
-        )
+def test_a_stop_token_ends_the_completion_and_stays_in_it(tiny_llama_server: LocalServer) -> None:
+    greedy = SamplingSettings(max_new_tokens=6, temperature=0)
+
+    def asked(**sampling: Any) -> Any:
+        body = generate_body(PREFIX, greedy)
+        body["sampling_params"] |= sampling
+        reply = call(tiny_llama_server.url, "POST", "/generate", body, timeout_s=60)
+        return read_reply(reply, tiny_llama_server.url, greedy, None, None)[0][0]
+
+    full = asked(ignore_eos=True)
+    stop = full.ids[3]
+    ended = asked(stop_token_ids=[stop])
     first = full.ids.index(stop) + 1
     assert ended.ids == full.ids[:first]
     assert ended.logprobs == pytest.approx(full.logprobs[:first], abs=1e-4)
-    assert ended.finish_reason == "stop"
-
-
-async def test_scores_equal_transformers_and_reuse_the_prefix(tiny_llama_server: LocalServer, reference: Any) -> None:
-    long_prefix = [17 + i % 300 for i in range(200)]
-    async with SGLangPool([tiny_llama_server.url]) as pool:
-        for prefix in (PREFIX, long_prefix):
-            scores = await pool.score(prefix, CONTINUATIONS)
-            assert not isinstance(scores, Failure)
-            for found, continuation in zip(scores, CONTINUATIONS, strict=True):
-                assert found == pytest.approx(logprobs_of(reference, prefix, continuation), abs=1e-4)
-        assert pool.counters.cached_tokens >= 2 * 190  # the second and third continuation of the long prefix
+    assert (full.finish_reason, ended.finish_reason) == ("length", "stop")
 
 
 async def test_an_engine_with_another_vocabulary_context_or_tokenizer_is_refused(
@@ -142,17 +137,12 @@ async def test_a_request_beyond_the_context_is_a_failure_with_the_engines_words(
 async def assert_serves(url: str, model: Any, version: str) -> None:
     """The engine's log-probs are this model's, also for a prefix that it cached under older weights."""
     async with SGLangPool([url], PoolSettings(attempts=1)) as pool:
-        await pool.check_versions(version)
-        scores = await pool.score(PREFIX, CONTINUATIONS, weight_version=version)
-        assert not isinstance(scores, Failure), scores
-        for found, continuation in zip(scores, CONTINUATIONS, strict=True):
-            assert found == pytest.approx(logprobs_of(model, PREFIX, continuation), abs=1e-4)
-        (sampled,) = await pool.generate([PREFIX], SamplingSettings(max_new_tokens=4), weight_version=version)
+        sampling = SamplingSettings(max_new_tokens=4, n=3)
+        (sampled,) = await pool.generate([PREFIX], sampling, weight_version=version)
         assert not isinstance(sampled, Failure), sampled
-        assert sampled[0].logprobs == pytest.approx(logprobs_of(model, PREFIX, sampled[0].ids), abs=1e-4)
-        with pytest.raises(EngineError, match=f"{url}.*not-this-one.*has '{version}'"):
-            await pool.check_versions("not-this-one")
-        refused = await pool.score(PREFIX, CONTINUATIONS, weight_version="not-this-one")
+        for completion in sampled:
+            assert completion.logprobs == pytest.approx(logprobs_of(model, PREFIX, completion.ids), abs=1e-4)
+        (refused,) = await pool.generate([PREFIX], sampling, weight_version="not-this-one")
         assert isinstance(refused, Failure)
         assert refused.kind == "stale-weights"
 
@@ -257,7 +247,7 @@ async def test_an_engine_that_restarts_with_made_up_weights_is_left_out_and_rejo
         report = sync.push(named_tensors(one), version="one", require_all=False)
         assert set(report.failed) == {urls[1]}
         await assert_serves(urls[0], one, "one")
-        tiny_engine.restart()
+        tiny_engine.start()
         assert tiny_engine.url == urls[1]
         async with SGLangPool(urls) as pool:
             found = await pool.generate([PREFIX] * 4, SamplingSettings(max_new_tokens=2), weight_version="one")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from megatron_sip.rollout.launch import LocalServer, ServerSettings, ServerStartError, start_servers
 from megatron_sip.rollout.sglang import SamplingSettings, SGLangPool
@@ -67,27 +68,18 @@ def test_a_server_that_fails_to_start_says_why_with_the_tail_of_its_log(tiny_lla
     assert not server.alive()
 
 
-async def test_smollm2_continues_a_fact_and_scores_sense_over_nonsense(
-    smollm2_server: LocalServer, smollm2_dir: Path
-) -> None:
-    from transformers import AutoTokenizer
-
+async def test_smollm2_continues_a_fact(smollm2_server: LocalServer, smollm2_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
     prefix = tokenizer("The capital of France is").input_ids
-    continuations = [tokenizer(text).input_ids for text in (" Paris, a large city.", " seventeen of under blue.")]
     async with SGLangPool([smollm2_server.url]) as pool:
-        (completions,) = await pool.generate([prefix], SamplingSettings(max_new_tokens=3, temperature=0))
-        sense, nonsense = await pool.score(prefix, continuations)
-    assert "Paris" in completions[0].text
-    assert sum(sense) / len(sense) > sum(nonsense) / len(nonsense) + 1.0
+        ((completion,),) = await pool.generate([prefix], SamplingSettings(max_new_tokens=3, temperature=0))
+    assert "Paris" in tokenizer.decode(completion.ids)
 
 
 def test_start_servers_refuses_what_cannot_work(tiny_llama_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         start_servers(0, ServerSettings(tiny_llama_dir))
-    with pytest.raises(ValueError, match="cannot share port 30000"):
-        start_servers(2, ServerSettings(tiny_llama_dir, port=30000))
-    with pytest.raises(ValueError, match="2 servers of 2 GPUs need that many devices"):
-        start_servers(2, ServerSettings(tiny_llama_dir, tp_size=2, devices=(0, 1)))
+    with pytest.raises(ValueError, match="2 servers need that many devices, not 1"):
+        start_servers(2, ServerSettings(tiny_llama_dir, devices=(0,)))
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
-        start_servers(1, ServerSettings(tmp_path / "missing"), progress=False)
+        start_servers(1, ServerSettings(tmp_path / "missing"))

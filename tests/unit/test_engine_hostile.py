@@ -22,7 +22,7 @@ from raw_server import JSON, RawServer, reply_of
 
 from megatron_sip.rollout.engine_group import listening_store
 from megatron_sip.rollout.http import call
-from megatron_sip.rollout.protocol import EngineError, SamplingSettings, parse_completions, parse_scores, read_reply
+from megatron_sip.rollout.protocol import EngineError, SamplingSettings, read_reply
 from megatron_sip.rollout.recovery import end_open_update
 from megatron_sip.rollout.sglang import Failure, PoolSettings, SGLangPool
 from megatron_sip.rollout.weight_sync import DistributedWeightSync, SyncRank, SyncSettings, WeightSyncError
@@ -87,7 +87,7 @@ TREES = st.recursive(
             st.sampled_from(
                 [
                     *("meta_info", "finish_reason", "type", "output_ids", "output_token_logprobs", "weight_versions"),
-                    *("weight_version", "prompt_tokens", "input_token_logprobs", "version", "text"),
+                    *("weight_version", "prompt_tokens", "version"),
                 ]
             ),
             inner,
@@ -102,7 +102,6 @@ GOOD = {
         "finish_reason": {"type": "length"},
         "weight_version": "1",
         "output_token_logprobs": [[-1.0, 5, None]],
-        "input_token_logprobs": [[None, 1, None], [-1.0, 5, None]],
     },
 }
 
@@ -119,21 +118,16 @@ def replaced(tree: Any, path: list[int], value: Any) -> Any:
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=5), TREES, TREES)
-def test_no_reply_leaves_the_parsers_as_another_error(path: list[int], value: Any, tree: Any) -> None:
+def test_no_reply_leaves_the_parser_as_another_error(path: list[int], value: Any, tree: Any) -> None:
     """Wholly made up, and good ones with one place replaced."""
     for reply in (tree, [tree], [replaced(GOOD, path, value)]):
-        for parse in (
-            functools.partial(parse_completions, settings=ONE, vocab_size=9),
-            functools.partial(parse_scores, continuations=[[5]]),
-        ):
-            try:
-                [result], counts = read_reply(reply, "http://e", parse, None)
-            except EngineError:
-                continue
-            logprobs = result if isinstance(result, list) else result.logprobs
-            assert [type(value) for value in logprobs] == [float]
-            assert -float("inf") < logprobs[0] <= 1e-3
-            assert all(type(count) is int for count in counts)
+        try:
+            [result], counts = read_reply(reply, "http://e", ONE, 9, None)
+        except EngineError:
+            continue
+        assert [type(value) for value in result.logprobs] == [float]
+        assert -float("inf") < result.logprobs[0] <= 1e-3
+        assert all(type(count) is int for count in counts)
 
 
 async def test_engines_that_demand_a_key_get_it_in_every_call() -> None:
@@ -149,7 +143,7 @@ async def test_engines_that_demand_a_key_get_it_in_every_call() -> None:
         assert len(engine.calls) >= 10
         async with SGLangPool([engine.url], PoolSettings(key=KEY)) as pool:
             await pool.wait_ready(5.0)
-            await pool.check_versions("7")
+            assert not await pool.take_seeds()
         without = DistributedWeightSync([engine.url], SyncRank(), SyncSettings(timeout_s=5.0, control_timeout_s=2.0))
         with pytest.raises(WeightSyncError, match="answered 401"):
             without.connect()

@@ -34,7 +34,7 @@ class Engines:
         self.versions.append(weight_version)
         self.seeds += seeds or []
         self.counters.calls += len(prefixes)
-        made = [Completion([6 + n, 7], None, [-1.0, -2.0], "length", weight_version) for n in range(settings.n)]
+        made = [Completion([6 + n, 7], [-1.0, -2.0], "length", weight_version) for n in range(settings.n)]
         return [Failure("timeout", "no answer") if index == 1 else made for index in range(len(prefixes))]
 
 
@@ -115,7 +115,7 @@ class SuffixAgain(Engines):
         self, prefixes: Sequence[list[int]], settings: Any, *, seeds: list[int] | None, weight_version: str
     ) -> list[Any]:
         ids = METASPACE_TASK.suffix_ids
-        return [[Completion(i, None, [-1.0] * len(i), "length", weight_version) for i in (ids, ids[:-6])]]
+        return [[Completion(i, [-1.0] * len(i), "length", weight_version) for i in (ids, ids[:-6])]]
 
 
 def metaspace_task() -> Task:

@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from megatron_sip.rollout.launch import free_port
-from megatron_sip.rollout.protocol import parse_completions, parse_scores
+from megatron_sip.rollout.protocol import read_reply
 from megatron_sip.rollout.sglang import EngineError, Failure, PoolSettings, SamplingSettings, SGLangPool
 
 FAST = PoolSettings(call_timeout_s=0.5, connect_timeout_s=0.5, backoff_s=0.01, max_backoff_s=0.02, down_s=0.3)
@@ -22,7 +22,6 @@ TWO_TOKENS = SamplingSettings(max_new_tokens=2)
 
 def result(ids: Sequence[int], version: str = "v1", finish: str = "length") -> dict[str, Any]:
     return {
-        "text": "x",
         "output_ids": list(ids),
         "meta_info": {
             "finish_reason": {"type": finish},
@@ -102,20 +101,16 @@ async def engines(*behaviours: Callable[[dict[str, Any]], Awaitable[Any]]) -> As
         yield fakes
 
 
-async def test_results_keep_the_order_of_the_input_and_progress_is_reported() -> None:
+async def test_results_keep_the_order_of_the_input() -> None:
     async def late_first(body: dict[str, Any]) -> Any:
         await asyncio.sleep(0.1 / body["input_ids"][0])
         return echo(body)
 
-    progress: list[tuple[int, int]] = []
     async with engines(late_first, late_first) as fakes, SGLangPool([fake.url for fake in fakes], FAST) as pool:
         settings = SamplingSettings(max_new_tokens=2, n=3)
-        results = await pool.generate(
-            [[i, 7, 7] for i in range(1, 9)], settings, on_progress=lambda *at: progress.append(at)
-        )
+        results = await pool.generate([[i, 7, 7] for i in range(1, 9)], settings)
     assert [[c.ids for c in completions] for completions in results] == [[[i, i]] * 3 for i in range(1, 9)]
     assert results[0][0].logprobs == [-0.5, -1.0]
-    assert progress == [(i, 8) for i in range(1, 9)]
     assert pool.counters.calls == 8
     assert pool.counters.completion_tokens == 8 * 3 * 2
     assert pool.counters.cached_tokens == 8 * 3
@@ -204,23 +199,6 @@ async def test_concurrency_never_exceeds_its_bound() -> None:
     assert [fake.most_open for fake in fakes] == [3, 3]
 
 
-async def test_prefix_routing_keeps_equal_prefixes_together_and_uses_all_engines() -> None:
-    seen: list[set[int]] = [set(), set(), set()]
-
-    def recording(index: int) -> Callable[[dict[str, Any]], Awaitable[Any]]:
-        async def behave(body: dict[str, Any]) -> Any:
-            seen[index].add(body["input_ids"][0])
-            return echo(body)
-
-        return behave
-
-    settings = PoolSettings(routing="prefix")
-    async with engines(*map(recording, range(3))) as fakes, SGLangPool([f.url for f in fakes], settings) as pool:
-        await pool.generate([[i % 60 + 1] for i in range(180)], TWO_TOKENS)
-    assert sum(map(len, seen)) == 60  # none on two engines
-    assert all(len(own) >= 5 for own in seen)
-
-
 async def test_completions_by_other_weights_are_refused() -> None:
     async def old(_: dict[str, Any]) -> Any:
         return [result([1, 1], version="v0")]
@@ -228,9 +206,6 @@ async def test_completions_by_other_weights_are_refused() -> None:
     async with engines(old, good) as (stale, fresh), SGLangPool([stale.url, fresh.url], FAST) as pool:
         (completions,) = await pool.generate([[1]], TWO_TOKENS, weight_version="v1")
         assert completions[0].weight_version == "v1"
-        with pytest.raises(EngineError, match=r"should be version 'v2'.*has 'v1'"):
-            await pool.check_versions("v2")
-        await pool.check_versions("v1")
     assert pool.counters.attempt_failures == {"stale-weights": 1}
 
 
@@ -351,18 +326,11 @@ async def test_nonsense_is_a_failure_and_never_a_completion(name: str) -> None:
 
 
 def test_a_completion_that_ends_early_keeps_its_eos_token() -> None:
-    (completion,) = parse_completions([result([9, 2], finish="stop")], SamplingSettings(max_new_tokens=8), "http://e")
+    reply = [result([9, 2], finish="stop")]
+    [completion], _ = read_reply(reply, "http://e", SamplingSettings(max_new_tokens=8), None, None)
     assert completion.ids == [9, 2]
     assert len(completion.logprobs) == 2
     assert completion.finish_reason == "stop"
-
-
-def test_scores_are_those_of_the_continuation_only() -> None:
-    entries = [[None, 3, None], [-0.1, 4, None], [-0.2, 5, None]]
-    reply = [{"meta_info": {"input_token_logprobs": entries, "finish_reason": {"type": "length"}}}]
-    assert parse_scores(reply, [[4, 5]], "http://e") == [[-0.1, -0.2]]
-    with pytest.raises(EngineError, match="2 log-probs for 3 tokens"):
-        parse_scores(reply, [[4, 5, 6]], "http://e")
 
 
 @pytest.mark.parametrize(

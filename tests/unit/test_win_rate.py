@@ -134,7 +134,7 @@ async def test_continuations_read_as_they_follow_the_prefix() -> None:
 
     class Engines:
         async def generate(self, prefixes: Sequence[list[int]], settings: Any, *, weight_version: str) -> list[Any]:
-            made = Completion([*fox, tokenizer.eos_token_id], None, [-1.0] * (len(fox) + 1), "stop", weight_version)
+            made = Completion([*fox, tokenizer.eos_token_id], [-1.0] * (len(fox) + 1), "stop", weight_version)
             return [[made], Failure("timeout", "no answer")]
 
     tasks = [Task(index, prefix, [1], "The quick", "") for index in range(2)]
