@@ -58,14 +58,16 @@ def megatron_help() -> str:
     return parser.format_help()
 
 
-def _add_ours_strictly(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """`add_arguments` to Megatron's parser, which then raises where it would print pages of usage and exit."""
+class StrictParser(argparse.ArgumentParser):
+    """Raises ArgumentError where argparse prints pages of usage and exits."""
 
-    def fail(message: str) -> NoReturn:
-        raise ArgumentError(f"{message.removeprefix('argument ')} (--help and --help-megatron explain each flag)")
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(message.removeprefix("argument "))
 
-    parser.error = fail  # type: ignore[method-assign]
-    return add_arguments(parser)
+
+def _with_ours(megatrons: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """A strict parser of Megatron's flags and ours."""
+    return add_arguments(StrictParser(parents=[megatrons], add_help=False, allow_abbrev=False))
 
 
 def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
@@ -311,7 +313,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     sys.argv = [sys.argv[0], *cpu_default_arguments(), *_implied_by_model(given), *given]
     with explained(REFUSED):
-        args = parse_args(_add_ours_strictly)
+        args = parse_args(_with_ours)
     check_required(args)
     with explained(REFUSED):
         validate_args(args)

@@ -15,10 +15,10 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_sip.argument_checks import ArgumentError, missing_flags, problems_of_ours, refuse
-from megatron_sip.arguments import SAVE_INTERVAL, add_arguments, find_hf_config
+from megatron_sip.arguments import SAVE_INTERVAL, StrictParser, add_arguments, find_hf_config
 from megatron_sip.data.errors import DataError
 from megatron_sip.data.source_files import parse_data_path
 from megatron_sip.learning.checkpoint_folder import TRACKER, require_checkpoint
@@ -108,7 +108,7 @@ def missing_files(args: argparse.Namespace) -> Iterator[str]:
 
 def early_parser() -> argparse.ArgumentParser:
     """Our flags and MEGATRON_FLAGS, with their defaults in the help."""
-    parser = _StrictParser(
+    parser = StrictParser(
         PROGRAM, usage=f"{PROGRAM} [flags]", allow_abbrev=False, add_help=False, formatter_class=_WithDefaults
     )
     parser.add_argument("-h", "--help", action="store_true", help="Show this, and exit.")
@@ -121,13 +121,6 @@ def early_parser() -> argparse.ArgumentParser:
 
 def _default(flag: str) -> dict[str, Any]:
     return {"default": MEGATRON_DEFAULTS[flag]} if flag in MEGATRON_DEFAULTS else {}
-
-
-class _StrictParser(argparse.ArgumentParser):
-    """Raises ArgumentError where argparse prints its usage and exits."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ArgumentError(message)
 
 
 class _WithDefaults(argparse.HelpFormatter):
@@ -183,7 +176,6 @@ def _parse_leniently(parser: argparse.ArgumentParser, given: Sequence[str]) -> t
 
 def _worded(message: str, flag: str) -> str:
     """argparse's message, beginning with the flag."""
-    message = message.removeprefix("argument ")
     stray = message.removeprefix("unrecognized arguments: ")
     return message if stray == message else f"{flag}: unexpected {stray!r} after it"
 
