@@ -134,7 +134,7 @@ def _pointwise(settings: JudgeSettings, name: str, count: int) -> tuple[int, int
 
 def _written_tokens(settings: JudgeSettings, name: str) -> int:
     """The most that a judge writes for one verdict; 0 where the verdict's probability is read without an answer."""
-    [endpoint, *_] = settings.client.endpoints_for(name)
+    endpoint = settings.client.endpoint
     if settings.mode(name) == "soft" and endpoint.continues_answers:
         return 0
     return settings.max_tokens + endpoint.reasoning_tokens

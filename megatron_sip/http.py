@@ -93,7 +93,7 @@ class TokenBucket:
 
 @dataclass(slots=True)
 class Server:
-    """One server and what is known about its health. `tag` is the caller's own record of it.
+    """One server and what is known about its health.
 
     key: sent as a bearer token; no message shows it.
     """
@@ -101,7 +101,6 @@ class Server:
     url: str
     key: str | None = field(default=None, repr=False)
     requests_per_s: float = 0.0
-    tag: Any = None
     proxy: Proxy = DIRECT
     bucket: TokenBucket = field(init=False)
     failures_in_a_row: int = field(init=False, default=0)
@@ -153,13 +152,12 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to send. The functions get the chosen server: its tag may decide path, body and reading of the response."""
+    """What to send: `body` may depend on the chosen server. `parse` gets the JSON value of the response."""
 
     affinity: int
-    path: Callable[[Server], str]
+    path: str
     body: Callable[[Server], bytes]
-    parse: Callable[[Server, Any], Any]
-    allowed: Callable[[Server], bool] = lambda server: True
+    parse: Callable[[Any], Any]
 
 
 class HttpPool:
@@ -200,9 +198,7 @@ class HttpPool:
 
     async def send(self, request: Request, deadline: float) -> Any:
         """The parsed response. `deadline` in the event loop's time. Raises RequestError."""
-        candidates = [server for server in self._route(request.affinity) if request.allowed(server)]
-        if not candidates:
-            raise RequestError("no-server", "no server can answer this kind of request")
+        candidates = self._route(request.affinity)
         last = RequestError("deadline", "no attempt was possible before the deadline")
         attempts = tries = 0
         while True:
@@ -237,7 +233,7 @@ class HttpPool:
                 async with (
                     asyncio.timeout_at(begin + self._call_timeout_s),
                     self._session.post(
-                        server.url + request.path(server),
+                        server.url + request.path,
                         data=request.body(server),
                         headers=server.headers,
                         allow_redirects=False,
@@ -247,7 +243,7 @@ class HttpPool:
                 ):
                     content = masked_reply(await read_reply(response), server.key)
             if response.status == 200:
-                result = _parsed(request, server, content)
+                result = _parsed(request, content)
                 server.succeeded()
                 self.counts["requests"] += 1
                 self.latency.add(loop.time() - begin)
@@ -320,10 +316,10 @@ class HttpPool:
         return self._random.uniform(0.0, longest)
 
 
-def _parsed(request: Request, server: Server, content: bytes) -> Any:
+def _parsed(request: Request, content: bytes) -> Any:
     """What the caller makes of a reply. Whatever a reply does to a parser is the reply's fault: BadResponseError."""
     try:
-        return request.parse(server, orjson.loads(content))
+        return request.parse(orjson.loads(content))
     except BadResponseError:
         raise
     except Exception as error:

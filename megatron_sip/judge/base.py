@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Self
 
 from megatron_sip.judge.client import CHECK_TIMEOUT_S, JudgeClient
-from megatron_sip.judge.settings import ClientSettings, Endpoint, SettingsError
+from megatron_sip.judge.settings import ClientSettings, SettingsError
 
 UNKNOWN_CODE = "00000000"
 """As long as a fence code, for prompts of which only the length matters."""
@@ -30,8 +30,9 @@ class AsksTeacher:
         """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
         await self._client.check(timeout_s)
 
-    def _check_reasoning(self, endpoint: Endpoint, what: str) -> None:
+    def _check_reasoning(self, what: str) -> None:
         """Raises SettingsError where `what` is written by a model that reasons first and has no tokens for it."""
+        endpoint = self._client.settings.endpoint
         if self._client.reasoning.always and not endpoint.reasoning_tokens:
             raise SettingsError(
                 f"{what}: the model at {endpoint.url} reasons before each answer, by its chat template, and has no tokens for "

@@ -1,7 +1,7 @@
 """Asks a judge's servers: calls in, answers out, through the cache, in batches where the server takes them.
 
     async with JudgeClient(settings) as client:
-        answers = await client.ask(calls, "quality", affinity, deadline)
+        answers = await client.ask(calls, affinity, deadline)
 
 A failed call's answer is None, and is counted by kind. Nothing but a server's readable answer becomes an answer.
 """
@@ -63,7 +63,7 @@ class JudgeClient:
     """Transport of one judge. Use as an async context manager; `check` first, so that mistakes show at start."""
 
     def __init__(self, settings: ClientSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         servers = [_server(endpoint) for endpoint in settings.endpoints]
         self.pool = HttpPool(
             servers,
@@ -80,8 +80,8 @@ class JudgeClient:
         self._singly: set[str] = set()  # servers that gave fewer answers than n
 
     async def __aenter__(self) -> Self:
-        if self._settings.cache_path is not None:
-            self._cache = AnswerCache(self._settings.cache_path, counts=self.counts)
+        if self.settings.cache_path is not None:
+            self._cache = AnswerCache(self.settings.cache_path, counts=self.counts)
         await self.pool.__aenter__()
         return self
 
@@ -93,43 +93,43 @@ class JudgeClient:
 
     async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         """Wait until every endpoint answers. Raises EndpointError after `timeout_s`, EncodingError, SettingsError."""
-        found = await asyncio.gather(*(probe(server, timeout_s) for server in self.pool.servers))
-        for endpoint, facts in zip(self._settings.endpoints, found, strict=True):
+        found = await asyncio.gather(
+            *(probe(server, self.settings.endpoint, timeout_s) for server in self.pool.servers)
+        )
+        for endpoint, facts in zip(self.settings.endpoints, found, strict=True):
             self._facts[endpoint.url] = facts
             if endpoint.kind == "sglang" and self._encoder is None and facts.tokenizer:
                 try:
                     self._encoder = ChatEncoder.load(facts.tokenizer)
                 except EncodingError as error:
                     raise EncodingError(f"{error}; give the judge's tokenizer explicitly") from error
-        if any(endpoint.kind == "sglang" for endpoint in self._settings.endpoints):
+        endpoint = self.settings.endpoint
+        if endpoint.kind == "sglang":
             _ = self.encoder
-        for endpoint in self._settings.endpoints:
-            if endpoint.kind == "sglang" and self.reasoning.unknown and not endpoint.answer_prefix:
+            if self.reasoning.unknown and not endpoint.answer_prefix:
                 raise EncodingError(
                     f"endpoint {endpoint.url}: the chat template ends with '{self.reasoning.unknown}', which seems to open "
                     "reasoning, and what ends that is not known: give it with --teacher-answer-prefix (or --rewriter-..., "
                     "--eval-judge-...)"
                 )
-            if endpoint.prefill and self.reasoning.always:
-                raise SettingsError(
-                    f"endpoint {endpoint.url}: prefill would begin answers inside the reasoning that the model's template "
-                    "opens: leave out --teacher-prefill (or --rewriter-..., --eval-judge-...), or use the API sglang, which "
-                    "closes it first"
-                )
+        if endpoint.prefill and self.reasoning.always:
+            raise SettingsError(
+                f"endpoint {endpoint.url}: prefill would begin answers inside the reasoning that the model's template "
+                "opens: leave out --teacher-prefill (or --rewriter-..., --eval-judge-...), or use the API sglang, which "
+                "closes it first"
+            )
 
-    def window(self, criterion: str, chars: int) -> PrefixWindow:
-        """How much of a prefix the endpoints of a criterion may be shown, at most `chars`; after `check`."""
-        endpoints = self._settings.endpoints_for(criterion)
-        reported = [e.context_tokens or self._facts.get(e.url, EndpointFacts()).context_tokens for e in endpoints]
-        known = [length for length in reported if length is not None]
+    def window(self, chars: int) -> PrefixWindow:
+        """How much of a prefix the servers may be shown, at most `chars`; after `check`."""
+        given, facts = self.settings.endpoint.context_tokens, self._facts.values()
+        known = [given] if given else [fact.context_tokens for fact in facts if fact.context_tokens is not None]
         count = estimated_tokens if self._encoder is None else lambda text: len(self.encoder.text(text))
         return PrefixWindow(chars, min(known) if known else None, count)
 
-    def request_tokens(self, call: Call, criterion: str) -> int:
+    def request_tokens(self, call: Call) -> int:
         """About how many tokens a call takes of its server's context, the answer included."""
-        count = self.window(criterion, 0).count
-        spent = [answer_tokens(call, endpoint) for endpoint in self._settings.endpoints_for(criterion)]
-        return sum(map(count, call.prompt)) + max(spent) + TEMPLATE_TOKENS
+        count = self.window(0).count
+        return sum(map(count, call.prompt)) + answer_tokens(call, self.settings.endpoint) + TEMPLATE_TOKENS
 
     @property
     def encoder(self) -> ChatEncoder:
@@ -139,20 +139,14 @@ class JudgeClient:
         return self._encoder
 
     async def ask(
-        self,
-        calls: Sequence[Call],
-        criterion: str,
-        affinity: int,
-        deadline: float,
-        failures: Counter[str] | None = None,
+        self, calls: Sequence[Call], affinity: int, deadline: float, failures: Counter[str] | None = None
     ) -> list[Answer]:
         """Answers in the order of `calls`; None for a call that failed or had not ended at `deadline` (loop time).
 
         `failures`, when given, is where failed calls are also counted by kind.
         """
         failures = Counter() if failures is None else failures
-        allowed = self._settings.endpoints_for(criterion)
-        source = self._answer_source(allowed[0])
+        source = self._answer_source()
         keys = [cache_key(cache_material(call, source)) for call in calls]
         stored = self._cache.get_many(keys) if self._cache is not None else {}
         known: dict[bytes, Answer] = {key: answer for key, answer in stored.items() if answer is not None}
@@ -160,7 +154,7 @@ class JudgeClient:
         self.counts["calls"] += len(calls)
         self.counts["cached"] += len(calls) - len(open_calls)
         if open_calls:
-            fresh = await self._ask_servers(open_calls, allowed, affinity, deadline, failures)
+            fresh = await self._ask_servers(open_calls, affinity, deadline, failures)
             if self._cache is not None:
                 kept = ((key, votes_that_came(open_calls[key], answer)) for key, answer in fresh.items())
                 self._cache.put_many((key, answer) for key, answer in kept if answer is not None)
@@ -172,16 +166,12 @@ class JudgeClient:
             self._cache.flush()
 
     async def _ask_servers(
-        self,
-        calls: dict[bytes, Call],
-        allowed: tuple[Endpoint, ...],
-        affinity: int,
-        deadline: float,
-        failures: Counter[str],
+        self, calls: dict[bytes, Call], affinity: int, deadline: float, failures: Counter[str]
     ) -> dict[bytes, Answer]:
-        batches = [[key] for key in calls] if one_each(allowed) else _batches(calls)
+        one_each = self.settings.endpoint.kind == "openai"  # chat completions take no more
+        batches = [[key] for key in calls] if one_each else _batches(calls)
         results = await asyncio.gather(
-            *(self._send([calls[key] for key in batch], allowed, affinity, deadline, failures) for batch in batches)
+            *(self._send([calls[key] for key in batch], affinity, deadline, failures) for batch in batches)
         )
         answers: dict[bytes, Answer] = {}
         for batch, result in zip(batches, results, strict=True):
@@ -190,12 +180,7 @@ class JudgeClient:
         return answers
 
     async def _send(
-        self,
-        calls: list[Call],
-        allowed: tuple[Endpoint, ...],
-        affinity: int,
-        deadline: float,
-        failures: Counter[str],
+        self, calls: list[Call], affinity: int, deadline: float, failures: Counter[str]
     ) -> list[Answer] | None:
         sent: tuple[str, Dialect, dict[str, Any]] = ("", Dialect(), {})
         missing = 0  # answers of the `n` that were asked for
@@ -203,24 +188,19 @@ class JudgeClient:
         def body(server: Server) -> bytes:
             nonlocal sent
             dialect = self._dialects.of(server.url)
-            sent = server.url, dialect, self._body(calls, server.tag, dialect)
+            sent = server.url, dialect, self._body(calls, dialect)
             return orjson.dumps(sent[2])
 
-        def parse(server: Server, response: Any) -> list[Answer]:
+        def parse(response: Any) -> list[Answer]:
             nonlocal missing
             asked = sent[2].get("n", 1)  # less than the call's `n` where the server refuses that parameter
-            answers = self._parse(calls, server.tag, response, asked)
-            wanted = calls[0].n if server.tag.kind == "openai" and isinstance(calls[0], GenerateCall) else 0
+            answers = self._parse(calls, response, asked)
+            wanted = calls[0].n if not is_native and isinstance(calls[0], GenerateCall) else 0
             missing = max(0, wanted - min(asked, len(response["choices"]))) if wanted else 0
             return answers
 
-        request = Request(
-            affinity,
-            path=lambda server: SGLANG_PATH if server.tag.kind == "sglang" else OPENAI_PATH,
-            body=body,
-            parse=parse,
-            allowed=lambda server: server.tag in allowed,
-        )
+        is_native = self.settings.endpoint.kind == "sglang"
+        request = Request(affinity, SGLANG_PATH if is_native else OPENAI_PATH, body, parse)
         trial = DialectTrial(self._dialects)
         while True:
             try:
@@ -236,7 +216,7 @@ class JudgeClient:
         first, answer = calls[0], answers[0]
         if missing and isinstance(first, GenerateCall) and isinstance(answer, list):
             self._say_once(sent[0], first.n - missing, first.n)
-            ask = partial(self._send, [replace(first, n=1)], allowed, affinity, deadline, failures)
+            ask = partial(self._send, [replace(first, n=1)], affinity, deadline, failures)
             singles = await asyncio.gather(*(ask() for _ in range(missing)))
             return [[*answer[:-missing], *map(_only, singles)]]
         return answers
@@ -253,8 +233,9 @@ class JudgeClient:
             self._singly.add(url)
             log.warning("judge server %s gave %d of %d answers: the others are asked for singly", url, given, asked)
 
-    def _answer_source(self, endpoint: Endpoint) -> str:
+    def _answer_source(self) -> str:
         """What answers are kept under: the model that gives them, what its reasoning may cost, how they are begun."""
+        endpoint = self.settings.endpoint
         model = endpoint.model
         if model == DEFAULT_MODEL:
             model = self._facts.get(endpoint.url, EndpointFacts()).model or model
@@ -269,13 +250,15 @@ class JudgeClient:
         except EncodingError:
             return UNKNOWN
 
-    def _body(self, calls: list[Call], endpoint: Endpoint, dialect: Dialect) -> dict[str, Any]:
+    def _body(self, calls: list[Call], dialect: Dialect) -> dict[str, Any]:
+        endpoint = self.settings.endpoint
         if endpoint.kind == "sglang":
             return sglang_body(calls, self.encoder, endpoint)
         assert not isinstance(calls[0], LikelihoodCall)
         return dialect.adapted(openai_body(calls[0], endpoint))
 
-    def _parse(self, calls: list[Call], endpoint: Endpoint, response: Any, asked: int) -> list[Answer]:
+    def _parse(self, calls: list[Call], response: Any, asked: int) -> list[Answer]:
+        endpoint = self.settings.endpoint
         lost: Counter[str] = Counter()
         if endpoint.kind == "sglang":
             answers, prompt_tokens, generated = sglang_answers(calls, self.encoder, response, lost)
@@ -293,11 +276,6 @@ class JudgeClient:
         return answers
 
 
-def one_each(endpoints: Sequence[Endpoint]) -> bool:
-    """Whether requests hold one prompt each: chat completions take no more."""
-    return any(endpoint.kind == "openai" for endpoint in endpoints)
-
-
 def _only(answers: list[Answer] | None) -> Any:
     """The vote (or text) in the answer to a call for one; None when it failed."""
     return answers[0][0] if answers and isinstance(answers[0], list) else None
@@ -305,7 +283,7 @@ def _only(answers: list[Answer] | None) -> Any:
 
 def _server(endpoint: Endpoint) -> Server:
     base = endpoint.url.rstrip("/").removesuffix("/v1")  # clients of this protocol are often given the URL with it
-    return Server(base, endpoint.api_key(), endpoint.requests_per_s, endpoint, endpoint.proxy())
+    return Server(base, endpoint.api_key(), endpoint.requests_per_s, endpoint.proxy())
 
 
 def _batches(calls: dict[bytes, Call]) -> list[list[bytes]]:

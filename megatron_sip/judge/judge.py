@@ -17,7 +17,6 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -36,7 +35,6 @@ from megatron_sip.judge.criteria import (
 from megatron_sip.judge.prompts import fence_code, valid_unicode
 from megatron_sip.judge.schedules import AllPairs
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, Objective
-from megatron_sip.judge.window import PrefixWindow
 from megatron_sip.samples import Candidate, CandidateKind, Group
 
 PROMPTS_IN_FLIGHT_SHARE = 16
@@ -49,7 +47,7 @@ _Text = tuple[str, bool]
 
 @dataclass(frozen=True, slots=True)
 class _Weighted:
-    setting: str  # the name in the settings: routing and modes go by it
+    setting: str  # the name in the settings: modes go by it
     weight: float
     criterion: Criterion
 
@@ -79,14 +77,14 @@ class Judge(AsksTeacher):
     async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
         await super().check(timeout_s)
+        endpoint = self._settings.client.endpoint
         for item in self._criteria:
-            for endpoint in self._settings.client.endpoints_for(item.setting):
-                if endpoint.kind == "sglang":
-                    item.criterion.check(self._client.encoder)
-                if not isinstance(item.criterion, Pointwise | Pairwise):
-                    continue
-                if item.criterion.mode == "hard" or not endpoint.continues_answers:
-                    self._check_reasoning(endpoint, f"criterion {item.setting}")
+            if endpoint.kind == "sglang":
+                item.criterion.check(self._client.encoder)
+            if isinstance(item.criterion, Pointwise | Pairwise) and (
+                item.criterion.mode == "hard" or not endpoint.continues_answers
+            ):
+                self._check_reasoning(f"criterion {item.setting}")
 
     async def score(
         self, groups: Sequence[Group], *, objective: Objective = "dpo", deadline_s: float | None = None
@@ -177,7 +175,7 @@ class Judge(AsksTeacher):
         failures: Counter[str] = Counter()
 
         async def ask(calls: Sequence[Call]) -> list[Answer]:
-            return await self._client.ask(calls, setting, affinity, deadline, failures)
+            return await self._client.ask(calls, affinity, deadline, failures)
 
         seed = (*sheet.seed, zlib.crc32(setting.encode()))
         result = await criterion.score(replace(sheet, seed=seed), ask)
@@ -204,22 +202,17 @@ class Judge(AsksTeacher):
         seed = (self._settings.client.seed, group.task.index)
         ended = frozenset(i for i, (_, ended) in enumerate(texts) if ended)
         bare = Sheet("", reference, tuple(shown), tuple(places), UNKNOWN_CODE, seed, objective, ended, pivot, apart)
-        prefix: str | None = whole
-        for item in self._criteria:
-            if prefix is not None:
-                prefix = self._window(item.setting).shown(prefix, partial(self._tokens_beside, item, bare))
+        window = self._client.window(self._settings.prefix_chars)
+        prefix = window.shown(whole, lambda: self._tokens_beside(bare))
         if prefix is None:
             return None
         self._counts["prefixes-cut"] += prefix != whole
         code = fence_code(self._settings.client.seed, prefix, [*shown, reference])
         return replace(bare, prefix=prefix, code=code)
 
-    def _window(self, setting: str) -> PrefixWindow:
-        return self._client.window(setting, self._settings.prefix_chars)
-
-    def _tokens_beside(self, item: _Weighted, bare: Sheet) -> int:
-        """What the longest request of a criterion takes beside the prefix. With a likelihood prior, that one is shorter."""
-        return self._client.request_tokens(item.criterion.longest_call(bare), item.setting)
+    def _tokens_beside(self, bare: Sheet) -> int:
+        """What the longest request takes beside the prefix. With a likelihood prior, that one is shorter."""
+        return max(self._client.request_tokens(item.criterion.longest_call(bare)) for item in self._criteria)
 
     def _scored(
         self, group: Group, texts: list[_Text], sheet: Sheet, results: Sequence[CriterionScores], lost: dict[int, str]

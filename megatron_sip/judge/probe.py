@@ -32,9 +32,8 @@ class EndpointFacts:
     context_tokens: int | None = None
 
 
-async def probe(server: Server, timeout_s: float) -> EndpointFacts:
+async def probe(server: Server, endpoint: Endpoint, timeout_s: float) -> EndpointFacts:
     """Wait until the server answers, and read what it reports. Raises EndpointError after `timeout_s`."""
-    endpoint: Endpoint = server.tag
     path = "/model_info" if endpoint.kind == "sglang" else "/v1/models"
     loop = asyncio.get_running_loop()
     deadline, last = loop.time() + timeout_s, "no answer"

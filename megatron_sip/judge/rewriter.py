@@ -55,7 +55,6 @@ class RewriterSettings:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        self.client.endpoints_for("rewrite")
         if self.temperature < 0:
             raise SettingsError(f"rewrite temperature {self.temperature}: a number of at least 0 is needed")
 
@@ -75,9 +74,8 @@ class Rewriter(AsksTeacher):
     async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
         await super().check(timeout_s)
-        for endpoint in self._settings.client.endpoints_for("rewrite"):
-            if not endpoint.continues_answers:
-                self._check_reasoning(endpoint, "rewrites")
+        if not self._settings.client.endpoint.continues_answers:
+            self._check_reasoning("rewrites")
 
     async def rewrite(self, tasks: Sequence[Task]) -> list[Candidate | None]:
         """One rewrite a task, in order; None where there is none, counted by reason.
@@ -102,8 +100,8 @@ class Rewriter(AsksTeacher):
             self._counts["dropped/context-too-short"] += 1
             return None
         call = self._call(task, words, prefix)
-        [answer] = await self._client.ask([call], "rewrite", affinity_of(task.prefix_text), deadline)
-        forced = any(e.continues_answers for e in self._settings.client.endpoints_for("rewrite"))
+        [answer] = await self._client.ask([call], affinity_of(task.prefix_text), deadline)
+        forced = self._settings.client.endpoint.continues_answers
         text, problem = read_rewrite(answer, task, words, start_required=not forced)
         if problem:
             self._counts[f"dropped/{problem}"] += 1
@@ -128,8 +126,8 @@ class Rewriter(AsksTeacher):
         """The end of the prefix that the rewriter's context holds; None when it holds next to nothing of it."""
         whole = valid_unicode(task.prefix_text)
         bare = self._call(task, words, "", UNKNOWN_CODE)
-        window = self._client.window("rewrite", self._settings.prefix_chars)
-        prefix = window.shown(whole, lambda: self._client.request_tokens(bare, "rewrite"))
+        window = self._client.window(self._settings.prefix_chars)
+        prefix = window.shown(whole, lambda: self._client.request_tokens(bare))
         self._counts["prefixes-cut"] += prefix is not None and prefix != whole
         return prefix
 

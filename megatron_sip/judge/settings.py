@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +31,6 @@ class Endpoint:
     """One server.
 
     kind: sglang speaks SGLang's native /generate with token ids, openai /v1/chat/completions.
-    criteria: restricts it to some criteria; empty: all.
     api_key_env: name of the environment variable that holds the key, which is never stored or logged.
     prefill: an openai server that continues a started answer (vLLM, SGLang).
     answer_prefix: goes between chat template and an answer that we begin ("": what closes the model's reasoning, by its
@@ -44,7 +43,6 @@ class Endpoint:
     url: str
     kind: EndpointKind = "sglang"
     model: str = DEFAULT_MODEL
-    criteria: tuple[str, ...] = ()
     api_key_env: str | None = None
     prefill: bool = False
     answer_prefix: str = ""
@@ -95,7 +93,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
-    """How to reach the servers of a judge or rewriter.
+    """How to reach the servers of a judge or rewriter, which are all alike.
 
     tokenizer: folder or name of their model's tokenizer, for sglang endpoints (None: the path that the server reports).
     cache_path: file that keeps answers (None: nothing is kept). call_timeout_s: for one attempt of one request.
@@ -114,29 +112,18 @@ class ClientSettings:
     def __post_init__(self) -> None:
         if not self.endpoints:
             raise SettingsError("a judge or rewriter needs at least one endpoint (URL)")
+        if any(replace(endpoint, url=self.endpoint.url) != self.endpoint for endpoint in self.endpoints):
+            raise SettingsError("the endpoints of a judge or rewriter may differ in their URLs only")
         for name, value in (("concurrency", self.concurrency), ("attempts", self.attempts)):
             if value < 1:
                 raise SettingsError(f"judge {name} {value}: at least 1 is needed")
         if self.call_timeout_s <= 0:
             raise SettingsError(f"judge call_timeout_s {self.call_timeout_s}: a number above 0 is needed")
 
-    def endpoints_for(self, criterion: str) -> tuple[Endpoint, ...]:
-        """The endpoints that may be asked about a criterion; likelihood needs SGLang's prefill log-probs.
-
-        Raises SettingsError when there is none, or when they serve different models.
-        """
-        serving = tuple(
-            endpoint
-            for endpoint in self.endpoints
-            if (not endpoint.criteria or criterion in endpoint.criteria)
-            and (criterion != LIKELIHOOD or endpoint.kind == "sglang")
-        )
-        if not serving:
-            hint = "; likelihood needs an endpoint of kind sglang" if criterion == LIKELIHOOD else ""
-            raise SettingsError(f"criterion {criterion}: no endpoint serves it{hint}")
-        if len(models := sorted({endpoint.model for endpoint in serving})) > 1:
-            raise SettingsError(f"criterion {criterion}: its endpoints serve different models ({', '.join(models)})")
-        return serving
+    @property
+    def endpoint(self) -> Endpoint:
+        """One of the endpoints, for what they have in common."""
+        return self.endpoints[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,9 +223,9 @@ class JudgeSettings:
             )
         for name in self.criteria:
             check_criterion_name(name)
-            self.client.endpoints_for(name)
-        if self.schedule.likelihood_prior:
-            self.client.endpoints_for(LIKELIHOOD)
+        needs_logprobs = LIKELIHOOD in self.criteria or self.schedule.likelihood_prior
+        if needs_logprobs and self.client.endpoint.kind != "sglang":
+            raise SettingsError(f"criterion {LIKELIHOOD} needs an endpoint of kind sglang")
 
     def mode(self, criterion: str) -> VerdictMode:
         return self.verdicts.get(criterion, self.default_verdict)

@@ -52,7 +52,7 @@ def bomb(request: bytes) -> Iterator[bytes]:
 
 async def ask(url: str, path: str = "/ask", **changes: Any) -> Any:
     async with HttpPool([Server(url, KEY)], concurrency=4, policy=ONCE, **changes) as pool:
-        request = Request(0, lambda server: path, lambda server: b"{}", lambda server, data: data)
+        request = Request(0, path, lambda server: b"{}", lambda data: data)
         return await pool.send(request, asyncio.get_running_loop().time() + 20)
 
 

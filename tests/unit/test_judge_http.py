@@ -62,8 +62,8 @@ def fine(index: int) -> web.Response:
     return web.json_response({"ok": True})
 
 
-def ask(affinity: int = 0, parse: Callable[[Server, Any], Any] = lambda server, data: data["ok"]) -> Request:
-    return Request(affinity, lambda server: "/ask", lambda server: str(affinity).encode(), parse)
+def ask(affinity: int = 0, parse: Callable[[Any], Any] = lambda data: data["ok"]) -> Request:
+    return Request(affinity, "/ask", lambda server: str(affinity).encode(), parse)
 
 
 async def send(pool: HttpPool, request: Request, within: float = 5.0) -> Any:
@@ -132,7 +132,7 @@ async def test_a_full_pool_does_not_outlive_the_deadline() -> None:
 
 @pytest.mark.parametrize("error", [OverflowError, RecursionError, AssertionError, ValueError, KeyError, MemoryError])
 async def test_what_a_parser_raises_is_a_bad_response(error: type[Exception]) -> None:
-    def parse(server: Server, data: Any) -> Any:
+    def parse(data: Any) -> Any:
         raise error("x")
 
     async with (
@@ -160,7 +160,7 @@ async def test_what_is_tried_again(status: int, requests: int, kind: str) -> Non
 
 
 async def test_an_unreadable_response_is_tried_again() -> None:
-    def parse(server: Server, data: Any) -> Any:
+    def parse(data: Any) -> Any:
         if data["ok"] is not True:
             raise BadResponseError("not ok")
         return data["ok"]

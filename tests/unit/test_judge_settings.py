@@ -9,10 +9,8 @@ import pytest
 from judge_cases import make_settings
 
 from megatron_sip.judge import (
-    ClientSettings,
     Endpoint,
     Judge,
-    JudgeSettings,
     ScheduleSettings,
     SettingsError,
     known_criteria,
@@ -75,9 +73,8 @@ def test_a_text_prompt_is_no_criterion(tmp_path: Path) -> None:
         ({"criteria": {"likelihood": 1.0}}, "likelihood needs an endpoint of kind sglang"),
         (
             {"endpoints": (Endpoint("http://a", "openai", "m1"), Endpoint("http://b", "openai", "m2"))},
-            "serve different models (m1, m2)",
+            "may differ in their URLs only",
         ),
-        ({"endpoints": (Endpoint("http://a", "openai", criteria=("safety",)),)}, "quality: no endpoint serves it"),
     ],
 )
 def test_impossible_settings(changes: dict[str, object], message: str) -> None:
@@ -96,20 +93,6 @@ def test_impossible_endpoints_and_schedules() -> None:
         ScheduleSettings("circulant_bt", degree=3)
     with pytest.raises(SettingsError, match="pivot 'best'"):
         ScheduleSettings("pivot", pivot="best")  # type: ignore[arg-type]
-
-
-def test_criteria_go_to_their_own_endpoints() -> None:
-    judge_settings = JudgeSettings(
-        criteria={"quality": 1.0, "likelihood": 1.0},
-        client=ClientSettings(
-            (
-                Endpoint("http://big", "openai", "big", criteria=("quality",)),
-                Endpoint("http://teacher", "sglang", "small", criteria=("likelihood",)),
-            )
-        ),
-    )
-    assert [e.url for e in judge_settings.client.endpoints_for("quality")] == ["http://big"]
-    assert [e.url for e in judge_settings.client.endpoints_for("likelihood")] == ["http://teacher"]
 
 
 def test_the_api_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
