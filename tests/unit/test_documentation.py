@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import re
 import shlex
 import tomllib
@@ -111,27 +110,6 @@ def test_one_version_everywhere() -> None:
 def test_readme_s_table_of_models_knows_every_family() -> None:
     [row] = re.findall(r"^\| policy \|.*$", page("README.md"), flags=re.MULTILINE)
     assert [family for family in FAMILIES if family not in row.lower()] == []
-
-
-def test_readme_s_figures_of_a_step_are_the_benchmark_s() -> None:
-    measured = json.loads(page("benchmarks/results/train_step_cpu.json"))
-    rows = {(row["name"], row["allocator"]): row for row in measured["rows"]}
-
-    def shown(name: str) -> tuple[str, str, list[str]]:
-        """Seconds by default and with heap reuse, or how many times ours they are, and the peaks in GB."""
-        cells = [rows[name, allocator] for allocator in ("default", "heap reuse")]
-        ours = [1.0 if name == "dpo_packed" else rows["dpo_packed", row["allocator"]]["median_s"] for row in cells]
-        first, second = (f"{row['median_s'] / own:.1f}" for row, own in zip(cells, ours, strict=True))
-        return first, second, sorted({f"{row['peak_gb']:.1f}" for row in cells})
-
-    table = re.findall(
-        r"^\| [^|]+\| ([\d.]+) (?:s|times)[^|]*\| ([\d.]+) (?:s|times) \| (.*) GB \|$", page("README.md"), re.M
-    )
-    assert len(table) == 3
-    for name, (first, second, peaks) in zip(("dpo_packed", "dpo_unpacked", "dpo_trl"), table, strict=True):
-        told = shown(name)
-        assert (first, second) == told[:2]
-        assert peaks in (" to ".join(told[2]), told[2][-1])
 
 
 def test_engines_in_training_md_hold_the_sequences_of_its_trainer() -> None:

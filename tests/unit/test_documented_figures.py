@@ -1,0 +1,106 @@
+"""Tables of measurements in README and docs against the JSON that the benchmarks wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+RESULTS = REPO / "benchmarks" / "results"
+ALLOCATORS = ("default", "heap reuse")
+STEP_ROWS = {
+    "packed": "dpo_packed",
+    "packed, `--ref-offload`": "dpo_offload",
+    "unpacked": "dpo_unpacked",
+    "TRL 1.16": "dpo_trl",
+    "GRPO packed": "grpo_packed",
+    "GRPO unpacked": "grpo_unpacked",
+}
+PARTS = {"optimizer": "optimizer, clipping", "products of the vocabulary projection": "vocabulary projection"}
+SCHEDULES = {
+    "all_pairs, 5 hard votes (paper)": "all_pairs x5 hard",
+    "all_pairs, 1 hard vote": "all_pairs x1 hard",
+    "**circulant_bt 6, soft (default)**": "circulant_bt 6 soft (default)",
+    "two_ended_bt 48, soft": "two_ended_bt 48 soft",
+    "two_ended_bt 60, hard": "two_ended_bt 60 hard",
+    "pivot, hard, as many calls as the default": "pivot of 48 calls hard",
+    "pivot, soft, as many calls as the default": "pivot of 48 calls soft",
+    "pivot, soft, both orders": "pivot soft",
+    "pivot, 1 hard vote (paper)": "pivot x1 hard",
+}
+
+
+def rows_of(page: str, cells: int) -> dict[str, list[str]]:
+    """First cell -> the others, of all table rows of `cells` cells."""
+    lines = re.findall(r"^\| (.*) \|$", (REPO / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    return {row[0]: row[1:] for row in rows if len(row) == cells}
+
+
+def measured(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def step_rows(report: Any) -> dict[tuple[str, str], Any]:
+    return {(row["name"], row["allocator"]): row for row in report["rows"]}
+
+
+def step_cells(rows: dict[tuple[str, str], Any], name: str) -> list[str]:
+    """Seconds (and how many times the packed ones), peak memory, share of the GEMM peak, under both allocators."""
+    cells = []
+    for allocator in ALLOCATORS:
+        row, packed = rows[name, allocator], rows[f"{name.partition('_')[0]}_packed", allocator]
+        ratio = f" ({row['median_s'] / packed['median_s']:.2f}x)" if name.endswith(("unpacked", "trl")) else ""
+        cells += [f"{row['median_s']:.1f}{ratio}", f"{row['peak_gb']:.1f}", f"{row['of_gemm_peak']:.0%}"]
+    return cells
+
+
+@pytest.mark.parametrize(("report", "named"), [("train_step_cpu.json", 4), ("zen4/train_step_cpu.json", 5)])
+def test_the_steps_in_packing_md_are_those_that_were_measured(report: str, named: int) -> None:
+    text = (REPO / "docs/packing.md").read_text(encoding="utf-8")
+    rows = step_rows(measured(report))
+    table = [name for name in STEP_ROWS if f"| {name} | {' | '.join(step_cells(rows, STEP_ROWS[name]))} |" in text]
+    assert len(table) == named
+    assert f"`benchmarks/results/{report}`" in text
+
+
+def test_where_the_time_goes_in_packing_md() -> None:
+    profile = measured("train_step_profile_cpu.json")
+    total = sum(profile["seconds"].values())
+    rows = rows_of("docs/packing.md", 3)
+    for part, seconds in profile["seconds"].items():
+        share = seconds / total * 100
+        assert rows[PARTS.get(part, part)][0] == (f"{share:.0f}%" if share > 1 else f"{share:.1f}%"), part
+
+
+def test_the_schedules_in_judging_md_are_those_that_were_simulated() -> None:
+    report = measured("judge_schedules.json")
+    rows = rows_of("docs/judging.md", 4)
+    for shown, name in SCHEDULES.items():
+        judges = [report["settings"][judge][name] for judge in ("weak", "strong")]
+        told = [f"{judges[0]['calls']:.0f}", *(f"{judge['recovered']:.3f}" for judge in judges)]
+        assert [cell.strip("*") for cell in rows[shown]] == told, shown
+
+
+def test_readme_s_figures_of_a_step_are_those_that_were_measured() -> None:
+    rows = step_rows(measured("train_step_cpu.json"))
+    table = [cells for cells in rows_of("README.md", 4).values() if cells[-1].endswith(" GB")]
+    assert len(table) == 3
+    for name, told in zip(("dpo_packed", "dpo_unpacked", "dpo_trl"), table, strict=True):
+        for allocator, cell in zip(ALLOCATORS, told[:2], strict=True):
+            ours = 1.0 if name == "dpo_packed" else rows["dpo_packed", allocator]["median_s"]
+            assert re.findall(r"[\d.]+", cell) == [f"{rows[name, allocator]['median_s'] / ours:.1f}"]
+        peaks = sorted({f"{rows[name, allocator]['peak_gb']:.1f}" for allocator in ALLOCATORS}, key=float)
+        assert told[2] in (" to ".join(peaks) + " GB", peaks[-1] + " GB")
+
+
+def test_the_log_prob_op_s_distance_from_the_floor_is_that_of_what_training_takes() -> None:
+    ratios = [row["weighted_vs_floor"] for row in measured("logprob_op_cpu.json")["ratios"].values()]
+    text = re.sub(r"\s+", " ", (REPO / "README.md").read_text(encoding="utf-8"))
+    least, most = math.floor(min(ratios) * 10) / 10, math.ceil(max(ratios) * 10) / 10
+    assert f"the log-prob op takes {least} to {most} times what memory bandwidth allows" in text
