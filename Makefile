@@ -1,4 +1,5 @@
 # make install    everything into .venv (Python 3.12 and a C++ compiler are all it needs); then source .venv/bin/activate
+# make install-gpu   also Transformer Engine, for machines with GPUs
 # make demo       Self-Improving Pretraining on this machine; DATA="my/*.jsonl" trains on your own text
 # make test       unit tests, then the integration tests with real Megatron and real SGLang
 # make lint       ruff, mypy, shellcheck, uv.lock against pyproject.toml
@@ -14,7 +15,7 @@ BENCH_SECONDS ?= 870
 RUN_DIR ?= $(if $(DATA),runs/demo-own-text,runs/demo)
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-unit test-integration lint format bench clean
+.PHONY: install install-bench install-gpu demo test test-unit test-integration lint format bench clean
 
 install: $(VENV)/installed
 
@@ -23,7 +24,7 @@ install: $(VENV)/installed
 # modules and some environments never write it.
 define install_locked
 $(BIN)/uv export --quiet --frozen --no-emit-project --python $(BIN)/python $(1) --output-file $(VENV)/requirements.txt
-$(BIN)/uv pip install --quiet --compile-bytecode --require-hashes --python $(BIN)/python -r $(VENV)/requirements.txt
+$(BIN)/uv pip install --quiet --compile-bytecode --require-hashes --python $(BIN)/python $(2) -r $(VENV)/requirements.txt
 endef
 
 # The extension module is built against the torch that is then used, so after everything else.
@@ -58,13 +59,15 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# trl, with datasets, is a peer to measure against; nothing else needs it.
-$(VENV)/installed-bench: $(VENV)/installed
-	$(call install_locked,--extra bench)
+# bench: trl, with datasets, a peer to measure against. gpu: Transformer Engine, built against the torch that is installed.
+install-bench install-gpu: install-%: $(VENV)/installed-%
+
+$(VENV)/installed-%: $(VENV)/installed
+	$(call install_locked,--extra $*,--no-build-isolation)
 	touch $@
 
 # The last one leaves out, and says so, what would not end within BENCH_SECONDS of the start on a slow machine.
-bench: $(VENV)/installed-bench
+bench: install-bench
 	started=$$(date +%s); set -e; \
 	for script in logprob_op linear_logprob attention; do \
 		$(BIN)/python benchmarks/$$script.py --json benchmarks/results/$${script}_cpu.json; \

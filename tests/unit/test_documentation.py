@@ -104,7 +104,7 @@ def test_files_and_functions_are_as_short_as_contributing_md_says() -> None:
 def test_one_version_everywhere() -> None:
     version = tomllib.loads(page("pyproject.toml"))["project"]["version"]
     assert f"\nversion: {version}\n" in page("CITATION.cff")
-    assert re.search(r"^## ([\d.]+)", page("CHANGELOG.md"), flags=re.MULTILINE)[1] == version.removesuffix(".0")
+    assert re.search(r"^## ([\d.]+)", page("CHANGELOG.md"), flags=re.MULTILINE)[1] == version
 
 
 def test_readme_s_table_of_models_knows_every_family() -> None:
