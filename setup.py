@@ -18,21 +18,9 @@ from setuptools import setup
 
 CUDA_ARCHITECTURES = ("80", "90")
 
-CPU_SOURCES = [
-    "csrc/bf16_layers_avx512bf16.cpp",
-    "csrc/bf16_layers_cpu.cpp",
-    "csrc/bf16_products.cpp",
-    "csrc/bindings.cpp",
-    "csrc/instruction_dispatch.cpp",
-    "csrc/logprob_cpu.cpp",
-    "csrc/row_avx512.cpp",
-    "csrc/row_avx2.cpp",
-    "csrc/row_portable.cpp",
-    "csrc/tree_attention_avx512bf16.cpp",
-    "csrc/tree_attention_cpu.cpp",
-    "csrc/widened_bfloat16.cpp",
-]
-CUDA_SOURCES = ["csrc/logprob_cuda_ops.cpp", "csrc/logprob_cuda.cu"]
+ROOT = Path(__file__).resolve().parent
+CPU_SOURCES = ["csrc/bindings.cpp", *sorted(f"csrc/cpu/{path.name}" for path in ROOT.glob("csrc/cpu/*.cpp"))]
+CUDA_SOURCES = ["csrc/cuda/logprob_cuda_ops.cpp", "csrc/cuda/logprob_cuda.cu"]
 
 
 def cuda_toolkit() -> Path | None:
@@ -80,12 +68,17 @@ def kernels(cuda: bool) -> CppExtension | CUDAExtension:
     cxx = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", "-g0"]
     if not cuda:
         return CppExtension(
-            "megatron_sip._kernels", CPU_SOURCES, extra_compile_args={"cxx": cxx}, extra_link_args=["-fopenmp"]
+            "megatron_sip._kernels",
+            CPU_SOURCES,
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args={"cxx": cxx},
+            extra_link_args=["-fopenmp"],
         )
     names = ",".join(f"sm_{number}" for number in CUDA_ARCHITECTURES)
     return CUDAExtension(
         "megatron_sip._kernels",
         CPU_SOURCES + CUDA_SOURCES,
+        include_dirs=[str(ROOT / "csrc")],
         define_macros=[("MEGATRON_SIP_CUDA_ARCHITECTURES", f'"{names}"')],
         extra_compile_args={
             "cxx": cxx,

@@ -1,5 +1,5 @@
-// The Python module: what was built, and the row kernels and products one instruction set at a time for their tests. The
-// operators themselves are registered with torch by *_cpu.cpp and logprob_cuda_ops.cpp when the module is loaded.
+// The Python module: what was built, and the row kernels and products one instruction set at a time for their tests.
+// The operators themselves are registered with torch by *_cpu.cpp and logprob_cuda_ops.cpp when the module is loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,9 +10,9 @@
 #include <tuple>
 #include <vector>
 
-#include "bf16_products.h"
-#include "instruction_dispatch.h"
-#include "widened_bfloat16.h"
+#include "cpu/bf16_products.h"
+#include "cpu/row_kernels.h"
+#include "cpu/widened_bfloat16.h"
 
 #ifndef MEGATRON_SIP_CUDA_ARCHITECTURES
 #define MEGATRON_SIP_CUDA_ARCHITECTURES ""
@@ -74,14 +74,15 @@ std::vector<std::string> devices() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  pybind11::class_<WidenedBFloat16>(module, "WidenedBFloat16",
-                                    "While it lives, torch's bfloat16 products and attention on CPU go by way of float32.")
+  pybind11::class_<WidenedBFloat16>(
+      module, "WidenedBFloat16", "While it lives, torch's bfloat16 products and attention on CPU go by way of float32.")
       .def(pybind11::init<>());
   module.def("devices", &devices, "Dispatch keys whose operators were built.");
   module.def("cuda_architectures", &cuda_architectures, "Compute capabilities of the CUDA kernels, such as 'sm_90'.");
   module.def("instruction_set", &best_instruction_set, "What the CPU operators run on this processor.");
   module.def("product_paths", &product_paths, "What bfloat16 products may go by on this processor: 'dots', 'tiles'.");
-  module.def("multiply", &multiply_by, "c (+)= a times b by one path, on the operands of bf16_products.h at addresses.");
+  module.def("multiply", &multiply_by,
+             "c (+)= a times b by one path, on the operands of bf16_products.h at addresses.");
   module.def(
       "row_statistics",
       [](const std::string& instruction_set, const std::string& dtype, uintptr_t row, int64_t length) {

@@ -1,4 +1,4 @@
-"""Exact prefix-tree attention in bfloat16 on CPU by compiled kernels (csrc/tree_attention_*.cpp).
+"""Exact prefix-tree attention in bfloat16 on CPU by compiled kernels (csrc/cpu/tree_attention_*.cpp).
 
 One pass over blocks of 64 queries, each on just the keys it may see. torch's own CPU flash attention does not use bfloat16
 dot products in its backward; these kernels do, for both passes, and keep everything but the operands in float32. They need

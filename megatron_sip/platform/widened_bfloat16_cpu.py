@@ -1,6 +1,6 @@
 """bfloat16 products and attention by way of float32 on a processor without bfloat16 instructions (AVX2 alone: most laptops).
 
-There torch multiplies bfloat16 up to 40 times slower than float32 (`csrc/widened_bfloat16.h`). Products that are written
+There torch multiplies bfloat16 up to 40 times slower than float32 (`csrc/cpu/widened_bfloat16.h`). Products that are written
 `out=` or in place, other than `torch.mm(..., out=...)`, stay torch's.
 """
 

@@ -25,7 +25,7 @@ from megatron_sip.model.logprob_reference import softmax_scale
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).with_name("emulated_cuda")
 LOGIT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-"""The enumerators of LogitType in csrc/row_kernels.h."""
+"""The enumerators of LogitType in csrc/logits.h."""
 GRADIENT_ERROR = {torch.float32: 4e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 1e-13}
 """Relative error of a gradient: rounding to the type, or to float32 of the exponents (up to 30) that it is made with."""
 STATISTICS_ERROR = {torch.float64: 1e-12}
@@ -71,7 +71,7 @@ def make_problem(width: int, dtype: torch.dtype, *, padding: int = 0) -> Problem
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """logprob_cuda.cu as a C++ library: only kernel<<<...>>>(...) is not C++."""
     folder = tmp_path_factory.mktemp("emulated_cuda")
-    source = (ROOT / "csrc" / "logprob_cuda.cu").read_text()
+    source = (ROOT / "csrc/cuda/logprob_cuda.cu").read_text()
     source, launches = re.subn(r"(\w+<T>)<<<(.+?)>>>\(", r"emulated::launch(\1, \2)(", source)
     assert launches == 3
     (folder / "logprob_cuda.cpp").write_text(source)
@@ -84,7 +84,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         "-fPIC",
         "-fsanitize=alignment",
     ]
-    command += ["-fsanitize-undefined-trap-on-error", f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
+    command += [
+        "-fsanitize-undefined-trap-on-error",
+        f"-I{EMULATION}",
+        *(f"-I{ROOT / folder}" for folder in ("csrc", "csrc/cuda")),
+    ]
     command += [f'-DLOGPROB_CUDA_SOURCE="{folder / "logprob_cuda.cpp"}"', str(EMULATION / "launchers.cpp")]
     subprocess.run([*command, "-o", str(folder / "emulated.so")], check=True, timeout=300)
     return ctypes.CDLL(str(folder / "emulated.so"))

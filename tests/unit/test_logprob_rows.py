@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -105,3 +109,27 @@ def test_a_row_of_minus_infinity_alone_has_no_sum(instruction_set: str, name: st
     row = torch.full((LENGTH,), -torch.inf, dtype=DTYPES[name])
     assert extension.row_softmax(instruction_set, name, row.data_ptr(), LENGTH, 1.0) == (-torch.inf, 0.0, 0.0)
     assert (row == 0).all()
+
+
+CHOICES = """
+import json, torch
+from megatron_sip.model.logprob_ops import extension, operators
+bf16 = [operators.bf16_layers_supported(), operators.tree_attention_supported(), extension.product_paths()]
+print(json.dumps([torch.backends.cpu.get_cpu_capability(), extension.instruction_set(), *bf16]))
+"""
+
+
+@pytest.mark.parametrize(("capability", "instruction_set"), [("avx2", "avx2"), ("default", "portable")])
+def test_what_bounds_the_instructions_of_torch_bounds_ours(capability: str, instruction_set: str) -> None:
+    """So that one variable makes a processor stand in for an older one."""
+    if instruction_set not in instruction_sets():
+        capability, instruction_set = "default", "portable"
+    done = subprocess.run(
+        [sys.executable, "-c", CHOICES],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert json.loads(done.stdout) == [capability.upper(), instruction_set, False, False, []]

@@ -1,4 +1,4 @@
-// As much of CUDA's execution model as csrc/logprob_cuda.cu uses, on one CPU thread, so that the kernels' own source runs
+// As much of CUDA's execution model as csrc/cuda/logprob_cuda.cu uses, on one CPU thread, so that the kernels' own source runs
 // where there is no GPU. Blocks run one after the other; the threads of a block are fibers that run until a barrier, in an
 // order that the caller chooses: a missing barrier shows as a result that depends on it.
 //

@@ -1,4 +1,4 @@
-// The launchers of csrc/logprob_cuda.cu for Python's ctypes. LOGPROB_CUDA_SOURCE is that file with its <<<>>> replaced.
+// The launchers of csrc/cuda/logprob_cuda.cu for Python's ctypes. LOGPROB_CUDA_SOURCE is that file with its <<<>>> replaced.
 #include "cuda_runtime_api.h"
 
 #include LOGPROB_CUDA_SOURCE

@@ -11,27 +11,14 @@
 #include <tuple>
 #include <vector>
 
-#include "instruction_dispatch.h"
-#include "logprob_common.h"
+#include "logprob_op.h"
+#include "row_kernels.h"
 
 namespace megatron_sip {
 namespace {
 
 using at::Tensor;
 using Statistics = std::tuple<Tensor, Tensor, Tensor>;
-
-LogitType logit_type(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case at::kFloat:
-      return LogitType::kFloat32;
-    case at::kBFloat16:
-      return LogitType::kBFloat16;
-    case at::kHalf:
-      return LogitType::kFloat16;
-    default:
-      return LogitType::kFloat64;
-  }
-}
 
 // Rows of raw bytes, so that one code path serves all logit types.
 struct Rows {
@@ -150,8 +137,8 @@ void write_softmax_part(const RowKernels& kernels, const Rows& out, const Rows& 
   out.clear(r, shard.columns);
 }
 
-// At a target the gradient is (sum of grad of its entries) - coefficient * p, with p from the exact log-prob: in 16 bits
-// a stored softmax near 1 would leave nothing of 1 - p.
+// At a target the gradient is (sum of grad of its entries) - coefficient * p, with p from the exact log-prob: in 16
+// bits a stored softmax near 1 would leave nothing of 1 - p.
 template <typename scalar_t>
 void write_targets(scalar_t* row, const int64_t* begin, const int64_t* end, const GradientInputs& inputs,
                    const Shard& shard, double coefficient) {

@@ -39,7 +39,8 @@ inline __m512 sigmoid_lanes(__m512 x) {
   return _mm512_div_ps(one, _mm512_add_ps(one, exp2_lanes(_mm512_mul_ps(x, _mm512_set1_ps(-kLog2E)))));
 }
 
-// kProjectedColumns weight rows of `depth` as a right operand, chunk after chunk. Columns that are not there are those of the last one that is.
+// kProjectedColumns weight rows of `depth` as a right operand, chunk after chunk. Columns that are not there are those
+// of the last one that is.
 void pair_weight_rows(const uint16_t* weight, int64_t depth, int64_t count, uint32_t* to) {
   for (int64_t n = 0; n < kProjectedColumns; n += kLanes) {
     for (int64_t p = 0; p < depth / 2; p += kLanes) {

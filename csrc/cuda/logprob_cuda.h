@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "row_kernels.h"
+#include "logits.h"
 
 namespace megatron_sip {
 

@@ -57,8 +57,8 @@ void pair_rows(const QueryBlock& block, HeadRows<const uint16_t> rows, int64_t d
   for (int64_t q = 0; q < kAttentionBlock; q += 2) {
     const uint16_t* even = rows.data + (block.begin + q) * rows.stride;
     for (int64_t d = 0; d < dim; d += kLanes) {
-      _mm512_storeu_si512(to + q / 2 * dim + d, interleave_rows(even + d, q < block.count, even + rows.stride + d,
-                                                                q + 1 < block.count));
+      _mm512_storeu_si512(to + q / 2 * dim + d,
+                          interleave_rows(even + d, q < block.count, even + rows.stride + d, q + 1 < block.count));
     }
   }
 }
@@ -85,9 +85,9 @@ inline __mmask16 visible_lanes(int64_t row, int64_t keys, bool own, int64_t v) {
 
 int64_t round_up_even(int64_t n) { return n + (n & 1); }
 
-// `count` columns of transposed keys as a left operand. Beside the last of an odd number stands a token that these queries
-// do not see, maybe of another group: its weight is 0, but 0 times what is not finite is NaN. So they are copied to `copy`
-// [dim, 64] without it.
+// `count` columns of transposed keys as a left operand. Beside the last of an odd number stands a token that these
+// queries do not see, maybe of another group: its weight is 0, but 0 times what is not finite is NaN. So they are
+// copied to `copy` [dim, 64] without it.
 LeftOperand key_columns(const uint16_t* columns, int64_t stride, int64_t dim, int64_t count, uint16_t* copy) {
   if (count % 2 == 0) return {columns, stride};
   constexpr int64_t kHalf = kAttentionBlock / 2;
@@ -198,8 +198,8 @@ void score_gradients(const float* scores, const float* weight_grads, int64_t cou
 
 bool tree_attention_kernels_supported() { return bf16_products_supported(); }
 
-void lay_out_head(HeadRows<const uint16_t> from, int64_t length, int64_t begin, int64_t end, int64_t dim, int64_t padded,
-                  uint16_t* to, uint16_t* transposed) {
+void lay_out_head(HeadRows<const uint16_t> from, int64_t length, int64_t begin, int64_t end, int64_t dim,
+                  int64_t padded, uint16_t* to, uint16_t* transposed) {
   for (int64_t t = begin; t < end; ++t) {
     if (t < length) {
       std::copy_n(from.data + t * from.stride, dim, to + t * dim);
@@ -234,8 +234,8 @@ void sum_head_gradients(const float* gradients, int64_t head_stride, int64_t hea
   }
 }
 
-// Forward scratch: queries in column pairs [dim / 2, 64], weights [32, 64], output [dim, 64], copied columns in bfloat16
-// [dim, 64], scores [keys, 64].
+// Forward scratch: queries in column pairs [dim / 2, 64], weights [32, 64], output [dim, 64], copied columns in
+// bfloat16 [dim, 64], scores [keys, 64].
 int64_t forward_scratch_size(int64_t keys, int64_t dim) {
   return (dim / 2 + kAttentionBlock / 2 + dim + dim / 2 + keys + 3 * kAttentionBlock) * kAttentionBlock;
 }
@@ -328,7 +328,8 @@ void attention_backward_block(const QueryBlock& block, const PreparedKeys& keys,
              kAttentionBlock, dim / 2, false);
     score_gradients(scores, weight_grads, count, own, _mm512_set1_ps(scale * kLog2E), normalisers, deltas,
                     {weights, score_grads, score_grad_pairs});
-    multiply({weights, kAttentionBlock}, {grad_rows, dim}, grad_value + first * dim, dim, count, dim, query_pairs, true);
+    multiply({weights, kAttentionBlock}, {grad_rows, dim}, grad_value + first * dim, dim, count, dim, query_pairs,
+             true);
     multiply({score_grads, kAttentionBlock}, {query_rows, dim}, grad_key + first * dim, dim, count, dim, query_pairs,
              true);
     multiply(key_columns(keys.keys_transposed + first, keys.rows, dim, count, copied_columns),

@@ -1,7 +1,7 @@
 // Operators over whole packed rows on top of the block kernels: which queries see which keys, laid-out keys, threads.
 //
-// Forward is split over (head, block). Backward is split over (head, group): a group's blocks of one head add to the same
-// key gradients, in a fixed order. So results do not depend on the number of threads.
+// Forward is split over (head, block). Backward is split over (head, group): a group's blocks of one head add to the
+// same key gradients, in a fixed order. So results do not depend on the number of threads.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -26,7 +26,8 @@ struct Group {
   std::vector<QueryBlock> blocks;
 };
 
-void add_blocks(std::vector<QueryBlock>& blocks, int64_t begin, int64_t end, std::array<KeyRange, 2> ranges, int range_count) {
+void add_blocks(std::vector<QueryBlock>& blocks, int64_t begin, int64_t end, std::array<KeyRange, 2> ranges,
+                int range_count) {
   for (int64_t q = begin; q < end; q += kAttentionBlock) {
     const int64_t count = std::min(kAttentionBlock, end - q);
     ranges[range_count - 1] = {begin, q + count - begin};
@@ -75,8 +76,7 @@ HeadRows<T> head_rows(Pointer* data, const Tensor& tensor, int64_t head) {
   return {data + head * tensor.stride(1), tensor.stride(0)};
 }
 
-void check(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& layout,
-           double scale) {
+void check(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& layout, double scale) {
   TORCH_CHECK_VALUE(query.dim() == 3 && key.dim() == 3 && value.sizes() == key.sizes() &&
                         key.size(0) == query.size(0) && key.size(2) == query.size(2) && key.size(1) > 0 &&
                         query.size(1) % key.size(1) == 0,
@@ -215,20 +215,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
     const TileScope tiles;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task % heads, offset = head / shared * padded * dim;
-      const PreparedKeys prepared = {bits(keys.rows) + offset, bits(values.rows) + offset, bits(keys.columns) + offset,
-                                     nullptr, padded, dim};
+      const PreparedKeys prepared = {
+          bits(keys.rows) + offset, bits(values.rows) + offset, bits(keys.columns) + offset, nullptr, padded, dim};
       const Group& group = groups[task / heads];
       for (float* grads : {grad_key_data, grad_value_data}) {
         std::fill_n(grads + (head * length + group.begin) * dim, (group.end - group.begin) * dim, 0.0f);
       }
       for (const QueryBlock& block : group.blocks) {
-        attention_backward_block(block, prepared, head_rows<const uint16_t>(bits(query), query, head),
-                                 head_rows<const uint16_t>(bits(out), out, head),
-                                 head_rows<const float>(lse_data, lse, head),
-                                 head_rows<const uint16_t>(bits(grad_out), grad_out, head), scale,
-                                 head_rows<uint16_t>(grad_query_data, grad_query, head),
-                                 grad_key_data + head * length * dim, grad_value_data + head * length * dim,
-                                 scratch.get());
+        attention_backward_block(
+            block, prepared, head_rows<const uint16_t>(bits(query), query, head),
+            head_rows<const uint16_t>(bits(out), out, head), head_rows<const float>(lse_data, lse, head),
+            head_rows<const uint16_t>(bits(grad_out), grad_out, head), scale,
+            head_rows<uint16_t>(grad_query_data, grad_query, head), grad_key_data + head * length * dim,
+            grad_value_data + head * length * dim, scratch.get());
       }
     }
   });

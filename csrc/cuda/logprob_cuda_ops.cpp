@@ -14,26 +14,13 @@
 
 #include <tuple>
 
-#include "logprob_common.h"
+#include "logprob_op.h"
 
 namespace megatron_sip {
 namespace {
 
 using at::Tensor;
 using Statistics = std::tuple<Tensor, Tensor, Tensor>;
-
-LogitType logit_type(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case at::kFloat:
-      return LogitType::kFloat32;
-    case at::kBFloat16:
-      return LogitType::kBFloat16;
-    case at::kHalf:
-      return LogitType::kFloat16;
-    default:
-      return LogitType::kFloat64;
-  }
-}
 
 DeviceRows device_rows(const Tensor& in, const Tensor& out, const Shard& shard) {
   return {logit_type(in), in.const_data_ptr(), out.data_ptr(), in.size(0), in.size(1), shard.columns};

@@ -1,8 +1,8 @@
-// Products of bfloat16 matrices with float32 sums, by the processor's tile registers (AMX) where it has them and lets us
-// use them, else by AVX-512's dot products.
+// Products of bfloat16 matrices with float32 sums, by the processor's tile registers (AMX) where it has them and lets
+// us use them, else by AVX-512's dot products.
 //
-// The right operand has its rows interleaved in pairs: element n of line p holds rows 2p and 2p + 1 of column n, the former
-// in the lower half. Both kinds of instruction want it so.
+// The right operand has its rows interleaved in pairs: element n of line p holds rows 2p and 2p + 1 of column n, the
+// former in the lower half. Both kinds of instruction want it so.
 #pragma once
 
 #include <cstdint>
@@ -31,15 +31,16 @@ struct LeftOperand {
   int64_t chunk = 32;
 };
 
-// Lines of interleaved pairs in chunks of 16 columns: column n of line p lies at data + p * line + n / 16 * chunk + n % 16.
+// Lines of interleaved pairs in chunks of 16 columns: column n of line p lies at data + p * line + n / 16 * chunk + n
+// % 16.
 struct RightOperand {
   const uint32_t* data;
   int64_t line;
   int64_t chunk = 16;
 };
 
-// c [rows, columns] (+)= a [rows, 2 * pairs] times b [2 * pairs, columns]; columns a multiple of 16, c's rows `ldc` apart.
-// `by_tiles` only where there are any.
+// c [rows, columns] (+)= a [rows, 2 * pairs] times b [2 * pairs, columns]; columns a multiple of 16, c's rows `ldc`
+// apart. `by_tiles` only where there are any.
 void multiply(LeftOperand a, RightOperand b, float* c, int64_t ldc, int64_t rows, int64_t columns, int64_t pairs,
               bool accumulate, bool by_tiles = tile_products());
 

@@ -51,8 +51,8 @@ int64_t checked_norm_width(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat,
                    "x must be bfloat16 or float32, got ", x.scalar_type());
   const int64_t width = weight.numel();
-  TORCH_CHECK_VALUE(weight.dim() == 1 && width > 0 && width % kWidthMultiple == 0, "weight must be [H] with H a multiple of ",
-                    kWidthMultiple, ", got ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 1 && width > 0 && width % kWidthMultiple == 0,
+                    "weight must be [H] with H a multiple of ", kWidthMultiple, ", got ", weight.sizes());
   TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == width, "x must be [..., ", width, "], got ", x.sizes());
   return width;
 }
@@ -170,10 +170,10 @@ void add_weight_gradient_(Tensor& main_grad, const Tensor& grad_output_in, const
                         main_grad.size(1) == input_in.size(1),
                     "main_grad must be [N, K], grad_output [T, N] and input [T, K], got ", main_grad.sizes(), ", ",
                     grad_output_in.sizes(), " and ", input_in.sizes());
-  TORCH_CHECK_VALUE(main_grad.size(0) % kGradientRows == 0 && main_grad.size(1) % kWidthMultiple == 0 &&
-                        main_grad.is_contiguous(),
-                    "main_grad must be contiguous with rows a multiple of ", kGradientRows, " and columns of ",
-                    kWidthMultiple, ", got ", main_grad.sizes(), " with strides ", main_grad.strides());
+  TORCH_CHECK_VALUE(
+      main_grad.size(0) % kGradientRows == 0 && main_grad.size(1) % kWidthMultiple == 0 && main_grad.is_contiguous(),
+      "main_grad must be contiguous with rows a multiple of ", kGradientRows, " and columns of ", kWidthMultiple,
+      ", got ", main_grad.sizes(), " with strides ", main_grad.strides());
   const Tensor grad_output = grad_output_in.contiguous(), input = input_in.contiguous();
   const int64_t tokens = input.size(0), width = input.size(1), rows = grad_output.size(1), pairs = (tokens + 1) / 2;
   const Tensor input_pairs = at::empty({pairs, width}, input.options().dtype(at::kInt));
@@ -182,8 +182,8 @@ void add_weight_gradient_(Tensor& main_grad, const Tensor& grad_output_in, const
     interleave_token_pairs(bits(input), tokens, width, begin, end, pair_data);
   });
   float* gradient = main_grad.mutable_data_ptr<float>();
-  // Tokens whose inputs stay in the second-level cache while all rows pass, and rows that are transposed together, since
-  // a few bytes of every token's gradient are slow to fetch.
+  // Tokens whose inputs stay in the second-level cache while all rows pass, and rows that are transposed together,
+  // since a few bytes of every token's gradient are slow to fetch.
   constexpr int64_t kTokens = 1024, kRows = 4 * kGradientRows;
   at::parallel_for(0, rows / kGradientRows, 1, [&](int64_t first_panel, int64_t last_panel) {
     const auto scratch = aligned_memory<uint16_t>(kRows * kTokens);

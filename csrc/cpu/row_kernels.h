@@ -2,10 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+
+#include "logits.h"
 
 namespace megatron_sip {
-
-enum class LogitType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // Logits as they lie in memory; only the kernels' vector loads and stores give the 16-bit ones a value.
 struct Float {
@@ -19,13 +20,6 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
   static constexpr Half negative_infinity() { return {0xFC00}; }
-};
-
-// `reference` is at most 8.4 below the row's maximum (-inf without a logit above -inf).
-struct RowStatistics {
-  double reference;
-  double sum;       // sum of w = exp(x - reference)
-  double weighted;  // sum of w * (x - reference), from which the entropy follows
 };
 
 // Rows are gone through in blocks of this many logits, which stay in the first-level cache for the few read again.
@@ -46,5 +40,14 @@ struct RowKernels {
 const RowKernels* avx512_kernels(LogitType type);
 const RowKernels* avx2_kernels(LogitType type);
 const RowKernels* portable_kernels(LogitType type);
+
+// "avx512", "avx2" or "portable".
+std::string best_instruction_set();
+
+// The version for a named instruction set, or the next plainer one that serves `type`; std::invalid_argument when it
+// cannot be used here.
+const RowKernels& kernels_for_instruction_set(const std::string& name, LogitType type);
+
+const RowKernels& best_kernels(LogitType type);
 
 }  // namespace megatron_sip

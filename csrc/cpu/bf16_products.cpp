@@ -43,11 +43,7 @@ bool may_use_tiles() {
 
 }  // namespace
 
-bool bf16_products_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
-}
+bool bf16_products_supported() { return avx512_bf16_usable(); }
 
 bool tile_products() {
   static const bool usable = bf16_products_supported() && may_use_tiles();
@@ -147,8 +143,8 @@ void multiply_tiles(LeftOperand a, RightOperand b, float* c, int64_t ldc, int64_
   if constexpr (TWO_ROWS && TWO_COLUMNS) _tile_stored(3, c_across, c_stride);
 }
 
-// rows a multiple of 16, or fewer and the tiles so configured; columns and pairs multiples of 16. Row by row: a's stay in
-// cache, and few pages of c are written at a time.
+// rows a multiple of 16, or fewer and the tiles so configured; columns and pairs multiples of 16. Row by row: a's stay
+// in cache, and few pages of c are written at a time.
 void multiply_by_tiles(LeftOperand a, RightOperand b, float* c, int64_t ldc, int64_t rows, int64_t columns,
                        int64_t pairs, bool accumulate) {
   for (int64_t r = 0; r < rows; r += 2 * kTile) {
@@ -198,7 +194,8 @@ void multiply(LeftOperand a, RightOperand b, float* c, int64_t ldc, int64_t rows
   if (tile_pairs > 0) multiply_by_tiles(a, b, c, ldc, whole_rows, columns, tile_pairs, accumulate);
   if (tile_pairs > 0 && last_rows > 0) {
     configure_tiles(last_rows);
-    multiply_by_tiles(from_row(a, whole_rows), b, c + whole_rows * ldc, ldc, last_rows, columns, tile_pairs, accumulate);
+    multiply_by_tiles(from_row(a, whole_rows), b, c + whole_rows * ldc, ldc, last_rows, columns, tile_pairs,
+                      accumulate);
     configure_tiles(kTile);
   }
   if (tile_pairs < pairs) {

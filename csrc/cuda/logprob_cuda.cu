@@ -1,6 +1,6 @@
 // CUDA kernels of the log-prob op (sm_80, sm_90): a persistent grid whose blocks take one row after the other, 16-byte
-// loads and stores. The softmax reads a row again right after its statistics, from the L2 cache if that holds the rows of
-// all blocks: on an H100 (50 MB, 264 blocks) 32000 float32 columns fit, 128256 do not and come from memory twice.
+// loads and stores. The softmax reads a row again right after its statistics, from the L2 cache if that holds the rows
+// of all blocks: on an H100 (50 MB, 264 blocks) 32000 float32 columns fit, 128256 do not and come from memory twice.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -144,8 +144,8 @@ __device__ inline RowStatistics merge_warp(const RowStatistics& mine) {
   return {highest, sum_warp(factor * mine.sum), sum_warp(factor * (mine.weighted + shift * mine.sum))};
 }
 
-// The merged statistics of all threads, on the first warp; the others must not write `shared` again before the block has
-// synchronised. The block size is a multiple of the warp's.
+// The merged statistics of all threads, on the first warp; the others must not write `shared` again before the block
+// has synchronised. The block size is a multiple of the warp's.
 __device__ inline RowStatistics merge_block(RowStatistics mine, RowStatistics* shared) {
   const unsigned warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   mine = merge_warp(mine);
@@ -157,7 +157,8 @@ __device__ inline RowStatistics merge_block(RowStatistics mine, RowStatistics* s
   return merge_warp(of_warp);
 }
 
-// The sum over all threads, on each of them; the block must synchronise before the next call, which writes `shared` again.
+// The sum over all threads, on each of them; the block must synchronise before the next call, which writes `shared`
+// again.
 __device__ inline double sum_block(double mine, double* shared) {
   const unsigned warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   mine = sum_warp(mine);
@@ -198,16 +199,15 @@ __device__ RowStatistics read_statistics(const T* row, int64_t length, RowStatis
     const T single[1] = {row[i]};
     online.add(single);
   }
-  return merge_block({static_cast<double>(online.highest), static_cast<double>(online.sum),
-                      static_cast<double>(online.weighted)},
-                     shared);
+  return merge_block(
+      {static_cast<double>(online.highest), static_cast<double>(online.sum), static_cast<double>(online.weighted)},
+      shared);
 }
 
 // out = function(in) over a row; by packs where both are aligned alike.
 template <typename T, typename Function>
 __device__ void transform_row(T* out, const T* in, int64_t length, Function function) {
-  const bool alike =
-      reinterpret_cast<uintptr_t>(out) % kPackBytes == reinterpret_cast<uintptr_t>(in) % kPackBytes;
+  const bool alike = reinterpret_cast<uintptr_t>(out) % kPackBytes == reinterpret_cast<uintptr_t>(in) % kPackBytes;
   if (!alike) {
     for (int64_t i = threadIdx.x; i < length; i += blockDim.x) out[i] = narrow<T>(function(widen(in[i])));
     return;
@@ -339,14 +339,10 @@ __global__ void gather_kernel(DeviceRows rows, const int64_t* logit_rows, const 
 template <typename Launch>
 cudaError_t dispatch(LogitType type, Launch launch) {
   switch (type) {
-    case LogitType::kFloat32:
-      return launch(static_cast<float*>(nullptr));
-    case LogitType::kBFloat16:
-      return launch(static_cast<__nv_bfloat16*>(nullptr));
-    case LogitType::kFloat16:
-      return launch(static_cast<__half*>(nullptr));
-    case LogitType::kFloat64:
-      return launch(static_cast<double*>(nullptr));
+    case LogitType::kFloat32: return launch(static_cast<float*>(nullptr));
+    case LogitType::kBFloat16: return launch(static_cast<__nv_bfloat16*>(nullptr));
+    case LogitType::kFloat16: return launch(static_cast<__half*>(nullptr));
+    case LogitType::kFloat64: return launch(static_cast<double*>(nullptr));
   }
   return cudaErrorInvalidValue;
 }

@@ -28,9 +28,9 @@ struct QueryBlock {
 
 // Key and value heads laid out for the kernels. `rows` is the row length, up to a multiple of 32.
 struct PreparedKeys {
-  const uint16_t* keys;             // [rows, dim]
-  const uint16_t* values;           // [rows, dim]
-  const uint16_t* keys_transposed;  // [dim, rows], backward only
+  const uint16_t* keys;               // [rows, dim]
+  const uint16_t* values;             // [rows, dim]
+  const uint16_t* keys_transposed;    // [dim, rows], backward only
   const uint16_t* values_transposed;  // [dim, rows], forward only
   int64_t rows;
   int64_t dim;  // a multiple of 16
@@ -47,10 +47,11 @@ bool tree_attention_kernels_supported();
 
 // Tokens `begin` to `end` of `from` as rows `to` [padded, dim] and, unless null, as columns `transposed` [dim, padded];
 // tokens from `length` on are zeros. begin and end are multiples of 32, end at most `padded`.
-void lay_out_head(HeadRows<const uint16_t> from, int64_t length, int64_t begin, int64_t end, int64_t dim, int64_t padded,
-                  uint16_t* to, uint16_t* transposed);
+void lay_out_head(HeadRows<const uint16_t> from, int64_t length, int64_t begin, int64_t end, int64_t dim,
+                  int64_t padded, uint16_t* to, uint16_t* transposed);
 
-// to = factor * the sum of `heads` gradients, float32, `head_stride` apart, of `dim` values, for tokens `begin` to `end`.
+// to = factor * the sum of `heads` gradients, float32, `head_stride` apart, of `dim` values, for tokens `begin` to
+// `end`.
 void sum_head_gradients(const float* gradients, int64_t head_stride, int64_t heads, int64_t begin, int64_t end,
                         int64_t dim, float factor, HeadRows<uint16_t> to);
 

@@ -1,5 +1,6 @@
 // bfloat16 products and attention by way of float32, for a processor without bfloat16 instructions (AVX2 alone). There
-// torch multiplies bfloat16 number by number: 2 GFLOP/s in the gradient of a layer's input where the float32 product runs at
+// torch multiplies bfloat16 number by number: 2 GFLOP/s in the gradient of a layer's input where the float32 product
+// runs at
 // 70. Widening all factors first costs little, and sums are float32 either way.
 #pragma once
 

@@ -20,8 +20,8 @@ inline __m512 exp2_by(const float (&polynomial)[TERMS], __m512 x) {
 
 // 2^x to 2e-7 relative.
 inline __m512 exp2_lanes(__m512 x) {
-  static constexpr float kPower[] = {1.0f,           6.931510568e-1f, 2.401658148e-1f,
-                                     5.580065399e-2f, 9.010603651e-3f, 1.871729386e-3f};
+  static constexpr float kPower[] = {1.0f,           6.931510568e-1f, 2.401658148e-1f, 5.580065399e-2f, 9.010603651e-3f,
+                                     1.871729386e-3f};
   return exp2_by(kPower, x);
 }
 

@@ -1,13 +1,13 @@
-// The row kernels, written once over float vectors. Each row_*.cpp defines, in an anonymous namespace and after switching
-// its instruction set on, `Register` and `kRegisters` and then includes this file; hence no include guard.
+// The row kernels, written once over float vectors. Each row_*.cpp defines, in an anonymous namespace and after
+// switching its instruction set on, `Register` and `kRegisters` and then includes this file; hence no include guard.
 //
-// Register: static kWidth; broadcast(float); add, mul; fma(a, b, c) = a * b + c, rounded once; max(a, b) = b if either is
-// NaN; to_lanes(float*); fraction(a) = a - floor(a), finite for -inf; times_power(a, b) = a * 2^floor(b), which becomes 0
-// and infinite (no NaN) where float32 ends. For Float, BFloat16 and Half: load(const T*, Register& a, Register& b) and
-// store(T*, a, b) of 2 * kWidth logits; which of them lies in which lane is the type's own affair.
+// Register: static kWidth; broadcast(float); add, mul; fma(a, b, c) = a * b + c, rounded once; max(a, b) = b if either
+// is NaN; to_lanes(float*); fraction(a) = a - floor(a), finite for -inf; times_power(a, b) = a * 2^floor(b), which
+// becomes 0 and infinite (no NaN) where float32 ends. For Float, BFloat16 and Half: load(const T*, Register& a,
+// Register& b) and store(T*, a, b) of 2 * kWidth logits; which of them lies in which lane is the type's own affair.
 
-// `kRegisters` registers (an even number) that each step is applied to in turn. exp is one long chain of dependent steps:
-// without several chains side by side in program order the processor's scheduler fills up with waiting ones.
+// `kRegisters` registers (an even number) that each step is applied to in turn. exp is one long chain of dependent
+// steps: without several chains side by side in program order the processor's scheduler fills up with waiting ones.
 struct Vector {
   static constexpr int64_t kWidth = kRegisters * Register::kWidth;
   Register part[kRegisters];
@@ -170,8 +170,8 @@ inline float block_max(const T* row, int64_t count) {
   return result;
 }
 
-// What a pass over a row fetches from memory meanwhile: one `kPasses`-th of a row's length, from `from` on. As many passes a
-// row, each for another part, read memory evenly.
+// What a pass over a row fetches from memory meanwhile: one `kPasses`-th of a row's length, from `from` on. As many
+// passes a row, each for another part, read memory evenly.
 template <typename T, int kPasses>
 struct Ahead {
   const T* from;
@@ -179,14 +179,15 @@ struct Ahead {
   inline Ahead operator+(int64_t elements) const { return {from + elements / kPasses}; }
 };
 
-// Far enough for memory to answer, near enough to stay in the second-level cache. The rows of a matrix follow each other.
+// Far enough for memory to answer, near enough to stay in the second-level cache. The rows of a matrix follow each
+// other.
 template <typename T>
 inline Ahead<T, 1> next_of(const T* row) {
   return {row + 8192 / sizeof(T)};
 }
 
-// While a Vector is worked on: the row itself from the second-level cache into the first, and what is `ahead` from memory.
-// Inlined by force: GCC deletes calls of a function that does nothing but prefetch.
+// While a Vector is worked on: the row itself from the second-level cache into the first, and what is `ahead` from
+// memory. Inlined by force: GCC deletes calls of a function that does nothing but prefetch.
 template <typename T, int kPasses>
 __attribute__((always_inline)) inline void prefetch(const T* row, Ahead<T, kPasses> ahead, int64_t i) {
   constexpr int64_t kLine = 64 / sizeof(T);
@@ -281,7 +282,8 @@ inline void transform(T* out, const T* row, int64_t length, Fetch ahead, Functio
 }
 
 template <typename T, typename Fetch>
-inline void exponentials_ahead(T* out, const T* row, int64_t length, double log_normaliser, double factor, Fetch ahead) {
+inline void exponentials_ahead(T* out, const T* row, int64_t length, double log_normaliser, double factor,
+                               Fetch ahead) {
   const Shift shift(log_normaliser);
   const Power power(power_for<T>(), factor * std::exp(shift.origin() - log_normaliser));
   transform(out, row, length, ahead, [=](const Vector& logits) { return power(shift(logits)); });
@@ -293,8 +295,8 @@ RowStatistics statistics(const void* data, int64_t length) {
   return statistics_ahead(row, length, next_of(row));
 }
 
-// The exponentials are computed twice: keeping them costs more, in cache traffic, than the second time does. The first pass
-// fetches the second half of this row, the second pass the first half of the next.
+// The exponentials are computed twice: keeping them costs more, in cache traffic, than the second time does. The first
+// pass fetches the second half of this row, the second pass the first half of the next.
 template <typename T>
 RowStatistics softmax(void* data, int64_t length, double factor) {
   T* row = static_cast<T*>(data);
@@ -331,13 +333,9 @@ inline const RowKernels* float_lane_kernels(LogitType type) {
   static constexpr RowKernels kBFloat16 = kernels_for<BFloat16>();
   static constexpr RowKernels kFloat16 = kernels_for<Half>();
   switch (type) {
-    case LogitType::kFloat32:
-      return &kFloat32;
-    case LogitType::kBFloat16:
-      return &kBFloat16;
-    case LogitType::kFloat16:
-      return &kFloat16;
-    default:
-      return nullptr;
+    case LogitType::kFloat32: return &kFloat32;
+    case LogitType::kBFloat16: return &kBFloat16;
+    case LogitType::kFloat16: return &kFloat16;
+    default: return nullptr;
   }
 }

@@ -63,9 +63,7 @@ struct Register {
   static inline __m256 bounded(Register a) {
     return _mm256_min_ps(_mm256_set1_ps(128.0f), _mm256_max_ps(_mm256_set1_ps(-127.0f), a.v));
   }
-  static inline Register fraction(Register a) {
-    return {_mm256_sub_ps(bounded(a), _mm256_floor_ps(bounded(a)))};
-  }
+  static inline Register fraction(Register a) { return {_mm256_sub_ps(bounded(a), _mm256_floor_ps(bounded(a)))}; }
   static inline Register times_power(Register a, Register b) {
     // 2^23 + 127: the sum's low bits are the exponent's.
     const __m256 biased = _mm256_add_ps(_mm256_floor_ps(bounded(b)), _mm256_set1_ps(8388735.0f));

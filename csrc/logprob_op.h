@@ -1,9 +1,12 @@
-// What the CPU and the CUDA operators share: the checks of their arguments and the range of a shard.
+// What the CPU and the CUDA operators share: the checks of their arguments and the range of a shard; their
+// schemas are in megatron_sip/model/logprob_ops.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+
+#include "logits.h"
 
 namespace megatron_sip {
 
@@ -19,6 +22,15 @@ struct Shard {
 
   bool owns(int64_t token) const { return token >= vocab_start && token < vocab_start + columns; }
 };
+
+inline LogitType logit_type(const at::Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case at::kFloat: return LogitType::kFloat32;
+    case at::kBFloat16: return LogitType::kBFloat16;
+    case at::kHalf: return LogitType::kFloat16;
+    default: return LogitType::kFloat64;
+  }
+}
 
 inline void check_logits(const at::Tensor& logits, const Shard& shard) {
   TORCH_CHECK_VALUE(logits.dim() == 2, "logits must be [T, V], got shape ", logits.sizes());
