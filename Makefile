@@ -2,7 +2,7 @@
 # make install-gpu   also Transformer Engine, for machines with GPUs
 # make demo       Self-Improving Pretraining on this machine; DATA="my/*.jsonl" trains on your own text
 # make test       unit tests, then the integration tests with real Megatron and real SGLang
-# make lint       ruff, mypy, shellcheck, uv.lock against pyproject.toml
+# make lint       ruff, clang-format, mypy, shellcheck, uv.lock against pyproject.toml
 # make bench      the CPU benchmarks in about 15 minutes, results under benchmarks/results/
 
 # The first of these that is a 3.12; make install PYTHON=/path/to/python3.12 names another.
@@ -14,6 +14,7 @@ DATA ?=
 BENCH_SECONDS ?= 870
 RUN_DIR ?= $(if $(DATA),runs/demo-own-text,runs/demo)
 BIN := $(VENV)/bin
+KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: install install-bench install-gpu demo test test-unit test-integration lint format bench clean
 
@@ -28,7 +29,7 @@ $(BIN)/uv pip install --quiet --compile-bytecode --require-hashes --python $(BIN
 endef
 
 # The extension module is built against the torch that is then used, so after everything else.
-$(VENV)/installed: pyproject.toml uv.lock setup.py $(wildcard csrc/*.* csrc/*/*.*)
+$(VENV)/installed: pyproject.toml uv.lock setup.py $(KERNELS)
 	@$(PYTHON) -c $(IS_3_12) || { echo "Python 3.12 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1): install python3.12," \
 		"or name one with make install PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +52,7 @@ test-integration: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/mypy
 	$(BIN)/uv lock --quiet --check --offline --python $(BIN)/python
 	$(BIN)/shellcheck $(wildcard examples/*.sh examples/*.sbatch) .ci/run
@@ -58,6 +60,7 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(KERNELS)
 
 # bench: trl, with datasets, a peer to measure against. gpu: Transformer Engine, built against the torch that is installed.
 install-bench install-gpu: install-%: $(VENV)/installed-%
