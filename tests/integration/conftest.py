@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from fetch_smollm2 import DEFAULT_SAVE, fetch
+from workers import save_tiny_llama
 from write_demo_corpus import write_corpus
 
 from megatron_sip.rollout.launch import LocalServer, ServerSettings
@@ -40,21 +40,9 @@ def tiny_llama_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     Its weights are large enough that the next token is far from uniform.
     """
     folder = tmp_path_factory.mktemp("tiny_llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"vocab_size": 49152, "intermediate_size": 128, "max_position_embeddings": 512}
+    save_tiny_llama(folder, 0, initializer_range=0.2, **sizes, **ids)
     AutoTokenizer.from_pretrained(smollm2_dir).save_pretrained(folder)
     return folder
 

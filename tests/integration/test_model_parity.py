@@ -9,9 +9,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,19 +28,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from workers import TINY_LLAMA, run_worker
 
 WORKER = Path(__file__).with_name("parity_worker.py")
 VOCABULARY = 211  # no multiple of anything: Megatron pads it
-TINY = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 256,
-}
+TINY = TINY_LLAMA | {"vocab_size": VOCABULARY, "num_hidden_layers": 4, "initializer_range": 0.02}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -178,24 +167,15 @@ def results(references: dict[str, Reference], results_dir: Path) -> dict[str, li
         cases = [case(references[model], model, layout, results_dir) for model, layout in runs]
         if processes == 4:
             cases += resume_cases(references["llama"], results_dir) + one_kv_cases(references["one-kv"], results_dir)
-        found |= run_worker(cases, results_dir, processes)
+        found |= results_of(cases, results_dir, processes)
     return found
 
 
-def run_worker(cases: list[dict], folder: Path, processes: int) -> dict[str, list[dict]]:
+def results_of(cases: list[dict], folder: Path, processes: int) -> dict[str, list[dict]]:
     """What each rank gave in each case, by the case's name."""
     listed = folder / f"cases-{processes}.json"
     listed.write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*command, str(WORKER), str(listed), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
+    run_worker(WORKER, listed, folder, processes=processes, timeout=900.0)
     return {
         name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(processes)]
         for name in (entry["name"] for entry in cases)

@@ -4,38 +4,20 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from workers import TINY_LLAMA, run_worker, save_tiny_llama
 
-VOCABULARY = 131
+VOCABULARY = TINY_LLAMA["vocab_size"]
 WORKER = Path(__file__).with_name("objectives_worker.py")
 BETA, NLL_COEF = 0.1, 0.2
 ROW_LENGTH = 160
 """The worker's."""
-
-
-def make_model(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-    )
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
-    return folder
 
 
 def make_examples(roles: list[str], seed: int) -> list[dict]:
@@ -80,16 +62,14 @@ PROBLEMS = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("objectives")
-    return make_model(folder / "policy", 1), make_model(folder / "reference", 2)
+    return save_tiny_llama(folder / "policy", 1), save_tiny_llama(folder / "reference", 2)
 
 
 @pytest.fixture(scope="module")
 def results(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict:
     work = tmp_path_factory.mktemp("work")
     (work / "examples.json").write_text(json.dumps(PROBLEMS))
-    command = [sys.executable, str(WORKER), *map(str, folders), str(work / "examples.json"), str(work / "result.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_worker(WORKER, *folders, work / "examples.json", work / "result.pt")
     return torch.load(work / "result.pt")
 
 

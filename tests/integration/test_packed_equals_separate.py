@@ -8,13 +8,11 @@ bfloat16, where kernels of our own do most of the work, they come as near to tha
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from workers import run_worker, save_tiny_llama
 
 WORKER = Path(__file__).parent / "packing_worker.py"
 RELATIVE = 1e-5
@@ -47,43 +45,19 @@ IN_BFLOAT16 = {
 PROBLEMS = {"dpo": "untied", "grpo": "tied"}
 
 
-def make_model(folder: Path, tied: bool, head_dim: int = 16) -> Path:
-    """Random weights that bfloat16 holds exactly; heads of 32 and more are rotated by our kernels."""
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=131,
-        hidden_size=4 * head_dim,
-        intermediate_size=6 * head_dim,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        initializer_range=0.1,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).to(torch.float32).save_pretrained(folder)
-    return folder
-
-
 def launch(cases: list[dict], processes: int, folder: Path) -> None:
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder / "cases.json"), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[done.stderr.find("Traceback") :][:4000]
+    run_worker(WORKER, folder / "cases.json", folder, processes=processes, timeout=TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases, run in two launches; the folder with their result files."""
     folder = tmp_path_factory.mktemp("packing")
-    models = {kind: str(make_model(folder / kind, kind == "tied")) for kind in ("tied", "untied")}
-    models["long"] = str(make_model(folder / "long", tied=True, head_dim=32))
+    # Weights that bfloat16 holds exactly; heads of 32 and more are rotated by our kernels.
+    changes = {"tied": {"tie_word_embeddings": True}, "untied": {}}
+    changes["long"] = {"tie_word_embeddings": True, "hidden_size": 128, "intermediate_size": 192}
+    models = {kind: str(save_tiny_llama(folder / kind, 1, torch.bfloat16, **own)) for kind, own in changes.items()}
 
     def case(name: str, problem: str, flags: tuple[str, ...], row_length: int = 160, separate: bool = False) -> dict:
         model = models["long" if problem == "long" else PROBLEMS.get(problem, "untied")]

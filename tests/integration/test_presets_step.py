@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from paper_presets import PAPER, paper_criteria
+from workers import run_worker
 
 from megatron_sip.rollout.launch import LocalServer
 
@@ -75,10 +73,7 @@ def results(
         *("--judge-cache", str(work / "answers"), "--weight-sync", "disk"),
     ]
     (work / "setup.json").write_text(json.dumps({"flags": flags, "cases": cases}))
-    command = [sys.executable, str(WORKER), str(work / "setup.json"), str(work / "results.jsonl")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_worker(WORKER, work / "setup.json", work / "results.jsonl", timeout=1800.0)
     return {result["preset"]: result for result in map(json.loads, (work / "results.jsonl").read_text().splitlines())}
 
 

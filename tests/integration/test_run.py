@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training import (
-    free_port,
     kill_when,
     last_step,
     learnt,
@@ -32,7 +31,7 @@ from training import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_sip.rollout.launch import LocalServer
+from megatron_sip.rollout.launch import LocalServer, free_port
 from megatron_sip.services import CONNECT_SECONDS
 
 TOKENISING = "tokenise "

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_objectives_end_to_end import make_model
-from training import free_port
+from workers import run_worker, save_tiny_llama
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 KINDS = {"plain": [], "distributed": ["--use-distributed-optimizer"]}
@@ -63,20 +60,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[li
     """By case and rank the steps, the first of which is the state before any; and what was printed."""
     work = tmp_path_factory.mktemp("steps")
     (work / "cases.json").write_text(json.dumps(cases(work)))
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
-    command = [*launcher, str(WORKER), str(make_model(work / "model", 1)), str(work / "cases.json"), str(work)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
+    files = (save_tiny_llama(work / "model", 1), work / "cases.json", work)
+    printed = run_worker(WORKER, *files, processes=2)
     names = [case["name"] for case in cases(work)]
-    return {n: [json.loads((work / f"{n}.{rank}.json").read_text()) for rank in (0, 1)] for n in names}, done.stdout
+    return {n: [json.loads((work / f"{n}.{rank}.json").read_text()) for rank in (0, 1)] for n in names}, printed
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from workers import TINY_LLAMA, run_worker
 
 WORKER = Path(__file__).with_name("transformer_engine_worker.py")
-VOCABULARY = 131
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.1,
-}
+VOCABULARY = TINY_LLAMA["vocab_size"]
 MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**TINY_LLAMA)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**TINY_LLAMA, head_dim=32)),
 }
 
 
@@ -68,11 +56,7 @@ def separate_logprobs(model: PreTrainedModel, examples: list[dict[str, Any]]) ->
 def test_logprobs_gradients_and_weights_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     model, examples = make_model(family, tmp_path / "hf"), make_examples()
     (tmp_path / "examples.json").write_text(json.dumps(examples))
-    files = [str(tmp_path / name) for name in ("hf", "examples.json", "result.pt")]
-    done = subprocess.run(
-        [sys.executable, str(WORKER), *files], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_worker(WORKER, tmp_path / "hf", tmp_path / "examples.json", tmp_path / "result.pt")
     result = torch.load(tmp_path / "result.pt")
     assert {
         "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,23 +21,9 @@ COMMON = (
 
 def command(run: Path, *flags: str, processes: int = 1) -> list[str]:
     """The trainer's command line, under torchrun when there is more than one process."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-            "--master-port",
-            str(free_port()),
-        ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = [sys.executable, *(torchrun if processes > 1 else [])]
     return [*launcher, "-m", "megatron_sip.train", *COMMON, "--save", str(run), *flags]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(run: Path, *flags: str, processes: int = 1) -> subprocess.Popen[bytes]:
