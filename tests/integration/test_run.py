@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -31,6 +30,7 @@ from training import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from megatron_sip.rollout.http import call
 from megatron_sip.rollout.launch import LocalServer, free_port
 from megatron_sip.services import CONNECT_SECONDS
 
@@ -247,11 +247,7 @@ def test_the_engine_serves_what_was_trained(
     prompt = AutoTokenizer.from_pretrained(exported).encode("The with statement wraps the execution of a block")
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
     body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 12, "temperature": 0}}
-    request = urllib.request.Request(
-        tiny_engine.url + "/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as reply:
-        found = json.load(reply)
+    found = call(tiny_engine.url, "POST", "/generate", body, timeout_s=60.0)
     assert found["output_ids"][: len(expected)] == expected
     assert found["meta_info"]["weight_version"] == "2"
 

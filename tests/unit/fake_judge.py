@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from aiohttp import web
+from app_server import AppServer
 
 Fault = Literal["status", "rate-limit", "hang", "not-json", "wrong-shape", "no-verdict", "disconnect"]
 FaultPlan = Callable[[int], Fault | None]
@@ -40,7 +41,7 @@ def truthful_answer(prompt: str) -> str:
     return f"RATING: {'GOOD' if quality_of(candidate) > 0.5 else 'BAD'}"
 
 
-class FakeJudge:
+class FakeJudge(AppServer):
     """See the module. `requests` counts what arrived, `prompts` keeps what was shown."""
 
     def __init__(
@@ -57,6 +58,8 @@ class FakeJudge:
 
         edits: what becomes of a good reply to a body.
         """
+        routes = {"POST /v1/chat/completions": self._complete, "GET /v1/models": self._models}
+        super().__init__(routes | {"POST /generate": self._score, "GET /model_info": self._info})
         self.requests = 0
         self.prompts: list[str] = []
         self.bodies: list[dict[str, Any]] = []
@@ -67,38 +70,6 @@ class FakeJudge:
         self._model = model
         self._refuses = refuses
         self._edits = edits
-        self._port = 0
-        self._runner: web.AppRunner | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
-
-    async def __aenter__(self) -> Self:
-        return await self.start()
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.stop()
-
-    async def start(self) -> Self:
-        """Listen, on the port of the last time if there was one."""
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", self._complete)
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/generate", self._score)
-        app.router.add_get("/model_info", self._info)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.01)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
-        await site.start()
-        self._port = self._runner.addresses[0][1]
-        return self
-
-    async def stop(self) -> None:
-        """Drop all connections at once, like a killed process."""
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "fake", "max_model_len": self._context}]})

@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 
 from aiohttp import web
+from app_server import AppServer
 from fake_judge import truthful_answer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -124,23 +125,12 @@ BAD = [
 STATUSES = [201, 204, 302, 400, 401, 403, 404, 422, 429, 500, 502, 503]
 
 
-class AnyJudge:
+class AnyJudge(AppServer):
     """Answers by the marks `way=...` in the candidates that it is shown: a bad one wins over a good one."""
 
     def __init__(self) -> None:
+        super().__init__({"POST /v1/chat/completions": self._complete})
         self._asked: Counter[str] = Counter()
-
-    async def __aenter__(self) -> AnyJudge:
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", self._complete)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.01)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self._runner.cleanup()
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from app_server import AppServer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,25 +29,14 @@ from megatron_sip.latency import LatencyHistogram
 QUICK = RetryPolicy(attempts=4, first_s=0.01, longest_s=0.05, breaker_failures=3, breaker_first_s=0.2)
 
 
-class Loopback:
+class Loopback(AppServer):
     """A server whose handler the test gives; keeps the arrival times."""
 
     def __init__(self, handler: Callable[[int], web.Response | float]) -> None:
+        super().__init__({"POST /ask": self._ask})
         self._handler = handler
         self.arrivals: list[float] = []
         self.affinities: list[Any] = []
-
-    async def __aenter__(self) -> Loopback:
-        app = web.Application()
-        app.router.add_post("/ask", self._ask)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.01)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self._runner.cleanup()
 
     async def _ask(self, request: web.Request) -> web.Response:
         self.affinities.append(await request.json())
@@ -234,14 +224,11 @@ async def test_work_in_flight_is_bounded() -> None:
         running -= 1
         return web.json_response({"ok": True})
 
-    app = web.Application()
-    app.router.add_post("/ask", slow)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    async with HttpPool([Server(f"http://127.0.0.1:{runner.addresses[0][1]}")], concurrency=7) as pool:
+    async with (
+        AppServer({"POST /ask": slow}) as server,
+        HttpPool([Server(server.url)], concurrency=7) as pool,
+    ):
         await asyncio.gather(*(send(pool, ask()) for _ in range(60)))
-    await runner.cleanup()
     assert most == 7
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestServer
+from app_server import AppServer
 
 from megatron_sip.rollout.launch import free_port
 from megatron_sip.rollout.protocol import read_reply
@@ -41,21 +41,17 @@ def echo(body: dict[str, Any]) -> list[dict[str, Any]]:
     return [result([first] * sampling["max_new_tokens"]) for _ in range(sampling["n"])]
 
 
-class FakeEngine:
+class FakeEngine(AppServer):
     """Answers /generate with `behave(body)`; counts calls and how many were open at once."""
 
     def __init__(self, behave: Callable[[dict[str, Any]], Awaitable[Any]]) -> None:
+        routes = {"POST /generate": self.generate, "GET /model_info": self.model_info}
+        super().__init__(routes | {"GET /server_info": self.server_info})
         self.behave = behave
         self.calls = self.open = self.most_open = 0
         self.healthy = True
         self.version = "v1"
         self.server_arguments: dict[str, Any] = {}
-        self.url = ""
-        app = web.Application()
-        app.router.add_post("/generate", self.generate)
-        app.router.add_get("/model_info", self.model_info)
-        app.router.add_get("/server_info", self.server_info)
-        self.server = TestServer(app)
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         self.calls += 1
@@ -93,12 +89,7 @@ async def refusing(_: dict[str, Any]) -> Any:
 @asynccontextmanager
 async def engines(*behaviours: Callable[[dict[str, Any]], Awaitable[Any]]) -> AsyncIterator[list[FakeEngine]]:
     async with AsyncExitStack() as stack:
-        fakes = [FakeEngine(behave) for behave in behaviours]
-        for fake in fakes:
-            await fake.server.start_server()
-            fake.url = str(fake.server.make_url("")).rstrip("/")
-            stack.push_async_callback(fake.server.close)
-        yield fakes
+        yield [await stack.enter_async_context(FakeEngine(behave)) for behave in behaviours]
 
 
 async def test_results_keep_the_order_of_the_input() -> None:
