@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,10 +27,10 @@ import aiohttp
 import orjson
 
 from megatron_sip.http_reply import ReplyTooLongError, masked, masked_reply, plain, printable, read_reply
-from megatron_sip.latency import LatencyHistogram
 from megatron_sip.proxy import DIRECT, Proxy
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429, *range(500, 600)})
+KEPT_LATENCIES = 4096
 REFUSAL_BYTES = 4000
 """Of a refusal, to be read for what the server wants otherwise."""
 
@@ -176,7 +176,8 @@ class HttpPool:
             raise ValueError("an HttpPool needs at least one server URL")
         self.servers = list(servers)
         self.counts: Counter[str] = Counter()
-        self.latency = LatencyHistogram()
+        self.latencies: deque[float] = deque(maxlen=KEPT_LATENCIES)
+        """Seconds that the last requests took."""
         self._policy = policy or RetryPolicy()
         self._call_timeout_s = call_timeout_s
         self._concurrency = concurrency
@@ -246,7 +247,7 @@ class HttpPool:
                 result = _parsed(request, content)
                 server.succeeded()
                 self.counts["requests"] += 1
-                self.latency.add(loop.time() - begin)
+                self.latencies.append(loop.time() - begin)
                 return result
             failure = _status_failure(server, response, content, self._policy.longest_retry_after_s)
         except TimeoutError:

@@ -110,8 +110,7 @@ class Run:
         if self.weight_sync is not None:
             weights = export_hf_weights(self.trainer.model, self.hf_config)
             try:
-                report = self.weight_sync.push(weights, version=str(self.args.iteration), require_all=require_all)
-                unsynced = len(report.failed)
+                unsynced = len(self.weight_sync.push(weights, str(self.args.iteration), require_all=require_all))
             except (WeightSyncError, OSError, SafetensorError) as error:
                 unsynced = f"the engines did not get the weights of step {self.args.iteration}: {error}"
         found = self.exchange.share(unsynced)[0]  # of the first replica, whose ranks push

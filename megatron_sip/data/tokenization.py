@@ -43,6 +43,8 @@ CACHE_VERSION = 1
 DEFAULT_CACHE = Path("~/.cache/megatron_sip/tokens")
 _BYTES_PER_WORKER = 128_000_000
 _BATCH_TIMEOUT_S = 900.0
+LOCK_TIMEOUT_S = 4 * 3600.0
+"""How long to wait while another process tokenises the same source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,7 @@ class TokenizeSettings:
     `append_eos` ends every document with the tokenizer's EOS (Megatron's --append-eod). `prepend_bos` starts it with BOS:
     "auto" does where the tokenizer puts one before plain text, as its model was then trained. Special tokens written out
     in a document ("<|im_end|>") are tokenised as the plain text that they are.
-    `workers` 0 means one process a 128 MB of source, at most one a core; `lock_timeout_s` is how long to wait while
-    another process tokenises the same source.
+    `workers` 0 means one process a 128 MB of source, at most one a core.
     """
 
     text_field: str = "text"
@@ -61,8 +62,6 @@ class TokenizeSettings:
     prepend_bos: PrependBos = "auto"
     cache_dir: Path = DEFAULT_CACHE
     workers: int = 0
-    progress: bool = True
-    lock_timeout_s: float = 4 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +204,6 @@ def tokenize_file(
         unit="B",
         unit_scale=True,
         desc=f"tokenise {source.name}",
-        disable=not settings.progress,
         file=bars(),
     )
     hash_stream = hashes.open("wb") if hashes is not None else nullcontext()
@@ -224,7 +222,7 @@ def cached_tokens(source: Path, encoder: DocumentEncoder, settings: TokenizeSett
     """(prefix of the token store of `source`, its report), tokenising it first when the cache lacks it.
 
     Raises `DataError` for a broken source, for a cache folder that cannot be written to, or when another process holds
-    the lock longer than `lock_timeout_s`.
+    the lock longer than LOCK_TIMEOUT_S.
     """
     entry = _entry_path(source, encoder, settings)
     report = _finished(entry)
@@ -232,12 +230,12 @@ def cached_tokens(source: Path, encoder: DocumentEncoder, settings: TokenizeSett
         lock_path = entry.with_name(entry.name + ".lock")
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(lock_path, timeout=settings.lock_timeout_s):
+            with filelock.FileLock(lock_path, timeout=LOCK_TIMEOUT_S):
                 report = _finished(entry) or _fill(entry, source, encoder, settings)
         except filelock.Timeout as error:
             raise DataError(
-                f"{source}: another process has been tokenising it for {settings.lock_timeout_s:.0f} s "
-                f"(lock {lock_path}); wait for it, raise the time-out, or end that process"
+                f"{source}: another process has been tokenising it for {LOCK_TIMEOUT_S:g} s "
+                f"(lock {lock_path}); wait for it, or end that process"
             ) from error
         except OSError as error:
             raise DataError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Self
 
+import numpy as np
+
 from megatron_sip.judge.client import CHECK_TIMEOUT_S, JudgeClient
 from megatron_sip.judge.settings import ClientSettings, SettingsError
 
@@ -44,8 +46,9 @@ class AsksTeacher:
         client = self._client
         values: dict[str, float] = {**self._counts, **client.counts, **client.pool.counts}
         values["cached-share"] = client.counts["cached"] / max(1, client.counts["calls"])
-        for share in (50, 95, 99):
-            values[f"latency-p{share}-s"] = client.pool.latency.percentile(share / 100)
+        shares = (50, 95, 99)
+        for share, seconds in zip(shares, np.percentile(client.pool.latencies or [0.0], shares), strict=True):
+            values[f"latency-p{share}-s"] = float(seconds)
         for key in list(values):
             kind, _, name = key.partition("/")
             if kind == "first-shown-preferred":

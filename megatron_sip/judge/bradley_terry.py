@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
+PRIOR_SCALE = 3.0
+"""Standard deviation of the priors of strengths and bias, in logits."""
 _MAX_STEPS = 50
 _TOLERANCE = 1e-9
 
@@ -35,12 +37,9 @@ def fit_bradley_terry(
     count: int,
     *,
     prior_mean: FloatArray | None = None,
-    prior_scale: float = 3.0,
-    position_scale: float = 3.0,
 ) -> BradleyTerryFit:
     """Fit `count` strengths to verdicts: `outcome[k]` in [0, 1] says how far first[k] was preferred to second[k].
 
-    prior_scale, position_scale: standard deviations of the priors, in logits; position_scale 0 leaves the bias out.
     Raises ValueError for outcomes outside [0, 1] or indices outside the candidates.
     """
     first, second = np.asarray(first, np.int64), np.asarray(second, np.int64)
@@ -53,9 +52,8 @@ def fit_bradley_terry(
     rows = np.arange(first.size)
     design[rows, first] += 1.0
     design[rows, second] -= 1.0
-    design[:, count] = 1.0 if position_scale > 0 else 0.0
-    precision = np.full(count + 1, prior_scale**-2)
-    precision[count] = position_scale**-2 if position_scale > 0 else 1.0
+    design[:, count] = 1.0
+    precision = np.full(count + 1, PRIOR_SCALE**-2)
     mean = np.zeros(count + 1)
     if prior_mean is not None:
         mean[:count] = prior_mean

@@ -4,7 +4,7 @@ Scales, so that weighted sums mean something (paper section 3.2.1 adds quality a
 - pairwise (quality): win rate against the group's other candidates, 0 .. 1, whatever the schedule;
 - pointwise (safety, factuality, prompt files): mean value of the votes, or expected value of a soft verdict, 0 .. 1;
 - likelihood: mean log-prob in nats a token. Alone it is the score as it is. Added to others it is first turned into the
-  win rate that strengths of log-prob / `likelihood_scale` give in the group, so that it also lies in 0 .. 1.
+  win rate that strengths of log-prob / LIKELIHOOD_SCALE give in the group, so that it also lies in 0 .. 1.
 
 Verdicts that are missing are asked for once more. A candidate that then still lacks them has no score; the others keep theirs.
 """
@@ -40,6 +40,8 @@ Ask = Callable[[Sequence[Call]], Awaitable[list[Answer]]]
 """Answers in the order of the calls; None for a call without one."""
 
 LIKELIHOOD_IDENTITY = "likelihood@3"
+LIKELIHOOD_SCALE = 0.25
+"""Nats a token that count as a logit of strength."""
 PRIOR_LIMIT = 1.5
 """Logits by which a likelihood prior may move a candidate before any verdict."""
 
@@ -176,7 +178,7 @@ class Pairwise:
     sampling: Sampling
     quorum: float
     schedule: Schedule
-    prior_scale: float | None = None
+    likelihood_prior: bool = False
 
     def check(self, encoder: ChatEncoder) -> None:
         """Raises EncodingError when this criterion cannot be asked in the judge's tokens."""
@@ -248,13 +250,13 @@ class Pairwise:
 
     async def _prior(self, sheet: Sheet, ask: Ask) -> FloatArray | None:
         """Strengths in logits from the likelihood, where asked for and known for all candidates."""
-        if self.prior_scale is None:
+        if not self.likelihood_prior:
             return None
         known = await ask_until_there(ask, sheet.likelihood_calls())
         if not all(known):
             return None
         strengths = np.concatenate(known)
-        return np.clip((strengths - strengths.mean()) / self.prior_scale, -PRIOR_LIMIT, PRIOR_LIMIT)
+        return np.clip((strengths - strengths.mean()) / LIKELIHOOD_SCALE, -PRIOR_LIMIT, PRIOR_LIMIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,12 +376,13 @@ def make_criterion(name: str, settings: JudgeSettings, schedule: Schedule | None
         )
     if prompt.kind == "pointwise":
         return Pointwise(label, prompt, settings.mode(name), sampling, settings.quorum)
-    prior_scale = settings.likelihood_scale if settings.schedule.likelihood_prior else None
     chosen = schedule or make_schedule(settings.schedule)
-    return Pairwise(label, prompt, settings.mode(name), sampling, settings.quorum, chosen, prior_scale)
+    return Pairwise(
+        label, prompt, settings.mode(name), sampling, settings.quorum, chosen, settings.schedule.likelihood_prior
+    )
 
 
-def comparable(name: str, scores: Sequence[float], alone: bool, likelihood_scale: float) -> FloatArray:
+def comparable(name: str, scores: Sequence[float], alone: bool) -> FloatArray:
     """Scores as they enter the weighted sum; see the module on scales."""
     values = np.array(scores, np.float64)
-    return expected_win_rates(values / likelihood_scale) if name == LIKELIHOOD and not alone else values
+    return expected_win_rates(values / LIKELIHOOD_SCALE) if name == LIKELIHOOD and not alone else values

@@ -222,7 +222,7 @@ class Judge(AsksTeacher):
         total, alone = np.zeros(len(texts)), len(self._criteria) == 1
         for item, result in zip(self._criteria, results, strict=True):
             own = [score for place, score in enumerate(result.scores) if score is not None and place not in lost]
-            total[kept] += item.weight * comparable(item.criterion.name, own, alone, self._settings.likelihood_scale)
+            total[kept] += item.weight * comparable(item.criterion.name, own, alone)
         placed = [(texts.index(self._text(candidate)), candidate) for candidate in group.candidates]
         order = [place for place, _ in placed if place not in lost]
         places = {place: order.index(place) for place in kept}

@@ -173,7 +173,7 @@ class JudgeSettings:
     verdicts: hard or soft for each criterion; those not named are `default_verdict`.
     quorum: share of its planned verdicts that must have arrived for a candidate to be scored.
     deadline_s: seconds for one `score` call.
-    likelihood_scale: nats per token; see criteria.py on scales. prefix_chars: how much of the prefix's end is shown.
+    prefix_chars: how much of the prefix's end is shown.
     max_tokens: of one answer, reasoning in a channel of its own apart.
     audit_rate: share of groups whose schedule is compared with all pairs.
     """
@@ -189,7 +189,6 @@ class JudgeSettings:
     max_tokens: int = 512
     quorum: float = 0.5
     deadline_s: float = 600.0
-    likelihood_scale: float = 0.25
     prefix_chars: int = 16_000
     audit_rate: float = 0.01
 
@@ -207,12 +206,8 @@ class JudgeSettings:
             raise SettingsError(f"judge temperature {self.temperature}: a number of at least 0 is needed")
         if not 0 < self.top_p <= 1:
             raise SettingsError(f"judge top_p {self.top_p}: a share above 0 and at most 1 is needed")
-        for name, number in (
-            ("deadline_s", self.deadline_s),
-            ("likelihood_scale", self.likelihood_scale),
-        ):
-            if number <= 0:
-                raise SettingsError(f"judge {name} {number}: a number above 0 is needed")
+        if self.deadline_s <= 0:
+            raise SettingsError(f"judge deadline_s {self.deadline_s}: a number above 0 is needed")
         if not 0 < self.quorum <= 1:
             raise SettingsError(f"judge quorum {self.quorum}: a share above 0 and at most 1 is needed")
         if not 0 <= self.audit_rate <= 1:

@@ -65,7 +65,7 @@ class RowPlan:
     tokens: tokens placed, after cutting, without padding.
     padding: tokens of padding over all rows of all replicas.
     unshared_tokens: what the same examples take when each branch is stored with its own copy of the prefix.
-    cut_examples, cut_tokens: prefixes that were too long and the tokens removed from their left ends.
+    cut_tokens: tokens removed from the left ends of prefixes that were too long.
     """
 
     rows: tuple[tuple[tuple[int, ...], ...], ...]
@@ -73,24 +73,12 @@ class RowPlan:
     tokens: int
     padding: int
     unshared_tokens: int
-    cut_examples: int
     cut_tokens: int
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches a replica."""
         return len(self.rows[0])
-
-    @property
-    def filler_rows(self) -> int:
-        """Rows without any example."""
-        return sum(not row for replica in self.rows for row in replica)
-
-    @property
-    def waste(self) -> float:
-        """The share of the computed tokens that is padding."""
-        computed = self.tokens + self.padding
-        return self.padding / computed if computed else 0.0
 
 
 def plan_rows(lengths: Sequence[Lengths], row_length: int, num_replicas: int, *, multiple_of: int = 1) -> RowPlan:
@@ -120,7 +108,6 @@ def plan_rows(lengths: Sequence[Lengths], row_length: int, num_replicas: int, *,
         unshared_tokens=sum(
             sum(prefix - cut + n for n in branches) for (prefix, branches), cut in zip(lengths, cuts, strict=True)
         ),
-        cut_examples=sum(cut > 0 for cut in cuts),
         cut_tokens=sum(cuts),
     )
 

@@ -2,7 +2,7 @@
 
     sync = DistributedWeightSync(urls, SyncRank(source=True, lead=True), SyncSettings(backend="nccl"))
     sync.connect()
-    report = sync.push(export_hf_weights(model, hf_config), version="17")
+    failed = sync.push(export_hf_weights(model, hf_config), version="17")
 
 `push` is collective: every trainer rank calls it and consumes its own export iterator, which yields (name, tensor) on
 the rank that owns a tensor (tensor-parallel rank 0 of its pipeline stage) and (name, None) elsewhere. That rank, the
@@ -23,7 +23,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,17 +96,6 @@ class SyncSettings:
         return min(self.timeout_s, self.control_timeout_s)
 
 
-@dataclass(frozen=True, slots=True)
-class SyncReport:
-    """What a push did: bytes and tensors sent by all sources (to each engine), and the engines that failed, by URL."""
-
-    version: str
-    bytes: int
-    tensors: int
-    seconds: float
-    failed: Mapping[str, str] = field(default_factory=dict)
-
-
 class WeightSync(ABC):
     """How weights travel. The order of the steps of a push is fixed here; subclasses say how the tensors go."""
 
@@ -127,10 +115,10 @@ class WeightSync(ABC):
         """
 
     @abstractmethod
-    def push(self, named_tensors: NamedTensors, version: str, *, require_all: bool = True) -> SyncReport:
+    def push(self, named_tensors: NamedTensors, version: str, *, require_all: bool = True) -> dict[str, str]:
         """Send all weights as `version`, collectively. Raises WeightSyncError.
 
-        With `require_all` False engines may fail, as long as one takes the weights; the report names them.
+        Returns the engines that failed, by URL, and why: with `require_all` False some may, as long as one takes the weights.
         Also on failure every rank consumes its iterator to the end, so that no collective inside it is left waiting.
         """
 
@@ -180,24 +168,14 @@ class WeightSync(ABC):
                 error = raised
         self._raise_on_errors(error)
 
-    def _conclude(
-        self, version: str, started: float, sent: tuple[int, int], failed: Mapping[str, str], require_all: bool
-    ) -> SyncReport:
-        totals = self.rank.exchange(sent)
-        report = SyncReport(
-            version=version,
-            bytes=sum(total[0] for total in totals),
-            tensors=sum(total[1] for total in totals),
-            seconds=time.monotonic() - started,
-            failed=dict(failed),
-        )
+    def _conclude(self, version: str, failed: dict[str, str], require_all: bool) -> dict[str, str]:
         if failed and (require_all or len(failed) == len(self.urls)):
             reasons = "; ".join(f"{url}: {reason}" for url, reason in failed.items())
             raise WeightSyncError(f"weights of version {version!r} did not reach {len(failed)} engine(s): {reasons}")
         if self.rank.lead:
             self._log_change(version, failed)
         self._unsynced = frozenset(failed)
-        return report
+        return failed
 
     def _log_change(self, version: str, failed: Mapping[str, str]) -> None:
         lost = [f"{url} ({reason})" for url, reason in failed.items() if url not in self._unsynced]
@@ -252,14 +230,12 @@ class DistributedWeightSync(WeightSync):
         if failed:
             raise WeightSyncError("; ".join(failed.values()))
 
-    def push(self, named_tensors: NamedTensors, version: str, *, require_all: bool = True) -> SyncReport:
-        started = time.monotonic()
+    def push(self, named_tensors: NamedTensors, version: str, *, require_all: bool = True) -> dict[str, str]:
         failed = self._on_engines(self._open, {}, self.rank.lead)
         failed = self._on_engines(lambda url: self._groups[url].ensure_joined(), failed, self.rank.source)
         error: BaseException | None = None
-        sent = (0, 0)
         try:
-            failed, sent = self._stream(named_tensors, failed)
+            failed = self._stream(named_tensors, failed)
         except Exception as raised:
             error = raised
         failed = self._agree(failed)
@@ -271,15 +247,14 @@ class DistributedWeightSync(WeightSync):
             with ThreadPoolExecutor(len(failed), thread_name_prefix="weight-sync") as threads:
                 list(threads.map(self._reopen, failed))
         self._raise_on_errors(error)
-        return self._conclude(version, started, sent, failed, require_all)
+        return self._conclude(version, failed, require_all)
 
     def close(self) -> None:
         for group in self._groups.values():
             group.leave()
 
-    def _stream(self, named_tensors: NamedTensors, failed: dict[str, str]) -> tuple[dict[str, str], tuple[int, int]]:
-        """Send this rank's tensors; returns the engines that failed by now and the (bytes, tensors) sent."""
-        size = count = 0
+    def _stream(self, named_tensors: NamedTensors, failed: dict[str, str]) -> dict[str, str]:
+        """Send this rank's tensors; returns the engines that failed by now."""
         iterator = iter(named_tensors)
         with ThreadPoolExecutor(len(self.urls), thread_name_prefix="weight-sync") as threads, drained(iterator):
             for tensors in buckets(iterator, self.settings.bucket_bytes):
@@ -289,9 +264,7 @@ class DistributedWeightSync(WeightSync):
                     problem = future.exception()
                     if problem is not None:
                         failed = {**failed, url: str(problem)}
-                size += bucket.data.numel()
-                count += len(bucket.names)
-        return failed, (size, count)
+        return failed
 
     def _open(self, url: str) -> None:
         self._call(url, "/pause_generation", {"mode": "retract"})
@@ -350,16 +323,14 @@ class DiskWeightSync(WeightSync):
         if failed:
             raise WeightSyncError("; ".join(failed.values()))
 
-    def push(self, named_tensors: NamedTensors, version: str, *, require_all: bool = True) -> SyncReport:
-        started = time.monotonic()
+    def push(self, named_tensors: NamedTensors, version: str, *, require_all: bool = True) -> dict[str, str]:
         staged = self._folder / f".weights-{version}"
         final = self._folder / f"weights-{version}"
         error: BaseException | None = None
-        sent = (0, 0)
         placed: dict[str, str] = {}
         self._on_lead(lambda: begin_folder(staged))  # before any source writes into it
         try:
-            sent, placed = self._write(named_tensors, staged)
+            placed = self._write(named_tensors, staged)
         except Exception as raised:
             error = raised
         everywhere: dict[str, str] = {}
@@ -369,14 +340,13 @@ class DiskWeightSync(WeightSync):
         self._on_lead(lambda: finish_folder(staged, final, self._template, everywhere))
         failed = self._on_engines(lambda url: self._load(url, final, version), {}, self.rank.lead)
         self._on_lead(self._forget_old)
-        return self._conclude(version, started, sent, failed, require_all)
+        return self._conclude(version, failed, require_all)
 
     def close(self) -> None:
         """Nothing is held open; the folders stay for engines that restart."""
 
-    def _write(self, named_tensors: NamedTensors, staged: Path) -> tuple[tuple[int, int], dict[str, str]]:
-        """Write this source's tensors as safetensors files; returns (bytes, tensors) and each tensor's file name."""
-        size = count = 0
+    def _write(self, named_tensors: NamedTensors, staged: Path) -> dict[str, str]:
+        """Write this source's tensors as safetensors files; returns each tensor's file name."""
         placed: dict[str, str] = {}
         iterator = iter(named_tensors)
         with drained(iterator):
@@ -385,9 +355,7 @@ class DiskWeightSync(WeightSync):
                 tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in part}
                 save_file(tensors, staged / file, metadata={"format": "pt"})
                 placed.update(dict.fromkeys(tensors, file))
-                size += sum(tensor.nbytes for tensor in tensors.values())
-                count += len(tensors)
-        return (size, count), placed
+        return placed
 
     def _load(self, url: str, folder: Path, version: str) -> None:
         self._call(url, "/pause_generation", {"mode": "retract"})

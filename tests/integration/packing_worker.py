@@ -129,7 +129,7 @@ def train_on_packed_rows(problem: Problem, model: list, row_length: int) -> tupl
     total = torch.tensor([sum(s for s, _ in losses), sum(c for _, c in losses)], dtype=torch.float64)
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     loss = float(total[0] / total[1]) if parallel_state.is_pipeline_last_stage() else float("nan")
-    return loss, plan.filler_rows
+    return loss, sum(row == () for replica in plan.rows for row in replica)
 
 
 def train_on_separate_rows(problem: Problem, model: list) -> tuple[float, int]:

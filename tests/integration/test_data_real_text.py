@@ -32,7 +32,7 @@ def texts_and_corpus(tmp_path_factory, tokenizer: PreTrainedTokenizerBase) -> tu
     with topics.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({"text": MULTILINGUAL * 40}) + "\n")
     texts = [json.loads(line)["text"] for line in topics.read_text(encoding="utf-8").splitlines()]
-    settings = TokenizeSettings(cache_dir=folder / "cache", progress=False)
+    settings = TokenizeSettings(cache_dir=folder / "cache")
     return texts, open_corpus([str(topics)], tokenizer, settings)
 
 

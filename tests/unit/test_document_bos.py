@@ -32,7 +32,7 @@ BOS = 7
 
 
 def tokenize_settings(folder: Path, prepend_bos: PrependBos = "auto") -> TokenizeSettings:
-    return TokenizeSettings(cache_dir=folder / "cache", progress=False, prepend_bos=prepend_bos)
+    return TokenizeSettings(cache_dir=folder / "cache", prepend_bos=prepend_bos)
 
 
 def write_texts(path: Path) -> str:

@@ -32,7 +32,7 @@ from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, _e
 
 @pytest.fixture
 def settings(tmp_path: Path) -> TokenizeSettings:
-    return TokenizeSettings(cache_dir=tmp_path / "cache", progress=False)
+    return TokenizeSettings(cache_dir=tmp_path / "cache")
 
 
 def write_store(prefix: Path, documents: list[list[int]], dtype: type[np.generic] = np.uint16) -> Path:
@@ -69,8 +69,8 @@ def test_special_tokens_in_a_document_stay_text(tmp_path: Path, settings: Tokeni
 def test_bos_and_eos_are_configurable(tmp_path: Path, settings: TokenizeSettings) -> None:
     path = str(write_jsonl(tmp_path / "a.jsonl", ["dog"]))
     plain = TOKENIZER("dog", add_special_tokens=False).input_ids
-    both = TokenizeSettings(cache_dir=settings.cache_dir, progress=False, prepend_bos="on")
-    neither = TokenizeSettings(cache_dir=settings.cache_dir, progress=False, append_eos=False)
+    both = TokenizeSettings(cache_dir=settings.cache_dir, prepend_bos="on")
+    neither = TokenizeSettings(cache_dir=settings.cache_dir, append_eos=False)
     assert stored(open_corpus([path], TOKENIZER, both)) == [[TOKENIZER.bos_token_id, *plain, TOKENIZER.eos_token_id]]
     assert stored(open_corpus([path], TOKENIZER, neither)) == [plain]
 
@@ -97,7 +97,7 @@ def test_parquet_and_token_store_equal_jsonl(tmp_path: Path, settings: TokenizeS
     plain = write_jsonl(tmp_path / "plain.jsonl", TEXTS * 50)
     pq.write_table(pa.table({"body": TEXTS * 50, "n": range(400)}), tmp_path / "t.parquet", row_group_size=64)
     expected = stored(open_corpus([str(plain)], TOKENIZER, settings))
-    body = TokenizeSettings(text_field="body", cache_dir=settings.cache_dir, progress=False)
+    body = TokenizeSettings(text_field="body", cache_dir=settings.cache_dir)
     assert stored(open_corpus([str(tmp_path / "t.parquet")], TOKENIZER, body)) == expected
     tokenize_file(plain, tmp_path / "made.v1", DocumentEncoder.of(TOKENIZER, settings), settings)
     for name in ("made.v1", "made.v1.bin", "made.v1.idx", "made.*"):
@@ -107,7 +107,7 @@ def test_parquet_and_token_store_equal_jsonl(tmp_path: Path, settings: TokenizeS
 def test_worker_processes_change_nothing(tmp_path: Path, settings: TokenizeSettings) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 500)
     encoder = DocumentEncoder.of(TOKENIZER, settings)
-    two = TokenizeSettings(workers=2, progress=False)
+    two = TokenizeSettings(workers=2)
     reports = [tokenize_file(source, tmp_path / name, encoder, s) for name, s in (("one", settings), ("two", two))]
     assert reports[0] == reports[1]
     for path in (bin_path, idx_path):

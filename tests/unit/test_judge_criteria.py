@@ -52,13 +52,13 @@ async def test_the_likelihood_of_a_candidate_that_ended_is_that_of_its_end_too()
 
 @given(st.lists(st.floats(-20, 0), min_size=2, max_size=17))
 def test_likelihoods_in_a_sum_are_win_rates_in_the_same_order(values: list[float]) -> None:
-    rates = comparable("likelihood", values, alone=False, likelihood_scale=0.25)
+    rates = comparable("likelihood", values, alone=False)
     assert np.all((rates >= 0) & (rates <= 1))
     assert rates.sum() == pytest.approx(len(values) / 2)
     order = np.argsort(values)
     assert np.all(np.diff(rates[order]) >= -1e-12)
-    np.testing.assert_array_equal(comparable("likelihood", values, alone=True, likelihood_scale=0.25), values)
-    np.testing.assert_array_equal(comparable("quality", values, alone=False, likelihood_scale=0.25), values)
+    np.testing.assert_array_equal(comparable("likelihood", values, alone=True), values)
+    np.testing.assert_array_equal(comparable("quality", values, alone=False), values)
 
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 1.0, None]), min_size=4, max_size=4), min_size=4, max_size=4))

@@ -60,10 +60,9 @@ def test_plan_places_every_example_once_and_accounts_for_every_token(lengths, re
     assert plan.row_length == max(multiple_of, -(-max(loads) // multiple_of) * multiple_of) <= ROW
     assert plan.tokens == sum(sizes)
     assert plan.padding == sum(plan.row_length - load for load in loads)
-    assert plan.waste == pytest.approx(plan.padding / (plan.row_length * len(rows)))
-    assert plan.filler_rows == max(0, len(rows) - len(lengths))
+    assert rows.count(()) == max(0, len(rows) - len(lengths))
     cuts = [max(0, prefix + sum(branches) - ROW) for prefix, branches in lengths]
-    assert (plan.cut_examples, plan.cut_tokens) == (sum(c > 0 for c in cuts), sum(cuts))
+    assert plan.cut_tokens == sum(cuts)
     assert plan.unshared_tokens == sum(
         prefix - cut + n for (prefix, branches), cut in zip(lengths, cuts, strict=True) for n in branches
     )
@@ -150,7 +149,6 @@ def test_rows_are_evened_out_over_replicas():
     plan = plan_rows([(10, [5])] * 6, 48, 4)
     assert sorted(len(row) for replica in plan.rows for row in replica) == [1, 1, 2, 2]
     assert plan.row_length == 30
-    assert plan.filler_rows == 0
 
 
 def test_best_fit_fills_rows_where_spreading_would_overflow():
@@ -164,14 +162,14 @@ def test_long_prefix_loses_its_left_end():
     examples = make_examples([(30, [4, 4])])
     plan = plan_rows(example_lengths(examples), 16, 1)
     row = build_row(examples, plan.rows[0][0], plan.row_length, PAD)
-    assert (plan.cut_examples, plan.cut_tokens, plan.row_length) == (1, 22, 16)
+    assert (plan.cut_tokens, plan.row_length) == (22, 16)
     assert row.tokens[:8].tolist() == examples[0].prefix_ids[22:]
     assert row.position_ids[:8].tolist() == list(range(8))
 
 
 def test_filler_row_has_no_branch():
     plan = plan_rows([(3, [2])], 8, 2)
-    assert plan.filler_rows == 1
+    assert plan.rows == (((0,),), ((),))
     row = build_row([], (), plan.row_length, 7)
     assert row.tokens.tolist() == [7] * 5
     assert row.layout.shape == (0, 4)

@@ -6,7 +6,6 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from megatron_sip.platform.megatron_cpu import enable_cpu
-from megatron_sip.rollout.weight_sync import SyncReport
 
 if TYPE_CHECKING:
     from megatron_sip.run import Run
@@ -19,9 +18,9 @@ class Sync:
         self.failed = dict.fromkeys(failed, "connection refused")
         self.required: list[bool] = []
 
-    def push(self, _: Any, version: str, *, require_all: bool) -> SyncReport:
+    def push(self, _: Any, version: str, *, require_all: bool) -> dict[str, str]:
         self.required.append(require_all)
-        return SyncReport(version, 0, 0, 0.0, self.failed)
+        return self.failed
 
 
 class Exchange:

@@ -21,7 +21,6 @@ from megatron_sip.learning.metrics import Metrics
 from megatron_sip.learning.non_finite import NON_FINITE
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.rollout.protocol import WeightSyncError
-from megatron_sip.rollout.weight_sync import SyncReport
 from megatron_sip.samples import Example
 from megatron_sip.stop_signal import StopSignal
 from megatron_sip.train import MAX_EMPTY_STEPS, TrainingError, run_steps
@@ -248,5 +247,5 @@ def test_engines_that_none_took_weights_end_every_rank_with_the_step_saved_and_o
 class Unreachable:
     """A weight sync that reaches no engine."""
 
-    def push(self, _: Any, version: str, *, require_all: bool) -> SyncReport:
+    def push(self, _: Any, version: str, *, require_all: bool) -> dict[str, str]:
         raise WeightSyncError("'no engine' answers")

@@ -27,9 +27,7 @@ def write_texts(path: Path, texts: list[str]) -> str:
 
 
 def count(data: list[str], cache: Path, split: str = "1,0,1", prepend_bos: PrependBos = "auto") -> SharedTexts:
-    corpus = open_corpus(
-        data, TOKENIZER, TokenizeSettings(cache_dir=cache, progress=False, prepend_bos=prepend_bos), len(TOKENIZER)
-    )
+    corpus = open_corpus(data, TOKENIZER, TokenizeSettings(cache_dir=cache, prepend_bos=prepend_bos), len(TOKENIZER))
     splits = corpus.split(split)
     found = count_shared_texts(splits["train"], splits["test"], (BOS, EOS), cache)
     texts = {
@@ -61,7 +59,7 @@ def test_text_and_token_files_are_compared_whatever_their_bos_eos_and_type(tmp_p
     texts = [f"{text} {i}" for i, text in enumerate(MULTILINGUAL * 4)]
     data = [write_texts(tmp_path / "a.jsonl", texts)]
     for name, bos, eos in (("both", "on", True), ("none", "off", False)):
-        made = TokenizeSettings(append_eos=eos, prepend_bos=bos, progress=False)  # type: ignore[arg-type]
+        made = TokenizeSettings(append_eos=eos, prepend_bos=bos)  # type: ignore[arg-type]
         tokenize_file(tmp_path / "a.jsonl", tmp_path / name, DocumentEncoder.of(TOKENIZER, made), made)
         data.append(str(tmp_path / name))
     with TokenStoreWriter(tmp_path / "wide", np.int32) as writer:
@@ -75,7 +73,7 @@ def test_text_and_token_files_are_compared_whatever_their_bos_eos_and_type(tmp_p
 
 def test_hashes_are_made_as_text_is_tokenised_and_once_for_other_files(tmp_path: Path, monkeypatch) -> None:
     data = [write_texts(tmp_path / "a.jsonl", [f"text {i % 7}" for i in range(40)])]
-    made = TokenizeSettings(progress=False)
+    made = TokenizeSettings()
     tokenize_file(tmp_path / "a.jsonl", tmp_path / "s", DocumentEncoder.of(TOKENIZER, made), made)
     expected = count(data, tmp_path / "cache"), count([str(tmp_path / "s")], tmp_path / "cache")
     (entry,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
@@ -97,7 +95,7 @@ def test_a_cache_entry_without_hashes_gets_them(tmp_path: Path) -> None:
 def test_workers_hash_alike(tmp_path: Path) -> None:
     write_texts(tmp_path / "a.jsonl", [f"text {i}" for i in range(3000)])
     for workers in (1, 2):
-        made = TokenizeSettings(progress=False, workers=workers)
+        made = TokenizeSettings(workers=workers)
         encoder = DocumentEncoder.of(TOKENIZER, made)
         tokenize_file(tmp_path / "a.jsonl", tmp_path / "s", encoder, made, tmp_path / f"{workers}.hash")
     assert (tmp_path / "1.hash").read_bytes() == (tmp_path / "2.hash").read_bytes()

@@ -51,7 +51,7 @@ def linked(folder: Path, name: str, content: bytes, blob: str = "0a1b2c") -> Pat
 
 
 def stored(paths: list[Path], cache: Path) -> list[list[int]]:
-    corpus = open_corpus(list(map(str, paths)), TOKENIZER, TokenizeSettings(cache_dir=cache, progress=False))
+    corpus = open_corpus(list(map(str, paths)), TOKENIZER, TokenizeSettings(cache_dir=cache))
     return [source.tokens(i).tolist() for source in corpus.sources for i in range(len(source))]
 
 

@@ -12,6 +12,7 @@ import pytest
 from document_cases import TEXTS, TOKENIZER, stored, write_jsonl
 from tiny_tokenizer import byte_level_tokenizer
 
+from megatron_sip.data import tokenization
 from megatron_sip.data.documents import open_corpus
 from megatron_sip.data.errors import DataError
 from megatron_sip.data.token_store import TokenStoreWriter, bin_path
@@ -20,7 +21,7 @@ from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, ca
 
 @pytest.fixture
 def settings(tmp_path: Path) -> TokenizeSettings:
-    return TokenizeSettings(cache_dir=tmp_path / "cache", progress=False)
+    return TokenizeSettings(cache_dir=tmp_path / "cache")
 
 
 def test_a_finished_cache_is_reused_and_a_changed_source_or_setting_is_not(
@@ -94,7 +95,7 @@ def test_long_names_of_any_script_fit_a_file_system(tmp_path: Path, settings: To
 
 
 def _open_together(source: str, cache: str, barrier, results) -> None:
-    settings = TokenizeSettings(cache_dir=Path(cache), progress=False)
+    settings = TokenizeSettings(cache_dir=Path(cache))
     barrier.wait(60)
     results.put(stored(open_corpus([source], byte_level_tokenizer(), settings)))
 
@@ -128,16 +129,20 @@ def test_a_node_whose_locks_are_not_seen_loses_the_race_harmlessly(tmp_path: Pat
     assert not [path for path in settings.cache_dir.iterdir() if path.name.startswith(".")]
 
 
-def test_waiting_for_another_process_ends(tmp_path: Path, settings: TokenizeSettings) -> None:
+def test_waiting_for_another_process_ends(
+    tmp_path: Path, settings: TokenizeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megatron_sip.data.tokenization import _entry_path
 
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     encoder = DocumentEncoder.of(TOKENIZER, settings)
     entry = _entry_path(source, encoder, settings)
     entry.parent.mkdir(parents=True)
-    impatient = TokenizeSettings(cache_dir=settings.cache_dir, progress=False, lock_timeout_s=0.2)
+    monkeypatch.setattr(tokenization, "LOCK_TIMEOUT_S", 0.2)
     with (
         filelock.FileLock(entry.with_name(entry.name + ".lock")),
-        pytest.raises(DataError, match=r"another process has been tokenising it for 0 s \(lock .*a\.jsonl-.*\.lock\)"),
+        pytest.raises(
+            DataError, match=r"another process has been tokenising it for 0.2 s \(lock .*a\.jsonl-.*\.lock\)"
+        ),
     ):
-        cached_tokens(source, encoder, impatient)
+        cached_tokens(source, encoder, settings)

@@ -20,7 +20,7 @@ MODEL_VOCABULARY = len(byte_level_tokenizer())
 
 @pytest.fixture
 def settings(tmp_path: Path) -> TokenizeSettings:
-    return TokenizeSettings(cache_dir=tmp_path / "cache", progress=False)
+    return TokenizeSettings(cache_dir=tmp_path / "cache")
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_an_eos_beyond_the_model_s_vocabulary_is_refused_where_it_is_used(tmp_pa
     tokenizer = byte_level_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<end>"})
     for append_eos in (True, False):
-        settings = TokenizeSettings(cache_dir=tmp_path / "cache", progress=False, append_eos=append_eos)
+        settings = TokenizeSettings(cache_dir=tmp_path / "cache", append_eos=append_eos)
         if append_eos:
             with pytest.raises(DataError, match=f"ids up to {MODEL_VOCABULARY}"):
                 open_corpus([text], tokenizer, settings, vocab_size=MODEL_VOCABULARY)

@@ -56,7 +56,7 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
 
 
 def push(sync: DistributedWeightSync | DiskWeightSync, step: int, *, require_all: bool = False) -> dict[str, str]:
-    return dict(sync.push(tensors(step).items(), version=str(step), require_all=require_all).failed)
+    return sync.push(tensors(step).items(), version=str(step), require_all=require_all)
 
 
 class BlockedGroup:
