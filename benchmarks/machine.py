@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+LINE_LENGTH = 120
+
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
     """Processor, memory, threads, versions and allocator settings: whatever a figure depends on."""
@@ -180,4 +182,21 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
     """JSON under benchmarks/results/, replaced as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+    path.write_text(laid_out(report) + "\n")
+
+
+def laid_out(value: Any, indent: str = "") -> str:
+    """JSON with as much in a line as fits, but for lists and objects that take several: each begins one."""
+    flat = json.dumps(value, sort_keys=True)
+    if len(indent + flat) <= LINE_LENGTH or not isinstance(value, dict | list):
+        return flat
+    inner, lines = indent + "  ", [""]
+    keys = sorted(value) if isinstance(value, dict) else range(len(value))
+    for key in keys:
+        text = (f"{json.dumps(key)}: " if isinstance(value, dict) else "") + laid_out(value[key], inner) + ","
+        if lines[-1] and len(inner + lines[-1] + text) < LINE_LENGTH and "\n" not in lines[-1] + text:
+            lines[-1] += f" {text}"
+        else:
+            lines.append(text)
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return opening + f"\n{inner}".join(lines).rstrip(",") + f"\n{indent}{closing}"
