@@ -71,7 +71,8 @@ async def test_the_only_judge_is_waited_for_and_nothing_is_judged_twice(
         assert not step.done()
         before = judge.counters()["requests"]
         served = victim.log_file.read_text(errors="replace").count(ANSWERED)
-        await asyncio.to_thread(victim.restart)
+        victim.stop()
+        await asyncio.to_thread(victim.start)
         judged = await step
         counters = judge.counters()
     assert all(group.dropped is None and group.scores is not None for group in judged)
