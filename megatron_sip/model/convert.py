@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from megatron_sip import console
 from megatron_sip.console import quiet
@@ -27,6 +24,7 @@ from megatron_sip.learning.checksums import damages, write_checksums
 from megatron_sip.model.hf_families import architecture
 from megatron_sip.model.hf_files import checked_tensors, read_hf_config, rounding
 from megatron_sip.model.hf_folder import HF_SUBFOLDER, copy_hf_files, refuse_pointers
+from megatron_sip.model.hf_shards import name_parts, write_parts
 from megatron_sip.model.standalone import build_policy, initialize_megatron_for, precision_of
 
 PREFIX = "convert_checkpoint: "
@@ -115,8 +113,12 @@ def megatron_to_hf(args: argparse.Namespace) -> None:
     model = build_policy()
     load_checkpoint(model, None, None)
     args.save.mkdir(parents=True, exist_ok=True)
-    save_safetensors(export_hf_weights(model, hf_config), args.save)
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(
+        by_rank, write_parts(export_hf_weights(model, hf_config), args.save, str(dist.get_rank()), MAX_SHARD_BYTES)
+    )
     if dist.get_rank() == 0:
+        name_parts(args.save, [part for parts in by_rank for part in parts])
         copy_hf_files(hf_dir, args.save)
 
 
@@ -147,52 +149,6 @@ def hf_config_of(folder: Path, flag: str) -> Any:
 def check_new(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConversionError(f"--save {folder} already holds files: name a new folder, or empty it first")
-
-
-def save_safetensors(
-    weights: Iterable[tuple[str, Tensor | None]], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Write the tensors that this rank owns; collective, since rank 0 names the files of all and writes the index.
-
-    Holds one shard in memory. A single shard becomes model.safetensors; several get Hugging Face's numbered names and
-    model.safetensors.index.json.
-    """
-    parts: list[tuple[str, list[str], int]] = []
-    for shard, size in shards_of(weights, max_shard_bytes):
-        name = f"part-{dist.get_rank()}-{len(parts)}.tmp"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        parts.append((name, list(shard), size))
-    by_rank: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(by_rank, parts)
-    if dist.get_rank() != 0:
-        return
-    parts = [part for rank_parts in by_rank for part in rank_parts]
-    weight_map: dict[str, str] = {}
-    for number, (temporary, names, _) in enumerate(parts, start=1):
-        final = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        (folder / temporary).rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    if len(parts) > 1:
-        index = {"metadata": {"total_size": sum(size for _, _, size in parts)}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def shards_of(
-    weights: Iterable[tuple[str, Tensor | None]], max_shard_bytes: int
-) -> Iterator[tuple[dict[str, Tensor], int]]:
-    """Group this rank's tensors, moved to the CPU, into shards of at most `max_shard_bytes` (or a single tensor)."""
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in weights:
-        if tensor is None:
-            continue
-        if shard and size + tensor.nbytes > max_shard_bytes:
-            yield shard, size
-            shard, size = {}, 0
-        shard[name] = tensor.cpu()
-        size += tensor.nbytes
-    if shard:
-        yield shard, size
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,13 +24,12 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from megatron_sip.model.hf_shards import Tensors
 from megatron_sip.rollout.daemon import in_daemon_thread
 from megatron_sip.rollout.http import call
 from megatron_sip.rollout.protocol import EngineError
 
 Backend = Literal["gloo", "nccl"]
-NamedTensors = Iterable[tuple[str, torch.Tensor | None]]
-Tensors = list[tuple[str, torch.Tensor]]
 POLL_S = 0.001
 ABORT_S = 5.0
 
@@ -59,22 +57,6 @@ def make_bucket(tensors: Tensors, device: torch.device) -> Bucket:
         shapes=tuple(tuple(tensor.shape) for _, tensor in ordered),
         data=torch.cat(flat),
     )
-
-
-def buckets(named_tensors: NamedTensors, bucket_bytes: int) -> Iterator[Tensors]:
-    """Group the tensors that are not None, in order, into lists of at most `bucket_bytes` (a larger one goes alone)."""
-    pending: Tensors = []
-    size = 0
-    for name, tensor in named_tensors:
-        if tensor is None:
-            continue
-        if pending and size + tensor.nbytes > bucket_bytes:
-            yield pending
-            pending, size = [], 0
-        pending.append((name, tensor))
-        size += tensor.nbytes
-    if pending:
-        yield pending
 
 
 class EngineGroup:

@@ -20,7 +20,6 @@ once and leaves the distribution to the file system.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from abc import ABC, abstractmethod
@@ -32,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from megatron_sip.model.hf_folder import copy_hf_files
-from megatron_sip.rollout.engine_group import Backend, EngineGroup, NamedTensors, buckets, make_bucket
+from megatron_sip.model.hf_shards import NamedTensors, Part, buckets, name_parts, write_parts
+from megatron_sip.rollout.engine_group import Backend, EngineGroup, make_bucket
 from megatron_sip.rollout.http import call
 from megatron_sip.rollout.protocol import EngineError, WeightSyncError
 from megatron_sip.rollout.recovery import end_open_update
@@ -327,15 +326,15 @@ class DiskWeightSync(WeightSync):
         staged = self._folder / f".weights-{version}"
         final = self._folder / f"weights-{version}"
         error: BaseException | None = None
-        placed: dict[str, str] = {}
+        parts: list[Part] = []
+        weights = iter(named_tensors)
         self._on_lead(lambda: begin_folder(staged))  # before any source writes into it
         try:
-            placed = self._write(named_tensors, staged)
+            with drained(weights):
+                parts = write_parts(weights, staged, self.rank.name, self.settings.bucket_bytes)
         except Exception as raised:
             error = raised
-        everywhere: dict[str, str] = {}
-        for part in self.rank.exchange(placed):
-            everywhere.update(part)
+        everywhere = [part for own in self.rank.exchange(parts) for part in own]
         self._raise_on_errors(error)
         self._on_lead(lambda: finish_folder(staged, final, self._template, everywhere))
         failed = self._on_engines(lambda url: self._load(url, final, version), {}, self.rank.lead)
@@ -344,18 +343,6 @@ class DiskWeightSync(WeightSync):
 
     def close(self) -> None:
         """Nothing is held open; the folders stay for engines that restart."""
-
-    def _write(self, named_tensors: NamedTensors, staged: Path) -> dict[str, str]:
-        """Write this source's tensors as safetensors files; returns each tensor's file name."""
-        placed: dict[str, str] = {}
-        iterator = iter(named_tensors)
-        with drained(iterator):
-            for index, part in enumerate(buckets(iterator, self.settings.bucket_bytes)):
-                file = f"model-{self.rank.name}-{index:05d}.safetensors"
-                tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in part}
-                save_file(tensors, staged / file, metadata={"format": "pt"})
-                placed.update(dict.fromkeys(tensors, file))
-        return placed
 
     def _load(self, url: str, folder: Path, version: str) -> None:
         self._call(url, "/pause_generation", {"mode": "retract"})
@@ -384,12 +371,10 @@ def begin_folder(staged: Path) -> None:
     staged.mkdir(parents=True)
 
 
-def finish_folder(staged: Path, final: Path, template: Path, placed: Mapping[str, str]) -> None:
-    """Make the staged safetensors files a complete Hugging Face checkpoint and move it to `final` in one step."""
+def finish_folder(staged: Path, final: Path, template: Path, parts: Sequence[Part]) -> None:
+    """Make the staged parts a complete Hugging Face checkpoint and move it to `final` in one step."""
     copy_hf_files(template, staged)
-    total = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(placed)}
-    (staged / "model.safetensors.index.json").write_text(json.dumps(index))
+    name_parts(staged, parts)
     if final.exists():
         shutil.rmtree(final)  # the same version again, after a resume
     staged.rename(final)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from training import train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
-from megatron_sip.model.convert import shards_of
 from megatron_sip.model.converted import converted_checkpoint
+from megatron_sip.model.hf_shards import buckets
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -169,8 +169,7 @@ def test_rounding_is_told_in_both_directions(tiny_llama_dir: Path, tmp_path: Pat
 
 def test_shards_are_cut_at_the_size_limit() -> None:
     weights = [("a", torch.zeros(3)), ("b", None), ("c", torch.zeros(2)), ("d", torch.zeros(9)), ("e", torch.zeros(1))]
-    shards = [(list(shard), size) for shard, size in shards_of(weights, max_shard_bytes=20)]
-    assert shards == [(["a", "c"], 20), (["d"], 36), (["e"], 4)]
+    assert [[name for name, _ in bucket] for bucket in buckets(weights, 20)] == [["a", "c"], ["d"], ["e"]]
 
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])

@@ -20,6 +20,7 @@ import pytest
 import torch
 from fake_engine import FakeEngine
 
+from megatron_sip.model.hf_shards import write_parts
 from megatron_sip.rollout import engine_group, http, weight_sync
 from megatron_sip.rollout.engine_group import EngineGroup, make_bucket
 from megatron_sip.rollout.launch import free_port
@@ -160,11 +161,15 @@ def test_a_pushed_folder_holds_no_index_of_the_template_s_weights(template: Path
     for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json", "pytorch_model.bin"):
         (template / name).write_text("of the weights that training began with")
     (tmp_path / "staged").mkdir()
-    finish_folder(tmp_path / "staged", tmp_path / "final", template, {"a": "model-stage0-00000.safetensors"})
+    parts = [part for owner in "ab" for part in write_parts([(owner, torch.ones(2))], tmp_path / "staged", owner, 99)]
+    finish_folder(tmp_path / "staged", tmp_path / "final", template, parts)
     found = {file.name for file in (tmp_path / "final").iterdir()}
     assert not found & {"pytorch_model.bin.index.json", "pytorch_model.bin"}
     assert "config.json" in found
-    assert json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())["weight_map"].keys() == {"a"}
+    assert json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())["weight_map"].keys() == {
+        "a",
+        "b",
+    }
 
 
 @pytest.mark.parametrize("kind", ["distributed", "disk"])
