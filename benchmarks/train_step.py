@@ -233,15 +233,8 @@ def compare(rows: Sequence[Row], allocators: Sequence[str]) -> dict[str, float]:
 
 def print_report(rows: Sequence[Row], ratios: Mapping[str, float], peak: float) -> None:
     header = (
-        "variant",
-        "allocator",
-        "s a step",
-        "of it reference",
-        "peak GB",
-        "at rest",
-        "of GEMM peak",
-        "grad norm",
-        "loss",
+        *("variant", "allocator", "s a step", "of it reference", "peak GB"),
+        *("at rest", "of GEMM peak", "grad norm", "loss"),
     )
     table = []
     for row in rows:

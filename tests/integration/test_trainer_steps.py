@@ -14,18 +14,8 @@ KINDS = {"plain": [], "distributed": ["--use-distributed-optimizer"]}
 FAULTS = (None, "loss", "gradient", None)
 BEFORE = ["--train-iters", "4", "--lr", "1e-3", "--lr-decay-style", "linear", "--lr-warmup-iters", "1"]
 AFTER = [
-    *(
-        "--train-iters",
-        "10",
-        "--lr",
-        "4e-4",
-        "--min-lr",
-        "2e-4",
-        "--lr-decay-style",
-        "linear",
-        "--lr-warmup-iters",
-        "0",
-    ),
+    *("--train-iters", "10", "--lr", "4e-4", "--min-lr", "2e-4", "--lr-decay-style", "linear", "--lr-warmup-iters"),
+    "0",
     *("--adam-eps", "1e-6", "--adam-beta2", "0.95"),
 ]
 TOO_LARGE = ["--initial-loss-scale", str(2.0**18), "--hysteresis", "1"]

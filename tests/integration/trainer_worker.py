@@ -31,15 +31,8 @@ from megatron_sip.samples import Example
 
 FLAGS = (
     *("--global-batch-size", "4", "--calculate-per-token-loss", "--override-opt-param-scheduler"),
-    *(
-        "--save-interval",
-        "9",
-        "--no-check-for-nan-in-loss-and-grad",
-        "--attention-dropout",
-        "0",
-        "--hidden-dropout",
-        "0",
-    ),
+    *("--save-interval", "9", "--no-check-for-nan-in-loss-and-grad", "--attention-dropout"),
+    *("0", "--hidden-dropout", "0"),
 )
 EXAMPLES = [
     Example(task, list(range(5 + task, 15 + task)), [list(range(20, 26 + task))], ["target"], ["suffix"])

@@ -109,14 +109,8 @@ def kill_when(run: Path, reached: Callable[[], bool], *flags: str) -> None:
 
 
 LEARNT = (
-    "loss",
-    "grad_norm",
-    "score/suffix",
-    "score/rollout",
-    "chosen_rate/rollout",
-    "reward_margin",
-    "reward_accuracy",
-    "rollout_logratio",
+    *("loss", "grad_norm", "score/suffix", "score/rollout", "chosen_rate/rollout", "reward_margin"),
+    *("reward_accuracy", "rollout_logratio"),
 )
 
 

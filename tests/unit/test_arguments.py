@@ -154,22 +154,15 @@ def test_dpo_cannot_wait_for_rollouts_with_one_other_candidate() -> None:
         (("--criteria", "quality", "--judge-schedule", "pivot"), "--judge-pivot-competes"),
         (
             (
-                "--criteria",
-                "quality",
-                "--judge-schedule",
-                "pivot",
-                "--judge-pivot",
-                "rollout",
-                "--candidates",
-                "suffix",
-                "rewrite",
+                *("--criteria", "quality", "--judge-schedule", "pivot", "--judge-pivot", "rollout", "--candidates"),
+                *("suffix", "rewrite"),
             ),
             "--judge-pivot rollout",
         ),
         (
             (
-                *("--criteria", "quality", "--judge-schedule", "pivot", "--judge-pivot-competes"),
-                "--candidates",
+                *("--criteria", "quality", "--judge-schedule", "pivot"),
+                *("--judge-pivot-competes", "--candidates"),
                 "rollout",
             ),
             "--judge-pivot suffix",

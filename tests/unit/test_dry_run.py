@@ -139,13 +139,7 @@ def test_description_of_the_papers_safety_set_up() -> None:
 
 def test_what_a_reasoning_judge_behind_a_rate_limit_costs() -> None:
     flags = (
-        "--preset",
-        "safety-suffix-1",
-        "--teacher-api",
-        "openai",
-        "--teacher-name",
-        "m",
-        "--teacher-url",
+        *("--preset", "safety-suffix-1", "--teacher-api", "openai", "--teacher-name", "m", "--teacher-url"),
         URL,
         URL + "2",
     )

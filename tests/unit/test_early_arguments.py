@@ -85,33 +85,18 @@ def test_weights_that_are_not_there_are_told_with_the_other_mistakes_unless_a_ru
 
 def test_every_mistake_is_told_at_once_with_the_nearest_flag() -> None:
     given = [
-        "--num-rollots",
-        "3",
-        "--lr",
-        "abc",
-        "--bf16",
-        "yes",
-        "--train-itrs",
-        "5",
-        "--dpo-beta",
-        "-1",
-        "--save",
-        "x",
+        *("--num-rollots", "3", "--lr", "abc", "--bf16", "yes"),
+        *("--train-itrs", "5", "--dpo-beta", "-1", "--save", "x"),
     ]
     with pytest.raises(ArgumentError) as caught:
         check_flags([*given, "--seq-lenght", "8", "--objective", "dpo2", "--made-up-by-nobody-at-all"])
     message = str(caught.value)
     for part in (
-        "--num-rollots: there is no such flag; is --num-rollouts meant?",
-        "--lr: invalid float value: 'abc'",
-        "--bf16: unexpected 'yes' after it",
-        "--train-itrs: there is no such flag; is --train-iters meant?",
-        "--seq-lenght: there is no such flag; is --seq-length meant?",
-        "--objective: invalid choice: 'dpo2'",
-        "--made-up-by-nobody-at-all: there is no such flag (--help",
-        "--data-path is required",
-        "beta is -1.0, must be a positive number",
-        "rollouts need engines",
+        *("--num-rollots: there is no such flag; is --num-rollouts meant?", "--lr: invalid float value: 'abc'"),
+        *("--bf16: unexpected 'yes' after it", "--train-itrs: there is no such flag; is --train-iters meant?"),
+        *("--seq-lenght: there is no such flag; is --seq-length meant?", "--objective: invalid choice: 'dpo2'"),
+        *("--made-up-by-nobody-at-all: there is no such flag (--help", "--data-path is required"),
+        *("beta is -1.0, must be a positive number", "rollouts need engines"),
         "--pretrained-checkpoint (continue) or --hf-config (from scratch) is required",
     ):
         assert part in message
@@ -183,16 +168,8 @@ def test_megatron_s_flags_are_parsed_early_as_by_megatron(megatron: argparse.Arg
 @pytest.mark.parametrize("name", known_presets())
 def test_every_preset_holds_existing_flags_only(name: str) -> None:
     needed = (
-        "--hf-config",
-        "model",
-        "--data-path",
-        "a.jsonl",
-        "--save",
-        "r",
-        "--rollout-url",
-        "http://e",
-        "--teacher-url",
-        "http://t",
+        *("--hf-config", "model", "--data-path", "a.jsonl", "--save", "r", "--rollout-url", "http://e"),
+        *("--teacher-url", "http://t"),
     )
     check_flags(expand_presets([*needed, "--preset", name, "--teacher-name", "judge"]))
 

@@ -207,10 +207,7 @@ def test_arguments_of_a_llama3() -> None:
     config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, rope_parameters=rope, tie_word_embeddings=True)
     arguments = " ".join(megatron_arguments_from_hf(config))
     for expected in (
-        "--num-layers 32",
-        "--num-query-groups 8",
-        "--vocab-size 128256",
-        "--rotary-base 500000",
+        *("--num-layers 32", "--num-query-groups 8", "--vocab-size 128256", "--rotary-base 500000"),
         "--use-rope-scaling --rope-scaling-factor 32.0",
     ):
         assert expected in arguments

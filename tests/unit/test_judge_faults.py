@@ -38,13 +38,7 @@ def fault_plan(seed: int) -> FaultPlan:
     def plan(index: int) -> Fault | None:
         draw = random.Random(seed * 100_003 + index)
         kinds: list[Fault | None] = [
-            "status",
-            "rate-limit",
-            "disconnect",
-            "hang",
-            "not-json",
-            "wrong-shape",
-            "no-verdict",
+            *("status", "rate-limit", "disconnect", "hang", "not-json", "wrong-shape", "no-verdict"),
         ]
         weights = [0.14, 0.08, 0.08, 0.1, 0.03, 0.03, 0.04]
         return draw.choices([*kinds, None], [*weights, 1 - sum(weights)])[0]

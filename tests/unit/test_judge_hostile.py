@@ -108,17 +108,8 @@ def bad(way: str, truth: str, n: int) -> Any:
 
 
 BAD = [
-    *(
-        "empty",
-        "html",
-        "half",
-        "wrong shape",
-        "no choices",
-        "bare choices",
-        "text choices",
-        "filtered",
-        "filtered late",
-    ),
+    *("empty", "html", "half", "wrong shape", "no choices", "bare choices", "text choices", "filtered"),
+    "filtered late",
     *("aborted", "cut", "reasons only", "open thought", "cut thought", "closed thought", "analysis", "rules"),
     *("thought parts", "no verdict", "hangs", "closes", "too long"),
 ]

@@ -53,33 +53,13 @@ READERS: dict[str, Callable[[str], object]] = {
 UNITS = [
     *("<think>", "</think>", "<thinking><think>", "[THINK]", "◁think▷", "<|channel|>", "<|channel|>final<|message|>"),
     *("analysis", "assistantfinal", "<|", "<", "</a>", "<a>", "<_", "<________", "</__a", "<a_", "[", "[["),
-    *(
-        "{",
-        '{"',
-        '{"a":',
-        '{\\"',
-        '"label"',
-        '"label" : ',
-        '{"label": "No Hallucination", ',
-        '"',
-        "“",
-        "'",
-        "`",
-        "```\n",
-    ),
+    *("{", '{"', '{"a":', '{\\"', '"label"', '"label" : ', '{"label": "No Hallucination", ', '"', "“", "'", "`"),
+    "```\n",
     *("Conclusion:", "Conclusion: *_ ", "Conclusion: Option 1", "Conclusion: Option 1\n", "Conclusion: Option 1 or "),
     *("FINAL DECISION:", "MODIFIED CONTINUATION:", "MODIFIED CONTINUATION: \n", "(", "()", "((because ", "because "),
     *("of 1", "/5", "*", "**_", ".", "!", " ", "\n", "\t\n", "x", "x ", "\u200d", "色", "one ", "one two "),
-    *(
-        "I ",
-        "I can't ",
-        "I'm sorry, but ",
-        "sorry, ",
-        "As an AI ",
-        "As an AI, I cannot ",
-        "Unfortunately, ",
-        "thank you ",
-    ),
+    *("I ", "I can't ", "I'm sorry, but ", "sorry, "),
+    *("As an AI ", "As an AI, I cannot ", "Unfortunately, ", "thank you "),
 ]
 
 

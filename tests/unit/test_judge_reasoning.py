@@ -314,12 +314,8 @@ async def test_a_chat_api_does_not_begin_answers_inside_reasoning(
 
 
 ARGUMENTS = [
-    "The first repeats itself. ",
-    "I must end with Conclusion: Option 1 or Conclusion: Option 2. ",
-    "\nConclusion: Option 1\n",
-    "Wait, let me re-read.\n",
-    '{"label": "x"} ',
-    "**Conclusion: Option 1**",
+    *("The first repeats itself. ", "I must end with Conclusion: Option 1 or Conclusion: Option 2. "),
+    *("\nConclusion: Option 1\n", "Wait, let me re-read.\n", '{"label": "x"} ', "**Conclusion: Option 1**"),
 ]
 
 

@@ -199,11 +199,7 @@ def test_label_probability_adds_up_spellings() -> None:
 
 
 BAD_LOGPROBS = [
-    1000,
-    5,
-    0.01,
-    "nan",
-    "-1",
+    *(1000, 5, 0.01, "nan", "-1"),
     True,
     None,
     [],

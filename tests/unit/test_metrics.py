@@ -136,13 +136,8 @@ def test_the_progress_line_shows_what_a_step_is_judged_by() -> None:
     }
     line = progress_line(7, 40, numbers, 300.0)
     for part in (
-        "step  7/40",
-        "loss 0.6931",
-        "rollout -2.500 suffix -3.200",
-        "chosen 0.75",
-        "dropped 3 (tied 2, judge-quality-rate-limited 1)",
-        "verdicts missing 3 of 40",
-        "| 5 min left",
-        "9.0 s (rollout 6.1, train 2.0)",
+        *("step  7/40", "loss 0.6931", "rollout -2.500 suffix -3.200", "chosen 0.75"),
+        *("dropped 3 (tied 2, judge-quality-rate-limited 1)", "verdicts missing 3 of 40"),
+        *("| 5 min left", "9.0 s (rollout 6.1, train 2.0)"),
     ):
         assert part in line

@@ -128,14 +128,8 @@ async def test_the_last_judge_of_its_own_makes_the_comparison(tmp_path: Path) ->
         }
         async with FakeJudge() as teacher, FakeJudge() as last:
             flags = [
-                "--teacher-api",
-                "openai",
-                "--teacher-name",
-                "t",
-                "--judge-verdict",
-                "hard",
-                "--criteria",
-                "quality",
+                *("--teacher-api", "openai", "--teacher-name", "t"),
+                *("--judge-verdict", "hard", "--criteria", "quality"),
             ]
             flags += ["--eval-judge-url", last.url, "--eval-judge-api", "openai", "--eval-judge-name", "e"]
             args = arguments(*flags, "--win-rate-prompts", "2", vocab_size=320, run_dir=str(tmp_path), train_iters=1)

@@ -67,11 +67,7 @@ def set_up(monkeypatch: pytest.MonkeyPatch, **servers: Any) -> list[str]:
 
 def test_a_url_is_checked_before_anything_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set_up(monkeypatch, rollout_url=["http://e"]) == [
-        "check weights",
-        "start servers",
-        "connect",
-        "tokenise",
-        "load",
+        *("check weights", "start servers", "connect", "tokenise", "load"),
     ]
 
 
