@@ -32,8 +32,8 @@ from megatron_sip.evaluation.run_record import run_record, write_run_record
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
 from megatron_sip.files import DiskError
 from megatron_sip.judge.cache import CacheError
-from megatron_sip.judge.client import EndpointError
 from megatron_sip.judge.encoding import EncodingError
+from megatron_sip.judge.probe import EndpointError
 from megatron_sip.judge.settings import SettingsError
 from megatron_sip.learning.checkpoint_folder import TRACKER
 from megatron_sip.learning.metrics import Metrics, merge

@@ -25,8 +25,8 @@ from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.data.tokenization import TokenizeSettings
 from megatron_sip.judge import Rewriter, SettingsError
 from megatron_sip.judge.cache import CacheError
-from megatron_sip.judge.client import EndpointError
 from megatron_sip.judge.encoding import EncodingError
+from megatron_sip.judge.probe import EndpointError
 from megatron_sip.judge_arguments import add_teacher_flags, rewriter_settings
 
 BATCH_SECONDS = 24 * 3600.0

@@ -24,7 +24,7 @@ from megatron_sip.judge.cache import AnswerCache, cache_key
 from megatron_sip.judge.calls import Answer, Call, GenerateCall, LikelihoodCall, cache_material, votes_that_came
 from megatron_sip.judge.dialect import Dialect, Dialects, DialectTrial
 from megatron_sip.judge.encoding import ChatEncoder, EncodingError
-from megatron_sip.judge.probe import EndpointError, EndpointFacts, probe
+from megatron_sip.judge.probe import EndpointFacts, probe
 from megatron_sip.judge.reasoning import UNKNOWN, ReasoningStyle
 from megatron_sip.judge.settings import DEFAULT_MODEL, ClientSettings, Endpoint, SettingsError
 from megatron_sip.judge.window import PrefixWindow, estimated_tokens
@@ -37,8 +37,6 @@ from megatron_sip.judge.wire import (
     sglang_answers,
     sglang_body,
 )
-
-__all__ = ["EndpointError", "JudgeClient", "affinity_of"]
 
 log = logging.getLogger(__name__)
 

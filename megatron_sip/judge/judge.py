@@ -86,15 +86,13 @@ class Judge(AsksTeacher):
             ):
                 self._check_reasoning(f"criterion {item.setting}")
 
-    async def score(
-        self, groups: Sequence[Group], *, objective: Objective = "dpo", deadline_s: float | None = None
-    ) -> list[Group]:
-        """The groups in order, scored or dropped, within `deadline_s` (default: the settings').
+    async def score(self, groups: Sequence[Group], *, objective: Objective = "dpo") -> list[Group]:
+        """The groups in order, scored or dropped, within the settings' `deadline_s`.
 
         Groups that arrive dropped stay so. Candidates that are all the same text tie without being compared. With the
         objective "pair" two candidates are compared directly, whatever the schedule.
         """
-        deadline = asyncio.get_running_loop().time() + (deadline_s or self._settings.deadline_s)
+        deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
         gate = asyncio.Semaphore(max(8, self._settings.client.concurrency // PROMPTS_IN_FLIGHT_SHARE))
 
         async def bounded(group: Group) -> Group:

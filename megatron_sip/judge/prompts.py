@@ -40,7 +40,7 @@ _SLOT = re.compile(r"\{\{(\w+)\}\}")
 _REQUIRED_SLOTS = {"pairwise": {"option_1", "option_2"}, "pointwise": {"candidate"}, "text": set[str]()}
 _HEADER_KEYS = {"name", "version", "kind", "description", "pattern", "start", "position", "values"}
 
-# Role, turn and reasoning marks of the common chat templates. A tokenizer's own special tokens are added to these.
+# Role, turn and reasoning marks of the common chat templates.
 _TEMPLATE_MARKS = re.compile(
     r"<[|｜][^<>|｜\n]{1,60}[|｜]>|</?s>|</?(?:\w{1,12}[:|])?(?:think(?:ing)?|thought|reasoning)>|◁/?think▷|<channel\|>"
     r"|\[/?THINK\]|<</?SYS>>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS"
@@ -130,16 +130,13 @@ def valid_unicode(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
-def break_marks(text: str, special_tokens: tuple[str, ...] = ()) -> str:
-    """`text` with a space inside everything that a chat template or tokenizer could take for a mark.
+def break_marks(text: str) -> str:
+    """`text` with a space inside everything that a chat template could take for a mark.
 
     A space is inserted, nothing removed: taking a mark out of the middle of another could make a new one.
     """
     if "<" in text or "[" in text:
         text = _TEMPLATE_MARKS.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-    for token in special_tokens:
-        if token in text:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
 
 

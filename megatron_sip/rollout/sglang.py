@@ -13,6 +13,7 @@ is a `Failure`, counted by kind.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -37,16 +38,7 @@ from megatron_sip.rollout.protocol import (
     read_reply,
 )
 
-__all__ = [
-    "Completion",
-    "EngineError",
-    "Failure",
-    "ModelContract",
-    "PoolCounters",
-    "PoolSettings",
-    "SGLangPool",
-    "SamplingSettings",
-]
+log = logging.getLogger(__name__)
 
 # SGLang's HTTP server closes an idle connection after 5 s; we must give it up first or lose a request on it.
 KEEP_ALIVE_S = 4.0
@@ -309,6 +301,8 @@ class SGLangPool:
 
     def _failed(self, kind: FailureKind, reason: str) -> Failure:
         self.counters.failures[kind] += 1
+        if self.counters.failures[kind] == 1:  # the first of its kind is worth a line, not a flood
+            log.warning("rollouts of a prompt are missing: %s", reason)
         return Failure(kind, reason)
 
     async def _control(self, url: str, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> Any:

@@ -20,7 +20,7 @@ from raw_server import JSON, RawServer, reply_of
 from megatron_sip.http import HttpPool, Request, RequestError, RetryPolicy, Server, _retry_after_s
 from megatron_sip.http_reply import MAX_REPLY_BYTES, key_from_environment, shown_url, url_mistake
 from megatron_sip.judge import Endpoint, Judge, SettingsError
-from megatron_sip.judge.client import EndpointError
+from megatron_sip.judge.probe import EndpointError
 
 KEY = "sk-very-secret-4711"
 ONCE = RetryPolicy(attempts=1)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from judge_cases import make_group, make_settings, score
 
 from megatron_sip.judge import Judge
-from megatron_sip.judge.client import EndpointError
+from megatron_sip.judge.probe import EndpointError
 from megatron_sip.samples import Candidate, Group
 
 HOSTILE = json.loads((Path(__file__).parents[1] / "data" / "hostile_texts.json").read_text(encoding="utf-8"))

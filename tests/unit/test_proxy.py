@@ -11,7 +11,7 @@ from judge_cases import make_group, make_settings
 from raw_server import RawServer, reply_of
 
 from megatron_sip.judge import Endpoint, Judge, SettingsError
-from megatron_sip.judge.client import EndpointError
+from megatron_sip.judge.probe import EndpointError
 from megatron_sip.proxy import DIRECT, Proxy, is_public, proxy_for
 from megatron_sip.rollout.http import call
 from megatron_sip.rollout.launch import free_port
