@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_sip.argument_checks import ArgumentError, check_required, explained, validate
-from megatron_sip.judge_arguments import add_judge_flags, add_teacher_flags
+from megatron_sip.judge_arguments import JUDGE_FLAGS, add_teacher_flags
 from megatron_sip.model.converted import converted_checkpoint, is_hf_folder
 from megatron_sip.model.hf_folder import HF_SUBFOLDER, refuse_pointers
 from megatron_sip.presets import expand_presets
 from megatron_sip.samples import CANDIDATE_KINDS
-from megatron_sip.server_arguments import add_server_flags
+from megatron_sip.server_arguments import Flags, add_flags, add_server_flags
 from megatron_sip.wandb_run import continue_wandb_run
 
 GROUP_TITLE = "self-improving pretraining"
@@ -26,16 +26,141 @@ SAVE_INTERVAL = 100
 REFUSED = "these flags cannot work (--help and --help-megatron explain each)"
 
 
+RUN_FLAGS: Flags = {
+    "--preset": ({"metavar": "NAME|FILE"}, "Flags of a file, see docs/presets.md; flags after it win over its own."),
+    "--verbose": ({"action": "store_true"}, "Show on the screen what Megatron and others print, not in RUN_DIR/logs/."),
+    "--dry-run": ({"action": "store_true"}, "Say what the flags mean and cost in calls and tokens, and exit."),
+    "--run-dir": (
+        {"metavar": "DIR"},
+        "Folder for metrics.jsonl, samples, server logs, plots and summary.json. Default: the folder of --save.",
+    ),
+    "--started-as": ({"metavar": "COMMAND"}, "What the report names as the command that continues the run."),
+    "--load-last-whole": (
+        {"action": "store_true"},
+        "When files of the latest checkpoint are damaged, move it aside and continue from the newest one that is whole.",
+    ),
+    "--save-groups": ({"metavar": "DIR"}, "Write every step's judged groups there, compressed."),
+    "--replay-groups": ({"metavar": "DIR"}, "Train from groups written by --save-groups, without engines and teacher."),
+    "--win-rate-prompts": (
+        {"type": int, "default": 0, "metavar": "N"},
+        "At the end compare the trained policy with the initial one on N held-out prefixes; 0 skips it.",
+    ),
+    "--win-rate-temperature": ({"type": float, "default": 0.0}, "Sampling of the compared continuations; 0 is greedy."),
+}
+TASK_FLAGS: Flags = {
+    "--hf-config": (
+        {"metavar": "DIR"},
+        "HF folder with config.json and tokenizer of the policy: gives the architecture flags and the tokenizer, and "
+        "is what the engines serve. Default: --pretrained-checkpoint, or the folder hf/ inside, which the converter writes.",
+    ),
+    "--suffix-length": ({"type": int, "default": 128, "metavar": "N"}, "Tokens of a suffix, a rewrite and a rollout."),
+    "--task-mode": (
+        {"choices": ["random", "stream"], "default": "random"},
+        "random: one seeded cut a document and epoch. stream: every chunk of --suffix-length tokens in turn.",
+    ),
+    "--min-prefix-length": (
+        {"type": int, "default": 16, "metavar": "N"},
+        "Shortest prefix that a document is cut into.",
+    ),
+    "--text-field": ({"default": "text"}, "Field of jsonl and parquet records that holds the text."),
+    "--prepend-bos": (
+        {"choices": ["auto", "on", "off"], "default": "auto"},
+        "Begin documents with the tokenizer's BOS. auto: if the tokenizer puts one before plain text, as for Llama 3.",
+    ),
+    "--row-length": (
+        {"type": int, "metavar": "TOKENS"},
+        "Longest packed row (micro-batch). Several groups share a row. Default: just enough for one full group, "
+        "--seq-length, and --suffix-length more when the objective is dpo.",
+    ),
+}
+OBJECTIVE_FLAGS: Flags = {
+    "--objective": (
+        {"choices": ["sft", "rf-nll", "dpo"], "default": "dpo"},
+        "sft: NLL of --sft-target. rf-nll: NLL of the best-judged candidate. dpo: online DPO, best against worst.",
+    ),
+    "--candidates": (
+        {"nargs": "+", "choices": CANDIDATE_KINDS, "default": ["suffix", "rollout"], "metavar": "KIND"},
+        "Kinds of candidates that are judged: suffix, rewrite, rollout.",
+    ),
+    "--sft-target": ({"choices": CANDIDATE_KINDS, "default": "suffix"}, "What --objective sft learns; asks no judge."),
+    "--dpo-pair": (
+        {"nargs": 2, "choices": CANDIDATE_KINDS, "metavar": ("CHOSEN", "REJECTED")},
+        "Fix the roles of the DPO pair by kind and ask no judge, e.g. --dpo-pair rewrite rollout.",
+    ),
+    "--dpo-beta": ({"type": float, "default": 0.1}, "DPO's temperature on the log-ratio margin."),
+    "--dpo-nll-coef": ({"type": float, "default": 0.0}, "Weight of an NLL term on the chosen branch."),
+    "--dpo-label-smoothing": ({"type": float, "default": 0.0}, "Assumed rate of flipped preferences."),
+    "--dpo-loss": ({"choices": ["sigmoid", "ipo"], "default": "sigmoid"}, "Shape of the pair loss."),
+    "--ref-update-interval": (
+        {"type": int, "default": 0, "metavar": "STEPS"},
+        "Copy the policy into the DPO reference every so many steps; 0 keeps the initial policy for ever.",
+    ),
+    "--logit-chunk-columns": (
+        {"type": int, "default": 0, "metavar": "N"},
+        "Hold the logits of N vocabulary entries at a time (8192 is good) and compute them again in backward: slower, "
+        "for when the logits of a row's branches do not fit. 0: all at once.",
+    ),
+    "--ref-offload": (
+        {"action": "store_true"},
+        "Keep the DPO reference's weights in pinned host memory and swap them in for its pass: saves one copy of the "
+        "weights on the GPU.",
+    ),
+}
+ROLLOUT_FLAGS: Flags = {
+    "--num-rollouts": ({"type": int, "default": 16, "metavar": "K"}, "Rollouts of the policy per prefix."),
+    "--rollout-temperature": ({"type": float, "default": 1.0}, "0 is greedy."),
+    "--rollout-top-p": ({"type": float, "default": 1.0}, "Nucleus of the rollouts' sampling."),
+    "--rollout-start-step": (
+        {"type": int, "default": 0, "metavar": "STEP"},
+        "Before this step only suffix and rewrite are candidates (early rollouts of a fresh policy are noise).",
+    ),
+    "--rollout-url": ({"nargs": "+", "metavar": "URL"}, "Running SGLang engines that serve the policy."),
+    "--rollout-key-variable": (
+        {"metavar": "NAME"},
+        "Environment variable that holds the key which the engines demand (SGLang's --api-key).",
+    ),
+    "--rollout-local": ({"type": int, "default": 0, "metavar": "N"}, "Start N SGLang engines on this node instead."),
+    "--rollout-timeout": ({"type": float, "default": 600.0, "metavar": "SECONDS"}, "For one engine call."),
+    "--rollout-concurrency": (
+        {"type": int, "default": 256, "metavar": "CALLS"},
+        "Calls in flight of each data-parallel replica.",
+    ),
+    "--local-engine-dtype": (
+        {"choices": ["bfloat16", "float16", "float32"], "default": "bfloat16"},
+        "Number format of the servers that --rollout-local and --teacher-model start.",
+    ),
+    "--local-engine-tokens": (
+        {"type": int, "metavar": "TOKENS"},
+        "Size of a local server's KV cache. Default: SGLang's choice with a GPU, 32768 without.",
+    ),
+    "--local-server-memory": (
+        {"type": float, "metavar": "SHARE"},
+        "What each local server takes of a GPU's memory; servers then share the GPUs behind the trainer's, or its last "
+        "one. Default: a GPU a server.",
+    ),
+    "--weight-sync": (
+        {"choices": ["distributed", "disk"], "default": "distributed"},
+        "distributed: broadcast buckets to the engines (NCCL, or gloo without GPUs). disk: through --weight-sync-dir.",
+    ),
+    "--weight-sync-dir": ({"metavar": "DIR"}, "Folder that trainer and engines share. Default: RUN_DIR/weights."),
+    "--weight-sync-bucket-mb": ({"type": int, "default": 512, "metavar": "MB"}, "Size of one broadcast."),
+    "--max-staleness": (
+        {"type": int, "choices": [0], "default": 0},
+        "Optimizer steps that the engines' weights may be behind; 0 is strictly on-policy.",
+    ),
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add our flags to Megatron's parser, in groups of their own."""
 
     def section(name: str) -> argparse._ArgumentGroup:
         return parser.add_argument_group(title=f"{GROUP_TITLE}: {name}")
 
-    _add_run_flags(section("the run"))
-    _add_task_flags(section("policy and tasks"))
-    _add_objective_flags(section("objective"))
-    _add_rollout_flags(section("rollouts and local servers"))
+    add_flags(section("the run"), RUN_FLAGS)
+    add_flags(section("policy and tasks"), TASK_FLAGS)
+    add_flags(section("objective"), OBJECTIVE_FLAGS)
+    add_flags(section("rollouts and local servers"), ROLLOUT_FLAGS)
     group = section("teacher")
     group.add_argument("--teacher-model", metavar="DIR", help="Start an SGLang server of this HF model on this node.")
     add_teacher_flags(group)
@@ -45,7 +170,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     add_server_flags(group, "rewriter")
     add_server_flags(group, "eval_judge")
-    add_judge_flags(section("judge"))
+    add_flags(section("judge"), JUDGE_FLAGS)
     return parser
 
 
@@ -79,215 +204,6 @@ def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
             action.help = (action.help or "").replace("%", "%%")
         except KeyError:
             continue  # names such as %(prog)s, which argparse adds itself
-
-
-def _add_task_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--hf-config",
-        metavar="DIR",
-        help="HF folder with config.json and tokenizer of the policy: gives the architecture flags and the tokenizer, and "
-        "is what the engines serve. Default: --pretrained-checkpoint, or the folder hf/ inside, which the converter writes.",
-    )
-    group.add_argument(
-        "--suffix-length", type=int, default=128, metavar="N", help="Tokens of a suffix, a rewrite and a rollout."
-    )
-    group.add_argument(
-        "--task-mode",
-        choices=["random", "stream"],
-        default="random",
-        help="random: one seeded cut a document and epoch. stream: every chunk of --suffix-length tokens in turn.",
-    )
-    group.add_argument(
-        "--min-prefix-length", type=int, default=16, metavar="N", help="Shortest prefix that a document is cut into."
-    )
-    group.add_argument("--text-field", default="text", help="Field of jsonl and parquet records that holds the text.")
-    group.add_argument(
-        "--prepend-bos",
-        choices=["auto", "on", "off"],
-        default="auto",
-        help="Begin documents with the tokenizer's BOS. auto: if the tokenizer puts one before plain text, as for Llama 3.",
-    )
-    group.add_argument(
-        "--row-length",
-        type=int,
-        default=None,
-        metavar="TOKENS",
-        help="Longest packed row (micro-batch). Several groups share a row. Default: just enough for one full group, "
-        "--seq-length, and --suffix-length more when the objective is dpo.",
-    )
-
-
-def _add_objective_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--objective",
-        choices=["sft", "rf-nll", "dpo"],
-        default="dpo",
-        help="sft: NLL of --sft-target. rf-nll: NLL of the best-judged candidate. dpo: online DPO, best against worst.",
-    )
-    group.add_argument(
-        "--candidates",
-        nargs="+",
-        choices=CANDIDATE_KINDS,
-        default=["suffix", "rollout"],
-        metavar="KIND",
-        help="Kinds of candidates that are judged: suffix, rewrite, rollout.",
-    )
-    group.add_argument(
-        "--sft-target", choices=CANDIDATE_KINDS, default="suffix", help="What --objective sft learns; asks no judge."
-    )
-    group.add_argument(
-        "--dpo-pair",
-        nargs=2,
-        choices=CANDIDATE_KINDS,
-        default=None,
-        metavar=("CHOSEN", "REJECTED"),
-        help="Fix the roles of the DPO pair by kind and ask no judge, e.g. --dpo-pair rewrite rollout.",
-    )
-    group.add_argument("--dpo-beta", type=float, default=0.1, help="DPO's temperature on the log-ratio margin.")
-    group.add_argument("--dpo-nll-coef", type=float, default=0.0, help="Weight of an NLL term on the chosen branch.")
-    group.add_argument("--dpo-label-smoothing", type=float, default=0.0, help="Assumed rate of flipped preferences.")
-    group.add_argument("--dpo-loss", choices=["sigmoid", "ipo"], default="sigmoid", help="Shape of the pair loss.")
-    group.add_argument(
-        "--ref-update-interval",
-        type=int,
-        default=0,
-        metavar="STEPS",
-        help="Copy the policy into the DPO reference every so many steps; 0 keeps the initial policy for ever.",
-    )
-    group.add_argument(
-        "--logit-chunk-columns",
-        type=int,
-        default=0,
-        metavar="N",
-        help="Hold the logits of N vocabulary entries at a time (8192 is good) and compute them again in backward: slower, "
-        "for when the logits of a row's branches do not fit. 0: all at once.",
-    )
-    group.add_argument(
-        "--ref-offload",
-        action="store_true",
-        help="Keep the DPO reference's weights in pinned host memory and swap them in for its pass: saves one copy of the "
-        "weights on the GPU.",
-    )
-
-
-def _add_rollout_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--num-rollouts", type=int, default=16, metavar="K", help="Rollouts of the policy per prefix.")
-    group.add_argument("--rollout-temperature", type=float, default=1.0, help="0 is greedy.")
-    group.add_argument("--rollout-top-p", type=float, default=1.0, help="Nucleus of the rollouts' sampling.")
-    group.add_argument(
-        "--rollout-start-step",
-        type=int,
-        default=0,
-        metavar="STEP",
-        help="Before this step only suffix and rewrite are candidates (early rollouts of a fresh policy are noise).",
-    )
-    group.add_argument("--rollout-url", nargs="+", metavar="URL", help="Running SGLang engines that serve the policy.")
-    group.add_argument(
-        "--rollout-key-variable",
-        default=None,
-        metavar="NAME",
-        help="Environment variable that holds the key which the engines demand (SGLang's --api-key).",
-    )
-    group.add_argument(
-        "--rollout-local", type=int, default=0, metavar="N", help="Start N SGLang engines on this node instead."
-    )
-    group.add_argument("--rollout-timeout", type=float, default=600.0, metavar="SECONDS", help="For one engine call.")
-    group.add_argument(
-        "--rollout-concurrency",
-        type=int,
-        default=256,
-        metavar="CALLS",
-        help="Calls in flight of each data-parallel replica.",
-    )
-    _add_local_server_flags(group)
-    _add_weight_sync_flags(group)
-
-
-def _add_local_server_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--local-engine-dtype",
-        choices=["bfloat16", "float16", "float32"],
-        default="bfloat16",
-        help="Number format of the servers that --rollout-local and --teacher-model start.",
-    )
-    group.add_argument(
-        "--local-engine-tokens",
-        type=int,
-        default=None,
-        metavar="TOKENS",
-        help="Size of a local server's KV cache. Default: SGLang's choice with a GPU, 32768 without.",
-    )
-    group.add_argument(
-        "--local-server-memory",
-        type=float,
-        default=None,
-        metavar="SHARE",
-        help="What each local server takes of a GPU's memory; servers then share the GPUs behind the trainer's, or its last "
-        "one. Default: a GPU a server.",
-    )
-
-
-def _add_weight_sync_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--weight-sync",
-        choices=["distributed", "disk"],
-        default="distributed",
-        help="distributed: broadcast buckets to the engines (NCCL, or gloo without GPUs). disk: through --weight-sync-dir.",
-    )
-    group.add_argument(
-        "--weight-sync-dir", metavar="DIR", help="Folder that trainer and engines share. Default: RUN_DIR/weights."
-    )
-    group.add_argument("--weight-sync-bucket-mb", type=int, default=512, metavar="MB", help="Size of one broadcast.")
-    group.add_argument(
-        "--max-staleness",
-        type=int,
-        choices=[0],
-        default=0,
-        help="Optimizer steps that the engines' weights may be behind; 0 is strictly on-policy.",
-    )
-
-
-def _add_run_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--preset", metavar="NAME|FILE", help="Flags of a file, see docs/presets.md; flags after it win over its own."
-    )
-    group.add_argument(
-        "--verbose",
-        action="store_true",
-        help="Show on the screen what Megatron and others print, not in RUN_DIR/logs/.",
-    )
-    group.add_argument(
-        "--dry-run", action="store_true", help="Say what the flags mean and cost in calls and tokens, and exit."
-    )
-    group.add_argument(
-        "--run-dir",
-        metavar="DIR",
-        help="Folder for metrics.jsonl, samples, server logs, plots and summary.json. Default: the folder of --save.",
-    )
-    group.add_argument(
-        "--started-as", metavar="COMMAND", help="What the report names as the command that continues the run."
-    )
-    group.add_argument(
-        "--load-last-whole",
-        action="store_true",
-        help="When files of the latest checkpoint are damaged, move it aside and continue from the newest one that is whole.",
-    )
-    group.add_argument("--save-groups", metavar="DIR", help="Write every step's judged groups there, compressed.")
-    group.add_argument(
-        "--replay-groups",
-        metavar="DIR",
-        help="Train from groups written by --save-groups, without engines and teacher.",
-    )
-    group.add_argument(
-        "--win-rate-prompts",
-        type=int,
-        default=0,
-        metavar="N",
-        help="At the end compare the trained policy with the initial one on N held-out prefixes; 0 skips it.",
-    )
-    group.add_argument(
-        "--win-rate-temperature", type=float, default=0.0, help="Sampling of the compared continuations; 0 is greedy."
-    )
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

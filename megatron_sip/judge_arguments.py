@@ -16,7 +16,15 @@ from megatron_sip.judge.settings import (
     parse_criteria,
     parse_verdicts,
 )
-from megatron_sip.server_arguments import Role, add_server_flags, endpoints_of, rewriter_role, tokenizer_of
+from megatron_sip.server_arguments import (
+    Flags,
+    Role,
+    add_flags,
+    add_server_flags,
+    endpoints_of,
+    rewriter_role,
+    tokenizer_of,
+)
 
 FLAG_OF_SETTING = {
     "requests_per_s": "--teacher-requests-per-second",
@@ -45,110 +53,79 @@ FLAG_OF_SETTING = {
 """What a SettingsError calls a setting -> the flag; the first that occurs in a message is meant."""
 
 
+TEACHER_FLAGS: Flags = {
+    "--rewrite-temperature": ({"type": float, "default": 0.0}, "Sampling of the rewriter; 0 is greedy."),
+    "--teacher-timeout": (
+        {"type": float, "default": 120.0, "metavar": "SECONDS"},
+        "For one attempt of one teacher call.",
+    ),
+    "--judge-prefix-chars": (
+        {"type": int, "default": 16_000, "metavar": "CHARS"},
+        "Of a longer prefix, judge and rewriter are shown the end only.",
+    ),
+}
+JUDGE_FLAGS: Flags = {
+    "--criteria": (
+        {"nargs": "+", "default": ["likelihood=1"], "metavar": "NAME=WEIGHT"},
+        "What the judge scores, summed with weights: quality, safety, factuality, likelihood, or the path of a prompt "
+        "file of your own (*.txt).",
+    ),
+    "--judge-verdict": (
+        {"nargs": "+", "default": ["soft"], "metavar": "MODE"},
+        "hard: the judge writes, and --judge-votes verdicts are read. soft: the probability of its verdict token. "
+        "One word for all criteria, NAME=MODE for one: soft safety=hard.",
+    ),
+    "--judge-votes": ({"type": int, "default": 5}, "Verdicts asked per judgement (paper: 5)."),
+    "--judge-temperature": ({"type": float, "default": 1.0}, "Sampling of verdicts (paper: 1.0)."),
+    "--judge-top-p": (
+        {"type": float, "default": 0.6},
+        "Nucleus of the verdicts' sampling (paper: 0.6). An option with that much probability gets all hard votes.",
+    ),
+    "--judge-max-tokens": (
+        {"type": int, "default": 512, "metavar": "TOKENS"},
+        "Of one written verdict, the reasons in it included. See --teacher-reasoning-tokens.",
+    ),
+    "--judge-quorum": (
+        {"type": float, "default": 0.5, "metavar": "SHARE"},
+        "A candidate with less than this share of its verdicts, the missing ones asked for once more, is dropped, and "
+        "counted; its group stays while two are left.",
+    ),
+    "--judge-schedule": (
+        {"choices": SCHEDULE_NAMES, "default": "circulant_bt"},
+        "Which pairs a pairwise criterion compares. all_pairs is the paper's; see docs/judging.md for what each costs.",
+    ),
+    "--judge-degree": ({"type": int, "default": 6}, "Opponents of each candidate under circulant_bt."),
+    "--judge-budget": ({"type": int, "default": 48}, "Comparisons a group under two_ended_bt."),
+    "--judge-pivot": (
+        {"choices": ["suffix", "rollout"], "default": "suffix"},
+        "Whom all candidates meet under pivot: for comparison only, never chosen or rejected.",
+    ),
+    "--judge-pivot-competes": (
+        {"action": "store_true"},
+        "The pivot is itself a candidate, of the kinds in --candidates, with a constant win rate of 0.5.",
+    ),
+    "--judge-both-orders": (
+        {"action": "store_true"},
+        "Show every pair in both orders, for a judge that prefers whichever option comes first.",
+    ),
+    "--judge-likelihood-prior": (
+        {"action": "store_true"},
+        "Start circulant_bt and two_ended_bt from the likelihood, one prefill a candidate; needs --teacher-api sglang.",
+    ),
+    "--judge-audit-rate": (
+        {"type": float, "default": 0.01, "metavar": "SHARE"},
+        "Of the groups; on these all pairs are asked too, and the agreement is logged.",
+    ),
+    "--judge-deadline": ({"type": float, "default": 900.0, "metavar": "SECONDS"}, "For all judgements of one step."),
+    "--judge-concurrency": ({"type": int, "default": 256, "metavar": "CALLS"}, "Teacher calls in flight, likewise."),
+    "--judge-cache": ({"metavar": "DIR"}, "Keep verdicts on disk; a resumed step then asks no one."),
+}
+
+
 def add_teacher_flags(group: argparse._ActionsContainer) -> None:
     """The servers of judge and rewriter, and how they are to be asked."""
     add_server_flags(group, "teacher")
-    group.add_argument("--rewrite-temperature", type=float, default=0.0, help="Sampling of the rewriter; 0 is greedy.")
-    group.add_argument(
-        "--teacher-timeout", type=float, default=120.0, metavar="SECONDS", help="For one attempt of one teacher call."
-    )
-    group.add_argument(
-        "--judge-prefix-chars",
-        type=int,
-        default=16_000,
-        metavar="CHARS",
-        help="Of a longer prefix, judge and rewriter are shown the end only.",
-    )
-
-
-def add_judge_flags(group: argparse._ActionsContainer) -> None:
-    """What is judged, and how."""
-    group.add_argument(
-        "--criteria",
-        nargs="+",
-        default=["likelihood=1"],
-        metavar="NAME=WEIGHT",
-        help="What the judge scores, summed with weights: quality, safety, factuality, likelihood, or the path of a prompt "
-        "file of your own (*.txt).",
-    )
-    group.add_argument(
-        "--judge-verdict",
-        nargs="+",
-        default=["soft"],
-        metavar="MODE",
-        help="hard: the judge writes, and --judge-votes verdicts are read. soft: the probability of its verdict token. "
-        "One word for all criteria, NAME=MODE for one: soft safety=hard.",
-    )
-    group.add_argument("--judge-votes", type=int, default=5, help="Verdicts asked per judgement (paper: 5).")
-    group.add_argument("--judge-temperature", type=float, default=1.0, help="Sampling of verdicts (paper: 1.0).")
-    group.add_argument(
-        "--judge-top-p",
-        type=float,
-        default=0.6,
-        help="Nucleus of the verdicts' sampling (paper: 0.6). An option with that much probability gets all hard votes.",
-    )
-    group.add_argument(
-        "--judge-max-tokens",
-        type=int,
-        default=512,
-        metavar="TOKENS",
-        help="Of one written verdict, the reasons in it included. See --teacher-reasoning-tokens.",
-    )
-    group.add_argument(
-        "--judge-quorum",
-        type=float,
-        default=0.5,
-        metavar="SHARE",
-        help="A candidate with less than this share of its verdicts, the missing ones asked for once more, is dropped, and "
-        "counted; its group stays while two are left.",
-    )
-    _add_schedule_flags(group)
-    group.add_argument(
-        "--judge-deadline", type=float, default=900.0, metavar="SECONDS", help="For all judgements of one step."
-    )
-    group.add_argument(
-        "--judge-concurrency", type=int, default=256, metavar="CALLS", help="Teacher calls in flight, likewise."
-    )
-    group.add_argument("--judge-cache", metavar="DIR", help="Keep verdicts on disk; a resumed step then asks no one.")
-
-
-def _add_schedule_flags(group: argparse._ActionsContainer) -> None:
-    group.add_argument(
-        "--judge-schedule",
-        choices=SCHEDULE_NAMES,
-        default="circulant_bt",
-        help="Which pairs a pairwise criterion compares. all_pairs is the paper's; see docs/judging.md for what each costs.",
-    )
-    group.add_argument("--judge-degree", type=int, default=6, help="Opponents of each candidate under circulant_bt.")
-    group.add_argument("--judge-budget", type=int, default=48, help="Comparisons a group under two_ended_bt.")
-    group.add_argument(
-        "--judge-pivot",
-        choices=["suffix", "rollout"],
-        default="suffix",
-        help="Whom all candidates meet under pivot: for comparison only, never chosen or rejected.",
-    )
-    group.add_argument(
-        "--judge-pivot-competes",
-        action="store_true",
-        help="The pivot is itself a candidate, of the kinds in --candidates, with a constant win rate of 0.5.",
-    )
-    group.add_argument(
-        "--judge-both-orders",
-        action="store_true",
-        help="Show every pair in both orders, for a judge that prefers whichever option comes first.",
-    )
-    group.add_argument(
-        "--judge-likelihood-prior",
-        action="store_true",
-        help="Start circulant_bt and two_ended_bt from the likelihood, one prefill a candidate; needs --teacher-api sglang.",
-    )
-    group.add_argument(
-        "--judge-audit-rate",
-        type=float,
-        default=0.01,
-        metavar="SHARE",
-        help="Of the groups; on these all pairs are asked too, and the agreement is logged.",
-    )
+    add_flags(group, TEACHER_FLAGS)
 
 
 def judge_settings(args: argparse.Namespace, urls: Sequence[str], role: Role = "teacher") -> JudgeSettings:

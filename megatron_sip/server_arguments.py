@@ -20,7 +20,9 @@ ROLES: dict[Role, str] = {
 """By the name among the arguments -> what the servers are."""
 
 
-FLAGS: dict[str, tuple[dict[str, Any], str]] = {
+Flags = dict[str, tuple[dict[str, Any], str]]
+"""Flag -> (settings for argparse, help)."""
+FLAGS: Flags = {
     "url": ({"nargs": "+", "metavar": "URL"}, "Running servers of the judge and rewriter."),
     "api": (
         {"choices": ["sglang", "openai"], "default": "sglang"},
@@ -57,7 +59,12 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "requests-per-second": ({"type": float, "metavar": "N", "default": 0.0}, "Limit for each URL; 0: none."),
 }
-"""Name -> (settings for argparse, help); the same for each role."""
+"""Name, the same for each role, instead of the flag."""
+
+
+def add_flags(group: argparse._ActionsContainer, flags: Flags) -> None:
+    for name, (settings, text) in flags.items():
+        group.add_argument(name, **settings, help=text)
 
 
 def add_server_flags(group: argparse._ActionsContainer, role: Role) -> None:

@@ -1,4 +1,4 @@
-"""What tests of whole processes share: how these are started, and a small model."""
+"""What tests of whole processes share: how these are started, and a small model. Also Llama 3's rotation."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ TINY_LLAMA: dict[str, Any] = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
     "initializer_range": 0.1,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
 
 

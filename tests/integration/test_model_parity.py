@@ -28,19 +28,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from workers import TINY_LLAMA, run_worker
+from workers import LLAMA3_ROPE, TINY_LLAMA, run_worker
 
 WORKER = Path(__file__).with_name("parity_worker.py")
 VOCABULARY = 211  # no multiple of anything: Megatron pads it
 TINY = TINY_LLAMA | {"vocab_size": VOCABULARY, "num_hidden_layers": 4, "initializer_range": 0.02}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 TINY_MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**TINY)),
     "llama3": lambda: LlamaForCausalLM(

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, Qwen3Config
+from workers import LLAMA3_ROPE
 
 from megatron_sip.data.errors import DataError
 from megatron_sip.learning.checkpoint_folder import TRACKER
@@ -23,15 +24,7 @@ enable_cpu()  # before anything imports Megatron
 from megatron_sip.model import checkpoint_model  # noqa: E402
 from megatron_sip.model.checkpoint_model import describe_rounding, differing, saved_arguments  # noqa: E402
 
-ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-LLAMA = architecture(LlamaConfig(num_key_value_heads=8, rope_parameters=ROPE))
+LLAMA = architecture(LlamaConfig(num_key_value_heads=8, rope_parameters=LLAMA3_ROPE))
 
 
 def saved(**changed: Any) -> argparse.Namespace:

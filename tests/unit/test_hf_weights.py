@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from workers import LLAMA3_ROPE
 
 from megatron_sip.model.hf_families import (
     FAMILIES,
@@ -196,15 +197,9 @@ def test_head_dim_may_differ_from_the_hidden_sizes_share() -> None:
 
 
 def test_arguments_of_a_llama3() -> None:
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, rope_parameters=rope, tie_word_embeddings=True)
+    config = LlamaConfig(
+        vocab_size=128256, num_key_value_heads=8, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True
+    )
     arguments = " ".join(megatron_arguments_from_hf(config))
     for expected in (
         *("--num-layers 32", "--num-query-groups 8", "--vocab-size 128256", "--rotary-base 500000"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_tree_attention import make_layout
 from torch import Tensor
 
 from megatron_sip.model.tree_attention_compiled import (
@@ -27,17 +28,6 @@ EPS = torch.finfo(torch.bfloat16).eps  # torch's own kernels round more often th
 # Lengths around the kernels' blocks of 64 tokens.
 lengths = st.one_of(st.integers(1, 20), st.sampled_from([63, 64, 65, 128, 150]))
 groups_strategy = st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=4)), min_size=1, max_size=3)
-
-
-def make_layout(groups: list[tuple[int, list[int]]]) -> Tensor:
-    lines, end = [], 0
-    for prefix, branches in groups:
-        group_start, prefix_end = end, end + prefix
-        end = prefix_end
-        for length in branches:
-            lines.append([group_start, prefix_end, end, end + length])
-            end += length
-    return torch.tensor(lines, dtype=torch.int32).reshape(-1, 4)
 
 
 def make_inputs(length: int, heads: tuple[int, int], dim: int, seed: int = 0) -> list[Tensor]:
