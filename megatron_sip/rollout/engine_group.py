@@ -16,7 +16,7 @@ import socket
 import time
 import uuid
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -32,6 +32,35 @@ from megatron_sip.rollout.protocol import EngineError
 Backend = Literal["gloo", "nccl"]
 POLL_S = 0.001
 ABORT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class SyncSettings:
+    """`address`: this host's address as the engines see it.
+
+    `timeout_s` bounds what moves weights (a join, a broadcast, a load from disk), `control_timeout_s` every other call
+    to an engine, so that one that hangs delays a push by this much; connections are given up earlier (`http.CONNECT_S`).
+    `key` is what the engines demand as a bearer token.
+    """
+
+    backend: Backend = "gloo"
+    address: str = "127.0.0.1"
+    bucket_bytes: int = 512 * 2**20
+    timeout_s: float = 120.0
+    control_timeout_s: float = 60.0
+    key: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if min(self.bucket_bytes, self.timeout_s, self.control_timeout_s) <= 0:
+            raise ValueError(
+                "bucket_bytes, timeout_s and control_timeout_s must be positive, not "
+                f"{self.bucket_bytes}, {self.timeout_s}, {self.control_timeout_s}"
+            )
+
+    @property
+    def call_timeout_s(self) -> float:
+        """Seconds for a call that moves no weights."""
+        return min(self.timeout_s, self.control_timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +91,10 @@ def make_bucket(tensors: Tensors, device: torch.device) -> Bucket:
 class EngineGroup:
     """The group with one engine; this trainer rank is its rank 0. Not thread-safe: one thread at a time uses it."""
 
-    def __init__(
-        self,
-        url: str,
-        source: str,
-        backend: Backend,
-        address: str,
-        timeout_s: float,
-        control_timeout_s: float,
-        key: str | None = None,
-    ) -> None:
+    def __init__(self, url: str, source: str, settings: SyncSettings) -> None:
         self.url = url
         self._source = source
-        self._backend: Backend = backend
-        self._address = address
-        self._timeout_s = timeout_s
-        self._control_timeout_s = control_timeout_s
-        self._key = key
+        self._settings = settings
         self._name: str | None = None
         self._group: Any = None
         self._startup_time: Any = None
@@ -87,7 +103,7 @@ class EngineGroup:
 
     def ensure_joined(self) -> bool:
         """Join unless we are joined with this very process of the engine. True when a join was needed."""
-        info = call(self.url, "GET", "/server_info", timeout_s=self._control_timeout_s, key=self._key)
+        info = call(self.url, "GET", "/server_info", timeout_s=self._settings.call_timeout_s, key=self._settings.key)
         if not isinstance(info, dict) or type(ranks := info.get("tp_size", 1)) is not int:
             raise EngineError("bad-response", self.url, f"/server_info is none: {str(info)[:200]}")
         startup_time = info.get("startup_time")
@@ -108,7 +124,7 @@ class EngineGroup:
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self._settings.timeout_s
         options = dist.BroadcastOptions()
         options.rootRank = 0
         try:
@@ -134,27 +150,27 @@ class EngineGroup:
         if tell_engine:
             try:
                 body = {"group_name": name}
-                call(self.url, "POST", "/destroy_weights_update_group", body, timeout_s=10.0, key=self._key)
+                call(self.url, "POST", "/destroy_weights_update_group", body, timeout_s=10.0, key=self._settings.key)
             except EngineError:
                 return  # an engine that is gone has no group either
 
     def _join(self, engine_ranks: int) -> None:
-        timeout = timedelta(seconds=self._timeout_s)
-        store = listening_store(self._address, timeout)
+        timeout = timedelta(seconds=self._settings.timeout_s)
+        store = listening_store(self._settings.address, timeout)
         name = f"sip-{self._source}-{uuid.uuid4().hex[:8]}"
         body = {
-            "master_address": self._address,
+            "master_address": self._settings.address,
             "master_port": store.port,
             "rank_offset": 1,
             "world_size": 1 + engine_ranks,
             "group_name": name,
-            "backend": self._backend,
+            "backend": self._settings.backend,
         }
         request = self._request("/init_weights_update_group", body)
         ours = in_daemon_thread(
-            partial(backend_group, store, name, self._backend, 1 + engine_ranks, timeout), "weight-sync-join"
+            partial(backend_group, store, name, self._settings.backend, 1 + engine_ranks, timeout), "weight-sync-join"
         )
-        done, waiting = wait((request, ours), timeout=self._timeout_s + 5, return_when=FIRST_EXCEPTION)
+        done, waiting = wait((request, ours), timeout=self._settings.timeout_s + 5, return_when=FIRST_EXCEPTION)
         try:
             for future in (request, ours):
                 if future in done:
@@ -162,15 +178,18 @@ class EngineGroup:
         except (RuntimeError, dist.DistError) as error:
             if isinstance(error, EngineError):
                 raise
-            raise EngineError("connection", self.url, f"no weight group at {self._address}: {error}") from error
+            raise EngineError(
+                "connection", self.url, f"no weight group at {self._settings.address}: {error}"
+            ) from error
         if waiting:
-            raise EngineError("timeout", self.url, f"no weight group within {self._timeout_s:g} s")
+            raise EngineError("timeout", self.url, f"no weight group within {self._settings.timeout_s:g} s")
         self._group = ours.result()
         self._name = name
 
     def _request(self, path: str, body: dict[str, Any]) -> Future[Any]:
         return in_daemon_thread(
-            partial(call, self.url, "POST", path, body, timeout_s=self._timeout_s, key=self._key), "weight-sync-http"
+            partial(call, self.url, "POST", path, body, timeout_s=self._settings.timeout_s, key=self._settings.key),
+            "weight-sync-http",
         )
 
     def _await(self, entry: Future[Any], request: Future[Any], deadline: float) -> None:
@@ -179,7 +198,7 @@ class EngineGroup:
             if request.done() and request.exception() is not None:
                 request.result()
             if time.monotonic() > deadline:
-                raise EngineError("timeout", self.url, f"took no weights within {self._timeout_s:g} s")
+                raise EngineError("timeout", self.url, f"took no weights within {self._settings.timeout_s:g} s")
             time.sleep(POLL_S)
         entry.result().wait()
 

@@ -26,7 +26,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ import torch
 
 from megatron_sip.model.hf_folder import copy_hf_files
 from megatron_sip.model.hf_shards import NamedTensors, Part, buckets, name_parts, write_parts
-from megatron_sip.rollout.engine_group import Backend, EngineGroup, make_bucket
+from megatron_sip.rollout.engine_group import EngineGroup, SyncSettings, make_bucket
 from megatron_sip.rollout.http import call
 from megatron_sip.rollout.protocol import EngineError, WeightSyncError
 from megatron_sip.rollout.recovery import end_open_update
@@ -64,35 +64,6 @@ class SyncRank:
     lead: bool = True
     name: str = "stage0"
     exchange: Callable[[Any], list[Any]] = only_rank
-
-
-@dataclass(frozen=True, slots=True)
-class SyncSettings:
-    """`address`: this host's address as the engines see it.
-
-    `timeout_s` bounds what moves weights (a join, a broadcast, a load from disk), `control_timeout_s` every other call
-    to an engine, so that one that hangs delays a push by this much; connections are given up earlier (`http.CONNECT_S`).
-    `key` is what the engines demand as a bearer token.
-    """
-
-    backend: Backend = "gloo"
-    address: str = "127.0.0.1"
-    bucket_bytes: int = 512 * 2**20
-    timeout_s: float = 120.0
-    control_timeout_s: float = 60.0
-    key: str | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if min(self.bucket_bytes, self.timeout_s, self.control_timeout_s) <= 0:
-            raise ValueError(
-                "bucket_bytes, timeout_s and control_timeout_s must be positive, not "
-                f"{self.bucket_bytes}, {self.timeout_s}, {self.control_timeout_s}"
-            )
-
-    @property
-    def call_timeout_s(self) -> float:
-        """Seconds for a call that moves no weights."""
-        return min(self.timeout_s, self.control_timeout_s)
 
 
 class WeightSync(ABC):
@@ -210,18 +181,7 @@ class DistributedWeightSync(WeightSync):
         if settings.backend == "nccl" and not torch.cuda.is_available():
             raise ValueError("weight sync over nccl needs a GPU in the trainer; use gloo, or disk")
         self._device = torch.device("cuda" if settings.backend == "nccl" else "cpu")
-        self._groups = {
-            url: EngineGroup(
-                url,
-                rank.name,
-                settings.backend,
-                settings.address,
-                settings.timeout_s,
-                settings.call_timeout_s,
-                settings.key,
-            )
-            for url in self.urls
-        }
+        self._groups = {url: EngineGroup(url, rank.name, settings) for url in self.urls}
 
     def connect(self) -> None:
         failed = self._on_engines(self._recover, {}, self.rank.lead)

@@ -88,7 +88,7 @@ def test_a_broadcast_that_is_never_entered_ends_with_the_requests_error_or_at_th
         engine.silent.add(path)
     monkeypatch.setattr(engine_group, "ABORT_S", 0.2)
     blocked = BlockedGroup()
-    group = EngineGroup(engine.url, "stage0", "gloo", "127.0.0.1", timeout_s, 1.0)
+    group = EngineGroup(engine.url, "stage0", SyncSettings(timeout_s=timeout_s, control_timeout_s=1.0))
     monkeypatch.setattr(engine_group, "backend_group", lambda *_: blocked)
     engine.answers["/init_weights_update_group"] = 200, {"success": True}
     group.ensure_joined()
