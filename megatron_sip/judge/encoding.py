@@ -6,13 +6,14 @@ tokenizers split anyway. Texts are encoded with special tokens switched off: no 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 from megatron_sip.data.continuation_text import Seam, ids_after
 from megatron_sip.judge.reasoning import CHANNEL, ReasoningStyle, style_of
 
+CACHED_PIECES = 4096
 _SENTINEL = "SIP-CONTENT-SENTINEL"
 
 
@@ -26,13 +27,11 @@ class ChatEncoder:
     tokenizer: a transformers tokenizer. Raises EncodingError when it has no usable chat template and one is needed.
     """
 
-    def __init__(self, tokenizer: Any, cached_pieces: int = 4096) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._cached_pieces = cached_pieces
-        self._pieces: OrderedDict[tuple[str, str], list[int]] = OrderedDict()
-        self._frame: tuple[list[int], list[int]] | None = None
-        self._style: ReasoningStyle | None = None
-        self._choices: dict[tuple[str, tuple[str, ...]], tuple[list[int], list[int]]] = {}
+        self._remembered = lru_cache(CACHED_PIECES)(self._encode)
+        self._remembered_after = lru_cache(CACHED_PIECES)(self._encode_after)
+        self.choices = cache(self._encode_choices)
 
     @classmethod
     def load(cls, name_or_path: str) -> ChatEncoder:
@@ -46,14 +45,14 @@ class ChatEncoder:
 
     def text(self, text: str) -> list[int]:
         """Ids of plain text: no special tokens added, none recognised in it. Do not modify the list."""
-        return self._remembered("text", text, self._encode)
+        return self._remembered(text)
 
     def continuation(self, text: str, *, ended: bool = False) -> list[int]:
         """Ids of `text` where it goes on from other text: without the space that some tokenizers put before any.
 
         ended: with the token that ends a text.
         """
-        ids = self._remembered("continuation", text, self._encode_after)
+        ids = self._remembered_after(text)
         return [*ids, self.document_end()] if ended else ids
 
     def document_end(self) -> int:
@@ -70,15 +69,13 @@ class ChatEncoder:
         bos = self._tokenizer.bos_token_id
         return [bos] if bos is not None and self._tokenizer("a")["input_ids"][:1] == [bos] else []
 
-    @property
+    @cached_property
     def reasoning(self) -> ReasoningStyle:
         """How the model reasons, by its chat template and its tokens. Raises EncodingError without a chat template."""
-        if self._style is None:
-            _, generation_prompt = self._chat_texts()
-            special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-            harmony = CHANNEL in self._tokenizer.get_vocab() or CHANNEL in str(self._tokenizer.chat_template)
-            self._style = style_of(generation_prompt, special, harmony=harmony)
-        return self._style
+        _, generation_prompt = self._chat_texts()
+        special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        harmony = CHANNEL in self._tokenizer.get_vocab() or CHANNEL in str(self._tokenizer.chat_template)
+        return style_of(generation_prompt, special, harmony=harmony)
 
     def chat(self, prompt: Sequence[str], answer_prefix: str | None = None, start: str = "") -> list[int]:
         """Ids of a chat with one user message made of the pieces of `prompt`, up to where the model goes on.
@@ -86,7 +83,7 @@ class ChatEncoder:
         With `answer_prefix` (special tokens in it are recognised, "" is the model's own) or `start`, its answer is begun
         there, behind all reasoning.
         """
-        head, tail = self._chat_frame()
+        head, tail = self._chat_frame
         ids = list(head)
         for piece in prompt:
             ids += self.text(piece)
@@ -97,32 +94,19 @@ class ChatEncoder:
             ids += self._tokenizer.encode(prefix, add_special_tokens=False)
         return ids + self.text(start) if start else ids
 
-    def choices(self, start: str, labels: tuple[str, ...]) -> tuple[list[int], list[int]]:
+    def _encode_choices(self, start: str, labels: tuple[str, ...]) -> tuple[list[int], list[int]]:
         """`start` up to where the labels differ, and the id with which each label goes on from there.
 
         Raises EncodingError when two labels begin with the same token.
         """
-        key = (start, labels)
-        if key not in self._choices:
-            encoded = [self._encode(start + label) for label in labels]
-            shared = 0
-            while all(len(ids) > shared for ids in encoded) and len({ids[shared] for ids in encoded}) == 1:
-                shared += 1
-            firsts = [ids[shared] for ids in encoded if len(ids) > shared]
-            if len(set(firsts)) < len(labels):
-                raise EncodingError(f"soft verdicts impossible: the verdicts {list(labels)} do not differ in one token")
-            self._choices[key] = (encoded[0][:shared], firsts)
-        return self._choices[key]
-
-    def _remembered(self, use: str, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-        ids = self._pieces.get((use, text))
-        if ids is None:
-            ids = self._pieces[use, text] = encode(text)
-            if len(self._pieces) > self._cached_pieces:
-                self._pieces.popitem(last=False)
-        else:
-            self._pieces.move_to_end((use, text))
-        return ids
+        encoded = [self._encode(start + label) for label in labels]
+        shared = 0
+        while all(len(ids) > shared for ids in encoded) and len({ids[shared] for ids in encoded}) == 1:
+            shared += 1
+        firsts = [ids[shared] for ids in encoded if len(ids) > shared]
+        if len(set(firsts)) < len(labels):
+            raise EncodingError(f"soft verdicts impossible: the verdicts {list(labels)} do not differ in one token")
+        return encoded[0][:shared], firsts
 
     def _encode_after(self, text: str) -> list[int]:
         ids = ids_after(self._tokenizer, Seam(self.text("\n"), "\n"), text)
@@ -131,12 +115,10 @@ class ChatEncoder:
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
+    @cached_property
     def _chat_frame(self) -> tuple[list[int], list[int]]:
-        if self._frame is None:
-            head, tail = self._chat_texts()
-            encode = self._tokenizer.encode
-            self._frame = encode(head, add_special_tokens=False), encode(tail, add_special_tokens=False)
-        return self._frame
+        head, tail = (self._tokenizer.encode(text, add_special_tokens=False) for text in self._chat_texts())
+        return head, tail
 
     def _chat_texts(self) -> tuple[str, str]:
         """What the template puts before and after the user's message."""

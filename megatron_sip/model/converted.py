@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -24,16 +23,13 @@ import filelock
 from megatron_sip.console import say
 from megatron_sip.learning.checkpoint_folder import TRACKER
 from megatron_sip.model.hf_folder import READ_SUFFIXES
-from megatron_sip.rollout.guard import kill_with_parent
+from megatron_sip.rollout.guard import kill_with_parent, own_environment
 
 DEFAULT_CACHE = Path("~/.cache/megatron_sip/checkpoints")  # expanded where it is used: a container may have no home
 CACHE_VERSION = 1
 LOCK_TIMEOUT_S = 4 * 3600.0
 SAMPLES, SAMPLE_BYTES = 32, 1 << 16
 """Of a weight file, spread over it: a copy may keep the time stamps of other weights."""
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
-"""What torchrun and srun tell a process of its place; the converter is a process of its own."""
 
 
 class ConversionFailedError(ValueError):
@@ -126,14 +122,9 @@ def _fill(entry: Path, hf_dir: Path) -> None:
 def _convert(hf_dir: Path, target: Path) -> None:
     """In a process of its own: Megatron has one state a process, and this one's is the caller's."""
     command = [sys.executable, "-m", "megatron_sip.model.convert", "hf-to-megatron", "--load", str(hf_dir)]
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
-    }
     done = subprocess.run(
         [*command, "--save", str(target)],
-        env=environment,
+        env=own_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

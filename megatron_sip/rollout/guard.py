@@ -29,6 +29,13 @@ def kill_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def own_environment() -> dict[str, str]:
+    """This process's environment for one that is no rank of its job, without what torchrun and srun say of its place there."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+    return {name: value for name, value in os.environ.items() if name not in ranks and not name.startswith(prefixes)}
+
+
 def _prepare_command() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     kill_with_parent()

@@ -25,7 +25,7 @@ from typing import Self
 from tqdm import tqdm
 
 from megatron_sip.console import bars, log_tail
-from megatron_sip.rollout.guard import end
+from megatron_sip.rollout.guard import end, own_environment
 from megatron_sip.rollout.http import call
 from megatron_sip.rollout.protocol import EngineError
 
@@ -106,10 +106,8 @@ def server_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[st
 
 def server_environment(settings: ServerSettings) -> dict[str, str]:
     """The environment of the server: ours without the trainer's torchrun variables and threads, plus devices."""
-    # torchrun's rendezvous variables would make SGLang believe that it is a rank of the trainer.
-    torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR"}
-    torchrun |= {"MASTER_PORT", "OMP_NUM_THREADS"}
-    kept = {k: v for k, v in os.environ.items() if k not in torchrun and not k.startswith("TORCHELASTIC_")}
+    kept = own_environment()  # with torchrun's variables SGLang would believe that it is a rank of the trainer
+    kept.pop("OMP_NUM_THREADS", None)
     # Log-probs of the model itself at any sampling temperature, comparable with the trainer's.
     kept["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"
     if settings.context_length is not None:  # SGLang needs a little more than the tokens it is to generate
