@@ -4,10 +4,8 @@
     python benchmarks/logprob_op.py --device cuda --rows 8192 --json benchmarks/results/logprob_op_cuda.json
 
 The floor reads the logits once and rewrites them in place. Each contestant goes from logits to the log-probs' sum and
-back to the logits' gradient; "ours" writes that in the forward pass. "weighted" has another coefficient for each branch,
-as DPO does, and writes it in the backward pass ("precomputed": in the forward pass, to be scaled later). On a CPU all
-is measured twice, with glibc's default allocator and with one that keeps freed memory: page faults are much of what
-torch pays.
+back to the logits' gradient; "ours" has another coefficient for each branch, as DPO does. On a CPU all is measured twice,
+with glibc's default allocator and with one that keeps freed memory: page faults are much of what torch pays.
 """
 
 from __future__ import annotations
@@ -91,23 +89,14 @@ def make_workload(rows: int, vocab: int, dtype: torch.dtype, device: str) -> Wor
 def our_cases(work: Workload) -> list[Case]:
     seed = torch.zeros((), device=work.buffer.device, requires_grad=True)
 
-    def run(weighted: bool, inplace: bool = True, precompute_gradient: bool = False) -> None:
+    def run(inplace: bool) -> None:
         logits = _Projection.apply(seed, [work.buffer])
-        _, sums = branch_logprobs(
-            logits,
-            work.rows,
-            work.targets,
-            work.branch_offsets,
-            inplace=inplace,
-            precompute_gradient=precompute_gradient,
-        )
-        ((sums * work.branch_weights).sum() if weighted else sums.sum()).backward()
+        _, sums = branch_logprobs(logits, work.rows, work.targets, work.branch_offsets, inplace=inplace)
+        (sums * work.branch_weights).sum().backward()
 
     return [
-        Case(OURS, lambda: run(False, precompute_gradient=True), work.refill),
-        Case("ours weighted", lambda: run(True), work.refill),
-        Case("ours weighted, precomputed", lambda: run(True, precompute_gradient=True), work.refill),
-        Case("ours out of place", lambda: run(True, inplace=False), work.refill),
+        Case(OURS, lambda: run(True), work.refill),
+        Case("ours out of place", lambda: run(False), work.refill),
     ]
 
 
@@ -211,7 +200,6 @@ def measure(rows: int, vocab: int, dtype: torch.dtype, arguments: argparse.Names
         "ratios": {
             case: {
                 "vs_floor": seconds[OURS] / seconds["floor"],
-                "weighted_vs_floor": seconds["ours weighted"] / seconds["floor"],
                 "vs_megatron": seconds["megatron"] / seconds[OURS],
                 "vs_torch": fastest_torch / seconds[OURS],
             }

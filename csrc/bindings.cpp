@@ -88,17 +88,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       [](const std::string& instruction_set, const std::string& dtype, uintptr_t row, int64_t length) {
         const RowStatistics result =
             kernels_named(instruction_set, dtype).statistics(reinterpret_cast<const void*>(row), length);
-        return std::make_tuple(result.reference, result.sum, result.weighted);
+        return std::make_pair(result.reference, result.sum);
       },
-      "(reference, sum, weighted) of one row at an address.");
-  module.def(
-      "row_softmax",
-      [](const std::string& instruction_set, const std::string& dtype, uintptr_t row, int64_t length, double factor) {
-        const RowStatistics result =
-            kernels_named(instruction_set, dtype).softmax(reinterpret_cast<void*>(row), length, factor);
-        return std::make_tuple(result.reference, result.sum, result.weighted);
-      },
-      "Overwrites the row at an address with factor * softmax; returns its statistics.");
+      "(reference, sum) of one row at an address.");
   module.def(
       "row_exponentials",
       [](const std::string& instruction_set, const std::string& dtype, uintptr_t out, uintptr_t row, int64_t length,
@@ -108,14 +100,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
                           factor);
       },
       "Writes factor * exp(row - log_normaliser) at the address `out`.");
-  module.def(
-      "row_scale",
-      [](const std::string& instruction_set, const std::string& dtype, uintptr_t out, uintptr_t row, int64_t length,
-         double factor) {
-        kernels_named(instruction_set, dtype)
-            .scale(reinterpret_cast<void*>(out), reinterpret_cast<const void*>(row), length, factor);
-      },
-      "Writes factor * row at the address `out`.");
 }
 
 }  // namespace megatron_sip

@@ -5,11 +5,10 @@ namespace megatron_sip {
 
 enum class LogitType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
-// `reference` is at most 8.4 below the row's maximum (-inf without a logit above -inf).
+// `reference` is at most 8 below the row's maximum (-inf without a logit above -inf).
 struct RowStatistics {
   double reference;
-  double sum;       // sum of w = exp(x - reference)
-  double weighted;  // sum of w * (x - reference), from which the entropy follows
+  double sum;  // of exp(x - reference)
 };
 
 }  // namespace megatron_sip

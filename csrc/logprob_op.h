@@ -10,11 +10,6 @@
 
 namespace megatron_sip {
 
-// float16 holds nothing below 6e-8, so a softmax that waits for its coefficient is kept times this (1 -> 32768).
-constexpr double kHalfSoftmaxScale = 32768.0;
-
-inline double softmax_scale(at::ScalarType type) { return type == at::kHalf ? kHalfSoftmaxScale : 1.0; }
-
 // Which columns of a shard count (`columns` from its first), and the token id of the first.
 struct Shard {
   int64_t vocab_start;

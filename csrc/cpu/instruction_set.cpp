@@ -2,11 +2,6 @@
 
 #include <ATen/Version.h>
 
-#include <stdexcept>
-#include <string>
-
-#include "row_kernels.h"
-
 namespace megatron_sip {
 
 #if defined(__x86_64__)
@@ -30,22 +25,5 @@ bool avx512_usable() { return false; }
 bool avx512_bf16_usable() { return false; }
 
 #endif
-
-std::string best_instruction_set() { return avx512_usable() ? "avx512" : avx2_usable() ? "avx2" : "portable"; }
-
-const RowKernels& kernels_for_instruction_set(const std::string& name, LogitType type) {
-  const RowKernels* kernels = nullptr;
-  if (name == "avx512" && avx512_usable()) {
-    kernels = avx512_kernels(type);
-  } else if (name == "avx2" && avx2_usable()) {
-    kernels = avx2_kernels(type);
-  } else if (name != "portable") {
-    throw std::invalid_argument("this processor has no instruction set '" + name + "'; it runs " +
-                                best_instruction_set());
-  }
-  return kernels == nullptr ? *portable_kernels(type) : *kernels;
-}
-
-const RowKernels& best_kernels(LogitType type) { return kernels_for_instruction_set(best_instruction_set(), type); }
 
 }  // namespace megatron_sip

@@ -77,41 +77,26 @@ Tensor gather_targets(const Tensor& logits, const Tensor& logit_rows, const Tens
   return result;
 }
 
-// One pass over the logits; with `store_softmax` each row is overwritten right after, while it is in cache.
-Statistics statistics_of(const Tensor& logits, const Tensor& logit_rows_any, const Tensor& targets_any, Shard shard,
-                         bool store_softmax) {
+Statistics row_statistics(const Tensor& logits, const Tensor& logit_rows_any, const Tensor& targets_any,
+                          int64_t vocab_start, int64_t columns) {
+  const Shard shard{vocab_start, columns};
   check_entries(logits, logit_rows_any, targets_any, shard);
   const Tensor logit_rows = logit_rows_any.contiguous(), targets = targets_any.contiguous();
   check_rows(logit_rows, logits.size(0));
   const Tensor target_logits = gather_targets(logits, logit_rows, targets, shard);
   const Rows rows(logits);
   const Tensor reference = at::empty({rows.count}, logits.options().dtype(at::kDouble));
-  const Tensor sums = at::empty({2, rows.count}, reference.options());
-  double* reference_out = reference.data_ptr<double>();
-  double* sums_out = sums.data_ptr<double>();
+  const Tensor sum = at::empty_like(reference);
+  double *reference_out = reference.data_ptr<double>(), *sum_out = sum.data_ptr<double>();
   const RowKernels& kernels = best_kernels(logit_type(logits));
-  const double factor = -softmax_scale(logits.scalar_type());
-  at::parallel_for(0, rows.count, rows_per_task(shard.columns), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, rows.count, rows_per_task(columns), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const RowStatistics row = store_softmax ? kernels.softmax(rows.row(r), shard.columns, factor)
-                                              : kernels.statistics(rows.row(r), shard.columns);
-      if (store_softmax) rows.clear(r, shard.columns);
+      const RowStatistics row = kernels.statistics(rows.row(r), columns);
       reference_out[r] = row.reference;
-      sums_out[r] = row.sum;
-      sums_out[rows.count + r] = row.weighted;
+      sum_out[r] = row.sum;
     }
   });
-  return {reference, sums, target_logits};
-}
-
-Statistics row_statistics(const Tensor& logits, const Tensor& logit_rows, const Tensor& targets, int64_t vocab_start,
-                          int64_t columns) {
-  return statistics_of(logits, logit_rows, targets, {vocab_start, columns}, false);
-}
-
-Statistics softmax_statistics_(Tensor& logits, const Tensor& logit_rows, const Tensor& targets, int64_t vocab_start,
-                               int64_t columns) {
-  return statistics_of(logits, logit_rows, targets, {vocab_start, columns}, true);
+  return {reference, sum, target_logits};
 }
 
 struct GradientInputs {
@@ -121,24 +106,8 @@ struct GradientInputs {
   const double* grad;
 };
 
-// The row's gradient without its targets' share: -coefficient * softmax.
-void write_softmax_part(const RowKernels& kernels, const Rows& out, const Rows& in, int64_t r, const Shard& shard,
-                        double coefficient, double log_normaliser, bool stored_softmax, double stored_scale) {
-  if (coefficient == 0.0) {
-    out.clear(r, 0);
-    return;
-  }
-  if (stored_softmax) {
-    const double factor = coefficient / stored_scale;
-    if (factor != 1.0 || out.data != in.data) kernels.scale(out.row(r), in.row(r), shard.columns, factor);
-  } else {
-    kernels.exponentials(out.row(r), in.row(r), shard.columns, log_normaliser, -coefficient);
-  }
-  out.clear(r, shard.columns);
-}
-
-// At a target the gradient is (sum of grad of its entries) - coefficient * p, with p from the exact log-prob: in 16
-// bits a stored softmax near 1 would leave nothing of 1 - p.
+// At a target the gradient is (sum of grad of its entries) - coefficient * p, with p from the exact log-prob: a
+// softmax in 16 bits near 1 would leave nothing of 1 - p.
 template <typename scalar_t>
 void write_targets(scalar_t* row, const int64_t* begin, const int64_t* end, const GradientInputs& inputs,
                    const Shard& shard, double coefficient) {
@@ -155,8 +124,7 @@ void write_targets(scalar_t* row, const int64_t* begin, const int64_t* end, cons
 }
 
 void write_gradient(const Tensor& out, const Tensor& logits, const Tensor& logit_rows_any, const Tensor& targets_any,
-                    const Tensor& logprobs_any, const Tensor& log_normaliser_any, const Tensor& grad_any, Shard shard,
-                    bool stored_softmax) {
+                    const Tensor& logprobs_any, const Tensor& log_normaliser_any, const Tensor& grad_any, Shard shard) {
   check_entries(logits, logit_rows_any, targets_any, shard);
   check_gradient(logits, targets_any, logprobs_any, log_normaliser_any, grad_any);
   const Tensor logit_rows = logit_rows_any.contiguous(), targets = targets_any.contiguous();
@@ -168,7 +136,6 @@ void write_gradient(const Tensor& out, const Tensor& logits, const Tensor& logit
                               log_normaliser.const_data_ptr<double>(), grad.const_data_ptr<double>()};
   const EntriesByRow by_row(logit_rows.const_data_ptr<int64_t>(), logit_rows.numel(), rows_in.count);
   const RowKernels& kernels = best_kernels(logit_type(logits));
-  const double stored_scale = softmax_scale(logits.scalar_type());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "write_gradient", [&] {
     at::parallel_for(0, rows_in.count, rows_per_task(shard.columns), [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
@@ -176,8 +143,10 @@ void write_gradient(const Tensor& out, const Tensor& logits, const Tensor& logit
         const int64_t* end = by_row.entries.data() + by_row.begin[r + 1];
         double coefficient = 0;
         for (const int64_t* entry = begin; entry < end; ++entry) coefficient += inputs.grad[*entry];
-        write_softmax_part(kernels, rows_out, rows_in, r, shard, coefficient, inputs.log_normaliser[r], stored_softmax,
-                           stored_scale);
+        if (coefficient != 0.0) {
+          kernels.exponentials(rows_out.row(r), rows_in.row(r), shard.columns, inputs.log_normaliser[r], -coefficient);
+        }
+        rows_out.clear(r, coefficient != 0.0 ? shard.columns : 0);
         write_targets(reinterpret_cast<scalar_t*>(rows_out.row(r)), begin, end, inputs, shard, coefficient);
       }
     });
@@ -185,26 +154,21 @@ void write_gradient(const Tensor& out, const Tensor& logits, const Tensor& logit
 }
 
 Tensor gradient(const Tensor& logits, const Tensor& logit_rows, const Tensor& targets, const Tensor& logprobs,
-                const Tensor& log_normaliser, const Tensor& grad, int64_t vocab_start, int64_t columns,
-                bool stored_softmax) {
+                const Tensor& log_normaliser, const Tensor& grad, int64_t vocab_start, int64_t columns) {
   Tensor out = at::empty_like(logits);
-  write_gradient(out, logits, logit_rows, targets, logprobs, log_normaliser, grad, {vocab_start, columns},
-                 stored_softmax);
+  write_gradient(out, logits, logit_rows, targets, logprobs, log_normaliser, grad, {vocab_start, columns});
   return out;
 }
 
 void gradient_(Tensor& logits, const Tensor& logit_rows, const Tensor& targets, const Tensor& logprobs,
-               const Tensor& log_normaliser, const Tensor& grad, int64_t vocab_start, int64_t columns,
-               bool stored_softmax) {
-  write_gradient(logits, logits, logit_rows, targets, logprobs, log_normaliser, grad, {vocab_start, columns},
-                 stored_softmax);
+               const Tensor& log_normaliser, const Tensor& grad, int64_t vocab_start, int64_t columns) {
+  write_gradient(logits, logits, logit_rows, targets, logprobs, log_normaliser, grad, {vocab_start, columns});
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(megatron_sip, CPU, library) {
   library.impl("row_statistics", &row_statistics);
-  library.impl("softmax_statistics_", &softmax_statistics_);
   library.impl("gradient", &gradient);
   library.impl("gradient_", &gradient_);
 }

@@ -1,6 +1,5 @@
 // CUDA kernels of the log-prob op (sm_80, sm_90): a persistent grid whose blocks take one row after the other, 16-byte
-// loads and stores. The softmax reads a row again right after its statistics, from the L2 cache if that holds the rows
-// of all blocks: on an H100 (50 MB, 264 blocks) 32000 float32 columns fit, 128256 do not and come from memory twice.
+// loads and stores.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -60,12 +59,6 @@ __device__ inline C negative_infinity() {
   return -static_cast<C>(INFINITY);
 }
 
-// A finite stand-in for -inf where it would meet a weight of 0.
-template <typename C>
-__device__ inline C finite_below(C x) {
-  return x < static_cast<C>(-1e4) ? static_cast<C>(-1e4) : x;
-}
-
 template <typename T>
 struct alignas(kPackBytes) Pack {
   static constexpr int kSize = kPackBytes / sizeof(T);
@@ -88,12 +81,11 @@ struct RowSplit {
   }
 };
 
-// Running statistics; sums in float64 where blocks of threads are merged, in C within a thread.
+// Running statistics of one thread; threads are merged in float64.
 template <typename C>
 struct Online {
   C highest = negative_infinity<C>();
   C sum = 0;
-  C weighted = 0;
 
   template <typename T, int N>
   __device__ void add(const T (&values)[N]) {
@@ -107,19 +99,11 @@ struct Online {
       return;
     }
     if (high > highest) {
-      const C shift = finite_below(highest - high);
-      const C factor = exponential(shift);
-      weighted = factor * (weighted + shift * sum);
-      sum *= factor;
+      sum *= exponential(highest - high);
       highest = high;
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const C shifted = static_cast<C>(widen(values[i])) - highest;
-      const C weight = exponential(shifted);
-      sum += weight;
-      weighted += weight * finite_below(shifted);
-    }
+    for (int i = 0; i < N; ++i) sum += exponential(static_cast<C>(widen(values[i])) - highest);
   }
 };
 
@@ -139,9 +123,8 @@ __device__ inline double max_warp(double value) {
 // without a logit above -inf has factor 0 beside others, which leaves its sum what it is: 0, or NaN.
 __device__ inline RowStatistics merge_warp(const RowStatistics& mine) {
   const double highest = max_warp(mine.reference);
-  const double shift = highest == negative_infinity<double>() ? 0.0 : finite_below(mine.reference - highest);
-  const double factor = exp(shift);
-  return {highest, sum_warp(factor * mine.sum), sum_warp(factor * (mine.weighted + shift * mine.sum))};
+  const double shift = highest == negative_infinity<double>() ? 0.0 : mine.reference - highest;
+  return {highest, sum_warp(exp(shift) * mine.sum)};
 }
 
 // The merged statistics of all threads, on the first warp; the others must not write `shared` again before the block
@@ -152,7 +135,7 @@ __device__ inline RowStatistics merge_block(RowStatistics mine, RowStatistics* s
   if (lane == 0) shared[warp] = mine;
   __syncthreads();
   if (warp != 0) return mine;
-  RowStatistics of_warp = {negative_infinity<double>(), 0, 0};
+  RowStatistics of_warp = {negative_infinity<double>(), 0};
   if (lane < blockDim.x / kWarp) of_warp = shared[lane];
   return merge_warp(of_warp);
 }
@@ -199,33 +182,31 @@ __device__ RowStatistics read_statistics(const T* row, int64_t length, RowStatis
     const T single[1] = {row[i]};
     online.add(single);
   }
-  return merge_block(
-      {static_cast<double>(online.highest), static_cast<double>(online.sum), static_cast<double>(online.weighted)},
-      shared);
+  return merge_block({static_cast<double>(online.highest), static_cast<double>(online.sum)}, shared);
 }
 
-// out = function(in) over a row; by packs where both are aligned alike.
-template <typename T, typename Function>
-__device__ void transform_row(T* out, const T* in, int64_t length, Function function) {
+// out = factor * exp(in - log_normaliser) over a row; by packs where both are aligned alike.
+template <typename T>
+__device__ void write_exponentials(T* out, const T* in, int64_t length, double log_normaliser, double factor) {
+  using C = Compute<T>;
+  const C shift = static_cast<C>(log_normaliser);
+  const C by = static_cast<C>(factor) * exponential(static_cast<C>(static_cast<double>(shift) - log_normaliser));
+  const auto result = [=](T x) { return narrow<T>(by * exponential(widen(x) - shift)); };
   const bool alike = reinterpret_cast<uintptr_t>(out) % kPackBytes == reinterpret_cast<uintptr_t>(in) % kPackBytes;
-  if (!alike) {
-    for (int64_t i = threadIdx.x; i < length; i += blockDim.x) out[i] = narrow<T>(function(widen(in[i])));
-    return;
-  }
   const RowSplit<T> split(in, length);
-  for (int64_t i = threadIdx.x; i < split.head; i += blockDim.x) out[i] = narrow<T>(function(widen(in[i])));
-  const Pack<T>* sources = reinterpret_cast<const Pack<T>*>(in + split.head);
-  Pack<T>* results = reinterpret_cast<Pack<T>*>(out + split.head);
+  const int64_t head = alike ? split.head : length;
+  for (int64_t i = threadIdx.x; i < head; i += blockDim.x) out[i] = result(in[i]);
+  if (!alike) return;
+  const Pack<T>* sources = reinterpret_cast<const Pack<T>*>(in + head);
+  Pack<T>* results = reinterpret_cast<Pack<T>*>(out + head);
 #pragma unroll 2
   for (int64_t p = threadIdx.x; p < split.packs; p += blockDim.x) {
     Pack<T> pack = sources[p];
 #pragma unroll
-    for (int i = 0; i < Pack<T>::kSize; ++i) pack.values[i] = narrow<T>(function(widen(pack.values[i])));
+    for (int i = 0; i < Pack<T>::kSize; ++i) pack.values[i] = result(pack.values[i]);
     results[p] = pack;
   }
-  for (int64_t i = split.tail_begin + threadIdx.x; i < length; i += blockDim.x) {
-    out[i] = narrow<T>(function(widen(in[i])));
-  }
+  for (int64_t i = split.tail_begin + threadIdx.x; i < length; i += blockDim.x) out[i] = result(in[i]);
 }
 
 template <typename T>
@@ -234,36 +215,16 @@ __device__ void clear_row(T* out, int64_t first, int64_t width) {
 }
 
 template <typename T>
-__device__ void write_exponentials(T* out, const T* in, int64_t length, double log_normaliser, double factor) {
-  using C = Compute<T>;
-  const C shift = static_cast<C>(log_normaliser);
-  const C by = static_cast<C>(factor) * exponential(static_cast<C>(static_cast<double>(shift) - log_normaliser));
-  transform_row(out, in, length, [=](C x) { return by * exponential(x - shift); });
-}
-
-template <typename T>
 __global__ void __launch_bounds__(kMaxThreads, kStatisticsBlocks)
-    statistics_kernel(DeviceRows rows, double* reference, double* sums, bool store_softmax, double factor) {
+    statistics_kernel(DeviceRows rows, double* reference, double* sum) {
   __shared__ RowStatistics shared[kMaxThreads / kWarp];
-  __shared__ double log_normaliser;
   for (int64_t r = blockIdx.x; r < rows.rows; r += gridDim.x) {
-    const T* in = static_cast<const T*>(rows.in) + r * rows.width;
-    const RowStatistics row = read_statistics(in, rows.columns, shared);
+    const RowStatistics row = read_statistics(static_cast<const T*>(rows.in) + r * rows.width, rows.columns, shared);
     if (threadIdx.x == 0) {
       reference[r] = row.reference;
-      sums[r] = row.sum;
-      sums[rows.rows + r] = row.weighted;
-      // Without a logit above -inf any finite one makes the softmax 0, as on CPU.
-      log_normaliser = row.sum == 0 ? 0.0 : row.reference + log(row.sum);
+      sum[r] = row.sum;
     }
-    // Now the normaliser is there, and the first warp has read `shared`. Thread 0 writes the next normaliser after the
-    // synchronisation in merge_block, before which all have read this one.
-    __syncthreads();
-    if (store_softmax) {
-      T* out = static_cast<T*>(rows.out) + r * rows.width;
-      write_exponentials(out, in, rows.columns, log_normaliser, factor);
-      clear_row(out, rows.columns, rows.width);
-    }
+    __syncthreads();  // the first warp has read `shared`
   }
 }
 
@@ -292,27 +253,17 @@ __device__ void write_targets(T* out, const DeviceEntries& entries, int64_t begi
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads, kGradientBlocks)
-    gradient_kernel(DeviceRows rows, DeviceEntries entries, const double* log_normaliser, double stored_scale) {
-  using C = Compute<T>;
+    gradient_kernel(DeviceRows rows, DeviceEntries entries, const double* log_normaliser, T* out_rows) {
   __shared__ double shared[kMaxThreads / kWarp];
   for (int64_t r = blockIdx.x; r < rows.rows; r += gridDim.x) {
     const T* in = static_cast<const T*>(rows.in) + r * rows.width;
-    T* out = static_cast<T*>(rows.out) + r * rows.width;
+    T* out = out_rows + r * rows.width;
     const int64_t begin = entries.begin[r], end = entries.begin[r + 1];
     double mine = 0;
     for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) mine += entries.grad[entries.order[i]];
     const double coefficient = sum_block(mine, shared);
-    if (coefficient == 0.0) {
-      clear_row(out, 0, rows.width);
-    } else {
-      if (stored_scale == 0.0) {
-        write_exponentials(out, in, rows.columns, log_normaliser[r], -coefficient);
-      } else if (const double factor = coefficient / stored_scale; factor != 1.0 || in != out) {
-        const C by = static_cast<C>(factor);
-        transform_row(out, in, rows.columns, [=](C x) { return by * x; });
-      }
-      clear_row(out, rows.columns, rows.width);
-    }
+    if (coefficient != 0.0) write_exponentials(out, in, rows.columns, log_normaliser[r], -coefficient);
+    clear_row(out, coefficient != 0.0 ? rows.columns : 0, rows.width);
     __syncthreads();  // the row is written, and all have read what sum_block left
     write_targets(out, entries, begin, end, rows.columns, coefficient);
   }
@@ -380,28 +331,27 @@ cudaError_t launch_gather_targets(const DeviceRows& rows, const int64_t* logit_r
   });
 }
 
-cudaError_t launch_statistics(const DeviceRows& rows, double* reference, double* sums, bool store_softmax,
-                              double factor, cudaStream_t stream) {
+cudaError_t launch_statistics(const DeviceRows& rows, double* reference, double* sum, cudaStream_t stream) {
   if (rows.rows == 0) return cudaSuccess;
   return dispatch(rows.type, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     Grid grid{};
     const cudaError_t error = persistent_grid(statistics_kernel<T>, rows.rows, rows.columns, &grid);
     if (error != cudaSuccess) return error;
-    statistics_kernel<T><<<grid.blocks, grid.threads, 0, stream>>>(rows, reference, sums, store_softmax, factor);
+    statistics_kernel<T><<<grid.blocks, grid.threads, 0, stream>>>(rows, reference, sum);
     return cudaGetLastError();
   });
 }
 
 cudaError_t launch_gradient(const DeviceRows& rows, const DeviceEntries& entries, const double* log_normaliser,
-                            double stored_scale, cudaStream_t stream) {
+                            void* out, cudaStream_t stream) {
   if (rows.rows == 0) return cudaSuccess;
   return dispatch(rows.type, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     Grid grid{};
     const cudaError_t error = persistent_grid(gradient_kernel<T>, rows.rows, rows.columns, &grid);
     if (error != cudaSuccess) return error;
-    gradient_kernel<T><<<grid.blocks, grid.threads, 0, stream>>>(rows, entries, log_normaliser, stored_scale);
+    gradient_kernel<T><<<grid.blocks, grid.threads, 0, stream>>>(rows, entries, log_normaliser, static_cast<T*>(out));
     return cudaGetLastError();
   });
 }

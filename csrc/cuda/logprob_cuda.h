@@ -9,11 +9,10 @@
 
 namespace megatron_sip {
 
-// A contiguous [rows, width] matrix of logits of which the first `columns` count. `out` may equal `in`.
+// A contiguous [rows, width] matrix of logits of which the first `columns` count.
 struct DeviceRows {
   LogitType type;
   const void* in;
-  void* out;
   int64_t rows;
   int64_t width;
   int64_t columns;
@@ -33,12 +32,11 @@ struct DeviceEntries {
 cudaError_t launch_gather_targets(const DeviceRows& rows, const int64_t* logit_rows, const int64_t* targets,
                                   int64_t count, int64_t vocab_start, double* out, cudaStream_t stream);
 
-// reference [rows] and sums [2, rows]; with `store_softmax`, out = factor * softmax, 0 past `columns`.
-cudaError_t launch_statistics(const DeviceRows& rows, double* reference, double* sums, bool store_softmax,
-                              double factor, cudaStream_t stream);
+// RowStatistics of each row, as reference [rows] and sum [rows].
+cudaError_t launch_statistics(const DeviceRows& rows, double* reference, double* sum, cudaStream_t stream);
 
-// `stored_scale` is 0 when `in` holds logits, else what the stored minus softmax was multiplied by.
+// The gradient of the sum of grad * logprobs, [rows, width] like the logits; `out` may be the logits themselves.
 cudaError_t launch_gradient(const DeviceRows& rows, const DeviceEntries& entries, const double* log_normaliser,
-                            double stored_scale, cudaStream_t stream);
+                            void* out, cudaStream_t stream);
 
 }  // namespace megatron_sip

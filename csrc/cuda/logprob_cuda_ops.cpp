@@ -22,40 +22,28 @@ namespace {
 using at::Tensor;
 using Statistics = std::tuple<Tensor, Tensor, Tensor>;
 
-DeviceRows device_rows(const Tensor& in, const Tensor& out, const Shard& shard) {
-  return {logit_type(in), in.const_data_ptr(), out.data_ptr(), in.size(0), in.size(1), shard.columns};
+DeviceRows device_rows(const Tensor& logits, int64_t columns) {
+  return {logit_type(logits), logits.const_data_ptr(), logits.size(0), logits.size(1), columns};
 }
 
-Statistics statistics_of(const Tensor& logits, const Tensor& logit_rows_any, const Tensor& targets_any, Shard shard,
-                         bool store_softmax) {
+Statistics row_statistics(const Tensor& logits, const Tensor& logit_rows_any, const Tensor& targets_any,
+                          int64_t vocab_start, int64_t columns) {
+  const Shard shard{vocab_start, columns};
   check_entries(logits, logit_rows_any, targets_any, shard);
   const c10::cuda::CUDAGuard guard(logits.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const Tensor logit_rows = logit_rows_any.contiguous(), targets = targets_any.contiguous();
   const Tensor target_logits = at::empty({targets.size(0)}, logits.options().dtype(at::kDouble));
-  const Tensor reference = at::empty({logits.size(0)}, target_logits.options());
-  const Tensor sums = at::empty({2, logits.size(0)}, target_logits.options());
-  const DeviceRows rows = device_rows(logits, logits, shard);
+  const Tensor reference = at::empty({logits.size(0)}, target_logits.options()), sum = at::empty_like(reference);
+  const DeviceRows rows = device_rows(logits, columns);
   C10_CUDA_CHECK(launch_gather_targets(rows, logit_rows.const_data_ptr<int64_t>(), targets.const_data_ptr<int64_t>(),
-                                       targets.numel(), shard.vocab_start, target_logits.data_ptr<double>(), stream));
-  C10_CUDA_CHECK(launch_statistics(rows, reference.data_ptr<double>(), sums.data_ptr<double>(), store_softmax,
-                                   -softmax_scale(logits.scalar_type()), stream));
-  return {reference, sums, target_logits};
-}
-
-Statistics row_statistics(const Tensor& logits, const Tensor& logit_rows, const Tensor& targets, int64_t vocab_start,
-                          int64_t columns) {
-  return statistics_of(logits, logit_rows, targets, {vocab_start, columns}, false);
-}
-
-Statistics softmax_statistics_(Tensor& logits, const Tensor& logit_rows, const Tensor& targets, int64_t vocab_start,
-                               int64_t columns) {
-  return statistics_of(logits, logit_rows, targets, {vocab_start, columns}, true);
+                                       targets.numel(), vocab_start, target_logits.data_ptr<double>(), stream));
+  C10_CUDA_CHECK(launch_statistics(rows, reference.data_ptr<double>(), sum.data_ptr<double>(), stream));
+  return {reference, sum, target_logits};
 }
 
 void write_gradient(const Tensor& out, const Tensor& logits, const Tensor& logit_rows, const Tensor& targets_any,
-                    const Tensor& logprobs_any, const Tensor& log_normaliser_any, const Tensor& grad_any, Shard shard,
-                    bool stored_softmax) {
+                    const Tensor& logprobs_any, const Tensor& log_normaliser_any, const Tensor& grad_any, Shard shard) {
   check_entries(logits, logit_rows, targets_any, shard);
   check_gradient(logits, targets_any, logprobs_any, log_normaliser_any, grad_any);
   const c10::cuda::CUDAGuard guard(logits.device());
@@ -66,32 +54,26 @@ void write_gradient(const Tensor& out, const Tensor& logits, const Tensor& logit
   const DeviceEntries entries{begin.const_data_ptr<int64_t>(),   order.const_data_ptr<int64_t>(),
                               targets.const_data_ptr<int64_t>(), logprobs.const_data_ptr<double>(),
                               grad.const_data_ptr<double>(),     shard.vocab_start};
-  C10_CUDA_CHECK(launch_gradient(device_rows(logits, out, shard), entries, log_normaliser.const_data_ptr<double>(),
-                                 stored_softmax ? softmax_scale(logits.scalar_type()) : 0.0,
-                                 c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(launch_gradient(device_rows(logits, shard.columns), entries, log_normaliser.const_data_ptr<double>(),
+                                 out.data_ptr(), c10::cuda::getCurrentCUDAStream()));
 }
 
 Tensor gradient(const Tensor& logits, const Tensor& logit_rows, const Tensor& targets, const Tensor& logprobs,
-                const Tensor& log_normaliser, const Tensor& grad, int64_t vocab_start, int64_t columns,
-                bool stored_softmax) {
+                const Tensor& log_normaliser, const Tensor& grad, int64_t vocab_start, int64_t columns) {
   Tensor out = at::empty_like(logits);
-  write_gradient(out, logits, logit_rows, targets, logprobs, log_normaliser, grad, {vocab_start, columns},
-                 stored_softmax);
+  write_gradient(out, logits, logit_rows, targets, logprobs, log_normaliser, grad, {vocab_start, columns});
   return out;
 }
 
 void gradient_(Tensor& logits, const Tensor& logit_rows, const Tensor& targets, const Tensor& logprobs,
-               const Tensor& log_normaliser, const Tensor& grad, int64_t vocab_start, int64_t columns,
-               bool stored_softmax) {
-  write_gradient(logits, logits, logit_rows, targets, logprobs, log_normaliser, grad, {vocab_start, columns},
-                 stored_softmax);
+               const Tensor& log_normaliser, const Tensor& grad, int64_t vocab_start, int64_t columns) {
+  write_gradient(logits, logits, logit_rows, targets, logprobs, log_normaliser, grad, {vocab_start, columns});
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(megatron_sip, CUDA, library) {
   library.impl("row_statistics", &row_statistics);
-  library.impl("softmax_statistics_", &softmax_statistics_);
   library.impl("gradient", &gradient);
   library.impl("gradient_", &gradient_);
 }

@@ -103,7 +103,7 @@ class _LinearBranchLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = hidden.shape[0]
         reference = torch.full((rows,), -torch.inf, dtype=torch.float64, device=hidden.device)
-        sums = torch.zeros((2, rows), dtype=torch.float64, device=hidden.device)
+        sums = torch.zeros_like(reference)
         target_logits = torch.zeros(targets.shape[0], dtype=torch.float64, device=hidden.device)
         for chunk in vocabulary_chunks(shard, chunk_columns):
             logits = project(hidden, weight[chunk.first : chunk.last])
@@ -115,7 +115,7 @@ class _LinearBranchLogprobs(torch.autograd.Function):
             reference = higher
             target_logits += chunk_targets
         reference, sums, target_logits = combine_over_ranks(reference, sums, target_logits, shard.group)
-        tokens, branch_sums, _, normaliser = finish_logprobs(
+        tokens, branch_sums, normaliser = finish_logprobs(
             reference, sums, target_logits, logit_rows, branch_offsets, output_dtype(hidden)
         )
         ctx.shard, ctx.chunk_columns = shard, chunk_columns
@@ -135,7 +135,7 @@ class _LinearBranchLogprobs(torch.autograd.Function):
             rows_of_weight = weight[chunk.first : chunk.last]
             logits = project(hidden, rows_of_weight)
             operators.gradient_(
-                logits, logit_rows, targets, logprobs, normaliser, grad, chunk.vocab_start, chunk.columns, False
+                logits, logit_rows, targets, logprobs, normaliser, grad, chunk.vocab_start, chunk.columns
             )
             grad_logits = logits.to(hidden.dtype)
             grad_hidden += grad_logits @ rows_of_weight

@@ -3,14 +3,13 @@
     token_logprobs, branch_sums = branch_logprobs(logits, row.logit_rows, row.targets, row.branch_offsets)
 
 A row of logits may predict several tokens (the last prefix token predicts the first token of each branch): it is
-projected once and the gradients of its entries add up. The gradient is written over the logits, in the backward pass or
-(unscaled) already in the forward pass, while a row is still in cache.
+projected once and the gradients of its entries add up. The gradient is written over the logits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,17 +20,6 @@ from torch.distributed import ProcessGroup
 from megatron_sip.model.logprob_ops import operators
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class BranchLogprobs(NamedTuple):
-    """Log-probs in nats; float32, or float64 for float64 logits."""
-
-    token_logprobs: Tensor
-    """[L] log-prob of each target, at most 0."""
-    branch_sums: Tensor
-    """[B] their sums over each branch, 0 for an empty one."""
-    entropy: Tensor
-    """[T] entropy of each row's distribution; not differentiable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +42,10 @@ def branch_logprobs(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     inplace: bool = True,
-    precompute_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the targets [L] and their sums over branches [B]; differentiable with respect to `logits`.
+    """Log-probs of the targets [L], at most 0, and their sums over branches [B], 0 for an empty one.
+
+    In nats, float32 (float64 for float64 logits); differentiable with respect to `logits`.
 
     Args:
         logits: [T, V/tp], float32, bfloat16, float16 or float64.
@@ -69,42 +58,11 @@ def branch_logprobs(
             By default all columns count, which is what Megatron's own loss does with its padded vocabulary.
         inplace: when a gradient is needed, use the logits' memory for it. The op must then own that buffer: contiguous,
             not a leaf, read by nobody afterwards. The gradient can be computed once. False leaves `logits` alone.
-        precompute_gradient: write the unscaled gradient over the logits in the forward pass already, while a row is in
-            cache. The fastest way to the gradient of a plain sum of log-probs: with all coefficients 1 backward has
-            nothing left to do. With others it must read and write the buffer once more, and computing the exponentials
-            again (False) is faster. Has no effect out of place, or with tensor parallelism: a shard cannot normalise.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or (on the CPU; a device-side assertion on CUDA) indices that do not fit.
         RuntimeError: a second backward pass through logits that were consumed in place.
     """
-    result = branch_logprobs_with_entropy(
-        logits,
-        logit_rows,
-        targets,
-        branch_offsets,
-        tp_group=tp_group,
-        vocab_start=vocab_start,
-        vocab_size=vocab_size,
-        inplace=inplace,
-        precompute_gradient=precompute_gradient,
-    )
-    return result.token_logprobs, result.branch_sums
-
-
-def branch_logprobs_with_entropy(
-    logits: Tensor,
-    logit_rows: Tensor,
-    targets: Tensor,
-    branch_offsets: Tensor,
-    *,
-    tp_group: ProcessGroup | None = None,
-    vocab_start: int = 0,
-    vocab_size: int | None = None,
-    inplace: bool = True,
-    precompute_gradient: bool = False,
-) -> BranchLogprobs:
-    """`branch_logprobs`, and each row's entropy, which costs one more multiply-add a logit."""
     if logits.dim() != 2:
         raise ValueError(f"logits must be [T, V], got shape {list(logits.shape)}")
     shard = vocabulary_shard(logits.shape[1], tp_group, vocab_start, vocab_size)
@@ -112,16 +70,10 @@ def branch_logprobs_with_entropy(
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     if inplace and needs_gradient:
         _check_owned(logits)
-    if shard.group is None and not (inplace and needs_gradient):
-        outputs = operators.branch_logprobs(
-            logits.contiguous(), logit_rows, targets, branch_offsets, shard.start, shard.columns
-        )
-        return BranchLogprobs(*outputs[:3])
     logits = logits.contiguous()
-    stored_softmax = needs_gradient and inplace and precompute_gradient and shard.group is None
-    return BranchLogprobs(
-        *_BranchLogprobs.apply(logits, logit_rows, targets, branch_offsets, shard, inplace, stored_softmax)
-    )
+    if shard.group is None and not (inplace and needs_gradient):
+        return operators.branch_logprobs(logits, logit_rows, targets, branch_offsets, shard.start, shard.columns)[:2]
+    return _BranchLogprobs.apply(logits, logit_rows, targets, branch_offsets, shard, inplace)
 
 
 def vocabulary_shard(
@@ -212,18 +164,15 @@ def combine_over_ranks(
         return reference, sums, target_logits
     highest = reference.clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-    packed = torch.cat([*move_reference(reference, sums, highest), target_logits])
+    packed = torch.cat([move_reference(reference, sums, highest), target_logits])
     dist.all_reduce(packed, dist.ReduceOp.SUM, group=group)
     rows = reference.shape[0]
-    return highest, packed[: 2 * rows].view(2, rows), packed[2 * rows :]
+    return highest, packed[:rows], packed[rows:]
 
 
 def move_reference(reference: Tensor, sums: Tensor, new_reference: Tensor) -> Tensor:
-    """`sums` [2, T] as if they had been taken relative to `new_reference` (not below `reference`)."""
-    empty = reference.isneginf()
-    shift = torch.where(empty, 0.0, reference - new_reference)
-    factor = torch.where(empty, 0.0, shift.exp())
-    return torch.stack([sums[0] * factor, factor * (sums[1] + shift * sums[0])])
+    """`sums` [T] as if they had been taken relative to `new_reference` (not below `reference`)."""
+    return torch.where(reference.isneginf(), sums, sums * (reference - new_reference).exp())
 
 
 def finish_logprobs(
@@ -233,14 +182,13 @@ def finish_logprobs(
     logit_rows: Tensor,
     branch_offsets: Tensor,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(token log-probs, branch sums, entropy, log-normaliser float64 [T]) from the statistics of whole rows."""
-    log_sums = sums[0].log()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(token log-probs, branch sums, log-normaliser float64 [T]) from the statistics of whole rows."""
+    log_sums = sums.log()
     tokens = (target_logits - reference[logit_rows]) - log_sums[logit_rows]
     tokens = tokens.clamp_max(0.0)
     branch_sums = torch.segment_reduce(tokens, "sum", offsets=branch_offsets, initial=0.0, unsafe=True)
-    entropy = (log_sums - sums[1] / sums[0]).clamp_min(0.0)
-    return tokens.to(dtype), branch_sums.to(dtype), entropy.to(dtype), reference + log_sums
+    return tokens.to(dtype), branch_sums.to(dtype), reference + log_sums
 
 
 def output_dtype(logits: Tensor) -> torch.dtype:
@@ -272,27 +220,21 @@ class _BranchLogprobs(torch.autograd.Function):
         branch_offsets: Tensor,
         shard: VocabularyShard,
         inplace: bool,
-        stored_softmax: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        statistics = operators.softmax_statistics_ if stored_softmax else operators.row_statistics
-        local = statistics(logits, logit_rows, targets, shard.start, shard.columns)
-        if stored_softmax:
-            # Whoever saved these logits for its own backward pass is told, instead of reading a softmax.
-            torch.autograd.graph.increment_version(logits)
+    ) -> tuple[Tensor, Tensor]:
+        local = operators.row_statistics(logits, logit_rows, targets, shard.start, shard.columns)
         reference, row_sums, target_logits = combine_over_ranks(local[0], local[1], local[2], shard.group)
-        tokens, sums, entropy, normaliser = finish_logprobs(
+        tokens, sums, normaliser = finish_logprobs(
             reference, row_sums, target_logits, logit_rows, branch_offsets, output_dtype(logits)
         )
-        ctx.shard, ctx.inplace, ctx.stored_softmax, ctx.consumed = shard, inplace, stored_softmax, False
+        ctx.shard, ctx.inplace, ctx.consumed = shard, inplace, False
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(entropy)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, logit_rows, targets, branch_offsets, tokens, normaliser)
-        return tokens, sums, entropy
+        return tokens, sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_tokens: Tensor | None, grad_sums: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_tokens: Tensor | None, grad_sums: Tensor | None) -> tuple[Any, ...]:
         if ctx.consumed:
             raise RuntimeError(
                 "the logits were consumed by an earlier backward pass: they now hold its gradient. "
@@ -300,30 +242,21 @@ class _BranchLogprobs(torch.autograd.Function):
             )
         logits, logit_rows, targets, branch_offsets, tokens, normaliser = ctx.saved_tensors
         grad = entry_gradients(grad_tokens, grad_sums, branch_offsets, targets.numel())
-        arguments = (
-            logits,
-            logit_rows,
-            targets,
-            tokens.double(),
-            normaliser,
-            grad,
-            ctx.shard.start,
-            ctx.shard.columns,
-            ctx.stored_softmax,
-        )
+        entries = (logit_rows, targets, tokens.double(), normaliser, grad)
+        arguments = (logits, *entries, ctx.shard.start, ctx.shard.columns)
         if not ctx.inplace:
-            return operators.gradient(*arguments), *[None] * 6
+            return operators.gradient(*arguments), *[None] * 5
         ctx.consumed = True
         operators.gradient_(*arguments)
         torch.autograd.graph.increment_version(logits)
-        return logits.detach(), *[None] * 6
+        return logits.detach(), *[None] * 5
 
 
 @torch.library.custom_op("megatron_sip::branch_logprobs", mutates_args=())
 def _branch_logprobs(
     logits: Tensor, logit_rows: Tensor, targets: Tensor, branch_offsets: Tensor, vocab_start: int, columns: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op on whole rows, without side effects: token log-probs, branch sums, entropy, log-normaliser."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op on whole rows, without side effects: token log-probs, branch sums, log-normaliser."""
     reference, sums, target_logits = operators.row_statistics(logits, logit_rows, targets, vocab_start, columns)
     return finish_logprobs(reference, sums, target_logits, logit_rows, branch_offsets, output_dtype(logits))
 
@@ -331,21 +264,20 @@ def _branch_logprobs(
 @_branch_logprobs.register_fake
 def _(
     logits: Tensor, logit_rows: Tensor, targets: Tensor, branch_offsets: Tensor, vocab_start: int, columns: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = output_dtype(logits)
     return (
         logits.new_empty(targets.shape[0], dtype=dtype),
         logits.new_empty(branch_offsets.shape[0] - 1, dtype=dtype),
-        logits.new_empty(logits.shape[0], dtype=dtype),
         logits.new_empty(logits.shape[0], dtype=torch.float64),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, logit_rows, targets, branch_offsets, ctx.vocab_start, ctx.columns = inputs
-    tokens, _, entropy, normaliser = output
+    tokens, _, normaliser = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(entropy, normaliser)
+    ctx.mark_non_differentiable(normaliser)
     ctx.save_for_backward(logits, logit_rows, targets, branch_offsets, tokens, normaliser)
 
 
@@ -353,7 +285,7 @@ def _backward(ctx: Any, grad_tokens: Tensor | None, grad_sums: Tensor | None, *_
     logits, logit_rows, targets, branch_offsets, tokens, normaliser = ctx.saved_tensors
     grad = entry_gradients(grad_tokens, grad_sums, branch_offsets, targets.shape[0])
     result = operators.gradient(
-        logits, logit_rows, targets, tokens.double(), normaliser, grad, ctx.vocab_start, ctx.columns, False
+        logits, logit_rows, targets, tokens.double(), normaliser, grad, ctx.vocab_start, ctx.columns
     )
     return result, None, None, None, None, None
 

@@ -1,8 +1,8 @@
 """The `megatron_sip::` torch operators behind `model/logprob.py`: schemas, shape functions, and who implements them.
 
-A row's statistics are float64: `reference` [T] (a value at most 8.4 below the row's maximum, -inf without a logit above
--inf), `sums` [2, T] (sum of w and of w * (x - reference), w = exp(x - reference)) and `target_logits` [L] (0 where
-another shard owns the target). Only the first `columns` columns count, the others being padding: their gradient is 0.
+A row's statistics are float64: `reference` [T] (a value at most 8 below the row's maximum, -inf without a logit above
+-inf), `sums` [T] (of exp(x - reference)) and `target_logits` [L] (0 where another shard owns the target). Only the first
+`columns` columns count, the others being padding: their gradient is 0.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ NAMESPACE = "megatron_sip"
 _STATISTICS = "Tensor logit_rows, Tensor targets, int vocab_start, int columns) -> (Tensor, Tensor, Tensor)"
 _GRADIENT = (
     "Tensor logit_rows, Tensor targets, Tensor logprobs, Tensor log_normaliser, Tensor grad, "
-    "int vocab_start, int columns, bool stored_softmax) -> "
+    "int vocab_start, int columns) -> "
 )
 SCHEMAS = {
     "row_statistics": f"(Tensor logits, {_STATISTICS}",
-    "softmax_statistics_": f"(Tensor(a!) logits, {_STATISTICS}",
     "gradient": f"(Tensor logits, {_GRADIENT}Tensor",
     "gradient_": f"(Tensor(a!) logits, {_GRADIENT}()",
 }
@@ -55,7 +54,7 @@ def _fake_statistics(
     rows = logits.shape[0]
     return (
         logits.new_empty(rows, dtype=torch.float64),
-        logits.new_empty((2, rows), dtype=torch.float64),
+        logits.new_empty(rows, dtype=torch.float64),
         logits.new_empty(targets.shape[0], dtype=torch.float64),
     )
 
@@ -82,7 +81,6 @@ def _register() -> None:
                 torch.library.impl(f"{NAMESPACE}::{name}", device, getattr(logprob_reference, name))
     for name, shapes in (
         ("row_statistics", _fake_statistics),
-        ("softmax_statistics_", _fake_statistics),
         ("gradient", _fake_gradient),
         ("gradient_", _fake_gradient_),
     ):

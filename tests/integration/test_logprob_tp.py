@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sip.model.linear_logprob import linear_branch_logprobs
-from megatron_sip.model.logprob import branch_logprobs, branch_logprobs_with_entropy
+from megatron_sip.model.logprob import branch_logprobs
 
 ROWS, VOCAB, HIDDEN = 7, 64, 12
 LOGIT_ROWS = torch.tensor([0, 1, 2, 0, 5, 6, 0, 0])
@@ -49,13 +49,11 @@ def check_logits(rank: int, dtype: torch.dtype, vocab_size: int, inplace: bool) 
     logits[5, :30] = -torch.inf
     targets = targets_below(vocab_size)
     whole = logits.clone().requires_grad_()
-    expected = branch_logprobs_with_entropy(
-        whole * 1, LOGIT_ROWS, targets, OFFSETS, vocab_size=vocab_size, inplace=inplace
-    )
-    loss(expected.token_logprobs, expected.branch_sums).backward()
+    expected = branch_logprobs(whole * 1, LOGIT_ROWS, targets, OFFSETS, vocab_size=vocab_size, inplace=inplace)
+    loss(*expected).backward()
     columns = slice(rank * VOCAB // 2, (rank + 1) * VOCAB // 2)
     shard = logits[:, columns].clone().requires_grad_()
-    result = branch_logprobs_with_entropy(
+    result = branch_logprobs(
         shard * 1,
         LOGIT_ROWS,
         targets,
@@ -65,7 +63,7 @@ def check_logits(rank: int, dtype: torch.dtype, vocab_size: int, inplace: bool) 
         vocab_size=vocab_size,
         inplace=inplace,
     )
-    loss(result.token_logprobs, result.branch_sums).backward()
+    loss(*result).backward()
     exact = tolerance(torch.float64 if dtype == torch.float64 else torch.float32)
     for ours, theirs in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=exact, atol=exact)

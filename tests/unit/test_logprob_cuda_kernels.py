@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from megatron_sip.model import logprob_reference
-from megatron_sip.model.logprob_reference import softmax_scale
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).with_name("emulated_cuda")
@@ -30,8 +29,6 @@ GRADIENT_ERROR = {torch.float32: 4e-6, torch.bfloat16: 2.0**-8, torch.float16: 2
 """Relative error of a gradient: rounding to the type, or to float32 of the exponents (up to 30) that it is made with."""
 STATISTICS_ERROR = {torch.float64: 1e-12}
 THREAD_ORDERS = {"reverse": 1, "random": 7}
-MODES = {"logits-beside": (False, False), "logits-in-place": (False, True), "softmax-in-place": (True, True)}
-"""What a gradient is made from, and where it is written: (softmax was stored, in place)."""
 WIDTHS = (1, 31, 8209)
 """Fewer columns than threads; rows that start off every 16-byte boundary; 128 and 512 threads."""
 
@@ -106,43 +103,28 @@ def call(function: Callable[..., int], *arguments: Tensor | float) -> None:
     assert function(*map(convert, arguments)) == 0
 
 
-def statistics(library: ctypes.CDLL, problem: Problem, *, store_softmax: bool) -> tuple[Tensor, Tensor]:
-    """(reference, sums) by the kernel; the logits become minus the softmax with `store_softmax`."""
-    logits = problem.logits
-    reference = torch.full((logits.shape[0],), torch.nan, dtype=torch.float64)
-    sums = torch.full((2, logits.shape[0]), torch.nan, dtype=torch.float64)
-    factor = -softmax_scale(logits.dtype)
-    kind = LOGIT_TYPES[logits.dtype]
-    call(library.statistics, kind, logits, *problem.shape, reference, sums, int(store_softmax), factor)
+def statistics(library: ctypes.CDLL, problem: Problem) -> tuple[Tensor, Tensor]:
+    """(reference, sums) by the kernel."""
+    reference, sums = torch.full((2, problem.logits.shape[0]), torch.nan, dtype=torch.float64)
+    call(library.statistics, LOGIT_TYPES[problem.logits.dtype], problem.logits, *problem.shape, reference, sums)
     return reference, sums
 
 
 def gradient(
-    library: ctypes.CDLL,
-    problem: Problem,
-    out: Tensor,
-    logprobs: Tensor,
-    log_normaliser: Tensor,
-    grad: Tensor,
-    scale: float,
+    library: ctypes.CDLL, problem: Problem, out: Tensor, logprobs: Tensor, log_normaliser: Tensor, grad: Tensor
 ) -> None:
-    """The kernel's gradient into `out`; `scale` is that of a stored softmax, 0 for logits."""
+    """The kernel's gradient into `out`."""
     rows = problem.logits.shape[0]
     ordered, order = torch.sort(problem.logit_rows, stable=True)
     begin = torch.searchsorted(ordered, torch.arange(rows + 1))
-    entries = (begin, order, problem.targets, logprobs, grad, problem.vocab_start, log_normaliser, scale)
-    call(library.gradient, LOGIT_TYPES[problem.logits.dtype], problem.logits, out, *problem.shape, *entries)
+    entries = (begin, order, problem.targets, logprobs, grad, problem.vocab_start, log_normaliser, out)
+    call(library.gradient, LOGIT_TYPES[problem.logits.dtype], problem.logits, *problem.shape, *entries)
 
 
 def expected_statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return logprob_reference.row_statistics(
         problem.logits, problem.logit_rows, problem.targets, problem.vocab_start, problem.columns
     )
-
-
-def log_sums_and_entropies(reference: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """What no choice of the reference changes."""
-    return reference + sums[0].log(), sums[0].log() - sums[1] / sums[0]
 
 
 @pytest.fixture(params=THREAD_ORDERS)
@@ -157,39 +139,35 @@ def kernels(request: pytest.FixtureRequest, library: ctypes.CDLL) -> ctypes.CDLL
 def test_statistics_are_those_of_float64(kernels: ctypes.CDLL, dtype: torch.dtype, width: int) -> None:
     problem = make_problem(width, dtype, padding=5)
     problem.logits[:, width:] = torch.nan  # must not be read
-    found = log_sums_and_entropies(*statistics(kernels, problem.on_copy(), store_softmax=False))
-    expected = log_sums_and_entropies(*expected_statistics(problem)[:2])
-    finite = expected[0].isfinite()  # not so the single column of -inf
-    for mine, theirs in zip(found, expected, strict=True):
-        assert (mine - theirs)[finite].abs().max() <= STATISTICS_ERROR.get(dtype, 2e-6)
+    reference, sums = statistics(kernels, problem)
+    expected_reference, expected_sums, expected_targets = expected_statistics(problem)
+    found, expected = reference + sums.log(), expected_reference + expected_sums.log()
+    assert torch.equal(found.isneginf(), expected.isneginf())  # so the single column of -inf
+    assert (found - expected)[expected.isfinite()].abs().max() <= STATISTICS_ERROR.get(dtype, 2e-6)
     target_logits = torch.full((problem.targets.numel(),), torch.nan, dtype=torch.float64)
     entries = (problem.logit_rows, problem.targets, problem.targets.numel(), problem.vocab_start, target_logits)
     call(kernels.gather_targets, LOGIT_TYPES[dtype], problem.logits, *problem.shape, *entries)
-    assert torch.equal(target_logits, expected_statistics(problem)[2])
+    assert torch.equal(target_logits, expected_targets)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("dtype", LOGIT_TYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_gradients_are_those_of_float64(kernels: ctypes.CDLL, dtype: torch.dtype, width: int, mode: str) -> None:
-    stored, in_place = MODES[mode]
+def test_gradients_are_those_of_float64(kernels: ctypes.CDLL, dtype: torch.dtype, width: int, in_place: bool) -> None:
     problem = make_problem(width, dtype, padding=3)
     reference, sums, target_logits = expected_statistics(problem)
-    log_normaliser = reference + sums[0].log()
+    log_normaliser = reference + sums.log()
     logprobs = target_logits - log_normaliser[problem.logit_rows]
     grad = torch.linspace(-1.5, 2.0, problem.targets.numel(), dtype=torch.float64)
     grad[1:3] = torch.tensor([0.75, -0.75])  # of one row: its coefficient is 0, its targets' gradients are not
     exact = replace(problem, logits=problem.logits.double())
-    entries = (exact.logit_rows, exact.targets, logprobs, log_normaliser, grad, exact.vocab_start, exact.columns, False)
+    entries = (exact.logit_rows, exact.targets, logprobs, log_normaliser, grad, exact.vocab_start, exact.columns)
     expected = logprob_reference.gradient(exact.logits, *entries)
 
     mine = problem.on_copy()
-    if stored:
-        statistics(kernels, mine, store_softmax=True)
     out = mine.logits if in_place else torch.full_like(mine.logits, torch.nan)
-    gradient(kernels, mine, out, logprobs, log_normaliser, grad, softmax_scale(dtype) if stored else 0.0)
-    roundings = 2 if stored else 1
-    bound = roundings * GRADIENT_ERROR[dtype] * expected.abs() + (2e-7 if dtype == torch.float16 else 1e-30)
+    gradient(kernels, mine, out, logprobs, log_normaliser, grad)
+    bound = GRADIENT_ERROR[dtype] * expected.abs() + (2e-7 if dtype == torch.float16 else 1e-30)
     finite = log_normaliser.isfinite()
     assert ((out.double() - expected).abs() <= bound)[finite].all()
     assert (out[:, width:] == 0).all()
@@ -199,21 +177,14 @@ def test_what_is_not_a_number_stays_in_its_row(kernels: ctypes.CDLL) -> None:
     problem = make_problem(2049, torch.float32)
     problem.logits[1, 2000] = torch.nan
     problem.logits[4, :] = -torch.inf
-    expected = problem.logits.clone()
-    entries = (problem.logit_rows, problem.targets, problem.vocab_start, problem.columns)
-    logprob_reference.softmax_statistics_(expected, *entries)
-    reference, sums = statistics(kernels, problem, store_softmax=True)
-    assert sums[0, 1].isnan()
+    reference, sums = statistics(kernels, problem)
+    assert sums[1].isnan()
     assert reference[4] == -torch.inf
-    assert sums[0, 4] == 0
-    good = [0, 2, 3, 5, 6]
-    assert sums[:, good].isfinite().all()
-    assert problem.logits[good].isfinite().all()
-    assert (problem.logits[4] == 0).all()
-    torch.testing.assert_close(problem.logits, expected, rtol=4e-6, atol=0, equal_nan=True)
+    assert sums[4] == 0
+    assert sums[[0, 2, 3, 5, 6]].isfinite().all()
 
 
 def test_rows_of_nothing_are_left_alone(kernels: ctypes.CDLL) -> None:
     empty = replace(make_problem(31, torch.float32), logits=torch.zeros(0, 31))
-    reference, sums = statistics(kernels, empty, store_softmax=True)
+    reference, sums = statistics(kernels, empty)
     assert reference.numel() == sums.numel() == 0

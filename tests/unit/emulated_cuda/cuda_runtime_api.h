@@ -1,6 +1,6 @@
-// As much of CUDA's execution model as csrc/cuda/logprob_cuda.cu uses, on one CPU thread, so that the kernels' own source runs
-// where there is no GPU. Blocks run one after the other; the threads of a block are fibers that run until a barrier, in an
-// order that the caller chooses: a missing barrier shows as a result that depends on it.
+// As much of CUDA's execution model as csrc/cuda/logprob_cuda.cu uses, on one CPU thread, so that the kernels' own
+// source runs where there is no GPU. Blocks run one after the other; the threads of a block are fibers that run until a
+// barrier, in an order that the caller chooses: a missing barrier shows as a result that depends on it.
 //
 // It shows what the kernels compute and that every thread reaches every barrier. It says nothing about speed, memory
 // ordering within a warp, registers, or the GPU's own exp and log.

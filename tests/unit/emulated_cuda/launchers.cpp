@@ -1,4 +1,5 @@
-// The launchers of csrc/cuda/logprob_cuda.cu for Python's ctypes. LOGPROB_CUDA_SOURCE is that file with its <<<>>> replaced.
+// The launchers of csrc/cuda/logprob_cuda.cu for Python's ctypes. LOGPROB_CUDA_SOURCE is that file with its <<<>>>
+// replaced.
 #include "cuda_runtime_api.h"
 
 #include LOGPROB_CUDA_SOURCE
@@ -13,21 +14,20 @@ void set_thread_order(int order) { emulated::order = order; }
 
 int gather_targets(int type, const void* in, int64_t rows, int64_t width, int64_t columns, const int64_t* logit_rows,
                    const int64_t* targets, int64_t count, int64_t vocab_start, double* out) {
-  const DeviceRows matrix{static_cast<LogitType>(type), in, nullptr, rows, width, columns};
+  const DeviceRows matrix{static_cast<LogitType>(type), in, rows, width, columns};
   return megatron_sip::launch_gather_targets(matrix, logit_rows, targets, count, vocab_start, out, nullptr);
 }
 
-int statistics(int type, void* in_out, int64_t rows, int64_t width, int64_t columns, double* reference, double* sums,
-               int store_softmax, double factor) {
-  const DeviceRows matrix{static_cast<LogitType>(type), in_out, in_out, rows, width, columns};
-  return megatron_sip::launch_statistics(matrix, reference, sums, store_softmax != 0, factor, nullptr);
+int statistics(int type, const void* in, int64_t rows, int64_t width, int64_t columns, double* reference, double* sum) {
+  const DeviceRows matrix{static_cast<LogitType>(type), in, rows, width, columns};
+  return megatron_sip::launch_statistics(matrix, reference, sum, nullptr);
 }
 
-int gradient(int type, const void* in, void* out, int64_t rows, int64_t width, int64_t columns, const int64_t* begin,
+int gradient(int type, const void* in, int64_t rows, int64_t width, int64_t columns, const int64_t* begin,
              const int64_t* order, const int64_t* targets, const double* logprobs, const double* grad,
-             int64_t vocab_start, const double* log_normaliser, double stored_scale) {
-  const DeviceRows matrix{static_cast<LogitType>(type), in, out, rows, width, columns};
+             int64_t vocab_start, const double* log_normaliser, void* out) {
+  const DeviceRows matrix{static_cast<LogitType>(type), in, rows, width, columns};
   const DeviceEntries entries{begin, order, targets, logprobs, grad, vocab_start};
-  return megatron_sip::launch_gradient(matrix, entries, log_normaliser, stored_scale, nullptr);
+  return megatron_sip::launch_gradient(matrix, entries, log_normaliser, out, nullptr);
 }
 }
