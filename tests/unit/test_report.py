@@ -263,8 +263,8 @@ def test_a_file_that_is_cut_short_or_foreign_is_named(name: str, content: str, t
     assert not (tmp_path / "report.html").exists()
 
 
-def test_plot_run_tool(tmp_path: Path) -> None:
-    tool = [sys.executable, str(Path(__file__).parents[2] / "tools" / "plot_run.py"), str(tmp_path)]
+def test_the_command(tmp_path: Path) -> None:
+    tool = [sys.executable, "-m", "megatron_sip.evaluation.report", str(tmp_path)]
     refused = subprocess.run(tool, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2
     assert f"{tmp_path}/metrics.jsonl is not there: name the folder" in refused.stderr
