@@ -185,18 +185,18 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
     path.write_text(laid_out(report) + "\n")
 
 
-def laid_out(value: Any, indent: str = "") -> str:
+def laid_out(value: Any, indent: str = "", name: str = "") -> str:
     """JSON with as much in a line as fits, but for lists and objects that take several: each begins one."""
     flat = json.dumps(value, sort_keys=True)
-    if len(indent + flat) <= LINE_LENGTH or not isinstance(value, dict | list):
-        return flat
+    if len(indent + name + flat) < LINE_LENGTH or not isinstance(value, dict | list) or not value:
+        return name + flat
     inner, lines = indent + "  ", [""]
     keys = sorted(value) if isinstance(value, dict) else range(len(value))
     for key in keys:
-        text = (f"{json.dumps(key)}: " if isinstance(value, dict) else "") + laid_out(value[key], inner) + ","
+        text = laid_out(value[key], inner, f"{json.dumps(key)}: " if isinstance(value, dict) else "") + ","
         if lines[-1] and len(inner + lines[-1] + text) < LINE_LENGTH and "\n" not in lines[-1] + text:
             lines[-1] += f" {text}"
         else:
             lines.append(text)
     opening, closing = "{}" if isinstance(value, dict) else "[]"
-    return opening + f"\n{inner}".join(lines).rstrip(",") + f"\n{indent}{closing}"
+    return name + opening + f"\n{inner}".join(lines).rstrip(",") + f"\n{indent}{closing}"

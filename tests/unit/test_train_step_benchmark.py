@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from megatron_sip.learning.packing import PackedRow, build_row
@@ -16,6 +19,9 @@ from megatron_sip.model.tree_attention_dense import token_spans, visibility
 from megatron_sip.samples import Example
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+JSON_SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text("abc\u20ac ", max_size=90)
+)
 
 
 class CharacterTokenizer:
@@ -118,3 +124,12 @@ def test_variants_that_lack_a_number_do_not_agree_on_it(variant: ModuleType) -> 
     assert benchmark.disagreements(rows) == []
     rows[0].computed["chosen_logprob"] = -9.0
     assert benchmark.disagreements(rows) == ["chosen_logprob of dpo is known only of ['dpo_packed, default']"]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.recursive(JSON_SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=30), inner)))
+def test_a_report_is_json_in_lines_that_are_not_too_long(variant: ModuleType, value: Any) -> None:
+    machine = importlib.import_module("machine")
+    text = machine.laid_out(value)
+    assert json.loads(text) == value
+    assert all(len(line) <= machine.LINE_LENGTH or line.count(",") < 2 for line in text.splitlines())
