@@ -41,13 +41,15 @@ $(VENV)/installed: pyproject.toml uv.lock setup.py $(KERNELS)
 demo: install
 	PATH="$(abspath $(BIN)):$$PATH" examples/demo.sh --run-dir "$(RUN_DIR)" $(if $(DATA),--data "$(DATA)")
 
+DURATIONS = --durations=40 --junitxml=build/$(1)-tests.xml
+
 test: test-unit test-integration
 
 test-unit: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit $(call DURATIONS,unit)
 
 test-integration: install
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest tests/integration $(call DURATIONS,integration)
 
 lint: install
 	$(BIN)/ruff check .

@@ -18,6 +18,16 @@ from write_demo_corpus import write_corpus
 from megatron_sip.rollout.launch import LocalServer, ServerSettings
 from megatron_sip.services import ENGINE_FLAGS
 
+SERVERS = {"smollm2_server", "tiny_llama_server", "tiny_engine", "victim"}
+"""Fixtures that start one; tests that start one otherwise bear the mark themselves."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and not SERVERS.isdisjoint(item.fixturenames):
+            item.add_marker("server")
+
 
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:

@@ -16,6 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import steps
 from transformers import AutoTokenizer
 
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
 REPO = Path(__file__).parents[2]
 STEPS, PROMPTS = 3, 4
 KEYS = {"SIP_TEACHER_KEY": "sk-teacher-6f1d0c5b9a", "SIP_ENGINE_KEY": "sk-engine-2e8a7740fd"}

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from megatron_sip.rollout.launch import LocalServer
 from megatron_sip.rollout.sglang import Failure, SamplingSettings, SGLangPool
 
+pytestmark = pytest.mark.slow
+
 KILLS = {"distributed": 14, "disk": 6}
 
 

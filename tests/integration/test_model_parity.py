@@ -30,6 +30,8 @@ from transformers import (
 )
 from workers import LLAMA3_ROPE, TINY_LLAMA, run_worker
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("parity_worker.py")
 VOCABULARY = 211  # no multiple of anything: Megatron pads it
 TINY = TINY_LLAMA | {"vocab_size": VOCABULARY, "num_hidden_layers": 4, "initializer_range": 0.02}

@@ -14,6 +14,8 @@ import pytest
 import torch
 from workers import run_worker, save_tiny_llama
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).parent / "packing_worker.py"
 RELATIVE = 1e-5
 BF16_RELATIVE = 0.03

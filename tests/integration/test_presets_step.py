@@ -21,6 +21,8 @@ from workers import run_worker
 
 from megatron_sip.rollout.launch import LocalServer
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("presets_worker.py")
 MOST_ROLLOUTS, FEW_ROLLOUTS = 4, 2
 KINDS = (

@@ -34,6 +34,8 @@ from megatron_sip.rollout.http import call
 from megatron_sip.rollout.launch import LocalServer, free_port
 from megatron_sip.services import CONNECT_SECONDS
 
+pytestmark = pytest.mark.slow
+
 TOKENISING = "tokenise "
 """How the progress bar of tokenising starts."""
 MODEL_BUILT = "number of parameters on"

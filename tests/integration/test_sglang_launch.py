@@ -44,6 +44,7 @@ def wait_until_empty(process_group: int, timeout_s: float) -> list[int]:
     return left
 
 
+@pytest.mark.server
 def test_no_server_process_outlives_a_parent_that_is_killed(tiny_llama_dir: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tiny_llama_dir)], stdout=subprocess.PIPE, text=True)
     try:
@@ -56,6 +57,7 @@ def test_no_server_process_outlives_a_parent_that_is_killed(tiny_llama_dir: Path
     assert wait_until_empty(process_group, timeout_s=30) == []
 
 
+@pytest.mark.server
 def test_a_server_that_fails_to_start_says_why_with_the_tail_of_its_log(tiny_llama_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "llama"}')
     started = time.monotonic()
