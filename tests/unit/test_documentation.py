@@ -25,6 +25,7 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "tests/README.md",
     *sorted(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md")),
 ]
 
