@@ -15,7 +15,7 @@ import pytest
 
 from megatron_sip.rollout.launch import free_port
 
-REPO = Path(__file__).parents[2]
+REPO = Path(__file__).parents[3]
 
 # srun and what it starts. As the real one, it ends its task at once on SIGTERM, and forwards SIGUSR1. A server answers
 # /health, a trainer does what FAKE_TRAINER says.

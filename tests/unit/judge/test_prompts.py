@@ -21,7 +21,7 @@ from megatron_sip.judge.prompts import (
     valid_unicode,
 )
 
-HOSTILE = json.loads((Path(__file__).parents[1] / "data" / "hostile_texts.json").read_text(encoding="utf-8"))
+HOSTILE = json.loads((Path(__file__).parents[2] / "data" / "hostile_texts.json").read_text(encoding="utf-8"))
 GOOD = """+++
 name = "politeness"
 kind = "pointwise"

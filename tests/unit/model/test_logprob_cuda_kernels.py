@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_sip.model import logprob_reference
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EMULATION = Path(__file__).with_name("emulated_cuda")
 LOGIT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """The enumerators of LogitType in csrc/logits.h."""

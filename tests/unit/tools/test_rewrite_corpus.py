@@ -10,7 +10,7 @@ import pytest
 from fake_judge import FakeJudge
 from tiny_tokenizer import byte_level_tokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
 
 from rewrite_corpus import main, parse_arguments, rewrite_corpus
 

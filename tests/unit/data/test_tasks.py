@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
 import subprocess
 import sys
@@ -146,12 +147,13 @@ def test_another_process_draws_the_same_tasks(tmp_path: Path) -> None:
     corpus = numbered_corpus(tmp_path, [[40, 9, 33, 77, 100]])
     ours = task_source(corpus).tasks(0, 50)
     program = (
-        "import pickle, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_tasks as t;"
-        "tasks = t.task_source(t.numbered_corpus(Path(sys.argv[2]), [[40, 9, 33, 77, 100]])).tasks(0, 50);"
+        "import pickle, sys; from pathlib import Path; import test_tasks as t;"
+        "tasks = t.task_source(t.numbered_corpus(Path(sys.argv[1]), [[40, 9, 33, 77, 100]])).tasks(0, 50);"
         "sys.stdout.buffer.write(pickle.dumps(tasks))"
     )
-    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / "other")]
-    done = subprocess.run(command, env={"PYTHONHASHSEED": "7"}, capture_output=True, timeout=120, check=True)
+    environment = {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program, str(tmp_path / "other")]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=True)
     assert pickle.loads(done.stdout) == ours
 
 

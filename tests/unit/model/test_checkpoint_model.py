@@ -105,6 +105,6 @@ def test_a_checkpoint_can_run_code_and_documentation_and_converter_say_so(tmp_pa
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "mark")))
     assert saved_arguments(tmp_path) is None
     assert (tmp_path / "mark").exists()
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     for place in ("docs/training.md", "tools/convert_checkpoint.py"):
         assert "A Megatron checkpoint holds pickles" in (root / place).read_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_tokenizer import byte_level_tokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
 
 from preprocess_data import main, output_prefixes, parse_arguments, preprocess
 

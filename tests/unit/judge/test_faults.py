@@ -18,7 +18,7 @@ from megatron_sip.judge import Judge
 from megatron_sip.judge.probe import EndpointError
 from megatron_sip.samples import Candidate, Group
 
-HOSTILE = json.loads((Path(__file__).parents[1] / "data" / "hostile_texts.json").read_text(encoding="utf-8"))
+HOSTILE = json.loads((Path(__file__).parents[2] / "data" / "hostile_texts.json").read_text(encoding="utf-8"))
 
 
 async def test_a_judge_that_hangs_costs_no_more_than_the_deadline() -> None:

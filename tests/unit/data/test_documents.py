@@ -307,7 +307,7 @@ def test_the_split_does_not_depend_on_the_order_of_files(tmp_path: Path, setting
 # ---------------------------------------------------------------- the command-line tools
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def run_tool(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:

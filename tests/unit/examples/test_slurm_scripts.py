@@ -22,7 +22,7 @@ from megatron_sip.arguments import add_arguments
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.presets import expand_presets
 
-REPO = Path(__file__).parents[2]
+REPO = Path(__file__).parents[3]
 SCRIPTS = ("train_continual.sbatch", "train_from_scratch.sbatch")
 BASH_FILES = (*SCRIPTS, "slurm_job.sh")
 

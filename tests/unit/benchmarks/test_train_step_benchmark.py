@@ -18,7 +18,7 @@ from megatron_sip.learning.packing import PackedRow, build_row
 from megatron_sip.model.tree_attention_dense import token_spans, visibility
 from megatron_sip.samples import Example
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 JSON_SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text("abc\u20ac ", max_size=90)
 )

@@ -22,8 +22,8 @@ from megatron_sip.samples import Candidate, Task
 TOKENIZER = byte_level_tokenizer()
 METASPACE = metaspace_tokenizer()
 PREFIX = "The committee met on Tuesday and decided that the old bridge"
-REFUSALS = json.loads((Path(__file__).parents[1] / "data" / "refusals.json").read_text(encoding="utf-8"))
-HOSTILE = json.loads((Path(__file__).parents[1] / "data" / "hostile_texts.json").read_text(encoding="utf-8"))
+REFUSALS = json.loads((Path(__file__).parents[2] / "data" / "refusals.json").read_text(encoding="utf-8"))
+HOSTILE = json.loads((Path(__file__).parents[2] / "data" / "hostile_texts.json").read_text(encoding="utf-8"))
 
 
 def make_task(index: int, suffix: str, prefix: str = PREFIX) -> Task:
