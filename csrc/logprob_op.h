@@ -3,8 +3,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/sort.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "logits.h"
 
@@ -27,15 +31,15 @@ inline LogitType logit_type(const at::Tensor& logits) {
   }
 }
 
-inline void check_logits(const at::Tensor& logits, const Shard& shard) {
+inline void check_logits(const at::Tensor& logits, int64_t columns) {
   TORCH_CHECK_VALUE(logits.dim() == 2, "logits must be [T, V], got shape ", logits.sizes());
   TORCH_CHECK_VALUE(logits.is_contiguous(), "logits must be contiguous, got strides ", logits.strides(), " for shape ",
                     logits.sizes());
   const auto type = logits.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble,
                    "logits must be float32, bfloat16, float16 or float64, got ", type);
-  TORCH_CHECK_VALUE(shard.columns >= 0 && shard.columns <= logits.size(1), "columns must lie in [0, ", logits.size(1),
-                    "], got ", shard.columns);
+  TORCH_CHECK_VALUE(columns >= 0 && columns <= logits.size(1), "columns must lie in [0, ", logits.size(1), "], got ",
+                    columns);
 }
 
 inline void check_vector(const at::Tensor& tensor, const char* name, at::ScalarType type, int64_t length,
@@ -47,18 +51,21 @@ inline void check_vector(const at::Tensor& tensor, const char* name, at::ScalarT
                     logits.device());
 }
 
-inline void check_entries(const at::Tensor& logits, const at::Tensor& logit_rows, const at::Tensor& targets,
-                          const Shard& shard) {
-  check_logits(logits, shard);
-  check_vector(targets, "targets", at::kLong, targets.numel(), logits);
+inline void check_gradient(const at::Tensor& logits, const at::Tensor& logit_rows, const at::Tensor& targets,
+                           const at::Tensor& logprobs, const at::Tensor& log_normaliser, const at::Tensor& grad,
+                           int64_t columns) {
+  check_logits(logits, columns);
   check_vector(logit_rows, "logit_rows", at::kLong, targets.numel(), logits);
-}
-
-inline void check_gradient(const at::Tensor& logits, const at::Tensor& targets, const at::Tensor& logprobs,
-                           const at::Tensor& log_normaliser, const at::Tensor& grad) {
+  check_vector(targets, "targets", at::kLong, targets.numel(), logits);
   check_vector(logprobs, "logprobs", at::kDouble, targets.numel(), logits);
   check_vector(grad, "grad", at::kDouble, targets.numel(), logits);
   check_vector(log_normaliser, "log_normaliser", at::kDouble, logits.size(0), logits);
+}
+
+// (begin, order): the entries of row r are order[begin[r]] to order[begin[r + 1]], as they were given.
+inline std::pair<at::Tensor, at::Tensor> entries_by_row(const at::Tensor& logit_rows, int64_t rows) {
+  const auto [sorted, order] = at::sort(logit_rows, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  return {at::searchsorted(sorted, at::arange(rows + 1, logit_rows.options())), order};
 }
 
 }  // namespace megatron_sip

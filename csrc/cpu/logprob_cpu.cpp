@@ -9,7 +9,6 @@
 #include <cmath>
 #include <cstring>
 #include <tuple>
-#include <vector>
 
 #include "logprob_op.h"
 #include "row_kernels.h"
@@ -18,7 +17,6 @@ namespace megatron_sip {
 namespace {
 
 using at::Tensor;
-using Statistics = std::tuple<Tensor, Tensor, Tensor>;
 
 // Rows of raw bytes, so that one code path serves all logit types.
 struct Rows {
@@ -42,19 +40,6 @@ struct Rows {
 // Threads take whole rows; a task should be worth some tens of microseconds.
 int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(columns, 1)); }
 
-// The entries of each row: those of row r are `entries[begin[r]]` to `entries[begin[r + 1]]`, in their given order.
-struct EntriesByRow {
-  std::vector<int64_t> begin;
-  std::vector<int64_t> entries;
-
-  EntriesByRow(const int64_t* logit_rows, int64_t count, int64_t rows) : begin(rows + 1, 0), entries(count) {
-    for (int64_t i = 0; i < count; ++i) ++begin[logit_rows[i] + 1];
-    for (int64_t r = 0; r < rows; ++r) begin[r + 1] += begin[r];
-    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-    for (int64_t i = 0; i < count; ++i) entries[next[logit_rows[i]]++] = i;
-  }
-};
-
 void check_rows(const Tensor& logit_rows, int64_t rows) {
   const int64_t* data = logit_rows.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < logit_rows.numel(); ++i) {
@@ -62,28 +47,8 @@ void check_rows(const Tensor& logit_rows, int64_t rows) {
   }
 }
 
-Tensor gather_targets(const Tensor& logits, const Tensor& logit_rows, const Tensor& targets, const Shard& shard) {
-  Tensor result = at::empty({targets.size(0)}, logits.options().dtype(at::kDouble));
-  double* out = result.data_ptr<double>();
-  const int64_t* row = logit_rows.const_data_ptr<int64_t>();
-  const int64_t* token = targets.const_data_ptr<int64_t>();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "gather_targets", [&] {
-    const scalar_t* values = logits.const_data_ptr<scalar_t>();
-    for (int64_t i = 0; i < targets.numel(); ++i) {
-      const int64_t column = token[i] - shard.vocab_start;
-      out[i] = shard.owns(token[i]) ? static_cast<double>(values[row[i] * logits.size(1) + column]) : 0.0;
-    }
-  });
-  return result;
-}
-
-Statistics row_statistics(const Tensor& logits, const Tensor& logit_rows_any, const Tensor& targets_any,
-                          int64_t vocab_start, int64_t columns) {
-  const Shard shard{vocab_start, columns};
-  check_entries(logits, logit_rows_any, targets_any, shard);
-  const Tensor logit_rows = logit_rows_any.contiguous(), targets = targets_any.contiguous();
-  check_rows(logit_rows, logits.size(0));
-  const Tensor target_logits = gather_targets(logits, logit_rows, targets, shard);
+std::tuple<Tensor, Tensor> row_statistics(const Tensor& logits, int64_t columns) {
+  check_logits(logits, columns);
   const Rows rows(logits);
   const Tensor reference = at::empty({rows.count}, logits.options().dtype(at::kDouble));
   const Tensor sum = at::empty_like(reference);
@@ -96,7 +61,7 @@ Statistics row_statistics(const Tensor& logits, const Tensor& logit_rows_any, co
       sum_out[r] = row.sum;
     }
   });
-  return {reference, sum, target_logits};
+  return {reference, sum};
 }
 
 struct GradientInputs {
@@ -123,24 +88,22 @@ void write_targets(scalar_t* row, const int64_t* begin, const int64_t* end, cons
   }
 }
 
-void write_gradient(const Tensor& out, const Tensor& logits, const Tensor& logit_rows_any, const Tensor& targets_any,
+void write_gradient(const Tensor& out, const Tensor& logits, const Tensor& logit_rows, const Tensor& targets_any,
                     const Tensor& logprobs_any, const Tensor& log_normaliser_any, const Tensor& grad_any, Shard shard) {
-  check_entries(logits, logit_rows_any, targets_any, shard);
-  check_gradient(logits, targets_any, logprobs_any, log_normaliser_any, grad_any);
-  const Tensor logit_rows = logit_rows_any.contiguous(), targets = targets_any.contiguous();
-  const Tensor logprobs = logprobs_any.contiguous(), log_normaliser = log_normaliser_any.contiguous();
-  const Tensor grad = grad_any.contiguous();
-  check_rows(logit_rows, logits.size(0));
+  check_gradient(logits, logit_rows, targets_any, logprobs_any, log_normaliser_any, grad_any, shard.columns);
+  check_rows(logit_rows.contiguous(), logits.size(0));
+  const Tensor targets = targets_any.contiguous(), logprobs = logprobs_any.contiguous();
+  const Tensor log_normaliser = log_normaliser_any.contiguous(), grad = grad_any.contiguous();
   const Rows rows_out(out), rows_in(logits);
   const GradientInputs inputs{targets.const_data_ptr<int64_t>(), logprobs.const_data_ptr<double>(),
                               log_normaliser.const_data_ptr<double>(), grad.const_data_ptr<double>()};
-  const EntriesByRow by_row(logit_rows.const_data_ptr<int64_t>(), logit_rows.numel(), rows_in.count);
+  const auto [begins, order] = entries_by_row(logit_rows, rows_in.count);
+  const int64_t *row_begin = begins.const_data_ptr<int64_t>(), *entries = order.const_data_ptr<int64_t>();
   const RowKernels& kernels = best_kernels(logit_type(logits));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "write_gradient", [&] {
     at::parallel_for(0, rows_in.count, rows_per_task(shard.columns), [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
-        const int64_t* begin = by_row.entries.data() + by_row.begin[r];
-        const int64_t* end = by_row.entries.data() + by_row.begin[r + 1];
+        const int64_t *begin = entries + row_begin[r], *end = entries + row_begin[r + 1];
         double coefficient = 0;
         for (const int64_t* entry = begin; entry < end; ++entry) coefficient += inputs.grad[*entry];
         if (coefficient != 0.0) {

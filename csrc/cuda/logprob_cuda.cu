@@ -269,23 +269,6 @@ __global__ void __launch_bounds__(kMaxThreads, kGradientBlocks)
   }
 }
 
-template <typename T>
-__global__ void gather_kernel(DeviceRows rows, const int64_t* logit_rows, const int64_t* targets, int64_t count,
-                              int64_t vocab_start, double* out) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
-    const int64_t column = targets[i] - vocab_start;
-    const int64_t row = logit_rows[i];
-    if (row < 0 || row >= rows.rows) {
-      out[i] = nan("");
-    } else if (column < 0 || column >= rows.columns) {
-      out[i] = 0.0;
-    } else {
-      out[i] = static_cast<double>(widen(static_cast<const T*>(rows.in)[row * rows.width + column]));
-    }
-  }
-}
-
 // Calls `launch` with a null pointer of the logits' element type.
 template <typename Launch>
 cudaError_t dispatch(LogitType type, Launch launch) {
@@ -319,17 +302,6 @@ cudaError_t persistent_grid(Kernel kernel, int64_t rows, int64_t columns, Grid* 
 }
 
 }  // namespace
-
-cudaError_t launch_gather_targets(const DeviceRows& rows, const int64_t* logit_rows, const int64_t* targets,
-                                  int64_t count, int64_t vocab_start, double* out, cudaStream_t stream) {
-  if (count == 0) return cudaSuccess;
-  return dispatch(rows.type, [&](auto* element) {
-    using T = std::remove_pointer_t<decltype(element)>;
-    const unsigned blocks = static_cast<unsigned>(std::min<int64_t>((count + 255) / 256, 4096));
-    gather_kernel<T><<<blocks, 256, 0, stream>>>(rows, logit_rows, targets, count, vocab_start, out);
-    return cudaGetLastError();
-  });
-}
 
 cudaError_t launch_statistics(const DeviceRows& rows, double* reference, double* sum, cudaStream_t stream) {
   if (rows.rows == 0) return cudaSuccess;

@@ -28,10 +28,6 @@ struct DeviceEntries {
   int64_t vocab_start;
 };
 
-// out[i] = the logit of entry i's target, 0 where another shard owns it, NaN for a row that does not exist.
-cudaError_t launch_gather_targets(const DeviceRows& rows, const int64_t* logit_rows, const int64_t* targets,
-                                  int64_t count, int64_t vocab_start, double* out, cudaStream_t stream);
-
 // RowStatistics of each row, as reference [rows] and sum [rows].
 cudaError_t launch_statistics(const DeviceRows& rows, double* reference, double* sum, cudaStream_t stream);
 

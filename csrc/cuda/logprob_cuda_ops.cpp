@@ -2,11 +2,8 @@
 #include "logprob_cuda.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/searchsorted.h>
-#include <ATen/ops/sort.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -20,35 +17,26 @@ namespace megatron_sip {
 namespace {
 
 using at::Tensor;
-using Statistics = std::tuple<Tensor, Tensor, Tensor>;
 
 DeviceRows device_rows(const Tensor& logits, int64_t columns) {
   return {logit_type(logits), logits.const_data_ptr(), logits.size(0), logits.size(1), columns};
 }
 
-Statistics row_statistics(const Tensor& logits, const Tensor& logit_rows_any, const Tensor& targets_any,
-                          int64_t vocab_start, int64_t columns) {
-  const Shard shard{vocab_start, columns};
-  check_entries(logits, logit_rows_any, targets_any, shard);
+std::tuple<Tensor, Tensor> row_statistics(const Tensor& logits, int64_t columns) {
+  check_logits(logits, columns);
   const c10::cuda::CUDAGuard guard(logits.device());
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Tensor logit_rows = logit_rows_any.contiguous(), targets = targets_any.contiguous();
-  const Tensor target_logits = at::empty({targets.size(0)}, logits.options().dtype(at::kDouble));
-  const Tensor reference = at::empty({logits.size(0)}, target_logits.options()), sum = at::empty_like(reference);
-  const DeviceRows rows = device_rows(logits, columns);
-  C10_CUDA_CHECK(launch_gather_targets(rows, logit_rows.const_data_ptr<int64_t>(), targets.const_data_ptr<int64_t>(),
-                                       targets.numel(), vocab_start, target_logits.data_ptr<double>(), stream));
-  C10_CUDA_CHECK(launch_statistics(rows, reference.data_ptr<double>(), sum.data_ptr<double>(), stream));
-  return {reference, sum, target_logits};
+  const Tensor reference = at::empty({logits.size(0)}, logits.options().dtype(at::kDouble));
+  const Tensor sum = at::empty_like(reference);
+  C10_CUDA_CHECK(launch_statistics(device_rows(logits, columns), reference.data_ptr<double>(), sum.data_ptr<double>(),
+                                   c10::cuda::getCurrentCUDAStream()));
+  return {reference, sum};
 }
 
 void write_gradient(const Tensor& out, const Tensor& logits, const Tensor& logit_rows, const Tensor& targets_any,
                     const Tensor& logprobs_any, const Tensor& log_normaliser_any, const Tensor& grad_any, Shard shard) {
-  check_entries(logits, logit_rows, targets_any, shard);
-  check_gradient(logits, targets_any, logprobs_any, log_normaliser_any, grad_any);
+  check_gradient(logits, logit_rows, targets_any, logprobs_any, log_normaliser_any, grad_any, shard.columns);
   const c10::cuda::CUDAGuard guard(logits.device());
-  const auto [sorted, order] = at::sort(logit_rows, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-  const Tensor begin = at::searchsorted(sorted, at::arange(logits.size(0) + 1, logit_rows.options()));
+  const auto [begin, order] = entries_by_row(logit_rows, logits.size(0));
   const Tensor targets = targets_any.contiguous(), logprobs = logprobs_any.contiguous();
   const Tensor log_normaliser = log_normaliser_any.contiguous(), grad = grad_any.contiguous();
   const DeviceEntries entries{begin.const_data_ptr<int64_t>(),   order.const_data_ptr<int64_t>(),

@@ -26,6 +26,7 @@ from megatron_sip.model.logprob import (
     finish_logprobs,
     move_reference,
     output_dtype,
+    target_logits,
     vocabulary_shard,
 )
 from megatron_sip.model.logprob_ops import operators
@@ -104,19 +105,17 @@ class _LinearBranchLogprobs(torch.autograd.Function):
         rows = hidden.shape[0]
         reference = torch.full((rows,), -torch.inf, dtype=torch.float64, device=hidden.device)
         sums = torch.zeros_like(reference)
-        target_logits = torch.zeros(targets.shape[0], dtype=torch.float64, device=hidden.device)
+        own_targets = torch.zeros(targets.shape[0], dtype=torch.float64, device=hidden.device)
         for chunk in vocabulary_chunks(shard, chunk_columns):
             logits = project(hidden, weight[chunk.first : chunk.last])
-            chunk_reference, chunk_sums, chunk_targets = operators.row_statistics(
-                logits, logit_rows, targets, chunk.vocab_start, chunk.columns
-            )
+            chunk_reference, chunk_sums = operators.row_statistics(logits, chunk.columns)
             higher = torch.maximum(reference, chunk_reference)
             sums = move_reference(reference, sums, higher) + move_reference(chunk_reference, chunk_sums, higher)
             reference = higher
-            target_logits += chunk_targets
-        reference, sums, target_logits = combine_over_ranks(reference, sums, target_logits, shard.group)
+            own_targets += target_logits(logits, logit_rows, targets, chunk.vocab_start, chunk.columns)
+        reference, sums, all_targets = combine_over_ranks(reference, sums, own_targets, shard.group)
         tokens, branch_sums, normaliser = finish_logprobs(
-            reference, sums, target_logits, logit_rows, branch_offsets, output_dtype(hidden)
+            reference, sums, all_targets, logit_rows, branch_offsets, output_dtype(hidden)
         )
         ctx.shard, ctx.chunk_columns = shard, chunk_columns
         ctx.set_materialize_grads(False)

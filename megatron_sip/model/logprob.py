@@ -156,6 +156,13 @@ def _check_owned(logits: Tensor) -> None:
         )
 
 
+def target_logits(logits: Tensor, logit_rows: Tensor, targets: Tensor, vocab_start: int, columns: int) -> Tensor:
+    """float64 [L]: the logit of each entry's target, 0 where another shard owns it."""
+    local = targets - vocab_start
+    owned = (local >= 0) & (local < columns)
+    return logits[logit_rows, local.where(owned, 0)].double().where(owned, 0.0)
+
+
 def combine_over_ranks(
     reference: Tensor, sums: Tensor, target_logits: Tensor, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,10 +228,11 @@ class _BranchLogprobs(torch.autograd.Function):
         shard: VocabularyShard,
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
-        local = operators.row_statistics(logits, logit_rows, targets, shard.start, shard.columns)
-        reference, row_sums, target_logits = combine_over_ranks(local[0], local[1], local[2], shard.group)
+        reference, row_sums = operators.row_statistics(logits, shard.columns)
+        own_targets = target_logits(logits, logit_rows, targets, shard.start, shard.columns)
+        reference, row_sums, all_targets = combine_over_ranks(reference, row_sums, own_targets, shard.group)
         tokens, sums, normaliser = finish_logprobs(
-            reference, row_sums, target_logits, logit_rows, branch_offsets, output_dtype(logits)
+            reference, row_sums, all_targets, logit_rows, branch_offsets, output_dtype(logits)
         )
         ctx.shard, ctx.inplace, ctx.consumed = shard, inplace, False
         ctx.set_materialize_grads(False)
@@ -257,8 +265,9 @@ def _branch_logprobs(
     logits: Tensor, logit_rows: Tensor, targets: Tensor, branch_offsets: Tensor, vocab_start: int, columns: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op on whole rows, without side effects: token log-probs, branch sums, log-normaliser."""
-    reference, sums, target_logits = operators.row_statistics(logits, logit_rows, targets, vocab_start, columns)
-    return finish_logprobs(reference, sums, target_logits, logit_rows, branch_offsets, output_dtype(logits))
+    reference, sums = operators.row_statistics(logits, columns)
+    own_targets = target_logits(logits, logit_rows, targets, vocab_start, columns)
+    return finish_logprobs(reference, sums, own_targets, logit_rows, branch_offsets, output_dtype(logits))
 
 
 @_branch_logprobs.register_fake

@@ -1,8 +1,8 @@
 """The `megatron_sip::` torch operators behind `model/logprob.py`: schemas, shape functions, and who implements them.
 
 A row's statistics are float64: `reference` [T] (a value at most 8 below the row's maximum, -inf without a logit above
--inf), `sums` [T] (of exp(x - reference)) and `target_logits` [L] (0 where another shard owns the target). Only the first
-`columns` columns count, the others being padding: their gradient is 0.
+-inf) and `sums` [T] (of exp(x - reference)). Only the first `columns` columns count, the others being padding: their
+gradient is 0.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "megatron_sip"
 
-_STATISTICS = "Tensor logit_rows, Tensor targets, int vocab_start, int columns) -> (Tensor, Tensor, Tensor)"
 _GRADIENT = (
     "Tensor logit_rows, Tensor targets, Tensor logprobs, Tensor log_normaliser, Tensor grad, "
     "int vocab_start, int columns) -> "
 )
 SCHEMAS = {
-    "row_statistics": f"(Tensor logits, {_STATISTICS}",
+    "row_statistics": "(Tensor logits, int columns) -> (Tensor, Tensor)",
     "gradient": f"(Tensor logits, {_GRADIENT}Tensor",
     "gradient_": f"(Tensor(a!) logits, {_GRADIENT}()",
 }
@@ -48,15 +47,9 @@ def compiled_devices() -> tuple[str, ...]:
     return tuple(extension.devices()) if extension is not None else ()
 
 
-def _fake_statistics(
-    logits: Tensor, logit_rows: Tensor, targets: Tensor, vocab_start: int, columns: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_statistics(logits: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     rows = logits.shape[0]
-    return (
-        logits.new_empty(rows, dtype=torch.float64),
-        logits.new_empty(rows, dtype=torch.float64),
-        logits.new_empty(targets.shape[0], dtype=torch.float64),
-    )
+    return logits.new_empty(rows, dtype=torch.float64), logits.new_empty(rows, dtype=torch.float64)
 
 
 def _fake_gradient(logits: Tensor, *_: object) -> Tensor:

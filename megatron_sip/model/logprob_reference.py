@@ -9,19 +9,12 @@ import torch
 from torch import Tensor
 
 
-def row_statistics(
-    logits: Tensor, logit_rows: Tensor, targets: Tensor, vocab_start: int, columns: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def row_statistics(logits: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """Statistics of the first `columns` columns of each row; see `logprob_ops` for the meaning of the outputs."""
     values = logits[:, :columns].double()
     reference = values.amax(dim=1) if columns else values.new_full((logits.shape[0],), -torch.inf)
     shifted = values - reference.masked_fill(reference.isneginf(), 0.0)[:, None]
-    sums = shifted.exp().sum(dim=1)
-    local = targets - vocab_start
-    owned = (local >= 0) & (local < columns)
-    target_logits = torch.zeros(targets.shape, dtype=torch.float64, device=logits.device)
-    target_logits[owned] = values[logit_rows[owned], local[owned]]
-    return reference, sums, target_logits
+    return reference, shifted.exp().sum(dim=1)
 
 
 def gradient(

@@ -12,12 +12,6 @@ extern "C" {
 
 void set_thread_order(int order) { emulated::order = order; }
 
-int gather_targets(int type, const void* in, int64_t rows, int64_t width, int64_t columns, const int64_t* logit_rows,
-                   const int64_t* targets, int64_t count, int64_t vocab_start, double* out) {
-  const DeviceRows matrix{static_cast<LogitType>(type), in, rows, width, columns};
-  return megatron_sip::launch_gather_targets(matrix, logit_rows, targets, count, vocab_start, out, nullptr);
-}
-
 int statistics(int type, const void* in, int64_t rows, int64_t width, int64_t columns, double* reference, double* sum) {
   const DeviceRows matrix{static_cast<LogitType>(type), in, rows, width, columns};
   return megatron_sip::launch_statistics(matrix, reference, sum, nullptr);
