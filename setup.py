@@ -7,6 +7,7 @@ GPU; MEGATRON_SIP_CUDA=0 leaves them out and =1 insists on them.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -19,7 +20,15 @@ from setuptools import setup
 CUDA_ARCHITECTURES = ("80", "90")
 
 ROOT = Path(__file__).resolve().parent
-CPU_SOURCES = ["csrc/bindings.cpp", *sorted(f"csrc/cpu/{path.name}" for path in ROOT.glob("csrc/cpu/*.cpp"))]
+X86 = platform.machine() in ("x86_64", "AMD64")
+CPU_SOURCES = [
+    "csrc/bindings.cpp",
+    *sorted(
+        f"csrc/cpu/{path.name}"
+        for path in ROOT.glob("csrc/cpu/*.cpp")
+        if X86 or not path.name.startswith(("bf16_", "tree_attention_"))
+    ),
+]
 CUDA_SOURCES = ["csrc/cuda/logprob_cuda_ops.cpp", "csrc/cuda/logprob_cuda.cu"]
 
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/bf16_products.h"
+#include "cpu/instruction_set.h"
 #include "cpu/row_kernels.h"
 #include "cpu/widened_bfloat16.h"
 
@@ -32,9 +33,10 @@ const RowKernels& kernels_named(const std::string& instruction_set, const std::s
   throw std::invalid_argument("no row kernels for dtype '" + dtype + "'");
 }
 
+#if defined(__x86_64__)
 std::vector<std::string> product_paths() {
   std::vector<std::string> result;
-  if (bf16_products_supported()) result.push_back("dots");
+  if (avx512_bf16_usable()) result.push_back("dots");
   if (tile_products()) result.push_back("tiles");
   return result;
 }
@@ -53,23 +55,7 @@ void multiply_by(const std::string& path, std::tuple<uintptr_t, int64_t, int64_t
   multiply(left, right, reinterpret_cast<float*>(std::get<0>(c)), std::get<1>(c), rows, columns, pairs, accumulate,
            path == "tiles");
 }
-
-std::vector<std::string> cuda_architectures() {
-  const std::string joined = MEGATRON_SIP_CUDA_ARCHITECTURES;
-  std::vector<std::string> result;
-  for (size_t begin = 0; begin < joined.size();) {
-    const size_t end = std::min(joined.find(',', begin), joined.size());
-    result.push_back(joined.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return result;
-}
-
-std::vector<std::string> devices() {
-  std::vector<std::string> result = {"CPU"};
-  if (!cuda_architectures().empty()) result.push_back("CUDA");
-  return result;
-}
+#endif
 
 }  // namespace
 
@@ -77,12 +63,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   pybind11::class_<WidenedBFloat16>(
       module, "WidenedBFloat16", "While it lives, torch's bfloat16 products and attention on CPU go by way of float32.")
       .def(pybind11::init<>());
-  module.def("devices", &devices, "Dispatch keys whose operators were built.");
-  module.def("cuda_architectures", &cuda_architectures, "Compute capabilities of the CUDA kernels, such as 'sm_90'.");
+  module.def(
+      "cuda_architectures", [] { return MEGATRON_SIP_CUDA_ARCHITECTURES; },
+      "Compute capabilities of the CUDA kernels, as 'sm_80,sm_90'; empty where they were not built.");
   module.def("instruction_set", &best_instruction_set, "What the CPU operators run on this processor.");
+#if defined(__x86_64__)
   module.def("product_paths", &product_paths, "What bfloat16 products may go by on this processor: 'dots', 'tiles'.");
   module.def("multiply", &multiply_by,
              "c (+)= a times b by one path, on the operands of bf16_products.h at addresses.");
+#endif
   module.def(
       "row_statistics",
       [](const std::string& instruction_set, const std::string& dtype, uintptr_t row, int64_t length) {

@@ -1,8 +1,6 @@
 // The kernels of bf16_layers_kernels.h for AVX-512 with bfloat16 dot products.
 #include "bf16_layers_kernels.h"
 
-#if defined(__x86_64__)
-
 #include <immintrin.h>
 
 #include <algorithm>
@@ -10,12 +8,6 @@
 
 #include "bf16_products.h"
 #include "instruction_set.h"
-
-// GCC 12 and 13 take the intrinsics' own "undefined" operands for uninitialised variables (GCC bug 105593).
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
 
 MEGATRON_SIP_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 
@@ -57,8 +49,6 @@ void pair_weight_rows(const uint16_t* weight, int64_t depth, int64_t count, uint
 }
 
 }  // namespace
-
-bool bf16_layer_kernels_supported() { return bf16_products_supported(); }
 
 template <typename T>
 void rms_norm_rows(const T* x, const uint16_t* weight, float eps, int64_t rows, int64_t width, uint16_t* out,
@@ -204,50 +194,3 @@ void rotate_heads(const uint16_t* x, int64_t token_stride, int64_t head_stride, 
 }  // namespace megatron_sip
 
 MEGATRON_SIP_TARGET_END
-
-#else
-
-#include <stdexcept>
-
-namespace megatron_sip {
-
-// The operators check for support first, so nothing below is ever called.
-bool bf16_layer_kernels_supported() { return false; }
-template <typename T>
-void rms_norm_rows(const T*, const uint16_t*, float, int64_t, int64_t, uint16_t*, float*) {
-  throw std::logic_error("no bfloat16 layer kernels for this processor");
-}
-template <typename T>
-void rms_norm_backward_rows(const uint16_t*, const T*, const uint16_t*, const float*, int64_t, int64_t, T*, float*) {
-  throw std::logic_error("no bfloat16 layer kernels for this processor");
-}
-template void rms_norm_rows(const uint16_t*, const uint16_t*, float, int64_t, int64_t, uint16_t*, float*);
-template void rms_norm_rows(const float*, const uint16_t*, float, int64_t, int64_t, uint16_t*, float*);
-template void rms_norm_backward_rows(const uint16_t*, const uint16_t*, const uint16_t*, const float*, int64_t, int64_t,
-                                     uint16_t*, float*);
-template void rms_norm_backward_rows(const uint16_t*, const float*, const uint16_t*, const float*, int64_t, int64_t,
-                                     float*, float*);
-void swiglu_rows(const uint16_t*, int64_t, int64_t, uint16_t*) {
-  throw std::logic_error("no bfloat16 layer kernels for this processor");
-}
-void swiglu_backward_rows(const uint16_t*, const uint16_t*, int64_t, int64_t, uint16_t*) {
-  throw std::logic_error("no bfloat16 layer kernels for this processor");
-}
-void project_columns(const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t, int64_t, int64_t, float*, uint32_t*) {
-  throw std::logic_error("no bfloat16 layer kernels for this processor");
-}
-void interleave_token_pairs(const uint16_t*, int64_t, int64_t, int64_t, int64_t, uint32_t*) {
-  throw std::logic_error("no bfloat16 layer kernels for this processor");
-}
-void add_weight_gradient_rows(const uint16_t*, const uint32_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                              float*, uint16_t*) {
-  throw std::logic_error("no bfloat16 layer kernels for this processor");
-}
-void rotate_heads(const uint16_t*, int64_t, int64_t, const float*, const float*, float, int64_t, int64_t, int64_t,
-                  uint16_t*) {
-  throw std::logic_error("no bfloat16 layer kernels for this processor");
-}
-
-}  // namespace megatron_sip
-
-#endif

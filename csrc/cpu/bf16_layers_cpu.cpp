@@ -7,9 +7,9 @@
 #include <tuple>
 #include <vector>
 
-#include "aligned_memory.h"
 #include "bf16_layers_kernels.h"
 #include "bf16_products.h"
+#include "instruction_set.h"
 
 namespace megatron_sip {
 namespace {
@@ -24,7 +24,7 @@ uint16_t* mutable_bits(const Tensor& tensor) { return static_cast<uint16_t*>(ten
 
 void check_bf16(const Tensor& tensor, const char* name) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kBFloat16, name, " must be bfloat16, got ", tensor.scalar_type());
-  TORCH_CHECK(bf16_layer_kernels_supported(), "this processor has no AVX-512 bfloat16 instructions");
+  TORCH_CHECK(avx512_bf16_usable(), "this processor has no AVX-512 bfloat16 instructions");
 }
 
 int64_t checked_width(const Tensor& tensor, int64_t parts, const char* name) {
@@ -150,12 +150,13 @@ Tensor float_product(const Tensor& hidden_in, const Tensor& weight_in) {
   float* out_data = out.mutable_data_ptr<float>();
   const int64_t panels = rows == 0 ? 0 : (columns + kProjectedColumns - 1) / kProjectedColumns;
   at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
-    const auto scratch = aligned_memory<uint32_t>(depth / 2 * kProjectedColumns);
+    const Tensor scratch = at::empty({depth / 2 * kProjectedColumns}, at::kInt);
     const TileScope tiles;
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t begin = panel * kProjectedColumns;
       project_columns(bits(hidden), bits(weight), rows, depth, columns, begin,
-                      std::min(kProjectedColumns, columns - begin), out_data, scratch.get());
+                      std::min(kProjectedColumns, columns - begin), out_data,
+                      static_cast<uint32_t*>(scratch.data_ptr()));
     }
   });
   return out;
@@ -186,14 +187,14 @@ void add_weight_gradient_(Tensor& main_grad, const Tensor& grad_output_in, const
   // since a few bytes of every token's gradient are slow to fetch.
   constexpr int64_t kTokens = 1024, kRows = 4 * kGradientRows;
   at::parallel_for(0, rows / kGradientRows, 1, [&](int64_t first_panel, int64_t last_panel) {
-    const auto scratch = aligned_memory<uint16_t>(kRows * kTokens);
+    const Tensor scratch = at::empty({kRows * kTokens}, at::kBFloat16);
     const TileScope tiles;
     const int64_t end = last_panel * kGradientRows;
     for (int64_t t = 0; t < tokens; t += kTokens) {
       for (int64_t row = first_panel * kGradientRows; row < end; row += kRows) {
         add_weight_gradient_rows(bits(grad_output) + row, pair_data, tokens, rows, width, t,
                                  std::min(tokens, t + kTokens), std::min(kRows, end - row), gradient + row * width,
-                                 scratch.get());
+                                 mutable_bits(scratch));
       }
     }
   });
@@ -225,7 +226,7 @@ Tensor rotate(const Tensor& x_in, const Tensor& cosines_in, const Tensor& sines_
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(megatron_sip, library) {
-  library.def("bf16_layers_supported() -> bool", [] { return bf16_layer_kernels_supported(); });
+  library.def("bf16_layers_supported() -> bool", [] { return avx512_bf16_usable(); });
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   library.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse_rms) -> (Tensor, Tensor)");
   library.def("swiglu(Tensor gate_up) -> Tensor");

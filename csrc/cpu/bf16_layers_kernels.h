@@ -6,8 +6,6 @@
 
 namespace megatron_sip {
 
-bool bf16_layer_kernels_supported();
-
 // out = x * inverse_rms * weight of each row, rounded once; inverse_rms [rows] is kept for backward. T: uint16_t
 // holding bfloat16, or float.
 template <typename T>

@@ -1,25 +1,15 @@
 #include "bf16_products.h"
 
-#if defined(__x86_64__)
-
 #include <cpuid.h>
 #include <immintrin.h>
-#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 
 #include "instruction_set.h"
-
-// GCC 12 and 13 take the intrinsics' own "undefined" operands for uninitialised variables (GCC bug 105593).
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
 
 namespace megatron_sip {
 namespace {
@@ -29,24 +19,18 @@ constexpr int64_t kTile = 16;  // rows of a tile, each of 64 bytes: 16 floats or
 
 // Linux hands the tiles' state out on demand (arch_prctl ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA).
 bool may_use_tiles() {
-#if defined(__linux__) && defined(SYS_arch_prctl)
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned kBf16Tiles = 1u << 22, kTileState = 1u << 24;
   if ((d & kBf16Tiles) == 0 || (d & kTileState) == 0) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
 }
 
 }  // namespace
 
-bool bf16_products_supported() { return avx512_bf16_usable(); }
-
 bool tile_products() {
-  static const bool usable = bf16_products_supported() && may_use_tiles();
+  static const bool usable = avx512_bf16_usable() && may_use_tiles();
   return usable;
 }
 
@@ -220,22 +204,3 @@ TileScope::~TileScope() {
 }
 
 }  // namespace megatron_sip
-
-#else
-
-#include <stdexcept>
-
-namespace megatron_sip {
-
-// The operators check for support first, so `multiply` is never called.
-bool bf16_products_supported() { return false; }
-bool tile_products() { return false; }
-TileScope::TileScope() {}
-TileScope::~TileScope() {}
-void multiply(LeftOperand, RightOperand, float*, int64_t, int64_t, int64_t, int64_t, bool, bool) {
-  throw std::logic_error("no bfloat16 products for this processor");
-}
-
-}  // namespace megatron_sip
-
-#endif

@@ -9,9 +9,6 @@
 
 namespace megatron_sip {
 
-// Whether this processor has AVX-512 with bfloat16 dot products, without which nothing here runs.
-bool bf16_products_supported();
-
 // Whether products go through tile registers.
 bool tile_products();
 

@@ -18,6 +18,9 @@ bool avx512_bf16_usable();  // AVX-512 with bfloat16 dot products
   MEGATRON_SIP_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define MEGATRON_SIP_TARGET_END MEGATRON_SIP_PRAGMA(clang attribute pop)
 #else
+// GCC 12 and 13 take the intrinsics' own "undefined" operands for uninitialised variables (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #define MEGATRON_SIP_TARGET_BEGIN(features) \
   MEGATRON_SIP_PRAGMA(GCC push_options)     \
   MEGATRON_SIP_PRAGMA(GCC target(features))

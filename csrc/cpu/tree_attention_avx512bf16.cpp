@@ -1,8 +1,6 @@
 // The block kernels of tree_attention_kernels.h for AVX-512 with bfloat16 dot products.
 #include "tree_attention_kernels.h"
 
-#if defined(__x86_64__)
-
 #include <immintrin.h>
 
 #include <algorithm>
@@ -11,12 +9,6 @@
 
 #include "bf16_products.h"
 #include "instruction_set.h"
-
-// GCC 12 and 13 take the intrinsics' own "undefined" operands for uninitialised variables (GCC bug 105593).
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
 
 MEGATRON_SIP_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 
@@ -196,44 +188,6 @@ void score_gradients(const float* scores, const float* weight_grads, int64_t cou
 
 }  // namespace
 
-bool tree_attention_kernels_supported() { return bf16_products_supported(); }
-
-void lay_out_head(HeadRows<const uint16_t> from, int64_t length, int64_t begin, int64_t end, int64_t dim,
-                  int64_t padded, uint16_t* to, uint16_t* transposed) {
-  for (int64_t t = begin; t < end; ++t) {
-    if (t < length) {
-      std::copy_n(from.data + t * from.stride, dim, to + t * dim);
-    } else {
-      std::fill_n(to + t * dim, dim, uint16_t{0});
-    }
-  }
-  if (transposed == nullptr) return;
-  __m512i lines[kLanes];
-  for (int64_t t = begin; t < end; t += 2 * kLanes) {
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const uint16_t* even = to + (t + 2 * i) * dim + d;
-        lines[i] = interleave_rows(even, true, even + dim, true);
-      }
-      transpose_lines(lines);
-      for (int64_t i = 0; i < kLanes; ++i) _mm512_storeu_si512(transposed + (d + i) * padded + t, lines[i]);
-    }
-  }
-}
-
-void sum_head_gradients(const float* gradients, int64_t head_stride, int64_t heads, int64_t begin, int64_t end,
-                        int64_t dim, float factor, HeadRows<uint16_t> to) {
-  for (int64_t t = begin; t < end; ++t) {
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      __m512 sum = _mm512_loadu_ps(gradients + t * dim + d);
-      for (int64_t h = 1; h < heads; ++h) {
-        sum = _mm512_add_ps(sum, _mm512_loadu_ps(gradients + h * head_stride + t * dim + d));
-      }
-      store_bf16(to.data + t * to.stride + d, _mm512_mul_ps(sum, _mm512_set1_ps(factor)));
-    }
-  }
-}
-
 // Forward scratch: queries in column pairs [dim / 2, 64], weights [32, 64], output [dim, 64], copied columns in
 // bfloat16 [dim, 64], scores [keys, 64].
 int64_t forward_scratch_size(int64_t keys, int64_t dim) {
@@ -343,33 +297,3 @@ void attention_backward_block(const QueryBlock& block, const PreparedKeys& keys,
 }  // namespace megatron_sip
 
 MEGATRON_SIP_TARGET_END
-
-#else
-
-#include <stdexcept>
-
-namespace megatron_sip {
-
-// The operators check for support first, so nothing below is ever called.
-bool tree_attention_kernels_supported() { return false; }
-int64_t forward_scratch_size(int64_t, int64_t) { throw std::logic_error("no attention kernels for this processor"); }
-int64_t backward_scratch_size(int64_t) { throw std::logic_error("no attention kernels for this processor"); }
-void lay_out_head(HeadRows<const uint16_t>, int64_t, int64_t, int64_t, int64_t, int64_t, uint16_t*, uint16_t*) {
-  throw std::logic_error("no attention kernels for this processor");
-}
-void sum_head_gradients(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float, HeadRows<uint16_t>) {
-  throw std::logic_error("no attention kernels for this processor");
-}
-void attention_forward_block(const QueryBlock&, const PreparedKeys&, HeadRows<const uint16_t>, float,
-                             HeadRows<uint16_t>, HeadRows<float>, float*) {
-  throw std::logic_error("no attention kernels for this processor");
-}
-void attention_backward_block(const QueryBlock&, const PreparedKeys&, HeadRows<const uint16_t>,
-                              HeadRows<const uint16_t>, HeadRows<const float>, HeadRows<const uint16_t>, float,
-                              HeadRows<uint16_t>, float*, float*, float*) {
-  throw std::logic_error("no attention kernels for this processor");
-}
-
-}  // namespace megatron_sip
-
-#endif

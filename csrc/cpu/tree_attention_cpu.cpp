@@ -11,8 +11,8 @@
 #include <tuple>
 #include <vector>
 
-#include "aligned_memory.h"
 #include "bf16_products.h"
+#include "instruction_set.h"
 #include "tree_attention_kernels.h"
 
 namespace megatron_sip {
@@ -20,14 +20,10 @@ namespace {
 
 using at::Tensor;
 
-// Tokens `begin` to `end`, and their queries.
-struct Group {
-  int64_t begin, end;
-  std::vector<QueryBlock> blocks;
-};
+// The queries of a prefix and its branches.
+using Group = std::vector<QueryBlock>;
 
-void add_blocks(std::vector<QueryBlock>& blocks, int64_t begin, int64_t end, std::array<KeyRange, 2> ranges,
-                int range_count) {
+void add_blocks(Group& blocks, int64_t begin, int64_t end, std::array<KeyRange, 2> ranges, int range_count) {
   for (int64_t q = begin; q < end; q += kAttentionBlock) {
     const int64_t count = std::min(kAttentionBlock, end - q);
     ranges[range_count - 1] = {begin, q + count - begin};
@@ -59,11 +55,10 @@ std::vector<Group> query_blocks(const Tensor& layout, int64_t row_length) {
     const int64_t start = line[0], prefix_end = line[1], branch_start = line[2], branch_end = line[3];
     check_line(line, b, row_length);
     if (b == 0 || line[-4] != start) {
-      groups.push_back({start, prefix_end, {}});
-      add_blocks(groups.back().blocks, start, prefix_end, {}, 1);
+      groups.emplace_back();
+      add_blocks(groups.back(), start, prefix_end, {}, 1);
     }
-    groups.back().end = branch_end;
-    add_blocks(groups.back().blocks, branch_start, branch_end, {KeyRange{start, prefix_end - start}}, 2);
+    add_blocks(groups.back(), branch_start, branch_end, {KeyRange{start, prefix_end - start}}, 2);
   }
   return groups;
 }
@@ -90,7 +85,7 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, const Te
                    value.scalar_type());
   TORCH_CHECK_VALUE(layout.dim() == 2 && layout.size(1) == 4, "layout must be [B, 4], got ", layout.sizes());
   TORCH_CHECK_VALUE(scale > 0, "scale must be positive, got ", scale);
-  TORCH_CHECK(tree_attention_kernels_supported(), "this processor has no AVX-512 bfloat16 instructions");
+  TORCH_CHECK(avx512_bf16_usable(), "this processor has no AVX-512 bfloat16 instructions");
 }
 
 // What backward gets beside the arguments of forward: its results, and the gradient of the first.
@@ -105,63 +100,34 @@ void check_results(const Tensor& grad, const Tensor& out, const Tensor& lse, con
                     lse.sizes());
 }
 
-constexpr int64_t kTokensATask = 256;
-
-// Lines of transposed keys begin at cache lines.
-int64_t padded_length(int64_t length) { return (length + 31) / 32 * 32; }
-
-// Heads [S, G, D] as rows [G, padded length, D] and, on request, as columns [G, D, padded length].
+// Heads [S, G, D] as rows [G, padded, D] and, on request, as columns [G, D, padded]. Zeros pad the tokens, so that the
+// lines of the columns begin at cache lines.
 struct LaidOutHeads {
+  int64_t padded;
   Tensor rows, columns;
 
-  LaidOutHeads(const Tensor& heads_in, bool with_columns) {
-    const Tensor heads = heads_in.stride(2) == 1 ? heads_in : heads_in.contiguous();
-    const int64_t length = heads.size(0), count = heads.size(1), dim = heads.size(2), padded = padded_length(length);
+  LaidOutHeads(const Tensor& heads, bool with_columns) {
+    const int64_t length = heads.size(0), count = heads.size(1), dim = heads.size(2);
+    padded = (length + 31) / 32 * 32;
     rows = at::empty({count, padded, dim}, heads.options());
-    if (with_columns) columns = at::empty({count, dim, padded}, heads.options());
-    uint16_t* row_data = mutable_bits(rows);
-    uint16_t* column_data = with_columns ? mutable_bits(columns) : nullptr;
-    const int64_t tasks = (padded + kTokensATask - 1) / kTokensATask;
-    at::parallel_for(0, count * tasks, 1, [&](int64_t first, int64_t last) {
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t head = task / tasks, begin = task % tasks * kTokensATask, offset = head * padded * dim;
-        lay_out_head(head_rows<const uint16_t>(bits(heads), heads, head), length, begin,
-                     std::min(padded, begin + kTokensATask), dim, padded, row_data + offset,
-                     with_columns ? column_data + offset : nullptr);
-      }
+    rows.narrow(1, 0, length).copy_(heads.transpose(0, 1));
+    rows.narrow(1, length, padded - length).zero_();
+    if (!with_columns) return;
+    columns = at::empty({count, dim, padded}, heads.options());
+    // torch transposes one matrix by blocks, several at once element by element.
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t head = begin; head < end; ++head) columns[head].copy_(rows[head].t());
     });
   }
 };
 
-// Sets the tokens [S, ...] of a contiguous tensor that are in no group's prefix or branch to zero.
-void clear_uncovered(const Tensor& tensor, const std::vector<Group>& groups) {
-  std::vector<bool> covered(tensor.size(0), false);
-  for (const Group& group : groups) {
-    for (const QueryBlock& block : group.blocks) {
-      std::fill_n(covered.begin() + block.begin, block.count, true);
-    }
-  }
-  const int64_t bytes = tensor.size(0) == 0 ? 0 : tensor.numel() / tensor.size(0) * tensor.element_size();
-  char* data = static_cast<char*>(tensor.mutable_data_ptr());
-  for (int64_t t = 0; t < tensor.size(0); ++t) {
-    if (!covered[t]) std::memset(data + t * bytes, 0, bytes);
-  }
-}
-
 // [heads, S, D] in float32 -> bfloat16 [S, heads / shared, D]: factor times the sum over neighbouring heads.
-Tensor sum_shared_heads(const Tensor& gradients, int64_t shared, float factor, const std::vector<Group>& groups) {
-  const int64_t length = gradients.size(1), dim = gradients.size(2), count = gradients.size(0) / shared;
-  Tensor out = at::empty({length, count, dim}, gradients.options().dtype(at::kBFloat16));
-  uint16_t* out_data = mutable_bits(out);
-  const float* data = gradients.const_data_ptr<float>();
-  at::parallel_for(0, length, kTokensATask, [&](int64_t begin, int64_t end) {
-    for (int64_t head = 0; head < count; ++head) {
-      sum_head_gradients(data + head * shared * length * dim, length * dim, shared, begin, end, dim, factor,
-                         head_rows<uint16_t>(out_data, out, head));
-    }
-  });
-  clear_uncovered(out, groups);
-  return out;
+Tensor sum_shared_heads(const Tensor& gradients, int64_t shared, double factor) {
+  const int64_t count = gradients.size(0) / shared, length = gradients.size(1), dim = gradients.size(2);
+  const Tensor sums = shared == 1 ? gradients : gradients.view({count, shared, length, dim}).sum(1);
+  return (factor == 1.0 ? sums : sums * factor)
+      .transpose(0, 1)
+      .to(at::kBFloat16, false, false, at::MemoryFormat::Contiguous);
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query_in, const Tensor& key, const Tensor& value, const Tensor& layout,
@@ -171,23 +137,23 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query_in, const Tensor& key, co
   const int64_t length = query.size(0), heads = query.size(1), dim = query.size(2), shared = heads / key.size(1);
   const std::vector<Group> groups = query_blocks(layout, length);
   std::vector<QueryBlock> blocks;
-  for (const Group& group : groups) blocks.insert(blocks.end(), group.blocks.begin(), group.blocks.end());
-  const Tensor keys = LaidOutHeads(key, false).rows, values = LaidOutHeads(value, true).columns;
-  Tensor out = at::empty_like(query), lse = at::empty({length, heads}, query.options().dtype(at::kFloat));
-  clear_uncovered(out, groups);
-  clear_uncovered(lse, groups);
+  for (const Group& group : groups) blocks.insert(blocks.end(), group.begin(), group.end());
+  const LaidOutHeads keys(key, false), values(value, true);
+  // Tokens of no group stay zero, here and in the gradients.
+  Tensor out = at::zeros_like(query), lse = at::zeros({length, heads}, query.options().dtype(at::kFloat));
   float* lse_data = lse.mutable_data_ptr<float>();
   uint16_t* out_data = mutable_bits(out);
-  const int64_t padded = padded_length(length), block_count = static_cast<int64_t>(blocks.size());
+  const int64_t padded = keys.padded, block_count = static_cast<int64_t>(blocks.size());
   at::parallel_for(0, heads * block_count, 1, [&](int64_t begin, int64_t end) {
-    const auto scratch = aligned_memory<float>(forward_scratch_size(length, dim));
+    const Tensor scratch = at::empty({forward_scratch_size(length, dim)}, at::kFloat);
     const TileScope tiles;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / block_count, offset = head / shared * padded * dim;
-      const PreparedKeys prepared = {bits(keys) + offset, nullptr, nullptr, bits(values) + offset, padded, dim};
+      const PreparedKeys prepared = {bits(keys.rows) + offset,      nullptr, nullptr,
+                                     bits(values.columns) + offset, padded,  dim};
       attention_forward_block(blocks[task % block_count], prepared, head_rows<const uint16_t>(bits(query), query, head),
                               scale, head_rows<uint16_t>(out_data, out, head), head_rows<float>(lse_data, lse, head),
-                              scratch.get());
+                              scratch.data_ptr<float>());
     }
   });
   return {out, lse};
@@ -202,43 +168,37 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
   const int64_t length = query.size(0), heads = query.size(1), dim = query.size(2), shared = heads / key.size(1);
   const std::vector<Group> groups = query_blocks(layout, length);
   const LaidOutHeads keys(key, true), values(value, false);
-  Tensor grad_query = at::empty_like(query);
-  clear_uncovered(grad_query, groups);
-  Tensor grad_key = at::empty({heads, length, dim}, query.options().dtype(at::kFloat));
-  Tensor grad_value = at::empty_like(grad_key);
+  Tensor grad_query = at::zeros_like(query);
+  Tensor grad_key = at::zeros({heads, length, dim}, query.options().dtype(at::kFloat));
+  Tensor grad_value = at::zeros_like(grad_key);
   float *grad_key_data = grad_key.mutable_data_ptr<float>(), *grad_value_data = grad_value.mutable_data_ptr<float>();
   const float* lse_data = lse.const_data_ptr<float>();
   uint16_t* grad_query_data = mutable_bits(grad_query);
-  const int64_t tasks = heads * static_cast<int64_t>(groups.size()), padded = padded_length(length);
+  const int64_t tasks = heads * static_cast<int64_t>(groups.size()), padded = keys.padded;
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const auto scratch = aligned_memory<float>(backward_scratch_size(dim));
+    const Tensor scratch = at::empty({backward_scratch_size(dim)}, at::kFloat);
     const TileScope tiles;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task % heads, offset = head / shared * padded * dim;
       const PreparedKeys prepared = {
           bits(keys.rows) + offset, bits(values.rows) + offset, bits(keys.columns) + offset, nullptr, padded, dim};
-      const Group& group = groups[task / heads];
-      for (float* grads : {grad_key_data, grad_value_data}) {
-        std::fill_n(grads + (head * length + group.begin) * dim, (group.end - group.begin) * dim, 0.0f);
-      }
-      for (const QueryBlock& block : group.blocks) {
+      for (const QueryBlock& block : groups[task / heads]) {
         attention_backward_block(
             block, prepared, head_rows<const uint16_t>(bits(query), query, head),
             head_rows<const uint16_t>(bits(out), out, head), head_rows<const float>(lse_data, lse, head),
             head_rows<const uint16_t>(bits(grad_out), grad_out, head), scale,
             head_rows<uint16_t>(grad_query_data, grad_query, head), grad_key_data + head * length * dim,
-            grad_value_data + head * length * dim, scratch.get());
+            grad_value_data + head * length * dim, scratch.data_ptr<float>());
       }
     }
   });
-  return {grad_query, sum_shared_heads(grad_key, shared, static_cast<float>(scale), groups),
-          sum_shared_heads(grad_value, shared, 1.0f, groups)};
+  return {grad_query, sum_shared_heads(grad_key, shared, scale), sum_shared_heads(grad_value, shared, 1.0)};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(megatron_sip, library) {
-  library.def("tree_attention_supported() -> bool", [] { return tree_attention_kernels_supported(); });
+  library.def("tree_attention_supported() -> bool", [] { return avx512_bf16_usable(); });
   library.def("tree_attention(Tensor query, Tensor key, Tensor value, Tensor layout, float scale) -> (Tensor, Tensor)");
   library.def(
       "tree_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "

@@ -43,18 +43,6 @@ struct HeadRows {
   int64_t stride;
 };
 
-bool tree_attention_kernels_supported();
-
-// Tokens `begin` to `end` of `from` as rows `to` [padded, dim] and, unless null, as columns `transposed` [dim, padded];
-// tokens from `length` on are zeros. begin and end are multiples of 32, end at most `padded`.
-void lay_out_head(HeadRows<const uint16_t> from, int64_t length, int64_t begin, int64_t end, int64_t dim,
-                  int64_t padded, uint16_t* to, uint16_t* transposed);
-
-// to = factor * the sum of `heads` gradients, float32, `head_stride` apart, of `dim` values, for tokens `begin` to
-// `end`.
-void sum_head_gradients(const float* gradients, int64_t head_stride, int64_t heads, int64_t begin, int64_t end,
-                        int64_t dim, float factor, HeadRows<uint16_t> to);
-
 // float32 values of scratch memory that a thread needs for rows of up to `keys` tokens.
 int64_t forward_scratch_size(int64_t keys, int64_t dim);
 int64_t backward_scratch_size(int64_t dim);

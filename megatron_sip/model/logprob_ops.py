@@ -44,7 +44,9 @@ extension = _load_extension()
 
 def compiled_devices() -> tuple[str, ...]:
     """Dispatch keys ("CPU", "CUDA") that the built extension serves; empty when it is not built."""
-    return tuple(extension.devices()) if extension is not None else ()
+    if extension is None:
+        return ()
+    return ("CPU", "CUDA") if extension.cuda_architectures() else ("CPU",)
 
 
 def _fake_statistics(logits: Tensor, columns: int) -> tuple[Tensor, Tensor]:
