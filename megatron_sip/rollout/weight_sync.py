@@ -163,11 +163,8 @@ class WeightSync(ABC):
         limit = timeout_s or self.settings.call_timeout_s
         return call(url, "POST", path, body or {}, timeout_s=limit, key=self.settings.key)
 
-    def _model_info(self, url: str) -> Any:
-        return call(url, "GET", "/model_info", timeout_s=self.settings.call_timeout_s, key=self.settings.key)
-
     def _verify(self, url: str, version: str) -> None:
-        info = self._model_info(url)
+        info = call(url, "GET", "/model_info", timeout_s=self.settings.call_timeout_s, key=self.settings.key)
         found = info.get("weight_version") if isinstance(info, dict) else None
         if found != version:
             raise EngineError("stale-weights", url, f"reports weight version {found!r} after a push of {version!r}")
