@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,8 +37,7 @@ class FlexTreeAttention:
     """
 
     def __init__(self, compiled: bool = True) -> None:
-        # Row lengths vary from step to step: a graph for each would run into dynamo's limit, and then everything is eager.
-        self._attention: Any = torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+        self._compiled = compiled
         self._layout: Tensor | None = None
         self._key: tuple[int, int, int, int] | None = None
         self._row: tuple[BlockMask, Tensor] | None = None
@@ -53,6 +53,14 @@ class FlexTreeAttention:
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return output[0].transpose(0, 1) * inside
+
+    @cached_property
+    def _attention(self) -> Any:
+        """Made when it is first called: a model that never does (on a CPU) need not import torch's compiler (seconds).
+
+        Row lengths vary from step to step: a graph for each would run into dynamo's limit, and then everything is eager.
+        """
+        return torch.compile(flex_attention, dynamic=True) if self._compiled else flex_attention
 
     def _mask_of(self, layout: Tensor, length: int) -> tuple[BlockMask, Tensor]:
         """The row's block mask, and bool [S, 1, 1]: which tokens are in a tree."""
