@@ -3,12 +3,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/arange.h>
-#include <ATen/ops/searchsorted.h>
-#include <ATen/ops/sort.h>
 
 #include <cstdint>
-#include <utility>
 
 #include "logits.h"
 
@@ -60,12 +56,6 @@ inline void check_gradient(const at::Tensor& logits, const at::Tensor& logit_row
   check_vector(logprobs, "logprobs", at::kDouble, targets.numel(), logits);
   check_vector(grad, "grad", at::kDouble, targets.numel(), logits);
   check_vector(log_normaliser, "log_normaliser", at::kDouble, logits.size(0), logits);
-}
-
-// (begin, order): the entries of row r are order[begin[r]] to order[begin[r + 1]], as they were given.
-inline std::pair<at::Tensor, at::Tensor> entries_by_row(const at::Tensor& logit_rows, int64_t rows) {
-  const auto [sorted, order] = at::sort(logit_rows, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-  return {at::searchsorted(sorted, at::arange(rows + 1, logit_rows.options())), order};
 }
 
 }  // namespace megatron_sip

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/sort.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -97,13 +98,16 @@ void write_gradient(const Tensor& out, const Tensor& logits, const Tensor& logit
   const Rows rows_out(out), rows_in(logits);
   const GradientInputs inputs{targets.const_data_ptr<int64_t>(), logprobs.const_data_ptr<double>(),
                               log_normaliser.const_data_ptr<double>(), grad.const_data_ptr<double>()};
-  const auto [begins, order] = entries_by_row(logit_rows, rows_in.count);
-  const int64_t *row_begin = begins.const_data_ptr<int64_t>(), *entries = order.const_data_ptr<int64_t>();
+  const auto [sorted, order] = at::sort(logit_rows, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  const int64_t *sorted_rows = sorted.const_data_ptr<int64_t>(), *entries = order.const_data_ptr<int64_t>();
+  const auto first_entry = [&, count = targets.numel()](int64_t row) {
+    return entries + (std::lower_bound(sorted_rows, sorted_rows + count, row) - sorted_rows);
+  };
   const RowKernels& kernels = best_kernels(logit_type(logits));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "write_gradient", [&] {
     at::parallel_for(0, rows_in.count, rows_per_task(shard.columns), [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
-        const int64_t *begin = entries + row_begin[r], *end = entries + row_begin[r + 1];
+        const int64_t *begin = first_entry(r), *end = first_entry(r + 1);
         double coefficient = 0;
         for (const int64_t* entry = begin; entry < end; ++entry) coefficient += inputs.grad[*entry];
         if (coefficient != 0.0) {

@@ -2,8 +2,11 @@
 #include "logprob_cuda.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/sort.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -36,7 +39,8 @@ void write_gradient(const Tensor& out, const Tensor& logits, const Tensor& logit
                     const Tensor& logprobs_any, const Tensor& log_normaliser_any, const Tensor& grad_any, Shard shard) {
   check_gradient(logits, logit_rows, targets_any, logprobs_any, log_normaliser_any, grad_any, shard.columns);
   const c10::cuda::CUDAGuard guard(logits.device());
-  const auto [begin, order] = entries_by_row(logit_rows, logits.size(0));
+  const auto [sorted, order] = at::sort(logit_rows, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  const Tensor begin = at::searchsorted(sorted, at::arange(logits.size(0) + 1, logit_rows.options()));
   const Tensor targets = targets_any.contiguous(), logprobs = logprobs_any.contiguous();
   const Tensor log_normaliser = log_normaliser_any.contiguous(), grad = grad_any.contiguous();
   const DeviceEntries entries{begin.const_data_ptr<int64_t>(),   order.const_data_ptr<int64_t>(),
