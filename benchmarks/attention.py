@@ -25,7 +25,6 @@ from megatron_sip.model.tree_attention_compiled import compiled_kernels_apply
 from megatron_sip.model.tree_attention_cpu import tree_attention_cpu, tree_attention_merged
 from megatron_sip.model.tree_attention_dense import tree_attention_dense
 from megatron_sip.model.tree_attention_flex import FlexTreeAttention
-from megatron_sip.platform.widened_bfloat16_cpu import offer_widened_bfloat16
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -139,7 +138,6 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
-    offer_widened_bfloat16()  # as in the trainer
     peaks = {name: gemm_peak(dtype, args.device) for name, dtype in DTYPES.items()}
     rows = [row for dtype in DTYPES for shape in SHAPES for row in measure(shape, dtype, peaks[dtype], args)]
     header = ("shape", "dtype", "attention", "ms", "vs separate", "ideal", "GEMM peak", "added peak GB")

@@ -20,16 +20,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import Case, added_peak_gb, describe_machine, format_table, gemm_peak, time_interleaved, write_report
+from machine import (
+    Case,
+    added_peak_gb,
+    describe_machine,
+    format_table,
+    gemm_peak,
+    number_format,
+    time_interleaved,
+    write_report,
+)
 from torch import Tensor
 
 from megatron_sip.model.float_logits import float_logits
 from megatron_sip.model.linear_logprob import linear_branch_logprobs
 from megatron_sip.model.logprob import branch_logprobs
-from megatron_sip.platform.widened_bfloat16_cpu import offer_widened_bfloat16
 
 BRANCH_LENGTH = 128
-DTYPE = torch.bfloat16
+DTYPE = number_format()
 OURS, CHUNKED, TORCH = "ours", "ours chunked", "torch"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [T, H], weight [V, H], targets [T]) -> minus the sum of the targets' log-probs."""
@@ -109,7 +117,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     peers = {name: value for name, value in seconds.items() if name not in (OURS, CHUNKED)}
     return {
         "machine": describe_machine(args.device),
-        "shape": {"rows": args.rows, "hidden": args.hidden, "vocab": args.vocab, "dtype": "bfloat16"},
+        "shape": {
+            "rows": args.rows,
+            "hidden": args.hidden,
+            "vocab": args.vocab,
+            "dtype": str(DTYPE).removeprefix("torch."),
+        },
         "gemm_peak_flops": peak_flops,
         "floor_s": floor,
         "rows": rows,
@@ -128,7 +141,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.rows % BRANCH_LENGTH:
         parser.error(f"--rows must be a multiple of {BRANCH_LENGTH}, got {args.rows}")
-    offer_widened_bfloat16()  # as in the trainer
     report = measure(args)
     header = ("forward + backward", "ms", "x floor", "added peak GB", "error (nats)")
     lines = [(r["name"], 1e3 * r["median_s"], r["vs_floor"], r["peak_gb"], f"{r['error']:.0e}") for r in report["rows"]]

@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 
+from megatron_sip.platform.number_format import bfloat16_pays
+
 LINE_LENGTH = 120
+
+
+def number_format() -> torch.dtype:
+    """That in which the trainer computes on this machine."""
+    return torch.bfloat16 if bfloat16_pays() else torch.float32
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""One training step of SmolLM2-135M in bfloat16 on CPU: ours packed, ours unpacked, and TRL's DPOTrainer.
+"""One training step of SmolLM2-135M in the trainer's number format on CPU: ours packed, ours unpacked, and TRL's DPOTrainer.
 
     python benchmarks/train_step.py [--json FILE] [--repeats N] [--seconds N] [--variants NAME ...]  # needs the extra `bench`
 
 DPO: 4 pairs of 896 + 128 tokens; a step is reference pass, forward, backward, clipping and optimizer. "packed" is the
 trainer as `megatron_sip.train` uses it; "offload" is that with --ref-offload, one copy of the weights less on the
 device. "unpacked" is the same trainer on rows in which every branch has a copy of its prefix. "trl" is TRL's own training
-loop on the same token ids: bfloat16 weights and AdamW, a reference model, all four pairs in one batch (as we hold them: no
-accumulation), no activation checkpoints, scaled-dot-product attention. Ours keeps Megatron's float32 master weights,
+loop on the same token ids: weights of that format and AdamW, a reference model, all four pairs in one batch (as we hold
+them: no accumulation), no activation checkpoints, scaled-dot-product attention. Ours keeps Megatron's float32 master weights,
 moments and gradients. GRPO: one prompt of 1024 tokens with 16 completions of 512, on-policy, no KL term, hence no
 reference pass.
 
@@ -14,9 +14,8 @@ Every measurement is a process of its own (peak memory is its highest resident m
 up, two where the allocator keeps memory (its heap still grows in the second), and one timed; the variants take turns. The
 learning rate is 0, so that every step computes the same; the optimizer works all the same. "heap reuse" is glibc told to
 keep freed memory (MALLOC_MMAP_MAX_=0), for all sides alike. "of GEMM peak": the operations of the step's matrix products
-over time, as a share of the fastest large bfloat16 product seen on this machine. Losses, log-probs and gradient norms must
-agree. On a processor without bfloat16 instructions our products are widened to float32 and TRL's are torch's own, which are
-up to 40 times slower: there TRL's step says more about torch than about TRL.
+over time, as a share of the fastest large product of that format seen on this machine. Losses, log-probs and gradient norms
+must agree.
 """
 
 from __future__ import annotations
@@ -36,11 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine, format_table, gemm_peak, heap_reuse_environment, write_report
+from machine import describe_machine, format_table, gemm_peak, heap_reuse_environment, number_format, write_report
 from train_step_problem import PROBLEMS, step_flops
 from transformers import AutoConfig
-
-from megatron_sip.platform.widened_bfloat16_cpu import offer_widened_bfloat16
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -161,7 +158,7 @@ def measure_rounds(
     runs: dict[Setting, list[dict[str, Any]]] = {}
     peak = 0.0
     for _ in range(repeats):
-        peak = max(peak, *(gemm_peak(torch.bfloat16, size=size) for size in (1024, 2048, 4096)))
+        peak = max(peak, *(gemm_peak(number_format(), size=size) for size in (1024, 2048, 4096)))
         for setting in settings:
             if runs and (expected := expected_seconds(setting, runs, config)) > end - time.monotonic():
                 print(f"{setting.variant}, {setting.allocator}: left out, would take {expected:.0f} s", flush=True)
@@ -173,7 +170,7 @@ def measure_rounds(
                 print(f"{setting.variant}, {setting.allocator}: left out, had not ended after {left:.0f} s", flush=True)
             else:
                 runs.setdefault(setting, []).append(measured)
-    return runs, max(peak, gemm_peak(torch.bfloat16))
+    return runs, max(peak, gemm_peak(number_format()))
 
 
 def summarise(setting: Setting, runs: Sequence[Mapping[str, Any]], flops: float, peak: float) -> Row:
@@ -244,7 +241,7 @@ def print_report(rows: Sequence[Row], ratios: Mapping[str, float], peak: float) 
         computed = (f"{row.computed['grad_norm']:.2f}", f"{row.computed['loss']:.4f}")
         table.append((row.name, row.allocator, f"{row.median_s:.1f}", reference, *memory, share, *computed))
     print(format_table(header, table))
-    print(f"GEMM peak, bfloat16: {peak / 1e9:.0f} GFLOP/s")
+    print(f"GEMM peak, {number_format()}: {peak / 1e9:.0f} GFLOP/s")
     for name, value in ratios.items():
         print(f"{name}: {value:.2f}")
 
@@ -270,7 +267,6 @@ def main() -> None:
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
     model = fetched_model(args.model)
-    offer_widened_bfloat16()  # so that the GEMM peak is that of the trainer's products
     settings = [setting for setting in SETTINGS if setting.variant in args.variants]
     runs, peak = measure_rounds(settings, args.repeats, args.seconds, model)
     config = AutoConfig.from_pretrained(model)
@@ -278,7 +274,8 @@ def main() -> None:
     ratios = compare(rows, list(ALLOCATORS))
     print_report(rows, ratios, peak)
     problems = {problem.name: problem.__dict__ for problem in PROBLEMS.values()}
-    report = {"machine": describe_machine(), "gemm_peak_flops": peak, "problems": problems}
+    report = {"machine": describe_machine(), "number_format": str(number_format()), "gemm_peak_flops": peak}
+    report["problems"] = problems
     report["left_out"] = [f"{s.variant}, {s.allocator}" for s in SETTINGS if s not in runs]
     write_report(args.json, report | {"rows": [row.__dict__ for row in rows], "ratios": ratios})
     if different := disagreements(rows):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from machine import describe_machine, format_table, gemm_peak, write_report
+from machine import describe_machine, format_table, gemm_peak, number_format, write_report
 from torch.profiler import ProfilerActivity, profile
 from train_step import MODEL, fetched_model
 from train_step_problem import PROBLEMS, make_examples
@@ -80,7 +80,7 @@ def main() -> None:
     print(format_table(("part", "s", "share"), [(n, s, f"{100 * s / total:.0f}%") for n, s in seconds.most_common()]))
     print(f"{total:.1f} s profiled, {unprofiled:.1f} s without the profiler, {torch.get_num_threads()} threads")
     if args.json:
-        report = {"machine": describe_machine(), "gemm_peak_flops": gemm_peak(torch.bfloat16), "variant": args.variant}
+        report = {"machine": describe_machine(), "gemm_peak_flops": gemm_peak(number_format()), "variant": args.variant}
         write_report(args.json, report | {"seconds": seconds, "step_s": unprofiled, "profiled_step_s": total})
 
 

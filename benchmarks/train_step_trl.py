@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
+from machine import number_format
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -57,7 +57,7 @@ def build_dpo_trainer(
         weight_decay=0.0,
         beta=beta,
         max_length=None,
-        bf16=False,  # the weights are bf16 already: autocast would only add casts
+        bf16=False,  # the weights are in that format already: autocast would only add casts
         use_cpu=True,
         logging_steps=1,
         save_strategy="no",
@@ -65,7 +65,7 @@ def build_dpo_trainer(
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    weights = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+    weights = {"dtype": number_format(), "attn_implementation": "sdpa"}
     tokenizer = AutoTokenizer.from_pretrained(model)
     text = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * len(examples))
     trainer = DPOTrainer(

@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from machine import peak_memory_gb, resident_gb
+from machine import number_format, peak_memory_gb, resident_gb
 from torch import Tensor
 from train_step_problem import PROBLEMS, Problem, advantages, make_examples
 from transformers import AutoConfig, AutoTokenizer
@@ -72,7 +71,7 @@ def build_trainer(model: Path, problem: Problem, steps: int, offload: bool = Fal
     from megatron_sip.model.standalone import initialize_megatron_for
 
     config = AutoConfig.from_pretrained(model)
-    config.dtype = torch.bfloat16
+    config.dtype = number_format()
     args = initialize_megatron_for(config, megatron_flags(problem, steps))
 
     from megatron_sip.learning.exchange import LeaderExchange

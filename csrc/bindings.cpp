@@ -13,7 +13,6 @@
 #include "cpu/bf16_products.h"
 #include "cpu/instruction_set.h"
 #include "cpu/row_kernels.h"
-#include "cpu/widened_bfloat16.h"
 
 #ifndef MEGATRON_SIP_CUDA_ARCHITECTURES
 #define MEGATRON_SIP_CUDA_ARCHITECTURES ""
@@ -60,9 +59,6 @@ void multiply_by(const std::string& path, std::tuple<uintptr_t, int64_t, int64_t
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  pybind11::class_<WidenedBFloat16>(
-      module, "WidenedBFloat16", "While it lives, torch's bfloat16 products and attention on CPU go by way of float32.")
-      .def(pybind11::init<>());
   module.def(
       "cuda_architectures", [] { return MEGATRON_SIP_CUDA_ARCHITECTURES; },
       "Compute capabilities of the CUDA kernels, as 'sm_80,sm_90'; empty where they were not built.");

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_sip.argument_checks import ArgumentError, check_required, explained, validate
+from megatron_sip.console import say
 from megatron_sip.judge_arguments import JUDGE_FLAGS, add_teacher_flags
 from megatron_sip.model.converted import converted_checkpoint, is_hf_folder
 from megatron_sip.model.hf_folder import HF_SUBFOLDER, refuse_pointers
@@ -127,7 +128,8 @@ ROLLOUT_FLAGS: Flags = {
     ),
     "--local-engine-dtype": (
         {"choices": ["bfloat16", "float16", "float32"], "default": "bfloat16"},
-        "Number format of the servers that --rollout-local and --teacher-model start.",
+        "Number format of the servers that --rollout-local and --teacher-model start; without a GPU and AVX-512 bfloat16 "
+        "stands for float32.",
     ),
     "--local-engine-tokens": (
         {"type": int, "metavar": "TOKENS"},
@@ -231,6 +233,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     with explained(REFUSED):
         args = parse_args(_with_ours)
     check_required(args)
+    compute_in_float32_where_faster(args)
     with explained(REFUSED):
         validate_args(args)
         check_arguments(args)
@@ -245,6 +248,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         with explained("tokenizer, tensorboard or wandb"):
             set_global_variables(args)
     return args
+
+
+def compute_in_float32_where_faster(args: argparse.Namespace) -> None:
+    """Take --bf16 back, and say so, on a processor that multiplies bfloat16 far slower than float32."""
+    from megatron_sip.platform.number_format import bfloat16_pays
+
+    if not args.bf16 or bfloat16_pays():
+        return
+    args.bf16 = args.fp32_residual_connection = False  # the latter is so without the flag, and refused
+    if args.rank == 0:
+        say("--bf16: this processor multiplies bfloat16 many times slower than float32, so the run computes in float32")
 
 
 def keep_wandb_offline_without_login() -> None:

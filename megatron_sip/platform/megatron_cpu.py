@@ -29,7 +29,6 @@ from torch.overrides import TorchFunctionMode
 from megatron_sip.platform.fused_kernels_cpu import offer_fused_kernels
 from megatron_sip.platform.hidden_packages import GPU_KERNELS, hide_packages
 from megatron_sip.platform.megatron_fixes import mend_megatron
-from megatron_sip.platform.widened_bfloat16_cpu import offer_widened_bfloat16
 
 CPU = torch.device("cpu")
 
@@ -86,7 +85,6 @@ def enable_cpu() -> None:
     _replace_cuda_runtime()
     _replace_random_state()
     offer_fused_kernels()
-    offer_widened_bfloat16()
     _CudaNamesMeanCpu().__enter__()  # for the life of the process
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from megatron_sip.model.bf16_layers import bf16_kernels_apply, float_product
 from megatron_sip.platform.sglang_cpu_attention import decode_attention, extend_attention
-from megatron_sip.platform.widened_bfloat16_cpu import offer_widened_bfloat16
 
 CPU_PLATFORM = "megatron_sip.platform.sglang_cpu:EagerCpuPlatform"
 
@@ -122,7 +121,6 @@ def _platform_class() -> type:
             register_attention_backend("torch_native")(_batched_attention)
             _keep_residual_in_float32()
             _project_in_float32_from_bf16()
-            offer_widened_bfloat16()
 
     return EagerCpuPlatform
 

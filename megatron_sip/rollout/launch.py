@@ -59,6 +59,7 @@ class ServerSettings:
 
     `mem_fraction` and `max_total_tokens` None leave the choice to SGLang on a GPU and to
     CPU_MEM_FRACTION and CPU_MAX_TOTAL_TOKENS without one.
+    `dtype` is SGLang's; bfloat16, its own choice or ours, becomes float32 on a processor that is faster so.
     `devices` are the GPUs that the server may see, as indices among those that this process sees (None: all).
     `extra_args` are SGLang flags, passed as they are, last. `log_file` None makes a temporary file. `start_timeout_s`
     covers loading the weights.
@@ -202,9 +203,14 @@ class LocalServer:
         self.stop()
 
     def _spawn(self) -> None:
-        from megatron_sip.platform.sglang_cpu import has_accelerator  # with torch, which checking flags does without
+        # With torch, which checking flags does without.
+        from megatron_sip.platform.number_format import bfloat16_pays
+        from megatron_sip.platform.sglang_cpu import has_accelerator
 
-        command = server_command(self.settings, self._port, on_cpu=not has_accelerator())
+        settings = self.settings
+        if settings.dtype in ("auto", "bfloat16") and not bfloat16_pays():
+            settings = replace(settings, dtype="float32")
+        command = server_command(settings, self._port, on_cpu=not has_accelerator())
         guarded = [sys.executable, "-m", "megatron_sip.rollout.guard", str(os.getpid()), *command]
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(

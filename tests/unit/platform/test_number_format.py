@@ -1,0 +1,65 @@
+"""bfloat16 only where it is faster than float32: trainer and servers ask one function."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+
+from megatron_sip.arguments import compute_in_float32_where_faster
+from megatron_sip.platform import number_format, sglang_cpu
+from megatron_sip.rollout.launch import LocalServer, ServerSettings
+
+
+def test_a_processor_with_avx2_alone_computes_in_float32() -> None:
+    """Torch's own switches make any processor one."""
+    code = "from megatron_sip.platform.number_format import bfloat16_pays; print(bfloat16_pays())"
+    for switch in ({"ATEN_CPU_CAPABILITY": "avx2"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}):
+        environment = {**os.environ, **switch, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == "False\n"
+
+
+def test_a_gpu_computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert number_format.bfloat16_pays()
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize(("bf16", "rank"), [(True, 0), (True, 1), (False, 0)])
+def test_bf16_is_taken_back_with_one_line(
+    pays: bool, bf16: bool, rank: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(number_format, "bfloat16_pays", lambda: pays)
+    args = Namespace(bf16=bf16, fp32_residual_connection=bf16, rank=rank)
+    compute_in_float32_where_faster(args)
+    assert args.bf16 == args.fp32_residual_connection == (bf16 and pays)
+    told = "".join(capfd.readouterr())
+    assert told.count("computes in float32") == told.count("\n") == int(bf16 and not pays and rank == 0)
+
+
+@pytest.mark.parametrize(
+    ("pays", "dtype", "served"),
+    [
+        (True, "bfloat16", "bfloat16"),
+        (True, "auto", "auto"),
+        (False, "bfloat16", "float32"),
+        (False, "auto", "float32"),
+        (False, "float16", "float16"),
+    ],
+)
+def test_servers_compute_as_the_trainer_does(
+    pays: bool, dtype: str, served: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(number_format, "bfloat16_pays", lambda: pays)
+    monkeypatch.setattr(sglang_cpu, "has_accelerator", lambda: False)
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command))
+    server = LocalServer(ServerSettings("org/model", dtype=dtype))
+    server.log_file.parent.mkdir(parents=True, exist_ok=True)
+    server._spawn()
+    assert f"--dtype={served}" in commands[0]
