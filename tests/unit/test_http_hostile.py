@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
+from hostile_replies import CHUNKED, FAILURES, chunks
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_cases import make_group, make_settings
@@ -24,15 +25,7 @@ from megatron_sip.judge.probe import EndpointError
 
 KEY = "sk-very-secret-4711"
 ONCE = RetryPolicy(attempts=1)
-CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"
 MEGABYTE = b"[" + b"1," * (2**19 - 1) + b"]"
-
-
-def chunks(pieces: Iterable[bytes], head: bytes = CHUNKED) -> Iterator[bytes]:
-    yield head + b"\r\n"
-    for piece in pieces:
-        yield b"%x\r\n%s\r\n" % (len(piece), piece)
-    yield b"0\r\n\r\n"
 
 
 def endless(request: bytes) -> Iterator[bytes]:
@@ -89,33 +82,6 @@ async def test_a_redirect_is_named_and_not_followed(status: int) -> None:
                     await judge.check(60.0)
         assert caught.value.kind == "rejected"
         assert other.requests == []
-
-
-def echo(request: bytes) -> bytes:
-    return next(line for line in request.split(b"\r\n") if line.lower().startswith(b"authorization"))
-
-
-FAILURES: dict[str, Callable[[bytes], Iterable[bytes]]] = {
-    "long header": lambda request: [b"HTTP/1.1 200 OK\r\nX: " + b"x" * 9000 + b"\r\n\r\n{}"],
-    "ssh": lambda request: [b"SSH-2.0-OpenSSH_9.6\r\n"],
-    "no http": lambda request: [b"\x16\x03\x01\x00\xff" * 20],
-    "broken chunk": lambda request: [CHUNKED + b"\r\nzz\r\n"],
-    "broken gzip": lambda request: chunks([b"no gzip"], CHUNKED + b"Content-Encoding: gzip\r\n"),
-    "cut off": lambda request: [JSON + b"Content-Length: 100\r\n\r\n{"],
-    "closed": lambda request: [],
-    "redirect to a key": lambda request: [b"HTTP/1.1 302 F\r\nLocation: http://a/?" + echo(request) + b"\r\n\r\n"],
-    "echo in a 401": lambda request: [reply_of({"error": echo(request).decode()}, b"HTTP/1.1 401 No\r\n")],
-    "echo in a 400": lambda request: [reply_of({"error": echo(request).decode()}, b"HTTP/1.1 400 No\r\n")],
-    "echo in a 500": lambda request: [reply_of({"error": echo(request).decode()}, b"HTTP/1.1 500 No\r\n")],
-    "echo in a reason": lambda request: [b"HTTP/1.1 200 " + echo(request) + b"\r\n" + b"bad header\r\n\r\n"],
-    "echo as a version": lambda request: [echo(request) + b"\r\n\r\n"],
-    "echo as a value": lambda request: [
-        reply_of(
-            {"choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"token": echo(request).decode()}]}}]}
-        )
-    ],
-    "wrong type": lambda request: [reply_of({"choices": echo(request).decode()})],
-}
 
 
 @pytest.mark.parametrize("name", FAILURES)
