@@ -14,11 +14,22 @@ from safetensors.torch import load_file
 
 from megatron_sip.rollout.launch import LocalServer
 from megatron_sip.rollout.sglang import Failure, SamplingSettings, SGLangPool
-from megatron_sip.rollout.weight_sync import WeightSyncError
+from megatron_sip.rollout.weight_sync import WeightSync, WeightSyncError
 
 pytestmark = pytest.mark.slow
 
 KILLS = {"distributed": 14, "disk": 6}
+
+
+def connected(sync: WeightSync) -> bool:
+    """False when the kill fell between an engine's very first call to join and its answer: docs/slurm.md says to restart it."""
+    try:
+        sync.connect()
+    except WeightSyncError as error:
+        if "still in the weight update of another trainer" not in str(error):
+            raise
+        return False
+    return True
 
 
 @pytest.mark.parametrize("kind", sorted(KILLS))
@@ -47,12 +58,7 @@ async def test_after_a_kill_at_any_moment_of_a_push_the_next_client_pushes_and_t
         worker.kill()
         worker.join()
         with closing(open_sync(kind, url, tiny_llama_dir, tmp_path)) as sync:
-            try:
-                sync.connect()
-            except WeightSyncError as error:
-                # Killed between the engine's very first call to join and its connection: docs/slurm.md says what to do.
-                assert kind == "distributed"
-                assert "still in the weight update of another trainer" in str(error)
+            if not connected(sync):
                 restarts += 1
                 tiny_engine.stop()
                 tiny_engine.start()
@@ -61,4 +67,4 @@ async def test_after_a_kill_at_any_moment_of_a_push_the_next_client_pushes_and_t
         async with SGLangPool([url]) as pool:
             (found,) = await pool.generate([[1, 504, 3575]], sampling, weight_version=f"{kind} {number}")
         assert not isinstance(found, Failure), found
-    assert restarts <= 2
+    assert restarts <= (2 if kind == "distributed" else 0)
