@@ -100,9 +100,7 @@ def test_readme_s_figures_of_a_step_are_those_that_were_measured() -> None:
 
 
 def test_the_log_prob_op_s_distance_from_the_floor_is_that_of_what_training_takes() -> None:
-    # Reports from before 0.2 have a second variant, which no objective took, under "vs_floor".
-    reported = measured("logprob_op_cpu.json")["ratios"].values()
-    ratios = [row.get("weighted_vs_floor", row["vs_floor"]) for row in reported]
+    ratios = [row["vs_floor"] for row in measured("logprob_op_cpu.json")["ratios"].values()]
     text = re.sub(r"\s+", " ", (REPO / "README.md").read_text(encoding="utf-8"))
     least, most = math.floor(min(ratios) * 10) / 10, math.ceil(max(ratios) * 10) / 10
     assert f"the log-prob op takes {least} to {most} times what memory bandwidth allows" in text
