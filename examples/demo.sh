@@ -30,5 +30,11 @@ if [ -z "$data" ]; then
     [ -f "$data" ] || python tools/write_demo_corpus.py --save "$data" > /dev/null
 fi
 
+steps=()
+if [ "$(python -c 'from megatron_sip.platform.number_format import bfloat16_pays; print(bfloat16_pays())')" = False ]; then
+    echo "demo: without AVX-512 this processor computes in float32, which takes longer a step: 16 steps instead of 32"
+    steps=(--train-iters 16)
+fi
+
 exec python -m megatron_sip "$teacher" "$data" --teacher "$teacher" --run-dir "$run_dir" --preset examples/demo.args \
-    --tensorboard-dir "$run_dir/tensorboard" --wandb-save-dir "$run_dir" "$@"
+    --tensorboard-dir "$run_dir/tensorboard" --wandb-save-dir "$run_dir" "${steps[@]}" "$@"

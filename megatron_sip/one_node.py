@@ -29,6 +29,7 @@ from megatron_sip.model.hf_folder import HF_SUBFOLDER
 from megatron_sip.node_layout import Demand, Layout, LayoutError, plan_layout
 from megatron_sip.presets import FLAG as PRESET_FLAG
 from megatron_sip.presets import expand_presets
+from megatron_sip.rollout.launch import PASSIVE_WAITING
 from megatron_sip.run_needs import needs_engines, needs_rewriter, needs_teacher
 
 PROGRAM = "megatron-sip"
@@ -38,8 +39,8 @@ GPU_MEMORY = (
     "import json, torch; n = torch.cuda.device_count() if torch.cuda.is_available() else 0; "
     "print(json.dumps([torch.cuda.get_device_properties(i).total_memory for i in range(n)]))"
 )
-CPU_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
-"""Heap reuse: without it most of the time of large CPU tensors is page faults."""
+CPU_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30), **PASSIVE_WAITING}
+"""Heap reuse: without it most of the time of large CPU tensors is page faults. Trainer and servers share the cores."""
 GPU_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 """Megatron demands it for tensor parallelism on GPUs before Blackwell."""
 

@@ -46,6 +46,16 @@ def test_a_servers_devices_are_among_those_that_we_see(
     assert server_environment(ServerSettings("model", devices=devices))["CUDA_VISIBLE_DEVICES"] == expected
 
 
+@pytest.mark.parametrize("own", [None, "ACTIVE"])
+def test_a_server_s_threads_wait_asleep_unless_the_user_wants_them_to_spin(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    assert server_environment(ServerSettings("model"))["OMP_WAIT_POLICY"] == (own or "PASSIVE")
+
+
 @pytest.mark.parametrize(("ours", "device"), [("4,5", 2), ("", 0)])
 def test_a_device_that_we_do_not_see_is_refused(ours: str, device: int) -> None:
     with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES='{ours}' holds .* number {device} of them"):
