@@ -11,9 +11,11 @@ import pytest
 REPO = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize(("bfloat16_pays", "steps"), [("True", []), ("False", ["--train-iters", "16"])])
+@pytest.mark.parametrize(
+    ("bfloat16_pays", "shorter"), [("True", []), ("False", ["--train-iters", "12", "--win-rate-prompts", "48"])]
+)
 def test_the_demo_is_shorter_on_a_processor_that_computes_in_float32(
-    bfloat16_pays: str, steps: list[str], tmp_path: Path
+    bfloat16_pays: str, shorter: list[str], tmp_path: Path
 ) -> None:
     """The script with a stand-in for Python, which shows what it is asked for."""
     stub = tmp_path / "python"
@@ -25,8 +27,8 @@ def test_the_demo_is_shorter_on_a_processor_that_computes_in_float32(
     shown = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=True).stdout
     given = shown.splitlines()
     assert given[given.index("--wandb-save-dir") + 2 :] == [
-        *steps,
+        *shorter,
         "--train-iters",
         "3",
     ]  # the user's own come last, and win
-    assert ("16 steps instead of 32" in shown) == bool(steps)
+    assert ("12 steps instead of 32" in shown) == bool(shorter)
