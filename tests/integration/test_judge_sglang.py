@@ -141,6 +141,7 @@ async def test_factuality_soft(smollm2_server: LocalServer, smollm2_dir: Path, c
 
 
 VOTES = 20  # one answer in four names a colour: of 40 not one does once in 100,000 times
+FEW_VOTES = 2  # where none need be read
 
 
 @pytest.mark.parametrize("kind", ["sglang", "openai"])
@@ -154,23 +155,28 @@ async def test_hard_verdicts_are_read_or_missing(
         "+++\nname = 'colour'\nkind = 'pointwise'\npattern = '(red|blue)'\n[values]\nred = 1\nblue = 0\n+++\n"
         "{{candidate}}\nName your favourite colour, red or blue. Answer in one word, red or blue:\n"
     )
-    settings = make_settings(
-        smollm2_server,
-        smollm2_dir,
-        criteria={str(simple): 1.0, "quality": 1.0, "safety": 1.0, "factuality": 1.0},
-        endpoint=Endpoint(smollm2_server.url, kind),
-        default_verdict="hard",
-        votes=VOTES,
-        max_tokens=12,
-        quorum=0.01,
-    )
-    judged, counters = await score(settings, make_group(list(TEXTS.values())[:2]))
-    both = 2 * VOTES
-    for name, planned in (("colour", both), ("quality", VOTES), ("safety", both), ("factuality", both)):
-        assert counters[f"verdicts/{name}"] + counters[f"verdicts-missing/{name}"] == planned
-    assert counters["verdicts/colour"] >= 1
-    assert (judged.scores is None) == (judged.dropped is not None)
-    assert counters["generated-tokens"] > 0
+
+    async def votes(votes: int, **planned: int) -> dict[str, float]:
+        """The counters of a group that is asked for so many votes a judgement, and for `planned` ones by criterion."""
+        settings = make_settings(
+            smollm2_server,
+            smollm2_dir,
+            criteria={str(simple) if name == "colour" else name: 1.0 for name in planned},
+            endpoint=Endpoint(smollm2_server.url, kind),
+            default_verdict="hard",
+            votes=votes,
+            max_tokens=12,
+            quorum=0.01,
+        )
+        judged, counters = await score(settings, make_group(list(TEXTS.values())[:2]))
+        for name, count in planned.items():
+            assert counters[f"verdicts/{name}"] + counters[f"verdicts-missing/{name}"] == count
+        assert (judged.scores is None) == (judged.dropped is not None)
+        assert counters["generated-tokens"] > 0
+        return counters
+
+    assert (await votes(VOTES, colour=2 * VOTES))["verdicts/colour"] >= 1
+    await votes(FEW_VOTES, quality=FEW_VOTES, safety=2 * FEW_VOTES, factuality=2 * FEW_VOTES)
 
 
 async def test_every_schedule_with_soft_verdicts(
