@@ -3,7 +3,7 @@
 # make demo       Self-Improving Pretraining on this machine; DATA="my/*.jsonl" trains on your own text
 # make test       unit tests, then the integration tests with real Megatron and real SGLang
 # make lint       ruff, clang-format, mypy, shellcheck, uv.lock against pyproject.toml
-# make bench      the CPU benchmarks in about 15 minutes, results under benchmarks/results/
+# make bench      the CPU benchmarks in about 15 minutes, results under build/bench/ (RESULTS=benchmarks/results publishes them)
 
 # The first of these that is a 3.12; make install PYTHON=/path/to/python3.12 names another.
 PYTHON ?= $(firstword $(foreach name,python3.12 python3 python,$(shell $(name) -c $(IS_3_12) 2>/dev/null && echo $(name))) python3)
@@ -12,6 +12,7 @@ VENV ?= .venv
 UV_VERSION := 0.13.9
 DATA ?=
 BENCH_SECONDS ?= 870
+RESULTS ?= build/bench
 RUN_DIR ?= $(if $(DATA),runs/demo-own-text,runs/demo)
 BIN := $(VENV)/bin
 KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
@@ -56,7 +57,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/mypy
-	$(BIN)/uv lock --quiet --check --offline --python $(BIN)/python
+	$(BIN)/uv lock --quiet --check --offline --no-config --default-index https://pypi.org/simple --python $(BIN)/python
 	$(BIN)/shellcheck $(wildcard examples/*.sh examples/*.sbatch) .ci/run
 
 format: install
@@ -75,12 +76,14 @@ $(VENV)/installed-%: $(VENV)/installed
 bench: install-bench
 	started=$$(date +%s); set -e; \
 	for script in logprob_op linear_logprob attention; do \
-		$(BIN)/python benchmarks/$$script.py --json benchmarks/results/$${script}_cpu.json; \
+		$(BIN)/python benchmarks/$$script.py --json $(RESULTS)/$${script}_cpu.json; \
 	done; \
-	for script in judge_schedules judge_client; do $(BIN)/python benchmarks/$$script.py; done; \
+	for script in judge_schedules judge_client; do \
+		$(BIN)/python benchmarks/$$script.py --json $(RESULTS)/$$script.json; \
+	done; \
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 $(BIN)/python benchmarks/train_step_profile.py dpo_packed \
-		--json benchmarks/results/train_step_profile_cpu.json; \
-	$(BIN)/python benchmarks/train_step.py --repeats 1 --json benchmarks/results/train_step_cpu.json \
+		--json $(RESULTS)/train_step_profile_cpu.json; \
+	$(BIN)/python benchmarks/train_step.py --repeats 1 --json $(RESULTS)/train_step_cpu.json \
 		--seconds $$((started + $(BENCH_SECONDS) - $$(date +%s)))
 
 clean:

@@ -20,11 +20,12 @@ def open_sync(kind: str, url: str, model: Path, folder: Path) -> WeightSync:
 
 
 def push_forever(kind: str, url: str, model: Path, folder: Path, began: Connection) -> None:
-    """Says on `began` when a connection with one push begins, and when it ended; then pushes on until it is killed."""
+    """Says on `began` when a connection begins, has joined, and when one push has ended; pushes on until it is killed."""
     tensors = load_file(model / "model.safetensors")
     began.send("begins")
     sync = open_sync(kind, url, model, folder)
     sync.connect()
+    began.send("joined")
     sync.push(tensors.items(), version="first")
     began.send("ended")
     while True:

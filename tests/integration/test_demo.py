@@ -20,7 +20,10 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 REPO = Path(__file__).parents[2]
 STEPS, PROMPTS = 3, 4
+KEYS = {"SIP_TEACHER_KEY": "sk-teacher-6f1d0c5b9a", "SIP_ENGINE_KEY": "sk-engine-2e8a7740fd"}
+"""API keys by their variables; the local servers demand none, but are sent them."""
 SETTINGS = (
+    *("--teacher-key-variable", "SIP_TEACHER_KEY", "--rollout-key-variable", "SIP_ENGINE_KEY"),
     *("--train-iters", str(STEPS), "--win-rate-prompts", str(PROMPTS), "--global-batch-size", "4"),
     *("--num-rollouts", "2", "--lr-warmup-iters", "1"),
 )
@@ -41,7 +44,9 @@ def write_documents(path: Path) -> int:
 def environment(home: Path) -> dict[str, str]:
     """As after `source .venv/bin/activate`, on a machine where nobody is logged in to wandb."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NETRC": str(home / "no-netrc")}
+    return (
+        kept | KEYS | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NETRC": str(home / "no-netrc")}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +69,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Path:
             process.kill()  # its servers end with it
     assert status == 0, (folder / "demo.log").read_text(errors="replace")[-6000:]
     return run
+
+
+def test_no_key_stands_in_any_file_of_a_run(demo: Path) -> None:
+    files = [path for path in demo.parent.rglob("*") if path.is_file()]
+    suffixes = {path.suffix for path in files}
+    assert {".log", ".jsonl", ".json", ".html", ".wandb", ".distcp", ".safetensors"} <= suffixes
+    assert "sip_teacher_key" in (demo / "run.json").read_text().casefold()  # the variable is kept
+    keys = [key.encode() for key in KEYS.values()]
+    assert [path for path in files if any(key in path.read_bytes() for key in keys)] == []
 
 
 def test_the_screen_shows_our_own_lines_and_names_the_log_of_the_rest(demo: Path) -> None:

@@ -19,7 +19,7 @@ from megatron_sip.model.tree_attention_dense import token_spans, visibility
 from megatron_sip.samples import Example
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
-NAMES = st.text(st.characters(exclude_characters=","), max_size=30)
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters=","), max_size=30)
 """Without commas, by which the test counts what stands in a line."""
 JSON_SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text("abc\u20ac ", max_size=90)

@@ -76,8 +76,9 @@ def test_values_and_gradients_equal_float64(vocab: int, dtype: torch.dtype, inpl
     rounding = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     assert leaf.grad is not None
     assert oracle.grad is not None
-    # Near probability 1 a target's gradient, 1 - p, is as exact as the log-prob.
-    torch.testing.assert_close(leaf.grad.double(), oracle.grad, rtol=rounding, atol=rounding * 5e-2)
+    # Near probability 1 a target's gradient, 1 - p, is as exact as the float32 log-prob.
+    atol = rounding * 1e-2 if dtype == torch.float64 else max(rounding * 1e-2, 5e-8)
+    torch.testing.assert_close(leaf.grad.double(), oracle.grad, rtol=rounding, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
