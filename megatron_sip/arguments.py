@@ -251,14 +251,23 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def compute_in_float32_where_faster(args: argparse.Namespace) -> None:
-    """Take --bf16 back, and say so, on a processor that multiplies bfloat16 far slower than float32."""
+    """Take --bf16 back, and say so, on a processor that multiplies bfloat16 far slower than float32.
+
+    A run that has begun goes on in the format of its checkpoint, wherever it is continued.
+    """
+    from megatron_sip.learning.resume import saved_run
     from megatron_sip.platform.number_format import bfloat16_pays
 
-    if not args.bf16 or bfloat16_pays():
+    if not args.bf16:
         return
-    args.bf16 = args.fp32_residual_connection = False  # the latter is so without the flag, and refused
-    if args.rank == 0:
-        say("--bf16: this processor multiplies bfloat16 many times slower than float32, so the run computes in float32")
+    saved = saved_run(Path(args.save))
+    pays = bfloat16_pays()
+    args.bf16_taken_back = not pays if saved is None else getattr(saved, "bf16_taken_back", False)
+    if args.bf16_taken_back:
+        args.bf16 = args.fp32_residual_connection = False  # the latter is so without the flag, and refused
+    if args.rank == 0 and not pays:
+        so = "so the run computes in float32" if args.bf16_taken_back else "but its checkpoint is of a run in bfloat16"
+        say(f"--bf16: this processor multiplies bfloat16 many times slower than float32, {so}")
 
 
 def keep_wandb_offline_without_login() -> None:

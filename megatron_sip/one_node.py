@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -89,7 +90,8 @@ def run(words: Sequence[str]) -> None:
     with explained(str(request.model)):
         checkpoint = ["--pretrained-checkpoint", str(converted_checkpoint(request.model))]
     given = [*request.flags, *layout_flags(layout, request.flags), *checkpoint]
-    environment = GPU_ENVIRONMENT if on_gpus else CPU_ENVIRONMENT
+    own_choice = {name: os.environ.get(name, value) for name, value in CPU_ENVIRONMENT.items()}
+    environment = GPU_ENVIRONMENT if on_gpus else own_choice
     command = [*trainer, *given, "--started-as", shlex.join([PROGRAM, *request.words])]
     status = LocalRanks(command, layout.trainers, environment).wait()
     if status < 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
 
 
@@ -14,4 +16,8 @@ def bfloat16_pays() -> bool:
     """
     if torch.cuda.is_available():
         return True
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.backends.cpu.get_cpu_capability() != "AVX2"
+    narrow = platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() in (
+        "DEFAULT",
+        "AVX2",
+    )
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not narrow

@@ -31,9 +31,13 @@ def kill_with_parent() -> None:
 
 def own_environment() -> dict[str, str]:
     """This process's environment for one that is no rank of its job, without what torchrun and srun say of its place there."""
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_")
-    return {name: value for name, value in os.environ.items() if name not in ranks and not name.startswith(prefixes)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    for name in ("", "LOCAL_", "GROUP_", "ROLE_"):
+        kept.pop(f"{name}RANK", None)
+        kept.pop(f"{name}WORLD_SIZE", None)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"):
+        kept.pop(name, None)
+    return kept
 
 
 def _prepare_command() -> None:

@@ -98,6 +98,10 @@ def call(
             return _answer(_read(response, timeout_s), response.status, url, what, key)
     except (TimeoutError, urllib3.exceptions.ReadTimeoutError):
         raise EngineError("timeout", url, f"{what} gave no answer within {timeout_s:g} s") from None
+    except (
+        urllib3.exceptions.NewConnectionError
+    ) as error:  # refused, no such host; urllib3 counts it among the time-outs
+        raise EngineError("connection", url, f"{what}: {printable(masked(plain(error), key))}") from None
     except urllib3.exceptions.ConnectTimeoutError:
         raise EngineError("connection", url, f"{what}: no connection within {timeout.connect_timeout:g} s") from None
     except ReplyTooLongError as error:

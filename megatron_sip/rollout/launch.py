@@ -216,7 +216,7 @@ class LocalServer:
         from megatron_sip.platform.sglang_cpu import has_accelerator
 
         settings = self.settings
-        if settings.dtype in ("auto", "bfloat16") and not bfloat16_pays():
+        if settings.dtype in ("auto", "bfloat16") and not has_accelerator() and not bfloat16_pays():
             settings = replace(settings, dtype="float32")
         command = server_command(settings, self._port, on_cpu=not has_accelerator())
         guarded = [sys.executable, "-m", "megatron_sip.rollout.guard", str(os.getpid()), *command]

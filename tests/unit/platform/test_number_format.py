@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_sip.arguments import compute_in_float32_where_faster
+from megatron_sip.learning import resume
 from megatron_sip.platform import number_format, sglang_cpu
 from megatron_sip.rollout.launch import LocalServer, ServerSettings
 
@@ -18,7 +20,7 @@ from megatron_sip.rollout.launch import LocalServer, ServerSettings
 def test_a_processor_with_avx2_alone_computes_in_float32() -> None:
     """Torch's own switches make any processor one."""
     code = "from megatron_sip.platform.number_format import bfloat16_pays; print(bfloat16_pays())"
-    for switch in ({"ATEN_CPU_CAPABILITY": "avx2"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}):
+    for switch in ({"ATEN_CPU_CAPABILITY": "avx2"}, {"ATEN_CPU_CAPABILITY": "default"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}):
         environment = {**os.environ, **switch, "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout == "False\n"
@@ -32,14 +34,36 @@ def test_a_gpu_computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("pays", [True, False])
 @pytest.mark.parametrize(("bf16", "rank"), [(True, 0), (True, 1), (False, 0)])
 def test_bf16_is_taken_back_with_one_line(
-    pays: bool, bf16: bool, rank: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    pays: bool,
+    bf16: bool,
+    rank: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(number_format, "bfloat16_pays", lambda: pays)
-    args = Namespace(bf16=bf16, fp32_residual_connection=bf16, rank=rank)
+    args = Namespace(bf16=bf16, fp32_residual_connection=bf16, rank=rank, save=str(tmp_path))
     compute_in_float32_where_faster(args)
     assert args.bf16 == args.fp32_residual_connection == (bf16 and pays)
     told = "".join(capfd.readouterr())
     assert told.count("computes in float32") == told.count("\n") == int(bf16 and not pays and rank == 0)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize(
+    ("kept", "computed"),
+    [({"bf16": True}, True), ({"bf16": True, "bf16_taken_back": False}, True), ({"bf16_taken_back": True}, False)],
+    ids=["earlier version", "bfloat16", "float32"],
+)
+def test_a_run_that_has_begun_keeps_its_format_on_any_processor(
+    pays: bool, kept: dict[str, bool], computed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(number_format, "bfloat16_pays", lambda: pays)
+    monkeypatch.setattr(resume, "saved_run", lambda save: Namespace(**kept))
+    args = Namespace(bf16=True, fp32_residual_connection=True, rank=0, save="run")
+    compute_in_float32_where_faster(args)
+    assert args.bf16 == args.fp32_residual_connection == computed
+    assert args.bf16_taken_back != computed
 
 
 @pytest.mark.parametrize(

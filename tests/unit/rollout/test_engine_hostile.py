@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import re
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -159,3 +160,12 @@ def test_the_store_of_a_weight_group_listens_at_its_address_alone() -> None:
     client = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=5))
     client.set("key", json.dumps(1))
     assert store.get("key") == b"1"
+
+
+def test_what_is_wrong_with_an_address_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    for url, told in ((f"http://127.0.0.1:{port}", "refused"), ("http://no-such-host.invalid:1", "resolve|not known")):
+        with pytest.raises(EngineError, match=told) as error:
+            call(url, "GET", "/health", timeout_s=5)
+        assert error.value.kind == "connection"
