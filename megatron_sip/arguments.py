@@ -128,7 +128,7 @@ ROLLOUT_FLAGS: Flags = {
     ),
     "--local-engine-dtype": (
         {"choices": ["bfloat16", "float16", "float32"], "default": "bfloat16"},
-        "Number format of the servers that --rollout-local and --teacher-model start; without a GPU and AVX-512 bfloat16 "
+        "Number format of the servers that --rollout-local and --teacher-model start; without a GPU and AVX-512 BF16 bfloat16 "
         "stands for float32.",
     ),
     "--local-engine-tokens": (

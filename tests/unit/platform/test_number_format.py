@@ -26,6 +26,21 @@ def test_a_processor_with_avx2_alone_computes_in_float32() -> None:
         assert done.stdout == "False\n"
 
 
+@pytest.mark.parametrize(
+    ("machine", "has", "pays"),
+    [("x86_64", {"avx512_bf16": True}, True), ("x86_64", {"avx512_bf16": False}, False), ("aarch64", {}, True)],
+)
+def test_avx512_alone_computes_in_float32(
+    machine: str, has: dict[str, bool], pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(number_format.platform, "machine", lambda: machine)
+    assert number_format.bfloat16_pays() == pays
+
+
 def test_a_gpu_computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert number_format.bfloat16_pays()
