@@ -37,16 +37,16 @@ PORT_ATTEMPTS = 3
 PORT_TAKEN = re.compile(r"address already in use|EADDRINUSE|port \d+ is (not available|already in use)", re.IGNORECASE)
 
 CPU_MODULE = "megatron_sip.platform.sglang_server_cpu"
+# Of requests that come at once and begin alike, as a group's do at the judge, one goes first and the others reuse what it has
+# computed: they are put behind the others, and a batch is too short to take them in as well.
+SHARED_PREFILL = ("--schedule-policy=lpm", "--chunked-prefill-size=512")
 CPU_FLAGS = (
     "--device=cpu",
     "--attention-backend=torch_native",
     "--sampling-backend=pytorch",
     "--disable-overlap-schedule",
     "--sleep-on-idle",  # an idle server must leave its core to the trainer and to the other servers
-    # Of requests that come at once and begin alike, as a group's do at the judge, one goes first and the others reuse what it
-    # has computed: they are put behind the others, and a batch is too short to take them in as well.
-    "--schedule-policy=lpm",
-    "--chunked-prefill-size=512",
+    *SHARED_PREFILL,
 )
 # Without these SGLang would claim most of the machine's memory, which the trainer shares.
 CPU_MEM_FRACTION = 0.2

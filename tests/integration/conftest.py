@@ -15,7 +15,7 @@ from fetch_smollm2 import DEFAULT_SAVE, fetch
 from workers import save_tiny_llama
 from write_demo_corpus import write_corpus
 
-from megatron_sip.rollout.launch import LocalServer, ServerSettings
+from megatron_sip.rollout.launch import SHARED_PREFILL, LocalServer, ServerSettings
 from megatron_sip.services import ENGINE_FLAGS
 
 SERVERS = {"smollm2_server", "tiny_llama_server", "tiny_engine", "victim"}
@@ -60,7 +60,8 @@ def tiny_llama_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def tiny_llama_server(tiny_llama_dir: Path) -> Iterator[LocalServer]:
     """A running float32 server of `tiny_llama_dir`; tests may change its weights, so each states what it expects."""
-    settings = ServerSettings(tiny_llama_dir, dtype="float32", max_total_tokens=8192)
+    # A test looks at what requests share, which without these flags a GPU's server computes again.
+    settings = ServerSettings(tiny_llama_dir, dtype="float32", max_total_tokens=8192, extra_args=SHARED_PREFILL)
     with LocalServer(settings) as server:
         yield server
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_sip.platform.sglang_cpu import has_accelerator
 from megatron_sip.rollout.http import call
 from megatron_sip.rollout.launch import LocalServer
 from megatron_sip.rollout.protocol import generate_body, read_reply
@@ -77,7 +76,6 @@ async def test_greedy_ids_and_their_logprobs_equal_transformers(tiny_llama_serve
         assert completions[0].logprobs == pytest.approx(logprobs_of(reference, prefix, completions[0].ids), abs=1e-4)
 
 
-@pytest.mark.skipif(has_accelerator(), reason="local servers get these settings without a GPU only")
 def test_what_a_judge_s_prompts_share_is_computed_once(tiny_llama_server: LocalServer) -> None:
     """8 groups of 5 candidates with log-probs, as likelihood asks for them: 5,120 tokens, 2,048 different ones."""
     ids = torch.randint(3, 300, (8, 6, 96), generator=torch.Generator().manual_seed(5)).tolist()
