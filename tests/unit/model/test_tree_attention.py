@@ -49,9 +49,11 @@ def output_and_gradients(attention, inputs: list[Tensor], layout: Tensor, grad: 
 
 
 def assert_close(ours: list[Tensor], expected: list[Tensor], relative: float) -> None:
+    """Within `relative` of the largest value or of 1, the size of the inputs: gradients of queries and keys are differences
+    of products of such numbers, whose rounding stays where the difference is small (a prefix and a branch of one token)."""
     for a, b in zip(ours, expected, strict=True):
         assert a.dtype == b.dtype
-        assert (a - b).abs().max() <= relative * b.abs().max()
+        assert (a - b).abs().max() <= relative * max(1.0, b.abs().max().item())
 
 
 @settings(max_examples=60, deadline=None)
