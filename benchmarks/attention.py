@@ -21,10 +21,10 @@ from machine import Case, added_peak_gb, describe_machine, format_table, gemm_pe
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_sip.model.tree_attention_compiled import compiled_kernels_apply
-from megatron_sip.model.tree_attention_cpu import tree_attention_cpu, tree_attention_merged
-from megatron_sip.model.tree_attention_dense import tree_attention_dense
-from megatron_sip.model.tree_attention_flex import FlexTreeAttention
+from megatron_sip.kernels.tree_attention.compiled import compiled_kernels_apply
+from megatron_sip.kernels.tree_attention.cpu import tree_attention_cpu, tree_attention_merged
+from megatron_sip.kernels.tree_attention.dense import tree_attention_dense
+from megatron_sip.kernels.tree_attention.flex import FlexTreeAttention
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -28,7 +28,7 @@ import uvloop
 from machine import describe_machine, format_table, write_report
 
 from megatron_sip.judge import ClientSettings, Endpoint, Judge, JudgeSettings, ScheduleSettings
-from megatron_sip.samples import Candidate, Group, Task
+from megatron_sip.records import Candidate, Group, Task
 
 RESULTS = Path(__file__).parent / "results"
 CANDIDATES = 17

@@ -20,10 +20,10 @@ import numpy as np
 from machine import describe_machine, write_report
 
 from megatron_sip.judge.calls import ChoiceCall, LikelihoodCall
-from megatron_sip.judge.client import JudgeClient, affinity_of
 from megatron_sip.judge.prompts import builtin_prompt, fence_code
 from megatron_sip.judge.settings import ClientSettings, Endpoint
-from megatron_sip.rollout.launch import LocalServer, ServerSettings
+from megatron_sip.judge.teacher import JudgeClient, affinity_of
+from megatron_sip.serving.launch import LocalServer, ServerSettings
 
 RESULTS = Path(__file__).parent / "results"
 PREFIX_WORDS, NEW_TOKENS = 80, 32

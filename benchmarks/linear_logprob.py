@@ -32,9 +32,9 @@ from machine import (
 )
 from torch import Tensor
 
-from megatron_sip.model.float_logits import float_logits
-from megatron_sip.model.linear_logprob import linear_branch_logprobs
-from megatron_sip.model.logprob import branch_logprobs
+from megatron_sip.kernels.fp32_lm_head import float_logits
+from megatron_sip.kernels.linear_logprob import linear_branch_logprobs
+from megatron_sip.kernels.logprob import branch_logprobs
 
 BRANCH_LENGTH = 128
 DTYPE = number_format()

@@ -38,7 +38,7 @@ from machine import (
 )
 from torch import Tensor
 
-from megatron_sip.model.logprob import branch_logprobs
+from megatron_sip.kernels.logprob import branch_logprobs
 from megatron_sip.platform.megatron_cpu import enable_cpu
 
 BRANCH_LENGTH = 128

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_sip.samples import Example
+from megatron_sip.records import Example
 
 
 @dataclass(frozen=True)

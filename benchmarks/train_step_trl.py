@@ -12,7 +12,7 @@ from machine import number_format
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from megatron_sip.samples import Example
+from megatron_sip.records import Example
 
 
 class StepClock(TrainerCallback):

@@ -19,9 +19,9 @@ from torch import Tensor
 from train_step_problem import PROBLEMS, Problem, advantages, make_examples
 from transformers import AutoConfig, AutoTokenizer
 
-from megatron_sip.learning.objectives import LossTerms, ObjectiveSettings, row_loss
-from megatron_sip.learning.packing import PackedRow, build_row
-from megatron_sip.samples import Example
+from megatron_sip.model.packing import PackedRow, build_row
+from megatron_sip.records import Example
+from megatron_sip.training.objectives import LossTerms, ObjectiveSettings, row_loss
 
 VARIANTS = ("dpo_packed", "dpo_offload", "dpo_unpacked", "dpo_trl", "grpo_packed", "grpo_unpacked")
 LEARNING_RATE, CLIP_GRAD, BETA = 0.0, 1.0, 0.1  # the optimizer does all its work, and every step computes the same
@@ -42,7 +42,7 @@ def measure_ours(model: Path, problem: Problem, implementation: str, warm_up: in
     """The trainer of `megatron_sip.train` with Megatron's optimizer; "unpacked", every branch has its prefix to itself;
     "offload", the reference lies in host memory and takes the policy's place for its pass."""
     trainer, reference, pad_id = build_trainer(model, problem, warm_up + steps, offload=implementation == "offload")
-    from megatron_sip.learning.metrics import flatten
+    from megatron_sip.metrics import flatten
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     resting = resident_gb()
@@ -74,10 +74,10 @@ def build_trainer(model: Path, problem: Problem, steps: int, offload: bool = Fal
     config.dtype = number_format()
     args = initialize_megatron_for(config, megatron_flags(problem, steps))
 
-    from megatron_sip.learning.exchange import LeaderExchange
-    from megatron_sip.learning.reference import build_reference
-    from megatron_sip.learning.trainer import PolicyTrainer
-    from megatron_sip.model.hf_weights import load_hf_weights
+    from megatron_sip.hf.weights import load_hf_weights
+    from megatron_sip.training.leaders import LeaderExchange
+    from megatron_sip.training.reference_model import build_reference
+    from megatron_sip.training.trainer import PolicyTrainer
 
     args.row_length = problem.row_examples * (problem.prefix + problem.branches * problem.branch)
     settings = ObjectiveSettings(problem.objective, beta=BETA)

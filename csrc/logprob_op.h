@@ -1,5 +1,5 @@
 // What the CPU and the CUDA operators share: the checks of their arguments and the range of a shard; their
-// schemas are in megatron_sip/model/logprob_ops.py.
+// schemas are in megatron_sip/kernels/logprob_ops.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,6 +1,6 @@
 """`python -m megatron_sip`, for where the console entry megatron-sip is not installed."""
 
-from megatron_sip.one_node import main
+from megatron_sip.one_node.command import main
 
 if __name__ == "__main__":
     main()

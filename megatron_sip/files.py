@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_sip.data.errors import DataError
+from megatron_sip.errors import DataError
 
 
 class DiskError(RuntimeError):

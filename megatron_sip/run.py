@@ -22,32 +22,39 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from megatron_sip.argument_checks import objective_settings
-from megatron_sip.checkpoints import require_whole_checkpoint, require_whole_weights, saving_explained
+from megatron_sip.config.checks import objective_settings
+from megatron_sip.config.needs import needs_engines, needs_rewriter
 from megatron_sip.console import say
 from megatron_sip.data.documents import open_corpus
 from megatron_sip.data.shared_texts import count_shared_texts
 from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.data.tokenization import DEFAULT_CACHE, TokenizeSettings
 from megatron_sip.evaluation.win_rate import HeldOutComparison
-from megatron_sip.experience import Experience
-from megatron_sip.learning.checkpoint_folder import TRACKER, mend_checkpoint_folder, require_checkpoint
-from megatron_sip.learning.checksums import ChecksumWriter
-from megatron_sip.learning.exchange import LeaderExchange
-from megatron_sip.learning.metrics import Metrics, MetricsWriter, flatten
-from megatron_sip.learning.reference import Reference, ReferenceStore, build_reference
-from megatron_sip.learning.resume import require_resumable, saved_run, what_is_new
-from megatron_sip.learning.trainer import PolicyTrainer
-from megatron_sip.model.checkpoint_model import require_same_model
-from megatron_sip.model.hf_families import architecture
-from megatron_sip.model.hf_folder import HF_SUBFOLDER, copy_hf_files, renew_hf_files
-from megatron_sip.model.hf_weights import export_hf_weights
+from megatron_sip.experience.leader import (
+    Leader,
+    LocalServers,
+    StartedUrls,
+    check_named_servers,
+    rollout_key,
+    rollout_sampling,
+)
+from megatron_sip.experience.maker import Experience
+from megatron_sip.hf.checkpoint_model import require_same_model
+from megatron_sip.hf.families import architecture
+from megatron_sip.hf.folder import HF_SUBFOLDER, copy_hf_files, renew_hf_files
+from megatron_sip.hf.weights import export_hf_weights
+from megatron_sip.metrics import Metrics, MetricsWriter, flatten
+from megatron_sip.records import Task
 from megatron_sip.rollout.protocol import WeightSyncError
 from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
-from megatron_sip.run_needs import needs_engines, needs_rewriter
-from megatron_sip.samples import Task
-from megatron_sip.services import Leader, LocalServers, StartedUrls, check_named_servers, rollout_key, rollout_sampling
 from megatron_sip.stop_signal import StopSignal
+from megatron_sip.training.checkpoint_folder import TRACKER, mend_checkpoint_folder, require_checkpoint
+from megatron_sip.training.checkpoints import require_whole_checkpoint, require_whole_weights, saving_explained
+from megatron_sip.training.checksums import ChecksumWriter
+from megatron_sip.training.leaders import LeaderExchange
+from megatron_sip.training.reference_model import Reference, ReferenceStore, build_reference
+from megatron_sip.training.resume import require_resumable, saved_run, what_is_new
+from megatron_sip.training.trainer import PolicyTrainer
 
 EXCHANGE_SECONDS = 8 * 3600.0
 """Ranks wait for each other while rank 0 tokenises a corpus, and a leader for its judge; both have deadlines of their own."""

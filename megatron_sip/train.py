@@ -22,12 +22,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sip.argument_checks import ArgumentError, explained
-from megatron_sip.arguments import megatron_help, parse_arguments
+from megatron_sip.config.checks import ArgumentError, explained
+from megatron_sip.config.dry_run import describe
+from megatron_sip.config.early_checks import check_flags
+from megatron_sip.config.parse import megatron_help, parse_arguments
+from megatron_sip.config.presets import expand_presets
 from megatron_sip.console import quiet, say
-from megatron_sip.data.errors import DataError
-from megatron_sip.dry_run import describe
-from megatron_sip.early_arguments import check_flags
+from megatron_sip.errors import DataError
 from megatron_sip.evaluation.run_record import run_record, write_run_record
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
 from megatron_sip.files import DiskError
@@ -35,15 +36,14 @@ from megatron_sip.judge.cache import CacheError
 from megatron_sip.judge.encoding import EncodingError
 from megatron_sip.judge.probe import EndpointError
 from megatron_sip.judge.settings import SettingsError
-from megatron_sip.learning.checkpoint_folder import TRACKER
-from megatron_sip.learning.metrics import Metrics, merge
-from megatron_sip.learning.non_finite import MAX_NON_FINITE_STEPS, in_a_row
-from megatron_sip.presets import expand_presets
-from megatron_sip.rollout.guard import kill_with_parent
-from megatron_sip.rollout.launch import ServerStartError
+from megatron_sip.metrics import Metrics, merge
 from megatron_sip.rollout.protocol import EngineError, WeightSyncError
-from megatron_sip.run_lock import RunLock
+from megatron_sip.serving.guard import kill_with_parent
+from megatron_sip.serving.launch import ServerStartError
 from megatron_sip.stop_signal import StopSignal
+from megatron_sip.training.checkpoint_folder import TRACKER
+from megatron_sip.training.non_finite import MAX_NON_FINITE_STEPS, in_a_row
+from megatron_sip.training.run_lock import RunLock
 
 if TYPE_CHECKING:
     from megatron_sip.run import Run

@@ -15,7 +15,7 @@ A Megatron checkpoint holds pickles: whoever reads one runs the code in it, this
 those that you or people you trust have written. Safetensors hold nothing but numbers.
 """
 
-from megatron_sip.model.convert import main
+from megatron_sip.hf.convert import main
 
 if __name__ == "__main__":
     main(description=__doc__)

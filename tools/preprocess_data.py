@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.source_files import parse_data_path
 from megatron_sip.data.text_sources import is_text_source, source_suffix
 from megatron_sip.data.token_store import bin_path, idx_path
 from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, tokenize_file
+from megatron_sip.errors import DataError
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

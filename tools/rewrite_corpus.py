@@ -19,15 +19,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_sip.config.judge_flags import add_teacher_flags, rewriter_settings
 from megatron_sip.data.documents import open_corpus
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.data.tokenization import TokenizeSettings
+from megatron_sip.errors import DataError
 from megatron_sip.judge import Rewriter, SettingsError
 from megatron_sip.judge.cache import CacheError
 from megatron_sip.judge.encoding import EncodingError
 from megatron_sip.judge.probe import EndpointError
-from megatron_sip.judge_arguments import add_teacher_flags, rewriter_settings
 
 BATCH_SECONDS = 24 * 3600.0
 """A batch waits that long for servers that are down."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
-from megatron_sip.samples import Task
+from megatron_sip.records import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

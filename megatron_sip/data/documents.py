@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.ordering import Permutation
 from megatron_sip.data.source_files import SourceSpec, parse_data_path
 from megatron_sip.data.text_sources import is_text_source
 from megatron_sip.data.token_store import TokenStore
 from megatron_sip.data.tokenization import DocumentEncoder, TokenizeReport, TokenizeSettings, cached_tokens
+from megatron_sip.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.text_sources import SUPPORTED, is_text_source
 from megatron_sip.data.token_store import bin_path, idx_path
+from megatron_sip.errors import DataError
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from megatron_sip.data.continuation_text import LOOKAHEAD, continuation_texts
 from megatron_sip.data.documents import Corpus, DocumentSource
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.ordering import Permutation, hash64, make_blend, uniform_below
 from megatron_sip.data.token_store import bin_path, check_token_ids
-from megatron_sip.samples import Task
+from megatron_sip.errors import DataError
+from megatron_sip.records import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

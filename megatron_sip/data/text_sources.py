@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import zstandard
 
-from megatron_sip.data.errors import DataError
+from megatron_sip.errors import DataError
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 COMPRESSION_SUFFIXES = (".gz", ".zst")

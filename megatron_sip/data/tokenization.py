@@ -30,10 +30,10 @@ import tokenizers
 from tqdm import tqdm
 
 from megatron_sip.console import bars
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.shared_texts import hash_documents, hash_path
 from megatron_sip.data.text_sources import TextBatch, read_texts, source_suffix
 from megatron_sip.data.token_store import TokenStore, TokenStoreWriter, token_dtype
+from megatron_sip.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from megatron_sip.samples import CANDIDATE_KINDS
+from megatron_sip.records import CANDIDATE_KINDS
 
 Steps = Sequence[Mapping[str, float]]
 """The objects of metrics.jsonl, one a step."""

@@ -20,7 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from megatron_sip.data.errors import DataError
+from megatron_sip.errors import DataError
 from megatron_sip.evaluation.plots import (
     DARK,
     FEW_STEPS,
@@ -35,7 +35,7 @@ from megatron_sip.evaluation.run_record import RANDOM, RunRecord, read_run_recor
 from megatron_sip.evaluation.training_samples import PREFIX_CHARACTERS, read_samples
 from megatron_sip.evaluation.win_rate import FEW_DOCUMENTS
 from megatron_sip.files import described, read_json, read_json_lines, write_atomically
-from megatron_sip.learning.metrics import duration, read_metrics
+from megatron_sip.metrics import duration, read_metrics
 
 SAMPLES = 3
 

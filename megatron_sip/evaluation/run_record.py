@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_sip.early_arguments import early_parser, words_by_flag
+from megatron_sip.config.early_checks import early_parser, words_by_flag
 from megatron_sip.files import write_atomically
 
 FILE = "run.json"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sip.samples import Candidate, Example, Group
+from megatron_sip.records import Candidate, Example, Group
 
 FILE = "samples.jsonl"
 RECORDED_STEPS = 50

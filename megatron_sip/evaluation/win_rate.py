@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from megatron_sip.data.continuation_text import rollout_texts
-from megatron_sip.data.errors import DataError
-from megatron_sip.experience import ScoresGroups
+from megatron_sip.errors import DataError
+from megatron_sip.experience.maker import ScoresGroups
+from megatron_sip.experience.selection import TIE_TOLERANCE
 from megatron_sip.files import described, write_atomically
 from megatron_sip.judge.settings import LIKELIHOOD
-from megatron_sip.learning.selection import TIE_TOLERANCE
-from megatron_sip.rollout.sglang import Failure, SamplingSettings, SGLangPool
-from megatron_sip.samples import Candidate, Group, Task
+from megatron_sip.records import Candidate, Group, Task
+from megatron_sip.rollout.pool import Failure, SamplingSettings, SGLangPool
 
 log = logging.getLogger(__name__)
 

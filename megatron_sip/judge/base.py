@@ -7,8 +7,8 @@ from typing import Self
 
 import numpy as np
 
-from megatron_sip.judge.client import CHECK_TIMEOUT_S, JudgeClient
 from megatron_sip.judge.settings import ClientSettings, SettingsError
+from megatron_sip.judge.teacher import CHECK_TIMEOUT_S, JudgeClient
 
 UNKNOWN_CODE = "00000000"
 """As long as a fence code, for prompts of which only the length matters."""

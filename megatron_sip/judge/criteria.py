@@ -34,7 +34,7 @@ from megatron_sip.judge.schedules import (
     votes_in_orders,
 )
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, Objective, SettingsError, VerdictMode
-from megatron_sip.samples import CandidateKind
+from megatron_sip.records import CandidateKind
 
 Ask = Callable[[Sequence[Call]], Awaitable[list[Answer]]]
 """Answers in the order of the calls; None for a call without one."""

@@ -22,7 +22,6 @@ import numpy as np
 
 from megatron_sip.judge.base import UNKNOWN_CODE, AsksTeacher
 from megatron_sip.judge.calls import Answer, Call
-from megatron_sip.judge.client import CHECK_TIMEOUT_S, affinity_of
 from megatron_sip.judge.criteria import (
     Criterion,
     CriterionScores,
@@ -35,7 +34,8 @@ from megatron_sip.judge.criteria import (
 from megatron_sip.judge.prompts import fence_code, valid_unicode
 from megatron_sip.judge.schedules import AllPairs
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, Objective
-from megatron_sip.samples import Candidate, CandidateKind, Group
+from megatron_sip.judge.teacher import CHECK_TIMEOUT_S, affinity_of
+from megatron_sip.records import Candidate, CandidateKind, Group
 
 PROMPTS_IN_FLIGHT_SHARE = 16
 """Groups worked on at once: concurrency / this. Enough to fill it; few keep prompts together and memory flat."""

@@ -9,9 +9,9 @@ from typing import Any
 import aiohttp
 import orjson
 
-from megatron_sip.http import Server
-from megatron_sip.http_reply import ReplyTooLongError, masked, plain, printable, read_reply
 from megatron_sip.judge.settings import Endpoint, EndpointKind
+from megatron_sip.serving.http import Server
+from megatron_sip.serving.http_reply import ReplyTooLongError, masked, plain, printable, read_reply
 
 ANSWER_TIMEOUT_S = 10.0
 

@@ -22,11 +22,11 @@ from typing import Any
 from megatron_sip.data.continuation_text import find_seam, ids_after, text_after
 from megatron_sip.judge.base import UNKNOWN_CODE, AsksTeacher
 from megatron_sip.judge.calls import Answer, GenerateCall
-from megatron_sip.judge.client import CHECK_TIMEOUT_S, affinity_of
 from megatron_sip.judge.prompts import builtin_prompt, fence_code, valid_unicode
 from megatron_sip.judge.refusals import is_refusal
 from megatron_sip.judge.settings import ClientSettings, SettingsError
-from megatron_sip.samples import Candidate, Task
+from megatron_sip.judge.teacher import CHECK_TIMEOUT_S, affinity_of
+from megatron_sip.records import Candidate, Task
 
 START_WORDS = 5
 REWRITE_ROOM = 2

@@ -33,7 +33,7 @@ from megatron_sip.judge.bradley_terry import (
     sigmoid,
 )
 from megatron_sip.judge.settings import Objective, ScheduleSettings
-from megatron_sip.samples import CandidateKind
+from megatron_sip.records import CandidateKind
 
 Pair = tuple[int, int]
 """Indices of two candidates; the first is shown first where only one order is asked."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_sip.http_reply import key_from_environment, shown_url, url_mistake
 from megatron_sip.judge.prompts import PromptError, builtin_names, builtin_prompt, read_prompt_file
-from megatron_sip.proxy import DIRECT, Proxy, proxy_for
+from megatron_sip.serving.http_reply import key_from_environment, shown_url, url_mistake
+from megatron_sip.serving.proxy import DIRECT, Proxy, proxy_for
 
 VerdictMode = Literal["hard", "soft"]
 EndpointKind = Literal["sglang", "openai"]

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from megatron_sip.http import BadResponseError
-from megatron_sip.http_reply import is_logprob
 from megatron_sip.judge.calls import Answer, Call, ChoiceCall, GenerateCall, LikelihoodCall
 from megatron_sip.judge.dialect import TOP_LOGPROBS
 from megatron_sip.judge.encoding import ChatEncoder
@@ -22,6 +20,8 @@ from megatron_sip.judge.readings import Written, finish_of, read_vote, read_writ
 from megatron_sip.judge.reasoning import UNKNOWN, ReasoningStyle
 from megatron_sip.judge.settings import Endpoint
 from megatron_sip.judge.verdicts import VerdictRule
+from megatron_sip.serving.http import BadResponseError
+from megatron_sip.serving.http_reply import is_logprob
 
 SGLANG_PATH = "/generate"
 OPENAI_PATH = "/v1/chat/completions"

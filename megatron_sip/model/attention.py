@@ -11,16 +11,16 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sip.model.tree_attention_cpu import tree_attention_cpu
-from megatron_sip.model.tree_attention_dense import tree_attention_dense
-from megatron_sip.model.tree_attention_flex import FlexTreeAttention
+from megatron_sip.kernels.tree_attention.cpu import tree_attention_cpu
+from megatron_sip.kernels.tree_attention.dense import tree_attention_dense
+from megatron_sip.kernels.tree_attention.flex import FlexTreeAttention
 
 
 class PrefixTreeAttention(MegatronModule):
     """Token q attends to k iff both are in the same group, k <= q, and k is in the prefix or in q's own branch.
 
     Constructor and forward take what `megatron.core.transformer.dot_product_attention.DotProductAttention` takes. The
-    tree arrives as `attention_mask`: the row's `layout`, int32 [B, 4] (`learning.packing.PackedRow`). Being a tensor
+    tree arrives as `attention_mask`: the row's `layout`, int32 [B, 4] (`model.packing.PackedRow`). Being a tensor
     argument, it survives activation recomputation and travels to every pipeline stage with the micro-batch. Heads are
     already split over tensor parallel ranks and the sequence is already gathered when this is called, so neither needs
     anything here. There are no parameters.

@@ -26,16 +26,16 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sip.learning.packing import PackedRow
+from megatron_sip.hf.layouts import AttentionShape, tensor_parallel_faults
+from megatron_sip.kernels.fp32_lm_head import float_logits
+from megatron_sip.kernels.linear_logprob import linear_branch_logprobs
+from megatron_sip.kernels.logprob import branch_logprobs
+from megatron_sip.kernels.tree_attention.flex import FlexTreeAttention
 from megatron_sip.model.attention import PrefixTreeAttention
 from megatron_sip.model.embedding import embed_into_main_grad
-from megatron_sip.model.float_logits import float_logits
-from megatron_sip.model.hf_layouts import AttentionShape, tensor_parallel_faults
-from megatron_sip.model.linear_logprob import linear_branch_logprobs
-from megatron_sip.model.logprob import branch_logprobs
 from megatron_sip.model.mlp import SwiGLUMLP
 from megatron_sip.model.norm import RMSNorm, StandaloneRMSNorm
-from megatron_sip.model.tree_attention_flex import FlexTreeAttention
+from megatron_sip.model.packing import PackedRow
 
 
 class PolicyModel(GPTModel):

@@ -7,7 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from megatron_sip.model import bf16_layers
+from megatron_sip.kernels import bf16_layers
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_sip.model.hf_families import megatron_arguments_from_hf
+from megatron_sip.hf.families import megatron_arguments_from_hf
 from megatron_sip.platform.megatron_cpu import cpu_default_arguments, enable_cpu, rendezvous_store
 
 PRECISION_FLAGS = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"], torch.float32: []}

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from megatron_sip.model.bf16_layers import HEAD_MULTIPLE, add_weight_gradient, bf16_kernels_apply, rotate
+from megatron_sip.kernels.bf16_layers import HEAD_MULTIPLE, add_weight_gradient, bf16_kernels_apply, rotate
 
 
 def offer_fused_kernels() -> None:

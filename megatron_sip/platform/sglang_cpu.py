@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sip.model.bf16_layers import bf16_kernels_apply, float_product
+from megatron_sip.kernels.bf16_layers import bf16_kernels_apply, float_product
 from megatron_sip.platform.sglang_cpu_attention import decode_attention, extend_attention
 
 CPU_PLATFORM = "megatron_sip.platform.sglang_cpu:EagerCpuPlatform"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_sip.http_reply import is_logprob
+from megatron_sip.serving.http_reply import is_logprob
 
 FailureKind = Literal[
     "timeout",  # no answer within the call's time

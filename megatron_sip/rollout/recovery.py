@@ -5,8 +5,8 @@ A paused engine answers its health and its model, and lets every generation wait
 
 from __future__ import annotations
 
-from megatron_sip.rollout.http import call
 from megatron_sip.rollout.protocol import EngineError
+from megatron_sip.serving.blocking_call import call
 
 
 def end_open_update(url: str, timeout_s: float, key: str | None = None) -> None:

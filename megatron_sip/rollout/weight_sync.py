@@ -32,12 +32,12 @@ from typing import Any
 
 import torch
 
-from megatron_sip.model.hf_folder import copy_hf_files
-from megatron_sip.model.hf_shards import NamedTensors, Part, buckets, name_parts, write_parts
-from megatron_sip.rollout.engine_group import EngineGroup, SyncSettings, make_bucket
-from megatron_sip.rollout.http import call
+from megatron_sip.hf.folder import copy_hf_files
+from megatron_sip.hf.shards import NamedTensors, Part, buckets, name_parts, write_parts
 from megatron_sip.rollout.protocol import EngineError, WeightSyncError
 from megatron_sip.rollout.recovery import end_open_update
+from megatron_sip.rollout.weight_group import EngineGroup, SyncSettings, make_bucket
+from megatron_sip.serving.blocking_call import call
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_sip.judge import ClientSettings, Endpoint, Judge, JudgeSettings, ScheduleSettings
-from megatron_sip.samples import Candidate, Group, Task
+from megatron_sip.records import Candidate, Group, Task
 
 
 def make_group(index: int, qualities: list[float], unsafe: frozenset[int] = frozenset()) -> Group:

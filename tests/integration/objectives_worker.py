@@ -16,11 +16,11 @@ import torch.distributed as dist
 from parity_worker import forget_megatron
 from transformers import AutoConfig
 
-from megatron_sip.learning.metrics import flatten
-from megatron_sip.learning.objective_settings import ObjectiveSettings
+from megatron_sip.metrics import flatten
 from megatron_sip.model.standalone import initialize_megatron_for
 from megatron_sip.platform.megatron_cpu import enable_cpu
-from megatron_sip.samples import Example
+from megatron_sip.records import Example
+from megatron_sip.training.objective_settings import ObjectiveSettings
 
 FLAGS = (
     *("--global-batch-size", "4", "--calculate-per-token-loss", "--clip-grad", "0", "--rerun-mode", "disabled"),
@@ -33,10 +33,10 @@ CHUNKED_LOGITS, OFFLOADED = " with chunked logits", " with offloaded reference"
 def run_case(name: str, policy_dir: str, reference_dir: str, examples: list[Example]) -> dict:
     from megatron.training import get_args
 
-    from megatron_sip.learning.exchange import LeaderExchange
-    from megatron_sip.learning.reference import build_reference
-    from megatron_sip.learning.trainer import PolicyTrainer
-    from megatron_sip.model.hf_weights import export_hf_weights, load_hf_weights
+    from megatron_sip.hf.weights import export_hf_weights, load_hf_weights
+    from megatron_sip.training.leaders import LeaderExchange
+    from megatron_sip.training.reference_model import build_reference
+    from megatron_sip.training.trainer import PolicyTrainer
 
     hf_config = AutoConfig.from_pretrained(policy_dir)
     hf_config.dtype = torch.float32

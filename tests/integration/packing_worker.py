@@ -22,11 +22,11 @@ import torch.distributed as dist
 from parity_worker import forget_megatron
 from torch import Tensor
 
-from megatron_sip.learning.objectives import LossTerms, ObjectiveSettings, row_loss
-from megatron_sip.learning.packing import PackedRow, build_row, example_lengths, plan_rows
+from megatron_sip.model.packing import PackedRow, build_row, example_lengths, plan_rows
 from megatron_sip.model.standalone import initialize_megatron_for
 from megatron_sip.platform.megatron_cpu import enable_cpu
-from megatron_sip.samples import Example
+from megatron_sip.records import Example
+from megatron_sip.training.objectives import LossTerms, ObjectiveSettings, row_loss
 
 VOCABULARY = 131
 
@@ -152,8 +152,8 @@ def run_case(case: dict) -> dict:
     from megatron.training.training import get_model
     from transformers import AutoConfig
 
+    from megatron_sip.hf.weights import export_hf_weights, load_hf_weights
     from megatron_sip.model.gpt import model_provider
-    from megatron_sip.model.hf_weights import export_hf_weights, load_hf_weights
 
     hf_config = AutoConfig.from_pretrained(case["hf_dir"])
     hf_config.dtype = getattr(torch, case["dtype"])

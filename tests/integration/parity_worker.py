@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_sip.learning.packing import build_row
+from megatron_sip.model.packing import build_row
 from megatron_sip.model.standalone import initialize_megatron_for
 from megatron_sip.platform.megatron_cpu import enable_cpu
-from megatron_sip.samples import Example
+from megatron_sip.records import Example
 
 
 def main() -> None:
@@ -42,8 +42,8 @@ def run_case(case: dict, results: Path) -> dict:
     from megatron.training.training import setup_model_and_optimizer
     from transformers import AutoConfig
 
+    from megatron_sip.hf.weights import export_hf_weights, load_hf_weights
     from megatron_sip.model.gpt import model_provider
-    from megatron_sip.model.hf_weights import export_hf_weights, load_hf_weights
 
     hf_config = AutoConfig.from_pretrained(case["hf_dir"])
     hf_config.dtype = torch.float32

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from parity_worker import forget_megatron
 
-from megatron_sip.arguments import parse_arguments
-from megatron_sip.learning.metrics import flatten
+from megatron_sip.config.parse import parse_arguments
+from megatron_sip.metrics import flatten
 from megatron_sip.platform.megatron_cpu import enable_cpu, rendezvous_store
 from megatron_sip.stop_signal import StopSignal
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from training import train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
-from megatron_sip.model.converted import converted_checkpoint
-from megatron_sip.model.hf_shards import buckets
+from megatron_sip.hf.converted import converted_checkpoint
+from megatron_sip.hf.shards import buckets
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

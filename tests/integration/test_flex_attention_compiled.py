@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_sip.model.tree_attention_dense import tree_attention_dense
-from megatron_sip.model.tree_attention_flex import FlexTreeAttention
+from megatron_sip.kernels.tree_attention.dense import tree_attention_dense
+from megatron_sip.kernels.tree_attention.flex import FlexTreeAttention
 
 
 def layout_of(prefix: int, branches: int, length: int) -> torch.Tensor:

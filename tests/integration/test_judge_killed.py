@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sip.judge import ClientSettings, Endpoint, Judge, JudgeSettings
-from megatron_sip.rollout.launch import LocalServer, ServerSettings
-from megatron_sip.samples import Candidate, Group, Task
+from megatron_sip.records import Candidate, Group, Task
+from megatron_sip.serving.launch import LocalServer, ServerSettings
 
 GROUPS, CANDIDATES, IN_FLIGHT = 160, 6, 4
 ANSWERED = '"POST /generate HTTP/1.1" 200'

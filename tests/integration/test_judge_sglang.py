@@ -23,8 +23,8 @@ from megatron_sip.judge import (
 )
 from megatron_sip.judge.encoding import ChatEncoder
 from megatron_sip.judge.prompts import builtin_prompt, fence_code
-from megatron_sip.rollout.launch import LocalServer
-from megatron_sip.samples import Candidate, Group, Task
+from megatron_sip.records import Candidate, Group, Task
+from megatron_sip.serving.launch import LocalServer
 
 HOSTILE = json.loads((Path(__file__).parents[1] / "data" / "hostile_texts.json").read_text(encoding="utf-8"))
 SEED = 5

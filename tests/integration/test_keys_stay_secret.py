@@ -11,8 +11,8 @@ from hostile_replies import FAILURES
 from raw_server import RawServer, reply_of
 from training import output, steps, train
 
-from megatron_sip.loop_thread import LoopThread
-from megatron_sip.rollout.launch import LocalServer
+from megatron_sip.serving.launch import LocalServer
+from megatron_sip.serving.loop_thread import LoopThread
 
 KEYS = {"JUDGE_KEY": "sk-judge-6f1d0c5b9a", "ENGINE_KEY": "sk-engine-2e8a7740fd"}
 STEPS = 4

@@ -12,9 +12,9 @@ import pytest
 from push_worker import open_sync, push_forever
 from safetensors.torch import load_file
 
-from megatron_sip.rollout.launch import LocalServer
-from megatron_sip.rollout.sglang import Failure, SamplingSettings, SGLangPool
+from megatron_sip.rollout.pool import Failure, SamplingSettings, SGLangPool
 from megatron_sip.rollout.weight_sync import WeightSync, WeightSyncError
+from megatron_sip.serving.launch import LocalServer
 
 pytestmark = pytest.mark.slow
 

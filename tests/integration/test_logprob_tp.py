@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_sip.model.linear_logprob import linear_branch_logprobs
-from megatron_sip.model.logprob import branch_logprobs
+from megatron_sip.kernels.linear_logprob import linear_branch_logprobs
+from megatron_sip.kernels.logprob import branch_logprobs
 
 ROWS, VOCAB, HIDDEN = 7, 64, 12
 LOGIT_ROWS = torch.tensor([0, 1, 2, 0, 5, 6, 0, 0])

@@ -19,7 +19,7 @@ import pytest
 from paper_presets import PAPER, paper_criteria
 from workers import run_worker
 
-from megatron_sip.rollout.launch import LocalServer
+from megatron_sip.serving.launch import LocalServer
 
 pytestmark = pytest.mark.slow
 

@@ -30,9 +30,9 @@ from training import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_sip.rollout.http import call
-from megatron_sip.rollout.launch import LocalServer, free_port
-from megatron_sip.services import CONNECT_SECONDS
+from megatron_sip.experience.leader import CONNECT_SECONDS
+from megatron_sip.serving.blocking_call import call
+from megatron_sip.serving.launch import LocalServer, free_port
 
 pytestmark = pytest.mark.slow
 

@@ -15,10 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_sip.rollout.http import call
-from megatron_sip.rollout.launch import LocalServer
+from megatron_sip.rollout.pool import Failure, ModelContract, PoolSettings, SamplingSettings, SGLangPool
 from megatron_sip.rollout.protocol import generate_body, read_reply
-from megatron_sip.rollout.sglang import Failure, ModelContract, PoolSettings, SamplingSettings, SGLangPool
 from megatron_sip.rollout.weight_sync import (
     DiskWeightSync,
     DistributedWeightSync,
@@ -27,6 +25,8 @@ from megatron_sip.rollout.weight_sync import (
     WeightSync,
     WeightSyncError,
 )
+from megatron_sip.serving.blocking_call import call
+from megatron_sip.serving.launch import LocalServer
 
 PREFIX = [1, 504, 3575, 282, 4649, 314]
 LONG_PREFIX = [17 + i % 300 for i in range(200)]

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_sip.rollout.launch import LocalServer, ServerSettings, ServerStartError, start_servers
-from megatron_sip.rollout.sglang import SamplingSettings, SGLangPool
+from megatron_sip.rollout.pool import SamplingSettings, SGLangPool
+from megatron_sip.serving.launch import LocalServer, ServerSettings, ServerStartError, start_servers
 
 PARENT = """
 import sys, time
-from megatron_sip.rollout.launch import LocalServer, ServerSettings
+from megatron_sip.serving.launch import LocalServer, ServerSettings
 server = LocalServer(ServerSettings(sys.argv[1], dtype="float32", max_total_tokens=4096)).start()
 print(server.pid, flush=True)
 time.sleep(600)

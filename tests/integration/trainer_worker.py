@@ -22,12 +22,12 @@ import torch.distributed as dist
 from parity_worker import forget_megatron
 from transformers import AutoConfig
 
-from megatron_sip.learning.metrics import flatten
-from megatron_sip.learning.non_finite import Attempt
-from megatron_sip.learning.objectives import LossTerms, ObjectiveSettings, row_loss
+from megatron_sip.metrics import flatten
 from megatron_sip.model.standalone import initialize_megatron_for
 from megatron_sip.platform.megatron_cpu import enable_cpu
-from megatron_sip.samples import Example
+from megatron_sip.records import Example
+from megatron_sip.training.non_finite import Attempt
+from megatron_sip.training.objectives import LossTerms, ObjectiveSettings, row_loss
 
 FLAGS = (
     *("--global-batch-size", "4", "--calculate-per-token-loss", "--override-opt-param-scheduler"),
@@ -61,9 +61,9 @@ def run_case(case: dict[str, Any], hf_dir: str) -> list[dict[str, Any]]:
     from megatron.training import get_args
     from megatron.training.checkpointing import save_checkpoint
 
-    from megatron_sip.learning.exchange import LeaderExchange
-    from megatron_sip.learning.trainer import PolicyTrainer
-    from megatron_sip.model.hf_weights import load_hf_weights
+    from megatron_sip.hf.weights import load_hf_weights
+    from megatron_sip.training.leaders import LeaderExchange
+    from megatron_sip.training.trainer import PolicyTrainer
 
     hf_config = AutoConfig.from_pretrained(hf_dir)
     hf_config.dtype = getattr(torch, case["dtype"])

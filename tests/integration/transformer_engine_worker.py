@@ -19,10 +19,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from megatron_sip.learning.packing import PackedRow, build_row
+from megatron_sip.model.packing import PackedRow, build_row
 from megatron_sip.model.standalone import initialize_megatron_for
 from megatron_sip.platform.megatron_cpu import enable_cpu
-from megatron_sip.samples import Example
+from megatron_sip.records import Example
 
 
 def te_layer_spec(config: Any) -> Any:
@@ -77,8 +77,8 @@ def build_policy(hf_dir: str) -> tuple[list[torch.nn.Module], Any]:
     from megatron.training.training import get_model
     from transformers import AutoConfig
 
+    from megatron_sip.hf.weights import load_hf_weights
     from megatron_sip.model import gpt
-    from megatron_sip.model.hf_weights import load_hf_weights
 
     hf_config = AutoConfig.from_pretrained(hf_dir)
     initialize_megatron_for(hf_config, ["--no-gradient-accumulation-fusion"])  # gradients go to autograd
@@ -108,8 +108,8 @@ def main() -> None:
     hf_dir, examples, result = sys.argv[1:]
     enable_cpu()
     model, hf_config = build_policy(hf_dir)
+    from megatron_sip.hf.weights import export_hf_weights
     from megatron_sip.model.gpt import row_logprobs
-    from megatron_sip.model.hf_weights import export_hf_weights
 
     row = read_row(examples)
     logprobs = row_logprobs(model[0], row)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from test_dry_run import cost_of, parse
 
-from megatron_sip.dry_run import describe
-from megatron_sip.early_arguments import check_flags, early_parser, megatron_flag_names, words_by_flag
+from megatron_sip.config.dry_run import describe
+from megatron_sip.config.early_checks import check_flags, early_parser, megatron_flag_names, words_by_flag
+from megatron_sip.config.presets import expand_presets, known_presets
+from megatron_sip.hf.families import FAMILIES
 from megatron_sip.judge.settings import SCHEDULE_NAMES, known_criteria
-from megatron_sip.model.hf_families import FAMILIES
-from megatron_sip.node_layout import Layout
-from megatron_sip.one_node import layout_flags, understand
-from megatron_sip.presets import expand_presets, known_presets
+from megatron_sip.one_node.command import layout_flags, understand
+from megatron_sip.one_node.layout import Layout
 
 REPO = Path(__file__).parents[2]
 PAGES = [

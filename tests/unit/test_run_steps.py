@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_sip.checkpoints import saving_explained
-from megatron_sip.experience import Experience
+from megatron_sip.experience.maker import Experience
 from megatron_sip.files import DiskError
-from megatron_sip.learning.metrics import Metrics
-from megatron_sip.learning.non_finite import NON_FINITE
+from megatron_sip.metrics import Metrics
 from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.records import Example
 from megatron_sip.rollout.protocol import WeightSyncError
-from megatron_sip.samples import Example
 from megatron_sip.stop_signal import StopSignal
 from megatron_sip.train import MAX_EMPTY_STEPS, TrainingError, run_steps
+from megatron_sip.training.checkpoints import saving_explained
+from megatron_sip.training.non_finite import NON_FINITE
 
 enable_cpu()  # before anything imports Megatron
 

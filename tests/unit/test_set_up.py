@@ -16,21 +16,21 @@ from test_run_steps import FakeExchange
 from tiny_tokenizer import byte_level_tokenizer
 from transformers import LlamaConfig
 
-from megatron_sip.arguments import add_arguments
-from megatron_sip.data.errors import DataError
+from megatron_sip.config.parse import add_arguments
+from megatron_sip.errors import DataError
+from megatron_sip.hf.families import architecture
+from megatron_sip.hf.folder import copy_hf_files, renew_hf_files
 from megatron_sip.judge.cache import AnswerCache, CacheError
-from megatron_sip.learning.checkpoint_folder import TRACKER
-from megatron_sip.model.hf_families import architecture
-from megatron_sip.model.hf_folder import copy_hf_files, renew_hf_files
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.train import USER_ERRORS
+from megatron_sip.training.checkpoint_folder import TRACKER
 
 enable_cpu()  # before anything imports Megatron
 
 from megatron_sip import run as run_module  # noqa: E402
-from megatron_sip import services  # noqa: E402
-from megatron_sip.learning.reference import ReferenceStore  # noqa: E402
-from megatron_sip.model import checkpoint_model  # noqa: E402
+from megatron_sip.experience import leader as services  # noqa: E402
+from megatron_sip.hf import checkpoint_model  # noqa: E402
+from megatron_sip.training.reference_model import ReferenceStore  # noqa: E402
 
 
 class EndOfTestError(Exception):

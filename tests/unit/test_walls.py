@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_sip"
 PLAIN = [
-    *("samples.py", "experience.py", "data", "judge", "evaluation", "rollout/sglang.py", "rollout/launch.py"),
-    *("learning/selection.py", "learning/packing.py", "learning/objectives.py", "learning/metrics.py"),
+    *("records.py", "experience/maker.py", "data", "judge", "evaluation", "rollout/pool.py", "serving/launch.py"),
+    *("experience/selection.py", "model/packing.py", "training/objectives.py", "metrics.py"),
 ]
 
 

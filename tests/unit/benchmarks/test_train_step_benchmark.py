@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from megatron_sip.learning.packing import PackedRow, build_row
-from megatron_sip.model.tree_attention_dense import token_spans, visibility
-from megatron_sip.samples import Example
+from megatron_sip.kernels.tree_attention.dense import token_spans, visibility
+from megatron_sip.model.packing import PackedRow, build_row
+from megatron_sip.records import Example
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters=","), max_size=30)

@@ -16,7 +16,7 @@ from megatron_sip.data.continuation_text import (
     rollout_texts,
     text_after,
 )
-from megatron_sip.samples import Task
+from megatron_sip.records import Task
 
 BYTES, METASPACE = byte_level_tokenizer(), metaspace_tokenizer()
 both_tokenizers = pytest.mark.parametrize("tokenizer", [BYTES, METASPACE], ids=["byte-level", "metaspace"])

@@ -21,10 +21,10 @@ import rewrite_corpus
 
 from megatron_sip.data.continuation_text import find_seam, ids_after, text_after
 from megatron_sip.data.documents import Corpus, DocumentSource, open_corpus
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.tasks import TaskMode, TaskSettings, TaskSource
 from megatron_sip.data.token_store import TokenStore, TokenStoreWriter
 from megatron_sip.data.tokenization import DocumentEncoder, PrependBos, TokenizeSettings
+from megatron_sip.errors import DataError
 
 PLAIN, LLAMA, LLAMA2 = byte_level_tokenizer(), adding_bos(byte_level_tokenizer()), adding_bos(metaspace_tokenizer())
 TEXTS = [f"{text} {i}" for i, text in enumerate(MULTILINGUAL * 4)]
@@ -91,7 +91,7 @@ def test_each_choice_has_a_cache_entry_and_a_fingerprint_of_its_own(tmp_path: Pa
 def test_the_flag_is_the_same_everywhere() -> None:
     import argparse
 
-    from megatron_sip.arguments import add_arguments
+    from megatron_sip.config.parse import add_arguments
 
     trainer = add_arguments(argparse.ArgumentParser())
     assert trainer.get_default("prepend_bos") == "auto"

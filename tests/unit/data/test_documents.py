@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from tiny_tokenizer import byte_level_tokenizer
 
 from megatron_sip.data.documents import Corpus, DocumentSource, open_corpus, parse_split
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.text_sources import TextBatch
 from megatron_sip.data.token_store import TokenStore, TokenStoreWriter, bin_path, idx_path
 from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, _encode_all, tokenize_file
+from megatron_sip.errors import DataError
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ import zstandard
 from tiny_tokenizer import MULTILINGUAL, byte_level_tokenizer
 
 from megatron_sip.data.documents import open_corpus
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.source_files import parse_data_path
 from megatron_sip.data.token_store import TokenStoreWriter
 from megatron_sip.data.tokenization import TokenizeSettings
+from megatron_sip.errors import DataError
 
 TOKENIZER = byte_level_tokenizer()
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in MULTILINGUAL).encode()

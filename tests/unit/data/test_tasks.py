@@ -19,9 +19,9 @@ from tiny_tokenizer import MULTILINGUAL, byte_level_tokenizer, metaspace_tokeniz
 
 from megatron_sip.data.continuation_text import continuation_texts
 from megatron_sip.data.documents import Corpus, DocumentSource
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.tasks import TaskMode, TaskSettings, TaskSource
 from megatron_sip.data.token_store import TokenStoreWriter
+from megatron_sip.errors import DataError
 
 BYTES, METASPACE = byte_level_tokenizer(), metaspace_tokenizer()
 VOCAB = 1_000_000

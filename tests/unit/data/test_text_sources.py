@@ -19,8 +19,8 @@ import pytest
 import zstandard
 
 from megatron_sip.data import text_sources
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.text_sources import read_texts
+from megatron_sip.errors import DataError
 
 
 def texts_of(path: Path, text_field: str = "text") -> list[str]:

@@ -14,9 +14,9 @@ from tiny_tokenizer import byte_level_tokenizer
 
 from megatron_sip.data import tokenization
 from megatron_sip.data.documents import open_corpus
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.token_store import TokenStoreWriter, bin_path
 from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, cached_tokens
+from megatron_sip.errors import DataError
 
 
 @pytest.fixture

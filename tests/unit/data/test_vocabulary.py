@@ -11,9 +11,9 @@ from tiny_tokenizer import byte_level_tokenizer
 from tokenizers import AddedToken
 
 from megatron_sip.data.documents import open_corpus
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.token_store import TokenStoreWriter
 from megatron_sip.data.tokenization import TokenizeSettings
+from megatron_sip.errors import DataError
 
 MODEL_VOCABULARY = len(byte_level_tokenizer())
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from megatron_sip.data.errors import DataError
+from megatron_sip.errors import DataError
 from megatron_sip.evaluation.outcome import write_outcome
 from megatron_sip.evaluation.plots import LIGHT, MAX_BARS, available_plots, binned_seconds, moving_average, series
 from megatron_sip.evaluation.report import dropped_counts, read_comparisons, result_rows, write_report

@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import given as draw
 from hypothesis import strategies as st
 
-from megatron_sip.early_arguments import check_flags
+from megatron_sip.config.early_checks import check_flags
 from megatron_sip.evaluation.outcome import outcome_line, write_outcome
 from megatron_sip.evaluation.report import BIDI_MARKS, write_report
 from megatron_sip.evaluation.run_record import read_run_record, run_record, write_run_record
 from megatron_sip.evaluation.training_samples import CANDIDATES, RECORDED_STEPS, SampleLog, read_samples
-from megatron_sip.samples import Candidate, Example, Group, Task
+from megatron_sip.records import Candidate, Example, Group, Task
 
 COMPLETE = [
     *("--hf-config", "my model", "--data-path", "a.jsonl", "b.jsonl", "--save", "run", "--seq-length", "256"),

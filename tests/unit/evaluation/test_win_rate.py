@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import metaspace_tokenizer
 
-from megatron_sip.data.errors import DataError
+from megatron_sip.errors import DataError
 from megatron_sip.evaluation.win_rate import (
     HeldOutComparison,
     WinRate,
@@ -23,8 +23,8 @@ from megatron_sip.evaluation.win_rate import (
     save_continuations,
     wilson_interval,
 )
-from megatron_sip.rollout.sglang import Completion, Failure, SamplingSettings
-from megatron_sip.samples import Candidate, Group, Task
+from megatron_sip.records import Candidate, Group, Task
+from megatron_sip.rollout.pool import Completion, Failure, SamplingSettings
 
 
 def continuation(text: str) -> Candidate:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sip.rollout.launch import free_port
+from megatron_sip.serving.launch import free_port
 
 REPO = Path(__file__).parents[3]
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from megatron_sip.arguments import add_arguments
+from megatron_sip.config.parse import add_arguments
+from megatron_sip.config.presets import expand_presets
 from megatron_sip.platform.megatron_cpu import enable_cpu
-from megatron_sip.presets import expand_presets
 
 REPO = Path(__file__).parents[3]
 SCRIPTS = ("train_continual.sbatch", "train_from_scratch.sbatch")

@@ -16,7 +16,7 @@ from judge_cases import make_group, make_settings, score
 
 from megatron_sip.judge import Judge
 from megatron_sip.judge.probe import EndpointError
-from megatron_sip.samples import Candidate, Group
+from megatron_sip.records import Candidate, Group
 
 HOSTILE = json.loads((Path(__file__).parents[2] / "data" / "hostile_texts.json").read_text(encoding="utf-8"))
 

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from judge_cases import make_settings
 
-from megatron_sip.http import RetryPolicy
 from megatron_sip.judge import Judge, ScheduleSettings
-from megatron_sip.samples import Candidate, Group, Task
+from megatron_sip.records import Candidate, Group, Task
+from megatron_sip.serving.http import RetryPolicy
 
 DEADLINE_S = 20.0
 WRONG = "Conclusion: Option 1\n\nFINAL DECISION: YES"

@@ -17,7 +17,7 @@ from tiny_tokenizer import byte_level_tokenizer, metaspace_tokenizer
 from megatron_sip.judge import ClientSettings, Endpoint, Rewriter, RewriterSettings, SettingsError
 from megatron_sip.judge.refusals import is_refusal
 from megatron_sip.judge.rewriter import START_BYTES, START_CHARS, fit_whitespace, last_words, without_start
-from megatron_sip.samples import Candidate, Task
+from megatron_sip.records import Candidate, Task
 
 TOKENIZER = byte_level_tokenizer()
 METASPACE = metaspace_tokenizer()

@@ -17,7 +17,7 @@ from judge_cases import make_group, make_settings, score
 from tiny_tokenizer import byte_level_tokenizer
 
 from megatron_sip.judge import Endpoint, Judge, ScheduleSettings
-from megatron_sip.samples import Candidate, group_from_json
+from megatron_sip.records import Candidate, group_from_json
 
 
 async def test_all_pairs_scores_are_win_rates() -> None:

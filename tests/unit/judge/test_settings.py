@@ -16,8 +16,8 @@ from megatron_sip.judge import (
     known_criteria,
     parse_criteria,
 )
-from megatron_sip.judge.client import JudgeClient
 from megatron_sip.judge.prompts import builtin_prompt
+from megatron_sip.judge.teacher import JudgeClient
 
 
 def test_weights_are_parsed() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from tiny_tokenizer import byte_level_tokenizer, metaspace_tokenizer
 
-from megatron_sip.http import BadResponseError
 from megatron_sip.judge.calls import ChoiceCall, GenerateCall, LikelihoodCall
 from megatron_sip.judge.encoding import ChatEncoder, EncodingError
 from megatron_sip.judge.prompts import builtin_prompt
 from megatron_sip.judge.settings import Endpoint
 from megatron_sip.judge.wire import openai_answer, openai_body, sglang_answers, sglang_body
+from megatron_sip.serving.http import BadResponseError
 
 RULE = builtin_prompt("quality").rule
 assert RULE is not None

@@ -11,8 +11,8 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sip.kernels.tree_attention.dense import tree_attention_dense
 from megatron_sip.model.attention import PrefixTreeAttention
-from megatron_sip.model.tree_attention_dense import tree_attention_dense
 
 
 def make_config(**overrides: Any) -> TransformerConfig:

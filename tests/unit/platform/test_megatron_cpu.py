@@ -43,7 +43,7 @@ def test_without_cuda_starting_loads_no_compiler_and_no_gpu_kernels() -> None:
         "from megatron_sip.platform.megatron_cpu import enable_cpu\n"
         "enable_cpu()\n"
         "import megatron.training\n"
-        "from megatron_sip.model.tree_attention_flex import FlexTreeAttention\n"
+        "from megatron_sip.kernels.tree_attention.flex import FlexTreeAttention\n"
         "FlexTreeAttention()\n"  # each model has one
         "assert torch.compile is compiled\n"
         "print(*sorted({name.split('.')[0] for name, module in sys.modules.items() if module is not None}))\n"

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sip.arguments import compute_in_float32_where_faster
-from megatron_sip.learning import resume
+from megatron_sip.config.parse import compute_in_float32_where_faster
 from megatron_sip.platform import number_format, sglang_cpu
-from megatron_sip.rollout.launch import LocalServer, ServerSettings
+from megatron_sip.serving.launch import LocalServer, ServerSettings
+from megatron_sip.training import resume
 
 
 def test_a_processor_with_avx2_alone_computes_in_float32() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from megatron_sip.rollout.launch import CPU_MODULE, ServerSettings, server_command
+from megatron_sip.serving.launch import CPU_MODULE, ServerSettings, server_command
 
 
 def module_of(command: list[str]) -> str:

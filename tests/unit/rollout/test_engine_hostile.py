@@ -21,12 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_server import JSON, RawServer, reply_of
 
-from megatron_sip.rollout.engine_group import listening_store
-from megatron_sip.rollout.http import call
+from megatron_sip.rollout.pool import Failure, PoolSettings, SGLangPool
 from megatron_sip.rollout.protocol import EngineError, SamplingSettings, read_reply
 from megatron_sip.rollout.recovery import end_open_update
-from megatron_sip.rollout.sglang import Failure, PoolSettings, SGLangPool
+from megatron_sip.rollout.weight_group import listening_store
 from megatron_sip.rollout.weight_sync import DistributedWeightSync, SyncRank, SyncSettings, WeightSyncError
+from megatron_sip.serving.blocking_call import call
 
 KEY = "engine-key-4711"
 ONE = SamplingSettings(max_new_tokens=1)

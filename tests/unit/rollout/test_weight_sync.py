@@ -20,11 +20,11 @@ import pytest
 import torch
 from fake_engine import FakeEngine
 
-from megatron_sip.model.hf_shards import write_parts
-from megatron_sip.rollout import engine_group, http, weight_sync
-from megatron_sip.rollout.engine_group import EngineGroup, make_bucket
-from megatron_sip.rollout.launch import free_port
+from megatron_sip.hf.shards import write_parts
+from megatron_sip.rollout import weight_group as engine_group
+from megatron_sip.rollout import weight_sync
 from megatron_sip.rollout.protocol import EngineError
+from megatron_sip.rollout.weight_group import EngineGroup, make_bucket
 from megatron_sip.rollout.weight_sync import (
     DiskWeightSync,
     DistributedWeightSync,
@@ -33,6 +33,8 @@ from megatron_sip.rollout.weight_sync import (
     WeightSyncError,
     finish_folder,
 )
+from megatron_sip.serving import blocking_call as http
+from megatron_sip.serving.launch import free_port
 
 QUICK = SyncSettings(timeout_s=3.0, control_timeout_s=1.0)
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
 
 from preprocess_data import main, output_prefixes, parse_arguments, preprocess
 
-from megatron_sip.data.errors import DataError
 from megatron_sip.data.token_store import TokenStore, idx_path
+from megatron_sip.errors import DataError
 
 TOKENIZER = byte_level_tokenizer()
 

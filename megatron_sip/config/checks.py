@@ -1,0 +1,398 @@
+"""What the flags mean together: which servers a run needs, and which combinations cannot work."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import linecache
+import os
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from megatron_sip.config.judge_flags import flag_for, judge_settings, rewriter_settings
+from megatron_sip.config.needs import (
+    candidate_kinds,
+    contender_count,
+    local_servers,
+    needs_engines,
+    needs_eval_judge,
+    needs_judge,
+    needs_rewriter,
+    needs_teacher,
+    uses_judge,
+)
+from megatron_sip.config.server_flags import ROLES, Role, rewriter_role
+from megatron_sip.data.documents import parse_split
+from megatron_sip.errors import DataError
+from megatron_sip.judge.schedules import least_budget
+from megatron_sip.judge.settings import JudgeSettings, SettingsError, is_pairwise
+from megatron_sip.serving.http_reply import key_from_environment, shown_url, url_mistake
+from megatron_sip.training.checkpoint_folder import TRACKER
+from megatron_sip.training.objective_settings import ObjectiveSettings
+
+
+class ArgumentError(SystemExit):
+    """A combination of flags that cannot work; the message names the flag and the mend."""
+
+
+SERVER_ROLES = ("rollout", *ROLES)
+"""For each there are the flags --ROLE-url and --ROLE-key-variable."""
+REQUIRED = {
+    "data_path": "jsonl, parquet or .bin/.idx files, optionally with weights",
+    "seq_length": "the most tokens of a prefix and its suffix together",
+    "train_iters": "the number of steps",
+    "lr": "the learning rate",
+    "save": "the folder for checkpoints (and for metrics, unless --run-dir is given)",
+}
+"""Flags without a default, by their name among the arguments."""
+EVAL_ITERS = (None, 0, 100)
+"""Megatron's default of --eval-iters, and what switches its evaluation off."""
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn what Megatron or transformers raise about flags and files into an ArgumentError that starts with `what`.
+
+    Many of Megatron's checks are assertions without a message: then it quotes the line that failed.
+    """
+    try:
+        yield
+    except (AssertionError, ValueError, TypeError, RuntimeError, OSError) as error:
+        raise ArgumentError(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if str(error) and not isinstance(error, TypeError):  # one about None says nothing without its line
+        return str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    first, last = frame.lineno or 0, frame.end_lineno or frame.lineno or 0
+    code = " ".join(linecache.getline(frame.filename, number).strip() for number in range(first, last + 1))
+    failed = f"`{code}` fails ({frame.filename}:{first})"
+    return f"{error}: {failed}" if str(error) else failed
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise one ArgumentError that lists all `problems`, each of which names its flag and what would be right."""
+    found = list(dict.fromkeys(problems))
+    if len(found) == 1:
+        raise ArgumentError(found[0])
+    if found:
+        raise ArgumentError("\n  - ".join([f"{len(found)} of the flags cannot be used:", *found]))
+
+
+def check_required(args: argparse.Namespace) -> None:
+    """Refuse what must be known before Megatron fills its own defaults and prints all arguments. Raises ArgumentError."""
+    refuse([*missing_flags(args), *_check_urls(args)])
+
+
+def missing_flags(args: argparse.Namespace) -> Iterator[str]:
+    """What must be given, and what Megatron must not fill by itself."""
+    if getattr(args, "use_checkpoint_args", False):
+        yield "--use-checkpoint-args: the architecture comes from the HF config (--hf-config); remove it"
+    for name, meaning in REQUIRED.items():
+        if getattr(args, name) is None:
+            yield f"--{name.replace('_', '-')} is required: {meaning}"
+
+
+def flag_of(role: str, name: str) -> str:
+    return f"--{role}-{name}".replace("_", "-")
+
+
+def problems_of_ours(args: argparse.Namespace) -> list[str]:
+    """What is wrong with our own flags, and with those of Megatron's that `early_arguments` reads as well."""
+    checks = (_check_lengths, _check_objective, _check_urls, _check_servers, _check_teacher_settings, _check_data)
+    return _problems(args, *checks)
+
+
+def _problems(args: argparse.Namespace, *checks: Callable[[argparse.Namespace], Iterator[str]]) -> list[str]:
+    return [problem for check in checks for problem in check(args)]
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Refuse what cannot work, before hours are spent, and fill the defaults that depend on other flags.
+
+    Raises:
+        ArgumentError: names the flag and what would be right.
+    """
+    refuse(
+        [
+            *problems_of_ours(args),
+            *_problems(args, _check_batch, _check_schedule, _check_megatron, _check_local_servers),
+        ]
+    )
+    begin_warm_up_above_zero(args)
+    if args.run_dir is None:
+        args.run_dir = args.save
+    args.load = args.save  # the same command again continues the run
+    if args.weight_sync_dir is None:
+        args.weight_sync_dir = str(Path(args.run_dir) / "weights")
+
+
+def _check_lengths(args: argparse.Namespace) -> Iterator[str]:
+    if args.seq_length is None:  # `missing_flags` says so
+        return
+    if args.suffix_length < 1:
+        yield f"--suffix-length {args.suffix_length}: must be at least 1"
+    if args.suffix_length + args.min_prefix_length > args.seq_length:
+        yield (
+            f"--suffix-length {args.suffix_length} leaves no room for a prefix of --min-prefix-length "
+            f"{args.min_prefix_length} in --seq-length {args.seq_length}: lower the first or raise the last"
+        )
+    needed = args.seq_length + (args.suffix_length if args.objective == "dpo" else 0)
+    if args.row_length is None:
+        args.row_length = needed
+    if args.row_length < needed:
+        yield (
+            f"--row-length {args.row_length} does not hold one full group: it must be at least {needed} "
+            "(--seq-length, and --suffix-length more for dpo)"
+        )
+
+
+def _check_objective(args: argparse.Namespace) -> Iterator[str]:
+    if args.dpo_pair is not None and args.dpo_pair[0] == args.dpo_pair[1]:
+        yield "--dpo-pair needs two different kinds"
+    kinds = candidate_kinds(args)
+    if "rollout" in kinds and args.num_rollouts < 1:
+        yield f"--num-rollouts {args.num_rollouts}: must be at least 1 when rollout is a candidate"
+    count = sum(args.num_rollouts if kind == "rollout" else 1 for kind in kinds)
+    if args.objective == "dpo" and count < 2:
+        yield "--objective dpo compares two candidates: add a kind to --candidates or raise --num-rollouts"
+    if args.objective == "rf-nll" and kinds == ("rollout",) and count < 2:
+        yield (
+            "--objective rf-nll teaches a rollout only if it wins against another candidate: add suffix or rewrite to "
+            "--candidates, or raise --num-rollouts"
+        )
+    if args.dpo_pair is not None and args.objective != "dpo":
+        yield f"--dpo-pair belongs to --objective dpo, not {args.objective}"
+    if args.rollout_start_step > 0:
+        others = len([kind for kind in kinds if kind != "rollout"])
+        if others < (2 if args.objective == "dpo" else 1):
+            yield (
+                f"--rollout-start-step {args.rollout_start_step} leaves {others} candidate(s) before that step, too few for "
+                f"--objective {args.objective}: add suffix or rewrite to --candidates, or set it to 0"
+            )
+    try:
+        objective_settings(args)
+    except ValueError as error:
+        yield f"--dpo-beta, --dpo-nll-coef, --dpo-label-smoothing or --dpo-loss: {error}"
+    if args.ref_update_interval and args.objective != "dpo":
+        yield "--ref-update-interval: only --objective dpo has a reference; remove it"
+    if args.logit_chunk_columns < 0:
+        yield f"--logit-chunk-columns {args.logit_chunk_columns}: must be 0 (all at once) or more"
+    if args.ref_offload and args.objective != "dpo":
+        yield "--ref-offload: only --objective dpo has a reference; remove it"
+
+
+def _check_servers(args: argparse.Namespace) -> Iterator[str]:
+    if args.local_server_memory is not None and not 0 < args.local_server_memory < 1:
+        yield f"--local-server-memory {args.local_server_memory}: a share of a GPU's memory is between 0 and 1"
+    if args.dry_run:  # it asks no server
+        return
+    if args.replay_groups and not Path(args.replay_groups).is_dir():
+        yield f"--replay-groups {args.replay_groups}: no such folder; --save-groups of a run makes one"
+    if needs_engines(args) and not args.rollout_url and not args.rollout_local:
+        yield ("rollouts need engines: give --rollout-url URL ..., or --rollout-local N to start them here")
+    if args.rollout_url and args.rollout_local:
+        yield "--rollout-url and --rollout-local exclude each other: use one"
+    if needs_teacher(args) and not args.teacher_url and not args.teacher_model:
+        yield "the judge or rewriter needs a server: give --teacher-url URL ..., or --teacher-model DIR"
+    for role in ("teacher", "rewriter"):
+        url, model = getattr(args, f"{role}_url"), getattr(args, f"{role}_model")
+        if url and model:
+            yield f"--{role}-url and --{role}-model exclude each other: use one"
+        if model and not (Path(model) / "config.json").is_file():
+            yield f"--{role}-model {model}: no config.json there; give an HF model folder"
+    for role in ROLES:
+        if getattr(args, f"{role}_api") == "openai" and not getattr(args, f"{role}_name"):
+            yield f"{flag_of(role, 'api')} openai needs {flag_of(role, 'name')}, the model name that the server expects"
+    for role in SERVER_ROLES:
+        if variable := getattr(args, f"{role}_key_variable"):
+            try:
+                key_from_environment(variable)
+            except ValueError as error:
+                yield f"{flag_of(role, 'key-variable')}: {error}"
+
+
+def _check_urls(args: argparse.Namespace) -> Iterator[str]:
+    """A URL is shown without what may be its password."""
+    for role in SERVER_ROLES:
+        for url in getattr(args, f"{role}_url") or []:
+            if mistake := url_mistake(url):
+                hint = f": give the key through {flag_of(role, 'key-variable')}" if "@" in url else ""
+                yield f"{flag_of(role, 'url')} {shown_url(url)}: {mistake}{hint}"
+
+
+def _check_teacher_settings(args: argparse.Namespace) -> Iterator[str]:
+    """What criteria, schedule, verdicts and endpoints need of each other; the servers themselves may still be starting."""
+    asked: list[tuple[bool, Role, Callable[[Sequence[str]], object]]] = [
+        (needs_judge(args), "teacher", partial(judge_settings, args)),
+        (needs_eval_judge(args), "eval_judge", partial(judge_settings, args, role="eval_judge")),
+        (needs_rewriter(args), rewriter_role(args), partial(rewriter_settings, args)),
+    ]
+    for needed, role, settings in asked:
+        urls = getattr(args, f"{role}_url") or [f"http://{role.replace('_', '-')}"]
+        if not needed or any(map(url_mistake, urls)):
+            continue
+        try:
+            made = settings(urls)
+            if role == "teacher" and isinstance(made, JudgeSettings):
+                yield from _schedule_mistakes(args, made)
+        except SettingsError as error:
+            yield f"{flag_for(error, role)}: {error}"
+
+
+def _schedule_mistakes(args: argparse.Namespace, settings: JudgeSettings) -> Iterator[str]:
+    """What the schedule needs of the candidates, where pairs of them are judged."""
+    if not uses_judge(args) or not any(map(is_pairwise, settings.criteria)):
+        return
+    schedule, kinds = settings.schedule, candidate_kinds(args)
+    if schedule.pivot_apart and schedule.pivot == "suffix" and "suffix" in kinds:
+        yield (
+            "--judge-schedule pivot: the suffix is compared with the candidates and is none of them: leave it out of "
+            "--candidates, or give --judge-pivot-competes"
+        )
+    if (
+        schedule.name == "pivot"
+        and schedule.pivot not in kinds
+        and not (schedule.pivot_apart and schedule.pivot == "suffix")
+    ):
+        yield f"--judge-pivot {schedule.pivot}: there is none to be the pivot; add {schedule.pivot} to --candidates"
+    count = contender_count(args)
+    if args.objective == "dpo" and schedule.pivot_apart and count < 2:
+        yield "--judge-schedule pivot leaves fewer than two candidates beside the pivot: raise --num-rollouts"
+    if schedule.name == "two_ended_bt" and schedule.budget < least_budget(count):
+        yield (
+            f"--judge-budget {schedule.budget}: two_ended_bt needs at least {least_budget(count)} pairs to link {count} "
+            "candidates, and would otherwise compare none; raise it"
+        )
+
+
+def _check_data(args: argparse.Namespace) -> Iterator[str]:
+    try:
+        if args.split is not None:
+            parse_split(args.split)  # the corpus is split only after hours of tokenising
+    except DataError as error:
+        yield str(error)
+
+
+def _check_batch(args: argparse.Namespace) -> Iterator[str]:
+    if args.global_batch_size % args.data_parallel_size:
+        yield (
+            f"--global-batch-size {args.global_batch_size} prompts do not divide among {args.data_parallel_size} "
+            "data-parallel replicas"
+        )
+
+
+def _check_schedule(args: argparse.Namespace) -> Iterator[str]:
+    """What Megatron's schedule only asserts once the model is built."""
+    flag, decay = _decay(args)
+    if decay < 1:
+        yield f"{flag} {decay} must be at least 1"
+    elif (args.lr_warmup_iters or 0) >= decay:
+        yield f"--lr-warmup-iters {args.lr_warmup_iters} must be below {flag} {decay}"
+    if args.lr_warmup_init > args.lr:
+        yield f"--lr-warmup-init {args.lr_warmup_init} must not be above --lr {args.lr}"
+    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
+        yield "--lr-decay-style WSD needs --lr-wsd-decay-iters, the steps of its decay at the end"
+
+
+def _decay(args: argparse.Namespace) -> tuple[str, int]:
+    """The flag that says at which step the learning rate has decayed, and that step."""
+    if args.lr_decay_iters is None:
+        return "--train-iters", args.train_iters
+    return "--lr-decay-iters", args.lr_decay_iters
+
+
+def begin_warm_up_above_zero(args: argparse.Namespace) -> None:
+    """Let the first step have the rate of one step of warm-up: at Megatron's 0 its rollouts and judgements are for nothing."""
+    steps = args.lr_warmup_iters if args.lr_warmup_fraction is None else args.lr_warmup_fraction * _decay(args)[1]
+    if steps and args.lr_warmup_init == 0:
+        args.lr_warmup_init = args.lr / max(steps, 1)
+
+
+def _check_megatron(args: argparse.Namespace) -> Iterator[str]:
+    """Flags of Megatron's that this trainer cannot honour."""
+    refused = [
+        (
+            args.context_parallel_size != 1,
+            "--context-parallel-size: packed prefix trees are not split along the sequence; use 1",
+        ),
+        (
+            args.micro_batch_size != 1,
+            "--micro-batch-size must be 1: a packed row is a micro-batch; --row-length makes it larger",
+        ),
+        (
+            args.load not in (None, args.save),
+            f"--load {args.load}: a run continues from its own --save folder ({args.save}), where its DPO reference is; to "
+            "start from other weights give --pretrained-checkpoint",
+        ),
+        (
+            args.overlap_param_gather,
+            "--overlap-param-gather: weights are pushed and saved right after the step; remove it",
+        ),
+        (
+            args.virtual_pipeline_model_parallel_size is not None,
+            "--num-layers-per-virtual-pipeline-stage: it needs a fixed number of micro-batches, and ours varies; remove it",
+        ),
+        (
+            args.use_checkpoint_opt_param_scheduler,
+            "--use-checkpoint-opt-param-scheduler: a run that continues takes the schedule of its flags; remove it",
+        ),
+        (args.rampup_batch_size is not None, "--rampup-batch-size: the number of prompts a step is fixed; remove it"),
+        (
+            args.exit_interval is not None or args.exit_duration_in_mins is not None,
+            "--exit-interval and --exit-duration-in-mins: send SIGTERM instead, the run saves and exits 0",
+        ),
+        (
+            args.finetune,
+            f"--finetune would start at step 0 and discard what --save {args.save} holds; to start from other weights give "
+            "--pretrained-checkpoint and a new --save folder",
+        ),
+        (
+            args.ckpt_step is not None or args.override_ckpt_iteration is not None,
+            "--ckpt-step and --override-ckpt-iteration: a run continues at its latest checkpoint; to go back write the "
+            f"step into {args.save}/{TRACKER}, later checkpoints are then moved aside",
+        ),
+        (
+            args.eval_interval is not None or args.eval_iters not in EVAL_ITERS,
+            "--eval-interval and --eval-iters: there is no validation loss; remove them, --win-rate-prompts compares the "
+            "trained policy with the initial one on held-out text",
+        ),
+        (args.clip_grad <= 0, "--clip-grad 0 switches the check for NaN gradients off too; give a large value instead"),
+    ]
+    for is_refused, message in refused:
+        if is_refused:
+            yield message
+
+
+def _check_local_servers(args: argparse.Namespace) -> Iterator[str]:
+    import torch
+
+    servers = local_servers(args)
+    if not servers or args.dry_run:
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    if here < args.world_size:
+        yield (
+            "--rollout-local, --teacher-model and --rewriter-model start servers that only this node reaches: on several "
+            "nodes start them apart and give --rollout-url and --teacher-url (examples/train_continual.sbatch)"
+        )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
+    if args.local_server_memory is None and gpus is not None and gpus < here + servers:
+        yield (
+            f"--rollout-local, --teacher-model, --rewriter-model: {here} trainer processes and {servers} servers need a GPU "
+            f"each, this node has {gpus}: start fewer processes, or serve elsewhere and give --rollout-url and --teacher-url"
+        )
+
+
+def objective_settings(args: argparse.Namespace) -> ObjectiveSettings:
+    """The objective that the flags describe. Raises ValueError for a constant out of its range."""
+    return ObjectiveSettings(
+        objective=args.objective,
+        beta=args.dpo_beta,
+        nll_coef=args.dpo_nll_coef,
+        label_smoothing=args.dpo_label_smoothing,
+        dpo_loss=args.dpo_loss,
+    )

@@ -1,0 +1,258 @@
+"""What a run does and what it will cost, from its flags alone: `python -m megatron_sip.train ... --dry-run`.
+
+All figures are upper bounds: full prefixes, full-length continuations, no identical candidates, no cached verdict,
+answers as long as allowed; but missing verdicts, which are asked for once more, are not foreseen. Judgements are counted
+as the paper counts them: one verdict about one candidate or pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from megatron_sip.config.judge_flags import judge_settings
+from megatron_sip.config.needs import candidate_kinds, contender_count, needs_judge, uses_judge
+from megatron_sip.config.server_flags import endpoints_of, rewriter_role
+from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
+from megatron_sip.judge.rewriter import REWRITE_ROOM
+from megatron_sip.judge.schedules import SMALL_GROUP, make_schedule, planned_pairs, votes_in_orders
+from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings
+
+CHARACTERS_PER_TOKEN = 4
+"""Of the instructions in prompt files; texts are counted in the policy's tokens."""
+
+REWRITE_START_TOKENS = 8
+"""About the five words that a rewrite's answer is started with, shown twice in its prompt."""
+
+Cost = dict[str, int]
+"""Name of a quantity, with its unit, -> how much of it; adds up."""
+
+
+def describe(args: argparse.Namespace) -> str:
+    """The text that --dry-run prints; `args` as `parse_arguments` returns them."""
+    settings = judge_settings(args, args.teacher_url or ["http://teacher"]) if needs_judge(args) else None
+    judge = _judge(args, settings) if settings is not None and uses_judge(args) else ["none"]
+    facts = [
+        ("objective", _objective(args)),
+        ("candidates", _candidates(args)),
+        *(("judge", line) for line in judge),
+        ("schedule", _schedule(args)),
+        ("rows", _rows(args)),
+    ]
+    if args.win_rate_prompts:
+        facts.append(
+            ("at the end", f"{args.win_rate_prompts:,} held-out prefixes: trained against initial policy, judged")
+        )
+    if settings is not None and (limit := _rate_limit(args, settings)):
+        facts.append(("at least", limit))
+    lines = ["What this run does", *(f"  {name:<11} {text}" for name, text in facts)]
+    lines += ["", "What it costs at most", *_table(args, settings)]
+    return "\n".join(lines) + "\n"
+
+
+def prompt_cost(args: argparse.Namespace, settings: JudgeSettings | None, with_rollouts: bool = True) -> Cost:
+    """What one prompt (task) costs. `settings` is needed when the run has a judge."""
+    kinds = [kind for kind in candidate_kinds(args) if with_rollouts or kind != "rollout"]
+    prefix, suffix = args.seq_length - args.suffix_length, args.suffix_length
+    cost: Cost = {}
+    if "rollout" in kinds:
+        cost["rollout tokens, prefilled"] = prefix
+        cost["rollout tokens, generated"] = args.num_rollouts * suffix
+    if "rewrite" in kinds:
+        cost["rewriter calls"] = 1
+        instructions = _instruction_tokens(builtin_prompt("rewrite"))
+        cost["rewriter tokens, prompt"] = instructions + prefix + suffix + 3 * REWRITE_START_TOKENS
+        cost["rewriter tokens, answer"] = REWRITE_ROOM * suffix + _rewriter_reasoning(args)
+    if uses_judge(args):
+        assert settings is not None
+        count = contender_count(args, with_rollouts)
+        judge = add_costs(criterion_cost(name, settings, count, prefix, suffix) for name in settings.criteria)
+        cost |= dict(sorted(judge.items(), key=lambda item: not item[0].endswith("judgements")))
+    branches = 2 if args.objective == "dpo" else 1
+    cost["training tokens, packed"] = prefix + branches * suffix
+    cost["training tokens, unpacked"] = branches * (prefix + suffix)
+    if args.objective == "dpo":
+        cost["reference tokens, packed"] = prefix + branches * suffix
+    return cost
+
+
+def _rewriter_reasoning(args: argparse.Namespace) -> int:
+    """Tokens for reasoning before a rewrite; none where the server goes on from the start that we give."""
+    [endpoint] = endpoints_of(args, rewriter_role(args), ["http://rewriter"])
+    return 0 if endpoint.continues_answers else endpoint.reasoning_tokens
+
+
+def candidate_count(args: argparse.Namespace, with_rollouts: bool = True) -> int:
+    """Candidates of one prompt."""
+    rollouts = args.num_rollouts if with_rollouts else 0
+    return sum(rollouts if kind == "rollout" else 1 for kind in candidate_kinds(args))
+
+
+def criterion_cost(name: str, settings: JudgeSettings, count: int, prefix: int, suffix: int) -> Cost:
+    """What one criterion asks about `count` candidates that compete, of `suffix` tokens after `prefix` tokens.
+
+    Requests are HTTP calls, which ask for all votes of a judgement at once; with a warm prefix cache the server computes the
+    instructions and the prefix only once a prompt.
+    """
+    if name == LIKELIHOOD:
+        requests, kind = count, "likelihood judgements"
+        judgements, answer, shown, once = count, 0, suffix, prefix
+    else:
+        prompt = read_prompt_file(Path(name)) if name.endswith(".txt") else builtin_prompt(name)
+        pairwise = prompt.kind == "pairwise"
+        kind = "pair judgements" if pairwise else "point judgements"
+        judgements, requests = (_pairwise if pairwise else _pointwise)(settings, name, count)
+        answer = judgements * _written_tokens(settings, name)
+        shown = 2 * suffix if pairwise else suffix
+        once = (
+            _instruction_tokens(prompt) + prefix * ("prefix" in prompt.slots) + suffix * ("reference" in prompt.slots)
+        )
+    return {
+        kind: judgements,
+        "judge requests": requests,
+        "judge tokens, prompts": requests * (once + shown),
+        "judge tokens, uncached": (once if requests else 0) + requests * shown,
+        "judge tokens, answers": answer,
+    }
+
+
+def _pairwise(settings: JudgeSettings, name: str, count: int) -> tuple[int, int]:
+    """(judgements, requests); each order of the two options is a request of its own."""
+    texts = count + settings.schedule.pivot_apart
+    orders = votes_in_orders(
+        make_schedule(settings.schedule), texts, soft=settings.mode(name) == "soft", votes=settings.votes
+    )
+    pairs = planned_pairs(settings.schedule, texts)
+    return pairs * sum(orders), pairs * sum(votes > 0 for votes in orders)
+
+
+def _pointwise(settings: JudgeSettings, name: str, count: int) -> tuple[int, int]:
+    """(judgements, requests)"""
+    return count * (settings.votes if settings.mode(name) == "hard" else 1), count
+
+
+def _written_tokens(settings: JudgeSettings, name: str) -> int:
+    """The most that a judge writes for one verdict; 0 where the verdict's probability is read without an answer."""
+    endpoint = settings.client.endpoint
+    if settings.mode(name) == "soft" and endpoint.continues_answers:
+        return 0
+    return settings.max_tokens + endpoint.reasoning_tokens
+
+
+def _instruction_tokens(prompt: PromptFile) -> int:
+    return sum(map(len, prompt.body[::2])) // CHARACTERS_PER_TOKEN
+
+
+def add_costs(costs: Iterable[Cost]) -> Cost:
+    """The quantities of several costs together."""
+    total: Cost = {}
+    for cost in costs:
+        for name, value in cost.items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+def run_cost(args: argparse.Namespace, settings: JudgeSettings | None) -> Cost:
+    """What the whole run costs; before --rollout-start-step there are no rollouts."""
+    without = min(args.rollout_start_step, args.train_iters) if "rollout" in candidate_kinds(args) else 0
+    phases = [(args.train_iters - without, prompt_cost(args, settings))]
+    if without:
+        phases.append((without, prompt_cost(args, settings, with_rollouts=False)))
+    return add_costs(_times(cost, steps * args.global_batch_size) for steps, cost in phases)
+
+
+def _times(cost: Mapping[str, int], factor: int) -> Cost:
+    return {name: factor * value for name, value in cost.items()}
+
+
+def _table(args: argparse.Namespace, settings: JudgeSettings | None) -> list[str]:
+    prompt, run = prompt_cost(args, settings), run_cost(args, settings)
+    step = _times(prompt, args.global_batch_size)
+    width = max(map(len, run))
+    columns = [("a prompt", prompt), ("a step", step), (f"{args.train_iters:,} steps", run)]
+    lines = ["  " + " " * width + "".join(f"{title:>20}" for title, _ in columns)]
+    lines += [f"  {name:<{width}}" + "".join(f"{cost.get(name, 0):>20,}" for _, cost in columns) for name in prompt]
+    ratio = prompt["training tokens, packed"] / prompt["training tokens, unpacked"]
+    if ratio < 1:
+        lines.append(f"  Packed, with the prefix shared by the pair, training takes {ratio:.0%} of the tokens.")
+    return lines
+
+
+def _objective(args: argparse.Namespace) -> str:
+    if args.objective == "sft":
+        return f"NLL of the {args.sft_target}"
+    if args.objective == "rf-nll":
+        return "RF-NLL: NLL of the best-judged candidate"
+    roles = "best against worst candidate"
+    if args.dpo_pair is not None:
+        roles = f"chosen {args.dpo_pair[0]}, rejected {args.dpo_pair[1]}"
+    interval = args.ref_update_interval
+    reference = f"refreshed every {interval} steps" if interval else "frozen"
+    return f"online DPO, {roles}; beta {args.dpo_beta:g}, reference {reference}"
+
+
+def _candidates(args: argparse.Namespace) -> str:
+    kinds = candidate_kinds(args)
+    rollouts = "1 rollout" if args.num_rollouts == 1 else f"{args.num_rollouts} rollouts"
+    names = [rollouts if kind == "rollout" else kind for kind in kinds]
+    text = f"{' + '.join(names)} = {candidate_count(args)} a prompt, {args.suffix_length} tokens each"
+    if "rollout" not in kinds:
+        return text
+    start = f", from step {args.rollout_start_step}" if args.rollout_start_step else ""
+    return f"{text}; rollouts at T={args.rollout_temperature:g}, top-p {args.rollout_top_p:g}{start}"
+
+
+def _judge(args: argparse.Namespace, settings: JudgeSettings) -> list[str]:
+    count = contender_count(args)
+    lines = []
+    for name, weight in settings.criteria.items():
+        cost = criterion_cost(name, settings, count, 0, 0)
+        kind, judgements = next(iter(cost.items()))
+        how = "mean token log-prob" if name == LIKELIHOOD else f"{settings.mode(name)} verdicts"
+        if kind == "pair judgements":
+            how += f", {_pairs(settings, count)}"
+        if name != LIKELIHOOD and settings.mode(name) == "hard":
+            how += f", {settings.votes} votes at T={settings.temperature:g}, top-p {settings.top_p:g}"
+        if name != LIKELIHOOD and (tokens := _written_tokens(settings, name)):
+            how += f", up to {tokens} tokens each"
+        lines.append(f"{name} (weight {weight:g}): {how}; {judgements} {kind} a prompt")
+    return lines
+
+
+def _pairs(settings: JudgeSettings, count: int) -> str:
+    """Which pairs of `count` candidates are compared, in words."""
+    schedule = settings.schedule
+    texts = count + schedule.pivot_apart
+    pairs = planned_pairs(schedule, texts)
+    text = f"{schedule.name}: {pairs} of {texts * (texts - 1) // 2} pairs"
+    if schedule.pivot_apart:
+        text = f"pivot: {pairs} pairs with the {schedule.pivot}, for comparison only"
+    return text + (", as many votes in either order" if texts <= SMALL_GROUP else "")
+
+
+def _rate_limit(args: argparse.Namespace, settings: JudgeSettings) -> str:
+    """What the rate limit makes of a step; nothing without one."""
+    rate = sum(endpoint.requests_per_s for endpoint in settings.client.endpoints)
+    if not rate:
+        return ""
+    cost = prompt_cost(args, settings)
+    requests = args.global_batch_size * (cost.get("judge requests", 0) + cost.get("rewriter calls", 0))
+    return f"{requests / rate:,.0f} s a step for {requests:,} teacher requests at {rate:g} a second"
+
+
+def _schedule(args: argparse.Namespace) -> str:
+    prompts = args.train_iters * args.global_batch_size
+    rate = f"lr {args.lr:g}" if args.lr is not None else "lr not given"
+    rate += f" {args.lr_decay_style} to {args.min_lr:g}, warm-up {args.lr_warmup_iters:,} steps"
+    return f"{args.train_iters:,} steps x {args.global_batch_size} prompts = {prompts:,} prompts; {rate}"
+
+
+def _rows(args: argparse.Namespace) -> str:
+    prefix = args.seq_length - args.suffix_length
+    branches = 2 if args.objective == "dpo" else 1
+    example = prefix + branches * args.suffix_length
+    return (
+        f"micro-batches of up to {args.row_length:,} tokens; an example has up to {example:,} "
+        f"({prefix:,} of prefix, {branches} x {args.suffix_length})"
+    )

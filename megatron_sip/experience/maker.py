@@ -1,0 +1,250 @@
+"""From tasks to training examples: rollouts, rewrites, judgement, selection. Runs on each data-parallel leader.
+
+           +-> engines: K rollouts a prefix --+
+    tasks -+                                  +-> judge -> select -> examples
+           +-> teacher: rewrite --------------+
+
+Rollouts and rewrites of all tasks are asked for at once; the judge starts when both are there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from megatron_sip.data.continuation_text import rollout_texts
+from megatron_sip.evaluation.training_samples import SampleLog
+from megatron_sip.experience.recording import read_groups, write_groups
+from megatron_sip.experience.selection import SelectionSettings, select, selection_metrics
+from megatron_sip.metrics import Mean, Metrics
+from megatron_sip.records import CANDIDATE_KINDS, Candidate, CandidateKind, Example, Group, Task
+from megatron_sip.rollout.pool import Completion, Failure, PoolCounters, SamplingSettings, SGLangPool
+from megatron_sip.rollout.protocol import drawn_seed
+
+GAUGES = ("cached-share", "latency-", "first-shown-preferred")
+"""Counters of the teacher's clients that are shares or percentiles, not totals."""
+
+
+class ScoresGroups(Protocol):
+    """What is needed of a judge."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Weight of each criterion, by the name that its scores are filed under."""
+        ...
+
+    async def score(self, groups: Sequence[Group], *, objective: Literal["dpo", "rf-nll", "pair"]) -> list[Group]:
+        """The same groups in order, each with scores or with the reason why it is dropped."""
+        ...
+
+    def counters(self) -> dict[str, float]:
+        """Running totals of calls, tokens, failures and so on."""
+        ...
+
+
+class RewritesSuffixes(Protocol):
+    """What is needed of a rewriter."""
+
+    async def rewrite(self, tasks: Sequence[Task]) -> list[Candidate | None]:
+        """A rewrite for each task, None where there is none."""
+        ...
+
+    def counters(self) -> dict[str, float]:
+        """Running totals."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ExperienceSettings:
+    """kinds: candidates to make. rollout_start_step: before it, rollouts are left out.
+
+    samples: where a few judged groups are kept for people to read. rollout_seed: rollouts are drawn by it and their task,
+    for engines that take seeds; None leaves the draws to the engines.
+    record: folder to write judged groups to, as `replica`. replay: folder to read them from instead of making any.
+    """
+
+    kinds: tuple[CandidateKind, ...]
+    sampling: SamplingSettings
+    selection: SelectionSettings
+    rollout_start_step: int = 0
+    replica: int = 0
+    record: Path | None = None
+    replay: Path | None = None
+    samples: SampleLog | None = None
+    rollout_seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """What one leader made of its share of a step's tasks; `unrecorded` says why its groups could not be kept."""
+
+    examples: list[Example]
+    metrics: Metrics
+    unrecorded: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RewritesAhead:
+    """Rewrites under way for the tasks of the next step."""
+
+    indices: list[int]
+    rewrites: asyncio.Task[list[Candidate | None]]
+
+
+class ExperienceMaker:
+    """Turns tasks into examples, by way of the engines and the teacher."""
+
+    def __init__(
+        self,
+        settings: ExperienceSettings,
+        tokenizer: Any,
+        engines: SGLangPool | None,
+        judge: ScoresGroups | None,
+        rewriter: RewritesSuffixes | None,
+    ) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._engines = engines
+        self._judge = judge
+        self._rewriter = rewriter
+        self._seen_counters: dict[str, float] = {}
+        self._ahead: RewritesAhead | None = None
+
+    async def make(self, step: int, tasks: Sequence[Task], next_tasks: Sequence[Task] = ()) -> Experience:
+        """Candidates, scores and examples for `tasks` at optimizer step `step` (0 is the first).
+
+        The rewrites of `next_tasks`, which the next call is to be about, are begun before this one returns.
+        """
+        if self._settings.replay is not None:
+            groups, seconds = read_groups(self._settings.replay, step, tasks), Metrics()
+        else:
+            groups, seconds = await self._judged_groups(step, tasks)
+        unrecorded = None
+        if self._settings.record is not None:
+            try:
+                write_groups(self._settings.record, step, self._settings.replica, groups)
+            except OSError as error:
+                unrecorded = f"--save-groups {self._settings.record} took no more: {error.strerror or error}"
+        selected = select(groups, self._settings.selection)
+        if self._settings.samples is not None:
+            self._settings.samples.record(step, groups, selected.examples)
+        metrics = selection_metrics(groups, selected)
+        metrics |= candidate_lengths(groups)
+        metrics |= {f"dropped/{reason}": float(count) for reason, count in selected.dropped.items()}
+        metrics |= self._counters() | seconds
+        metrics |= {"groups": float(len(groups)), "merged_candidates": float(selected.merged)}
+        if next_tasks and self._rewriter is not None and self._settings.replay is None:
+            rewrites = asyncio.create_task(self._rewriter.rewrite(next_tasks))
+            self._ahead = RewritesAhead([task.index for task in next_tasks], rewrites)
+        return Experience(selected.examples, metrics, unrecorded)
+
+    async def _judged_groups(self, step: int, tasks: Sequence[Task]) -> tuple[list[Group], Metrics]:
+        """Groups with scores (when the objective needs them), and the seconds of each phase."""
+        started = time.monotonic()
+        kinds = [k for k in self._settings.kinds if k != "rollout" or step >= self._settings.rollout_start_step]
+        rollouts, rewrites = await asyncio.gather(
+            self._rollouts(tasks, str(step), wanted="rollout" in kinds),
+            self._rewrites(tasks, wanted="rewrite" in kinds),
+        )
+        groups = [
+            build_group(task, kinds, made, rewrite)
+            for task, made, rewrite in zip(tasks, rollouts, rewrites, strict=True)
+        ]
+        made_at = time.monotonic()
+        if self._settings.selection.needs_judge:
+            assert self._judge is not None
+            groups = await self._judge.score(groups, objective=self._judged_objective())
+        return groups, {"seconds/rollout": made_at - started, "seconds/judge": time.monotonic() - made_at}
+
+    def _judged_objective(self) -> Literal["dpo", "rf-nll"]:
+        return "dpo" if self._settings.selection.objective == "dpo" else "rf-nll"
+
+    async def _rollouts(self, tasks: Sequence[Task], version: str, *, wanted: bool) -> list[list[Candidate] | str]:
+        """K rollouts a task, or the reason why there are none; by weights of `version` only."""
+        if not wanted:
+            return [[] for _ in tasks]
+        assert self._engines is not None
+        prefixes, seed = [task.prefix_ids for task in tasks], self._settings.rollout_seed
+        seeds = None if seed is None else [drawn_seed(seed, task.index) for task in tasks]
+        answers = await self._engines.generate(prefixes, self._settings.sampling, seeds=seeds, weight_version=version)
+        return [
+            answer.kind if isinstance(answer, Failure) else self._as_candidates(task, answer)
+            for task, answer in zip(tasks, answers, strict=True)
+        ]
+
+    def _as_candidates(self, task: Task, completions: Sequence[Completion]) -> list[Candidate]:
+        texts = rollout_texts(self._tokenizer, task, [c.ids for c in completions])
+        return [
+            Candidate("rollout", list(c.ids), text, list(c.logprobs), c.weight_version)
+            for c, text in zip(completions, texts, strict=True)
+        ]
+
+    async def _rewrites(self, tasks: Sequence[Task], *, wanted: bool) -> list[Candidate | None]:
+        if not wanted:
+            return [None] * len(tasks)
+        assert self._rewriter is not None
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return await self._rewriter.rewrite(tasks)
+        if ahead.indices != [task.index for task in tasks]:
+            raise ValueError(f"rewrites were made ahead for tasks {ahead.indices}, not for those of this step")
+        return await ahead.rewrites
+
+    def _counters(self) -> Metrics:
+        """What the clients counted in this step; shares and percentiles are those since the start."""
+        totals: dict[str, float] = {}
+        if self._engines is not None:
+            totals |= {f"rollout/{name}": value for name, value in pool_counts(self._engines.counters).items()}
+        for room, source in (("judge", self._judge), ("rewriter", self._rewriter)):
+            if source is not None:
+                totals |= {f"{room}/{name}": value for name, value in source.counters().items()}
+        metrics: Metrics = {}
+        for name, value in totals.items():
+            is_gauge = name.split("/")[1].startswith(GAUGES)
+            metrics[name] = Mean(value) if is_gauge else value - self._seen_counters.get(name, 0.0)
+        self._seen_counters = totals
+        return metrics
+
+
+def pool_counts(counters: PoolCounters) -> dict[str, float]:
+    """The engines' client's counters as flat numbers."""
+    plain = {field.name: getattr(counters, field.name) for field in fields(counters)}
+    numbers = {name: float(value) for name, value in plain.items() if not isinstance(value, Counter)}
+    for group in ("failures", "attempt_failures"):
+        numbers |= {f"{group}/{kind}": float(count) for kind, count in plain[group].items()}
+    return numbers
+
+
+def build_group(
+    task: Task,
+    kinds: Sequence[CandidateKind],
+    rollouts: list[Candidate] | str,
+    rewrite: Candidate | None,
+) -> Group:
+    """The candidates of a task in canonical order; a task whose rollouts failed is dropped with that reason.
+
+    A missing rewrite (refused, empty) only leaves the group without it: the rewriter counts why.
+    """
+    candidates = []
+    if "suffix" in kinds:
+        candidates.append(Candidate("suffix", task.suffix_ids, task.suffix_text))
+    if rewrite is not None:
+        candidates.append(rewrite)
+    if isinstance(rollouts, str):
+        return Group(task, candidates, dropped=f"rollout {rollouts}")
+    candidates += [rollout for rollout in rollouts if rollout.ids]
+    return Group(task, candidates)
+
+
+def candidate_lengths(groups: Sequence[Group]) -> Metrics:
+    """Mean tokens by candidate kind."""
+    lengths: Metrics = {}
+    for kind in CANDIDATE_KINDS:
+        counts = [len(candidate.ids) for group in groups for candidate in group.candidates if candidate.kind == kind]
+        lengths[f"length/{kind}"] = Mean(float(sum(counts)), float(len(counts)))
+    return lengths

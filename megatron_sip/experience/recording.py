@@ -1,0 +1,74 @@
+"""Judged groups on disk, so that a step can be trained again without engines or teacher: debugging, ablations, exact tests.
+
+`--save-groups DIR` writes one file a step and replica, `DIR/step_0000012.replica_0.jsonl.zst`; `--replay-groups DIR` trains
+from them, with any number of replicas. Selection runs again, so the objective may differ from that of the recording run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import zstandard
+
+from megatron_sip.errors import DataError
+from megatron_sip.files import described, write_atomically
+from megatron_sip.records import Group, Task, group_from_json
+
+
+def write_groups(folder: Path, step: int, replica: int, groups: Sequence[Group]) -> Path:
+    """Write the groups of one replica's share of `step`; the file appears only when it is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:07d}.replica_{replica}.jsonl.zst"
+    text = "".join(json.dumps(group.to_json(), ensure_ascii=False) + "\n" for group in groups)
+    write_atomically(path, zstandard.compress(text.encode()))
+    return path
+
+
+def read_groups(folder: Path, step: int, tasks: Sequence[Task]) -> list[Group]:
+    """The recorded group of each of `tasks`, in order, whichever replica recorded it.
+
+    Of a task that was recorded twice, as after a resume with fewer replicas, which leaves files of the others behind, the
+    group of the newest file is taken.
+
+    Raises:
+        DataError: the step was not recorded, or not for these tasks; a file is cut short or holds something else.
+    """
+    paths = sorted(
+        folder.glob(f"step_{step:07d}.replica_*.jsonl.zst"), key=lambda path: (path.stat().st_mtime_ns, path.name)
+    )
+    if not paths:
+        raise DataError(f"--replay-groups {folder}: no groups of step {step}; it was recorded with fewer steps")
+    recorded: dict[int, Group] = {}
+    for path in paths:
+        recorded |= {group.task.index: group for group in _groups_in(path)}
+    groups = []
+    for task in tasks:
+        if task.index not in recorded:
+            raise DataError(
+                f"--replay-groups {folder}: task {task.index} is not among the {len(recorded)} of step {step}: a file of that "
+                "step is missing, or the run was recorded with another --global-batch-size"
+            )
+        if recorded[task.index].task != task:
+            raise DataError(
+                f"--replay-groups {folder}: step {step} was recorded for other tasks than task {task.index} of this run: use "
+                "the same --data-path, --split, --seq-length, --suffix-length, --min-prefix-length, --task-mode, "
+                "--prepend-bos, --seed and --global-batch-size"
+            )
+        groups.append(recorded[task.index])
+    return groups
+
+
+def _groups_in(path: Path) -> list[Group]:
+    groups = []
+    with described(path, "a file of judged groups"):
+        try:
+            content = zstandard.decompress(path.read_bytes())
+        except zstandard.ZstdError as error:
+            raise ValueError(str(error)) from error
+        # Split as bytes: str.splitlines would also split at the line separators that text may contain.
+        for line in content.split(b"\n"):
+            if line:
+                groups.append(group_from_json(json.loads(line)))
+    return groups

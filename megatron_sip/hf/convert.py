@@ -1,0 +1,155 @@
+"""Conversion of a model between a Hugging Face folder and a Megatron distributed checkpoint: tools/convert_checkpoint.py.
+
+One process does; for a model larger than its memory torchrun splits it. The checkpoint does not depend on that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from megatron_sip import console
+from megatron_sip.console import quiet
+from megatron_sip.hf.families import architecture
+from megatron_sip.hf.files import checked_tensors, read_hf_config, rounding
+from megatron_sip.hf.folder import HF_SUBFOLDER, copy_hf_files, refuse_pointers
+from megatron_sip.hf.shards import name_parts, write_parts
+from megatron_sip.model.standalone import build_policy, initialize_megatron_for, precision_of
+from megatron_sip.training.checkpoint_folder import TRACKER, weights_folder
+from megatron_sip.training.checksums import damages, write_checksums
+
+PREFIX = "convert_checkpoint: "
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+class ConversionError(Exception):
+    """The folders named on the command line cannot be converted; the message says what is wrong and what to do."""
+
+
+def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
+    """Convert as the command line says; a line on stderr and exit status 1 when that cannot be."""
+    args = parse_arguments(argv, description)
+    convert = {"hf-to-megatron": hf_to_megatron, "megatron-to-hf": megatron_to_hf}[args.direction]
+    with torch.no_grad(), contextlib.nullcontext() if args.verbose else quiet(None):
+        try:
+            convert(args)
+            say(f"wrote {args.save}")
+        except (ConversionError, OSError, ValueError, SafetensorError) as error:
+            sys.exit(f"{PREFIX}{error}")
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("direction", choices=("hf-to-megatron", "megatron-to-hf"))
+    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="the checkpoint to read")
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="a new or empty folder to write")
+    parser.add_argument("--hf-dir", type=Path, metavar="DIR", help="config and tokenizer; default: --load's hf/ folder")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="needs torchrun if > 1")
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="the same")
+    parser.add_argument("--verbose", action="store_true", help="show what Megatron prints, too")
+    return parser.parse_args(argv)
+
+
+def hf_to_megatron(args: argparse.Namespace) -> None:
+    """Write a torch_dist checkpoint without optimizer state, and hf/ beside it.
+
+    Raises:
+        ConversionError: --load is no HF folder, or --save already holds a checkpoint.
+        OSError, ValueError: a file is missing or not whole, config and weights do not fit together, or the architecture or
+            one of its options is not supported.
+    """
+    hf_config = hf_config_of(args.load, "--load")
+    check_new(args.save)
+    stored = checked_tensors(args.load, hf_config)  # before Megatron is imported
+    say(rounding(stored, precision_of(hf_config)))
+    initialize(hf_config, args, "--save", str(args.save), "--save-interval", "1", "--no-save-optim", "--no-save-rng")
+    from megatron.training.checkpointing import save_checkpoint
+
+    from megatron_sip.hf.weights import load_hf_weights
+
+    model = build_policy()
+    load_hf_weights(model, args.load)
+    if dist.get_rank() == 0:
+        copy_hf_files(args.load, args.save / HF_SUBFOLDER)
+    save_checkpoint(0, model, None, None, 0, release=True)  # its last act is the file that marks it complete
+    write_checksums(weights_folder(args.save), dist.get_rank())
+
+
+def megatron_to_hf(args: argparse.Namespace) -> None:
+    """Write safetensors, config and tokenizer.
+
+    Raises:
+        ConversionError: --load is no Megatron checkpoint, no HF config is found, or --save is not empty.
+        OSError, ValueError: the architecture or one of its options is not supported, or is not the checkpoint's.
+    """
+    if not (args.load / TRACKER).is_file():
+        raise ConversionError(f"--load {args.load} is no Megatron checkpoint folder: it has no {TRACKER}")
+    processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+    if found := damages(weights_folder(args.load), *processes):
+        raise ConversionError(f"--load {args.load} is damaged: {'; '.join(found)}")
+    hf_dir = args.hf_dir or args.load / HF_SUBFOLDER
+    hf_config = hf_config_of(hf_dir, "--hf-dir" if args.hf_dir else "the hf/ folder of --load (or give --hf-dir)")
+    check_new(args.save)
+    initialize(hf_config, args, "--load", str(args.load), "--finetune", "--no-load-optim", "--no-load-rng")
+    from megatron.training.checkpointing import load_checkpoint
+
+    from megatron_sip.hf.checkpoint_model import describe_rounding, require_same_model
+    from megatron_sip.hf.weights import export_hf_weights
+
+    saved = require_same_model(args.load, architecture(hf_config), f"{hf_dir}/config.json")
+    say(describe_rounding(saved, precision_of(hf_config)))
+    model = build_policy()
+    load_checkpoint(model, None, None)
+    args.save.mkdir(parents=True, exist_ok=True)
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(
+        by_rank, write_parts(export_hf_weights(model, hf_config), args.save, str(dist.get_rank()), MAX_SHARD_BYTES)
+    )
+    if dist.get_rank() == 0:
+        name_parts(args.save, [part for parts in by_rank for part in parts])
+        copy_hf_files(hf_dir, args.save)
+
+
+def say(note: str | None) -> None:
+    """Tell the user once, whatever the number of processes."""
+    if note and int(os.environ.get("RANK", "0")) == 0:
+        console.say(f"{PREFIX}{note}")
+
+
+def initialize(hf_config: Any, args: argparse.Namespace, *flags: str) -> None:
+    """Initialise Megatron with the command line's parallel sizes; ConversionError when the processes do not fit."""
+    needed = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    sizes = ["--tensor-model-parallel-size", str(args.tensor_model_parallel_size)]
+    sizes += ["--pipeline-model-parallel-size", str(args.pipeline_model_parallel_size)]
+    if needed > 1 and not dist.is_torchelastic_launched():
+        raise ConversionError(f"the parallel sizes need {needed} processes: torchrun --nproc-per-node {needed} ...")
+    initialize_megatron_for(hf_config, [*sizes, *flags])
+
+
+def hf_config_of(folder: Path, flag: str) -> Any:
+    """The folder's config; ConversionError, naming the flag, when there is none."""
+    if not (folder / "config.json").is_file():
+        raise ConversionError(f"{folder}/config.json does not exist: {flag} must be a Hugging Face model folder")
+    refuse_pointers(folder)
+    return read_hf_config(folder)
+
+
+def check_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConversionError(f"--save {folder} already holds files: name a new folder, or empty it first")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""A Hugging Face folder as a Megatron checkpoint, converted once and kept: the next start finds it.
+
+    checkpoint = converted_checkpoint(Path("Llama-3.2-1B"))      # minutes the first time, then milliseconds
+
+Many processes may ask at once: one converts, the others wait. An entry of the cache appears when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import filelock
+
+from megatron_sip.console import say
+from megatron_sip.hf.folder import READ_SUFFIXES
+from megatron_sip.serving.guard import kill_with_parent, own_environment
+from megatron_sip.training.checkpoint_folder import TRACKER
+
+DEFAULT_CACHE = Path("~/.cache/megatron_sip/checkpoints")  # expanded where it is used: a container may have no home
+CACHE_VERSION = 1
+LOCK_TIMEOUT_S = 4 * 3600.0
+SAMPLES, SAMPLE_BYTES = 32, 1 << 16
+"""Of a weight file, spread over it: a copy may keep the time stamps of other weights."""
+
+
+class ConversionFailedError(ValueError):
+    """The converter failed, or takes for ever."""
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether `folder` is a Hugging Face model and not a Megatron checkpoint."""
+    return (folder / "config.json").is_file() and not (folder / TRACKER).is_file()
+
+
+def converted_checkpoint(hf_dir: Path, cache: Path = DEFAULT_CACHE) -> Path:
+    """The Megatron checkpoint of `hf_dir`, from the cache or converted now by tools/convert_checkpoint.py's code.
+
+    An entry belongs to the files as they are: their place, size, time stamp and samples of the content.
+
+    Raises:
+        ValueError: the model is not supported, a file is not whole, or config and weights do not fit together.
+        ConversionFailedError: the converter failed; the message is its last.
+        OSError: the folder cannot be read, or the cache not written.
+    """
+    entry = cache.expanduser() / f"{hf_dir.resolve().name[:60]}-{folder_key(hf_dir)}"
+    if _complete(entry):
+        return entry
+    _check(hf_dir)
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    lock = entry.with_name(entry.name + ".lock")
+    try:
+        with filelock.FileLock(lock, timeout=LOCK_TIMEOUT_S):
+            if not _complete(entry):
+                say(f"converting {hf_dir} into {entry}")
+                _fill(entry, hf_dir)
+    except filelock.Timeout:
+        raise ConversionFailedError(
+            f"{hf_dir}: another process has been converting it for {LOCK_TIMEOUT_S:.0f} s (lock {lock}): wait for it, or end it"
+        ) from None
+    return entry
+
+
+def _check(hf_dir: Path) -> None:
+    """What the converter would refuse after its start, at once."""
+    from megatron_sip.hf.files import checked_tensors, read_hf_config  # imports torch and transformers
+
+    checked_tensors(hf_dir, read_hf_config(hf_dir))
+
+
+def folder_key(hf_dir: Path) -> str:
+    """What tells the folder's present state from others."""
+    from megatron_sip.platform.megatron_cpu import cpu_default_arguments  # imports torch
+
+    # Transformer Engine's layers keep more in a checkpoint than those that a machine without it has.
+    identity: list[object] = [CACHE_VERSION, str(hf_dir.resolve()), cpu_default_arguments()]
+    for file in sorted(hf_dir.iterdir()):
+        if file.suffix in (".safetensors", *READ_SUFFIXES) and file.is_file():
+            stat = file.stat()
+            identity.append(
+                [file.name, str(file.resolve()), stat.st_size, stat.st_mtime_ns, _samples(file, stat.st_size)]
+            )
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
+
+
+def _samples(file: Path, size: int) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        for index in range(SAMPLES):
+            opened.seek(index * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+            digest.update(opened.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _complete(entry: Path) -> bool:
+    return (entry / TRACKER).is_file()
+
+
+def _fill(entry: Path, hf_dir: Path) -> None:
+    own = f".{entry.name}-{socket.gethostname()}-"
+    for stale in entry.parent.glob(f"{own}*"):  # of a process of this machine that was killed: we hold the lock
+        shutil.rmtree(stale, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=own, dir=entry.parent, ignore_cleanup_errors=True) as work:
+        staged = Path(work) / "checkpoint"
+        _convert(hf_dir, staged)
+        # Where locks do not reach across nodes, another one may have finished first: its entry is equal, ours goes.
+        with suppress(OSError):
+            staged.rename(entry)
+        if not _complete(entry):
+            shutil.rmtree(entry, ignore_errors=True)  # a damaged entry, e.g. emptied by hand
+            staged.rename(entry)
+
+
+def _convert(hf_dir: Path, target: Path) -> None:
+    """In a process of its own: Megatron has one state a process, and this one's is the caller's."""
+    command = [sys.executable, "-m", "megatron_sip.hf.convert", "hf-to-megatron", "--load", str(hf_dir)]
+    done = subprocess.run(
+        [*command, "--save", str(target)],
+        env=own_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        preexec_fn=kill_with_parent,
+    )
+    from_converter = _own_lines(done.stdout.splitlines())
+    if done.returncode:
+        raise ConversionFailedError(
+            from_converter[-1] if from_converter else f"the converter failed:\n{done.stdout[-3000:]}"
+        )
+    for line in from_converter[:-1]:  # the last one names the folder that is moved now
+        say(line)
+
+
+def _own_lines(lines: Sequence[str]) -> list[str]:
+    from megatron_sip.hf.convert import PREFIX
+
+    return [line.removeprefix(PREFIX) for line in lines if line.startswith(PREFIX)]

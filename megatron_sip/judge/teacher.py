@@ -1,0 +1,301 @@
+"""Asks a judge's servers: calls in, answers out, through the cache, in batches where the server takes them.
+
+    async with JudgeClient(settings) as client:
+        answers = await client.ask(calls, affinity, deadline)
+
+A failed call's answer is None, and is counted by kind. Nothing but a server's readable answer becomes an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Self
+
+import orjson
+
+from megatron_sip.judge.cache import AnswerCache, cache_key
+from megatron_sip.judge.calls import Answer, Call, GenerateCall, LikelihoodCall, cache_material, votes_that_came
+from megatron_sip.judge.dialect import Dialect, Dialects, DialectTrial
+from megatron_sip.judge.encoding import ChatEncoder, EncodingError
+from megatron_sip.judge.prefix_window import PrefixWindow, estimated_tokens
+from megatron_sip.judge.probe import EndpointFacts, probe
+from megatron_sip.judge.reasoning import UNKNOWN, ReasoningStyle
+from megatron_sip.judge.settings import DEFAULT_MODEL, ClientSettings, Endpoint, SettingsError
+from megatron_sip.judge.wire import (
+    OPENAI_PATH,
+    SGLANG_PATH,
+    answer_tokens,
+    openai_answer,
+    openai_body,
+    sglang_answers,
+    sglang_body,
+)
+from megatron_sip.serving.http import HttpPool, Request, RequestError, RetryPolicy, Server
+
+log = logging.getLogger(__name__)
+
+PREFILL_BATCH = 32
+"""Prompts in one native request that generates at most one token each."""
+GENERATE_BATCH = 8
+"""Prompts in one native request that generates: few, since the batch is as slow as its slowest answer."""
+CHECK_TIMEOUT_S = 30.0
+UNREADABLE = {
+    "aborted": "the server aborted or filtered it",
+    "cut": "it reached its limit of tokens (--judge-max-tokens, --teacher-reasoning-tokens)",
+    "in-reasoning": "its reasoning never ended; it may need more tokens for it (--teacher-reasoning-tokens)",
+    "no-verdict": "it holds no verdict",
+    "verdict-not-last": "it does not end with its verdict; if that is how the judge is meant to answer, its prompt file "
+    "needs position = 'anywhere'",
+}
+TEMPLATE_TOKENS = 128
+"""Allowed for a chat template that only the server knows."""
+
+
+class JudgeClient:
+    """Transport of one judge. Use as an async context manager; `check` first, so that mistakes show at start."""
+
+    def __init__(self, settings: ClientSettings) -> None:
+        self.settings = settings
+        servers = [_server(endpoint) for endpoint in settings.endpoints]
+        self.pool = HttpPool(
+            servers,
+            concurrency=settings.concurrency,
+            call_timeout_s=settings.call_timeout_s,
+            policy=RetryPolicy(attempts=settings.attempts),
+            seed=settings.seed,
+        )
+        self.counts: Counter[str] = Counter()
+        self._cache: AnswerCache | None = None
+        self._encoder = ChatEncoder.load(settings.tokenizer) if settings.tokenizer else None
+        self._facts: dict[str, EndpointFacts] = {}
+        self._dialects = Dialects()
+        self._singly: set[str] = set()  # servers that gave fewer answers than n
+
+    async def __aenter__(self) -> Self:
+        if self.settings.cache_path is not None:
+            self._cache = AnswerCache(self.settings.cache_path, counts=self.counts)
+        await self.pool.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.pool.__aexit__(*exc_info)
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
+
+    async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
+        """Wait until every endpoint answers. Raises EndpointError after `timeout_s`, EncodingError, SettingsError."""
+        found = await asyncio.gather(
+            *(probe(server, self.settings.endpoint, timeout_s) for server in self.pool.servers)
+        )
+        for endpoint, facts in zip(self.settings.endpoints, found, strict=True):
+            self._facts[endpoint.url] = facts
+            if endpoint.kind == "sglang" and self._encoder is None and facts.tokenizer:
+                try:
+                    self._encoder = ChatEncoder.load(facts.tokenizer)
+                except EncodingError as error:
+                    raise EncodingError(f"{error}; give the judge's tokenizer explicitly") from error
+        endpoint = self.settings.endpoint
+        if endpoint.kind == "sglang":
+            _ = self.encoder
+            if self.reasoning.unknown and not endpoint.answer_prefix:
+                raise EncodingError(
+                    f"endpoint {endpoint.url}: the chat template ends with '{self.reasoning.unknown}', which seems to open "
+                    "reasoning, and what ends that is not known: give it with --teacher-answer-prefix (or --rewriter-..., "
+                    "--eval-judge-...)"
+                )
+        if endpoint.prefill and self.reasoning.always:
+            raise SettingsError(
+                f"endpoint {endpoint.url}: prefill would begin answers inside the reasoning that the model's template "
+                "opens: leave out --teacher-prefill (or --rewriter-..., --eval-judge-...), or use the API sglang, which "
+                "closes it first"
+            )
+
+    def window(self, chars: int) -> PrefixWindow:
+        """How much of a prefix the servers may be shown, at most `chars`; after `check`."""
+        given, facts = self.settings.endpoint.context_tokens, self._facts.values()
+        known = [given] if given else [fact.context_tokens for fact in facts if fact.context_tokens is not None]
+        count = estimated_tokens if self._encoder is None else lambda text: len(self.encoder.text(text))
+        return PrefixWindow(chars, min(known) if known else None, count)
+
+    def request_tokens(self, call: Call) -> int:
+        """About how many tokens a call takes of its server's context, the answer included."""
+        count = self.window(0).count
+        return sum(map(count, call.prompt)) + answer_tokens(call, self.settings.endpoint) + TEMPLATE_TOKENS
+
+    @property
+    def encoder(self) -> ChatEncoder:
+        """Raises SettingsError when there is no tokenizer for the sglang endpoints."""
+        if self._encoder is None:
+            raise SettingsError("an sglang judge endpoint needs the judge's tokenizer: give its folder")
+        return self._encoder
+
+    async def ask(
+        self, calls: Sequence[Call], affinity: int, deadline: float, failures: Counter[str] | None = None
+    ) -> list[Answer]:
+        """Answers in the order of `calls`; None for a call that failed or had not ended at `deadline` (loop time).
+
+        `failures`, when given, is where failed calls are also counted by kind.
+        """
+        failures = Counter() if failures is None else failures
+        source = self._answer_source()
+        keys = [cache_key(cache_material(call, source)) for call in calls]
+        stored = self._cache.get_many(keys) if self._cache is not None else {}
+        known: dict[bytes, Answer] = {key: answer for key, answer in stored.items() if answer is not None}
+        open_calls = {key: call for key, call in zip(keys, calls, strict=True) if key not in known}
+        self.counts["calls"] += len(calls)
+        self.counts["cached"] += len(calls) - len(open_calls)
+        if open_calls:
+            fresh = await self._ask_servers(open_calls, affinity, deadline, failures)
+            if self._cache is not None:
+                kept = ((key, votes_that_came(open_calls[key], answer)) for key, answer in fresh.items())
+                self._cache.put_many((key, answer) for key, answer in kept if answer is not None)
+            known |= fresh
+        return [known.get(key) for key in keys]
+
+    def flush(self) -> None:
+        if self._cache is not None:
+            self._cache.flush()
+
+    async def _ask_servers(
+        self, calls: dict[bytes, Call], affinity: int, deadline: float, failures: Counter[str]
+    ) -> dict[bytes, Answer]:
+        one_each = self.settings.endpoint.kind == "openai"  # chat completions take no more
+        batches = [[key] for key in calls] if one_each else _batches(calls)
+        results = await asyncio.gather(
+            *(self._send([calls[key] for key in batch], affinity, deadline, failures) for batch in batches)
+        )
+        answers: dict[bytes, Answer] = {}
+        for batch, result in zip(batches, results, strict=True):
+            if result is not None:
+                answers.update(zip(batch, result, strict=True))
+        return answers
+
+    async def _send(
+        self, calls: list[Call], affinity: int, deadline: float, failures: Counter[str]
+    ) -> list[Answer] | None:
+        sent: tuple[str, Dialect, dict[str, Any]] = ("", Dialect(), {})
+        missing = 0  # answers of the `n` that were asked for
+
+        def body(server: Server) -> bytes:
+            nonlocal sent
+            dialect = self._dialects.of(server.url)
+            sent = server.url, dialect, self._body(calls, dialect)
+            return orjson.dumps(sent[2])
+
+        def parse(response: Any) -> list[Answer]:
+            nonlocal missing
+            asked = sent[2].get("n", 1)  # less than the call's `n` where the server refuses that parameter
+            answers = self._parse(calls, response, asked)
+            wanted = calls[0].n if not is_native and isinstance(calls[0], GenerateCall) else 0
+            missing = max(0, wanted - min(asked, len(response["choices"]))) if wanted else 0
+            return answers
+
+        is_native = self.settings.endpoint.kind == "sglang"
+        request = Request(affinity, SGLANG_PATH if is_native else OPENAI_PATH, body, parse)
+        trial = DialectTrial(self._dialects)
+        while True:
+            try:
+                answers = await self.pool.send(request, deadline)
+                break
+            except RequestError as failure:
+                if failure.refusal and trial.another(*sent, failure.refusal):
+                    continue
+                trial.undo()
+                self._count_failure(failure, len(calls), failures)
+                return None
+        trial.keep(*sent[:2])
+        first, answer = calls[0], answers[0]
+        if missing and isinstance(first, GenerateCall) and isinstance(answer, list):
+            self._say_once(sent[0], first.n - missing, first.n)
+            ask = partial(self._send, [replace(first, n=1)], affinity, deadline, failures)
+            singles = await asyncio.gather(*(ask() for _ in range(missing)))
+            return [[*answer[:-missing], *map(_only, singles)]]
+        return answers
+
+    def _count_failure(self, failure: RequestError, calls: int, failures: Counter[str]) -> None:
+        failures[failure.kind] += calls
+        name = f"failed/{failure.kind}"
+        self.counts[name] += calls
+        if self.counts[name] == calls:  # the first of its kind is worth a line, not a flood
+            log.warning("judge call failed, its votes are missing: %s", failure)
+
+    def _say_once(self, url: str, given: int, asked: int) -> None:
+        if url not in self._singly:
+            self._singly.add(url)
+            log.warning("judge server %s gave %d of %d answers: the others are asked for singly", url, given, asked)
+
+    def _answer_source(self) -> str:
+        """What answers are kept under: the model that gives them, what its reasoning may cost, how they are begun."""
+        endpoint = self.settings.endpoint
+        model = endpoint.model
+        if model == DEFAULT_MODEL:
+            model = self._facts.get(endpoint.url, EndpointFacts()).model or model
+        asked = [endpoint.reasoning_tokens, endpoint.answer_prefix, endpoint.prefill]
+        return "\x00".join([model, *(str(value) for value in asked if value)])
+
+    @property
+    def reasoning(self) -> ReasoningStyle:
+        """How the model reasons, as far as its tokenizer is known and made for chats."""
+        try:
+            return UNKNOWN if self._encoder is None else self._encoder.reasoning
+        except EncodingError:
+            return UNKNOWN
+
+    def _body(self, calls: list[Call], dialect: Dialect) -> dict[str, Any]:
+        endpoint = self.settings.endpoint
+        if endpoint.kind == "sglang":
+            return sglang_body(calls, self.encoder, endpoint)
+        assert not isinstance(calls[0], LikelihoodCall)
+        return dialect.adapted(openai_body(calls[0], endpoint))
+
+    def _parse(self, calls: list[Call], response: Any, asked: int) -> list[Answer]:
+        endpoint = self.settings.endpoint
+        lost: Counter[str] = Counter()
+        if endpoint.kind == "sglang":
+            answers, prompt_tokens, generated = sglang_answers(calls, self.encoder, response, lost)
+        else:
+            assert not isinstance(calls[0], LikelihoodCall)
+            answer, prompt_tokens, generated = openai_answer(calls[0], endpoint, response, self.reasoning, lost, asked)
+            answers = [answer]
+        self.counts["prompt-tokens"] += prompt_tokens
+        self.counts["generated-tokens"] += generated
+        for reason, count in lost.items():
+            name = f"unreadable/{reason}"
+            self.counts[name] += count
+            if self.counts[name] == count:  # the first of its kind is worth a line
+                log.warning("an answer of the judge or rewriter is not used: %s", UNREADABLE[reason])
+        return answers
+
+
+def _only(answers: list[Answer] | None) -> Any:
+    """The vote (or text) in the answer to a call for one; None when it failed."""
+    return answers[0][0] if answers and isinstance(answers[0], list) else None
+
+
+def _server(endpoint: Endpoint) -> Server:
+    base = endpoint.url.rstrip("/").removesuffix("/v1")  # clients of this protocol are often given the URL with it
+    return Server(base, endpoint.api_key(), endpoint.requests_per_s, endpoint.proxy())
+
+
+def _batches(calls: dict[bytes, Call]) -> list[list[bytes]]:
+    """Keys of calls that may share a native request: same kind, prompt identity and number of samples."""
+    alike: dict[Any, list[bytes]] = {}
+    for key, call in calls.items():
+        alike.setdefault((call.identity, *map(str, call.cache_fields())), []).append(key)
+    batches = []
+    for keys in alike.values():
+        size = GENERATE_BATCH if isinstance(calls[keys[0]], GenerateCall) else PREFILL_BATCH
+        batches += [keys[begin : begin + size] for begin in range(0, len(keys), size)]
+    return batches
+
+
+def affinity_of(prefix: str) -> int:
+    """The routing key of a prompt: equal prefixes, equal servers."""
+    return int.from_bytes(hashlib.blake2b(prefix.encode(errors="surrogatepass"), digest_size=8).digest())

@@ -1,0 +1,315 @@
+"""Start SGLang servers on this machine, and be sure that they end.
+
+    with LocalServer(ServerSettings(model_path="SmolLM2-135M-Instruct")) as server:
+        ...  # POST to server.url + "/generate"
+
+Each server runs under `rollout.guard`, so it ends with this process however this process ends. Servers on other
+machines are started by the user's own scheduler and given to the trainer as URLs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from tqdm import tqdm
+
+from megatron_sip.console import bars, log_tail
+from megatron_sip.rollout.protocol import EngineError
+from megatron_sip.serving.blocking_call import call
+from megatron_sip.serving.guard import end, own_environment
+
+HOST = "127.0.0.1"
+LOG_TAIL_LINES = 30
+STOP_S = 5.0
+"""Seconds between SIGTERM and SIGKILL."""
+PORT_ATTEMPTS = 3
+PORT_TAKEN = re.compile(r"address already in use|EADDRINUSE|port \d+ is (not available|already in use)", re.IGNORECASE)
+
+CPU_MODULE = "megatron_sip.platform.sglang_server_cpu"
+# Of requests that come at once and begin alike, as a group's do at the judge, one goes first and the others reuse what it has
+# computed: they are put behind the others, and a batch is too short to take them in as well.
+SHARED_PREFILL = ("--schedule-policy=lpm", "--chunked-prefill-size=512")
+CPU_FLAGS = (
+    "--device=cpu",
+    "--attention-backend=torch_native",
+    "--sampling-backend=pytorch",
+    "--disable-overlap-schedule",
+    "--sleep-on-idle",  # an idle server must leave its core to the trainer and to the other servers
+    *SHARED_PREFILL,
+)
+# Without these SGLang would claim most of the machine's memory, which the trainer shares.
+CPU_MEM_FRACTION = 0.2
+CPU_MAX_TOTAL_TOKENS = 32768
+PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads that wait for each other sleep. OpenMP's default is to spin, on the core that the awaited thread needs when other
+processes compute there too: a decode step then took 5 to 14 times as long."""
+
+
+class ServerStartError(RuntimeError):
+    """A server ended or stayed silent while starting; the message holds the tail of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """How to start one SGLang server.
+
+    `mem_fraction` and `max_total_tokens` None leave the choice to SGLang on a GPU and to
+    CPU_MEM_FRACTION and CPU_MAX_TOTAL_TOKENS without one.
+    `dtype` is SGLang's; bfloat16, its own choice or ours, becomes float32 on a processor that is faster so.
+    `devices` are the GPUs that the server may see, as indices among those that this process sees (None: all).
+    `extra_args` are SGLang flags, passed as they are, last. `log_file` None makes a temporary file. `start_timeout_s`
+    covers loading the weights.
+    """
+
+    model_path: str | Path
+    dtype: str = "auto"
+    mem_fraction: float | None = None
+    max_total_tokens: int | None = None
+    context_length: int | None = None
+    seed: int | None = None
+    devices: tuple[int, ...] | None = None
+    extra_args: tuple[str, ...] = ()
+    log_file: Path | None = None
+    start_timeout_s: float = 300.0
+
+
+def server_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[str]:
+    """The command line of `python -m sglang.launch_server`, or its like without a GPU, for these settings."""
+    mem_fraction, max_total_tokens = settings.mem_fraction, settings.max_total_tokens
+    if on_cpu:
+        mem_fraction = CPU_MEM_FRACTION if mem_fraction is None else mem_fraction
+        max_total_tokens = CPU_MAX_TOTAL_TOKENS if max_total_tokens is None else max_total_tokens
+    optional = {
+        "--mem-fraction-static": mem_fraction,
+        "--max-total-tokens": max_total_tokens,
+        "--context-length": settings.context_length,
+        "--random-seed": settings.seed,
+    }
+    return [
+        sys.executable,
+        "-m",
+        CPU_MODULE if on_cpu else "sglang.launch_server",
+        f"--model-path={settings.model_path}",
+        f"--host={HOST}",
+        f"--port={port}",
+        f"--dtype={settings.dtype}",
+        "--skip-server-warmup",
+        "--log-level-http=warning",  # no line for each of the millions of requests of a run
+        *(f"{flag}={value}" for flag, value in optional.items() if value is not None),
+        *(CPU_FLAGS if on_cpu else ()),
+        *settings.extra_args,
+    ]
+
+
+def server_environment(settings: ServerSettings) -> dict[str, str]:
+    """The environment of the server: ours without the trainer's torchrun variables and threads, plus devices."""
+    # With torchrun's variables SGLang would believe that it is a rank of the trainer.
+    kept = PASSIVE_WAITING | own_environment()
+    kept.pop("OMP_NUM_THREADS", None)
+    # Log-probs of the model itself at any sampling temperature, comparable with the trainer's.
+    kept["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"
+    if settings.context_length is not None:  # SGLang needs a little more than the tokens it is to generate
+        kept["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+    if settings.devices is not None:
+        kept["CUDA_VISIBLE_DEVICES"] = visible_devices(settings.devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return kept
+
+
+def visible_devices(devices: Sequence[int], ours: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES of a child that gets `devices`, indices among those that we see.
+
+    `ours` is this process's own value: None (we see all), or indices, UUIDs or MIG names separated by commas.
+    Raises ValueError for a device that we do not see.
+    """
+    if ours is None:
+        return ",".join(map(str, devices))
+    names = [name.strip() for name in ours.split(",") if name.strip()]
+    missing = [device for device in devices if not 0 <= device < len(names)]
+    if missing:
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={ours!r} holds {len(names)} GPUs, so a server cannot get number {missing[0]} of them: "
+            "let every process see the trainer's GPUs and one more for each local server, or give --rollout-url"
+        )
+    return ",".join(names[device] for device in devices)
+
+
+def free_port() -> int:
+    """A TCP port that is free now. Another process may still take it first: callers retry."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+class LocalServer:
+    """One SGLang server process of this machine. A context manager; `start` and `stop` also work alone, and again."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.log_file = settings.log_file or Path(tempfile.mkdtemp(prefix="sglang-")) / "server.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = 0
+
+    @property
+    def url(self) -> str:
+        """Base URL, without a slash at the end."""
+        return f"http://{HOST}:{self._port}"
+
+    @property
+    def pid(self) -> int | None:
+        """Process group id of the server (that of its guard), None when it was never started."""
+        return None if self._process is None else self._process.pid
+
+    def alive(self) -> bool:
+        """True while the server's process exists; says nothing about its health."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> Self:
+        """Start, on the port of the last time if it is free, and wait until healthy.
+
+        Raises ServerStartError (with the log's tail) or FileNotFoundError.
+        """
+        if self.alive():
+            raise RuntimeError(f"the server at {self.url} is already running")
+        _check_model_path(self.settings.model_path)
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(PORT_ATTEMPTS):
+            if attempt or not self._port:
+                self._port = free_port()
+            try:
+                self._spawn()
+                self._wait_until_healthy()
+                return self
+            except BaseException as error:
+                self.stop()
+                lost_port = isinstance(error, ServerStartError) and PORT_TAKEN.search(str(error)) is not None
+                if not lost_port or attempt == PORT_ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    def stop(self) -> None:
+        """End the server and all its processes: SIGTERM, then SIGKILL after STOP_S. Safe to repeat."""
+        if self._process is None:
+            return
+        end(self._process, self._process.pid, STOP_S)
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _spawn(self) -> None:
+        # With torch, which checking flags does without.
+        from megatron_sip.platform.number_format import bfloat16_pays
+        from megatron_sip.platform.sglang_cpu import has_accelerator
+
+        settings = self.settings
+        if settings.dtype in ("auto", "bfloat16") and not has_accelerator() and not bfloat16_pays():
+            settings = replace(settings, dtype="float32")
+        command = server_command(settings, self._port, on_cpu=not has_accelerator())
+        guarded = [sys.executable, "-m", "megatron_sip.serving.guard", str(os.getpid()), *command]
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                guarded,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=server_environment(self.settings),
+            )
+
+    def _wait_until_healthy(self) -> None:
+        assert self._process is not None
+        started = time.monotonic()
+        while True:
+            status = self._process.poll()
+            waited = time.monotonic() - started
+            if status is not None:
+                raise self._start_error(f"ended with status {status} after {waited:.0f} s")
+            if waited > self.settings.start_timeout_s:
+                raise self._start_error(f"was not healthy within {self.settings.start_timeout_s:.0f} s")
+            if self._answers():
+                return
+            time.sleep(0.25)
+
+    def _answers(self) -> bool:
+        """Healthy, and really our server: on a lost port race another server could be the one that answers."""
+        try:
+            call(self.url, "GET", "/health", timeout_s=25)
+            info = call(self.url, "GET", "/model_info", timeout_s=10)
+        except EngineError:
+            return False
+        return isinstance(info, dict) and info.get("model_path") == str(self.settings.model_path)
+
+    def _log_tail(self) -> str:
+        with self.log_file.open("rb") as log:
+            return "\n".join(log_tail(log, count=LOG_TAIL_LINES))
+
+    def _start_error(self, what: str) -> ServerStartError:
+        return ServerStartError(
+            f"SGLang for {self.settings.model_path} at {self.url} {what}. "
+            f"Log {self.log_file}, last lines:\n{self._log_tail()}"
+        )
+
+
+def start_servers(count: int, settings: ServerSettings) -> list[LocalServer]:
+    """Start `count` equal servers at once; all of them or, when one fails, none.
+
+    Each gets its own log file (the name gets `.0`, `.1`, ... before its suffix) and, when `settings.devices` is given, one
+    of them.
+    """
+    if count < 1:
+        raise ValueError(f"the number of servers must be at least 1, not {count}")
+    servers = [LocalServer(numbered(settings, index, count)) for index in range(count)]
+    bar = tqdm(total=count, desc="SGLang servers", file=bars())
+    with ThreadPoolExecutor(count) as threads, bar:
+        futures = [threads.submit(server.start) for server in servers]
+        for future in futures:
+            future.add_done_callback(lambda _: bar.update())
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        stop_servers(servers)
+        raise errors[0]
+    return servers
+
+
+def stop_servers(servers: Sequence[LocalServer]) -> None:
+    """Stop several servers at the same time."""
+    if servers:
+        with ThreadPoolExecutor(len(servers)) as threads:
+            list(threads.map(LocalServer.stop, servers))
+
+
+def numbered(settings: ServerSettings, index: int, count: int) -> ServerSettings:
+    """The settings of one of `count` servers: a log file, devices and a seed of its own, or all would draw alike."""
+    if count == 1:
+        return settings
+    log_file, devices = settings.log_file, settings.devices
+    if log_file is not None:
+        log_file = log_file.with_name(f"{log_file.stem}.{index}{log_file.suffix}")
+    if devices is not None:
+        if len(devices) != count:
+            raise ValueError(f"{count} servers need that many devices, not {len(devices)}")
+        devices = devices[index : index + 1]
+    seed = None if settings.seed is None else settings.seed + index
+    return replace(settings, log_file=log_file, devices=devices, seed=seed)
+
+
+def _check_model_path(model_path: str | Path) -> None:
+    # A hub name such as "org/model" is SGLang's business; anything that looks like a path must be a checkpoint.
+    path = Path(model_path)
+    looks_local = path.is_absolute() or path.exists() or str(model_path).startswith((".", "~"))
+    if looks_local and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{model_path} holds no config.json: give the folder of a Hugging Face checkpoint")

@@ -1,0 +1,298 @@
+"""One optimizer step of the policy on examples, over Megatron's own pipeline schedules.
+
+    examples -> rows (packed, same plan on every rank) -> reference log-probs -> forward/backward -> optimizer
+
+Every rank knows all examples, so the plan needs no talking; each replica trains its own rows. The number of
+micro-batches varies from step to step, and the loss is divided by the step's global count of examples (DPO) or target
+tokens (SFT, RF-NLL), whatever the rows they landed in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from megatron.training.training import setup_model_and_optimizer
+from torch import Tensor
+
+from megatron_sip.console import say
+from megatron_sip.metrics import Mean, Metrics, loss_metrics, merge
+from megatron_sip.model.gpt import model_provider, row_logprobs
+from megatron_sip.model.packing import PackedRow, RowPlan, build_row, example_lengths, plan_rows
+from megatron_sip.records import Example
+from megatron_sip.training.leaders import LeaderExchange
+from megatron_sip.training.non_finite import NON_FINITE, Attempt, as_ranges, worth_another
+from megatron_sip.training.objectives import LossTerms, ObjectiveSettings, row_loss
+from megatron_sip.training.reference_model import Reference
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """A packed row on the training device, with the reference's log-prob of each branch when there is one."""
+
+    row: PackedRow
+    reference_branch_logprobs: Tensor | None = None
+
+
+class RowLoss(Protocol):
+    """What turns a row's log-probs into its loss: `objectives.row_loss`, or a function that adds inputs of its own to it."""
+
+    def __call__(
+        self,
+        settings: ObjectiveSettings,
+        examples: Sequence[Example],
+        row: PackedRow,
+        token_logprobs: Tensor,
+        branch_logprobs: Tensor,
+        reference_branch_logprobs: Tensor | None,
+        /,
+    ) -> LossTerms: ...
+
+
+class PolicyTrainer:
+    """The policy with its optimizer and schedule, and the step that trains it."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        settings: ObjectiveSettings,
+        exchange: LeaderExchange,
+        pad_id: int,
+        loss: RowLoss = row_loss,
+    ) -> None:
+        self.checkpointing_context: dict[str, Any] = {}
+        self.model, self.optimizer, self.scheduler = setup_model_and_optimizer(
+            ModelType.encoder_or_decoder, model_provider, checkpointing_context=self.checkpointing_context
+        )
+        take_fused_steps(self.optimizer.param_groups)
+        self._args = args
+        self._settings = settings
+        self._loss = loss
+        self._exchange = exchange
+        self._pad_id = pad_id
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._connect_schedule()
+
+    def _connect_schedule(self) -> None:
+        """What Megatron's own train() sets on the model config before its first step."""
+        config = get_model_config(self.model[0])
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
+        ddp = self.model[0].ddp_config
+        if ddp.overlap_grad_reduce:
+            config.no_sync_func = [chunk.no_sync for chunk in self.model]
+            if self._args.align_grad_reduce:
+                config.grad_sync_func = [chunk.start_grad_sync for chunk in self.model]
+            if len(self.model) == 1:
+                config.no_sync_func = config.no_sync_func[0]
+                config.grad_sync_func = config.grad_sync_func[0] if config.grad_sync_func else None
+
+    def train_step(self, examples: Sequence[Example], reference: Reference | None) -> Metrics:
+        """Update the policy on `examples` (all replicas' together); returns the step's metrics on every rank.
+
+        Nothing is updated without examples, nor when the loss or the gradient is not finite (see `non_finite`).
+        """
+        if not examples:
+            return {"skipped_steps": 1.0}
+        plan, rows = self._pack(examples)
+        return self.train_rows(examples, rows, reference) | plan_metrics(plan, len(examples))
+
+    def train_rows(
+        self, examples: Sequence[Example], rows: Sequence[PackedRow], reference: Reference | None
+    ) -> Metrics:
+        """`train_step` on this replica's rows as they are: equally long, equally many on every replica."""
+        row_length = len(rows[0].tokens)
+        micro_batches = [MicroBatch(row.to(self._device, non_blocking=True)) for row in rows]
+        started = time.monotonic()
+        if reference is not None:
+            with reference.active() as chunks:
+                micro_batches = self._with_reference(chunks, micro_batches, row_length)
+        referenced = time.monotonic()
+        metrics = self._update(examples, micro_batches, row_length)
+        metrics["seconds/reference"] = referenced - started
+        metrics["seconds/train"] = time.monotonic() - referenced
+        return metrics
+
+    def _pack(self, examples: Sequence[Example]) -> tuple[RowPlan, list[PackedRow]]:
+        tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
+        plan = plan_rows(
+            example_lengths(examples),
+            self._args.row_length,
+            self._exchange.num_replicas,
+            multiple_of=math.lcm(16, tensor_parallel),
+        )
+        mine = plan.rows[self._exchange.replica]
+        return plan, [build_row(examples, indices, plan.row_length, self._pad_id) for indices in mine]
+
+    @torch.no_grad()
+    def _with_reference(
+        self, reference: list[Any], micro_batches: list[MicroBatch], row_length: int
+    ) -> list[MicroBatch]:
+        """The same micro-batches with the reference's branch log-probs (present on the last pipeline stage)."""
+        found = get_forward_backward_func()(
+            forward_step_func=_forward_reference,
+            data_iterator=_iterators(micro_batches, reference),
+            model=reference,
+            num_microbatches=len(micro_batches),
+            seq_length=row_length,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            return micro_batches
+        return [MicroBatch(batch.row, logprobs) for batch, logprobs in zip(micro_batches, found, strict=True)]
+
+    def _update(self, examples: Sequence[Example], micro_batches: list[MicroBatch], row_length: int) -> Metrics:
+        """Passes over the examples until one updates the policy, or the step has to be skipped."""
+        self.scheduler.num_steps = (
+            self._args.iteration * self._args.global_batch_size
+        )  # whatever became of steps before
+        self.scheduler.step(0)
+        attempts: list[Attempt] = []
+        while not attempts or worth_another(attempts):
+            metrics = self._accumulate_gradients(examples, micro_batches, row_length)
+            loss = metrics["loss"]
+            assert isinstance(loss, Mean)
+            attempts.append(self._try_step(loss.value))
+        metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        self.scheduler.step(increment=self._args.global_batch_size)
+        if self._args.fp16:
+            failed = sum(attempt.trouble is not None for attempt in attempts)
+            metrics |= {"loss_scale": attempts[-1].scale, "overflows": float(failed)}
+        last = attempts[-1]
+        if last.trouble is None:
+            assert last.grad_norm is not None
+            return metrics | {"grad_norm": last.grad_norm}
+        if self._args.rank == 0:
+            tasks = as_ranges(example.task_index for example in examples)
+            say(f"step {self._args.iteration + 1} skipped: {last.trouble}; its tasks: {tasks}")
+        return metrics | {"skipped_steps": 1.0, NON_FINITE: 1.0}
+
+    def _accumulate_gradients(
+        self, examples: Sequence[Example], micro_batches: list[MicroBatch], row_length: int
+    ) -> Metrics:
+        """One forward and backward pass; the loss and its metrics over all replicas, on every rank."""
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
+            batch = next(iterator)
+            output = row_logprobs(chunk, batch.row)
+
+            def loss_function(token_logprobs: Tensor) -> tuple[Tensor, Tensor, LossTerms]:
+                terms = self._loss(
+                    self._settings,
+                    examples,
+                    batch.row,
+                    token_logprobs,
+                    branch_sums(token_logprobs, batch.row.branch_offsets),
+                    batch.reference_branch_logprobs,
+                )
+                count = torch.tensor(terms.count, dtype=torch.int, device=token_logprobs.device)
+                # Pipeline schedules free the loss tensor's memory once it was differentiated: keep a copy to report.
+                return terms.sum, count, replace(terms, sum=terms.sum.detach().clone())
+
+            return output, loss_function
+
+        parts = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=_iterators(micro_batches, self.model),
+            model=self.model,
+            num_microbatches=len(micro_batches),
+            seq_length=row_length,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        return merge(self._exchange.gather_last_stage(merge(map(loss_metrics, parts))))
+
+    @torch.no_grad()
+    def _try_step(self, loss: float) -> Attempt:
+        """Megatron's own optimizer step, but for a look at loss and gradient before anything is updated."""
+        scale = float(self.optimizer.get_loss_scale())
+        norm: float | None = None
+        if not math.isfinite(loss):
+            trouble = f"the loss is {loss}"
+        elif self.optimizer.prepare_grads():  # in float16 this lowers the loss scale
+            trouble = f"the gradient overflows float16 at a loss scale of {scale:g}"
+        else:
+            norm = float(self.optimizer.get_grad_norm())
+            trouble = "" if math.isfinite(norm) else f"the gradient norm is {norm}"
+        if self._exchange.any(bool(trouble)):  # no rank may go on alone
+            next_scale = float(self.optimizer.get_loss_scale())
+            return Attempt(trouble or "the gradient of another rank is not finite", None, scale, next_scale)
+        assert norm is not None
+        clip_gradients(self.optimizer, norm)
+        self.optimizer.step_with_ready_grads()
+        return Attempt(None, norm, scale, scale)
+
+
+def clip_gradients(optimizer: Any, norm: float) -> None:
+    """Scale the gradients of a chained optimizer, whose norm is `norm`, down to --clip-grad, as its own `step` does."""
+    for part in optimizer.chained_optimizers:
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm, use_decoupled_grad=decoupled)
+
+
+def take_fused_steps(param_groups: Sequence[dict[str, Any]]) -> None:
+    """On CPU let torch's optimizer take one pass over memory: unfused, Adam takes a dozen.
+
+    Its groups have an entry `fused`. On a GPU the steps that a checkpoint holds would have to move to the device first.
+    """
+    for group in param_groups:
+        if "fused" in group and not group.get("capturable") and all(p.device.type == "cpu" for p in group["params"]):
+            group.update(fused=True, foreach=False)
+
+
+def _forward_reference(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
+    row = next(iterator).row
+
+    def branch_logprobs(token_logprobs: Tensor, non_loss_data: bool = True) -> Tensor:
+        return branch_sums(token_logprobs, row.branch_offsets)
+
+    return row_logprobs(chunk, row), branch_logprobs
+
+
+def _iterators(micro_batches: list[MicroBatch], model: list[Any]) -> Any:
+    """One iterator a virtual pipeline chunk, as Megatron's schedules expect."""
+    iterators = [iter(micro_batches) for _ in model]
+    return iterators[0] if len(iterators) == 1 else iterators
+
+
+def branch_sums(token_logprobs: Tensor, offsets: Tensor) -> Tensor:
+    """Log-probs of whole branches [B] from those of their tokens [L]; branch b owns offsets[b]:offsets[b + 1].
+
+    Added up in float64: DPO's margin is a small difference of large sums.
+    """
+    branch_of = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
+    sums = token_logprobs.new_zeros(len(offsets) - 1, dtype=torch.float64)
+    return sums.index_add(0, branch_of, token_logprobs.double()).to(token_logprobs.dtype)
+
+
+def plan_metrics(plan: RowPlan, examples: int) -> Metrics:
+    """What packing did in this step."""
+    computed = plan.tokens + plan.padding
+    return {
+        "examples": float(examples),
+        "packing/rows": float(sum(len(replica) for replica in plan.rows)),
+        "packing/row_length": float(plan.row_length),
+        "packing/tokens": float(plan.tokens),
+        "packing/unshared_tokens": float(plan.unshared_tokens),
+        "packing/waste": Mean(float(plan.padding), float(computed)),
+        "packing/cut_tokens": float(plan.cut_tokens),
+    }

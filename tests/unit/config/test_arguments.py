@@ -1,0 +1,308 @@
+"""Flags that cannot work are refused at once, naming the flag and the mend."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sip.config.checks import SERVER_ROLES, ArgumentError, check_required, explained, validate
+from megatron_sip.config.needs import candidate_kinds, needs_engines, needs_teacher, uses_judge
+from megatron_sip.config.parse import GROUP_TITLE, add_arguments, find_hf_config
+
+MEGATRON = {
+    "seq_length": 2048,
+    "micro_batch_size": 1,
+    "context_parallel_size": 1,
+    "global_batch_size": 256,
+    "data_parallel_size": 4,
+    "data_path": ["text.jsonl"],
+    "train_iters": 10,
+    "lr": 5e-6,
+    "split": "969,30,1",
+    "use_checkpoint_args": False,
+    "finetune": False,
+    "ckpt_step": None,
+    "override_ckpt_iteration": None,
+    "eval_interval": None,
+    "eval_iters": 100,
+    "lr_warmup_iters": 0,
+    "lr_warmup_fraction": None,
+    "lr_warmup_init": 0.0,
+    "lr_decay_iters": None,
+    "lr_decay_style": "linear",
+    "use_checkpoint_opt_param_scheduler": False,
+    "overlap_param_gather": False,
+    "virtual_pipeline_model_parallel_size": None,
+    "rampup_batch_size": None,
+    "exit_interval": None,
+    "exit_duration_in_mins": None,
+    "clip_grad": 1.0,
+    "world_size": 1,
+    "seed": 1234,
+    "save": "run",
+    "load": None,
+}
+
+
+def arguments(*flags: str, **megatron: Any) -> argparse.Namespace:
+    """Our flags parsed, with Megatron's filled in; complete unless overridden."""
+    servers = ("--rollout-url", "http://engine:30000", "--teacher-url", "http://teacher:30000")
+    args = add_arguments(argparse.ArgumentParser()).parse_args([*servers, *flags])
+    for name, value in (MEGATRON | megatron).items():
+        setattr(args, name, value)
+    return args
+
+
+def check_all(args: argparse.Namespace) -> None:
+    check_required(args)
+    validate(args)
+
+
+def refusal(*flags: str, **megatron: Any) -> str:
+    with pytest.raises(ArgumentError) as caught:
+        check_all(arguments(*flags, **megatron))
+    return str(caught.value)
+
+
+def test_the_defaults_are_complete() -> None:
+    args = arguments()
+    validate(args)
+    assert args.row_length == 2048 + 128
+    assert args.run_dir == args.load == "run"
+
+
+def test_a_suffix_longer_than_the_sequence() -> None:
+    message = refusal("--suffix-length", "256", seq_length=128)
+    assert "--suffix-length 256" in message
+    assert "--seq-length 128" in message
+
+
+def test_a_row_too_short_for_a_pair() -> None:
+    assert "at least 2176" in refusal("--row-length", "2048")
+
+
+def test_an_unknown_criterion_names_the_known_ones() -> None:
+    message = refusal("--criteria", "beauty=1")
+    assert "beauty" in message
+    for known in ("quality", "safety", "factuality", "likelihood"):
+        assert known in message
+
+
+def test_likelihood_needs_prompt_logprobs() -> None:
+    assert "--teacher-api sglang" in refusal("--teacher-api", "openai", "--teacher-name", "m")
+
+
+def test_dpo_needs_two_candidates() -> None:
+    assert "--candidates" in refusal("--candidates", "rollout", "--num-rollouts", "1")
+
+
+def test_rf_nll_needs_something_that_a_rollout_can_lose_against() -> None:
+    lone = ("--objective", "rf-nll", "--candidates", "rollout", "--num-rollouts", "1")
+    assert "--objective rf-nll" in refusal(*lone)
+    validate(arguments(*lone[:-1], "2"))
+
+
+def test_a_budget_that_cannot_link_all_candidates_names_the_least() -> None:
+    """The suffix and 16 rollouts: every group would be dropped."""
+    adaptive = ("--criteria", "quality=1", "--judge-schedule", "two_ended_bt", "--judge-budget")
+    message = refusal(*adaptive, "15")
+    assert "--judge-budget 15" in message
+    assert "at least 16 pairs" in message
+    validate(arguments(*adaptive, "16"))
+    validate(arguments(*adaptive, "1", "--criteria", "likelihood"))  # no pairs are compared
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--candidates", "rollout"),
+        ("--candidates", "suffix", "rollout", "--judge-pivot-competes"),
+        ("--judge-pivot", "rollout"),
+        ("--judge-pivot", "rollout", "--judge-pivot-competes"),
+    ],
+)
+def test_pivots_that_are_possible(flags: tuple[str, ...]) -> None:
+    validate(arguments("--criteria", "quality=1", "--judge-schedule", "pivot", *flags))
+
+
+def test_dpo_cannot_wait_for_rollouts_with_one_other_candidate() -> None:
+    assert "--rollout-start-step" in refusal("--rollout-start-step", "100")
+    validate(arguments("--rollout-start-step", "100", "--candidates", "suffix", "rewrite", "rollout"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--dpo-pair", "rewrite", "rewrite"), "--dpo-pair"),
+        (("--dpo-pair", "rewrite", "rollout", "--objective", "rf-nll"), "--dpo-pair"),
+        (("--objective", "rf-nll", "--ref-update-interval", "5"), "--ref-update-interval"),
+        (("--objective", "rf-nll", "--ref-offload"), "--ref-offload"),
+        (("--logit-chunk-columns", "-1"), "--logit-chunk-columns"),
+        (("--dpo-beta", "0"), "--dpo-beta"),
+        (("--rollout-local", "1"), "--rollout-local"),
+        (("--teacher-model", "somewhere"), "--teacher-model"),
+        (("--teacher-api", "openai"), "--teacher-name"),
+        (("--num-rollouts", "0"), "--num-rollouts"),
+        (("--dpo-label-smoothing", "0.6"), "--dpo-label-smoothing"),
+        (("--rollout-url", "engine:30000"), "http://"),
+        (("--judge-degree", "5"), "--judge-degree"),
+        (("--judge-budget", "0"), "--judge-budget"),
+        (("--judge-pivot-competes", "--criteria", "quality"), "--judge-pivot-competes"),
+        (("--criteria", "quality", "--judge-schedule", "pivot"), "--judge-pivot-competes"),
+        (
+            (
+                *("--criteria", "quality", "--judge-schedule", "pivot", "--judge-pivot", "rollout", "--candidates"),
+                *("suffix", "rewrite"),
+            ),
+            "--judge-pivot rollout",
+        ),
+        (
+            (
+                *("--criteria", "quality", "--judge-schedule", "pivot"),
+                *("--judge-pivot-competes", "--candidates"),
+                "rollout",
+            ),
+            "--judge-pivot suffix",
+        ),
+        (
+            ("--criteria", "quality", "--judge-schedule", "pivot", "--judge-pivot", "rollout", "--num-rollouts", "1"),
+            "--num-rollouts",
+        ),
+        (("--judge-votes", "0"), "--judge-votes"),
+        (("--judge-max-tokens", "0"), "--judge-max-tokens"),
+        (("--judge-prefix-chars", "0"), "--judge-prefix-chars"),
+        (("--judge-quorum", "0"), "--judge-quorum"),
+        (("--judge-audit-rate", "2"), "--judge-audit-rate"),
+        (("--judge-top-p", "0"), "--judge-top-p"),
+        (("--judge-temperature", "-1"), "--judge-temperature"),
+        (("--judge-deadline", "0"), "--judge-deadline"),
+        (("--judge-concurrency", "0"), "--judge-concurrency"),
+        (("--judge-verdict", "firm"), "--judge-verdict"),
+        (("--judge-verdict", "soft", "safety=hard"), "--judge-verdict"),
+        (
+            ("--judge-likelihood-prior", "--criteria", "quality", "--teacher-api", "openai", "--teacher-name", "m"),
+            "sglang",
+        ),
+        (("--teacher-timeout", "0"), "--teacher-timeout"),
+        (("--teacher-reasoning-tokens", "-1"), "--teacher-reasoning-tokens"),
+        (("--teacher-requests-per-second", "-1"), "--teacher-requests-per-second"),
+        (("--teacher-context", "0"), "--teacher-context"),
+        (("--teacher-prefill",), "--teacher-prefill"),
+        (("--rewrite-temperature", "-1", "--candidates", "rewrite", "rollout"), "--rewrite-temperature"),
+        (("--replay-groups", "absent"), "--replay-groups"),
+    ],
+)
+def test_contradictions(flags: tuple[str, ...], named: str) -> None:
+    assert named in refusal(*flags)
+
+
+@pytest.mark.parametrize(
+    ("megatron", "named"),
+    [
+        ({"global_batch_size": 255}, "--global-batch-size 255"),
+        ({"context_parallel_size": 2}, "--context-parallel-size"),
+        ({"micro_batch_size": 2}, "--row-length"),
+        ({"data_path": None}, "--data-path"),
+        ({"train_iters": None}, "--train-iters"),
+        ({"save": None}, "--save is required"),
+        ({"lr": None}, "--lr is required"),
+        ({"seq_length": None}, "--seq-length is required"),
+        ({"use_checkpoint_args": True}, "--hf-config"),
+        ({"split": "1/0,1"}, "--split '1/0,1'"),
+        ({"finetune": True}, "--pretrained-checkpoint"),
+        ({"ckpt_step": 5}, "run/latest_checkpointed_iteration.txt"),
+        ({"override_ckpt_iteration": 5}, "run/latest_checkpointed_iteration.txt"),
+        ({"eval_interval": 10}, "--win-rate-prompts"),
+        ({"eval_iters": 10}, "--win-rate-prompts"),
+        ({"lr_warmup_iters": 10}, "--lr-warmup-iters"),
+        ({"load": "elsewhere"}, "--pretrained-checkpoint"),
+        ({"overlap_param_gather": True}, "--overlap-param-gather"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "--num-layers-per-virtual-pipeline-stage"),
+        ({"exit_interval": 5}, "SIGTERM"),
+        ({"clip_grad": 0.0}, "--clip-grad"),
+    ],
+)
+def test_flags_of_megatron_that_do_not_fit(megatron: dict[str, Any], named: str) -> None:
+    assert named in refusal(**megatron)
+
+
+@pytest.mark.parametrize("role", SERVER_ROLES)
+def test_passwords_and_keys_are_refused_before_megatron_prints_and_saves_its_arguments(
+    role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint keeps the arguments, and wandb and tensorboard show them: they never hold a secret."""
+    role = role.replace("_", "-")
+    args = arguments(f"--{role}-url", "http://me:secret@host:1", "http://host/v1?key=secret")
+    with pytest.raises(ArgumentError) as caught:
+        check_required(args)  # the first of all checks
+    assert f"--{role}-url http://***@host:1: a URL with user or password would be logged" in str(caught.value)
+    assert f"give the key through --{role}-key-variable" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    monkeypatch.setenv("SERVER_KEY", "secret\n")
+    flags = (f"--{role}-url", "http://host", f"--{role}-key-variable", "SERVER_KEY")
+    assert f"--{role}-key-variable: the API key in environment variable SERVER_KEY has a line break" in refusal(*flags)
+    monkeypatch.setenv("SERVER_KEY", "secret")
+    passed = arguments(*flags)
+    check_all(passed)
+    assert "secret" not in repr(vars(passed))
+
+
+def test_the_default_and_none_of_megatron_s_evaluation_are_accepted() -> None:
+    for iterations in (None, 0, 100):
+        validate(arguments(eval_iters=iterations))
+
+
+def test_an_assertion_is_told_by_its_message_or_its_line() -> None:
+    with pytest.raises(ArgumentError, match=r"^flags: four is even$"), explained("flags"):
+        raise AssertionError("four is even")
+    with pytest.raises(ArgumentError, match=r"^flags: .*`return left < right` fails") as caught, explained("flags"):
+        compare(None, 4)
+    assert str(caught.value).endswith(f"({__file__}:{compare.__code__.co_firstlineno + 1})")
+
+
+def compare(left: Any, right: Any) -> bool:
+    return left < right
+
+
+def test_servers_are_required_only_for_what_uses_them() -> None:
+    without = add_arguments(argparse.ArgumentParser()).parse_args(["--objective", "sft"])
+    for name, value in MEGATRON.items():
+        setattr(without, name, value)
+    validate(without)
+    assert not needs_engines(without)
+    assert not needs_teacher(without)
+    without.objective, without.row_length = "dpo", None
+    with pytest.raises(ArgumentError, match="--rollout-url"):
+        validate(without)
+
+
+def test_what_a_run_needs_follows_from_the_objective() -> None:
+    pair = arguments("--dpo-pair", "rewrite", "rollout")
+    assert candidate_kinds(pair) == ("rewrite", "rollout")
+    assert not uses_judge(pair)
+    assert needs_teacher(pair)
+    assert candidate_kinds(arguments("--objective", "sft", "--sft-target", "rewrite")) == ("rewrite",)
+
+
+def test_the_policy_is_found_or_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(ArgumentError, match="convert_checkpoint"):
+        find_hf_config(None, str(tmp_path))
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    assert find_hf_config(None, str(tmp_path)) == tmp_path / "hf"
+    with pytest.raises(ArgumentError, match="--hf-config"):
+        find_hf_config(None, None)
+    with pytest.raises(ArgumentError, match="--hf-config must name"):
+        find_hf_config(str(tmp_path / "absent"), None)
+
+
+def test_every_flag_stands_in_our_group_with_a_help_text() -> None:
+    parser = add_arguments(argparse.ArgumentParser(add_help=False))
+    groups = [group for group in parser._action_groups if (group.title or "").startswith(GROUP_TITLE)]
+    actions = [action for group in groups for action in group._group_actions]
+    assert len(actions) == len(parser._actions)
+    assert all(action.help for action in actions)
+    assert "--suffix-length" in parser.format_help()

@@ -1,0 +1,172 @@
+"""The cost of a run against figures worked out by hand, most of them from the paper's protocol."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from megatron_sip.config.dry_run import criterion_cost, describe, prompt_cost, run_cost
+from megatron_sip.config.judge_flags import judge_settings
+from megatron_sip.config.needs import uses_judge
+from megatron_sip.config.parse import add_arguments
+from megatron_sip.config.presets import expand_presets
+from megatron_sip.judge.settings import ClientSettings, Endpoint, JudgeSettings, ScheduleSettings, VerdictMode
+
+URL = "http://teacher"
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    """Our flags, and those of Megatron's that the dry run reads."""
+    parser = add_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    for flag, kind in (("seq-length", int), ("global-batch-size", int), ("train-iters", int), ("lr", float)):
+        parser.add_argument(f"--{flag}", type=kind)
+    parser.add_argument("--min-lr", type=float)
+    parser.add_argument("--lr-warmup-iters", type=int)
+    parser.add_argument("--lr-decay-style")
+    parser.add_argument("--seed", type=int, default=1234)
+    args, _ = parser.parse_known_args(expand_presets(argv))
+    args.row_length = args.row_length or args.seq_length + (args.suffix_length if args.objective == "dpo" else 0)
+    return args
+
+
+def cost_of(args: argparse.Namespace, with_rollouts: bool = True) -> dict[str, int]:
+    settings = judge_settings(args, [URL]) if uses_judge(args) else None
+    return prompt_cost(args, settings, with_rollouts)
+
+
+def settings_with(schedule: ScheduleSettings, votes: int = 5, verdict: VerdictMode = "hard") -> JudgeSettings:
+    return JudgeSettings(
+        {"quality": 1.0}, ClientSettings((Endpoint(URL),)), votes=votes, schedule=schedule, default_verdict=verdict
+    )
+
+
+def test_the_papers_safety_set_up_asks_680_pair_and_85_point_judgements_a_prompt() -> None:
+    cost = cost_of(parse("--preset", "safety"))
+    assert cost["pair judgements"] == 680  # 17 * 16 / 2 pairs, 5 votes
+    assert cost["point judgements"] == 85  # 17 candidates, 5 votes
+    assert cost["judge requests"] == 2 * 136 + 17
+    assert cost["judge tokens, answers"] == 765 * 512
+
+
+def test_the_papers_safety_run() -> None:
+    args = parse("--preset", "safety")
+    cost = run_cost(args, judge_settings(args, [URL]))
+    assert cost["pair judgements"] + cost["point judgements"] == 2000 * 195_840
+    assert cost["rollout tokens, generated"] == 2000 * 256 * 16 * 128
+    assert cost["training tokens, packed"] == 2000 * 256 * (1920 + 2 * 128)
+    assert cost["training tokens, unpacked"] == 2000 * 256 * 2 * 2048
+
+
+@pytest.mark.parametrize(
+    ("preset", "pairs", "points"),
+    [
+        ("quality", 16 * 15 // 2 * 5, None),
+        ("quality-pivot-8", 8 * 5, None),  # K judgements an update, section 3.2.3; 5 votes each
+        ("factuality-8", 8 * 7 // 2 * 5, 8 * 5),
+        ("safety-suffix-rewrite-16", 18 * 17 // 2 * 5, 18 * 5),
+        ("factuality-pivot-8", 8 * 5, 8 * 5),  # the suffix is not its own reference
+        ("safety-pivot-16", 16 * 5, 16 * 5),
+        ("from-scratch", 6, 10),  # of two candidates: three votes in either order
+        ("safety-sft-rollout", None, None),
+        ("safety-dpo-rewrite-over-rollout", None, None),
+    ],
+)
+def test_judgements_a_prompt_of_presets(preset: str, pairs: int | None, points: int | None) -> None:
+    cost = cost_of(parse("--preset", preset))
+    assert (cost.get("pair judgements"), cost.get("point judgements")) == (pairs, points)
+    assert ("rewriter calls" in cost) == (preset in ("safety-suffix-rewrite-16", "from-scratch") or "dpo-rew" in preset)
+
+
+@pytest.mark.parametrize(
+    ("settings", "judgements", "requests"),
+    [
+        (settings_with(ScheduleSettings("all_pairs"), votes=1), 136, 136),
+        (settings_with(ScheduleSettings("all_pairs_swap"), votes=5), 1360, 272),
+        (settings_with(ScheduleSettings("all_pairs"), verdict="soft"), 272, 272),
+        (settings_with(ScheduleSettings("circulant_bt", degree=4), votes=5), 170, 68),
+        (settings_with(ScheduleSettings("circulant_bt", degree=4), verdict="soft"), 34, 34),
+        (settings_with(ScheduleSettings("two_ended_bt", budget=40), votes=1), 40, 40),
+        (settings_with(ScheduleSettings("pivot", pivot_competes=True), votes=2), 32, 32),
+        (settings_with(ScheduleSettings("pivot"), votes=2), 34, 34),
+    ],
+)
+def test_pairwise_judgements_of_17_candidates(settings: JudgeSettings, judgements: int, requests: int) -> None:
+    cost = criterion_cost("quality", settings, 17, 1920, 128)
+    assert (cost["pair judgements"], cost["judge requests"]) == (judgements, requests)
+
+
+def test_judge_tokens_share_the_prefix_between_the_requests_of_a_prompt() -> None:
+    cost = criterion_cost("likelihood", settings_with(ScheduleSettings("pivot")), 17, 1920, 128)
+    assert cost["likelihood judgements"] == cost["judge requests"] == 17
+    assert cost["judge tokens, prompts"] == 17 * 2048
+    assert cost["judge tokens, uncached"] == 1920 + 17 * 128
+    assert cost["judge tokens, answers"] == 0
+    factual = criterion_cost("factuality", settings_with(ScheduleSettings("pivot"), votes=1), 8, 1000, 100)
+    alone = criterion_cost("safety", settings_with(ScheduleSettings("pivot"), votes=1), 8, 1000, 100)
+    assert 1100 + 8 * 100 < factual["judge tokens, uncached"] < 1100 + 8 * 100 + 1000  # prefix, reference, instructions
+    assert alone["judge tokens, uncached"] < 8 * 100 + 1000  # safety shows the candidate without its prefix
+
+
+def test_a_late_start_of_rollouts_saves_their_cost_until_then() -> None:
+    args = parse(
+        *("--preset", "safety-suffix-rewrite-16", "--rollout-start-step", "500"),
+        *("--train-iters", "1000", "--global-batch-size", "2"),
+    )
+    cost = run_cost(args, judge_settings(args, [URL]))
+    assert cost["rollout tokens, generated"] == 500 * 2 * 16 * 128
+    assert cost["pair judgements"] == 2 * (500 * 18 * 17 // 2 * 5 + 500 * 6)
+    assert cost["rewriter calls"] == 2000
+
+
+def test_description_of_the_papers_safety_set_up() -> None:
+    text = describe(parse("--preset", "safety", "--win-rate-prompts", "1000"))
+    for line in (
+        "  objective   online DPO, best against worst candidate; beta 0.1, reference frozen",
+        "  candidates  suffix + 16 rollouts = 17 a prompt, 128 tokens each; rollouts at T=1, top-p 1",
+        "  judge       quality (weight 1): hard verdicts, all_pairs: 136 of 136 pairs, 5 votes at T=1, "
+        "top-p 0.6, up to 512 tokens each; 680 pair judgements a prompt",
+        "  judge       safety (weight 1): hard verdicts, 5 votes at T=1, top-p 0.6, up to 512 tokens each; "
+        "85 point judgements a prompt",
+        "  schedule    2,000 steps x 256 prompts = 512,000 prompts; lr 5e-06 cosine to 5e-07, warm-up 100 steps",
+        "  at the end  1,000 held-out prefixes: trained against initial policy, judged",
+        "  Packed, with the prefix shared by the pair, training takes 53% of the tokens.",
+    ):
+        assert line in text.splitlines()
+    pair_line = next(line for line in text.splitlines() if line.strip().startswith("pair judgements"))
+    assert pair_line.split()[2:] == ["680", "174,080", "348,160,000"]
+
+
+def test_what_a_reasoning_judge_behind_a_rate_limit_costs() -> None:
+    flags = (
+        *("--preset", "safety-suffix-1", "--teacher-api", "openai", "--teacher-name", "m", "--teacher-url"),
+        URL,
+        URL + "2",
+    )
+    limits = ("--teacher-reasoning-tokens", "2048", "--teacher-requests-per-second", "5", "--judge-max-tokens", "100")
+    args = parse(*flags, *limits, "--judge-verdict", "hard", "safety=soft")
+    cost = prompt_cost(args, judge_settings(args, args.teacher_url))
+    # One pair with 3 votes in either order; 2 candidates whose verdicts are written too, and their probabilities read.
+    assert (cost["pair judgements"], cost["point judgements"], cost["judge requests"]) == (6, 2, 4)
+    assert cost["judge tokens, answers"] == (6 + 2) * 2148
+    text = describe(args)
+    assert "  at least    102 s a step for 1,024 teacher requests at 10 a second" in text.splitlines()
+    assert "soft verdicts, up to 2148 tokens each" in text
+
+
+def test_a_pivot_and_votes_made_even_are_said() -> None:
+    lines = describe(parse("--preset", "quality-pivot-8")).splitlines()
+    assert any("pivot: 8 pairs with the suffix, for comparison only" in line for line in lines)
+    assert "  candidates  8 rollouts = 8 a prompt, 128 tokens each; rollouts at T=1, top-p 1" in lines
+    small = describe(parse("--preset", "quality-2"))
+    assert "1 of 1 pairs, as many votes in either order, 5 votes" in small
+    assert "6 pair judgements a prompt" in small
+    drawn = cost_of(parse("--preset", "quality-pivot-8", "--judge-pivot", "rollout"))
+    assert drawn["pair judgements"] == 7 * 5  # of 8 rollouts one is the pivot
+
+
+def test_description_without_a_judge() -> None:
+    text = describe(parse("--preset", "safety-sft-rewrite", "--teacher-url", URL))
+    assert "  objective   NLL of the rewrite" in text.splitlines()
+    assert "  judge       none" in text.splitlines()
+    assert "judgements" not in text

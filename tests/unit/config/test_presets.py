@@ -1,0 +1,119 @@
+"""Presets: expansion, its errors, and what every preset of the paper comes to."""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from pathlib import Path
+
+import pytest
+from paper_presets import PAPER, paper_criteria
+
+import megatron_sip
+from megatron_sip.config.needs import candidate_kinds, uses_judge
+from megatron_sip.config.parse import add_arguments
+from megatron_sip.config.presets import PRESETS, PresetError, expand_presets, known_presets
+from megatron_sip.judge.settings import ScheduleSettings, parse_criteria
+from megatron_sip.platform.megatron_cpu import enable_cpu
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    """Megatron's flags and ours, strict: an unknown flag is an error."""
+    enable_cpu()
+    from megatron.training.arguments import add_megatron_arguments
+
+    return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+def parse(parser: argparse.ArgumentParser, *argv: str) -> argparse.Namespace:
+    return parser.parse_args(expand_presets(argv))
+
+
+def test_every_row_of_the_paper_has_a_preset_and_every_preset_is_checked() -> None:
+    assert set(known_presets()) == {*PAPER, "continual"}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_preset_gives_the_papers_candidates_and_objective(parser: argparse.ArgumentParser, name: str) -> None:
+    args = parse(parser, "--preset", name)
+    objective, kinds, rollouts, judged = PAPER[name]
+    assert (args.objective, candidate_kinds(args), uses_judge(args)) == (objective, kinds, judged)
+    assert rollouts is None or args.num_rollouts == rollouts
+    ScheduleSettings(name=args.judge_schedule)
+    assert parse_criteria(args.criteria) == dict.fromkeys(paper_criteria(name), 1.0)
+    assert args.judge_schedule == ("pivot" if "pivot" in name else "all_pairs")
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_preset_gives_the_papers_hyper_parameters(parser: argparse.ArgumentParser, name: str) -> None:
+    args = parse(parser, "--preset", name)
+    scratch = name.startswith("from-scratch")
+    assert (args.train_iters, args.lr, args.lr_warmup_iters) == ((21000, 5e-4, 2000) if scratch else (2000, 5e-6, 100))
+    assert args.min_lr == pytest.approx(0.1 * args.lr)
+    assert args.lr_decay_style == "cosine"
+    assert (args.global_batch_size, args.seq_length, args.suffix_length) == (256, 2048, 128)
+    assert (args.rollout_temperature, args.rollout_top_p) == (1.0, 1.0)
+    prompted = name.startswith(("quality", "factuality"))  # GPT-OSS-120B: section 3.2.2
+    assert (args.judge_votes, args.judge_temperature, args.judge_top_p) == (5, 1.0, 1.0 if prompted else 0.6)
+    assert args.teacher_reasoning_tokens == (2048 if prompted else 0)
+
+
+def test_fixed_roles_are_chosen_rewrite_rejected_rollout(parser: argparse.ArgumentParser) -> None:
+    assert parse(parser, "--preset", "safety-dpo-rewrite-over-rollout").dpo_pair == ["rewrite", "rollout"]
+
+
+def test_flags_after_the_preset_win_and_flags_before_it_lose(parser: argparse.ArgumentParser) -> None:
+    args = parse(parser, "--num-rollouts", "3", "--preset", "safety", "--lr", "1e-5")
+    assert (args.num_rollouts, args.lr) == (16, 1e-5)
+
+
+def test_preset_by_path_may_build_on_a_file_beside_it_and_on_a_known_one(tmp_path: Path) -> None:
+    (tmp_path / "base.args").write_text("--preset continual\n--criteria 'my prompt.txt=2'  # a comment\n")
+    (tmp_path / "mine.args").write_text("\n# all of it\n--preset=./base.args\n--data-path a.jsonl b.jsonl\n")
+    continual = expand_presets(["--preset", "continual"])
+    expanded = expand_presets(["--bf16", f"--preset={tmp_path / 'mine.args'}", "--lr", "1"])
+    mine = ["--criteria", "my prompt.txt=2", "--data-path", "a.jsonl", "b.jsonl"]
+    assert expanded == ["--bf16", *continual, *mine, "--lr", "1"]
+
+
+def test_presets_are_files_of_the_package() -> None:
+    """Where the package is installed without the checkout, they come along."""
+    patterns = tomllib.loads((PRESETS.parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    package = Path(megatron_sip.__file__).parent
+    assert package / "preset_files" == PRESETS
+    packed = {path for pattern in patterns["megatron_sip"] for path in package.glob(pattern)}
+    assert set(PRESETS.iterdir()) <= packed
+
+
+@pytest.mark.parametrize("argv", [["--preset", "qualty"], ["--preset=qualty"]])
+def test_unknown_name_lists_the_known_ones(argv: list[str]) -> None:
+    with pytest.raises(PresetError, match=r"qualty\.args; known presets: continual, .*quality, .*safety"):
+        expand_presets(argv)
+
+
+@pytest.mark.parametrize("argv", [["--preset"], ["--preset="], ["--preset", "--lr", "1"]])
+def test_missing_value_is_an_error(argv: list[str]) -> None:
+    with pytest.raises(PresetError, match="--preset needs a name or a file; known presets"):
+        expand_presets(argv)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("--lr 1\nobjective dpo\n", r"bad\.args:2: 'objective' is no flag"),
+        ("--criteria 'quality=1\n", r"bad\.args:1: No closing quotation"),
+        ("\n--preset nothing-here\n", r"bad\.args:2: there is no file .*nothing-here\.args; known presets"),
+        ("--preset quality safety\n", r"bad\.args:1: --preset takes one name or file, not 2"),
+        ("--preset ./bad.args\n", r"bad\.args: presets include each other: bad\.args -> bad\.args"),
+    ],
+)
+def test_bad_line_names_file_and_line(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "bad.args").write_text(content)
+    with pytest.raises(PresetError, match=message):
+        expand_presets(["--preset", str(tmp_path / "bad.args")])
+
+
+def test_every_preset_is_in_the_documentation() -> None:
+    text = (PRESETS.parents[1] / "docs" / "presets.md").read_text(encoding="utf-8")
+    assert [name for name in known_presets() if f"`{name}`" not in text] == []

@@ -1,0 +1,146 @@
+"""Servers of a rewriter and of a last judge of their own; without them both are the teacher's work."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine
+from fake_judge import FakeJudge
+from judge_cases import make_group
+from test_arguments import arguments, check_all, refusal
+from tiny_tokenizer import byte_level_tokenizer
+
+from megatron_sip.config.judge_flags import judge_settings, rewriter_settings
+from megatron_sip.config.needs import local_servers, needs_eval_judge, needs_judge, needs_teacher
+from megatron_sip.experience.leader import PROBE_TEXT, Leader
+from megatron_sip.judge.rewriter import Rewriter
+from megatron_sip.records import Task
+
+OWN_REWRITER = (
+    *("--rewriter-url", "http://rewriter:1", "--rewriter-api", "openai", "--rewriter-name", "big"),
+    *("--rewriter-reasoning-tokens", "99", "--rewriter-tokenizer", "tok", "--rewriter-requests-per-second", "3"),
+)
+REWRITES = ("--candidates", "suffix", "rewrite", "rollout")
+
+
+def test_without_servers_of_its_own_the_rewriter_is_the_teacher() -> None:
+    args = arguments(*REWRITES, "--teacher-tokenizer", "teacher-tok", "--teacher-context", "4096")
+    check_all(args)
+    [endpoint] = rewriter_settings(args, args.teacher_url).client.endpoints
+    assert (endpoint.url, endpoint.context_tokens) == ("http://teacher:30000", 4096)
+    assert rewriter_settings(args, args.teacher_url).client.tokenizer == "teacher-tok"
+
+
+def test_a_rewriter_of_its_own_takes_nothing_from_the_teacher() -> None:
+    args = arguments(*REWRITES, *OWN_REWRITER, "--teacher-prefill", "--teacher-api", "openai", "--teacher-name", "j")
+    args.criteria = ["quality"]
+    check_all(args)
+    client = rewriter_settings(args, args.rewriter_url).client
+    [own] = client.endpoints
+    assert (own.kind, own.model, own.prefill, own.reasoning_tokens, own.requests_per_s) == (
+        "openai",
+        "big",
+        False,
+        99,
+        3.0,
+    )
+    assert client.tokenizer == "tok"
+    [teacher] = judge_settings(args, args.teacher_url).client.endpoints
+    assert (teacher.model, teacher.prefill, teacher.reasoning_tokens) == ("j", True, 0)
+
+
+def test_a_run_that_only_rewrites_needs_no_teacher_with_a_rewriter_of_its_own() -> None:
+    args = arguments("--dpo-pair", "rewrite", "suffix", *OWN_REWRITER)
+    args.teacher_url = None
+    check_all(args)
+    assert not needs_teacher(args)
+
+
+def test_a_last_judge_of_its_own() -> None:
+    flags = ("--win-rate-prompts", "5", "--eval-judge-url", "http://last:1", "--eval-judge-api", "openai")
+    args = arguments("--objective", "sft", *flags, "--eval-judge-name", "gpt", "--criteria", "quality")
+    args.teacher_url = None
+    check_all(args)
+    assert needs_eval_judge(args)
+    assert not needs_judge(args)
+    settings = judge_settings(args, args.eval_judge_url, "eval_judge")
+    assert [(e.url, e.model) for e in settings.client.endpoints] == [("http://last:1", "gpt")]
+    trained = arguments("--win-rate-prompts", "5", *flags, "--eval-judge-name", "gpt")
+    assert needs_judge(trained)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rewriter-api", "openai"), "--rewriter-api openai needs --rewriter-name"),
+        (("--eval-judge-api", "openai"), "--eval-judge-api openai needs --eval-judge-name"),
+        (("--rewriter-model", "/nowhere"), "--rewriter-model /nowhere: no config.json there"),
+        (("--rewriter-url", "rewriter"), "--rewriter-url rewriter: a URL starts with http"),
+        ((*REWRITES, *OWN_REWRITER, "--rewriter-context", "0"), "--rewriter-context: endpoint http://rewriter:1"),
+        (
+            ("--win-rate-prompts", "1", "--eval-judge-url", "http://last", "--eval-judge-reasoning-tokens", "-1"),
+            "--eval-judge-reasoning-tokens: endpoint http://last",
+        ),
+        (
+            (
+                *("--win-rate-prompts", "1", "--eval-judge-url", "http://last"),
+                *("--eval-judge-api", "openai", "--eval-judge-name", "m"),
+            ),
+            "likelihood needs an endpoint of kind sglang",
+        ),
+    ],
+)
+def test_mistakes_name_the_role_s_own_flag(flags: tuple[str, ...], message: str) -> None:
+    assert message in refusal(*flags)
+
+
+def test_a_local_rewriter_is_one_server_more(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    args = arguments(*REWRITES, "--rewriter-model", str(tmp_path))
+    args.rollout_url, args.rollout_local = None, 2
+    check_all(args)
+    assert local_servers(args) == 3
+
+
+async def test_each_role_asks_its_own_servers() -> None:
+    task = Task(0, [1, 2], [3], "Once upon a", " time")
+    async with FakeJudge() as teacher, FakeJudge(answer=lambda prompt: "Once upon a day") as rewriter:
+        flags = ("--rewriter-url", rewriter.url, "--rewriter-api", "openai", "--rewriter-name", "r")
+        args = arguments(*REWRITES, "--teacher-url", teacher.url, *flags)
+        settings = rewriter_settings(args, args.rewriter_url)
+        async with Rewriter(settings, byte_level_tokenizer(), 8) as own:
+            [candidate] = await own.rewrite([task])
+        assert candidate is not None
+        assert candidate.text == " day"
+        assert rewriter.bodies[0]["model"] == "r"
+        assert teacher.requests == 0
+
+
+async def test_the_last_judge_of_its_own_makes_the_comparison(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    with FakeEngine() as engine:
+        engine.answers |= {
+            "/v1/models": (200, {"data": [{"max_model_len": 10**6}]}),
+            "/generate": (400, {"error": "valid range is [0, 320)"}),
+            "/tokenize": (200, {"tokens": tokenizer.encode(PROBE_TEXT, add_special_tokens=False)}),
+        }
+        async with FakeJudge() as teacher, FakeJudge() as last:
+            flags = [
+                *("--teacher-api", "openai", "--teacher-name", "t"),
+                *("--judge-verdict", "hard", "--criteria", "quality"),
+            ]
+            flags += ["--eval-judge-url", last.url, "--eval-judge-api", "openai", "--eval-judge-name", "e"]
+            args = arguments(*flags, "--win-rate-prompts", "2", vocab_size=320, run_dir=str(tmp_path), train_iters=1)
+            leader = await asyncio.to_thread(Leader, args, tokenizer, [engine.url], [teacher.url], 0)
+            other = await asyncio.to_thread(Leader, args, tokenizer, [engine.url], [teacher.url], 1)
+            try:
+                assert leader.judge is not leader.eval_judge
+                assert leader.eval_judge is not None
+                await asyncio.to_thread(leader.run, leader.eval_judge.score([make_group(0, [0.4, 0.9])]))
+                assert (teacher.requests, last.bodies[0]["model"]) == (0, "e")
+                assert other.eval_judge is other.judge  # only the first leader compares
+            finally:
+                await asyncio.to_thread(leader.close)
+                await asyncio.to_thread(other.close)

@@ -1,0 +1,204 @@
+"""From answers of engines and teacher to examples: a failure drops its group with a reason and never becomes a candidate."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_tokenizer import metaspace_tokenizer
+
+from megatron_sip.experience.maker import ExperienceMaker, ExperienceSettings, build_group
+from megatron_sip.experience.selection import SelectionSettings
+from megatron_sip.metrics import flatten
+from megatron_sip.records import Candidate, Group, Task
+from megatron_sip.rollout.pool import Completion, Failure, PoolCounters, SamplingSettings
+
+TASKS = [Task(index, [1, 2, 3], [4, 5], "prefix", " suffix") for index in range(3)]
+
+
+class Engines:
+    """Answers as the pool does; the second prefix fails."""
+
+    def __init__(self) -> None:
+        self.counters = PoolCounters()
+        self.versions: list[str] = []
+        self.seeds: list[int] = []
+
+    async def generate(
+        self, prefixes: Sequence[list[int]], settings: Any, *, seeds: list[int] | None, weight_version: str
+    ) -> list[Any]:
+        self.versions.append(weight_version)
+        self.seeds += seeds or []
+        self.counters.calls += len(prefixes)
+        made = [Completion([6 + n, 7], [-1.0, -2.0], "length", weight_version) for n in range(settings.n)]
+        return [Failure("timeout", "no answer") if index == 1 else made for index in range(len(prefixes))]
+
+
+class Scores:
+    """Prefers the first rollout."""
+
+    async def score(self, groups: Sequence[Group], *, objective: str) -> list[Group]:
+        return [
+            group if group.dropped else replace(group, scores=[float(c.ids[0] == 6) for c in group.candidates])
+            for group in groups
+        ]
+
+    def counters(self) -> dict[str, float]:
+        return {"calls": 7.0, "cached-share": 0.5}
+
+
+class Rewrites:
+    """Rewrites every suffix, and notes for which tasks it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    async def rewrite(self, tasks: Sequence[Task]) -> list[Candidate | None]:
+        self.asked.append([task.index for task in tasks])
+        return [Candidate("rewrite", [8, task.index], f"rewrite {task.index}") for task in tasks]
+
+    def counters(self) -> dict[str, float]:
+        return {"rewrites": float(sum(map(len, self.asked)))}
+
+
+class Tokenizer:
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        return " ".join(map(str, ids))
+
+
+def maker(engines: Engines, start: int = 0) -> ExperienceMaker:
+    settings = ExperienceSettings(
+        ("suffix", "rollout"),
+        SamplingSettings(2, n=2),
+        SelectionSettings("dpo", candidates=("suffix", "rollout")),
+        rollout_start_step=start,
+    )
+    return ExperienceMaker(settings, Tokenizer(), engines, Scores(), None)  # type: ignore[arg-type]
+
+
+async def test_a_failed_prefix_is_dropped_by_reason_and_the_others_are_learnt_from() -> None:
+    engines = Engines()
+    experience = await maker(engines).make(5, TASKS)
+    numbers = flatten(experience.metrics)
+    assert [example.task_index for example in experience.examples] == [0, 2]
+    assert all(example.branches[0] == [6, 7] for example in experience.examples)
+    assert numbers["dropped/rollout timeout"] == 1
+    assert numbers["groups"] == 3
+    assert engines.versions == ["5"]  # nothing but the weights of this step
+
+
+async def test_counters_are_per_step_and_shares_stay_shares() -> None:
+    engines = Engines()
+    making = maker(engines)
+    first, second = [flatten((await making.make(step, TASKS)).metrics) for step in (0, 1)]
+    assert first["rollout/calls"] == second["rollout/calls"] == 3
+    assert (first["judge/calls"], second["judge/calls"]) == (7, 0)
+    assert first["judge/cached-share"] == second["judge/cached-share"] == 0.5
+
+
+async def test_rollouts_wait_for_their_start_step() -> None:
+    engines = Engines()
+    experience = await maker(engines, start=3).make(2, TASKS)
+    assert engines.versions == []
+    assert experience.examples == []  # the suffix alone makes no pair, and that is counted
+    assert sum(value for name, value in flatten(experience.metrics).items() if name.startswith("dropped/")) == 3
+
+
+class SuffixAgain(Engines):
+    """Writes the suffix " brown fox jumps" of METASPACE_TASK, and its beginning."""
+
+    async def generate(
+        self, prefixes: Sequence[list[int]], settings: Any, *, seeds: list[int] | None, weight_version: str
+    ) -> list[Any]:
+        ids = METASPACE_TASK.suffix_ids
+        return [[Completion(i, [-1.0] * len(i), "length", weight_version) for i in (ids, ids[:-6])]]
+
+
+def metaspace_task() -> Task:
+    whole = METASPACE.encode("The quick brown fox jumps", add_special_tokens=False)
+    cut = len(METASPACE.encode("The quick", add_special_tokens=False))
+    return Task(0, whole[:cut], whole[cut:], "The quick", " brown fox jumps")
+
+
+METASPACE = metaspace_tokenizer()
+METASPACE_TASK = metaspace_task()
+
+
+async def test_the_judge_reads_rollouts_as_they_follow_the_prefix() -> None:
+    settings = ExperienceSettings(("suffix", "rollout"), SamplingSettings(64, n=2), SelectionSettings("dpo"))
+    judged: list[Group] = []
+
+    class Watch(Scores):
+        async def score(self, groups: Sequence[Group], *, objective: str) -> list[Group]:
+            judged.extend(groups)
+            return await super().score(groups, objective=objective)
+
+    making = ExperienceMaker(settings, METASPACE, SuffixAgain(), Watch(), None)  # type: ignore[arg-type]
+    await making.make(0, [METASPACE_TASK])
+    assert [c.text for c in judged[0].candidates] == [" brown fox jumps", " brown fox jumps", " brown fox"]
+
+
+def test_a_missing_rewrite_only_leaves_the_group_without_it() -> None:
+    rollouts = [Candidate("rollout", [9], "x")]
+    group = build_group(TASKS[0], ["suffix", "rewrite", "rollout"], rollouts, None)
+    assert [candidate.kind for candidate in group.candidates] == ["suffix", "rollout"]
+    assert group.dropped is None
+    assert build_group(TASKS[0], ["suffix", "rollout"], "timeout", None).dropped == "rollout timeout"
+
+
+def rewriting(rewriter: Rewrites) -> ExperienceMaker:
+    settings = ExperienceSettings(
+        ("suffix", "rewrite"),
+        SamplingSettings(2),
+        SelectionSettings("sft", candidates=("suffix", "rewrite"), sft_target="rewrite"),
+    )
+    return ExperienceMaker(settings, Tokenizer(), None, None, rewriter)  # type: ignore[arg-type]
+
+
+async def test_the_next_step_s_rewrites_are_made_while_this_one_trains() -> None:
+    rewriter = Rewrites()
+    making = rewriting(rewriter)
+    await making.make(0, TASKS[:1], TASKS[1:])
+    await asyncio.sleep(0)  # training: the loop goes on
+    assert rewriter.asked == [[0], [1, 2]]
+    experience = await making.make(1, TASKS[1:])
+    assert rewriter.asked == [[0], [1, 2]]  # not asked for again
+    assert [example.branches for example in experience.examples] == [[[8, 1]], [[8, 2]]]
+
+
+async def test_rewrites_for_other_tasks_are_never_used() -> None:
+    making = rewriting(Rewrites())
+    await making.make(0, TASKS[:1], TASKS[1:])
+    with pytest.raises(ValueError, match=r"made ahead for tasks \[1, 2\]"):
+        await making.make(1, TASKS[:1])
+
+
+async def test_groups_that_the_disk_does_not_take_are_told_and_cost_no_example(tmp_path: Path) -> None:
+    making = maker(Engines())
+    (tmp_path / "file").write_text("no folder")
+    making._settings = replace(making._settings, record=tmp_path / "file" / "groups")
+    experience = await making.make(0, TASKS)
+    assert len(experience.examples) == 2
+    assert experience.unrecorded == f"--save-groups {tmp_path}/file/groups took no more: Not a directory"
+
+
+async def test_a_task_s_rollouts_have_one_seed_whoever_asks_for_them_and_when() -> None:
+    whole, parts, other, unseeded = Engines(), Engines(), Engines(), Engines()
+    for engines, seed, shares in (
+        (whole, 5, [TASKS]),
+        (parts, 5, [TASKS[2:], TASKS[:2]]),
+        (other, 6, [TASKS]),
+        (unseeded, None, [TASKS]),
+    ):
+        making = maker(engines)
+        making._settings = replace(making._settings, rollout_seed=seed)
+        for share in shares:
+            await making.make(0, share)
+    assert len(set(whole.seeds)) == len(TASKS)
+    assert parts.seeds == [*whole.seeds[2:], *whole.seeds[:2]]
+    assert set(other.seeds).isdisjoint(whole.seeds)
+    assert unseeded.seeds == []

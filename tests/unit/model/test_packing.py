@@ -1,0 +1,218 @@
+"""Packing: every predicted token sees exactly its own prefix and branch, nothing is lost or counted wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_sip.kernels.tree_attention.dense import token_spans, visibility
+from megatron_sip.model.packing import PackedRow, build_row, example_lengths, plan_rows
+from megatron_sip.records import Example
+
+ROW = 48
+PAD = -1
+
+lengths_strategy = st.lists(
+    st.tuples(st.integers(1, 60), st.lists(st.integers(1, 11), min_size=1, max_size=4)), min_size=0, max_size=12
+)
+
+
+def make_examples(lengths: list[tuple[int, list[int]]]) -> list[Example]:
+    """Every token id is different, so that ids tell where a token came from."""
+    following = iter(range(1_000_000))
+
+    def take(count: int) -> list[int]:
+        return [next(following) for _ in range(count)]
+
+    return [
+        Example(i, take(prefix), [take(n) for n in branches], ["target"] * len(branches), ["suffix"] * len(branches))
+        for i, (prefix, branches) in enumerate(lengths)
+    ]
+
+
+def seen_by(row: PackedRow, position: int) -> list[int]:
+    """Token indices that may be attended to from `position`, by walking the layout's definition token by token."""
+    seen = []
+    for key in range(position + 1):
+        for group_start, prefix_end, branch_start, branch_end in row.layout.tolist():
+            in_prefix = group_start <= position < prefix_end
+            in_branch = branch_start <= position < branch_end
+            if (in_prefix and group_start <= key) or (
+                in_branch and (group_start <= key < prefix_end or branch_start <= key)
+            ):
+                seen.append(key)
+                break
+    return seen
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths=lengths_strategy, replicas=st.integers(1, 4), multiple_of=st.sampled_from([1, 4, 8]))
+def test_plan_places_every_example_once_and_accounts_for_every_token(lengths, replicas, multiple_of):
+    plan = plan_rows(lengths, ROW, replicas, multiple_of=multiple_of)
+    sizes = [min(prefix + sum(branches), ROW) for prefix, branches in lengths]
+    rows = [row for replica in plan.rows for row in replica]
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert len(plan.rows) == replicas
+    assert {len(replica) for replica in plan.rows} == {plan.micro_batches}
+    loads = [sum(sizes[index] for index in row) for row in rows]
+    assert plan.row_length == max(multiple_of, -(-max(loads) // multiple_of) * multiple_of) <= ROW
+    assert plan.tokens == sum(sizes)
+    assert plan.padding == sum(plan.row_length - load for load in loads)
+    assert rows.count(()) == max(0, len(rows) - len(lengths))
+    cuts = [max(0, prefix + sum(branches) - ROW) for prefix, branches in lengths]
+    assert plan.cut_tokens == sum(cuts)
+    assert plan.unshared_tokens == sum(
+        prefix - cut + n for (prefix, branches), cut in zip(lengths, cuts, strict=True) for n in branches
+    )
+    assert plan == plan_rows(list(lengths), ROW, replicas, multiple_of=multiple_of)
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths=lengths_strategy, replicas=st.integers(1, 3))
+def test_every_target_is_predicted_from_exactly_its_prefix_and_branch(lengths, replicas):
+    examples = make_examples(lengths)
+    plan = plan_rows(example_lengths(examples), ROW, replicas)
+    trained: dict[tuple[int, int], list[int]] = {}
+    for indices in (row for replica in plan.rows for row in replica):
+        row = build_row(examples, indices, plan.row_length, PAD)
+        assert row.tokens.shape == row.position_ids.shape == (plan.row_length,)
+        tokens, positions = row.tokens.tolist(), row.position_ids.tolist()
+        for branch, key in enumerate(zip(row.examples, row.branches, strict=True)):
+            example = examples[key[0]]
+            start, end = row.branch_offsets[branch : branch + 2].tolist()
+            trained[key] = row.targets[start:end].tolist()
+            cut = max(0, lengths[key[0]][0] + sum(lengths[key[0]][1]) - ROW)
+            for place in range(start, end):
+                seen = seen_by(row, int(row.hidden_index[row.logit_rows[place]]))
+                context = example.prefix_ids[cut:] + example.branches[key[1]][: place - start]
+                assert [tokens[index] for index in seen] == context
+                assert [positions[index] for index in seen] == list(range(len(context)))
+    assert trained == {(e, b): ids for e, x in enumerate(examples) for b, ids in enumerate(x.branches)}
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths=lengths_strategy)
+def test_rows_hold_each_token_once_and_predicting_states_are_unique(lengths):
+    examples = make_examples(lengths)
+    plan = plan_rows(example_lengths(examples), ROW, 1)
+    held: list[int] = []
+    for indices in plan.rows[0]:
+        row = build_row(examples, indices, plan.row_length, PAD)
+        held += [token for token in row.tokens.tolist() if token != PAD]
+        hidden = row.hidden_index.tolist()
+        assert hidden == sorted(set(hidden))
+        assert set(row.logit_rows.tolist()) == set(range(len(hidden)))
+        assert len(hidden) == sum(1 - len(lengths[i][1]) + sum(lengths[i][1]) for i in indices)
+        end = int(row.layout[-1, 3]) if indices else 0
+        assert row.tokens[end:].eq(PAD).all()
+        assert row.position_ids[end:].eq(0).all()
+    expected = [
+        token
+        for example, (prefix, branches) in zip(examples, lengths, strict=True)
+        for token in example.prefix_ids[max(0, prefix + sum(branches) - ROW) :]
+        + [token for branch in example.branches for token in branch]
+    ]
+    assert sorted(held) == sorted(expected)
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths=lengths_strategy)
+def test_visibility_of_all_token_pairs_follows_the_definition(lengths):
+    examples = make_examples(lengths)
+    for indices in plan_rows(example_lengths(examples), ROW, 1).rows[0]:
+        row = build_row(examples, indices, ROW, PAD)
+        spans = token_spans(row.layout, ROW)
+        matrix = visibility(spans)
+        for position in range(ROW):
+            padding = int(row.tokens[position]) == PAD
+            assert bool(spans.inside[position]) is not padding
+            expected = [position] if padding else seen_by(row, position)
+            assert matrix[position].nonzero()[:, 0].tolist() == expected
+
+
+def test_shared_prefix_is_projected_once_for_all_branches():
+    row = build_row(make_examples([(3, [2, 1])]), [0], 8, PAD)
+    assert row.tokens.tolist() == [0, 1, 2, 3, 4, 5, PAD, PAD]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 0, 0]
+    assert row.layout.tolist() == [[0, 3, 3, 5], [0, 3, 5, 6]]
+    assert row.hidden_index.tolist() == [2, 3]
+    assert row.logit_rows.tolist() == [0, 1, 0]
+    assert row.targets.tolist() == [3, 4, 5]
+    assert row.branch_offsets.tolist() == [0, 2, 3]
+    assert (row.examples, row.branches) == ((0, 0), (0, 1))
+
+
+def test_rows_are_evened_out_over_replicas():
+    """Best fit would fill one row with three examples and leave the fourth replica a filler."""
+    plan = plan_rows([(10, [5])] * 6, 48, 4)
+    assert sorted(len(row) for replica in plan.rows for row in replica) == [1, 1, 2, 2]
+    assert plan.row_length == 30
+
+
+def test_best_fit_fills_rows_where_spreading_would_overflow():
+    """Two rows of ten exactly: 6 + 4 and 3 + 3 + 2 + 2; evening out (6 + 3 + 2, 4 + 3 + 2) would need eleven."""
+    plan = plan_rows([(5, [1]), (3, [1]), (2, [1]), (2, [1]), (1, [1]), (1, [1])], 10, 1)
+    assert plan.micro_batches == 2
+    assert plan.padding == 0
+
+
+def test_long_prefix_loses_its_left_end():
+    examples = make_examples([(30, [4, 4])])
+    plan = plan_rows(example_lengths(examples), 16, 1)
+    row = build_row(examples, plan.rows[0][0], plan.row_length, PAD)
+    assert (plan.cut_tokens, plan.row_length) == (22, 16)
+    assert row.tokens[:8].tolist() == examples[0].prefix_ids[22:]
+    assert row.position_ids[:8].tolist() == list(range(8))
+
+
+def test_filler_row_has_no_branch():
+    plan = plan_rows([(3, [2])], 8, 2)
+    assert plan.rows == (((0,),), ((),))
+    row = build_row([], (), plan.row_length, 7)
+    assert row.tokens.tolist() == [7] * 5
+    assert row.layout.shape == (0, 4)
+    assert [t.shape[0] for t in (row.hidden_index, row.logit_rows, row.targets, row.branch_offsets)] == [0, 0, 0, 1]
+    assert row.layout.dtype == torch.int32
+
+
+def test_no_examples_give_one_filler_a_replica():
+    plan = plan_rows([], 8, 3, multiple_of=4)
+    assert plan.rows == (((),), ((),), ((),))
+    assert (plan.row_length, plan.tokens, plan.padding) == (4, 0, 12)
+
+
+def test_row_moves_to_a_device_with_everything_in_it():
+    row = build_row(make_examples([(3, [2, 1])]), [0], 8, PAD).to("meta")
+    assert {getattr(row, name).device.type for name in ("tokens", "position_ids", "layout", "targets")} == {"meta"}
+    assert row.examples == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([(0, [3])], 8, 1), "example 0 has an empty prefix"),
+        (([(3, [3]), (3, [2, 0])], 8, 1), r"example 1 has branch lengths \[2, 0\]"),
+        (([(3, [])], 8, 1), r"example 0 has branch lengths \[\]"),
+        (([(3, [4, 4])], 8, 1), r"branches take 8 tokens, a row holds 8.*--seq-length"),
+        (([], 8, 0), "num_replicas is 0"),
+        (([], 0, 1), "row_length is 0"),
+    ],
+)
+def test_bad_lengths_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan_rows(*arguments)
+
+
+def test_row_length_is_rounded_up_to_the_multiple():
+    """A prefix is cut to the rounded length, which is the length that `build_row` gets."""
+    examples = make_examples([(30, [4])])
+    plan = plan_rows(example_lengths(examples), 13, 1, multiple_of=8)
+    assert (plan.row_length, plan.cut_tokens, plan.padding) == (16, 18, 0)
+    assert build_row(examples, plan.rows[0][0], plan.row_length, PAD).tokens[0] == 18
+
+
+def test_examples_that_do_not_fit_together_are_refused():
+    with pytest.raises(ValueError, match=r"examples \[0, 1\] take 10 tokens, more than the row's 8"):
+        build_row(make_examples([(3, [2]), (3, [2])]), [0, 1], 8, PAD)

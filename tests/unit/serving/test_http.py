@@ -1,0 +1,258 @@
+"""The HTTP pool: routing, back-off, breaker, rate limit, deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+from app_server import AppServer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sip.serving.http import (
+    BadResponseError,
+    HttpPool,
+    Request,
+    RequestError,
+    RetryPolicy,
+    Server,
+    TokenBucket,
+    _retry_after_s,
+)
+
+QUICK = RetryPolicy(attempts=4, first_s=0.01, longest_s=0.05, breaker_failures=3, breaker_first_s=0.2)
+
+
+class Loopback(AppServer):
+    """A server whose handler the test gives; keeps the arrival times."""
+
+    def __init__(self, handler: Callable[[int], web.Response | float]) -> None:
+        super().__init__({"POST /ask": self._ask})
+        self._handler = handler
+        self.arrivals: list[float] = []
+        self.affinities: list[Any] = []
+
+    async def _ask(self, request: web.Request) -> web.Response:
+        self.affinities.append(await request.json())
+        self.arrivals.append(time.monotonic())
+        result = self._handler(len(self.arrivals) - 1)
+        if isinstance(result, float):
+            await asyncio.sleep(result)
+            return web.json_response({"ok": True})
+        return result
+
+
+def fine(index: int) -> web.Response:
+    return web.json_response({"ok": True})
+
+
+def ask(affinity: int = 0, parse: Callable[[Any], Any] = lambda data: data["ok"]) -> Request:
+    return Request(affinity, "/ask", lambda server: str(affinity).encode(), parse)
+
+
+async def send(pool: HttpPool, request: Request, within: float = 5.0) -> Any:
+    return await pool.send(request, asyncio.get_running_loop().time() + within)
+
+
+async def test_retry_after_is_honoured() -> None:
+    def handler(index: int) -> web.Response:
+        return fine(index) if index else web.Response(status=429, headers={"Retry-After": "0.4"})
+
+    async with Loopback(handler) as server, HttpPool([Server(server.url)], concurrency=4, policy=QUICK) as pool:
+        assert await send(pool, ask()) is True
+        assert server.arrivals[1] - server.arrivals[0] >= 0.4
+        assert pool.counts["failed-attempts/rate-limited"] == pool.counts["retries"] == 1
+
+
+def limited(seconds: str) -> Callable[[int], web.Response]:
+    return lambda index: web.Response(status=429, headers={"Retry-After": seconds})
+
+
+async def test_a_server_that_asks_for_time_gets_it_while_another_does_the_work() -> None:
+    async with Loopback(limited("60")) as busy, Loopback(fine) as idle:
+        async with HttpPool([Server(busy.url), Server(idle.url)], concurrency=4, policy=QUICK) as pool:
+            begin = time.monotonic()
+            results = await asyncio.gather(*(send(pool, ask(affinity), within=40.0) for affinity in range(24)))
+            assert time.monotonic() - begin < 30.0
+        assert results == [True] * 24
+        assert len(busy.arrivals) <= 4  # those in flight before the first answer
+        assert len(idle.arrivals) == 24
+        assert "breaker-opened" not in pool.counts
+
+
+async def test_when_all_servers_ask_for_time_the_reason_is_the_rate_limit() -> None:
+    async with Loopback(limited("60")) as first, Loopback(limited("30")) as second:
+        async with HttpPool([Server(first.url), Server(second.url)], concurrency=4, policy=QUICK) as pool:
+            begin = time.monotonic()
+            results = await asyncio.gather(
+                *(send(pool, ask(affinity), within=5.0) for affinity in range(12)), return_exceptions=True
+            )
+            assert time.monotonic() - begin < 20.0
+        assert [error.kind for error in results if isinstance(error, RequestError)] == ["rate-limited"] * 12
+        assert len(first.arrivals) + len(second.arrivals) <= 8
+
+
+async def test_all_servers_that_ask_for_time_are_asked_after_it_one_request_first() -> None:
+    def handler(index: int) -> web.Response:
+        return limited("0.3")(index) if index < 8 else fine(index)
+
+    async with Loopback(handler) as server, HttpPool([Server(server.url)], concurrency=4, policy=QUICK) as pool:
+        results = await asyncio.gather(*(send(pool, ask(affinity)) for affinity in range(12)))
+        assert results == [True] * 12  # also those that were turned away more often than there are attempts
+        gaps = [b - a for a, b in zip(server.arrivals[3:8], server.arrivals[4:9], strict=True)]
+        assert min(gaps) >= 0.29
+
+
+async def test_a_full_pool_does_not_outlive_the_deadline() -> None:
+    async with Loopback(lambda index: 30.0) as server, HttpPool([Server(server.url)], concurrency=1) as pool:
+        long = asyncio.create_task(send(pool, ask(), within=30.0))
+        await asyncio.sleep(0.05)
+        begin = time.monotonic()
+        with pytest.raises(RequestError, match="deadline"):
+            await send(pool, ask(1), within=0.2)
+        assert time.monotonic() - begin < 20.0
+        long.cancel()
+
+
+@pytest.mark.parametrize("error", [OverflowError, RecursionError, AssertionError, ValueError, KeyError, MemoryError])
+async def test_what_a_parser_raises_is_a_bad_response(error: type[Exception]) -> None:
+    def parse(data: Any) -> Any:
+        raise error("x")
+
+    async with (
+        Loopback(lambda index: fine(index)) as server,
+        HttpPool([Server(server.url)], concurrency=1, policy=QUICK) as pool,
+    ):
+        with pytest.raises(RequestError) as caught:
+            await send(pool, ask(parse=parse))
+    assert caught.value.kind == "bad-response"
+
+
+@pytest.mark.parametrize(
+    ("status", "requests", "kind"), [(500, 4, "server-error"), (503, 4, "server-error"), (400, 1, "rejected")]
+)
+async def test_what_is_tried_again(status: int, requests: int, kind: str) -> None:
+    policy = RetryPolicy(attempts=4, first_s=0.01, longest_s=0.02, breaker_failures=100)
+    async with (
+        Loopback(lambda index: web.Response(status=status, text="why")) as server,
+        HttpPool([Server(server.url)], concurrency=4, policy=policy) as pool,
+    ):
+        with pytest.raises(RequestError, match=f"status {status}: why") as caught:
+            await send(pool, ask())
+        assert caught.value.kind == kind
+        assert len(server.arrivals) == requests
+
+
+async def test_an_unreadable_response_is_tried_again() -> None:
+    def parse(data: Any) -> Any:
+        if data["ok"] is not True:
+            raise BadResponseError("not ok")
+        return data["ok"]
+
+    replies = [web.Response(text="no json"), web.json_response({"ok": 1}), web.json_response({"ok": True})]
+    async with (
+        Loopback(replies.__getitem__) as server,
+        HttpPool([Server(server.url)], concurrency=1, policy=QUICK) as pool,
+    ):
+        assert await send(pool, ask(parse=parse)) is True
+        assert pool.counts["failed-attempts/bad-response"] == 2
+
+
+async def test_a_slow_answer_is_cut_off_and_asked_again() -> None:
+    async with (
+        Loopback(lambda index: 30.0 if index == 0 else fine(index)) as server,
+        HttpPool([Server(server.url)], concurrency=1, policy=QUICK, call_timeout_s=0.2) as pool,
+    ):
+        assert await send(pool, ask()) is True
+        assert pool.counts["failed-attempts/timeout"] == 1
+
+
+async def test_nothing_outlives_the_deadline() -> None:
+    async with Loopback(lambda index: 30.0) as server, HttpPool([Server(server.url)], concurrency=1) as pool:
+        begin = time.monotonic()
+        results = await asyncio.gather(*(send(pool, ask(), within=0.5) for _ in range(5)), return_exceptions=True)
+        assert time.monotonic() - begin < 20.0
+        assert [result.kind for result in results if isinstance(result, RequestError)] == ["deadline"] * 5
+
+
+async def test_requests_of_a_prompt_go_to_one_server_and_prompts_spread() -> None:
+    async with Loopback(fine) as a, Loopback(fine) as b, Loopback(fine) as c:
+        async with HttpPool([Server(s.url) for s in (a, b, c)], concurrency=16) as pool:
+            await asyncio.gather(*(send(pool, ask(affinity)) for affinity in range(60) for _ in range(3)))
+        homes = [Counter(server.affinities) for server in (a, b, c)]
+        assert all(count == 3 for home in homes for count in home.values())
+        assert all(len(home) >= 8 for home in homes)
+
+
+async def test_a_failing_server_is_left_alone_and_probed_later() -> None:
+    broken = [True]
+
+    def handler(index: int) -> web.Response:
+        return web.Response(status=500) if broken[0] else fine(index)
+
+    async with (
+        Loopback(handler) as bad,
+        Loopback(fine) as good,
+        HttpPool([Server(bad.url), Server(good.url)], concurrency=4, policy=QUICK) as pool,
+    ):
+        for affinity in range(40):
+            assert await send(pool, ask(affinity)) is True
+        assert len(bad.arrivals) <= 8
+        assert pool.counts["breaker-opened"] >= 1
+        broken[0] = False
+        await asyncio.sleep(1.0)
+        before = len(bad.arrivals)
+        for affinity in range(40):
+            assert await send(pool, ask(affinity)) is True
+        assert len(bad.arrivals) - before >= 8
+
+
+async def test_work_in_flight_is_bounded() -> None:
+    running, most = 0, 0
+
+    async def slow(request: web.Request) -> web.Response:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.02)
+        running -= 1
+        return web.json_response({"ok": True})
+
+    async with (
+        AppServer({"POST /ask": slow}) as server,
+        HttpPool([Server(server.url)], concurrency=7) as pool,
+    ):
+        await asyncio.gather(*(send(pool, ask()) for _ in range(60)))
+    assert most == 7
+
+
+async def test_the_rate_limit_holds() -> None:
+    async with Loopback(fine) as server:
+        async with HttpPool([Server(server.url, requests_per_s=20)], concurrency=50) as pool:
+            begin = time.monotonic()
+            await asyncio.gather(*(send(pool, ask()) for _ in range(40)))
+        assert time.monotonic() - begin >= 0.9  # 20 at once, 20 more in the following second
+
+
+@given(st.lists(st.floats(0, 2), min_size=1, max_size=60), st.floats(0.5, 20))
+def test_the_token_bucket_never_lets_more_through_than_rate_and_burst(gaps: list[float], rate: float) -> None:
+    bucket, now, passed = TokenBucket(rate), 1.0, []
+    for gap in gaps:
+        now += gap
+        if bucket.wait_s(now) == 0.0:
+            passed.append(now)
+    for begin in range(len(passed)):
+        for end in range(begin, len(passed)):
+            assert end - begin + 1 <= max(1.0, rate) + rate * (passed[end] - passed[begin]) + 1e-6
+
+
+def test_retry_after_in_its_two_forms() -> None:
+    assert _retry_after_s("7") == 7.0
+    assert _retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert _retry_after_s("Fri, 31 Dec 9999 23:59:59 GMT") > 3000
+    assert _retry_after_s(None) == _retry_after_s("soon") == 0.0
