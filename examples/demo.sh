@@ -32,9 +32,9 @@ fi
 
 shorter=()
 if [ "$(python -c 'from megatron_sip.platform.number_format import bfloat16_pays; print(bfloat16_pays())')" = False ]; then
-    echo "demo: without AVX-512 BF16 this processor computes in float32, so the run is shorter: 12 steps instead of 32, 48" \
+    echo "demo: without AVX-512 BF16 this processor computes in float32, so the run is shorter: 10 steps instead of 32, 48" \
         "held-out prefixes instead of 96"
-    shorter=(--train-iters 12 --win-rate-prompts 48)
+    shorter=(--train-iters 10 --win-rate-prompts 48)
 fi
 
 exec python -m megatron_sip "$teacher" "$data" --teacher "$teacher" --run-dir "$run_dir" --preset examples/demo.args \

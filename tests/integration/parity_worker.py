@@ -9,8 +9,10 @@ checkpoint if "save", and writes losses, log-probs and digests of the exported w
 Before training, rank 0 writes the logits of the token ids "text", if there are any, to RESULTS_DIR/NAME.logits.pt.
 """
 
+import contextlib
 import gc
 import hashlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -47,7 +49,8 @@ def run_case(case: dict, results: Path) -> dict:
 
     hf_config = AutoConfig.from_pretrained(case["hf_dir"])
     hf_config.dtype = torch.float32
-    initialize_megatron_for(hf_config, [*case["flags"], "--global-batch-size", "12", "--calculate-per-token-loss"])
+    with contextlib.redirect_stdout(io.StringIO()):  # six hundred lines of arguments, each flushed to torchrun
+        initialize_megatron_for(hf_config, [*case["flags"], "--global-batch-size", "12", "--calculate-per-token-loss"])
     args = get_args()
     model, optimizer, scheduler = setup_model_and_optimizer(ModelType.encoder_or_decoder, model_provider)
     if case["import"]:
@@ -170,6 +173,7 @@ def forget_megatron() -> None:
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
     gc.collect()  # models and optimizers hold on to them in cycles
+    gc.freeze()  # what is left, modules above all, is not looked at again: a collection took a second
 
 
 if __name__ == "__main__":
