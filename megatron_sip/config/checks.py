@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_sip.config.judge_flags import flag_for, judge_settings, rewriter_settings
+from megatron_sip.config.flags import ROLES, Role
 from megatron_sip.config.needs import (
     candidate_kinds,
     contender_count,
@@ -23,7 +23,7 @@ from megatron_sip.config.needs import (
     needs_teacher,
     uses_judge,
 )
-from megatron_sip.config.server_flags import ROLES, Role, rewriter_role
+from megatron_sip.config.settings import flag_for, judge_settings, rewriter_role, rewriter_settings
 from megatron_sip.data.documents import parse_split
 from megatron_sip.errors import DataError
 from megatron_sip.judge.schedules import least_budget

@@ -11,9 +11,8 @@ import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from megatron_sip.config.judge_flags import judge_settings
 from megatron_sip.config.needs import candidate_kinds, contender_count, needs_judge, uses_judge
-from megatron_sip.config.server_flags import endpoints_of, rewriter_role
+from megatron_sip.config.settings import endpoints_of, judge_settings, rewriter_role
 from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
 from megatron_sip.judge.rewriter import REWRITE_ROOM
 from megatron_sip.judge.schedules import SMALL_GROUP, make_schedule, planned_pairs, votes_in_orders

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_sip.config.judge_flags import schedule_settings
-from megatron_sip.config.server_flags import has_servers, rewriter_role
+from megatron_sip.config.settings import has_servers, rewriter_role, schedule_settings
 from megatron_sip.records import CANDIDATE_KINDS
 
 

@@ -1,4 +1,4 @@
-"""The flags of Self-Improving Pretraining, on top of Megatron's own strict parser.
+"""From the command line to a namespace: Megatron's own strict parser with our flags on top.
 
 `parse_arguments` reads and checks everything once; nothing changes the namespace afterwards except Megatron itself.
 """
@@ -12,168 +12,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_sip.config.checks import ArgumentError, check_required, explained, validate
-from megatron_sip.config.judge_flags import JUDGE_FLAGS, add_teacher_flags
+from megatron_sip.config.flags import add_arguments
 from megatron_sip.config.presets import expand_presets
-from megatron_sip.config.server_flags import Flags, add_flags, add_server_flags
 from megatron_sip.config.wandb_run import continue_wandb_run
 from megatron_sip.console import say
 from megatron_sip.hf.converted import converted_checkpoint, is_hf_folder
 from megatron_sip.hf.folder import HF_SUBFOLDER, refuse_pointers
-from megatron_sip.records import CANDIDATE_KINDS
 
-GROUP_TITLE = "self-improving pretraining"
 SAVE_INTERVAL = 100
 """Default of --save-interval, which Megatron does not have; the last step is always saved."""
 REFUSED = "these flags cannot work (--help and --help-megatron explain each)"
-
-
-RUN_FLAGS: Flags = {
-    "--preset": ({"metavar": "NAME|FILE"}, "Flags of a file, see docs/presets.md; flags after it win over its own."),
-    "--verbose": ({"action": "store_true"}, "Show on the screen what Megatron and others print, not in RUN_DIR/logs/."),
-    "--dry-run": ({"action": "store_true"}, "Say what the flags mean and cost in calls and tokens, and exit."),
-    "--run-dir": (
-        {"metavar": "DIR"},
-        "Folder for metrics.jsonl, samples, server logs, plots and summary.json. Default: the folder of --save.",
-    ),
-    "--started-as": ({"metavar": "COMMAND"}, "What the report names as the command that continues the run."),
-    "--load-last-whole": (
-        {"action": "store_true"},
-        "When files of the latest checkpoint are damaged, move it aside and continue from the newest one that is whole.",
-    ),
-    "--save-groups": ({"metavar": "DIR"}, "Write every step's judged groups there, compressed."),
-    "--replay-groups": ({"metavar": "DIR"}, "Train from groups written by --save-groups, without engines and teacher."),
-    "--win-rate-prompts": (
-        {"type": int, "default": 0, "metavar": "N"},
-        "At the end compare the trained policy with the initial one on N held-out prefixes; 0 skips it.",
-    ),
-    "--win-rate-temperature": ({"type": float, "default": 0.0}, "Sampling of the compared continuations; 0 is greedy."),
-}
-TASK_FLAGS: Flags = {
-    "--hf-config": (
-        {"metavar": "DIR"},
-        "HF folder with config.json and tokenizer of the policy: gives the architecture flags and the tokenizer, and "
-        "is what the engines serve. Default: --pretrained-checkpoint, or the folder hf/ inside, which the converter writes.",
-    ),
-    "--suffix-length": ({"type": int, "default": 128, "metavar": "N"}, "Tokens of a suffix, a rewrite and a rollout."),
-    "--task-mode": (
-        {"choices": ["random", "stream"], "default": "random"},
-        "random: one seeded cut a document and epoch. stream: every chunk of --suffix-length tokens in turn.",
-    ),
-    "--min-prefix-length": (
-        {"type": int, "default": 16, "metavar": "N"},
-        "Shortest prefix that a document is cut into.",
-    ),
-    "--text-field": ({"default": "text"}, "Field of jsonl and parquet records that holds the text."),
-    "--prepend-bos": (
-        {"choices": ["auto", "on", "off"], "default": "auto"},
-        "Begin documents with the tokenizer's BOS. auto: if the tokenizer puts one before plain text, as for Llama 3.",
-    ),
-    "--row-length": (
-        {"type": int, "metavar": "TOKENS"},
-        "Longest packed row (micro-batch). Several groups share a row. Default: just enough for one full group, "
-        "--seq-length, and --suffix-length more when the objective is dpo.",
-    ),
-}
-OBJECTIVE_FLAGS: Flags = {
-    "--objective": (
-        {"choices": ["sft", "rf-nll", "dpo"], "default": "dpo"},
-        "sft: NLL of --sft-target. rf-nll: NLL of the best-judged candidate. dpo: online DPO, best against worst.",
-    ),
-    "--candidates": (
-        {"nargs": "+", "choices": CANDIDATE_KINDS, "default": ["suffix", "rollout"], "metavar": "KIND"},
-        "Kinds of candidates that are judged: suffix, rewrite, rollout.",
-    ),
-    "--sft-target": ({"choices": CANDIDATE_KINDS, "default": "suffix"}, "What --objective sft learns; asks no judge."),
-    "--dpo-pair": (
-        {"nargs": 2, "choices": CANDIDATE_KINDS, "metavar": ("CHOSEN", "REJECTED")},
-        "Fix the roles of the DPO pair by kind and ask no judge, e.g. --dpo-pair rewrite rollout.",
-    ),
-    "--dpo-beta": ({"type": float, "default": 0.1}, "DPO's temperature on the log-ratio margin."),
-    "--dpo-nll-coef": ({"type": float, "default": 0.0}, "Weight of an NLL term on the chosen branch."),
-    "--dpo-label-smoothing": ({"type": float, "default": 0.0}, "Assumed rate of flipped preferences."),
-    "--dpo-loss": ({"choices": ["sigmoid", "ipo"], "default": "sigmoid"}, "Shape of the pair loss."),
-    "--ref-update-interval": (
-        {"type": int, "default": 0, "metavar": "STEPS"},
-        "Copy the policy into the DPO reference every so many steps; 0 keeps the initial policy for ever.",
-    ),
-    "--logit-chunk-columns": (
-        {"type": int, "default": 0, "metavar": "N"},
-        "Hold the logits of N vocabulary entries at a time (8192 is good) and compute them again in backward: slower, "
-        "for when the logits of a row's branches do not fit. 0: all at once.",
-    ),
-    "--ref-offload": (
-        {"action": "store_true"},
-        "Keep the DPO reference's weights in pinned host memory and swap them in for its pass: saves one copy of the "
-        "weights on the GPU.",
-    ),
-}
-ROLLOUT_FLAGS: Flags = {
-    "--num-rollouts": ({"type": int, "default": 16, "metavar": "K"}, "Rollouts of the policy per prefix."),
-    "--rollout-temperature": ({"type": float, "default": 1.0}, "0 is greedy."),
-    "--rollout-top-p": ({"type": float, "default": 1.0}, "Nucleus of the rollouts' sampling."),
-    "--rollout-start-step": (
-        {"type": int, "default": 0, "metavar": "STEP"},
-        "Before this step only suffix and rewrite are candidates (early rollouts of a fresh policy are noise).",
-    ),
-    "--rollout-url": ({"nargs": "+", "metavar": "URL"}, "Running SGLang engines that serve the policy."),
-    "--rollout-key-variable": (
-        {"metavar": "NAME"},
-        "Environment variable that holds the key which the engines demand (SGLang's --api-key).",
-    ),
-    "--rollout-local": ({"type": int, "default": 0, "metavar": "N"}, "Start N SGLang engines on this node instead."),
-    "--rollout-timeout": ({"type": float, "default": 600.0, "metavar": "SECONDS"}, "For one engine call."),
-    "--rollout-concurrency": (
-        {"type": int, "default": 256, "metavar": "CALLS"},
-        "Calls in flight of each data-parallel replica.",
-    ),
-    "--local-engine-dtype": (
-        {"choices": ["bfloat16", "float16", "float32"], "default": "bfloat16"},
-        "Number format of the servers that --rollout-local and --teacher-model start; without a GPU and AVX-512 BF16 bfloat16 "
-        "stands for float32.",
-    ),
-    "--local-engine-tokens": (
-        {"type": int, "metavar": "TOKENS"},
-        "Size of a local server's KV cache. Default: SGLang's choice with a GPU, 32768 without.",
-    ),
-    "--local-server-memory": (
-        {"type": float, "metavar": "SHARE"},
-        "What each local server takes of a GPU's memory; servers then share the GPUs behind the trainer's, or its last "
-        "one. Default: a GPU a server.",
-    ),
-    "--weight-sync": (
-        {"choices": ["distributed", "disk"], "default": "distributed"},
-        "distributed: broadcast buckets to the engines (NCCL, or gloo without GPUs). disk: through --weight-sync-dir.",
-    ),
-    "--weight-sync-dir": ({"metavar": "DIR"}, "Folder that trainer and engines share. Default: RUN_DIR/weights."),
-    "--weight-sync-bucket-mb": ({"type": int, "default": 512, "metavar": "MB"}, "Size of one broadcast."),
-    "--max-staleness": (
-        {"type": int, "choices": [0], "default": 0},
-        "Optimizer steps that the engines' weights may be behind; 0 is strictly on-policy.",
-    ),
-}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add our flags to Megatron's parser, in groups of their own."""
-
-    def section(name: str) -> argparse._ArgumentGroup:
-        return parser.add_argument_group(title=f"{GROUP_TITLE}: {name}")
-
-    add_flags(section("the run"), RUN_FLAGS)
-    add_flags(section("policy and tasks"), TASK_FLAGS)
-    add_flags(section("objective"), OBJECTIVE_FLAGS)
-    add_flags(section("rollouts and local servers"), ROLLOUT_FLAGS)
-    group = section("teacher")
-    group.add_argument("--teacher-model", metavar="DIR", help="Start an SGLang server of this HF model on this node.")
-    add_teacher_flags(group)
-    group = section("another server for the rewriter, or for the held-out judge")
-    group.add_argument(
-        "--rewriter-model", metavar="DIR", help="Start an SGLang server of this HF model on this node for the rewriter."
-    )
-    add_server_flags(group, "rewriter")
-    add_server_flags(group, "eval_judge")
-    add_flags(section("judge"), JUDGE_FLAGS)
-    return parser
 
 
 def megatron_help() -> str:

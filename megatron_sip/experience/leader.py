@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from megatron_sip.config.checks import ArgumentError
-from megatron_sip.config.judge_flags import judge_settings, rewriter_settings
+from megatron_sip.config.flags import Role
 from megatron_sip.config.needs import (
     candidate_kinds,
     local_servers,
@@ -25,7 +25,7 @@ from megatron_sip.config.needs import (
     needs_rewriter,
     needs_teacher,
 )
-from megatron_sip.config.server_flags import Role, rewriter_role
+from megatron_sip.config.settings import judge_settings, rewriter_role, rewriter_settings
 from megatron_sip.evaluation.training_samples import SampleLog
 from megatron_sip.experience.maker import Experience, ExperienceMaker, ExperienceSettings
 from megatron_sip.experience.selection import SelectionSettings

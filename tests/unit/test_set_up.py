@@ -16,7 +16,7 @@ from test_run_steps import FakeExchange
 from tiny_tokenizer import byte_level_tokenizer
 from transformers import LlamaConfig
 
-from megatron_sip.config.parse import add_arguments
+from megatron_sip.config.flags import add_arguments
 from megatron_sip.errors import DataError
 from megatron_sip.hf.families import architecture
 from megatron_sip.hf.folder import copy_hf_files, renew_hf_files

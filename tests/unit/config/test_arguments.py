@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_sip.config.checks import SERVER_ROLES, ArgumentError, check_required, explained, validate
+from megatron_sip.config.flags import GROUP_TITLE, add_arguments
 from megatron_sip.config.needs import candidate_kinds, needs_engines, needs_teacher, uses_judge
-from megatron_sip.config.parse import GROUP_TITLE, add_arguments, find_hf_config
+from megatron_sip.config.parse import find_hf_config
 
 MEGATRON = {
     "seq_length": 2048,

@@ -7,10 +7,10 @@ import argparse
 import pytest
 
 from megatron_sip.config.dry_run import criterion_cost, describe, prompt_cost, run_cost
-from megatron_sip.config.judge_flags import judge_settings
+from megatron_sip.config.flags import add_arguments
 from megatron_sip.config.needs import uses_judge
-from megatron_sip.config.parse import add_arguments
 from megatron_sip.config.presets import expand_presets
+from megatron_sip.config.settings import judge_settings
 from megatron_sip.judge.settings import ClientSettings, Endpoint, JudgeSettings, ScheduleSettings, VerdictMode
 
 URL = "http://teacher"

@@ -10,8 +10,8 @@ import pytest
 from paper_presets import PAPER, paper_criteria
 
 import megatron_sip
+from megatron_sip.config.flags import add_arguments
 from megatron_sip.config.needs import candidate_kinds, uses_judge
-from megatron_sip.config.parse import add_arguments
 from megatron_sip.config.presets import PRESETS, PresetError, expand_presets, known_presets
 from megatron_sip.judge.settings import ScheduleSettings, parse_criteria
 from megatron_sip.platform.megatron_cpu import enable_cpu

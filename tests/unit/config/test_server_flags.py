@@ -12,8 +12,8 @@ from judge_cases import make_group
 from test_arguments import arguments, check_all, refusal
 from tiny_tokenizer import byte_level_tokenizer
 
-from megatron_sip.config.judge_flags import judge_settings, rewriter_settings
 from megatron_sip.config.needs import local_servers, needs_eval_judge, needs_judge, needs_teacher
+from megatron_sip.config.settings import judge_settings, rewriter_settings
 from megatron_sip.experience.leader import PROBE_TEXT, Leader
 from megatron_sip.judge.rewriter import Rewriter
 from megatron_sip.records import Task

@@ -91,7 +91,7 @@ def test_each_choice_has_a_cache_entry_and_a_fingerprint_of_its_own(tmp_path: Pa
 def test_the_flag_is_the_same_everywhere() -> None:
     import argparse
 
-    from megatron_sip.config.parse import add_arguments
+    from megatron_sip.config.flags import add_arguments
 
     trainer = add_arguments(argparse.ArgumentParser())
     assert trainer.get_default("prepend_bos") == "auto"

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from megatron_sip.config.parse import add_arguments
+from megatron_sip.config.flags import add_arguments
 from megatron_sip.config.presets import expand_presets
 from megatron_sip.platform.megatron_cpu import enable_cpu
 
