@@ -38,7 +38,7 @@ from machine import (
 )
 from torch import Tensor
 
-from megatron_sip.kernels.logprob import branch_logprobs
+from megatron_sip.kernels.logprob import token_logprobs
 from megatron_sip.platform.megatron_cpu import enable_cpu
 
 BRANCH_LENGTH = 128
@@ -53,8 +53,7 @@ class Workload:
     buffer: Tensor
     rows: Tensor
     targets: Tensor
-    branch_offsets: Tensor
-    branch_weights: Tensor
+    weights: Tensor
 
     def refill(self) -> None:
         self.buffer.copy_(self.source)
@@ -75,14 +74,12 @@ class _Projection(torch.autograd.Function):
 def make_workload(rows: int, vocab: int, dtype: torch.dtype, device: str) -> Workload:
     generator = torch.Generator().manual_seed(0)
     source = torch.randn(rows, vocab, generator=generator).mul_(3).to(dtype).to(device)
-    offsets = torch.arange(0, rows + 1, BRANCH_LENGTH)
     return Workload(
         source,
         torch.empty_like(source),
         torch.arange(rows).to(device),
         torch.randint(0, vocab, (rows,), generator=generator).to(device),
-        offsets.to(device),
-        torch.linspace(-1, 1, len(offsets) - 1).to(device),
+        torch.linspace(-1, 1, rows // BRANCH_LENGTH).repeat_interleave(BRANCH_LENGTH).to(device),
     )
 
 
@@ -91,8 +88,8 @@ def our_cases(work: Workload) -> list[Case]:
 
     def run(inplace: bool) -> None:
         logits = _Projection.apply(seed, [work.buffer])
-        _, sums = branch_logprobs(logits, work.rows, work.targets, work.branch_offsets, inplace=inplace)
-        (sums * work.branch_weights).sum().backward()
+        logprobs = token_logprobs(logits, work.rows, work.targets, inplace=inplace)
+        (logprobs * work.weights).sum().backward()
 
     return [
         Case(OURS, lambda: run(True), work.refill),
@@ -161,7 +158,7 @@ def largest_error(work: Workload) -> float:
     exact = some.double().log_softmax(dim=-1)
     rows = torch.arange(len(some), device=some.device)
     targets = work.targets[: len(some)]
-    ours, _ = branch_logprobs(some, rows, targets, torch.tensor([0, len(some)], device=some.device))
+    ours = token_logprobs(some, rows, targets)
     return (ours.double() - exact[rows, targets]).abs().max().item()
 
 

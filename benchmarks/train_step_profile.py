@@ -31,7 +31,7 @@ PARTS = {
     "RMSNorm, SwiGLU, rotary": tuple(
         f"megatron_sip::{name}" for name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rotate")
     ),
-    "log-probs": ("megatron_sip::row_statistics", "megatron_sip::gradient_", "megatron_sip::branch_logprobs"),
+    "log-probs": ("megatron_sip::row_statistics", "megatron_sip::gradient_", "megatron_sip::token_logprobs"),
     "optimizer": ("aten::_fused_adamw_", "aten::linalg_vector_norm"),  # and clipping, which is among the sums
 }
 PRODUCTS = ("aten::mm", "aten::addmm_", "megatron_sip::float_product", "megatron_sip::add_weight_gradient_")

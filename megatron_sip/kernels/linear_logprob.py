@@ -2,7 +2,7 @@
 
 The vocabulary is gone through in chunks, never the rows: chunking rows would read the whole weight once a chunk. The
 chunks' logits are computed again in the backward pass. Use it when [T, V/tp] logits do not fit; one plain projection
-followed by `branch_logprobs` is faster when they do.
+followed by `token_logprobs` is faster when they do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from megatron_sip.kernels.logprob import (
     VocabularyShard,
     check_inputs,
     combine_over_ranks,
-    entry_gradients,
     finish_logprobs,
     move_reference,
     output_dtype,
@@ -49,29 +48,28 @@ def vocabulary_chunks(shard: VocabularyShard, chunk_columns: int) -> Iterator[Ch
         yield Chunk(first, last, shard.start + first, last - first)
 
 
-def linear_branch_logprobs(
+def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
     logit_rows: Tensor,
     targets: Tensor,
-    branch_offsets: Tensor,
     *,
     tp_group: ProcessGroup | None = None,
     vocab_start: int = 0,
     vocab_size: int | None = None,
     chunk_columns: int = 8192,
-) -> tuple[Tensor, Tensor]:
-    """`branch_logprobs(float_logits(hidden, weight), ...)`, differentiable with respect to `hidden` and `weight`.
+) -> Tensor:
+    """`token_logprobs(float_logits(hidden, weight), ...)`, differentiable with respect to `hidden` and `weight`.
 
     Args:
         hidden: [T, H], the same on all ranks of `tp_group` (gather sequence-parallel states before).
         weight: [V/tp, H], dtype of `hidden`.
         chunk_columns: vocabulary entries whose logits [T, chunk_columns] exist at a time.
-        logit_rows, targets, branch_offsets, tp_group, vocab_start, vocab_size: as of `branch_logprobs`.
+        logit_rows, targets, tp_group, vocab_start, vocab_size: as of `token_logprobs`.
 
     Returns:
-        token log-probs [L] and branch sums [B], float32 (float64 for float64 inputs). The gradient of `hidden` is
-        complete: already summed over `tp_group`.
+        token log-probs [L], float32 (float64 for float64 inputs). The gradient of `hidden` is complete: already summed
+        over `tp_group`.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or indices that do not fit.
@@ -83,14 +81,11 @@ def linear_branch_logprobs(
     if chunk_columns < 1:
         raise ValueError(f"chunk_columns must be at least 1, got {chunk_columns}")
     shard = vocabulary_shard(weight.shape[0], tp_group, vocab_start, vocab_size)
-    check_inputs(hidden, logit_rows, targets, branch_offsets, shard)
-    tokens, sums = _LinearBranchLogprobs.apply(
-        hidden.contiguous(), weight, logit_rows, targets, branch_offsets, shard, chunk_columns
-    )
-    return tokens, sums
+    check_inputs(hidden, logit_rows, targets, shard)
+    return _LinearTokenLogprobs.apply(hidden.contiguous(), weight, logit_rows, targets, shard, chunk_columns)
 
 
-class _LinearBranchLogprobs(torch.autograd.Function):
+class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -98,10 +93,9 @@ class _LinearBranchLogprobs(torch.autograd.Function):
         weight: Tensor,
         logit_rows: Tensor,
         targets: Tensor,
-        branch_offsets: Tensor,
         shard: VocabularyShard,
         chunk_columns: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         rows = hidden.shape[0]
         reference = torch.full((rows,), -torch.inf, dtype=torch.float64, device=hidden.device)
         sums = torch.zeros_like(reference)
@@ -114,20 +108,16 @@ class _LinearBranchLogprobs(torch.autograd.Function):
             reference = higher
             own_targets += target_logits(logits, logit_rows, targets, chunk.vocab_start, chunk.columns)
         reference, sums, all_targets = combine_over_ranks(reference, sums, own_targets, shard.group)
-        tokens, branch_sums, normaliser = finish_logprobs(
-            reference, sums, all_targets, logit_rows, branch_offsets, output_dtype(hidden)
-        )
+        tokens, normaliser = finish_logprobs(reference, sums, all_targets, logit_rows, output_dtype(hidden))
         ctx.shard, ctx.chunk_columns = shard, chunk_columns
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, logit_rows, targets, branch_offsets, tokens, normaliser)
-        return tokens, branch_sums
+        ctx.save_for_backward(hidden, weight, logit_rows, targets, tokens, normaliser)
+        return tokens
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_tokens: Tensor | None, grad_sums: Tensor | None) -> tuple[Any, ...]:
-        hidden, weight, logit_rows, targets, branch_offsets, tokens, normaliser = ctx.saved_tensors
-        grad = entry_gradients(grad_tokens, grad_sums, branch_offsets, targets.shape[0])
-        logprobs = tokens.double()
+    def backward(ctx: Any, grad_tokens: Tensor) -> tuple[Any, ...]:
+        hidden, weight, logit_rows, targets, tokens, normaliser = ctx.saved_tensors
+        grad, logprobs = grad_tokens.double().contiguous(), tokens.double()
         grad_hidden = torch.zeros(hidden.shape, dtype=output_dtype(hidden), device=hidden.device)
         grad_weight = torch.zeros_like(weight)
         for chunk in vocabulary_chunks(ctx.shard, ctx.chunk_columns):
@@ -141,4 +131,4 @@ class _LinearBranchLogprobs(torch.autograd.Function):
             torch.mm(grad_logits.T, hidden, out=grad_weight[chunk.first : chunk.last])
         if ctx.shard.group is not None:
             dist.all_reduce(grad_hidden, group=ctx.shard.group)
-        return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 5
+        return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 4

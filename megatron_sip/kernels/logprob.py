@@ -1,6 +1,6 @@
-"""Token and branch log-probs straight from (vocab-sharded) logits, exact to float32 and in one pass over them.
+"""Log-probs of tokens straight from (vocab-sharded) logits, exact to float32 and in one pass over them.
 
-    token_logprobs, branch_sums = branch_logprobs(logits, row.logit_rows, row.targets, row.branch_offsets)
+    logprobs = token_logprobs(logits, row.logit_rows, row.targets)
 
 A row of logits may predict several tokens (the last prefix token predicts the first token of each branch): it is
 projected once and the gradients of its entries add up. The gradient is written over the logits.
@@ -32,18 +32,17 @@ class VocabularyShard:
     group: ProcessGroup | None
 
 
-def branch_logprobs(
+def token_logprobs(
     logits: Tensor,
     logit_rows: Tensor,
     targets: Tensor,
-    branch_offsets: Tensor,
     *,
     tp_group: ProcessGroup | None = None,
     vocab_start: int = 0,
     vocab_size: int | None = None,
     inplace: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Log-probs of the targets [L], at most 0, and their sums over branches [B], 0 for an empty one.
+) -> Tensor:
+    """Log-probs of the targets [L], at most 0.
 
     In nats, float32 (float64 for float64 logits); differentiable with respect to `logits`.
 
@@ -51,7 +50,6 @@ def branch_logprobs(
         logits: [T, V/tp], float32, bfloat16, float16 or float64.
         logit_rows: int64 [L], the row of `logits` that predicts each target.
         targets: int64 [L], token ids in the whole vocabulary.
-        branch_offsets: int64 [B + 1], branch b owns the entries branch_offsets[b] to branch_offsets[b + 1].
         tp_group: ranks that share the vocabulary; all must call, and all get equal results.
         vocab_start: token id of this rank's first column.
         vocab_size: true vocabulary size. Columns from it on are padding: they leave the softmax and get no gradient.
@@ -66,14 +64,14 @@ def branch_logprobs(
     if logits.dim() != 2:
         raise ValueError(f"logits must be [T, V], got shape {list(logits.shape)}")
     shard = vocabulary_shard(logits.shape[1], tp_group, vocab_start, vocab_size)
-    check_inputs(logits, logit_rows, targets, branch_offsets, shard)
+    check_inputs(logits, logit_rows, targets, shard)
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     if inplace and needs_gradient:
         _check_owned(logits)
     logits = logits.contiguous()
     if shard.group is None and not (inplace and needs_gradient):
-        return operators.branch_logprobs(logits, logit_rows, targets, branch_offsets, shard.start, shard.columns)[:2]
-    return _BranchLogprobs.apply(logits, logit_rows, targets, branch_offsets, shard, inplace)
+        return operators.token_logprobs(logits, logit_rows, targets, shard.start, shard.columns)[0]
+    return _TokenLogprobs.apply(logits, logit_rows, targets, shard, inplace)
 
 
 def vocabulary_shard(
@@ -98,13 +96,11 @@ def vocabulary_shard(
     return VocabularyShard(vocab_start, columns, total, tp_group if ranks > 1 else None)
 
 
-def check_inputs(
-    scores: Tensor, logit_rows: Tensor, targets: Tensor, branch_offsets: Tensor, shard: VocabularyShard
-) -> None:
+def check_inputs(scores: Tensor, logit_rows: Tensor, targets: Tensor, shard: VocabularyShard) -> None:
     """Raises TypeError or ValueError on what cannot be meant; `scores` is anything with T rows in a logits dtype."""
     if scores.dtype not in LOGIT_DTYPES:
         raise TypeError(f"logits must be one of {LOGIT_DTYPES}, got {scores.dtype}")
-    for name, tensor in (("logit_rows", logit_rows), ("targets", targets), ("branch_offsets", branch_offsets)):
+    for name, tensor in (("logit_rows", logit_rows), ("targets", targets)):
         if tensor.dtype != torch.int64:
             raise TypeError(f"{name} must be torch.int64, got {tensor.dtype}")
         if tensor.dim() != 1:
@@ -113,37 +109,24 @@ def check_inputs(
             raise ValueError(f"{name} is on {tensor.device}, the logits on {scores.device}")
     if logit_rows.shape != targets.shape:
         raise ValueError(f"logit_rows has {logit_rows.numel()} entries, targets {targets.numel()}")
-    if branch_offsets.numel() == 0:
-        raise ValueError("branch_offsets must hold at least one offset (0)")
     if scores.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(scores.shape[0], logit_rows, targets, branch_offsets, shard)
+        _check_values(scores.shape[0], logit_rows, targets, shard)
     elif scores.device.type == "cuda":
-        _check_values_on_device(scores.shape[0], logit_rows, targets, branch_offsets, shard)
+        _check_values_on_device(scores.shape[0], logit_rows, targets, shard)
 
 
-def _check_values(
-    rows: int, logit_rows: Tensor, targets: Tensor, branch_offsets: Tensor, shard: VocabularyShard
-) -> None:
+def _check_values(rows: int, logit_rows: Tensor, targets: Tensor, shard: VocabularyShard) -> None:
     for name, tensor, limit in (("logit_rows", logit_rows, rows), ("targets", targets, shard.vocab_size)):
         if tensor.numel():
             low, high = (int(bound) for bound in tensor.aminmax())
             if low < 0 or high >= limit:
                 raise ValueError(f"{name} must lie in [0, {limit}), got values from {low} to {high}")
-    first, last = int(branch_offsets[0]), int(branch_offsets[-1])
-    if first != 0 or last != targets.numel() or bool((branch_offsets.diff() < 0).any()):
-        raise ValueError(
-            f"branch_offsets must rise from 0 to the number of targets {targets.numel()}, got {branch_offsets.tolist()}"
-        )
 
 
-def _check_values_on_device(
-    rows: int, logit_rows: Tensor, targets: Tensor, branch_offsets: Tensor, shard: VocabularyShard
-) -> None:
+def _check_values_on_device(rows: int, logit_rows: Tensor, targets: Tensor, shard: VocabularyShard) -> None:
     """The same without waiting for the device: what is wrong stops the device with the message."""
     for name, tensor, limit in (("logit_rows", logit_rows, rows), ("targets", targets, shard.vocab_size)):
         torch._assert_async(((tensor >= 0) & (tensor < limit)).all(), f"{name} must lie in [0, {limit})")
-    fits = (branch_offsets[0] == 0) & (branch_offsets[-1] == targets.numel()) & (branch_offsets.diff() >= 0).all()
-    torch._assert_async(fits, f"branch_offsets must rise from 0 to the number of targets {targets.numel()}")
 
 
 def _check_owned(logits: Tensor) -> None:
@@ -187,15 +170,12 @@ def finish_logprobs(
     sums: Tensor,
     target_logits: Tensor,
     logit_rows: Tensor,
-    branch_offsets: Tensor,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(token log-probs, branch sums, log-normaliser float64 [T]) from the statistics of whole rows."""
+) -> tuple[Tensor, Tensor]:
+    """(token log-probs, log-normaliser float64 [T]) from the statistics of whole rows."""
     log_sums = sums.log()
     tokens = (target_logits - reference[logit_rows]) - log_sums[logit_rows]
-    tokens = tokens.clamp_max(0.0)
-    branch_sums = torch.segment_reduce(tokens, "sum", offsets=branch_offsets, initial=0.0, unsafe=True)
-    return tokens.to(dtype), branch_sums.to(dtype), reference + log_sums
+    return tokens.clamp_max(0.0).to(dtype), reference + log_sums
 
 
 def output_dtype(logits: Tensor) -> torch.dtype:
@@ -203,19 +183,7 @@ def output_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def entry_gradients(
-    grad_tokens: Tensor | None, grad_sums: Tensor | None, branch_offsets: Tensor, entries: int
-) -> Tensor:
-    """float64 [L]: what each entry's log-prob is multiplied by, its own coefficient plus its branch's."""
-    grad = torch.zeros(entries, dtype=torch.float64, device=branch_offsets.device)
-    if grad_tokens is not None:
-        grad = grad + grad_tokens.double()
-    if grad_sums is not None:
-        grad = grad + grad_sums.double().repeat_interleave(branch_offsets.diff(), output_size=entries)
-    return grad
-
-
-class _BranchLogprobs(torch.autograd.Function):
+class _TokenLogprobs(torch.autograd.Function):
     """The op over tensor-parallel shards, and the one that consumes its logits."""
 
     @staticmethod
@@ -224,79 +192,67 @@ class _BranchLogprobs(torch.autograd.Function):
         logits: Tensor,
         logit_rows: Tensor,
         targets: Tensor,
-        branch_offsets: Tensor,
         shard: VocabularyShard,
         inplace: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         reference, row_sums = operators.row_statistics(logits, shard.columns)
         own_targets = target_logits(logits, logit_rows, targets, shard.start, shard.columns)
         reference, row_sums, all_targets = combine_over_ranks(reference, row_sums, own_targets, shard.group)
-        tokens, sums, normaliser = finish_logprobs(
-            reference, row_sums, all_targets, logit_rows, branch_offsets, output_dtype(logits)
-        )
+        tokens, normaliser = finish_logprobs(reference, row_sums, all_targets, logit_rows, output_dtype(logits))
         ctx.shard, ctx.inplace, ctx.consumed = shard, inplace, False
-        ctx.set_materialize_grads(False)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(logits, logit_rows, targets, branch_offsets, tokens, normaliser)
-        return tokens, sums
+            ctx.save_for_backward(logits, logit_rows, targets, tokens, normaliser)
+        return tokens
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_tokens: Tensor | None, grad_sums: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.consumed:
             raise RuntimeError(
                 "the logits were consumed by an earlier backward pass: they now hold its gradient. "
                 "Pass inplace=False to differentiate more than once"
             )
-        logits, logit_rows, targets, branch_offsets, tokens, normaliser = ctx.saved_tensors
-        grad = entry_gradients(grad_tokens, grad_sums, branch_offsets, targets.numel())
-        entries = (logit_rows, targets, tokens.double(), normaliser, grad)
+        logits, logit_rows, targets, tokens, normaliser = ctx.saved_tensors
+        entries = (logit_rows, targets, tokens.double(), normaliser, grad.double().contiguous())
         arguments = (logits, *entries, ctx.shard.start, ctx.shard.columns)
         if not ctx.inplace:
-            return operators.gradient(*arguments), *[None] * 5
+            return operators.gradient(*arguments), *[None] * 4
         ctx.consumed = True
         operators.gradient_(*arguments)
         torch.autograd.graph.increment_version(logits)
-        return logits.detach(), *[None] * 5
+        return logits.detach(), *[None] * 4
 
 
-@torch.library.custom_op("megatron_sip::branch_logprobs", mutates_args=())
-def _branch_logprobs(
-    logits: Tensor, logit_rows: Tensor, targets: Tensor, branch_offsets: Tensor, vocab_start: int, columns: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op on whole rows, without side effects: token log-probs, branch sums, log-normaliser."""
+@torch.library.custom_op("megatron_sip::token_logprobs", mutates_args=())
+def _token_logprobs(
+    logits: Tensor, logit_rows: Tensor, targets: Tensor, vocab_start: int, columns: int
+) -> tuple[Tensor, Tensor]:
+    """The op on whole rows, without side effects: token log-probs and log-normaliser."""
     reference, sums = operators.row_statistics(logits, columns)
     own_targets = target_logits(logits, logit_rows, targets, vocab_start, columns)
-    return finish_logprobs(reference, sums, own_targets, logit_rows, branch_offsets, output_dtype(logits))
+    return finish_logprobs(reference, sums, own_targets, logit_rows, output_dtype(logits))
 
 
-@_branch_logprobs.register_fake
-def _(
-    logits: Tensor, logit_rows: Tensor, targets: Tensor, branch_offsets: Tensor, vocab_start: int, columns: int
-) -> tuple[Tensor, Tensor, Tensor]:
+@_token_logprobs.register_fake
+def _(logits: Tensor, logit_rows: Tensor, targets: Tensor, vocab_start: int, columns: int) -> tuple[Tensor, Tensor]:
     dtype = output_dtype(logits)
     return (
         logits.new_empty(targets.shape[0], dtype=dtype),
-        logits.new_empty(branch_offsets.shape[0] - 1, dtype=dtype),
         logits.new_empty(logits.shape[0], dtype=torch.float64),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, logit_rows, targets, branch_offsets, ctx.vocab_start, ctx.columns = inputs
-    tokens, _, normaliser = output
-    ctx.set_materialize_grads(False)
+    logits, logit_rows, targets, ctx.vocab_start, ctx.columns = inputs
+    tokens, normaliser = output
     ctx.mark_non_differentiable(normaliser)
-    ctx.save_for_backward(logits, logit_rows, targets, branch_offsets, tokens, normaliser)
+    ctx.save_for_backward(logits, logit_rows, targets, tokens, normaliser)
 
 
-def _backward(ctx: Any, grad_tokens: Tensor | None, grad_sums: Tensor | None, *_: object) -> tuple[Any, ...]:
-    logits, logit_rows, targets, branch_offsets, tokens, normaliser = ctx.saved_tensors
-    grad = entry_gradients(grad_tokens, grad_sums, branch_offsets, targets.shape[0])
-    result = operators.gradient(
-        logits, logit_rows, targets, tokens.double(), normaliser, grad, ctx.vocab_start, ctx.columns
-    )
-    return result, None, None, None, None, None
+def _backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Any, ...]:
+    logits, logit_rows, targets, tokens, normaliser = ctx.saved_tensors
+    entries = (logit_rows, targets, tokens.double(), normaliser, grad.double().contiguous())
+    return operators.gradient(logits, *entries, ctx.vocab_start, ctx.columns), None, None, None, None
 
 
-_branch_logprobs.register_autograd(_backward, setup_context=_setup_context)
+_token_logprobs.register_autograd(_backward, setup_context=_setup_context)

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from megatron_sip.hf.layouts import AttentionShape, tensor_parallel_faults
 from megatron_sip.kernels.fp32_lm_head import float_logits
-from megatron_sip.kernels.linear_logprob import linear_branch_logprobs
-from megatron_sip.kernels.logprob import branch_logprobs
+from megatron_sip.kernels.linear_logprob import linear_token_logprobs
+from megatron_sip.kernels.logprob import token_logprobs
 from megatron_sip.kernels.tree_attention.flex import FlexTreeAttention
 from megatron_sip.model.attention import PrefixTreeAttention
 from megatron_sip.model.embedding import embed_into_main_grad
@@ -93,22 +93,27 @@ class PolicyModel(GPTModel):
             )
         predicting = hidden_states[:, 0].index_select(0, row.hidden_index)
         weight = self.output_layer.weight if output_weight is None else output_weight
-        entries = (row.logit_rows, row.targets, row.branch_offsets)
         vocab_start = group.rank() * weight.shape[0]
         if self.logit_chunk_columns:
-            return linear_branch_logprobs(
+            return linear_token_logprobs(
                 predicting,
                 weight,
-                *entries,
+                row.logit_rows,
+                row.targets,
                 tp_group=group,
                 vocab_start=vocab_start,
                 vocab_size=self.unpadded_vocab_size,
                 chunk_columns=self.logit_chunk_columns,
-            )[0]
+            )
         logits = float_logits(predicting, weight, group)
-        return branch_logprobs(
-            logits, *entries, tp_group=group, vocab_start=vocab_start, vocab_size=self.unpadded_vocab_size
-        )[0]
+        return token_logprobs(
+            logits,
+            row.logit_rows,
+            row.targets,
+            tp_group=group,
+            vocab_start=vocab_start,
+            vocab_size=self.unpadded_vocab_size,
+        )
 
 
 def row_logprobs(model: torch.nn.Module, row: PackedRow) -> Tensor:

@@ -7,16 +7,15 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_sip.kernels.logprob import branch_logprobs
+from megatron_sip.kernels.logprob import token_logprobs
 
 
 def allocated_bytes(logits: Tensor) -> int:
     """What forward and backward from `logits` allocate, freed or not."""
     rows = torch.arange(len(logits))
-    offsets = torch.tensor([0, len(logits) // 2, len(logits)])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        _, sums = branch_logprobs(logits, rows, rows, offsets)
-        (sums * torch.tensor([0.5, -0.25])).sum().backward()
+        tokens = token_logprobs(logits, rows, rows)
+        (tokens * torch.linspace(0.5, -0.25, len(rows))).sum().backward()
     return sum(max(event.self_cpu_memory_usage, 0) for event in recorded.events())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import struct
 import subprocess
 import sys
@@ -15,37 +14,30 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_sip.kernels import logprob_reference
-from megatron_sip.kernels.linear_logprob import linear_branch_logprobs
-from megatron_sip.kernels.logprob import branch_logprobs, target_logits
+from megatron_sip.kernels.linear_logprob import linear_token_logprobs
+from megatron_sip.kernels.logprob import target_logits, token_logprobs
 from megatron_sip.kernels.logprob_ops import compiled_devices, extension, operators
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def entries(rows: int, vocab: int, branches: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Random entries: several on one row, some rows without any, branches of the given lengths."""
+def entries(rows: int, vocab: int, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random entries: several on one row, some rows without any."""
     generator = torch.Generator().manual_seed(seed)
-    count = sum(branches)
     logit_rows = torch.randint(0, max(rows, 1), (count,), generator=generator)
     targets = torch.randint(0, vocab, (count,), generator=generator)
-    offsets = torch.tensor([0, *itertools.accumulate(branches)])
-    return logit_rows, targets, offsets
+    return logit_rows, targets
 
 
-def exact(logits: Tensor, logit_rows: Tensor, targets: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def exact(logits: Tensor, logit_rows: Tensor, targets: Tensor) -> Tensor:
     """What the op computes, in float64 and plain autograd."""
-    log_softmax = logits.double().log_softmax(dim=-1)
-    tokens = log_softmax[logit_rows, targets]
-    sums = [tokens[first:last].sum() for first, last in itertools.pairwise(offsets.tolist())]
-    return tokens, torch.stack(sums) if sums else tokens.new_zeros(0)
+    return logits.double().log_softmax(dim=-1)[logit_rows, targets]
 
 
-def loss(tokens: Tensor, sums: Tensor) -> Tensor:
-    """A function of both outputs with another coefficient for each of them."""
-    weights = torch.linspace(-1.5, 2.0, tokens.numel(), dtype=torch.float64)
-    branch_weights = torch.linspace(0.5, -1.0, sums.numel(), dtype=torch.float64)
-    return (tokens.double() * weights).sum() + (sums.double() * branch_weights).sum()
+def loss(tokens: Tensor) -> Tensor:
+    """A function of the log-probs with another coefficient for each of them."""
+    return (tokens.double() * torch.linspace(-1.5, 2.0, tokens.numel(), dtype=torch.float64)).sum()
 
 
 def test_the_compiled_kernels_are_there() -> None:
@@ -58,21 +50,20 @@ def test_the_compiled_kernels_are_there() -> None:
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("vocab", [1, 7, 33, 4099])
 def test_values_and_gradients_equal_float64(vocab: int, dtype: torch.dtype, inplace: bool) -> None:
-    logit_rows, targets, offsets = entries(9, vocab, (4, 0, 7, 1))
+    logit_rows, targets = entries(9, vocab, 12)
     logits = (6 * torch.randn(9, vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).to(dtype)
     leaf = logits.clone().requires_grad_()
-    tokens, sums = branch_logprobs(leaf * 1, logit_rows, targets, offsets, inplace=inplace)
-    loss(tokens, sums).backward()
+    tokens = token_logprobs(leaf * 1, logit_rows, targets, inplace=inplace)
+    loss(tokens).backward()
 
     oracle = logits.to(torch.float64, copy=True).requires_grad_()
-    expected_tokens, expected_sums = exact(oracle, logit_rows, targets, offsets)
-    loss(expected_tokens, expected_sums).backward()
+    expected = exact(oracle, logit_rows, targets)
+    loss(expected).backward()
 
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     assert tokens.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert (tokens <= 0).all()
-    torch.testing.assert_close(tokens.double(), expected_tokens, rtol=0, atol=tolerance)
-    torch.testing.assert_close(sums.double(), expected_sums, rtol=1e-6, atol=tolerance)
+    torch.testing.assert_close(tokens.double(), expected, rtol=0, atol=tolerance)
     rounding = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     assert leaf.grad is not None
     assert oracle.grad is not None
@@ -84,12 +75,12 @@ def test_values_and_gradients_equal_float64(vocab: int, dtype: torch.dtype, inpl
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_error_on_a_large_vocabulary(dtype: torch.dtype) -> None:
     """The project's bound: 2e-6 against float64, with logits as spread out as those of a trained model."""
-    logit_rows, targets, offsets = entries(64, 128256, (64, 64))
+    logit_rows, targets = entries(64, 128256, 128)
     logits = (3 * torch.randn(64, 128256, generator=torch.Generator().manual_seed(2))).to(dtype)
     logits[torch.arange(64), torch.arange(64) * 97] = torch.linspace(0, 25, 64).to(dtype)
     targets[:64] = logit_rows[:64] * 97
-    tokens, _ = branch_logprobs(logits, logit_rows, targets, offsets)
-    expected, _ = exact(logits, logit_rows, targets, offsets)
+    tokens = token_logprobs(logits, logit_rows, targets)
+    expected = exact(logits, logit_rows, targets)
     assert (tokens.double() - expected).abs().max() <= 2e-6
 
 
@@ -97,9 +88,9 @@ def test_error_on_a_large_vocabulary(dtype: torch.dtype) -> None:
 def test_rising_and_falling_rows(direction: int) -> None:
     """The reference of the online sum moves many times, or never."""
     logits = direction * torch.linspace(-300, 300, 20001)[None].repeat(2, 1)
-    logit_rows, targets, offsets = torch.tensor([0, 0, 1]), torch.tensor([0, 20000, 10000]), torch.tensor([0, 3])
-    tokens, _ = branch_logprobs(logits, logit_rows, targets, offsets)
-    torch.testing.assert_close(tokens.double(), exact(logits, logit_rows, targets, offsets)[0], rtol=1e-6, atol=2e-6)
+    logit_rows, targets = torch.tensor([0, 0, 1]), torch.tensor([0, 20000, 10000])
+    tokens = token_logprobs(logits, logit_rows, targets)
+    torch.testing.assert_close(tokens.double(), exact(logits, logit_rows, targets), rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("inplace", [True, False])
@@ -112,9 +103,9 @@ def test_infinite_logits(dtype: torch.dtype, inplace: bool) -> None:
     logits[2, 17] = torch.nan
     leaf = logits.clone().requires_grad_()
     logit_rows, targets = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([4600, 3, 9, 4999, 4])
-    tokens, _ = branch_logprobs(leaf * 1, logit_rows, targets, torch.tensor([0, 5]), inplace=inplace)
+    tokens = token_logprobs(leaf * 1, logit_rows, targets, inplace=inplace)
     tokens[torch.tensor([0, 2])].sum().backward()
-    expected, _ = exact(logits, logit_rows, targets, torch.tensor([0, 5]))
+    expected = exact(logits, logit_rows, targets)
     torch.testing.assert_close(tokens.double(), expected, rtol=0, atol=2e-6, equal_nan=True)
     assert torch.isnan(tokens[4])
     assert leaf.grad is not None
@@ -124,34 +115,33 @@ def test_infinite_logits(dtype: torch.dtype, inplace: bool) -> None:
 
 
 def test_a_row_of_minus_infinity_alone_is_nan_as_in_torch() -> None:
-    tokens, _ = branch_logprobs(torch.full((1, 40), -torch.inf), *entries(1, 40, (1,)))
+    tokens = token_logprobs(torch.full((1, 40), -torch.inf), *entries(1, 40, 1))
     assert torch.isnan(tokens).all()
 
 
 @pytest.mark.parametrize("inplace", [True, False])
 def test_padded_columns_leave_the_softmax(inplace: bool) -> None:
     logits = torch.randn(5, 64, generator=torch.Generator().manual_seed(4))
-    logit_rows, targets, offsets = entries(5, 50, (3, 4))
+    logit_rows, targets = entries(5, 50, 7)
     leaf = logits.clone().requires_grad_()
-    tokens, sums = branch_logprobs(leaf * 1, logit_rows, targets, offsets, vocab_size=50, inplace=inplace)
-    loss(tokens, sums).backward()
+    tokens = token_logprobs(leaf * 1, logit_rows, targets, vocab_size=50, inplace=inplace)
+    loss(tokens).backward()
     oracle = logits.double().requires_grad_()
-    expected_tokens, expected_sums = exact(oracle[:, :50], logit_rows, targets, offsets)
-    loss(expected_tokens, expected_sums).backward()
-    torch.testing.assert_close(tokens.double(), expected_tokens, rtol=0, atol=2e-6)
+    expected = exact(oracle[:, :50], logit_rows, targets)
+    loss(expected).backward()
+    torch.testing.assert_close(tokens.double(), expected, rtol=0, atol=2e-6)
     torch.testing.assert_close(leaf.grad, oracle.grad.float())  # type: ignore[union-attr]
     assert (leaf.grad[:, 50:] == 0).all()  # type: ignore[index]
 
 
-@pytest.mark.parametrize(("rows", "branches"), [(0, ()), (0, (0, 0)), (3, ()), (3, (0,)), (3, (0, 2, 0))])
+@pytest.mark.parametrize(("rows", "count"), [(0, 0), (3, 0), (3, 2)])
 @pytest.mark.parametrize("inplace", [True, False])
-def test_nothing_to_do(rows: int, branches: tuple[int, ...], inplace: bool) -> None:
+def test_nothing_to_do(rows: int, count: int, inplace: bool) -> None:
     leaf = torch.randn(rows, 11, requires_grad=True)
-    logit_rows, targets, offsets = entries(rows, 11, branches)
-    tokens, sums = branch_logprobs(leaf * 1, logit_rows, targets, offsets, inplace=inplace)
-    (tokens.sum() + sums.sum()).backward()
-    assert tokens.shape == (sum(branches),)
-    assert sums.shape == (len(branches),)
+    logit_rows, targets = entries(rows, 11, count)
+    tokens = token_logprobs(leaf * 1, logit_rows, targets, inplace=inplace)
+    tokens.sum().backward()
+    assert tokens.shape == (count,)
     assert leaf.grad is not None
     assert leaf.grad.shape == (rows, 11)
     assert torch.isfinite(leaf.grad).all()
@@ -161,15 +151,15 @@ def test_nothing_to_do(rows: int, branches: tuple[int, ...], inplace: bool) -> N
 @given(
     rows=st.integers(1, 6),
     vocab=st.integers(1, 300),
-    branches=st.lists(st.integers(0, 5), min_size=1, max_size=5),
+    count=st.integers(0, 25),
     seed=st.integers(0, 2**20),
     spread=st.sampled_from([0.1, 3.0, 40.0]),
     dtype=st.sampled_from([*FLOATS, torch.float64]),
 )
 def test_compiled_kernels_equal_the_torch_ones(
-    rows: int, vocab: int, branches: list[int], seed: int, spread: float, dtype: torch.dtype
+    rows: int, vocab: int, count: int, seed: int, spread: float, dtype: torch.dtype
 ) -> None:
-    logit_rows, targets, _ = entries(rows, vocab, tuple(branches), seed)
+    logit_rows, targets = entries(rows, vocab, count, seed)
     generator = torch.Generator().manual_seed(seed)
     logits = (spread * torch.randn(rows, vocab, dtype=torch.float64, generator=generator)).to(dtype)
     start, columns = seed % 7, max(vocab - seed % 5, 0)
@@ -219,18 +209,18 @@ def test_unknown_instruction_sets_are_refused() -> None:
 
 
 def test_gradcheck_runs_through_the_registered_op() -> None:
-    logit_rows, targets, offsets = entries(4, 13, (3, 0, 4))
+    logit_rows, targets = entries(4, 13, 7)
     logits = torch.randn(4, 13, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: branch_logprobs(x, logit_rows, targets, offsets, inplace=False), logits)
+    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, logit_rows, targets, inplace=False), logits)
 
 
 def test_opcheck() -> None:
-    logit_rows, targets, offsets = entries(4, 13, (3, 0, 4))
+    logit_rows, targets = entries(4, 13, 7)
     logits = torch.randn(4, 13)
     wide = torch.randn(7, dtype=torch.float64)
     rest = (logit_rows, targets, -wide.abs(), torch.randn(4, dtype=torch.float64), wide, 0, 12)
     torch.library.opcheck(
-        operators.branch_logprobs.default, (logits.clone().requires_grad_(), logit_rows, targets, offsets, 0, 13)
+        operators.token_logprobs.default, (logits.clone().requires_grad_(), logit_rows, targets, 0, 13)
     )
     torch.library.opcheck(operators.row_statistics.default, (logits.clone(), 12))
     torch.library.opcheck(operators.gradient.default, (logits.clone(), *rest))
@@ -240,16 +230,16 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("inplace", [True, False])
 def test_second_derivatives_are_refused(inplace: bool) -> None:
     leaf = torch.randn(4, 13, requires_grad=True)
-    tokens, sums = branch_logprobs(leaf * 1, *entries(4, 13, (3, 4)), inplace=inplace)
-    (first,) = torch.autograd.grad(loss(tokens.square(), sums), leaf, create_graph=True)
+    tokens = token_logprobs(leaf * 1, *entries(4, 13, 7), inplace=inplace)
+    (first,) = torch.autograd.grad(loss(tokens.square()), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable" if inplace else "differentiable once"):
         first.square().sum().backward()
 
 
 def test_a_second_backward_through_consumed_logits_raises() -> None:
     leaf = torch.randn(4, 13, requires_grad=True)
-    logit_rows, targets, offsets = entries(4, 13, (3, 4))
-    tokens, _ = branch_logprobs(leaf * 1, logit_rows, targets, offsets)
+    logit_rows, targets = entries(4, 13, 7)
+    tokens = token_logprobs(leaf * 1, logit_rows, targets)
     tokens.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="consumed by an earlier backward"):
         tokens.sum().backward()
@@ -259,7 +249,7 @@ def test_consuming_logits_that_another_op_saved_raises() -> None:
     leaf = torch.randn(4, 13, requires_grad=True)
     logits = leaf * 1
     z_loss = logits.square().sum()
-    tokens, _ = branch_logprobs(logits, *entries(4, 13, (3, 4)))
+    tokens = token_logprobs(logits, *entries(4, 13, 7))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (tokens.sum() + z_loss).backward()
 
@@ -269,58 +259,56 @@ def test_the_gradient_is_written_into_the_logits() -> None:
     logits = leaf * 1
     received: list[int] = []
     logits.register_hook(lambda grad: received.append(grad.data_ptr()))
-    branch_logprobs(logits, *entries(4, 1000, (3, 4)))[1].sum().backward()
+    token_logprobs(logits, *entries(4, 1000, 7)).sum().backward()
     assert received == [logits.data_ptr()]
 
 
 def test_a_view_of_the_projection_can_be_consumed() -> None:
     """Megatron's output layer gives [s, b, v]; the op sees a view of it."""
-    logit_rows, targets, offsets = entries(4, 13, (3, 4))
+    logit_rows, targets = entries(4, 13, 7)
     leaf = torch.randn(4, 1, 13, requires_grad=True)
-    branch_logprobs((leaf * 1).view(4, 13), logit_rows, targets, offsets)[1].sum().backward()
+    token_logprobs((leaf * 1).view(4, 13), logit_rows, targets).sum().backward()
     expected = leaf.detach().clone().requires_grad_()
-    exact(expected[:, 0], logit_rows, targets, offsets)[1].sum().backward()
+    exact(expected[:, 0], logit_rows, targets).sum().backward()
     torch.testing.assert_close(leaf.grad, expected.grad)
 
 
 def test_logits_stay_without_a_gradient_or_ownership() -> None:
     logits = torch.randn(4, 13)
-    arguments = entries(4, 13, (3, 4))
+    arguments = entries(4, 13, 7)
     before = logits.clone()
-    branch_logprobs(logits, *arguments)
+    token_logprobs(logits, *arguments)
     with torch.no_grad():
-        branch_logprobs((logits.requires_grad_() * 1), *arguments)
-    branch_logprobs(logits, *arguments, inplace=False)[0].sum().backward()
+        token_logprobs((logits.requires_grad_() * 1), *arguments)
+    token_logprobs(logits, *arguments, inplace=False).sum().backward()
     assert torch.equal(logits.detach(), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("chunk", [5, 64, 1000])
 def test_linear_mode_equals_the_projection_followed_by_the_op(dtype: torch.dtype, chunk: int) -> None:
-    logit_rows, targets, offsets = entries(6, 60, (4, 0, 5))
+    logit_rows, targets = entries(6, 60, 9)
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(6, 16, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(64, 16, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
-    tokens, sums = linear_branch_logprobs(
-        hidden, weight, logit_rows, targets, offsets, vocab_size=60, chunk_columns=chunk
-    )
-    loss(tokens, sums).backward()
+    tokens = linear_token_logprobs(hidden, weight, logit_rows, targets, vocab_size=60, chunk_columns=chunk)
+    loss(tokens).backward()
     wide_hidden, wide_weight = (tensor.detach().double().clone().requires_grad_() for tensor in (hidden, weight))
-    expected_tokens, expected_sums = exact((wide_hidden @ wide_weight.T)[:, :60], logit_rows, targets, offsets)
-    loss(expected_tokens, expected_sums).backward()
+    expected = exact((wide_hidden @ wide_weight.T)[:, :60], logit_rows, targets)
+    loss(expected).backward()
     tolerance = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
-    torch.testing.assert_close(tokens.double(), expected_tokens, rtol=0, atol=tolerance)
+    torch.testing.assert_close(tokens.double(), expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(hidden.grad.double(), wide_hidden.grad, rtol=tolerance, atol=tolerance)  # type: ignore[union-attr]
     torch.testing.assert_close(weight.grad.double(), wide_weight.grad, rtol=tolerance, atol=tolerance)  # type: ignore[union-attr]
 
 
 def test_linear_mode_gradcheck() -> None:
-    logit_rows, targets, offsets = entries(3, 11, (2, 3))
+    logit_rows, targets = entries(3, 11, 5)
     hidden = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
 
-    def op(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return linear_branch_logprobs(h, w, logit_rows, targets, offsets, chunk_columns=4)
+    def op(h: Tensor, w: Tensor) -> Tensor:
+        return linear_token_logprobs(h, w, logit_rows, targets, chunk_columns=4)
 
     assert torch.autograd.gradcheck(op, (hidden, weight))
 
@@ -333,9 +321,6 @@ BAD_CALLS = [
     ({"logit_rows": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, r"one dimension, got shape \[3, 1\]"),
     ({"targets": torch.tensor([0, 1, 13])}, ValueError, r"targets must lie in \[0, 13\), got values from 0 to 13"),
     ({"targets": torch.tensor([0.0, 1.0, 2.0])}, TypeError, "targets must be torch.int64, got torch.float32"),
-    ({"branch_offsets": torch.tensor([0, 4])}, ValueError, "number of targets 3, got \\[0, 4\\]"),
-    ({"branch_offsets": torch.tensor([0, 2, 1, 3])}, ValueError, "must rise"),
-    ({"branch_offsets": torch.tensor([], dtype=torch.int64)}, ValueError, "at least one offset"),
     ({"vocab_size": 14}, ValueError, "vocab_size 14 does not fit 13 columns"),
     ({"vocab_start": -1}, ValueError, "vocab_start must not be negative, got -1"),
     ({"logits": torch.zeros(4, 13, requires_grad=True)}, ValueError, "leaf.*inplace=False"),
@@ -349,10 +334,9 @@ def test_bad_arguments_name_the_value(change: dict, error: type[Exception], mess
         "logits": torch.zeros(4, 13),
         "logit_rows": torch.tensor([0, 1, 3]),
         "targets": torch.tensor([0, 1, 12]),
-        "branch_offsets": torch.tensor([0, 1, 3]),
     }
     with pytest.raises(error, match=message):
-        branch_logprobs(**(arguments | change))
+        token_logprobs(**(arguments | change))
 
 
 def test_the_operators_check_what_they_are_given() -> None:
@@ -396,16 +380,16 @@ WITHOUT_EXTENSION = """
 import sys
 sys.modules["megatron_sip._kernels"] = None
 import torch
-from megatron_sip.kernels.logprob import branch_logprobs
+from megatron_sip.kernels.logprob import token_logprobs
 from megatron_sip.kernels.logprob_ops import compiled_devices
 assert compiled_devices() == ()
 leaf = torch.randn(3, 9, requires_grad=True)
 rows, targets = torch.tensor([0, 0, 2]), torch.tensor([1, 8, 4])
-tokens, sums = branch_logprobs(leaf * 1, rows, targets, torch.tensor([0, 1, 3]))
-(sums * torch.tensor([1.0, -2.0])).sum().backward()
+tokens = token_logprobs(leaf * 1, rows, targets)
+(tokens * torch.tensor([1.0, -2.0, 3.0])).sum().backward()
 ours, leaf.grad = leaf.grad, None
 exact = leaf.log_softmax(-1)[rows, targets]
-(exact * torch.tensor([1.0, -2.0, -2.0])).sum().backward()
+(exact * torch.tensor([1.0, -2.0, 3.0])).sum().backward()
 torch.testing.assert_close(tokens, exact)
 torch.testing.assert_close(ours, leaf.grad)
 """
