@@ -68,7 +68,7 @@ def measure_ours(model: Path, problem: Problem, implementation: str, warm_up: in
 
 def build_trainer(model: Path, problem: Problem, steps: int, offload: bool = False) -> tuple[Any, Any, int]:
     """(PolicyTrainer with the model's weights, reference or None, pad id), as a run sets them up on one process."""
-    from megatron_sip.model.standalone import initialize_megatron_for
+    from megatron_sip.hf.standalone import initialize_megatron_for
 
     config = AutoConfig.from_pretrained(model)
     config.dtype = number_format()

@@ -22,6 +22,8 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
+from megatron_sip.checkpoints.checksums import ChecksumWriter
+from megatron_sip.checkpoints.folder import TRACKER, mend_checkpoint_folder, require_checkpoint
 from megatron_sip.config.checks import objective_settings
 from megatron_sip.config.needs import needs_engines, needs_rewriter
 from megatron_sip.console import say
@@ -48,9 +50,7 @@ from megatron_sip.records import Task
 from megatron_sip.rollout.protocol import WeightSyncError
 from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
 from megatron_sip.stop_signal import StopSignal
-from megatron_sip.training.checkpoint_folder import TRACKER, mend_checkpoint_folder, require_checkpoint
 from megatron_sip.training.checkpoints import require_whole_checkpoint, require_whole_weights, saving_explained
-from megatron_sip.training.checksums import ChecksumWriter
 from megatron_sip.training.leaders import LeaderExchange
 from megatron_sip.training.reference_model import Reference, ReferenceStore, build_reference
 from megatron_sip.training.resume import require_resumable, saved_run, what_is_new

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.config.checks import ArgumentError, explained
 from megatron_sip.config.dry_run import describe
 from megatron_sip.config.early_checks import check_flags
@@ -41,7 +42,6 @@ from megatron_sip.rollout.protocol import EngineError, WeightSyncError
 from megatron_sip.serving.guard import kill_with_parent
 from megatron_sip.serving.launch import ServerStartError
 from megatron_sip.stop_signal import StopSignal
-from megatron_sip.training.checkpoint_folder import TRACKER
 from megatron_sip.training.non_finite import MAX_NON_FINITE_STEPS, in_a_row
 from megatron_sip.training.run_lock import RunLock
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.config.flags import ROLES, Role
 from megatron_sip.config.needs import (
     candidate_kinds,
@@ -29,7 +30,6 @@ from megatron_sip.errors import DataError
 from megatron_sip.judge.schedules import least_budget
 from megatron_sip.judge.settings import JudgeSettings, SettingsError, is_pairwise
 from megatron_sip.serving.http_reply import key_from_environment, shown_url, url_mistake
-from megatron_sip.training.checkpoint_folder import TRACKER
 from megatron_sip.training.objective_settings import ObjectiveSettings
 
 

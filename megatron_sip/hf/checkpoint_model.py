@@ -15,10 +15,10 @@ import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_sip.checkpoints.folder import weights_folder
 from megatron_sip.errors import DataError
 from megatron_sip.hf.families import flag_of
 from megatron_sip.hf.files import rounds
-from megatron_sip.training.checkpoint_folder import weights_folder
 
 SAVED_NAMES = {"norm_epsilon": "layernorm_epsilon"}
 """Where Megatron's argument has another name than its flag."""

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from megatron_sip import console
+from megatron_sip.checkpoints.checksums import damages, write_checksums
+from megatron_sip.checkpoints.folder import TRACKER, weights_folder
 from megatron_sip.console import quiet
 from megatron_sip.hf.families import architecture
 from megatron_sip.hf.files import checked_tensors, read_hf_config, rounding
 from megatron_sip.hf.folder import HF_SUBFOLDER, copy_hf_files, refuse_pointers
 from megatron_sip.hf.shards import name_parts, write_parts
-from megatron_sip.model.standalone import build_policy, initialize_megatron_for, precision_of
-from megatron_sip.training.checkpoint_folder import TRACKER, weights_folder
-from megatron_sip.training.checksums import damages, write_checksums
+from megatron_sip.hf.standalone import build_policy, initialize_megatron_for, precision_of
 
 PREFIX = "convert_checkpoint: "
 MAX_SHARD_BYTES = 5_000_000_000

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import filelock
 
+from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.console import say
 from megatron_sip.hf.folder import READ_SUFFIXES
 from megatron_sip.serving.guard import kill_with_parent, own_environment
-from megatron_sip.training.checkpoint_folder import TRACKER
 
 DEFAULT_CACHE = Path("~/.cache/megatron_sip/checkpoints")  # expanded where it is used: a container may have no home
 CACHE_VERSION = 1

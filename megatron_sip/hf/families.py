@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sip.hf.layouts import AttentionShape, Layout
+from megatron_sip.hf.layouts import Layout
+from megatron_sip.model.tensor_parallel import AttentionShape
 
 
 @dataclass(frozen=True, slots=True)

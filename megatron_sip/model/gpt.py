@@ -26,7 +26,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sip.hf.layouts import AttentionShape, tensor_parallel_faults
 from megatron_sip.kernels.fp32_lm_head import float_logits
 from megatron_sip.kernels.linear_logprob import linear_token_logprobs
 from megatron_sip.kernels.logprob import token_logprobs
@@ -36,6 +35,7 @@ from megatron_sip.model.embedding import embed_into_main_grad
 from megatron_sip.model.mlp import SwiGLUMLP
 from megatron_sip.model.norm import RMSNorm, StandaloneRMSNorm
 from megatron_sip.model.packing import PackedRow
+from megatron_sip.model.tensor_parallel import AttentionShape, tensor_parallel_faults
 
 
 class PolicyModel(GPTModel):

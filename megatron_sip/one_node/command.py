@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.config.checks import ArgumentError, explained, refuse
 from megatron_sip.config.early_checks import check_flags, words_by_flag
 from megatron_sip.config.needs import needs_engines, needs_rewriter, needs_teacher
@@ -31,7 +32,6 @@ from megatron_sip.hf.folder import HF_SUBFOLDER
 from megatron_sip.one_node.layout import Demand, Layout, LayoutError, plan_layout
 from megatron_sip.one_node.ranks import LocalRanks
 from megatron_sip.serving.launch import PASSIVE_WAITING
-from megatron_sip.training.checkpoint_folder import TRACKER
 
 PROGRAM = "megatron-sip"
 USAGE = f"usage: {PROGRAM} HF_DIR 'my/*.jsonl' --teacher HF_DIR2 [--preset NAME] [--run-dir DIR] [flags of the trainer]"

@@ -11,17 +11,17 @@ from typing import Any, Protocol
 
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_sip.console import say
-from megatron_sip.errors import DataError
-from megatron_sip.files import DiskError
-from megatron_sip.training.checkpoint_folder import (
+from megatron_sip.checkpoints.checksums import damages
+from megatron_sip.checkpoints.folder import (
     complete_checkpoints,
     go_back,
     reference_folder,
     tracked_iteration,
     weights_folder,
 )
-from megatron_sip.training.checksums import damages
+from megatron_sip.console import say
+from megatron_sip.errors import DataError
+from megatron_sip.files import DiskError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SHOWN = 3

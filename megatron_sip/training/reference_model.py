@@ -26,15 +26,15 @@ from megatron.core.utils import unwrap_model
 from megatron.training.training import get_model
 from torch import Tensor
 
-from megatron_sip.errors import DataError
-from megatron_sip.model.gpt import model_provider
-from megatron_sip.training.checkpoint_folder import (
+from megatron_sip.checkpoints.checksums import write_checksums
+from megatron_sip.checkpoints.folder import (
     REFERENCE_FOLDER,
     iteration_folders,
     needed_references,
     reference_folder,
 )
-from megatron_sip.training.checksums import write_checksums
+from megatron_sip.errors import DataError
+from megatron_sip.model.gpt import model_provider
 
 
 class Reference(Protocol):

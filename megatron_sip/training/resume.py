@@ -10,9 +10,9 @@ from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_sip.checkpoints.folder import tracked_iteration
 from megatron_sip.errors import DataError
 from megatron_sip.hf.checkpoint_model import saved_arguments
-from megatron_sip.training.checkpoint_folder import tracked_iteration
 
 LEARNING = (
     *("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_fraction", "train_iters"),

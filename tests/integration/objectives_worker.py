@@ -16,8 +16,8 @@ import torch.distributed as dist
 from parity_worker import forget_megatron
 from transformers import AutoConfig
 
+from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.metrics import flatten
-from megatron_sip.model.standalone import initialize_megatron_for
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.records import Example
 from megatron_sip.training.objective_settings import ObjectiveSettings

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from parity_worker import forget_megatron
 from torch import Tensor
 
+from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.model.packing import PackedRow, build_row, example_lengths, plan_rows
-from megatron_sip.model.standalone import initialize_megatron_for
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.records import Example
 from megatron_sip.training.objectives import LossTerms, ObjectiveSettings, row_loss

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.model.packing import build_row
-from megatron_sip.model.standalone import initialize_megatron_for
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.records import Example
 

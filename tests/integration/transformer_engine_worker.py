@@ -19,8 +19,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.model.packing import PackedRow, build_row
-from megatron_sip.model.standalone import initialize_megatron_for
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.records import Example
 

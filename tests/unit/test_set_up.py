@@ -16,6 +16,7 @@ from test_run_steps import FakeExchange
 from tiny_tokenizer import byte_level_tokenizer
 from transformers import LlamaConfig
 
+from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.config.flags import add_arguments
 from megatron_sip.errors import DataError
 from megatron_sip.hf.families import architecture
@@ -23,7 +24,6 @@ from megatron_sip.hf.folder import copy_hf_files, renew_hf_files
 from megatron_sip.judge.cache import AnswerCache, CacheError
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.train import USER_ERRORS
-from megatron_sip.training.checkpoint_folder import TRACKER
 
 enable_cpu()  # before anything imports Megatron
 

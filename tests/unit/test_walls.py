@@ -1,58 +1,169 @@
-"""The walls between the rooms, checked from the source: who may import what."""
+"""The walls between the rooms, checked from the source: who may import what, who may take `args`, how long a thing may be."""
 
 from __future__ import annotations
 
 import ast
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "megatron_sip"
-PLAIN = [
-    *("records.py", "experience/maker.py", "data", "judge", "evaluation", "rollout/pool.py", "serving/launch.py"),
-    *("experience/selection.py", "model/packing.py", "training/objectives.py", "metrics.py"),
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "megatron_sip"
+
+ROOMS = [
+    *("errors", "console", "files", "stop_signal", "records", "metrics"),
+    *("checkpoints", "kernels", "data", "platform", "model", "serving", "hf", "judge", "rollout"),
+    *("experience", "training", "config", "evaluation", "one_node", "run", "train", "__main__"),
 ]
+"""Bottom to top: a room imports only rooms before it. Files beside the rooms count as rooms of their own."""
+
+PURE = [
+    *("records", "metrics", "data", "judge", "serving", "experience", "evaluation"),
+    *("training.objectives", "training.advantages", "model.packing", "model.tensor_parallel", "rollout.pool"),
+]
+"""Rooms and modules that import neither Megatron nor SGLang, themselves or through what they import."""
+
+TAKE_ARGS = ("config", "train", "run", "model.gpt")
+"""Where a function may take `args`: flags are read there, and Megatron calls model providers with them."""
+
+KNOWN_UPWARD = {("experience", "config"), ("experience", "evaluation"), ("metrics", "training"), ("serving", "rollout")}
+KNOWN_ARGS = {"experience", "training", "hf"}
+"""What still stands against the walls, by room; both lists only shrink."""
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
 
 
 def python_files(*places: str) -> list[Path]:
-    found: list[Path] = []
-    for place in places:
-        path = PACKAGE / place
-        assert path.exists(), f"the wall names {place}, which is gone"
-        found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return [file for place in places for file in sorted((ROOT / place).rglob("*.py"))]
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def name_of(path: Path) -> str:
+    """A module's name below the package: `judge.cache`, `records`; "" for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in python_files("megatron_sip")}
+
+
+def room_of(name: str) -> str:
+    return name.split(".")[0]
+
+
+def within(name: str, places: list[str] | tuple[str, ...]) -> bool:
+    return any(name == place or name.startswith(place + ".") for place in places)
+
+
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported: no function's body, nothing that only a type checker reads."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        yield child
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from at_import(child)
+
+
+def imported(nodes: Iterator[ast.AST]) -> set[str]:
+    """Full names of what these nodes import; `from a import b` gives both a and a.b."""
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def imported_modules(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            names.add(node.module or "")
-    return names
+@functools.cache
+def own_imports(name: str, lazy: bool) -> set[str]:
+    """Which modules of the package `name` imports; with `lazy` also inside functions and for type checkers."""
+    tree = tree_of(MODULES[name])
+    found = imported(ast.walk(tree) if lazy else at_import(tree))
+    own = {full.removeprefix("megatron_sip.") for full in found if full.startswith("megatron_sip.")}
+    return {other for other in own if other in MODULES} - {name}
 
 
-def imports_package(path: Path, package: str) -> bool:
-    return any(name == package or name.startswith(package + ".") for name in imported_modules(path))
+def foreign_imports(name: str, lazy: bool) -> set[str]:
+    tree = tree_of(MODULES[name])
+    packages = {full.split(".")[0] for full in imported(ast.walk(tree) if lazy else at_import(tree))}
+    return packages & {"megatron", "sglang"}
 
 
-@pytest.mark.parametrize("path", python_files(*PLAIN), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_plain_rooms_import_neither_megatron_nor_sglang(path: Path) -> None:
-    assert not imports_package(path, "megatron")
-    assert not imports_package(path, "sglang")
+def test_every_room_has_its_place() -> None:
+    assert {room_of(name) for name in MODULES if name} == set(ROOMS)
+    assert len(set(ROOMS)) == len(ROOMS)
+    missing = [place for place in (*PURE, *TAKE_ARGS) if not any(within(name, [place]) for name in MODULES)]
+    assert missing == ["training.advantages"] * ("training.advantages" not in MODULES)
 
 
-@pytest.mark.parametrize("path", python_files("."), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_the_platform_plug_in_imports_sglang(path: Path) -> None:
-    if path != PACKAGE / "platform" / "sglang_cpu.py":
-        assert not imports_package(path, "sglang")
+def test_no_import_points_up() -> None:
+    """Lazy imports inside functions count too; an order of rooms in which all point down leaves room for no circle."""
+    upward = {
+        (name, other)
+        for name in MODULES
+        if name
+        for other in own_imports(name, lazy=True)
+        if ROOMS.index(room_of(other)) > ROOMS.index(room_of(name))
+        and (room_of(name), room_of(other)) not in KNOWN_UPWARD
+    }
+    assert upward == set()
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if within(name, PURE)])
+def test_pure_rooms_import_neither_megatron_nor_sglang(name: str) -> None:
+    assert foreign_imports(name, lazy=True) == set()
+    seen, waiting = {name}, [name]
+    while waiting:
+        module = waiting.pop()
+        assert foreign_imports(module, lazy=False) == set(), f"{name} comes to import {module}"
+        waiting += own_imports(module, lazy=False) - seen
+        seen |= own_imports(module, lazy=False)
+
+
+def test_kernels_know_torch_alone() -> None:
+    for name in MODULES:
+        if room_of(name) == "kernels":
+            assert foreign_imports(name, lazy=True) == set()
+            assert {room_of(other) for other in own_imports(name, lazy=True)} <= {"kernels"}, name
+
+
+def test_only_the_platform_plug_in_imports_sglang() -> None:
+    importing = {name for name in MODULES if "sglang" in foreign_imports(name, lazy=True)}
+    assert importing == {"platform.sglang_cpu"}
+
+
+def test_args_end_in_config() -> None:
+    """Components take their own settings."""
+    taking = {
+        name
+        for name, path in MODULES.items()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and any(arg.arg == "args" for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
+        and not within(name, (*TAKE_ARGS, "platform"))  # a torch function's arguments are called so, too
+    }
+    assert {name for name in taking if room_of(name) not in KNOWN_ARGS} == set()
+
+
+@pytest.mark.parametrize("path", python_files("megatron_sip", "tools", "benchmarks"), ids=str)
+def test_no_file_and_no_function_is_too_long(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or node.lineno) - node.lineno < MAX_FUNCTION_LINES, node.name
 
 
 def assigned_foreign_attributes(path: Path) -> list[str]:
     """Assignments to attributes of imported modules or their classes: `module.name = ...` or setattr(module, ...)."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     foreign: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -74,7 +185,6 @@ def assigned_foreign_attributes(path: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", python_files("."), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_the_platform_replaces_parts_of_libraries(path: Path) -> None:
-    if path.parent != PACKAGE / "platform":
-        assert [found for found in assigned_foreign_attributes(path) if "sys.argv" not in found] == []
+@pytest.mark.parametrize("name", [name for name in MODULES if room_of(name) != "platform"])
+def test_only_the_platform_replaces_parts_of_libraries(name: str) -> None:
+    assert [found for found in assigned_foreign_attributes(MODULES[name]) if "sys.argv" not in found] == []

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, Qwen3Config
 from workers import LLAMA3_ROPE
 
+from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.errors import DataError
 from megatron_sip.hf.families import architecture, flag_of
 from megatron_sip.platform.megatron_cpu import enable_cpu
-from megatron_sip.training.checkpoint_folder import TRACKER
 
 enable_cpu()  # before anything imports Megatron
 

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.hf import converted as room
 from megatron_sip.hf.converted import ConversionFailedError, converted_checkpoint, folder_key, is_hf_folder
 from megatron_sip.hf.families import tensor_maps, tensor_shape
-from megatron_sip.training.checkpoint_folder import TRACKER
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from megatron_sip.hf.families import (
     megatron_arguments_from_hf,
     tensor_maps,
 )
-from megatron_sip.hf.layouts import AttentionShape, Layout, from_shards, tensor_parallel_faults, to_shard
+from megatron_sip.hf.layouts import Layout, from_shards, to_shard
 from megatron_sip.hf.weights import load_hf_weights
+from megatron_sip.model.tensor_parallel import AttentionShape, tensor_parallel_faults
 
 ANY_ATTENTION = AttentionShape(heads=4, groups=2, head_dim=2)
 

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sip.errors import DataError
-from megatron_sip.training.checkpoint_folder import (
+from megatron_sip.checkpoints.folder import (
     REFERENCE_FOLDER,
     TRACKER,
     iteration_folders,
     mend_checkpoint_folder,
     needed_references,
 )
+from megatron_sip.errors import DataError
 
 
 def checkpoint(save: Path, iteration: int, *, complete: bool = True) -> Path:

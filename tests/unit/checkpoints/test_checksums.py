@@ -13,11 +13,11 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_sip.checkpoints import checksums
+from megatron_sip.checkpoints.checksums import ChecksumWriter, damages, write_checksums
+from megatron_sip.checkpoints.folder import TRACKER, iteration_folders, mend_checkpoint_folder
 from megatron_sip.errors import DataError
-from megatron_sip.training import checksums
-from megatron_sip.training.checkpoint_folder import TRACKER, iteration_folders, mend_checkpoint_folder
 from megatron_sip.training.checkpoints import require_whole_checkpoint, require_whole_weights
-from megatron_sip.training.checksums import ChecksumWriter, damages, write_checksums
 
 SHARD = "__0_0.distcp"
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_sip.checkpoints.folder import is_complete
 from megatron_sip.files import write_atomically
-from megatron_sip.training.checkpoint_folder import is_complete
 
 log = logging.getLogger(__name__)
 
