@@ -197,7 +197,7 @@ def megatron_flag_names(spelt_out: bool = False) -> frozenset[str]:
     """
     root = megatron_folder()
     configs = [*sorted((root / "training" / "config").glob("*.py")), *(root / name for name in MEGATRON_CONFIGS)]
-    literals = {name for path in [root / "training" / "config/parse.py", *configs] for name in _literals(path)}
+    literals = {name for path in [root / "training" / "arguments.py", *configs] for name in _literals(path)}
     fields = {name for path in configs for name in _field_flags(path)}
     if spelt_out:
         return frozenset(literals | fields)
