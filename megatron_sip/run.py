@@ -43,12 +43,15 @@ from megatron_sip.experience.leader import (
 from megatron_sip.experience.maker import Experience
 from megatron_sip.hf.checkpoint_model import require_same_model
 from megatron_sip.hf.families import architecture
-from megatron_sip.hf.folder import HF_SUBFOLDER, copy_hf_files, renew_hf_files
+from megatron_sip.hf.folder import HF_SUBFOLDER, write_model_files
 from megatron_sip.hf.weights import export_hf_weights
 from megatron_sip.metrics import Metrics, MetricsWriter, flatten
 from megatron_sip.records import Task
 from megatron_sip.rollout.protocol import WeightSyncError
-from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
+from megatron_sip.rollout.sync_disk import DiskWeightSync
+from megatron_sip.rollout.sync_distributed import DistributedWeightSync
+from megatron_sip.rollout.weight_group import SyncSettings
+from megatron_sip.rollout.weight_sync import SyncRank, WeightSync
 from megatron_sip.stop_signal import StopSignal
 from megatron_sip.training.checkpoints import require_whole_checkpoint, require_whole_weights, saving_explained
 from megatron_sip.training.leaders import LeaderExchange
@@ -238,7 +241,7 @@ def open_run_folder(args: argparse.Namespace, exchange: LeaderExchange) -> None:
         wanted = architecture(AutoConfig.from_pretrained(hf_dir))
         require_same_model(Path(start), wanted, f"{hf_dir}/config.json")
     if args.rank == 0:  # so that checkpoints convert back on their own
-        (copy_hf_files if resumes else renew_hf_files)(hf_dir, save / HF_SUBFOLDER)
+        write_model_files(hf_dir, save / HF_SUBFOLDER, renew=not resumes)
 
 
 def open_tasks(

@@ -25,7 +25,7 @@ SAVED_NAMES = {"norm_epsilon": "layernorm_epsilon"}
 
 
 def require_same_model(folder: Path, wanted: Mapping[str, Any], source: str) -> argparse.Namespace | None:
-    """The arguments saved in `folder`'s latest checkpoint, when they are of the model `wanted` (`hf_families.architecture`).
+    """The arguments saved in `folder`'s latest checkpoint, when they are of the model `wanted` (`families.architecture`).
 
     None when the folder holds no checkpoint, or one whose arguments cannot be read: whoever loads it says why.
 

@@ -23,8 +23,8 @@ from megatron_sip.checkpoints.folder import TRACKER, weights_folder
 from megatron_sip.console import quiet
 from megatron_sip.hf.families import architecture
 from megatron_sip.hf.files import checked_tensors, read_hf_config, rounding
-from megatron_sip.hf.folder import HF_SUBFOLDER, copy_hf_files, refuse_pointers
-from megatron_sip.hf.shards import name_parts, write_parts
+from megatron_sip.hf.folder import HF_SUBFOLDER, refuse_pointers, write_model_files
+from megatron_sip.hf.shards import complete_model, write_parts
 from megatron_sip.hf.standalone import build_policy, initialize_megatron_for, precision_of
 
 PREFIX = "convert_checkpoint: "
@@ -82,7 +82,7 @@ def hf_to_megatron(args: argparse.Namespace) -> None:
     model = build_policy()
     load_hf_weights(model, args.load)
     if dist.get_rank() == 0:
-        copy_hf_files(args.load, args.save / HF_SUBFOLDER)
+        write_model_files(args.load, args.save / HF_SUBFOLDER)
     save_checkpoint(0, model, None, None, 0, release=True)  # its last act is the file that marks it complete
     write_checksums(weights_folder(args.save), dist.get_rank())
 
@@ -118,8 +118,7 @@ def megatron_to_hf(args: argparse.Namespace) -> None:
         by_rank, write_parts(export_hf_weights(model, hf_config), args.save, str(dist.get_rank()), MAX_SHARD_BYTES)
     )
     if dist.get_rank() == 0:
-        name_parts(args.save, [part for parts in by_rank for part in parts])
-        copy_hf_files(hf_dir, args.save)
+        complete_model(args.save, [part for parts in by_rank for part in parts], hf_dir)
 
 
 def say(note: str | None) -> None:

@@ -22,11 +22,12 @@ import filelock
 
 from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.console import say
-from megatron_sip.hf.folder import READ_SUFFIXES
 from megatron_sip.serving.guard import kill_with_parent, own_environment
 
 DEFAULT_CACHE = Path("~/.cache/megatron_sip/checkpoints")  # expanded where it is used: a container may have no home
 CACHE_VERSION = 1
+KEY_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken")
+"""Of the files that an entry of the cache belongs to; other suffixes here would be other keys."""
 LOCK_TIMEOUT_S = 4 * 3600.0
 SAMPLES, SAMPLE_BYTES = 32, 1 << 16
 """Of a weight file, spread over it: a copy may keep the time stamps of other weights."""
@@ -83,7 +84,7 @@ def folder_key(hf_dir: Path) -> str:
     # Transformer Engine's layers keep more in a checkpoint than those that a machine without it has.
     identity: list[object] = [CACHE_VERSION, str(hf_dir.resolve()), cpu_default_arguments()]
     for file in sorted(hf_dir.iterdir()):
-        if file.suffix in (".safetensors", *READ_SUFFIXES) and file.is_file():
+        if file.suffix in KEY_SUFFIXES and file.is_file():
             stat = file.stat()
             identity.append(
                 [file.name, str(file.resolve()), stat.st_size, stat.st_mtime_ns, _samples(file, stat.st_size)]

@@ -1,6 +1,6 @@
 """What a Hugging Face model family is in Megatron's terms: tensor names, layouts, flags; one declared table a family.
 
-The tables are read in both directions: `hf_weights.load_hf_weights` and `hf_weights.export_hf_weights`. Supported are
+The tables are read in both directions: `weights.load_hf_weights` and `weights.export_hf_weights`. Supported are
 dense decoders with RMSNorm, SwiGLU and rotary positions: Llama 2 and 3 (also SmolLM2), Qwen2 and Qwen3.
 """
 

@@ -1,19 +1,32 @@
-"""The folder hf/ that lies beside Megatron checkpoints: the model's Hugging Face files without its weights."""
+"""What a Hugging Face model folder holds beside its weights, and the one writer of it.
+
+Such files lie in every folder of weights that we write, and in hf/ beside a run's Megatron checkpoints.
+"""
 
 from __future__ import annotations
 
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 HF_SUBFOLDER = "hf"
-WEIGHT_SUFFIXES = (
-    *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5"),
-    *(".msgpack", ".onnx", ".ot"),
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "*.py"),  # code: of models that bring their own
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "preprocessor_config.json",
+    ),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json"),
+    *("chat_template.jinja", "chat_template.json"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
+"""What belongs to a model besides its weights, as patterns of names; a model card speaks of other weights."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 
 POINTER_START = b"version https://git-lfs.github.com/spec/"
-READ_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-"""Of the files of a folder that config and tokenizer are read from."""
 
 
 def refuse_pointer(file: Path) -> None:
@@ -26,28 +39,27 @@ def refuse_pointer(file: Path) -> None:
 
 
 def refuse_pointers(folder: Path) -> None:
-    """`refuse_pointer` for what config and tokenizer are read from; weights are looked at when they are read."""
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in READ_SUFFIXES:
-            refuse_pointer(file)
+    """`refuse_pointer` for config, tokenizer and what else is no weight; weights are looked at when they are read."""
+    for file in model_files(folder):
+        refuse_pointer(file)
 
 
-def copy_hf_files(source: Path, target: Path) -> None:
-    """Copy everything of an HF folder but weights and what `target` has: config, generation config, tokenizer."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and not (target / file.name).exists():
-            shutil.copy2(file, target / file.name)
+def model_files(folder: Path) -> list[Path]:
+    """The files of `folder` that MODEL_FILES names."""
+    files = (file for file in sorted(folder.iterdir()) if file.is_file())
+    return [file for file in files if any(fnmatchcase(file.name, pattern) for pattern in MODEL_FILES)]
 
 
-def renew_hf_files(source: Path, target: Path) -> None:
-    """`copy_hf_files` into a folder that another model's may be in: of a run that ended before its first checkpoint.
+def write_model_files(source: Path, target: Path, *, renew: bool = False) -> None:
+    """Write config, tokenizer and what else MODEL_FILES names of the model in `source` into `target`.
 
-    A folder with weights is somebody's model: what it has stays.
+    What `target` has stays. With `renew` it goes first, since it may be another model's (of a run that ended before its first
+    checkpoint), unless there are weights beside it: then it is somebody's model.
     """
-    if target.is_dir() and not target.samefile(source):
-        files = [file for file in target.iterdir() if file.is_file()]
-        if not any(file.name.endswith(WEIGHT_SUFFIXES) for file in files):
-            for file in files:
-                file.unlink()
-    copy_hf_files(source, target)
+    target.mkdir(parents=True, exist_ok=True)
+    if renew and not target.samefile(source) and not any(file.suffix in WEIGHT_SUFFIXES for file in target.iterdir()):
+        for file in model_files(target):
+            file.unlink()
+    for file in model_files(source):
+        if not (target / file.name).exists():
+            shutil.copy2(file, target / file.name)

@@ -1,6 +1,6 @@
-"""The safetensors files of a Hugging Face folder, from ranks that each have some of the tensors.
+"""The one writer of a model as a Hugging Face folder, from ranks that each have some of the tensors.
 
-Each writes its tensors as parts, then one of them, told of all parts, gives these their names and writes the index.
+Each writes its tensors as parts; then one of them, told of all parts, completes the folder.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+from megatron_sip.hf.folder import write_model_files
 
 NamedTensors = Iterable[tuple[str, Tensor | None]]
 """None: another rank has the tensor."""
@@ -56,3 +58,9 @@ def name_parts(folder: Path, parts: Sequence[Part]) -> None:
     if len(parts) > 1:
         index = {"metadata": {"total_size": sum(size for _, _, size in parts)}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def complete_model(folder: Path, parts: Sequence[Part], template: Path) -> None:
+    """Make `folder`, in which the parts of all ranks lie, a model with the config and tokenizer of the one in `template`."""
+    name_parts(folder, parts)
+    write_model_files(template, folder)

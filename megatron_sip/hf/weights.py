@@ -1,4 +1,4 @@
-"""Weights between Hugging Face safetensors and a (TP, PP sharded) Megatron model, through the tables of `hf_families`.
+"""Weights between Hugging Face safetensors and a (TP, PP sharded) Megatron model, through the tables of `families`.
 
     load_hf_weights(model, hf_dir)                                 # every rank reads its own part of the files
     for name, tensor in export_hf_weights(model, hf_config): ...   # every rank iterates; the owner gets the tensor

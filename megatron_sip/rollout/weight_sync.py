@@ -1,49 +1,35 @@
-"""Bring the trainer's weights to the SGLang engines after a step, and prove that they arrived.
+"""Bring the trainer's weights to the SGLang engines after a step, and prove that they arrived: what every way has in common.
 
     sync = DistributedWeightSync(urls, SyncRank(source=True, lead=True), SyncSettings(backend="nccl"))
     sync.connect()
     failed = sync.push(export_hf_weights(model, hf_config), version="17")
 
 `push` is collective: every trainer rank calls it and consumes its own export iterator, which yields (name, tensor) on
-the rank that owns a tensor (tensor-parallel rank 0 of its pipeline stage) and (name, None) elsewhere. That rank, the
-stage's *source*, sends the tensor to all engines itself: one group for each (source, engine) pair, because relaying
-all stages through one rank would cost another copy over the network. One rank, the *lead*, opens and closes the
-update, flushes the prefix caches (their KV belongs to the old weights) and checks each engine's version.
+the rank that owns a tensor (tensor-parallel rank 0 of its pipeline stage), the stage's *source*, and (name, None)
+elsewhere. One rank, the *lead*, opens and closes the update and checks each engine's version; the prefix caches, whose KV
+belongs to the old weights, are flushed with it. `sync_distributed` broadcasts, `sync_disk` writes a folder.
 
 An engine that fails in a push gets no new version, so that a client that asks for the new one never uses it; the next
-push finds that its group is lost, or that it is another process than before (its start-up time differs), joins it
-again, and thereby brings it back.
-
-The sources send everything to each engine separately (`engine_group` says what that costs); DiskWeightSync writes it
-once and leaves the distribution to the file system.
+push tries it again, and thereby brings it back.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_sip.hf.folder import copy_hf_files
-from megatron_sip.hf.shards import NamedTensors, Part, buckets, name_parts, write_parts
+from megatron_sip.hf.shards import NamedTensors
 from megatron_sip.rollout.protocol import EngineError, WeightSyncError
 from megatron_sip.rollout.recovery import end_open_update
-from megatron_sip.rollout.weight_group import EngineGroup, SyncSettings, make_bucket
+from megatron_sip.rollout.weight_group import SyncSettings
 from megatron_sip.serving.blocking_call import call
 
 log = logging.getLogger(__name__)
-
-REOPEN_S = 5.0
-KEPT_FOLDERS = 2
-"""Of DiskWeightSync: engines may still read the newest."""
 
 
 def only_rank(value: Any) -> list[Any]:
@@ -168,173 +154,6 @@ class WeightSync(ABC):
         found = info.get("weight_version") if isinstance(info, dict) else None
         if found != version:
             raise EngineError("stale-weights", url, f"reports weight version {found!r} after a push of {version!r}")
-
-
-class DistributedWeightSync(WeightSync):
-    """Broadcasts over gloo or NCCL, bucket by bucket; nothing touches a disk."""
-
-    def __init__(self, urls: Sequence[str], rank: SyncRank, settings: SyncSettings) -> None:
-        super().__init__(urls, rank, settings)
-        if settings.backend == "nccl" and not torch.cuda.is_available():
-            raise ValueError("weight sync over nccl needs a GPU in the trainer; use gloo, or disk")
-        self._device = torch.device("cuda" if settings.backend == "nccl" else "cpu")
-        self._groups = {url: EngineGroup(url, rank.name, settings) for url in self.urls}
-
-    def connect(self) -> None:
-        failed = self._on_engines(self._recover, {}, self.rank.lead)
-        failed = self._on_engines(lambda url: self._groups[url].ensure_joined(), failed, self.rank.source)
-        if failed:
-            raise WeightSyncError("; ".join(failed.values()))
-
-    def push(self, named_tensors: NamedTensors, version: str, *, require_all: bool = True) -> dict[str, str]:
-        failed = self._on_engines(self._open, {}, self.rank.lead)
-        failed = self._on_engines(lambda url: self._groups[url].ensure_joined(), failed, self.rank.source)
-        error: BaseException | None = None
-        try:
-            failed = self._stream(named_tensors, failed)
-        except Exception as raised:
-            error = raised
-        failed = self._agree(failed)
-        # Engines that failed, or all when the export broke, are closed too, but without the new version.
-        broken = self.rank.exchange(error is not None)
-        complete = not any(broken)
-        failed = self._on_engines(lambda url: self._close(url, version if complete else None), failed, self.rank.lead)
-        if self.rank.lead and failed:
-            with ThreadPoolExecutor(len(failed), thread_name_prefix="weight-sync") as threads:
-                list(threads.map(self._reopen, failed))
-        self._raise_on_errors(error)
-        return self._conclude(version, failed, require_all)
-
-    def close(self) -> None:
-        for group in self._groups.values():
-            group.leave()
-
-    def _stream(self, named_tensors: NamedTensors, failed: dict[str, str]) -> dict[str, str]:
-        """Send this rank's tensors; returns the engines that failed by now."""
-        iterator = iter(named_tensors)
-        with ThreadPoolExecutor(len(self.urls), thread_name_prefix="weight-sync") as threads, drained(iterator):
-            for tensors in buckets(iterator, self.settings.bucket_bytes):
-                bucket = make_bucket(tensors, self._device)
-                live = [url for url in self.urls if url not in failed]
-                for url, future in [(url, threads.submit(self._groups[url].broadcast, bucket)) for url in live]:
-                    problem = future.exception()
-                    if problem is not None:
-                        failed = {**failed, url: str(problem)}
-        return failed
-
-    def _open(self, url: str) -> None:
-        self._call(url, "/pause_generation", {"mode": "retract"})
-        try:
-            self._call(url, "/begin_weight_update")
-        except EngineError as error:
-            if "already open" not in str(error):
-                raise
-            self._call(url, "/end_weight_update")  # left open by a trainer that died
-            self._call(url, "/begin_weight_update")
-
-    def _close(self, url: str, version: str | None) -> None:
-        self._call(url, "/end_weight_update")
-        self._call(url, "/flush_cache?timeout=10")
-        if version is not None:
-            self._call(url, "/update_weight_version", {"new_version": version, "abort_all_requests": False})
-        self._call(url, "/continue_generation")
-        if version is not None:
-            self._verify(url, version)
-
-    def _reopen(self, url: str) -> None:
-        """Let an engine that failed answer again; it keeps its old version, so nobody takes its answers for new."""
-        for path in ("/end_weight_update", "/flush_cache", "/continue_generation"):
-            try:
-                self._call(url, path, timeout_s=REOPEN_S)
-            except EngineError as error:  # it failed before, and the reason is already reported
-                if error.kind == "connection":
-                    return
-
-
-class DiskWeightSync(WeightSync):
-    """Writes a Hugging Face folder on a filesystem that trainer and engines share, and has the engines load it.
-
-    Slower than broadcasting but without any connection to lose: an engine that restarted is simply told again. Folders
-    `weights-VERSION` under `folder` appear complete (atomic rename), with config and tokenizer files from `template`
-    (the checkpoint that training started from), and the last KEPT_FOLDERS stay.
-    """
-
-    def __init__(
-        self,
-        urls: Sequence[str],
-        rank: SyncRank,
-        settings: SyncSettings,
-        folder: str | Path,
-        template: str | Path,
-    ) -> None:
-        super().__init__(urls, rank, settings)
-        if not (Path(template) / "config.json").is_file():
-            raise FileNotFoundError(f"{template} holds no config.json: give the folder of a Hugging Face checkpoint")
-        self._folder = Path(folder).resolve()
-        self._template = Path(template)
-
-    def connect(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        failed = self._on_engines(self._recover, {}, self.rank.lead)
-        if failed:
-            raise WeightSyncError("; ".join(failed.values()))
-
-    def push(self, named_tensors: NamedTensors, version: str, *, require_all: bool = True) -> dict[str, str]:
-        staged = self._folder / f".weights-{version}"
-        final = self._folder / f"weights-{version}"
-        error: BaseException | None = None
-        parts: list[Part] = []
-        weights = iter(named_tensors)
-        self._on_lead(lambda: begin_folder(staged))  # before any source writes into it
-        try:
-            with drained(weights):
-                parts = write_parts(weights, staged, self.rank.name, self.settings.bucket_bytes)
-        except Exception as raised:
-            error = raised
-        everywhere = [part for own in self.rank.exchange(parts) for part in own]
-        self._raise_on_errors(error)
-        self._on_lead(lambda: finish_folder(staged, final, self._template, everywhere))
-        failed = self._on_engines(lambda url: self._load(url, final, version), {}, self.rank.lead)
-        self._on_lead(self._forget_old)
-        return self._conclude(version, failed, require_all)
-
-    def close(self) -> None:
-        """Nothing is held open; the folders stay for engines that restart."""
-
-    def _load(self, url: str, folder: Path, version: str) -> None:
-        self._call(url, "/pause_generation", {"mode": "retract"})
-        try:
-            # Without a format SGLang takes the one it was started with: `dummy`, for engines that wait for our weights.
-            body = {
-                "model_path": str(folder),
-                "load_format": "auto",
-                "weight_version": version,
-                "flush_cache": True,
-            }
-            self._call(url, "/update_weights_from_disk", body, timeout_s=self.settings.timeout_s)
-        finally:
-            self._call(url, "/continue_generation")
-        self._verify(url, version)
-
-    def _forget_old(self) -> None:
-        folders = sorted(self._folder.glob("weights-*"), key=lambda folder: folder.stat().st_mtime_ns)
-        for folder in folders[:-KEPT_FOLDERS]:
-            shutil.rmtree(folder)
-
-
-def begin_folder(staged: Path) -> None:
-    """Make an empty folder `staged`."""
-    shutil.rmtree(staged, ignore_errors=True)  # of a trainer that died while writing
-    staged.mkdir(parents=True)
-
-
-def finish_folder(staged: Path, final: Path, template: Path, parts: Sequence[Part]) -> None:
-    """Make the staged parts a complete Hugging Face checkpoint and move it to `final` in one step."""
-    copy_hf_files(template, staged)
-    name_parts(staged, parts)
-    if final.exists():
-        shutil.rmtree(final)  # the same version again, after a resume
-    staged.rename(final)
 
 
 @contextmanager

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from megatron_sip.rollout.weight_sync import DiskWeightSync, DistributedWeightSync, SyncRank, SyncSettings, WeightSync
+from megatron_sip.rollout.sync_disk import DiskWeightSync
+from megatron_sip.rollout.sync_distributed import DistributedWeightSync
+from megatron_sip.rollout.weight_group import SyncSettings
+from megatron_sip.rollout.weight_sync import SyncRank, WeightSync
 
 SETTINGS = SyncSettings(timeout_s=30.0, bucket_bytes=1 << 20)
 

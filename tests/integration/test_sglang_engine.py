@@ -17,14 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sip.rollout.pool import Failure, ModelContract, PoolSettings, SamplingSettings, SGLangPool
 from megatron_sip.rollout.protocol import generate_body, read_reply
-from megatron_sip.rollout.weight_sync import (
-    DiskWeightSync,
-    DistributedWeightSync,
-    SyncRank,
-    SyncSettings,
-    WeightSync,
-    WeightSyncError,
-)
+from megatron_sip.rollout.sync_disk import DiskWeightSync
+from megatron_sip.rollout.sync_distributed import DistributedWeightSync
+from megatron_sip.rollout.weight_group import SyncSettings
+from megatron_sip.rollout.weight_sync import SyncRank, WeightSync, WeightSyncError
 from megatron_sip.serving.blocking_call import call
 from megatron_sip.serving.launch import LocalServer
 

@@ -20,7 +20,7 @@ from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.config.flags import add_arguments
 from megatron_sip.errors import DataError
 from megatron_sip.hf.families import architecture
-from megatron_sip.hf.folder import copy_hf_files, renew_hf_files
+from megatron_sip.hf.folder import write_model_files
 from megatron_sip.judge.cache import AnswerCache, CacheError
 from megatron_sip.platform.megatron_cpu import enable_cpu
 from megatron_sip.train import USER_ERRORS
@@ -206,13 +206,13 @@ def test_files_of_a_run_that_never_saved_are_not_those_of_the_next_model(tmp_pat
     (source / "config.json").write_text("this")
     for name in ("config.json", "tokenizer.model"):
         (target / name).write_text("another model's")
-    renew_hf_files(source, target)
+    write_model_files(source, target, renew=True)
     assert {file.name: file.read_text() for file in target.iterdir()} == {"config.json": "this"}
-    renew_hf_files(target, target)
+    write_model_files(target, target, renew=True)
     assert (target / "config.json").read_text() == "this"
     (target / "model.safetensors").write_text("somebody's only copy")
     (target / "tokenizer.json").write_text("and its tokenizer")
-    renew_hf_files(source, target)
+    write_model_files(source, target, renew=True)
     assert {file.name for file in target.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
 
 
@@ -261,10 +261,10 @@ def test_config_and_tokenizer_are_copied_once_and_weights_are_not(tmp_path: Path
     source.mkdir()
     kept = ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "modeling_own.py"]
     weights = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "optimizer.pt", "q4.gguf"]
-    for name in [*kept, *weights]:
+    for name in [*kept, *weights, "README.md", "weights.pkl", ".gitattributes"]:
         (source / name).write_text("first")
-    copy_hf_files(source, target)
+    write_model_files(source, target)
     assert sorted(path.name for path in target.iterdir()) == sorted(kept)
     (source / "config.json").write_text("second")
-    copy_hf_files(source, target)
+    write_model_files(source, target)
     assert (target / "config.json").read_text() == "first"

@@ -20,7 +20,7 @@ from megatron_sip.hf.files import (
     rounding,
     stored_tensors,
 )
-from megatron_sip.hf.folder import copy_hf_files, refuse_pointers
+from megatron_sip.hf.folder import refuse_pointers, write_model_files
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 268090\n"
 SIZES: dict[str, Any] = {
@@ -254,5 +254,5 @@ def test_an_index_of_other_weights_is_not_copied(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     for name in ("config.json", "pytorch_model.bin.index.json", "model.safetensors.index.json"):
         (tmp_path / "model" / name).write_text("{}")
-    copy_hf_files(tmp_path / "model", tmp_path / "copy")
+    write_model_files(tmp_path / "model", tmp_path / "copy")
     assert [file.name for file in (tmp_path / "copy").iterdir()] == ["config.json"]

@@ -21,18 +21,13 @@ import torch
 from fake_engine import FakeEngine
 
 from megatron_sip.hf.shards import write_parts
+from megatron_sip.rollout import sync_disk
 from megatron_sip.rollout import weight_group as engine_group
-from megatron_sip.rollout import weight_sync
 from megatron_sip.rollout.protocol import EngineError
-from megatron_sip.rollout.weight_group import EngineGroup, make_bucket
-from megatron_sip.rollout.weight_sync import (
-    DiskWeightSync,
-    DistributedWeightSync,
-    SyncRank,
-    SyncSettings,
-    WeightSyncError,
-    finish_folder,
-)
+from megatron_sip.rollout.sync_disk import DiskWeightSync, finish_folder
+from megatron_sip.rollout.sync_distributed import DistributedWeightSync
+from megatron_sip.rollout.weight_group import EngineGroup, SyncSettings, make_bucket
+from megatron_sip.rollout.weight_sync import SyncRank, WeightSyncError
 from megatron_sip.serving import blocking_call as http
 from megatron_sip.serving.launch import free_port
 
@@ -131,7 +126,7 @@ def test_a_disk_that_fails_the_lead_ends_the_push_on_every_rank(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weight_sync, broken, full)
+    monkeypatch.setattr(sync_disk, broken, full)
     ranks = threading.Barrier(2, timeout=20)
     said: list[Any] = [None, None]
 
@@ -159,14 +154,15 @@ def test_a_disk_that_fails_the_lead_ends_the_push_on_every_rank(
     assert "No space left on device" in other
 
 
-def test_a_pushed_folder_holds_no_index_of_the_template_s_weights(template: Path, tmp_path: Path) -> None:
-    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json", "pytorch_model.bin"):
+def test_a_pushed_folder_holds_nothing_of_the_template_s_weights(template: Path, tmp_path: Path) -> None:
+    foreign = {"pytorch_model.bin.index.json", "pytorch_model.bin", "q4.gguf", "weights.pkl", "README.md", "events.log"}
+    for name in ("model.safetensors.index.json", *foreign):
         (template / name).write_text("of the weights that training began with")
     (tmp_path / "staged").mkdir()
     parts = [part for owner in "ab" for part in write_parts([(owner, torch.ones(2))], tmp_path / "staged", owner, 99)]
     finish_folder(tmp_path / "staged", tmp_path / "final", template, parts)
     found = {file.name for file in (tmp_path / "final").iterdir()}
-    assert not found & {"pytorch_model.bin.index.json", "pytorch_model.bin"}
+    assert not found & foreign
     assert "config.json" in found
     assert json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())["weight_map"].keys() == {
         "a",
