@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pydoc_data.topics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_sip.records import Example
+from megatron_sip.records import Branch, Example, Role
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def make_examples(problem: Problem, tokenizer: Any) -> list[Example]:
     if len(ids) < needed:
         raise ValueError(f"the text has {len(ids)} tokens, the examples need {needed}")
     elsewhere = len(ids) // 2
-    roles = ["chosen", "rejected"] if problem.objective == "dpo" else ["target"] * problem.branches
+    roles: list[Role] = ["chosen", "rejected"] if problem.objective == "dpo" else ["target"] * problem.branches
     examples = []
     for index in range(problem.examples):
         start = index * length
@@ -85,12 +84,10 @@ def make_examples(problem: Problem, tokenizer: Any) -> list[Example]:
         starts += [
             elsewhere + (index * problem.branches + other) * problem.branch for other in range(1, problem.branches)
         ]
-        branches = [ids[first : first + problem.branch] for first in starts]
-        kinds = ["suffix"] * problem.branches
-        examples.append(Example(index, ids[start:prefix_end], branches, roles, kinds))  # type: ignore[arg-type]
+        # Made-up advantages alternate, so that every group's mean is 0.
+        branches = [
+            Branch(ids[first : first + problem.branch], role, "suffix", advantage=(-1.0) ** place)
+            for place, (first, role) in enumerate(zip(starts, roles, strict=True))
+        ]
+        examples.append(Example(index, ids[start:prefix_end], branches))
     return examples
-
-
-def advantages(keys: Sequence[tuple[int, int]]) -> list[float]:
-    """Made-up advantages of (example, branch): they alternate, so every group's mean is 0."""
-    return [1.0 if branch % 2 == 0 else -1.0 for _, branch in keys]

@@ -77,6 +77,9 @@ def build_dpo_trainer(
     )
     # Exactly our ids: text would be tokenised again, and TRL would add an end of sequence to every completion.
     trainer.train_dataset = Dataset.from_list(
-        [{"prompt_ids": e.prefix_ids, "chosen_ids": e.branches[0], "rejected_ids": e.branches[1]} for e in examples]
+        [
+            {"prompt_ids": e.prefix_ids, "chosen_ids": e.branches[0].ids, "rejected_ids": e.branches[1].ids}
+            for e in examples
+        ]
     )
     return trainer

@@ -16,12 +16,14 @@ from typing import Any
 
 from machine import number_format, peak_memory_gb, resident_gb
 from torch import Tensor
-from train_step_problem import PROBLEMS, Problem, advantages, make_examples
+from train_step_problem import PROBLEMS, Problem, make_examples
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_sip.model.packing import PackedRow, build_row
 from megatron_sip.records import Example
-from megatron_sip.training.objectives import LossTerms, ObjectiveSettings, row_loss
+from megatron_sip.training.objectives.row_loss import row_loss
+from megatron_sip.training.objectives.settings import ObjectiveSettings
+from megatron_sip.training.objectives.terms import LossTerms
 
 VARIANTS = ("dpo_packed", "dpo_offload", "dpo_unpacked", "dpo_trl", "grpo_packed", "grpo_unpacked")
 LEARNING_RATE, CLIP_GRAD, BETA = 0.0, 1.0, 0.1  # the optimizer does all its work, and every step computes the same
@@ -103,45 +105,25 @@ def megatron_flags(problem: Problem, steps: int) -> list[str]:
 
 
 def grpo_loss(
-    settings: ObjectiveSettings,
-    examples: Sequence[Example],
-    row: PackedRow,
-    token_logprobs: Tensor,
-    branch_logprobs: Tensor,
-    reference_branch_logprobs: Tensor | None,
+    settings: ObjectiveSettings, row: PackedRow, token_logprobs: Tensor, reference_token_logprobs: Tensor | None
 ) -> LossTerms:
-    """`row_loss` of an on-policy GRPO step with made-up advantages; its value is the same whatever the model, so the
-    log-probs are reported too."""
-    keys = list(zip(row.examples, row.branches, strict=True))
-    # With the present policy's own log-probs as the old ones every ratio is 1.
-    terms = row_loss(
-        settings,
-        examples,
-        row,
-        token_logprobs,
-        branch_logprobs,
-        reference_branch_logprobs,
-        old_token_logprobs=token_logprobs.detach(),
-        advantages=token_logprobs.new_tensor(advantages(keys)),
-    )
-    return replace(terms, metrics=terms.metrics | {"logprob": branch_logprobs.detach().sum()})
+    """`row_loss` of an on-policy GRPO step; its value is the same whatever the model, so the log-probs are reported too."""
+    terms = row_loss(settings, row, token_logprobs, reference_token_logprobs)
+    return replace(terms, metrics=terms.metrics | {"logprob": token_logprobs.detach().sum()})
 
 
 def unpacked_rows(problem: Problem, examples: Sequence[Example], pad_id: int) -> list[PackedRow]:
     """Rows in which no prefix is shared, as many examples in a row as packed ones have. A DPO row has to hold whole pairs,
     [prefix | chosen][prefix | rejected], since its loss needs both; a GRPO row is one completion."""
-    alone, keys = [], []
-    for index, example in enumerate(examples):
-        for branch, (ids, kind) in enumerate(zip(example.branches, example.kinds, strict=True)):
-            alone.append(Example(example.task_index, example.prefix_ids, [ids], ["target"], [kind]))
-            keys.append((index, branch))
+    alone = [replace(example, branches=[branch]) for example in examples for branch in example.branches]
     together = problem.row_examples * problem.branches if problem.objective == "dpo" else 1
     rows = []
     for first in range(0, len(alone), together):
         branches = range(first, min(first + together, len(alone)))
         row = build_row(alone, branches, together * (problem.prefix + problem.branch), pad_id)
-        of_row = [keys[branch] for branch in branches]
-        rows.append(replace(row, examples=tuple(e for e, _ in of_row), branches=tuple(b for _, b in of_row)))
+        if problem.objective == "dpo":
+            row = replace(row, examples=tuple(examples[branches.start // 2 : branches.stop // 2]))
+        rows.append(row)
     return rows
 
 

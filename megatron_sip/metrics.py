@@ -13,16 +13,11 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from megatron_sip.console import say
 from megatron_sip.errors import DataError
 from megatron_sip.files import write_atomically
-from megatron_sip.training.objective_settings import METRIC_COUNTS
-
-if TYPE_CHECKING:
-    from megatron_sip.training.objectives import LossTerms
-
 
 AVERAGED_STEPS = 20
 """The time left is estimated from so many steps."""
@@ -70,14 +65,6 @@ def flatten(metrics: Mapping[str, float | Mean]) -> dict[str, float]:
     was skipped for it, are left out: JSON has no word for them."""
     plain = {name: value.value if isinstance(value, Mean) else float(value) for name, value in metrics.items()}
     return {name: value for name, value in plain.items() if math.isfinite(value)}
-
-
-def loss_metrics(terms: LossTerms) -> Metrics:
-    """A row's loss and metrics as numbers that add up."""
-    plain = {name: float(value) for name, value in terms.metrics.items()}
-    metrics: Metrics = {name: value for name, value in plain.items() if name not in METRIC_COUNTS}
-    metrics |= {name: Mean(value, plain[METRIC_COUNTS[name]]) for name, value in plain.items() if name in METRIC_COUNTS}
-    return {"loss": Mean(float(terms.sum.detach()), float(terms.count)), **metrics}
 
 
 class MetricsWriter:

@@ -1,7 +1,7 @@
 """The records that flow through one step; nothing else is passed between the rooms of this package.
 
-Task -> Candidate -> Group -> Example -> packed rows. All are frozen, hold token ids as plain lists of ints and no
-tensors, so that they pickle small, compare by value and can be written as JSON.
+Task -> Candidate -> Group -> Example (a prefix with its branches) -> packed rows. All are frozen, hold token ids as plain
+lists of ints and no tensors, so that they pickle small, compare by value and can be written as JSON.
 """
 
 from __future__ import annotations
@@ -71,20 +71,40 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """What the trainer learns from: completions ("branches") of one prefix, each with a role.
+class Branch:
+    """A completion of an example's prefix, and what it is trained as.
 
-    A DPO example is (chosen, rejected), an NLL example one target. `kinds` says where each branch came from, and
-    `engine_logprobs` what the engine thought of it (None unless it is a rollout); both only feed metrics.
+    `advantage` is GRPO's, already normalised over the group; other objectives need none. `kind` says where the branch came
+    from, and `engine_logprobs` what the engine thought of its tokens (None unless it is a rollout); both only feed metrics.
+    """
+
+    ids: list[int]
+    role: Role
+    kind: CandidateKind
+    advantage: float | None = None
+    engine_logprobs: list[float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What the trainer learns from: branches of one prefix, a chosen and a rejected one (DPO) or targets.
+
+    Raises:
+        ValueError: engine log-probs that are not one a token.
     """
 
     task_index: int
     prefix_ids: list[int]
-    branches: list[list[int]]
-    roles: list[Role]
-    kinds: list[CandidateKind]
+    branches: list[Branch]
     weight: float = 1.0
-    engine_logprobs: list[list[float] | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for branch in self.branches:
+            known, tokens = branch.engine_logprobs, len(branch.ids)
+            if known is not None and len(known) != tokens:
+                raise ValueError(
+                    f"task {self.task_index}: {len(known)} engine log-probs for a branch of {tokens} tokens"
+                )
 
 
 def group_from_json(record: dict[str, Any]) -> Group:

@@ -30,7 +30,7 @@ from megatron_sip.errors import DataError
 from megatron_sip.judge.schedules import least_budget
 from megatron_sip.judge.settings import JudgeSettings, SettingsError, is_pairwise
 from megatron_sip.serving.http_reply import key_from_environment, shown_url, url_mistake
-from megatron_sip.training.objective_settings import ObjectiveSettings
+from megatron_sip.training.objectives.settings import ObjectiveSettings
 
 
 class ArgumentError(SystemExit):

@@ -54,7 +54,7 @@ class SampleLog:
 
 def sample(step: int, group: Group, example: Example | None) -> dict[str, Any]:
     """What a line holds; steps are counted from 1 there, as in metrics.jsonl."""
-    roles = {} if example is None else dict(zip(map(tuple, example.branches), example.roles, strict=True))
+    roles = {} if example is None else {tuple(branch.ids): branch.role for branch in example.branches}
     scores: Sequence[float | None] = group.scores or [None] * len(group.candidates)
 
     def rank(item: tuple[Candidate, float | None]) -> tuple[bool, float]:

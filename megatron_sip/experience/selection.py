@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron_sip.metrics import Mean, Metrics
-from megatron_sip.records import CANDIDATE_KINDS, Candidate, CandidateKind, Example, Group, Role
+from megatron_sip.records import CANDIDATE_KINDS, Branch, Candidate, CandidateKind, Example, Group, Role
 
 Objective = Literal["sft", "rf-nll", "dpo"]
 TIE_TOLERANCE = 1e-9
@@ -233,10 +233,10 @@ def _add(selected: Selected, group: Group, choice: _Choice) -> None:
         Example(
             task_index=group.task.index,
             prefix_ids=group.task.prefix_ids,
-            branches=[c.ids for c in candidates],
-            roles=choice.roles,
-            kinds=[c.kind for c in candidates],
-            engine_logprobs=[c.logprobs for c in candidates],
+            branches=[
+                Branch(candidate.ids, role, candidate.kind, engine_logprobs=candidate.logprobs)
+                for candidate, role in zip(candidates, choice.roles, strict=True)
+            ],
         )
     )
     selected.chosen_kinds[candidates[0].kind] += 1

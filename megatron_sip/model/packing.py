@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from megatron_sip.records import Example
+from megatron_sip.records import Branch, Example
 
 Lengths = tuple[int, Sequence[int]]
 """(prefix length, branch lengths) of one example, in tokens."""
@@ -35,8 +35,7 @@ class PackedRow:
     logit_rows: int64 [L], for each predicted token its index into hidden_index.
     targets: int64 [L], the predicted token ids: the branches' tokens in layout order.
     branch_offsets: int64 [B + 1]; branch b owns entries branch_offsets[b]:branch_offsets[b + 1] of the L.
-    examples: for each branch the index of its Example in the step's list.
-    branches: for each branch its index inside that Example.
+    examples: what the row holds, in layout order: roles, weights and all else that the loss needs of the branches.
     """
 
     tokens: Tensor
@@ -46,8 +45,12 @@ class PackedRow:
     logit_rows: Tensor
     targets: Tensor
     branch_offsets: Tensor
-    examples: tuple[int, ...]
-    branches: tuple[int, ...]
+    examples: tuple[Example, ...]
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The B branches in layout order."""
+        return tuple(branch for example in self.examples for branch in example.branches)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRow:
         """The same row with its tensors on `device`."""
@@ -114,7 +117,7 @@ def plan_rows(lengths: Sequence[Lengths], row_length: int, num_replicas: int, *,
 
 def example_lengths(examples: Sequence[Example]) -> list[Lengths]:
     """What `plan_rows` needs to know of the examples."""
-    return [(len(example.prefix_ids), [len(branch) for branch in example.branches]) for example in examples]
+    return [(len(example.prefix_ids), [len(branch.ids) for branch in example.branches]) for example in examples]
 
 
 def build_row(examples: Sequence[Example], indices: Sequence[int], row_length: int, pad_id: int) -> PackedRow:
@@ -134,7 +137,7 @@ def build_row(examples: Sequence[Example], indices: Sequence[int], row_length: i
     targets: list[int] = []
     for index in indices:
         example = examples[index]
-        cut = _prefix_cut(index, len(example.prefix_ids), [len(ids) for ids in example.branches], row_length)
+        cut = _prefix_cut(index, len(example.prefix_ids), [len(branch.ids) for branch in example.branches], row_length)
         prefix = example.prefix_ids[cut:]
         group_start, prefix_end = len(tokens), len(tokens) + len(prefix)
         tokens += prefix
@@ -142,14 +145,14 @@ def build_row(examples: Sequence[Example], indices: Sequence[int], row_length: i
         shared_row = len(hidden)
         hidden.append(prefix_end - 1)
         for branch in example.branches:
-            start, end = len(tokens), len(tokens) + len(branch)
-            tokens += branch
-            positions += range(len(prefix), len(prefix) + len(branch))
+            start, end = len(tokens), len(tokens) + len(branch.ids)
+            tokens += branch.ids
+            positions += range(len(prefix), len(prefix) + len(branch.ids))
             layout.append([group_start, prefix_end, start, end])
             logit_rows.append(shared_row)
-            logit_rows += range(len(hidden), len(hidden) + len(branch) - 1)
+            logit_rows += range(len(hidden), len(hidden) + len(branch.ids) - 1)
             hidden += range(start, end - 1)
-            targets += branch
+            targets += branch.ids
     if len(tokens) > row_length:
         raise ValueError(f"examples {list(indices)} take {len(tokens)} tokens, more than the row's {row_length}")
     padding = row_length - len(tokens)
@@ -162,8 +165,7 @@ def build_row(examples: Sequence[Example], indices: Sequence[int], row_length: i
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         targets=torch.tensor(targets, dtype=torch.int64),
         branch_offsets=torch.tensor(lengths, dtype=torch.int64).cumsum(0),
-        examples=tuple(index for index in indices for _ in examples[index].branches),
-        branches=tuple(branch for index in indices for branch in range(len(examples[index].branches))),
+        examples=tuple(examples[index] for index in indices),
     )
 
 

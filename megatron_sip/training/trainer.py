@@ -27,35 +27,35 @@ from megatron.training.training import setup_model_and_optimizer
 from torch import Tensor
 
 from megatron_sip.console import say
-from megatron_sip.metrics import Mean, Metrics, loss_metrics, merge
+from megatron_sip.metrics import Mean, Metrics, merge
 from megatron_sip.model.gpt import model_provider, row_logprobs
 from megatron_sip.model.packing import PackedRow, RowPlan, build_row, example_lengths, plan_rows
 from megatron_sip.records import Example
 from megatron_sip.training.leaders import LeaderExchange
 from megatron_sip.training.non_finite import NON_FINITE, Attempt, as_ranges, worth_another
-from megatron_sip.training.objectives import LossTerms, ObjectiveSettings, row_loss
+from megatron_sip.training.objectives.row_loss import loss_metrics, row_loss
+from megatron_sip.training.objectives.settings import ObjectiveSettings
+from megatron_sip.training.objectives.terms import LossTerms
 from megatron_sip.training.reference_model import Reference
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """A packed row on the training device, with the reference's log-prob of each branch when there is one."""
+    """A packed row on the training device, with the reference's log-probs of its targets [L] when there is one."""
 
     row: PackedRow
-    reference_branch_logprobs: Tensor | None = None
+    reference_token_logprobs: Tensor | None = None
 
 
 class RowLoss(Protocol):
-    """What turns a row's log-probs into its loss: `objectives.row_loss`, or a function that adds inputs of its own to it."""
+    """What turns a row's log-probs into its loss: `row_loss`, or a function that adds inputs of its own to it."""
 
     def __call__(
         self,
         settings: ObjectiveSettings,
-        examples: Sequence[Example],
         row: PackedRow,
         token_logprobs: Tensor,
-        branch_logprobs: Tensor,
-        reference_branch_logprobs: Tensor | None,
+        reference_token_logprobs: Tensor | None,
         /,
     ) -> LossTerms: ...
 
@@ -139,7 +139,7 @@ class PolicyTrainer:
     def _with_reference(
         self, reference: list[Any], micro_batches: list[MicroBatch], row_length: int
     ) -> list[MicroBatch]:
-        """The same micro-batches with the reference's branch log-probs (present on the last pipeline stage)."""
+        """The same micro-batches with the reference's log-probs (present on the last pipeline stage)."""
         found = get_forward_backward_func()(
             forward_step_func=_forward_reference,
             data_iterator=_iterators(micro_batches, reference),
@@ -162,7 +162,7 @@ class PolicyTrainer:
         self.scheduler.step(0)
         attempts: list[Attempt] = []
         while not attempts or worth_another(attempts):
-            metrics = self._accumulate_gradients(examples, micro_batches, row_length)
+            metrics = self._accumulate_gradients(micro_batches, row_length)
             loss = metrics["loss"]
             assert isinstance(loss, Mean)
             attempts.append(self._try_step(loss.value))
@@ -180,9 +180,7 @@ class PolicyTrainer:
             say(f"step {self._args.iteration + 1} skipped: {last.trouble}; its tasks: {tasks}")
         return metrics | {"skipped_steps": 1.0, NON_FINITE: 1.0}
 
-    def _accumulate_gradients(
-        self, examples: Sequence[Example], micro_batches: list[MicroBatch], row_length: int
-    ) -> Metrics:
+    def _accumulate_gradients(self, micro_batches: list[MicroBatch], row_length: int) -> Metrics:
         """One forward and backward pass; the loss and its metrics over all replicas, on every rank."""
         for chunk in self.model:
             chunk.train()
@@ -194,14 +192,7 @@ class PolicyTrainer:
             output = row_logprobs(chunk, batch.row)
 
             def loss_function(token_logprobs: Tensor) -> tuple[Tensor, Tensor, LossTerms]:
-                terms = self._loss(
-                    self._settings,
-                    examples,
-                    batch.row,
-                    token_logprobs,
-                    branch_sums(token_logprobs, batch.row.branch_offsets),
-                    batch.reference_branch_logprobs,
-                )
+                terms = self._loss(self._settings, batch.row, token_logprobs, batch.reference_token_logprobs)
                 count = torch.tensor(terms.count, dtype=torch.int, device=token_logprobs.device)
                 # Pipeline schedules free the loss tensor's memory once it was differentiated: keep a copy to report.
                 return terms.sum, count, replace(terms, sum=terms.sum.detach().clone())
@@ -260,28 +251,16 @@ def take_fused_steps(param_groups: Sequence[dict[str, Any]]) -> None:
 
 
 def _forward_reference(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
-    row = next(iterator).row
+    def kept(token_logprobs: Tensor, non_loss_data: bool = True) -> Tensor:
+        return token_logprobs.clone()  # pipeline schedules may free what a stage has put out
 
-    def branch_logprobs(token_logprobs: Tensor, non_loss_data: bool = True) -> Tensor:
-        return branch_sums(token_logprobs, row.branch_offsets)
-
-    return row_logprobs(chunk, row), branch_logprobs
+    return row_logprobs(chunk, next(iterator).row), kept
 
 
 def _iterators(micro_batches: list[MicroBatch], model: list[Any]) -> Any:
     """One iterator a virtual pipeline chunk, as Megatron's schedules expect."""
     iterators = [iter(micro_batches) for _ in model]
     return iterators[0] if len(iterators) == 1 else iterators
-
-
-def branch_sums(token_logprobs: Tensor, offsets: Tensor) -> Tensor:
-    """Log-probs of whole branches [B] from those of their tokens [L]; branch b owns offsets[b]:offsets[b + 1].
-
-    Added up in float64: DPO's margin is a small difference of large sums.
-    """
-    branch_of = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
-    sums = token_logprobs.new_zeros(len(offsets) - 1, dtype=torch.float64)
-    return sums.index_add(0, branch_of, token_logprobs.double()).to(token_logprobs.dtype)
 
 
 def plan_metrics(plan: RowPlan, examples: int) -> Metrics:

@@ -19,8 +19,8 @@ from transformers import AutoConfig
 from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.metrics import flatten
 from megatron_sip.platform.megatron_cpu import enable_cpu
-from megatron_sip.records import Example
-from megatron_sip.training.objective_settings import ObjectiveSettings
+from megatron_sip.records import Branch, Example
+from megatron_sip.training.objectives.settings import ObjectiveSettings
 
 FLAGS = (
     *("--global-batch-size", "4", "--calculate-per-token-loss", "--clip-grad", "0", "--rerun-mode", "disabled"),
@@ -68,7 +68,7 @@ def main() -> None:
     problems = json.loads(Path(examples_file).read_text())
     results = {}
     for name, records in problems.items():
-        examples = [Example(**record) for record in records]
+        examples = [Example(**{**record, "branches": [Branch(**b) for b in record["branches"]]}) for record in records]
         results[name] = run_case(name, policy_dir, reference_dir, examples)
         forget_megatron()
     torch.save(results, result)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,20 +25,21 @@ from torch import Tensor
 from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.model.packing import PackedRow, build_row, example_lengths, plan_rows
 from megatron_sip.platform.megatron_cpu import enable_cpu
-from megatron_sip.records import Example
-from megatron_sip.training.objectives import LossTerms, ObjectiveSettings, row_loss
+from megatron_sip.records import Branch, Example, Role
+from megatron_sip.training.objectives.row_loss import row_loss
+from megatron_sip.training.objectives.settings import ObjectiveSettings
+from megatron_sip.training.objectives.terms import LossTerms
 
 VOCABULARY = 131
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Examples with what else their objective needs, by (example, branch)."""
+    """Examples, and the reference's log-probs of their branches, by example."""
 
     settings: ObjectiveSettings
     examples: list[Example]
-    reference: dict[tuple[int, int], Tensor]
-    advantages: dict[tuple[int, int], float]
+    reference: list[Tensor]
 
 
 def make_problem(name: str) -> Problem:
@@ -53,36 +54,21 @@ def make_problem(name: str) -> Problem:
     shapes["grpo"] = [(1, 30, 1, 12, branches) for branches in (1, 2, 5, 16)]
     examples = []
     for task, (low, high, shortest, longest, count) in enumerate(shapes[name]):
-        roles = ["target"] * count if name == "grpo" else ["chosen", "rejected"]
-        branches = [ids(shortest, longest) for _ in range(count)]
-        examples.append(Example(task, ids(low, high), branches, roles, ["rollout"] * count, weight=rng.uniform(0.5, 2)))
-    keys = [(e, b) for e, example in enumerate(examples) for b in range(len(example.branches))]
+        roles: list[Role] = ["target"] * count if name == "grpo" else ["chosen", "rejected"]
+        branches = [Branch(ids(shortest, longest), role, "rollout", advantage=rng.uniform(-1, 1)) for role in roles]
+        examples.append(Example(task, ids(low, high), branches, weight=rng.uniform(0.5, 2)))
     # Near the log-probs of the random model under test, so that neither the sigmoid nor the KL term is saturated.
-    reference = {
-        (e, b): torch.tensor([rng.uniform(-6, -4) for _ in examples[e].branches[b]], dtype=torch.float32)
-        for e, b in keys
-    }
+    reference = [
+        torch.tensor([rng.uniform(-6, -4) for branch in example.branches for _ in branch.ids], dtype=torch.float32)
+        for example in examples
+    ]
     settings = ObjectiveSettings("grpo", kl_coef=0.1) if name == "grpo" else ObjectiveSettings("dpo", nll_coef=0.2)
-    return Problem(settings, examples, reference, {key: rng.uniform(-1, 1) for key in keys})
+    return Problem(settings, examples, reference)
 
 
 def loss_of(problem: Problem, row: PackedRow, token_logprobs: Tensor) -> LossTerms:
-    keys = list(zip(row.examples, row.branches, strict=True))
-    empty = torch.zeros(0)
-    sums = [part.sum() for part in token_logprobs.split(row.branch_offsets.diff().tolist())]
-    grpo = {}
-    if problem.settings.objective == "grpo":
-        grpo["reference_token_logprobs"] = torch.cat([empty, *(problem.reference[key] for key in keys)])
-        grpo["advantages"] = torch.tensor([problem.advantages[key] for key in keys])
-    return row_loss(
-        problem.settings,
-        problem.examples,
-        row,
-        token_logprobs,
-        torch.stack(sums) if sums else token_logprobs[:0],
-        torch.tensor([problem.reference[key].sum() for key in keys]),
-        **grpo,
-    )
+    reference = [problem.reference[example.task_index] for example in row.examples]
+    return row_loss(problem.settings, row, token_logprobs, torch.cat([torch.zeros(0), *reference]))
 
 
 def train_on_packed_rows(problem: Problem, model: list, row_length: int) -> tuple[float, int]:
@@ -137,11 +123,12 @@ def train_on_separate_rows(problem: Problem, model: list) -> tuple[float, int]:
 
     everything = build_row(problem.examples, range(len(problem.examples)), 10_000, pad_id=0)
     parts = []
-    for e, b in zip(everything.examples, everything.branches, strict=True):
-        example = problem.examples[e]
-        ids = example.branches[b]
-        alone = Example(example.task_index, example.prefix_ids, [ids], ["target"], ["rollout"])
-        parts.append(row_logprobs(model[0], build_row([alone], [0], len(example.prefix_ids) + len(ids), pad_id=0)))
+    for example in problem.examples:
+        for branch in example.branches:
+            length = len(example.prefix_ids) + len(branch.ids)
+            parts.append(
+                row_logprobs(model[0], build_row([replace(example, branches=[branch])], [0], length, pad_id=0))
+            )
     terms = loss_of(problem, everything, torch.cat(parts))
     loss = terms.sum / terms.count
     loss.backward()

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.model.packing import build_row
 from megatron_sip.platform.megatron_cpu import enable_cpu
-from megatron_sip.records import Example
+from megatron_sip.records import Branch, Example
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def run_case(case: dict, results: Path) -> dict:
 @torch.no_grad()
 def logits_of(ids: list[int], model: list) -> torch.Tensor:
     """[len(ids), vocabulary] after each token, from Megatron's own output layer; without pipeline stages."""
-    example = Example(task_index=0, prefix_ids=ids[:1], branches=[ids[1:]], roles=["chosen"], kinds=["suffix"])
+    example = Example(task_index=0, prefix_ids=ids[:1], branches=[Branch(ids[1:], "chosen", "suffix")])
     row = build_row([example], (0,), -(-len(ids) // 16) * 16, pad_id=0)
     logits = model[0](
         input_ids=row.tokens[None],
@@ -109,9 +109,7 @@ def train_step(case: dict, model: list) -> tuple[dict[str, list[float]], float |
         Example(
             task_index=0,
             prefix_ids=entry["prefix"],
-            branches=entry["branches"],
-            roles=["chosen"] * len(entry["branches"]),
-            kinds=["suffix"] * len(entry["branches"]),
+            branches=[Branch(ids, "chosen", "suffix") for ids in entry["branches"]],
         )
         for entry in case["examples"]
     ]

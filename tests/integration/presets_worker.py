@@ -49,7 +49,7 @@ def run_case(name: str, flags: list[str]) -> dict[str, Any]:
     return {
         "preset": name,
         "objective": args.objective,
-        "examples": [[example.roles, example.kinds] for example in experience.examples],
+        "examples": [[[b.role for b in e.branches], [b.kind for b in e.branches]] for e in experience.examples],
         "metrics": {**flatten(experience.metrics), **metrics},
         "changed": sum(not torch.equal(old, new) for old, new in zip(before, after, strict=True)) / len(before),
         "seconds": [ready - began, judged - ready, time.monotonic() - judged],

@@ -32,22 +32,23 @@ def make_examples(roles: list[str], seed: int) -> list[dict]:
         {
             "task_index": task,
             "prefix_ids": ids(5, 60),
-            "branches": [ids(3, 25) for _ in roles],
-            "roles": roles,
-            "kinds": ["suffix"] * len(roles),
+            "branches": [{"ids": ids(3, 25), "role": role, "kind": "suffix"} for role in roles],
             "weight": 0.25 + 0.5 * task,
         }
         for task in range(6)
     ]
     examples[1]["prefix_ids"] = ids(ROW_LENGTH + 10, ROW_LENGTH + 40)
-    examples[2]["branches"] = [ids(1, 1) for _ in roles]
-    examples[3]["branches"] = [ids(4, 9)] * len(roles)
+    for branch in examples[2]["branches"]:
+        branch["ids"] = ids(1, 1)
+    twice = ids(4, 9)
+    for branch in examples[3]["branches"]:
+        branch["ids"] = twice
     return [*examples, examples[4]]
 
 
 def prefix_in_a_row(example: dict) -> list[int]:
     """Its end, as far as a row has room for it beside the branches."""
-    return example["prefix_ids"][-(ROW_LENGTH - sum(map(len, example["branches"]))) :]
+    return example["prefix_ids"][-(ROW_LENGTH - sum(len(branch["ids"]) for branch in example["branches"])) :]
 
 
 PROBLEMS = {
@@ -79,7 +80,7 @@ def branch_logprobs(model: LlamaForCausalLM, prefix: list[int], branch: list[int
 
 
 def nll_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: list[dict]) -> Tensor:
-    logprobs = [branch_logprobs(policy, prefix_in_a_row(e), e["branches"][0]) for e in examples]
+    logprobs = [branch_logprobs(policy, prefix_in_a_row(e), e["branches"][0]["ids"]) for e in examples]
     weighted = sum(e["weight"] * part.sum() for e, part in zip(examples, logprobs, strict=True))
     return -weighted / sum(len(part) for part in logprobs)
 
@@ -87,7 +88,7 @@ def nll_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: li
 def dpo_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: list[dict]) -> Tensor:
     losses = []
     for example in examples:
-        prefix, branches = prefix_in_a_row(example), example["branches"]
+        prefix, branches = prefix_in_a_row(example), [branch["ids"] for branch in example["branches"]]
         chosen, rejected = (branch_logprobs(policy, prefix, branch) for branch in branches)
         with torch.no_grad():
             base = [branch_logprobs(reference, prefix, branch).sum() for branch in branches]

@@ -25,9 +25,11 @@ from transformers import AutoConfig
 from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.metrics import flatten
 from megatron_sip.platform.megatron_cpu import enable_cpu
-from megatron_sip.records import Example
+from megatron_sip.records import Branch, Example
 from megatron_sip.training.non_finite import Attempt
-from megatron_sip.training.objectives import LossTerms, ObjectiveSettings, row_loss
+from megatron_sip.training.objectives.row_loss import row_loss
+from megatron_sip.training.objectives.settings import ObjectiveSettings
+from megatron_sip.training.objectives.terms import LossTerms
 
 FLAGS = (
     *("--global-batch-size", "4", "--calculate-per-token-loss", "--override-opt-param-scheduler"),
@@ -35,7 +37,7 @@ FLAGS = (
     *("0", "--hidden-dropout", "0"),
 )
 EXAMPLES = [
-    Example(task, list(range(5 + task, 15 + task)), [list(range(20, 26 + task))], ["target"], ["suffix"])
+    Example(task, list(range(5 + task, 15 + task)), [Branch(list(range(20, 26 + task)), "target", "suffix")])
     for task in range(4)
 ]
 BAD_TASK = 1
@@ -47,9 +49,9 @@ class FaultyLoss:
     def __init__(self) -> None:
         self.fault: str | None = None
 
-    def __call__(self, settings: Any, examples: Any, row: Any, token_logprobs: Any, *others: Any) -> LossTerms:
-        terms = row_loss(settings, examples, row, token_logprobs, *others)
-        if BAD_TASK not in row.examples or self.fault is None:
+    def __call__(self, settings: Any, row: Any, token_logprobs: Any, *others: Any) -> LossTerms:
+        terms = row_loss(settings, row, token_logprobs, *others)
+        if BAD_TASK not in {example.task_index for example in row.examples} or self.fault is None:
             return terms
         if self.fault == "loss":
             return replace(terms, sum=terms.sum * float("nan"))

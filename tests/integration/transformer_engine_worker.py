@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.model.packing import PackedRow, build_row
 from megatron_sip.platform.megatron_cpu import enable_cpu
-from megatron_sip.records import Example
+from megatron_sip.records import Branch, Example
 
 
 def te_layer_spec(config: Any) -> Any:
@@ -94,13 +94,11 @@ def read_row(path: str) -> PackedRow:
         Example(
             task_index=index,
             prefix_ids=entry["prefix"],
-            branches=entry["branches"],
-            roles=["target"] * len(entry["branches"]),
-            kinds=["suffix"] * len(entry["branches"]),
+            branches=[Branch(ids, "target", "suffix") for ids in entry["branches"]],
         )
         for index, entry in enumerate(json.loads(Path(path).read_text()))
     ]
-    length = sum(len(e.prefix_ids) + sum(map(len, e.branches)) for e in examples)
+    length = sum(len(e.prefix_ids) + sum(len(branch.ids) for branch in e.branches) for e in examples)
     return build_row(examples, range(len(examples)), -(-length // 16) * 16, pad_id=0)
 
 

@@ -18,7 +18,7 @@ from megatron_sip.experience.maker import Experience
 from megatron_sip.files import DiskError
 from megatron_sip.metrics import Metrics
 from megatron_sip.platform.megatron_cpu import enable_cpu
-from megatron_sip.records import Example
+from megatron_sip.records import Branch, Example
 from megatron_sip.rollout.protocol import WeightSyncError
 from megatron_sip.stop_signal import StopSignal
 from megatron_sip.train import MAX_EMPTY_STEPS, TrainingError, run_steps
@@ -29,7 +29,7 @@ enable_cpu()  # before anything imports Megatron
 
 from megatron_sip.run import Run  # noqa: E402
 
-EXAMPLE = Example(0, [1], [[2], [3]], ["chosen", "rejected"], ["suffix", "rollout"])
+EXAMPLE = Example(0, [1], [Branch([2], "chosen", "suffix"), Branch([3], "rejected", "rollout")])
 
 
 class FakeExchange:

@@ -43,13 +43,16 @@ def scores(row: PackedRow) -> int:
     return int(visibility(token_spans(row.layout, len(row.tokens))).sum())
 
 
-def predicted(rows: list[PackedRow]) -> dict[tuple[int, int], list[int]]:
-    """(example, branch) -> its targets."""
-    return {
-        key: row.targets[row.branch_offsets[line] : row.branch_offsets[line + 1]].tolist()
-        for row in rows
-        for line, key in enumerate(zip(row.examples, row.branches, strict=True))
-    }
+def predicted(rows: list[PackedRow]) -> list[tuple[int, list[int]]]:
+    """(task, targets) of each branch; they are those of the branch that the loss takes them for."""
+    found = []
+    for row in rows:
+        tasks = [example.task_index for example in row.examples for _ in example.branches]
+        ends = row.branch_offsets.tolist()
+        for line, (task, branch) in enumerate(zip(tasks, row.branches, strict=True)):
+            assert row.targets[ends[line] : ends[line + 1]].tolist() == branch.ids
+            found.append((task, branch.ids))
+    return found
 
 
 @pytest.mark.parametrize(("objective", "examples", "branches"), [("dpo", 3, 2), ("grpo", 1, 5)])
@@ -63,14 +66,15 @@ def test_counted_work_is_that_of_the_rows(variant: ModuleType, objective: str, e
         assert sum(len(row.hidden_index) for row in rows) == problem.projected(shares)
         assert sum(map(scores, rows)) == problem.scores(shares)
     assert predicted(packed) == predicted(unpacked)
-    assert sorted(predicted(packed)) == [(e, b) for e in range(examples) for b in range(branches)]
+    assert predicted(packed) == [(e, branch.ids) for e in range(examples) for branch in data[e].branches]
 
 
 def test_a_pair_that_shares_nothing_is_one_row(variant: ModuleType) -> None:
     problem = variant.Problem("dpo", 2, prefix=7, branches=2, branch=3, row_examples=1)
-    rows = variant.unpacked_rows(problem, variant.make_examples(problem, CharacterTokenizer()), pad_id=0)
+    data = variant.make_examples(problem, CharacterTokenizer())
+    rows = variant.unpacked_rows(problem, data, pad_id=0)
     assert [row.layout.tolist() for row in rows] == [[[0, 7, 7, 10], [10, 17, 17, 20]]] * 2
-    assert [row.examples for row in rows] == [(0, 0), (1, 1)]
+    assert [row.examples for row in rows] == [(data[0],), (data[1],)]
 
 
 def test_measurements_that_would_not_end_in_time_are_left_out(

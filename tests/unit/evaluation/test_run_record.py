@@ -16,7 +16,7 @@ from megatron_sip.evaluation.outcome import outcome_line, write_outcome
 from megatron_sip.evaluation.report import BIDI_MARKS, write_report
 from megatron_sip.evaluation.run_record import read_run_record, run_record, write_run_record
 from megatron_sip.evaluation.training_samples import CANDIDATES, RECORDED_STEPS, SampleLog, read_samples
-from megatron_sip.records import Candidate, Example, Group, Task
+from megatron_sip.records import Branch, Candidate, Example, Group, Task
 
 COMPLETE = [
     *("--hf-config", "my model", "--data-path", "a.jsonl", "b.jsonl", "--save", "run", "--seq-length", "256"),
@@ -43,7 +43,9 @@ def group(index: int, scores: list[float] | None, text: str = "text") -> Group:
 
 
 def example(index: int, chosen: int, rejected: int) -> Example:
-    return Example(index, [1, 2], [[5, chosen], [5, rejected]], ["chosen", "rejected"], ["rollout", "rollout"])
+    return Example(
+        index, [1, 2], [Branch([5, chosen], "chosen", "rollout"), Branch([5, rejected], "rejected", "rollout")]
+    )
 
 
 def test_the_record_holds_what_differs_from_the_defaults_and_the_command_to_continue(tmp_path: Path) -> None:

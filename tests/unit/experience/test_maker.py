@@ -85,7 +85,7 @@ async def test_a_failed_prefix_is_dropped_by_reason_and_the_others_are_learnt_fr
     experience = await maker(engines).make(5, TASKS)
     numbers = flatten(experience.metrics)
     assert [example.task_index for example in experience.examples] == [0, 2]
-    assert all(example.branches[0] == [6, 7] for example in experience.examples)
+    assert all(example.branches[0].ids == [6, 7] for example in experience.examples)
     assert numbers["dropped/rollout timeout"] == 1
     assert numbers["groups"] == 3
     assert engines.versions == ["5"]  # nothing but the weights of this step
@@ -167,7 +167,7 @@ async def test_the_next_step_s_rewrites_are_made_while_this_one_trains() -> None
     assert rewriter.asked == [[0], [1, 2]]
     experience = await making.make(1, TASKS[1:])
     assert rewriter.asked == [[0], [1, 2]]  # not asked for again
-    assert [example.branches for example in experience.examples] == [[[8, 1]], [[8, 2]]]
+    assert [[branch.ids for branch in example.branches] for example in experience.examples] == [[[8, 1]], [[8, 2]]]
 
 
 async def test_rewrites_for_other_tasks_are_never_used() -> None:

@@ -39,7 +39,7 @@ ABOUT_ONE_PROMPT = [
 
 def picked(settings: SelectionSettings, g: Group) -> list[tuple[str, str, list[int]]]:
     (example,) = select([g], settings).examples
-    return list(zip(example.roles, example.kinds, example.branches, strict=True))
+    return [(branch.role, branch.kind, branch.ids) for branch in example.branches]
 
 
 # ---------------------------------------------------------------- the paper's table 6
@@ -86,8 +86,8 @@ def test_every_row_of_table_6(row: str) -> None:
 def test_the_example_carries_what_training_needs() -> None:
     (example,) = select([group(4, ABOUT_ONE_PROMPT[:3], [1.0, 0.5, 0.0])], SelectionSettings("dpo")).examples
     assert (example.task_index, example.prefix_ids, example.weight) == (4, [1, 2, 3], 1.0)
-    assert example.branches == [[9, 9], [10, 7]]
-    assert example.engine_logprobs == [None, [-0.5, -0.5]]
+    assert [branch.ids for branch in example.branches] == [[9, 9], [10, 7]]
+    assert [branch.engine_logprobs for branch in example.branches] == [None, [-0.5, -0.5]]
 
 
 # ---------------------------------------------------------------- reasons
@@ -153,8 +153,8 @@ def test_the_chosen_candidate_is_never_the_rejected_one() -> None:
     rollouts = [candidate("rollout", i) for i in range(3)]
     made = [group(i, rollouts, [0.0, 0.9e-9, 1.8e-9]) for i in range(200)]
     for example in select(made, SelectionSettings("dpo")).examples:
-        assert example.branches[0] == [2]
-        assert example.branches[1] in ([0], [1])
+        assert example.branches[0].ids == [2]
+        assert example.branches[1].ids in ([0], [1])
 
 
 def test_rf_nll_draws_among_equals_instead_of_dropping() -> None:
@@ -168,8 +168,8 @@ def test_identical_candidates_compete_once_with_their_mean_score() -> None:
     made = group(0, [*GOOD, candidate("rollout", 1), candidate("rewrite", 3)], [1.0, 0.2, 0.0, 0.4])
     selected = select([made], SelectionSettings("dpo"))
     assert selected.merged == 1
-    assert selected.examples[0].branches == [[1], [2]]  # (1.0 + 0.0) / 2 still beats 0.4
-    assert selected.examples[0].kinds == ["suffix", "rollout"]
+    assert [branch.ids for branch in selected.examples[0].branches] == [[1], [2]]  # (1.0 + 0.0) / 2 still beats 0.4
+    assert [branch.kind for branch in selected.examples[0].branches] == ["suffix", "rollout"]
     assert selected.score_gaps == [pytest.approx(0.3)]
 
 
@@ -230,9 +230,8 @@ def test_every_group_is_an_example_or_counted_and_no_failure_is_taught(made: lis
         origin = next(g for g in remaining if _could_give(g, example, settings))  # in the order of the groups
         assert origin.dropped is None
         assert example.prefix_ids
-        assert all(example.branches)
-        assert len({tuple(branch) for branch in example.branches}) == len(example.branches)
-        assert len(example.branches) == len(example.roles) == len(example.kinds) == len(example.engine_logprobs)
+        assert all(branch.ids for branch in example.branches)
+        assert len({tuple(branch.ids) for branch in example.branches}) == len(example.branches)
         if settings.needs_judge:
             assert origin.scores is not None
     assert all(math.isfinite(gap) and gap > 0 for gap in selected.score_gaps)
@@ -245,7 +244,7 @@ def test_every_group_is_an_example_or_counted_and_no_failure_is_taught(made: lis
 def _could_give(g: Group, example, settings: SelectionSettings) -> bool:
     offered = {tuple(c.ids) for c in g.candidates if c.kind in settings.candidates}
     same_task = (g.task.index, g.task.prefix_ids) == (example.task_index, example.prefix_ids)
-    return same_task and g.dropped is None and {tuple(branch) for branch in example.branches} <= offered
+    return same_task and g.dropped is None and {tuple(branch.ids) for branch in example.branches} <= offered
 
 
 @given(groups(), any_settings, st.randoms(use_true_random=False))
@@ -272,9 +271,9 @@ def test_the_best_is_chosen_and_the_worst_rejected(made: Group, settings) -> Non
             by_ids.setdefault(tuple(c.ids), []).append(score)
     means = {ids: sum(values) / len(values) for ids, values in by_ids.items()}
     (example,) = selected.examples
-    assert means[tuple(example.branches[0])] == pytest.approx(max(means.values()))
+    assert means[tuple(example.branches[0].ids)] == pytest.approx(max(means.values()))
     if settings.objective == "dpo":
-        assert means[tuple(example.branches[1])] == pytest.approx(min(means.values()))
+        assert means[tuple(example.branches[1].ids)] == pytest.approx(min(means.values()))
 
 
 @pytest.mark.parametrize("objective", ["dpo", "rf-nll"])
@@ -282,12 +281,14 @@ def test_ties_are_broken_evenly_and_by_seed(objective: Objective) -> None:
     rollouts = [candidate("rollout", i) for i in range(4)]
     made = [group(i, [*rollouts, candidate("suffix", 9)], [1.0, 1.0, 1.0, 0.0, 0.0]) for i in range(3000)]
     first = select(made, SelectionSettings(objective, seed=1))
-    chosen = Counter(example.branches[0][0] for example in first.examples)
+    chosen = Counter(example.branches[0].ids[0] for example in first.examples)
     assert sorted(chosen) == [0, 1, 2]
     assert all(900 < count < 1100 for count in chosen.values())  # 1000 expected, 4 standard deviations
     if objective == "dpo":
         assert 1390 < first.rejected_kinds["suffix"] < 1610
-        joint = Counter((e.branches[0][0], e.branches[1][0]) for e in first.examples)  # the two draws are independent
+        joint = Counter(
+            (e.branches[0].ids[0], e.branches[1].ids[0]) for e in first.examples
+        )  # the two draws are independent
         assert all(400 < count < 600 for count in joint.values())
     assert select(made, SelectionSettings(objective, seed=1)) == first
     assert select(made, SelectionSettings(objective, seed=2)).examples != first.examples

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_sip.kernels.tree_attention.dense import token_spans, visibility
 from megatron_sip.model.packing import PackedRow, build_row, example_lengths, plan_rows
-from megatron_sip.records import Example
+from megatron_sip.records import Branch, Example
 
 ROW = 48
 PAD = -1
@@ -27,7 +27,7 @@ def make_examples(lengths: list[tuple[int, list[int]]]) -> list[Example]:
         return [next(following) for _ in range(count)]
 
     return [
-        Example(i, take(prefix), [take(n) for n in branches], ["target"] * len(branches), ["suffix"] * len(branches))
+        Example(i, take(prefix), [Branch(take(n), "target", "suffix") for n in branches])
         for i, (prefix, branches) in enumerate(lengths)
     ]
 
@@ -79,17 +79,18 @@ def test_every_target_is_predicted_from_exactly_its_prefix_and_branch(lengths, r
         row = build_row(examples, indices, plan.row_length, PAD)
         assert row.tokens.shape == row.position_ids.shape == (plan.row_length,)
         tokens, positions = row.tokens.tolist(), row.position_ids.tolist()
-        for branch, key in enumerate(zip(row.examples, row.branches, strict=True)):
+        keys = [(e, b) for e in indices for b in range(len(examples[e].branches))]
+        for branch, key in enumerate(keys):
             example = examples[key[0]]
             start, end = row.branch_offsets[branch : branch + 2].tolist()
             trained[key] = row.targets[start:end].tolist()
             cut = max(0, lengths[key[0]][0] + sum(lengths[key[0]][1]) - ROW)
             for place in range(start, end):
                 seen = seen_by(row, int(row.hidden_index[row.logit_rows[place]]))
-                context = example.prefix_ids[cut:] + example.branches[key[1]][: place - start]
+                context = example.prefix_ids[cut:] + example.branches[key[1]].ids[: place - start]
                 assert [tokens[index] for index in seen] == context
                 assert [positions[index] for index in seen] == list(range(len(context)))
-    assert trained == {(e, b): ids for e, x in enumerate(examples) for b, ids in enumerate(x.branches)}
+    assert trained == {(e, b): branch.ids for e, x in enumerate(examples) for b, branch in enumerate(x.branches)}
 
 
 @settings(max_examples=80, deadline=None)
@@ -112,7 +113,7 @@ def test_rows_hold_each_token_once_and_predicting_states_are_unique(lengths):
         token
         for example, (prefix, branches) in zip(examples, lengths, strict=True)
         for token in example.prefix_ids[max(0, prefix + sum(branches) - ROW) :]
-        + [token for branch in example.branches for token in branch]
+        + [token for branch in example.branches for token in branch.ids]
     ]
     assert sorted(held) == sorted(expected)
 
@@ -133,7 +134,8 @@ def test_visibility_of_all_token_pairs_follows_the_definition(lengths):
 
 
 def test_shared_prefix_is_projected_once_for_all_branches():
-    row = build_row(make_examples([(3, [2, 1])]), [0], 8, PAD)
+    examples = make_examples([(3, [2, 1])])
+    row = build_row(examples, [0], 8, PAD)
     assert row.tokens.tolist() == [0, 1, 2, 3, 4, 5, PAD, PAD]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 0, 0]
     assert row.layout.tolist() == [[0, 3, 3, 5], [0, 3, 5, 6]]
@@ -141,7 +143,7 @@ def test_shared_prefix_is_projected_once_for_all_branches():
     assert row.logit_rows.tolist() == [0, 1, 0]
     assert row.targets.tolist() == [3, 4, 5]
     assert row.branch_offsets.tolist() == [0, 2, 3]
-    assert (row.examples, row.branches) == ((0, 0), (0, 1))
+    assert (row.examples, row.branches) == ((examples[0],), tuple(examples[0].branches))
 
 
 def test_rows_are_evened_out_over_replicas():
@@ -184,9 +186,10 @@ def test_no_examples_give_one_filler_a_replica():
 
 
 def test_row_moves_to_a_device_with_everything_in_it():
-    row = build_row(make_examples([(3, [2, 1])]), [0], 8, PAD).to("meta")
+    examples = make_examples([(3, [2, 1])])
+    row = build_row(examples, [0], 8, PAD).to("meta")
     assert {getattr(row, name).device.type for name in ("tokens", "position_ids", "layout", "targets")} == {"meta"}
-    assert row.examples == (0, 0)
+    assert row.examples == (examples[0],)
 
 
 @pytest.mark.parametrize(

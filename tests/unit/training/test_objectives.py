@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_sip.metrics import flatten, loss_metrics
-from megatron_sip.model.packing import PackedRow, build_row
-from megatron_sip.records import Example
-from megatron_sip.training.objective_settings import METRIC_COUNTS, ObjectiveSettings
-from megatron_sip.training.objectives import LossTerms, dpo, grpo, row_loss
+from megatron_sip.metrics import flatten
+from megatron_sip.model.packing import build_row
+from megatron_sip.records import Branch, Example
+from megatron_sip.training.objectives.dpo import branch_sums, dpo
+from megatron_sip.training.objectives.grpo import grpo
+from megatron_sip.training.objectives.row_loss import METRIC_COUNTS, loss_metrics, row_loss
+from megatron_sip.training.objectives.settings import ObjectiveSettings
+from megatron_sip.training.objectives.terms import LossTerms
 
 VOCAB = 13
 
@@ -26,14 +30,12 @@ def make_examples(roles: list[str], kinds: list[str], seed: int, count: int = 3)
 
     examples = []
     for task in range(count):
-        branches = [ids(1, 7) for _ in roles]
-        engine = [
-            [-0.5 - 0.1 * i for i in range(len(b))] if k == "rollout" else None
-            for b, k in zip(branches, kinds, strict=True)
+        made = [ids(1, 7) for _ in roles]
+        branches = [
+            Branch(b, r, k, engine_logprobs=[-0.5 - 0.1 * i for i in range(len(b))] if k == "rollout" else None)  # type: ignore[arg-type]
+            for b, r, k in zip(made, roles, kinds, strict=True)
         ]
-        examples.append(
-            Example(task, ids(1, 9), branches, list(roles), list(kinds), weight=0.5 + task, engine_logprobs=engine)
-        )
+        examples.append(Example(task, ids(1, 9), branches, weight=0.5 + task))
     return examples
 
 
@@ -41,9 +43,9 @@ def branch_logits(examples: list[Example], seed: int) -> dict[tuple[int, int], T
     """Float64 logits [length, VOCAB] a branch: leaves, as if a model had produced them."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        (e, b): torch.randn(len(ids), VOCAB, generator=generator, dtype=torch.float64).requires_grad_()
+        (e, b): torch.randn(len(branch.ids), VOCAB, generator=generator, dtype=torch.float64).requires_grad_()
         for e, example in enumerate(examples)
-        for b, ids in enumerate(example.branches)
+        for b, branch in enumerate(example.branches)
     }
 
 
@@ -51,34 +53,28 @@ def selected(logits: Tensor, ids: list[int]) -> Tensor:
     return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
 
-def of_row(examples: list[Example], row: PackedRow, logits: dict[tuple[int, int], Tensor]) -> tuple[Tensor, Tensor]:
-    parts = [
-        selected(logits[key], examples[key[0]].branches[key[1]]) for key in zip(row.examples, row.branches, strict=True)
+def of_row(examples: list[Example], indices: list[int], logits: dict[tuple[int, int], Tensor]) -> Tensor:
+    parts = [selected(logits[e, b], branch.ids) for e in indices for b, branch in enumerate(examples[e].branches)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def with_advantages(examples: list[Example], advantages: list[list[float]]) -> list[Example]:
+    return [
+        replace(
+            example,
+            branches=[replace(branch, advantage=a) for branch, a in zip(example.branches, own, strict=True)],
+        )
+        for example, own in zip(examples, advantages, strict=True)
     ]
-    if not parts:
-        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
-    return torch.cat(parts), torch.stack([part.sum() for part in parts])
 
 
 def over_rows(settings: ObjectiveSettings, examples: list[Example], groups: list[list[int]], **inputs) -> LossTerms:
     """Sum the terms of several rows, as the trainer does."""
-    policy, reference = inputs["policy"], inputs.get("reference")
     total: list[LossTerms] = []
     for indices in groups:
         row = build_row(examples, indices, 200, 0)
-        tokens, branches = of_row(examples, row, policy)
-        extra = {}
-        if reference is not None:
-            reference_tokens, reference_branches = of_row(examples, row, reference)
-            extra = {"reference_token_logprobs": reference_tokens, "reference_branch_logprobs": reference_branches}
-        if "old" in inputs:
-            extra["old_token_logprobs"] = of_row(examples, row, inputs["old"])[0]
-        if "advantages" in inputs:
-            extra["advantages"] = torch.tensor(
-                [inputs["advantages"][e][b] for e, b in zip(row.examples, row.branches, strict=True)],
-                dtype=torch.float64,
-            )
-        total.append(row_loss(settings, examples, row, tokens, branches, **extra))
+        logprobs = {name: of_row(examples, indices, logits) for name, logits in inputs.items()}
+        total.append(row_loss(settings, row, logprobs["policy"], logprobs.get("reference"), logprobs.get("old")))
     names = total[0].metrics.keys()
     assert all(terms.metrics.keys() == names for terms in total)
     metrics = {name: sum(float(terms.metrics[name]) for terms in total) for name in names}
@@ -106,27 +102,27 @@ def test_nll_equals_cross_entropy(objective, groups):
     logits = branch_logits(examples, seed=2)
     expected = sum(
         example.weight
-        * torch.nn.functional.cross_entropy(logits[e, 0], torch.tensor(example.branches[0]), reduction="sum")
+        * torch.nn.functional.cross_entropy(logits[e, 0], torch.tensor(example.branches[0].ids), reduction="sum")
         for e, example in enumerate(examples)
     )
     terms = over_rows(ObjectiveSettings(objective), examples, groups, policy=logits)
-    assert_same(terms, expected, sum(len(e.branches[0]) for e in examples), logits)
+    assert_same(terms, expected, sum(len(e.branches[0].ids) for e in examples), logits)
 
 
 def plain_dpo(example: Example, policy: list[Tensor], reference: list[Tensor], settings: ObjectiveSettings) -> Tensor:
     """One pair's loss, from full logits, with none of the code under test."""
     sums = [
-        [model[b].log_softmax(-1)[torch.arange(len(ids)), ids].sum() for b, ids in enumerate(example.branches)]
+        [selected(model[b], branch.ids).sum() for b, branch in enumerate(example.branches)]
         for model in (policy, reference)
     ]
-    best = example.roles.index("chosen")
+    best = [branch.role for branch in example.branches].index("chosen")
     h = (sums[0][best] - sums[0][1 - best]) - (sums[1][best] - sums[1][1 - best]).detach()
     if settings.dpo_loss == "ipo":
         loss = (h - 0.5 / settings.beta) ** 2
     else:
         p = torch.sigmoid(settings.beta * h)
         loss = -(1 - settings.label_smoothing) * p.log() - settings.label_smoothing * (1 - p).log()
-    return example.weight * (loss - settings.nll_coef * sums[0][best] / len(example.branches[best]))
+    return example.weight * (loss - settings.nll_coef * sums[0][best] / len(example.branches[best].ids))
 
 
 @pytest.mark.parametrize("groups", PACKINGS)
@@ -161,16 +157,16 @@ def test_dpo_metrics_are_sums_that_their_counts_divide():
     means = flatten(loss_metrics(terms))
     policy, reference = ({k: v.detach() for k, v in m.items()} for m in (policy, reference))
     chosen = [
-        float(selected(policy[e, 0], x.branches[0]).sum() - selected(reference[e, 0], x.branches[0]).sum())
+        float(selected(policy[e, 0], x.branches[0].ids).sum() - selected(reference[e, 0], x.branches[0].ids).sum())
         for e, x in enumerate(examples)
     ]
     rejected = [
-        float(selected(policy[e, 1], x.branches[1]).sum() - selected(reference[e, 1], x.branches[1]).sum())
+        float(selected(policy[e, 1], x.branches[1].ids).sum() - selected(reference[e, 1], x.branches[1].ids).sum())
         for e, x in enumerate(examples)
     ]
-    tokens = sum(len(x.branches[0]) for x in examples)
+    tokens = sum(len(x.branches[0].ids) for x in examples)
     engine = sum(
-        float((selected(policy[e, 0], x.branches[0]) - torch.tensor(x.engine_logprobs[0])).abs().sum())
+        float((selected(policy[e, 0], x.branches[0].ids) - torch.tensor(x.branches[0].engine_logprobs)).abs().sum())
         for e, x in enumerate(examples)
     )
     expected = {
@@ -184,7 +180,8 @@ def test_dpo_metrics_are_sums_that_their_counts_divide():
         "pairs": 3,
         "dpo_loss": sum(-math.log(1 / (1 + math.exp(-0.4 * (c - r)))) for c, r in zip(chosen, rejected, strict=True))
         / 3,
-        "chosen_nll": -sum(float(selected(policy[e, 0], x.branches[0]).sum()) for e, x in enumerate(examples)) / tokens,
+        "chosen_nll": -sum(float(selected(policy[e, 0], x.branches[0].ids).sum()) for e, x in enumerate(examples))
+        / tokens,
     }
     assert {name: means[name] for name in expected} == pytest.approx(expected, rel=1e-6)
 
@@ -209,7 +206,7 @@ def plain_grpo(examples, policy, old, reference, advantages, settings) -> tuple[
     """Token by token, as the papers write it."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for (e, b), logits in policy.items():
-        ids = examples[e].branches[b]
+        ids = examples[e].branches[b].ids
         branch = torch.zeros((), dtype=torch.float64)
         for t, token in enumerate(ids):
             logp = logits[t].log_softmax(-1)[token]
@@ -236,19 +233,18 @@ def test_grpo_equals_the_formula_token_by_token(kl_coef, average, groups):
     advantages = [[1.2, -0.7, 0.4, -0.9], [0.1, 0.5, -1.0, 0.4], [0.0, -2.0, 1.0, 1.0]]
     settings = ObjectiveSettings("grpo", clip_low=0.1, clip_high=0.15, kl_coef=kl_coef, grpo_average=average)
     expected, count = plain_grpo(examples, policy, old, reference, advantages, settings)
-    terms = over_rows(settings, examples, groups, policy=policy, reference=reference, old=old, advantages=advantages)
+    examples = with_advantages(examples, advantages)
+    terms = over_rows(settings, examples, groups, policy=policy, reference=reference, old=old)
     assert_same(terms, expected, count, policy)
     assert 0 < flatten(loss_metrics(terms))["clipped_fraction"] < 1
 
 
 def test_grpo_without_old_logprobs_is_the_plain_policy_gradient():
-    examples = make_examples(["target"] * 2, ["rollout"] * 2, seed=13, count=1)
+    examples = with_advantages(make_examples(["target"] * 2, ["rollout"] * 2, seed=13, count=1), [[1.5, -0.5]])
     policy = branch_logits(examples, seed=14)
-    terms = over_rows(
-        ObjectiveSettings("grpo", grpo_average="token"), examples, [[0]], policy=policy, advantages=[[1.5, -0.5]]
-    )
+    terms = over_rows(ObjectiveSettings("grpo", grpo_average="token"), examples, [[0]], policy=policy)
     plain = (
-        -sum(a * selected(policy[0, b], examples[0].branches[b]).sum() for b, a in enumerate((1.5, -0.5)))
+        -sum(a * selected(policy[0, b], examples[0].branches[b].ids).sum() for b, a in enumerate((1.5, -0.5)))
         * examples[0].weight
     )
     for ours, theirs in zip(gradients(terms.sum, policy), gradients(plain, policy), strict=True):
@@ -273,15 +269,28 @@ def test_grpo_pulls_back_to_the_reference_from_far_above_it():
     assert logprobs.grad.item() == pytest.approx(0.5)
 
 
+def test_branch_sums_lose_nothing_over_long_branches() -> None:
+    lengths = torch.tensor([2048, 0, 1, 512])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    logprobs = (-10 * torch.rand(int(lengths.sum()), generator=torch.Generator().manual_seed(0))).requires_grad_()
+    exact = [part.sum().item() for part in logprobs.detach().double().split(lengths.tolist())]
+    sums = branch_sums(logprobs, offsets)
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums.double(), torch.tensor(exact).double(), rtol=6e-8, atol=0)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    (sums * weights).sum().backward()
+    assert torch.equal(logprobs.grad, weights.repeat_interleave(lengths))
+
+
 @pytest.mark.parametrize("settings", [ObjectiveSettings("sft"), ObjectiveSettings("dpo"), ObjectiveSettings("grpo")])
 def test_filler_row_is_a_differentiable_zero(settings):
     row = build_row([], [], 8, 0)
-    tokens, branches = torch.zeros(0, requires_grad=True), torch.zeros(0, requires_grad=True)
-    terms = row_loss(settings, [], row, tokens, branches, torch.zeros(0), advantages=torch.zeros(0))
+    tokens = torch.zeros(0, requires_grad=True)
+    terms = row_loss(settings, row, tokens, torch.zeros(0))
     assert float(terms.sum.detach()) == 0.0
     assert terms.count == 0
     terms.sum.backward()
-    assert (branches if settings.objective == "dpo" else tokens).grad is not None
+    assert tokens.grad is not None
     means = flatten(loss_metrics(terms))
     assert set(means) <= set(METRIC_COUNTS.values())
     assert not any(means.values())
@@ -305,25 +314,24 @@ def test_non_finite_log_probs_stay_visible():
 def test_bad_inputs_name_the_value():
     pair = make_examples(["chosen", "rejected"], ["suffix", "rollout"], seed=17, count=1)
     row = build_row(pair, [0], 64, 0)
-    tokens, branches = torch.zeros(len(row.targets)), torch.zeros(2)
+    tokens = torch.zeros(len(row.targets))
     with pytest.raises(ValueError, match="reference"):
-        row_loss(ObjectiveSettings("dpo"), pair, row, tokens, branches)
+        row_loss(ObjectiveSettings("dpo"), row, tokens)
     with pytest.raises(ValueError, match=r"task 0: .* role target, got chosen"):
-        row_loss(ObjectiveSettings("sft"), pair, row, tokens, branches)
-    with pytest.raises(ValueError, match=r"branch_logprobs has shape \(3,\), the row needs \(2,\)"):
-        row_loss(ObjectiveSettings("dpo"), pair, row, tokens, torch.zeros(3), torch.zeros(2))
-    with pytest.raises(ValueError, match="advantages"):
-        row_loss(ObjectiveSettings("grpo"), pair, row, tokens, branches)
+        row_loss(ObjectiveSettings("sft"), row, tokens)
+    with pytest.raises(ValueError, match=rf"reference_token_logprobs has shape \(3,\), .* needs \({len(tokens)},\)"):
+        row_loss(ObjectiveSettings("dpo"), row, tokens, torch.zeros(3))
+    with pytest.raises(ValueError, match="advantage of every branch"):
+        row_loss(ObjectiveSettings("grpo"), row, tokens)
+    row = build_row(with_advantages(pair, [[1.0, -1.0]]), [0], 64, 0)
     with pytest.raises(ValueError, match="token log-probs"):
-        row_loss(ObjectiveSettings("grpo", kl_coef=0.1), pair, row, tokens, branches, advantages=torch.zeros(2))
+        row_loss(ObjectiveSettings("grpo", kl_coef=0.1), row, tokens)
     odd = make_examples(["chosen", "rejected", "rejected"], ["suffix"] * 3, seed=18, count=1)
     row = build_row(odd, [0], 64, 0)
     with pytest.raises(ValueError, match=r"one chosen and one rejected, got \['chosen', 'rejected', 'rejected'\]"):
-        row_loss(ObjectiveSettings("dpo"), odd, row, torch.zeros(len(row.targets)), torch.zeros(3), torch.zeros(3))
-    short = Example(4, [1], [[2, 3]], ["target"], ["rollout"], engine_logprobs=[[-1.0]])
-    row = build_row([short], [0], 8, 0)
+        row_loss(ObjectiveSettings("dpo"), row, torch.zeros(len(row.targets)), torch.zeros(len(row.targets)))
     with pytest.raises(ValueError, match="task 4: 1 engine log-probs for a branch of 2 tokens"):
-        row_loss(ObjectiveSettings("sft"), [short], row, torch.zeros(2), torch.zeros(1))
+        Example(4, [1], [Branch([2, 3], "target", "rollout", engine_logprobs=[-1.0])])
 
 
 @pytest.mark.parametrize(

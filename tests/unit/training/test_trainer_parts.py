@@ -1,4 +1,4 @@
-"""Parts of the trainer that need no model: sums of branches, and which optimizers take fused steps."""
+"""Parts of the trainer that need no model: which optimizers take fused steps."""
 
 from __future__ import annotations
 
@@ -8,20 +8,7 @@ from megatron_sip.platform.megatron_cpu import enable_cpu
 
 enable_cpu()
 
-from megatron_sip.training.trainer import branch_sums, take_fused_steps  # noqa: E402
-
-
-def test_branch_sums_lose_nothing_over_long_branches() -> None:
-    lengths = torch.tensor([2048, 0, 1, 512])
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    logprobs = (-10 * torch.rand(int(lengths.sum()), generator=torch.Generator().manual_seed(0))).requires_grad_()
-    exact = [part.sum().item() for part in logprobs.detach().double().split(lengths.tolist())]
-    sums = branch_sums(logprobs, offsets)
-    assert sums.dtype == torch.float32
-    torch.testing.assert_close(sums.double(), torch.tensor(exact).double(), rtol=6e-8, atol=0)
-    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    (sums * weights).sum().backward()
-    assert torch.equal(logprobs.grad, weights.repeat_interleave(lengths))
+from megatron_sip.training.trainer import take_fused_steps  # noqa: E402
 
 
 def test_adam_takes_fused_steps_and_makes_the_same_ones() -> None:

@@ -1,4 +1,4 @@
-"""Which objective is trained, with its constants, and how its metrics add up. Needs no torch: flags are checked with it."""
+"""Which objective is trained, with its constants. Needs no torch: flags are checked with it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,6 @@ from typing import Literal
 Objective = Literal["sft", "rf-nll", "dpo", "grpo"]
 DpoLoss = Literal["sigmoid", "ipo"]
 GrpoAverage = Literal["sequence", "token"]
-
-METRIC_COUNTS: dict[str, str] = {
-    "nll": "target_tokens",
-    "dpo_loss": "pairs",
-    "reward_margin": "pairs",
-    "reward_accuracy": "pairs",
-    "chosen_reward": "pairs",
-    "rejected_reward": "pairs",
-    "chosen_logprob": "pairs",
-    "rejected_logprob": "pairs",
-    "chosen_nll": "chosen_tokens",
-    "policy_loss": "grpo_count",
-    "kl_penalty": "grpo_count",
-    "clipped_fraction": "policy_tokens",
-    "rollout_logratio": "rollout_tokens",
-    "engine_logprob_abs_diff": "engine_tokens",
-}
-"""Every metric is a sum without the examples' weights, over what is trained on; this names the metric that holds its count."""
 
 
 @dataclass(frozen=True, slots=True)
