@@ -123,7 +123,7 @@ class Run:
                 unsynced = len(self.weight_sync.push(weights, str(self.args.iteration), require_all=require_all))
             except (WeightSyncError, OSError, SafetensorError) as error:
                 unsynced = f"the engines did not get the weights of step {self.args.iteration}: {error}"
-        found = self.exchange.share(unsynced)[0]  # of the first replica, whose ranks push
+        found = self.exchange.all_gather_from_leaders(unsynced)[0]  # of the first replica, whose ranks push
         if isinstance(found, str):
             if require_all:
                 raise WeightSyncError(found)
@@ -315,7 +315,7 @@ def open_leader(
     started = servers.urls() if servers is not None else StartedUrls()
     if servers is not None and servers.description:
         say(f"servers: ready, {time.monotonic() - waiting:.0f} s after all else")
-    found = exchange.share(started)[0]
+    found = exchange.all_gather_from_leaders(started)[0]
     args.rollout_url = args.rollout_url or found.engines
     args.teacher_url = args.teacher_url or found.teacher
     args.rewriter_url = args.rewriter_url or found.rewriter
@@ -331,7 +331,7 @@ def load_policy(
 ) -> tuple[PolicyTrainer, Reference | None, ReferenceStore]:
     """The policy at its last checkpoint (or its initial weights), and the reference that goes with it."""
     save = Path(args.save)
-    args.task_fingerprint = exchange.share(tasks.fingerprint() if tasks is not None else None)[0]
+    args.task_fingerprint = exchange.all_gather_from_leaders(tasks.fingerprint() if tasks is not None else None)[0]
     saved = saved_run(save)
     if saved is not None:
         require_resumable(saved, args)
@@ -378,7 +378,7 @@ def open_weight_sync(
         source=parallel_state.get_tensor_model_parallel_rank() == 0,
         lead=exchange.is_leader,
         name=f"stage{parallel_state.get_pipeline_model_parallel_rank()}",
-        exchange=exchange.within_replica,
+        exchange=exchange.all_gather_in_replica,
     )
     settings = SyncSettings(
         backend="nccl" if torch.cuda.is_available() else "gloo",

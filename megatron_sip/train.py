@@ -141,7 +141,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
     empty_steps = 0
     started = time.monotonic()
     while args.iteration < args.train_iters:
-        shared = exchange.share(run.make_experience(stop))
+        shared = exchange.all_gather_from_leaders(run.make_experience(stop))
         if any(part is None for part in shared):
             return stop_early(run)
         examples = [example for part in shared for example in part.examples]
@@ -151,7 +151,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         args.iteration += 1
         args.consumed_train_samples += args.global_batch_size
         run.refresh_reference()
-        stopping = exchange.any(stop.requested)  # then the engines may be stopping as well: do not push to them
+        stopping = exchange.any_rank(stop.requested)  # then the engines may be stopping as well: do not push to them
         if not stopping:
             # All replicas wait: rollouts asked for before the push would be of the old weights.
             metrics |= timed("seconds/sync", run.push_weights, run.exchange.barrier)
@@ -159,7 +159,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         started = time.monotonic()
         run.troubles += [part.unrecorded if args.rank == 0 else "" for part in shared if part.unrecorded is not None]
         run.write_metrics(metrics)
-        if exchange.any(bool(run.troubles)):
+        if exchange.any_rank(bool(run.troubles)):
             run.save()
             run.finish_saving(wait=True)
             told = "; ".join(filter(None, run.troubles))

@@ -31,9 +31,9 @@ SHOWN = 3
 class Ranks(Protocol):
     """What is needed of `LeaderExchange`."""
 
-    def share(self, mine: Any) -> list[Any]: ...
+    def all_gather_from_leaders(self, mine: Any) -> list[Any]: ...
 
-    def gather(self, mine: Any) -> list[Any]: ...
+    def all_gather(self, mine: Any) -> list[Any]: ...
 
 
 def require_whole_checkpoint(save: Path, ranks: Ranks, rank: int, *, last_whole: bool) -> None:
@@ -44,11 +44,13 @@ def require_whole_checkpoint(save: Path, ranks: Ranks, rank: int, *, last_whole:
     Raises:
         DataError: on all ranks, when a file is missing, cut short or changed; it names the file and the way out.
     """
-    while (step := ranks.share(tracked_iteration(save))[0]) is not None:
+    while (step := ranks.all_gather_from_leaders(tracked_iteration(save))[0]) is not None:
         complete = complete_checkpoints(save)
         folders = [folder for folder in (complete.get(step), reference_folder(save, step)) if folder]
-        parts = len(ranks.gather(None))
-        found = [line for part in ranks.gather([d for f in folders for d in damages(f, rank, parts)]) for line in part]
+        parts = len(ranks.all_gather(None))
+        found = [
+            line for part in ranks.all_gather([d for f in folders for d in damages(f, rank, parts)]) for line in part
+        ]
         if step not in complete:
             found.append(f"{weights_folder(save)} is missing, or its metadata say nothing")
         if not found:
@@ -62,19 +64,19 @@ def require_whole_checkpoint(save: Path, ranks: Ranks, rank: int, *, last_whole:
                 f"the checkpoint of step {step} is damaged: {told}. Before it there is that of step {earlier}: the same "
                 "command with --load-last-whole continues from the last one that is whole"
             )
-        ranks.gather(None)  # everyone has looked
+        ranks.all_gather(None)  # everyone has looked
         if rank == 0:
             for line in [*found, *go_back(save, step)]:
                 say(f"checkpoint: {line}")
-        ranks.gather(None)
+        ranks.all_gather(None)
 
 
 def require_whole_weights(folder: Path, ranks: Ranks, rank: int) -> None:
     """The same of the checkpoint that --pretrained-checkpoint names. Collective. Raises DataError."""
     source = weights_folder(folder)
-    parts = len(ranks.gather(None))
+    parts = len(ranks.all_gather(None))
     mine = damages(source, rank, parts) if source.is_dir() else []
-    found = [line for part in ranks.gather(mine) for line in part]
+    found = [line for part in ranks.all_gather(mine) for line in part]
     if found:
         raise DataError(f"--pretrained-checkpoint {folder} is damaged: {'; '.join(found[:SHOWN])}")
 

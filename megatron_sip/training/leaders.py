@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 
 
 class LeaderExchange:
-    """Gathers one object from every leader and gives the list to every rank."""
+    """Collectives over plain objects: of the leaders, of one replica's ranks, and of all ranks."""
 
     def __init__(self, timeout_seconds: float) -> None:
         timeout = timedelta(seconds=timeout_seconds)
@@ -37,7 +37,7 @@ class LeaderExchange:
                 self._replica_group = group
         self._everyone = gloo_group(list(range(len(places))), timeout)
 
-    def share(self, mine: Any) -> list[Any]:
+    def all_gather_from_leaders(self, mine: Any) -> list[Any]:
         """The leaders' objects in order of replica, on every rank; `mine` is ignored on other ranks."""
         gathered: list[Any] = [None] * self.num_replicas
         if self.is_leader:
@@ -46,19 +46,19 @@ class LeaderExchange:
         dist.broadcast_object_list(box, src=self._leaders[self.replica], group=self._replica_group)
         return box[0]
 
-    def within_replica(self, mine: Any) -> list[Any]:
+    def all_gather_in_replica(self, mine: Any) -> list[Any]:
         """`mine` of every rank of this replica, on all of them."""
         gathered: list[Any] = [None] * dist.get_world_size(self._replica_group)
         dist.all_gather_object(gathered, mine, group=self._replica_group)
         return gathered
 
-    def gather(self, mine: Any) -> list[Any]:
+    def all_gather(self, mine: Any) -> list[Any]:
         """`mine` of every rank, on every rank."""
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, mine, group=self._everyone)
         return gathered
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
         vote = torch.tensor([int(flag)])
         dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self._everyone)
@@ -68,13 +68,13 @@ class LeaderExchange:
         """Wait for every rank."""
         dist.barrier(group=self._everyone)
 
-    def gather_last_stage(self, mine: Any) -> list[Any]:
+    def all_gather_from_last_stages(self, mine: Any) -> list[Any]:
         """`mine` of the last pipeline stage of every replica, on every rank (one tensor-parallel rank speaks)."""
         speaks = (
             parallel_state.is_pipeline_last_stage(ignore_virtual=True)
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
-        return [part for part in self.gather(mine if speaks else None) if part is not None]
+        return [part for part in self.all_gather(mine if speaks else None) if part is not None]
 
 
 def gloo_group(ranks: list[int], timeout: timedelta) -> dist.ProcessGroup:

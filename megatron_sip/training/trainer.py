@@ -208,7 +208,7 @@ class PolicyTrainer:
             micro_batch_size=1,
             forward_only=False,
         )
-        return merge(self._exchange.gather_last_stage(merge(map(loss_metrics, parts))))
+        return merge(self._exchange.all_gather_from_last_stages(merge(map(loss_metrics, parts))))
 
     @torch.no_grad()
     def _try_step(self, loss: float) -> Attempt:
@@ -222,7 +222,7 @@ class PolicyTrainer:
         else:
             norm = float(self.optimizer.get_grad_norm())
             trouble = "" if math.isfinite(norm) else f"the gradient norm is {norm}"
-        if self._exchange.any(bool(trouble)):  # no rank may go on alone
+        if self._exchange.any_rank(bool(trouble)):  # no rank may go on alone
             next_scale = float(self.optimizer.get_loss_scale())
             return Attempt(trouble or "the gradient of another rank is not finite", None, scale, next_scale)
         assert norm is not None

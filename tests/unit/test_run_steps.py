@@ -37,13 +37,13 @@ class FakeExchange:
 
     is_leader, replica, num_replicas = True, 0, 1
 
-    def share(self, mine: Any) -> list[Any]:
+    def all_gather_from_leaders(self, mine: Any) -> list[Any]:
         return [mine]
 
-    def gather(self, mine: Any) -> list[Any]:
+    def all_gather(self, mine: Any) -> list[Any]:
         return [mine]
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         return flag
 
     def barrier(self) -> None:

@@ -55,10 +55,10 @@ def flip(path: Path, place: int = 100) -> None:
 class Alone:
     """The only rank."""
 
-    def share(self, mine: object) -> list[object]:
+    def all_gather_from_leaders(self, mine: object) -> list[object]:
         return [mine]
 
-    gather = share
+    all_gather = all_gather_from_leaders
 
 
 @pytest.fixture(scope="module")

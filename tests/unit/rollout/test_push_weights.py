@@ -30,7 +30,7 @@ class Exchange:
         self.first = first
         self.said: Any = None
 
-    def share(self, mine: Any) -> list[Any]:
+    def all_gather_from_leaders(self, mine: Any) -> list[Any]:
         self.said = mine
         return [self.first, None]
 
