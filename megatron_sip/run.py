@@ -45,7 +45,7 @@ from megatron_sip.hf.checkpoint_model import require_same_model
 from megatron_sip.hf.families import architecture
 from megatron_sip.hf.folder import HF_SUBFOLDER, write_model_files
 from megatron_sip.hf.weights import export_hf_weights
-from megatron_sip.metrics import Metrics, MetricsWriter, flatten
+from megatron_sip.metrics import Metrics, flatten
 from megatron_sip.records import Task
 from megatron_sip.rollout.protocol import WeightSyncError
 from megatron_sip.rollout.sync_disk import DiskWeightSync
@@ -55,6 +55,7 @@ from megatron_sip.rollout.weight_sync import SyncRank, WeightSync
 from megatron_sip.stop_signal import StopSignal
 from megatron_sip.training.checkpoints import require_whole_checkpoint, require_whole_weights, saving_explained
 from megatron_sip.training.leaders import LeaderExchange
+from megatron_sip.training.metrics_writer import MetricsWriter
 from megatron_sip.training.reference_model import Reference, ReferenceStore, build_reference
 from megatron_sip.training.resume import require_resumable, saved_run, what_is_new
 from megatron_sip.training.trainer import PolicyTrainer

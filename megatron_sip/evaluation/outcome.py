@@ -12,7 +12,7 @@ from megatron_sip.evaluation.report import write_report
 from megatron_sip.evaluation.run_record import read_run_record
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
 from megatron_sip.files import write_atomically
-from megatron_sip.metrics import read_metrics
+from megatron_sip.training.metrics_writer import read_metrics
 
 FINAL_STEPS = 10
 

@@ -32,10 +32,10 @@ from megatron_sip.evaluation.plots import (
     render_png,
 )
 from megatron_sip.evaluation.run_record import RANDOM, RunRecord, read_run_record
-from megatron_sip.evaluation.training_samples import PREFIX_CHARACTERS, read_samples
 from megatron_sip.evaluation.win_rate import FEW_DOCUMENTS
+from megatron_sip.experience.samples import PREFIX_CHARACTERS, read_samples
 from megatron_sip.files import described, read_json, read_json_lines, write_atomically
-from megatron_sip.metrics import duration, read_metrics
+from megatron_sip.training.metrics_writer import duration, read_metrics
 
 SAMPLES = 3
 

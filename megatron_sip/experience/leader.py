@@ -26,8 +26,8 @@ from megatron_sip.config.needs import (
     needs_teacher,
 )
 from megatron_sip.config.settings import judge_settings, rewriter_role, rewriter_settings
-from megatron_sip.evaluation.training_samples import SampleLog
 from megatron_sip.experience.maker import Experience, ExperienceMaker, ExperienceSettings
+from megatron_sip.experience.samples import SampleLog
 from megatron_sip.experience.selection import SelectionSettings
 from megatron_sip.judge.base import AsksTeacher
 from megatron_sip.judge.judge import Judge

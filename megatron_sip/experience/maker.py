@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from megatron_sip.data.continuation_text import rollout_texts
-from megatron_sip.evaluation.training_samples import SampleLog
 from megatron_sip.experience.recording import read_groups, write_groups
+from megatron_sip.experience.samples import SampleLog
 from megatron_sip.experience.selection import SelectionSettings, select, selection_metrics
 from megatron_sip.metrics import Mean, Metrics
 from megatron_sip.records import CANDIDATE_KINDS, Candidate, CandidateKind, Example, Group, Task

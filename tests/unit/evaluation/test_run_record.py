@@ -15,7 +15,7 @@ from megatron_sip.config.early_checks import check_flags
 from megatron_sip.evaluation.outcome import outcome_line, write_outcome
 from megatron_sip.evaluation.report import BIDI_MARKS, write_report
 from megatron_sip.evaluation.run_record import read_run_record, run_record, write_run_record
-from megatron_sip.evaluation.training_samples import CANDIDATES, RECORDED_STEPS, SampleLog, read_samples
+from megatron_sip.experience.samples import CANDIDATES, RECORDED_STEPS, SampleLog, read_samples
 from megatron_sip.records import Branch, Candidate, Example, Group, Task
 
 COMPLETE = [
