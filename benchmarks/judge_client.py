@@ -106,7 +106,7 @@ def make_group(index: int) -> Group:
 
 
 async def run_case(settings: JudgeSettings, verdicts: int, chunk: int) -> dict[str, float]:
-    """Score groups until `verdicts` verdicts have come; seconds, verdicts a second, memory growth in MB."""
+    """Score groups until `verdicts` verdicts have come; seconds, verdicts per second, memory growth in MB."""
     async with Judge(settings) as judge:
         index, begin, cpu = 0, time.perf_counter(), time.process_time()
         after_warm_up = 0.0

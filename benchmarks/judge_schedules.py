@@ -7,7 +7,7 @@ scale * (q[first] - q[second]) + bias + persistent error of the pair + half as m
 drawn from it, a soft verdict is its probability. "weak": scale 1, "strong": scale 3; bias 0.5; error 1.
 
 Teacher: `results/judge_teacher.json` (made by judge_teacher.py) holds, measured on SmolLM2-135M-Instruct over real
-prefixes (`pydoc_data.topics`), (a) mean log-probs of 16 sampled continuations a prefix: taken as true qualities,
+prefixes (`pydoc_data.topics`), (a) mean log-probs of 16 sampled continuations per prefix: taken as true qualities,
 standardised, with the strong judge's simulated noise on top; (b) its real soft quality verdicts for all ordered pairs of
 a few groups: nothing is simulated, the truth is what all pairs in both orders say.
 
@@ -152,7 +152,7 @@ def run_plan(plan: Plan, preferred: Array, seed: Sequence[int]) -> tuple[Array, 
 
 
 def orders_of(plan: Plan, pair: Pair) -> list[Pair]:
-    """The orders in which a pair is shown, one a vote: alternating from the drawn one, as the judge does."""
+    """The orders in which a pair is shown, one per vote: alternating from the drawn one, as the judge does."""
     swapped = (pair[1], pair[0])
     if plan.both_orders:
         return [pair, swapped] * plan.votes

@@ -22,7 +22,7 @@ from machine import describe_machine, write_report
 from megatron_sip.judge.calls import ChoiceCall, LikelihoodCall
 from megatron_sip.judge.prompts import builtin_prompt, fence_code
 from megatron_sip.judge.settings import ClientSettings, Endpoint
-from megatron_sip.judge.teacher import JudgeClient, affinity_of
+from megatron_sip.judge.teacher import TeacherClient, affinity_of
 from megatron_sip.serving.launch import LocalServer, ServerSettings
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,7 +51,7 @@ async def continuations(url: str, prefix: str, count: int) -> list[str]:
     return list(texts)[:count]
 
 
-async def verdict_matrix(client: JudgeClient, prefix: str, texts: list[str], deadline: float) -> list[list[float]]:
+async def verdict_matrix(client: TeacherClient, prefix: str, texts: list[str], deadline: float) -> list[list[float]]:
     """P(first is preferred) for all ordered pairs under the quality prompt; the diagonal is 0.5."""
     prompt = builtin_prompt("quality")
     assert prompt.rule is not None
@@ -81,7 +81,7 @@ async def measure_teacher(url: str, args: argparse.Namespace, save: Callable[[di
     likelihoods: list[list[float]] = []
     matrices: list[list[list[float]]] = []
     sampled: list[tuple[str, list[str]]] = []
-    async with JudgeClient(settings) as client:
+    async with TeacherClient(settings) as client:
         await client.check()
         for prefix in prefixes(args.groups, args.seed):
             texts = await continuations(url, prefix, args.candidates)

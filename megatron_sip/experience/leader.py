@@ -34,9 +34,8 @@ from megatron_sip.judge.judge import Judge
 from megatron_sip.judge.rewriter import Rewriter
 from megatron_sip.judge.settings import JudgeSettings
 from megatron_sip.records import CandidateKind, Task
-from megatron_sip.rollout.handshake import ModelContract
+from megatron_sip.rollout.handshake import ModelContract, end_open_update
 from megatron_sip.rollout.pool import PoolSettings, SamplingSettings, SGLangPool
-from megatron_sip.rollout.recovery import end_open_update
 from megatron_sip.serving.http_reply import key_from_environment
 from megatron_sip.serving.launch import LocalServer, ServerSettings, start_servers, stop_servers
 from megatron_sip.serving.loop_thread import LoopThread

@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 
 from megatron_sip.judge.settings import ClientSettings, SettingsError
-from megatron_sip.judge.teacher import CHECK_TIMEOUT_S, JudgeClient
+from megatron_sip.judge.teacher import CHECK_TIMEOUT_S, TeacherClient
 
 UNKNOWN_CODE = "00000000"
 """As long as a fence code, for prompts of which only the length matters."""
@@ -18,7 +18,7 @@ class AsksTeacher:
     """Use as an async context manager on one event loop; `check` first, so that mistakes show at start."""
 
     def __init__(self, settings: ClientSettings) -> None:
-        self._client = JudgeClient(settings)
+        self._client = TeacherClient(settings)
         self._counts: Counter[str] = Counter()
 
     async def __aenter__(self) -> Self:

@@ -128,7 +128,7 @@ class Criterion(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How hard verdicts are sampled; `votes` answers a judgement."""
+    """How hard verdicts are sampled; `votes` answers per judgement."""
 
     votes: int
     temperature: float
@@ -138,7 +138,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Pointwise:
-    """One judgement a candidate (paper: safety, factuality). Soft: one forward pass instead of sampled votes."""
+    """One judgement per candidate (paper: safety, factuality). Soft: one forward pass instead of sampled votes."""
 
     name: str
     prompt: PromptFile

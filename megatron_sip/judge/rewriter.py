@@ -62,7 +62,7 @@ class RewriterSettings:
 class Rewriter(AsksTeacher):
     """See the module. Counters: rewrites, copies, dropped by reason, calls, tokens, failures, latency.
 
-    policy_tokenizer: transformers tokenizer of the policy; max_tokens: its tokens a rewrite."""
+    policy_tokenizer: transformers tokenizer of the policy; max_tokens: its tokens per rewrite."""
 
     def __init__(self, settings: RewriterSettings, policy_tokenizer: Any, max_tokens: int) -> None:
         super().__init__(settings.client)
@@ -78,7 +78,7 @@ class Rewriter(AsksTeacher):
             self._check_reasoning("rewrites")
 
     async def rewrite(self, tasks: Sequence[Task]) -> list[Candidate | None]:
-        """One rewrite a task, in order; None where there is none, counted by reason.
+        """One rewrite per task, in order; None where there is none, counted by reason.
 
         A rewrite that copies the suffix is the suffix's own ids and text, so that the two merge in selection.
         """

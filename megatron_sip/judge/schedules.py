@@ -122,7 +122,7 @@ class Schedule(Protocol):
         ...
 
     def scores(self, field: Field, history: Comparisons, *, complete: bool = True) -> FloatArray:
-        """Win rates in [0, 1], one a candidate. complete: there are verdicts of every pair in every order asked for."""
+        """Win rates in [0, 1], one per candidate. complete: there are verdicts of every pair in every order asked for."""
         ...
 
 

@@ -1,6 +1,6 @@
 """Asks a judge's servers: calls in, answers out, through the cache, in batches where the server takes them.
 
-    async with JudgeClient(settings) as client:
+    async with TeacherClient(settings) as client:
         answers = await client.ask(calls, affinity, deadline)
 
 A failed call's answer is None, and is counted by kind. Nothing but a server's readable answer becomes an answer.
@@ -57,7 +57,7 @@ TEMPLATE_TOKENS = 128
 """Allowed for a chat template that only the server knows."""
 
 
-class JudgeClient:
+class TeacherClient:
     """Transport of one judge. Use as an async context manager; `check` first, so that mistakes show at start."""
 
     def __init__(self, settings: ClientSettings) -> None:

@@ -1,4 +1,8 @@
-"""Can an engine's model exchange token ids with the trainer's? Checked before training, from the engine's behaviour."""
+"""What trainer and engines settle before training: the same model's token ids, and no weight update left open.
+
+An engine that outlived its trainer, killed inside a push, is paused and in an open weight update: it answers its health and
+its model, and lets every generation wait for ever.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sip.rollout.protocol import EngineError
+from megatron_sip.serving.blocking_call import call
 
 Control = Callable[..., Awaitable[Any]]
 """`await control(url, method, path, body=None)`: the JSON that the engine answers, or EngineError."""
@@ -67,3 +72,24 @@ async def _vocab_size(control: Control, url: str) -> int:
             raise
         return int(size.group(1))
     raise EngineError("bad-response", url, "accepted a token id far outside of any vocabulary")
+
+
+def end_open_update(url: str, timeout_s: float, key: str | None = None) -> None:
+    """End the weight update and the pause that the engine at `url` may be in, of a trainer that is no more.
+
+    Its weights may then be partly those of the update, under the version before it: push before anything is sampled. An
+    engine that still receives or loads weights ends that first, which `timeout_s` bounds. Raises EngineError.
+    """
+    try:
+        call(url, "POST", "/end_weight_update", {}, timeout_s=timeout_s, key=key)
+    except EngineError as error:
+        if error.kind == "timeout":
+            raise EngineError(
+                "timeout",
+                url,
+                f"still in the weight update of another trainer after {timeout_s:g} s: end that trainer, or restart the "
+                "engine if there is none",
+            ) from error
+        if "no weight-update session is open" not in str(error):
+            raise
+    call(url, "POST", "/continue_generation", {}, timeout_s=timeout_s, key=key)

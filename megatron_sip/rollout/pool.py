@@ -134,9 +134,9 @@ class SGLangPool:
         seeds: Sequence[int] | None = None,
         weight_version: str | None = None,
     ) -> list[list[Completion] | Failure]:
-        """Sample `settings.n` completions of each prefix (token ids); one entry a prefix, in order.
+        """Sample `settings.n` completions of each prefix (token ids); one entry per prefix, in order.
 
-        `seeds`, one a prefix, are honoured only by engines that `take_seeds`. With `weight_version`, a
+        `seeds`, one per prefix, are honoured only by engines that `take_seeds`. With `weight_version`, a
         completion by any other version is thrown away and asked for elsewhere; engines that are known to have another
         get no request. Raises ValueError for bad arguments only.
         """

@@ -48,7 +48,7 @@ class Completion:
     `ids` holds exactly `max_new_tokens` tokens, or fewer when it ends with an EOS (or stop) token, which is kept: the
     policy must be able to learn to end. `logprobs` (natural log) has one entry for each id. They are those of the
     model's own distribution at temperature 1 when the engine runs with SGLANG_RETURN_ORIGINAL_LOGPROB=1, as
-    `rollout.launch` starts it, or when the sampling temperature is 0 or 1; otherwise those of the scaled one.
+    `serving.launch` starts it, or when the sampling temperature is 0 or 1; otherwise those of the scaled one.
     """
 
     ids: list[int]

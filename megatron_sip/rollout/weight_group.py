@@ -1,10 +1,10 @@
 """A process group of one trainer rank and the ranks of one SGLang engine, over which weights are broadcast.
 
 The group stands beside torch.distributed's default group, which belongs to Megatron: it is a bare gloo or NCCL
-backend on a store of its own, registered nowhere. One group an engine rather than one for all: an engine that hangs
+backend on a store of its own, registered nowhere. One group per engine rather than one for all: an engine that hangs
 or dies then spoils only its own group. The price is that the weights leave the trainer once for each engine: 32
-engines of an 8B model in bf16 (16 GB) are 512 GB a push, 10 s through a network card of 400 Gbit/s, and the sources
-(one a pipeline stage) share it only when their stages lie on different nodes.
+engines of an 8B model in bf16 (16 GB) are 512 GB per push, 10 s through a network card of 400 Gbit/s, and the sources
+(one per pipeline stage) share it only when their stages lie on different nodes.
 
 NCCL makes a group's communicator in its first broadcast, which blocks, without any time-out, until the engine has
 entered it too. So every call that can block for ever runs in a daemon thread, and is given up at the deadline.
@@ -39,8 +39,8 @@ class SyncSettings:
     """`address`: this host's address as the engines see it.
 
     `timeout_s` bounds what moves weights (a join, a broadcast, a load from disk), `control_timeout_s` every other call
-    to an engine, so that one that hangs delays a push by this much; connections are given up earlier (`http.CONNECT_S`).
-    `key` is what the engines demand as a bearer token.
+    to an engine, so that one that hangs delays a push by this much; connections are given up earlier
+    (`blocking_call.CONNECT_S`). `key` is what the engines demand as a bearer token.
     """
 
     backend: Backend = "gloo"

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sip.hf.shards import NamedTensors
+from megatron_sip.rollout.handshake import end_open_update
 from megatron_sip.rollout.protocol import EngineError, WeightSyncError
-from megatron_sip.rollout.recovery import end_open_update
 from megatron_sip.rollout.weight_group import SyncSettings
 from megatron_sip.serving.blocking_call import call
 

@@ -71,7 +71,7 @@ class RetryPolicy:
 
 @dataclass(slots=True)
 class TokenBucket:
-    """Lets `rate` requests a second through, at most one second's worth at once. rate 0: no limit."""
+    """Lets `rate` requests per second through, at most one second's worth at once. rate 0: no limit."""
 
     rate: float
     _level: float = field(init=False, default=0.0)

@@ -3,7 +3,7 @@
     with LocalServer(ServerSettings(model_path="SmolLM2-135M-Instruct")) as server:
         ...  # POST to server.url + "/generate"
 
-Each server runs under `rollout.guard`, so it ends with this process however this process ends. Servers on other
+Each server runs under `serving.guard`, so it ends with this process however this process ends. Servers on other
 machines are started by the user's own scheduler and given to the trainer as URLs.
 """
 

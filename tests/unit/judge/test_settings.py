@@ -17,7 +17,7 @@ from megatron_sip.judge import (
     parse_criteria,
 )
 from megatron_sip.judge.prompts import builtin_prompt
-from megatron_sip.judge.teacher import JudgeClient
+from megatron_sip.judge.teacher import TeacherClient
 
 
 def test_weights_are_parsed() -> None:
@@ -102,7 +102,7 @@ def test_the_api_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch
         endpoint.api_key()
     monkeypatch.setenv("JUDGE_TEST_KEY", "secret-4711")
     judge_settings = make_settings(endpoints=(endpoint,))
-    client = JudgeClient(judge_settings.client)
+    client = TeacherClient(judge_settings.client)
     assert client.pool.servers[0].headers["Authorization"] == "Bearer secret-4711"
     assert "secret-4711" not in repr(judge_settings) + repr(client.pool.servers) + repr(endpoint)
 
@@ -125,5 +125,5 @@ def test_soft_verdicts_need_a_start_in_the_prompt_file(tmp_path: Path) -> None:
 
 
 def test_an_url_may_be_given_with_its_version() -> None:
-    client = JudgeClient(make_settings("http://a:1/v1/", "http://b:2").client)
+    client = TeacherClient(make_settings("http://a:1/v1/", "http://b:2").client)
     assert [server.url for server in client.pool.servers] == ["http://a:1", "http://b:2"]

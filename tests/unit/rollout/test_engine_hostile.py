@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_server import JSON, RawServer, reply_of
 
+from megatron_sip.rollout.handshake import end_open_update
 from megatron_sip.rollout.pool import Failure, PoolSettings, SGLangPool
 from megatron_sip.rollout.protocol import EngineError, SamplingSettings, read_reply
-from megatron_sip.rollout.recovery import end_open_update
 from megatron_sip.rollout.sync_distributed import DistributedWeightSync
 from megatron_sip.rollout.weight_group import SyncSettings, listening_store
 from megatron_sip.rollout.weight_sync import SyncRank, WeightSyncError

@@ -21,8 +21,7 @@ import torch
 from fake_engine import FakeEngine
 
 from megatron_sip.hf.shards import write_parts
-from megatron_sip.rollout import sync_disk
-from megatron_sip.rollout import weight_group as engine_group
+from megatron_sip.rollout import sync_disk, weight_group
 from megatron_sip.rollout.protocol import EngineError
 from megatron_sip.rollout.sync_disk import DiskWeightSync, finish_folder
 from megatron_sip.rollout.sync_distributed import DistributedWeightSync
@@ -83,10 +82,10 @@ def test_a_broadcast_that_is_never_entered_ends_with_the_requests_error_or_at_th
         engine.answers[path] = 400, {"message": "out of memory"}
     else:
         engine.silent.add(path)
-    monkeypatch.setattr(engine_group, "ABORT_S", 0.2)
+    monkeypatch.setattr(weight_group, "ABORT_S", 0.2)
     blocked = BlockedGroup()
     group = EngineGroup(engine.url, "stage0", SyncSettings(timeout_s=timeout_s, control_timeout_s=1.0))
-    monkeypatch.setattr(engine_group, "backend_group", lambda *_: blocked)
+    monkeypatch.setattr(weight_group, "backend_group", lambda *_: blocked)
     engine.answers["/init_weights_update_group"] = 200, {"success": True}
     group.ensure_joined()
     started = time.monotonic()
