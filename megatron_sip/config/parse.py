@@ -176,7 +176,7 @@ def find_hf_config(hf_config: str | None, pretrained_checkpoint: str | None) -> 
         folder = Path(pretrained_checkpoint)
         if not is_hf_folder(folder):
             folder /= HF_SUBFOLDER
-        hint = "convert the model with tools/convert_checkpoint.py hf-to-megatron, or give --hf-config"
+        hint = "convert the model with megatron-sip-convert hf-to-megatron, or give --hf-config"
     else:
         raise ArgumentError("--pretrained-checkpoint (continue) or --hf-config (from scratch) is required")
     if not (folder / "config.json").is_file():

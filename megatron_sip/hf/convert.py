@@ -1,6 +1,18 @@
-"""Conversion of a model between a Hugging Face folder and a Megatron distributed checkpoint: tools/convert_checkpoint.py.
+"""Convert a model between a Hugging Face folder and a Megatron distributed checkpoint.
 
-One process does; for a model larger than its memory torchrun splits it. The checkpoint does not depend on that.
+    megatron-sip-convert hf-to-megatron --load HF_DIR --save CKPT_DIR
+    megatron-sip-convert megatron-to-hf --load CKPT_DIR --save HF_DIR
+
+One process does; for a model larger than its memory split it with torchrun, for example
+`torchrun --nproc-per-node 8 -m megatron_sip.hf.convert ... --tensor-model-parallel-size 4
+--pipeline-model-parallel-size 2`. The checkpoint does not depend on that: it loads at any parallel size, with
+`--pretrained-checkpoint CKPT_DIR`.
+
+CKPT_DIR/hf/ keeps the HF config and tokenizer; megatron-to-hf takes them from there, or from --hf-dir. Llama 2 and 3,
+SmolLM2, Qwen2 and Qwen3 convert without loss of a bit; where the config's dtype is narrower than the weights, it says so.
+
+A Megatron checkpoint holds pickles: whoever reads one runs the code in it, this command and the trainer included. Read
+only those that you or people you trust have written. Safetensors hold nothing but numbers.
 """
 
 from __future__ import annotations
@@ -10,6 +22,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +40,8 @@ from megatron_sip.hf.folder import HF_SUBFOLDER, refuse_pointers, write_model_fi
 from megatron_sip.hf.shards import complete_model, write_parts
 from megatron_sip.hf.standalone import build_policy, initialize_megatron_for, precision_of
 
-PREFIX = "convert_checkpoint: "
+PROGRAM = "megatron-sip-convert"
+PREFIX = f"{PROGRAM}: "
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -35,14 +49,32 @@ class ConversionError(Exception):
     """The folders named on the command line cannot be converted; the message says what is wrong and what to do."""
 
 
-def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What is to be converted into what: `hf_dir` has config and tokenizer where they are not beside the checkpoint."""
+
+    load: Path
+    save: Path
+    hf_dir: Path | None = None
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Convert as the command line says; a line on stderr and exit status 1 when that cannot be."""
-    args = parse_arguments(argv, description)
-    convert = {"hf-to-megatron": hf_to_megatron, "megatron-to-hf": megatron_to_hf}[args.direction]
-    with torch.no_grad(), contextlib.nullcontext() if args.verbose else quiet(None):
+    given = command_line().parse_args(argv)
+    conversion = Conversion(
+        given.load,
+        given.save,
+        given.hf_dir,
+        given.tensor_model_parallel_size,
+        given.pipeline_model_parallel_size,
+    )
+    convert = {"hf-to-megatron": hf_to_megatron, "megatron-to-hf": megatron_to_hf}[given.direction]
+    with torch.no_grad(), contextlib.nullcontext() if given.verbose else quiet(None):
         try:
-            convert(args)
-            say(f"wrote {args.save}")
+            convert(conversion)
+            say(f"wrote {conversion.save}")
         except (ConversionError, OSError, ValueError, SafetensorError) as error:
             sys.exit(f"{PREFIX}{error}")
         finally:
@@ -50,8 +82,11 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
                 dist.destroy_process_group()
 
 
-def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line() -> argparse.ArgumentParser:
+    """The parser of the command's flags."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("direction", choices=("hf-to-megatron", "megatron-to-hf"))
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="the checkpoint to read")
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="a new or empty folder to write")
@@ -59,10 +94,10 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="needs torchrun if > 1")
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="the same")
     parser.add_argument("--verbose", action="store_true", help="show what Megatron prints, too")
-    return parser.parse_args(argv)
+    return parser
 
 
-def hf_to_megatron(args: argparse.Namespace) -> None:
+def hf_to_megatron(conversion: Conversion) -> None:
     """Write a torch_dist checkpoint without optimizer state, and hf/ beside it.
 
     Raises:
@@ -70,55 +105,59 @@ def hf_to_megatron(args: argparse.Namespace) -> None:
         OSError, ValueError: a file is missing or not whole, config and weights do not fit together, or the architecture or
             one of its options is not supported.
     """
-    hf_config = hf_config_of(args.load, "--load")
-    check_new(args.save)
-    stored = checked_tensors(args.load, hf_config)  # before Megatron is imported
+    load, save = conversion.load, conversion.save
+    hf_config = hf_config_of(load, "--load")
+    check_new(save)
+    stored = checked_tensors(load, hf_config)  # before Megatron is imported
     say(rounding(stored, precision_of(hf_config)))
-    initialize(hf_config, args, "--save", str(args.save), "--save-interval", "1", "--no-save-optim", "--no-save-rng")
+    saving = ("--save", str(save), "--save-interval", "1", "--no-save-optim", "--no-save-rng")
+    initialize(hf_config, conversion, *saving)
     from megatron.training.checkpointing import save_checkpoint
 
     from megatron_sip.hf.weights import load_hf_weights
 
     model = build_policy()
-    load_hf_weights(model, args.load)
+    load_hf_weights(model, load)
     if dist.get_rank() == 0:
-        write_model_files(args.load, args.save / HF_SUBFOLDER)
+        write_model_files(load, save / HF_SUBFOLDER)
     save_checkpoint(0, model, None, None, 0, release=True)  # its last act is the file that marks it complete
-    write_checksums(weights_folder(args.save), dist.get_rank())
+    write_checksums(weights_folder(save), dist.get_rank())
 
 
-def megatron_to_hf(args: argparse.Namespace) -> None:
+def megatron_to_hf(conversion: Conversion) -> None:
     """Write safetensors, config and tokenizer.
 
     Raises:
         ConversionError: --load is no Megatron checkpoint, no HF config is found, or --save is not empty.
         OSError, ValueError: the architecture or one of its options is not supported, or is not the checkpoint's.
     """
-    if not (args.load / TRACKER).is_file():
-        raise ConversionError(f"--load {args.load} is no Megatron checkpoint folder: it has no {TRACKER}")
+    load, save = conversion.load, conversion.save
+    if not (load / TRACKER).is_file():
+        raise ConversionError(f"--load {load} is no Megatron checkpoint folder: it has no {TRACKER}")
     processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
-    if found := damages(weights_folder(args.load), *processes):
-        raise ConversionError(f"--load {args.load} is damaged: {'; '.join(found)}")
-    hf_dir = args.hf_dir or args.load / HF_SUBFOLDER
-    hf_config = hf_config_of(hf_dir, "--hf-dir" if args.hf_dir else "the hf/ folder of --load (or give --hf-dir)")
-    check_new(args.save)
-    initialize(hf_config, args, "--load", str(args.load), "--finetune", "--no-load-optim", "--no-load-rng")
+    if found := damages(weights_folder(load), *processes):
+        raise ConversionError(f"--load {load} is damaged: {'; '.join(found)}")
+    hf_dir = conversion.hf_dir or load / HF_SUBFOLDER
+    hf_config = hf_config_of(hf_dir, "--hf-dir" if conversion.hf_dir else "the hf/ folder of --load (or give --hf-dir)")
+    check_new(save)
+    initialize(hf_config, conversion, "--load", str(load), "--finetune", "--no-load-optim", "--no-load-rng")
     from megatron.training.checkpointing import load_checkpoint
 
     from megatron_sip.hf.checkpoint_model import describe_rounding, require_same_model
     from megatron_sip.hf.weights import export_hf_weights
 
-    saved = require_same_model(args.load, architecture(hf_config), f"{hf_dir}/config.json")
+    saved = require_same_model(load, architecture(hf_config), f"{hf_dir}/config.json")
     say(describe_rounding(saved, precision_of(hf_config)))
     model = build_policy()
     load_checkpoint(model, None, None)
-    args.save.mkdir(parents=True, exist_ok=True)
+    save.mkdir(parents=True, exist_ok=True)
     by_rank: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(
-        by_rank, write_parts(export_hf_weights(model, hf_config), args.save, str(dist.get_rank()), MAX_SHARD_BYTES)
+        by_rank,
+        write_parts(export_hf_weights(model, hf_config), save, str(dist.get_rank()), MAX_SHARD_BYTES),
     )
     if dist.get_rank() == 0:
-        complete_model(args.save, [part for parts in by_rank for part in parts], hf_dir)
+        complete_model(save, [part for parts in by_rank for part in parts], hf_dir)
 
 
 def say(note: str | None) -> None:
@@ -127,11 +166,11 @@ def say(note: str | None) -> None:
         console.say(f"{PREFIX}{note}")
 
 
-def initialize(hf_config: Any, args: argparse.Namespace, *flags: str) -> None:
+def initialize(hf_config: Any, conversion: Conversion, *flags: str) -> None:
     """Initialise Megatron with the command line's parallel sizes; ConversionError when the processes do not fit."""
-    needed = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    sizes = ["--tensor-model-parallel-size", str(args.tensor_model_parallel_size)]
-    sizes += ["--pipeline-model-parallel-size", str(args.pipeline_model_parallel_size)]
+    needed = conversion.tensor_parallel * conversion.pipeline_parallel
+    sizes = ["--tensor-model-parallel-size", str(conversion.tensor_parallel)]
+    sizes += ["--pipeline-model-parallel-size", str(conversion.pipeline_parallel)]
     if needed > 1 and not dist.is_torchelastic_launched():
         raise ConversionError(f"the parallel sizes need {needed} processes: torchrun --nproc-per-node {needed} ...")
     initialize_megatron_for(hf_config, [*sizes, *flags])

@@ -43,7 +43,7 @@ def is_hf_folder(folder: Path) -> bool:
 
 
 def converted_checkpoint(hf_dir: Path, cache: Path = DEFAULT_CACHE) -> Path:
-    """The Megatron checkpoint of `hf_dir`, from the cache or converted now by tools/convert_checkpoint.py's code.
+    """The Megatron checkpoint of `hf_dir`, from the cache or converted now as megatron-sip-convert does.
 
     An entry belongs to the files as they are: their place, size, time stamp and samples of the content.
 

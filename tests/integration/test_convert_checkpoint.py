@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py as a user runs it: HF -> Megatron -> HF bit for bit, and what it says of bad input."""
+"""megatron-sip-convert as a user runs it: HF -> Megatron -> HF bit for bit, and what it says of bad input."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mistra
 from megatron_sip.hf.converted import converted_checkpoint
 from megatron_sip.hf.shards import buckets
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+MODULE = "megatron_sip.hf.convert"  # the console entry's; torchrun starts it as well
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 def convert(*arguments: str | Path, processes: int = 1) -> subprocess.CompletedProcess[str]:
     launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
     return subprocess.run(
-        [sys.executable, *launcher, str(TOOL), *map(str, arguments)],
+        [sys.executable, *launcher, "-m", MODULE, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_is_not_the_config_s_is_neither_cut_nor_padded(
     done = convert("megatron-to-hf", "--load", smollm2_checkpoint, "--save", tmp_path / "new", "--hf-dir", folder)
     assert done.returncode == 1
     assert done.stdout.splitlines() == [
-        f"convert_checkpoint: {smollm2_checkpoint} holds another model than {folder}/config.json: "
+        f"megatron-sip-convert: {smollm2_checkpoint} holds another model than {folder}/config.json: "
         "--vocab-size 49152 there, 49280 here"
     ]
     assert not (tmp_path / "new").exists()
@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_named(smollm2_checkpoint: Path, tmp_path: Path)
     done = convert("megatron-to-hf", "--load", folder, "--save", tmp_path / "hf")
     assert done.returncode == 1
     assert done.stdout.splitlines() == [
-        f"convert_checkpoint: --load {folder} is damaged: {shard} has another checksum than when it was saved"
+        f"megatron-sip-convert: --load {folder} is damaged: {shard} has another checksum than when it was saved"
     ]
 
 
@@ -157,9 +157,9 @@ def test_rounding_is_told_in_both_directions(tiny_llama_dir: Path, tmp_path: Pat
     done = convert("hf-to-megatron", "--load", folder, "--save", tmp_path / "narrow")
     assert done.returncode == 0
     assert done.stdout.splitlines() == [
-        "convert_checkpoint: rounds 21 tensors from torch.float32 to torch.bfloat16, the dtype in config.json: to keep every "
+        "megatron-sip-convert: rounds 21 tensors from torch.float32 to torch.bfloat16, the dtype in config.json: to keep every "
         "bit, change it there",
-        f"convert_checkpoint: wrote {tmp_path / 'narrow'}",
+        f"megatron-sip-convert: wrote {tmp_path / 'narrow'}",
     ]
     wide = edited(tiny_llama_dir, tmp_path / "wide", dtype="float16")
     done = convert("megatron-to-hf", "--load", tmp_path / "narrow", "--save", tmp_path / "new", "--hf-dir", wide)

@@ -236,10 +236,10 @@ def test_the_engine_serves_what_was_trained(
 ) -> None:
     """After a run the engine's greedy continuation is that of the exported checkpoint in transformers."""
     train(tmp_path / "run", *flags, "--train-iters", "2", "--weight-sync", "disk")
-    tool = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+    converter = [sys.executable, "-m", "megatron_sip.hf.convert", "megatron-to-hf"]
     exported = tmp_path / "hf"
     subprocess.run(
-        [sys.executable, str(tool), "megatron-to-hf", "--load", str(tmp_path / "run"), "--save", str(exported)],
+        [*converter, "--load", str(tmp_path / "run"), "--save", str(exported)],
         check=True,
         timeout=300,
     )

@@ -15,6 +15,7 @@ from test_dry_run import cost_of, parse
 from megatron_sip.config.dry_run import describe
 from megatron_sip.config.early_checks import check_flags, early_parser, megatron_flag_names, words_by_flag
 from megatron_sip.config.presets import expand_presets, known_presets
+from megatron_sip.hf.convert import command_line as converter_command_line
 from megatron_sip.hf.families import FAMILIES
 from megatron_sip.judge.settings import SCHEDULE_NAMES, known_criteria
 from megatron_sip.one_node.command import layout_flags, understand
@@ -71,6 +72,10 @@ def test_what_a_page_links_to_and_runs_exists(name: str) -> None:
         assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), target
     for path in re.findall(r"python ((?:tools|benchmarks)/\w+\.py)", text):
         assert (REPO / path).exists(), path
+    entries = tomllib.loads(page("pyproject.toml"))["project"]["scripts"]
+    assert set(re.findall(r"`(megatron-sip[\w-]*)[ `]", text)) <= entries.keys()
+    for words in commands(text, "megatron-sip-convert"):
+        converter_command_line().parse_args(words)
 
 
 def test_the_hops_of_architecture_md_are_ten_files_and_its_rooms_are_all_folders() -> None:

@@ -290,7 +290,7 @@ def test_what_a_run_needs_follows_from_the_objective() -> None:
 
 def test_the_policy_is_found_or_asked_for(tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
-    with pytest.raises(ArgumentError, match="convert_checkpoint"):
+    with pytest.raises(ArgumentError, match="megatron-sip-convert"):
         find_hf_config(None, str(tmp_path))
     (tmp_path / "hf" / "config.json").write_text("{}")
     assert find_hf_config(None, str(tmp_path)) == tmp_path / "hf"

@@ -106,5 +106,5 @@ def test_a_checkpoint_can_run_code_and_documentation_and_converter_say_so(tmp_pa
     assert saved_arguments(tmp_path) is None
     assert (tmp_path / "mark").exists()
     root = Path(__file__).parents[3]
-    for place in ("docs/training.md", "tools/convert_checkpoint.py"):
+    for place in ("docs/training.md", "megatron_sip/hf/convert.py"):
         assert "A Megatron checkpoint holds pickles" in (root / place).read_text()

@@ -140,7 +140,7 @@ def test_the_converter_is_one_process_whatever_the_launcher_says(
     """Under torchrun it would wait for ranks that never come. Its last line is the error's."""
     python = tmp_path / "python"
     python.write_text(
-        '#!/bin/sh\necho noise\necho "convert_checkpoint: $RANK$MASTER_ADDR$TORCHELASTIC_RUN_ID $*"\nexit 1\n'
+        '#!/bin/sh\necho noise\necho "megatron-sip-convert: $RANK$MASTER_ADDR$TORCHELASTIC_RUN_ID $*"\nexit 1\n'
     )
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
