@@ -1,7 +1,11 @@
-"""The one exception of the data room: bad input, described so that the reader can mend it."""
+"""The errors that a user can mend. Each names the file, flag or value, what is wrong with it and what would be right."""
 
 from __future__ import annotations
 
 
-class DataError(ValueError):
-    """A source that cannot be used: the message names the file (and line), what is wrong and what would be right."""
+class UserError(Exception):
+    """What the user can mend: a command ends with its message alone, without a traceback. Each room derives its own."""
+
+
+class DataError(UserError, ValueError):
+    """A source, a checkpoint or a recorded file that cannot be used: the message names the file (and line)."""

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_sip.errors import DataError
+from megatron_sip.errors import DataError, UserError
 
 
-class DiskError(RuntimeError):
+class DiskError(UserError, RuntimeError):
     """A disk did not take what a run must write; the message says where, and which step is safe."""
 
 

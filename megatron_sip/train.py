@@ -29,18 +29,12 @@ from megatron_sip.config.early_checks import check_flags
 from megatron_sip.config.parse import megatron_help, parse_arguments
 from megatron_sip.config.presets import expand_presets
 from megatron_sip.console import quiet, say
-from megatron_sip.errors import DataError
+from megatron_sip.errors import UserError
 from megatron_sip.evaluation.run_record import run_record, write_run_record
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
 from megatron_sip.files import DiskError
-from megatron_sip.judge.cache import CacheError
-from megatron_sip.judge.encoding import EncodingError
-from megatron_sip.judge.probe import EndpointError
-from megatron_sip.judge.settings import SettingsError
 from megatron_sip.metrics import Metrics, merge
-from megatron_sip.rollout.protocol import EngineError, WeightSyncError
 from megatron_sip.serving.guard import kill_with_parent
-from megatron_sip.serving.launch import ServerStartError
 from megatron_sip.stop_signal import StopSignal
 from megatron_sip.training.non_finite import MAX_NON_FINITE_STEPS, in_a_row
 from megatron_sip.training.run_lock import RunLock
@@ -50,10 +44,6 @@ if TYPE_CHECKING:
 
 MAX_EMPTY_STEPS = 10
 """A run whose judge or engines are gone for good must not spend its data on steps without an update."""
-USER_ERRORS = (
-    *(DataError, SettingsError, CacheError, EndpointError, EncodingError),
-    *(ServerStartError, EngineError, WeightSyncError),
-)
 
 
 class TrainingError(SystemExit):
@@ -114,12 +104,9 @@ def run_command(given: Sequence[str], flags: argparse.Namespace) -> None:
         stop = stack.enter_context(StopSignal())
         try:
             run = set_up(args, stack)
-        except USER_ERRORS as error:
-            raise ArgumentError(f"{type(error).__name__}: {error}") from error
-        try:
             if run_steps(run, stop):
                 conclude(run, stop)
-        except (DataError, DiskError) as error:  # a file of recorded groups, a full disk
+        except UserError as error:
             raise ArgumentError(f"{type(error).__name__}: {error}") from error
         run.exchange.barrier()
     dist.destroy_process_group()
@@ -130,7 +117,7 @@ def lock_folders(flags: argparse.Namespace, stack: contextlib.ExitStack) -> None
     try:
         for folder in sorted({Path(flags.save).resolve(), Path(flags.run_dir or flags.save).resolve()}):
             stack.enter_context(RunLock(folder))
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         raise ArgumentError(f"--save, --run-dir: {error}") from error
 
 

@@ -24,11 +24,8 @@ from megatron_sip.config.settings import rewriter_settings
 from megatron_sip.data.documents import open_corpus
 from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.data.tokenization import TokenizeSettings
-from megatron_sip.errors import DataError
-from megatron_sip.judge import Rewriter, SettingsError
-from megatron_sip.judge.cache import CacheError
-from megatron_sip.judge.encoding import EncodingError
-from megatron_sip.judge.probe import EndpointError
+from megatron_sip.errors import UserError
+from megatron_sip.judge import Rewriter
 
 BATCH_SECONDS = 24 * 3600.0
 """A batch waits that long for servers that are down."""
@@ -89,7 +86,7 @@ async def rewrite_corpus(args: argparse.Namespace) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> None:
     try:
         counts = asyncio.run(rewrite_corpus(parse_arguments(arguments)))
-    except (DataError, SettingsError, EndpointError, EncodingError, CacheError, ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(json.dumps(counts, indent=2, sort_keys=True))
 

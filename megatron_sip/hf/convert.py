@@ -34,6 +34,7 @@ from megatron_sip import console
 from megatron_sip.checkpoints.checksums import damages, write_checksums
 from megatron_sip.checkpoints.folder import TRACKER, weights_folder
 from megatron_sip.console import quiet
+from megatron_sip.errors import UserError
 from megatron_sip.hf.families import architecture
 from megatron_sip.hf.files import checked_tensors, read_hf_config, rounding
 from megatron_sip.hf.folder import HF_SUBFOLDER, refuse_pointers, write_model_files
@@ -45,7 +46,7 @@ PREFIX = f"{PROGRAM}: "
 MAX_SHARD_BYTES = 5_000_000_000
 
 
-class ConversionError(Exception):
+class ConversionError(UserError):
     """The folders named on the command line cannot be converted; the message says what is wrong and what to do."""
 
 

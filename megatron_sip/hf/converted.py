@@ -22,6 +22,7 @@ import filelock
 
 from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.console import say
+from megatron_sip.errors import UserError
 from megatron_sip.serving.guard import kill_with_parent, own_environment
 
 DEFAULT_CACHE = Path("~/.cache/megatron_sip/checkpoints")  # expanded where it is used: a container may have no home
@@ -33,7 +34,7 @@ SAMPLES, SAMPLE_BYTES = 32, 1 << 16
 """Of a weight file, spread over it: a copy may keep the time stamps of other weights."""
 
 
-class ConversionFailedError(ValueError):
+class ConversionFailedError(UserError, ValueError):
     """The converter failed, or takes for ever."""
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import orjson
 
+from megatron_sip.errors import UserError
 from megatron_sip.judge.calls import Answer
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ PASSING = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqli
 """Errors that say nothing about the file's content."""
 
 
-class CacheError(RuntimeError):
+class CacheError(UserError, RuntimeError):
     """A cache file that cannot be used; the message names it."""
 
 

@@ -11,13 +11,14 @@ from functools import cache, cached_property, lru_cache
 from typing import Any
 
 from megatron_sip.data.continuation_text import Seam, ids_after
+from megatron_sip.errors import UserError
 from megatron_sip.judge.reasoning import CHANNEL, ReasoningStyle, style_of
 
 CACHED_PIECES = 4096
 _SENTINEL = "SIP-CONTENT-SENTINEL"
 
 
-class EncodingError(ValueError):
+class EncodingError(UserError, ValueError):
     """A tokenizer that cannot be used as asked; the message says what would be right."""
 
 

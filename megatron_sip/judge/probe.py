@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import orjson
 
+from megatron_sip.errors import UserError
 from megatron_sip.judge.settings import Endpoint, EndpointKind
 from megatron_sip.serving.http import Server
 from megatron_sip.serving.http_reply import ReplyTooLongError, masked, plain, printable, read_reply
@@ -16,7 +17,7 @@ from megatron_sip.serving.http_reply import ReplyTooLongError, masked, plain, pr
 ANSWER_TIMEOUT_S = 10.0
 
 
-class EndpointError(RuntimeError):
+class EndpointError(UserError, RuntimeError):
     """An endpoint that does not answer at start; the message names its URL."""
 
 

@@ -32,6 +32,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from megatron_sip.errors import UserError
 from megatron_sip.judge.verdicts import VerdictRule
 
 TEXT_SLOTS = ("prefix", "reference", "candidate", "option_1", "option_2", "continuation")
@@ -49,7 +50,7 @@ _TEMPLATE_MARKS = re.compile(
 )
 
 
-class PromptError(ValueError):
+class PromptError(UserError, ValueError):
     """A prompt file that cannot be used; the message names the file and what would be right."""
 
 

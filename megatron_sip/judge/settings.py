@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from megatron_sip.errors import UserError
 from megatron_sip.judge.prompts import PromptError, builtin_names, builtin_prompt, read_prompt_file
 from megatron_sip.serving.http_reply import key_from_environment, shown_url, url_mistake
 from megatron_sip.serving.proxy import DIRECT, Proxy, proxy_for
@@ -22,7 +23,7 @@ DEFAULT_MODEL = "default"
 SCHEDULE_NAMES = ("all_pairs", "all_pairs_swap", "pivot", "circulant_bt", "two_ended_bt")
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError, ValueError):
     """A setting that cannot work; the message names it and what would be right."""
 
 

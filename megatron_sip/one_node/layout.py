@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_sip.errors import UserError
+
 TRAINING_COPIES = 10
 """Bytes a trainer holds a byte of bf16 weights: weights, float32 gradients and master weights, Adam's two moments, and the
 DPO reference."""
@@ -14,7 +16,7 @@ WEIGHTS_SHARE = 0.85
 """Of a server's memory, at most for its weights; the rest is for its KV cache."""
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError, ValueError):
     """The models do not fit; the message says which, and what would."""
 
 

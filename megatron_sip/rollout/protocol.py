@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_sip.errors import UserError
 from megatron_sip.serving.http_reply import is_logprob
 
 FailureKind = Literal[
@@ -28,11 +29,11 @@ RETRYABLE: frozenset[FailureKind] = frozenset(
 )
 
 
-class WeightSyncError(RuntimeError):
+class WeightSyncError(UserError, RuntimeError):
     """The weights did not reach every engine, or none; the message says which and why. Raised on all ranks alike."""
 
 
-class EngineError(RuntimeError):
+class EngineError(UserError, RuntimeError):
     """A call to one engine failed; `kind` says how and the message names the URL."""
 
     def __init__(self, kind: FailureKind, url: str, message: str) -> None:

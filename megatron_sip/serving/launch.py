@@ -25,6 +25,7 @@ from typing import Self
 from tqdm import tqdm
 
 from megatron_sip.console import bars, log_tail
+from megatron_sip.errors import UserError
 from megatron_sip.rollout.protocol import EngineError
 from megatron_sip.serving.blocking_call import call
 from megatron_sip.serving.guard import end, own_environment
@@ -56,7 +57,7 @@ PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 processes compute there too: a decode step then took 5 to 14 times as long."""
 
 
-class ServerStartError(RuntimeError):
+class ServerStartError(UserError, RuntimeError):
     """A server ended or stayed silent while starting; the message holds the tail of its log."""
 
 

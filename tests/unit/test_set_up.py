@@ -18,12 +18,11 @@ from transformers import LlamaConfig
 
 from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.config.flags import add_arguments
-from megatron_sip.errors import DataError
+from megatron_sip.errors import DataError, UserError
 from megatron_sip.hf.families import architecture
 from megatron_sip.hf.folder import write_model_files
 from megatron_sip.judge.cache import AnswerCache, CacheError
 from megatron_sip.platform.megatron_cpu import enable_cpu
-from megatron_sip.train import USER_ERRORS
 
 enable_cpu()  # before anything imports Megatron
 
@@ -109,7 +108,7 @@ def test_a_server_given_as_url_that_is_down_is_named(
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         args = add_arguments(argparse.ArgumentParser()).parse_args([flag, url, *more])
         args.seed = 1
-        with pytest.raises(USER_ERRORS, match=url):
+        with pytest.raises(UserError, match=url):
             services.check_named_servers(args)
 
 
@@ -138,14 +137,14 @@ def test_a_reference_that_was_never_saved_is_explained(tmp_path: Path) -> None:
     """As in a run of rf-nll that is continued as dpo."""
     with pytest.raises(DataError, match=r"reference: .* iteration 20 .* --pretrained-checkpoint") as caught:
         ReferenceStore(tmp_path).load(SimpleNamespace(), 20)  # type: ignore[arg-type]
-    assert isinstance(caught.value, USER_ERRORS)
+    assert isinstance(caught.value, UserError)
 
 
 def test_a_broken_judge_cache_is_the_user_s_to_mend(tmp_path: Path) -> None:
     (tmp_path / "answers.sqlite").write_text("no database" * 100)
     with pytest.raises(CacheError, match=r"answers\.sqlite") as caught:
         AnswerCache(tmp_path)
-    assert isinstance(caught.value, USER_ERRORS)
+    assert isinstance(caught.value, UserError)
 
 
 def test_the_token_cache_lies_where_data_cache_path_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,7 +239,7 @@ def test_weights_of_another_model_are_refused_before_anything_is_started(
         DataError, match=r"another model than .*hf/config.json: --vocab-size 520 there, 512 here"
     ) as error:
         run_module.open_run_folder(args, FakeExchange())  # type: ignore[arg-type]
-    assert isinstance(error.value, USER_ERRORS)
+    assert isinstance(error.value, UserError)
     assert asked == [save if resumes else pretrained]
     assert not (save / "hf").exists()  # which would say that the checkpoints are of this model
 
