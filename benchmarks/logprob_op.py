@@ -39,7 +39,7 @@ from machine import (
 from torch import Tensor
 
 from megatron_sip.kernels.logprob import token_logprobs
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 
 BRANCH_LENGTH = 128
 OURS, TORCH = "ours", "torch"
@@ -144,7 +144,7 @@ def liger_cases(work: Workload) -> list[Case]:
 
 def start_megatron(device: str) -> None:
     """One process that is its own tensor-parallel group."""
-    enable_cpu()
+    prepare_megatron()
     from megatron.core import parallel_state
 
     backend = "nccl" if device == "cuda" else "gloo"

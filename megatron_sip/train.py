@@ -82,9 +82,9 @@ def process_rank() -> int:
 
 def run_command(given: Sequence[str], flags: argparse.Namespace) -> None:
     """Do what the command line asks for; the slow imports begin here."""
-    from megatron_sip.platform.megatron_cpu import enable_cpu, rendezvous_store
+    from megatron_sip.platform.megatron import prepare_megatron, rendezvous_store
 
-    enable_cpu()  # before anything imports Megatron
+    prepare_megatron()  # before anything imports Megatron
     if flags.help_megatron:
         say(megatron_help())
         return

@@ -70,14 +70,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     from megatron.training.global_vars import set_global_variables
 
     from megatron_sip.model.gpt import check_arguments
-    from megatron_sip.platform.megatron_cpu import cpu_default_arguments
+    from megatron_sip.platform.megatron import machine_arguments
 
     given = expand_presets(sys.argv[1:] if argv is None else argv)
     if any(word.split("=")[0] == "--yaml-cfg" for word in given):  # Megatron would read the file in place of all flags
         raise ArgumentError(
             "--yaml-cfg: flags come from the command line, or from a file with --preset FILE; remove it"
         )
-    sys.argv = [sys.argv[0], *cpu_default_arguments(), *_implied_by_model(given), *given]
+    sys.argv = [sys.argv[0], *machine_arguments(), *_implied_by_model(given), *given]
     with explained(REFUSED):
         args = parse_args(_with_ours)
     check_required(args)

@@ -80,10 +80,10 @@ def _check(hf_dir: Path) -> None:
 
 def folder_key(hf_dir: Path) -> str:
     """What tells the folder's present state from others."""
-    from megatron_sip.platform.megatron_cpu import cpu_default_arguments  # imports torch
+    from megatron_sip.platform.megatron import machine_arguments  # imports torch, with CUDA Megatron
 
     # Transformer Engine's layers keep more in a checkpoint than those that a machine without it has.
-    identity: list[object] = [CACHE_VERSION, str(hf_dir.resolve()), cpu_default_arguments()]
+    identity: list[object] = [CACHE_VERSION, str(hf_dir.resolve()), machine_arguments()]
     for file in sorted(hf_dir.iterdir()):
         if file.suffix in KEY_SUFFIXES and file.is_file():
             stat = file.stat()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_sip.hf.families import megatron_arguments_from_hf
-from megatron_sip.platform.megatron_cpu import cpu_default_arguments, enable_cpu, rendezvous_store
+from megatron_sip.platform.megatron import machine_arguments, prepare_megatron, rendezvous_store
 
 PRECISION_FLAGS = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"], torch.float32: []}
 
@@ -25,7 +25,7 @@ def initialize_megatron_for(hf_config: Any, flags: Sequence[str] = ()) -> Any:
     """
     precision = PRECISION_FLAGS[precision_of(hf_config)]
     architecture = megatron_arguments_from_hf(hf_config)
-    enable_cpu()
+    prepare_megatron()
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.initialize import initialize_megatron
 
@@ -33,7 +33,7 @@ def initialize_megatron_for(hf_config: Any, flags: Sequence[str] = ()) -> Any:
     fixed += ["--rerun-mode", "disabled"]  # it wants Megatron's own training loop
     fixed += ["--seq-length", str(hf_config.max_position_embeddings), *precision]
     command_line = sys.argv
-    sys.argv = [sys.argv[0], *cpu_default_arguments(), *architecture, *fixed, *flags]
+    sys.argv = [sys.argv[0], *machine_arguments(), *architecture, *fixed, *flags]
     try:
         args = parse_and_validate_args()
     finally:

@@ -1,99 +1,43 @@
-"""Runs stock megatron-core (0.19.2, with `megatron.training`) on CPU and gloo when there is no CUDA.
+"""What stands in for a GPU where there is none: megatron-core (0.19.2, with `megatron.training`) on CPU and gloo.
 
-Megatron names the device "cuda" in its factories, seeds, streams and type checks. Without a GPU those names are given
-a CPU meaning here, once per process, before Megatron initialises:
-
-    from megatron_sip.platform.megatron_cpu import cpu_default_arguments, enable_cpu
-    enable_cpu()
-    args = parse_and_validate_args(args_defaults=...)   # with cpu_default_arguments() put before the user's flags
-    initialize_megatron(allow_no_cuda=True, store=rendezvous_store())
-
-This folder is the only place of the project that replaces anything in a library.
+Megatron names the device "cuda" in its factories, seeds, streams and type checks. Those names are given a CPU meaning here,
+once per process, before Megatron initialises; `platform.megatron` calls it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
-import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed
-from torch.distributed import HashStore
 from torch.overrides import TorchFunctionMode
 
 from megatron_sip.platform.fused_kernels_cpu import offer_fused_kernels
 from megatron_sip.platform.hidden_packages import GPU_KERNELS, hide_packages
-from megatron_sip.platform.megatron_fixes import mend_megatron
 
 CPU = torch.device("cpu")
 
 
-def cpu_default_arguments() -> list[str]:
-    """Return the Megatron flags for what this machine lacks: CUDA, or with CUDA Transformer Engine or Apex.
+def stand_in_for_cuda() -> None:
+    """Give Megatron's CUDA calls a CPU meaning in this process and thread. Once a process.
 
-    Put them before the user's own flags, so that the user's win where both are given.
+    The device names are mapped by a `TorchFunctionMode`, which is per thread: build and run models in the calling thread.
     """
-    return arguments_for(
-        cuda=torch.cuda.is_available(),
-        transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
-        apex=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
-    )
-
-
-def arguments_for(*, cuda: bool, transformer_engine: bool, apex: bool) -> list[str]:
-    """`cpu_default_arguments` of a machine with these parts."""
-    if cuda and transformer_engine:
-        # Megatron's own output layer, which is there with Transformer Engine too, fuses with Apex's kernel only.
-        return [] if apex else ["--no-gradient-accumulation-fusion"]
-    local_layers = ["--transformer-impl", "local", "--no-masked-softmax-fusion", "--no-persist-layer-norm"]
-    if cuda:
-        return [*local_layers, "--no-gradient-accumulation-fusion", "--no-rope-fusion"]
-    return [
-        *local_layers,
-        *("--distributed-backend", "gloo"),
-        "--use-cpu-initialization",
-        "--disable-jit-fuser",  # its torch.compile graphs cost more than they save on small CPU runs
-        "--no-bias-swiglu-fusion",
-        "--no-bias-dropout-fusion",
-    ]
-
-
-def rendezvous_store() -> torch.distributed.Store | None:
-    """Return the `store` for `initialize_megatron`: None under torchrun, else one in this process."""
-    return None if torch.distributed.is_torchelastic_launched() or "MASTER_ADDR" in os.environ else HashStore()
-
-
-@functools.cache
-def enable_cpu() -> None:
-    """Give Megatron's CUDA calls a CPU meaning in this process and thread. With CUDA present it leaves CUDA alone.
-
-    What `megatron_fixes` mends is mended on every machine. Idempotent. Must run before Megatron is initialised and
-    before a model is built, in every process of the run. The device names are mapped by a `TorchFunctionMode`, which is
-    per thread: build and run models in the calling thread.
-    """
-    if not torch.cuda.is_available():
-        hide_packages(*GPU_KERNELS)
-        _import_megatron_uncompiled()
-    mend_megatron()
-    if torch.cuda.is_available():
-        return
     _replace_cuda_runtime()
     _replace_random_state()
     offer_fused_kernels()
     _CudaNamesMeanCpu().__enter__()  # for the life of the process
 
 
-def _import_megatron_uncompiled() -> None:
-    """Import Megatron with its fused functions as plain ones, as `--disable-jit-fuser` means.
+def import_megatron_for_cpu() -> None:
+    """Import Megatron without packages that need a GPU, and with its fused functions as plain ones.
 
-    Megatron reads that flag when the modules that hold them are imported already, and torch's compiler with them: another
-    four seconds, in every process of a run.
+    That is what `--disable-jit-fuser` means, but Megatron reads that flag when the modules that hold them are imported
+    already, and torch's compiler with them: another four seconds, in every process of a run.
     """
+    hide_packages(*GPU_KERNELS)
     compiled = torch.compile
     torch.compile = _as_it_is
     try:

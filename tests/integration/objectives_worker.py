@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.metrics import flatten
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.records import Branch, Example
 from megatron_sip.training.objectives.settings import ObjectiveSettings
 
@@ -64,7 +64,7 @@ def run_case(name: str, policy_dir: str, reference_dir: str, examples: list[Exam
 
 def main() -> None:
     policy_dir, reference_dir, examples_file, result = sys.argv[1:]
-    enable_cpu()
+    prepare_megatron()
     problems = json.loads(Path(examples_file).read_text())
     results = {}
     for name, records in problems.items():

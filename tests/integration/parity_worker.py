@@ -22,13 +22,13 @@ import torch.distributed as dist
 
 from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.model.packing import build_row
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.records import Branch, Example
 
 
 def main() -> None:
     cases, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    enable_cpu()
+    prepare_megatron()
     for case in cases:
         result = run_case(case, results)
         (results / f"{case['name']}.{dist.get_rank()}.json").write_text(json.dumps(result))

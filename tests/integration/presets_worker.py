@@ -22,7 +22,7 @@ from parity_worker import forget_megatron
 
 from megatron_sip.config.parse import parse_arguments
 from megatron_sip.metrics import flatten
-from megatron_sip.platform.megatron_cpu import enable_cpu, rendezvous_store
+from megatron_sip.platform.megatron import prepare_megatron, rendezvous_store
 from megatron_sip.stop_signal import StopSignal
 
 
@@ -63,7 +63,7 @@ def master_weights(optimizer: Any) -> list[torch.Tensor]:
 
 def main() -> None:
     setup, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    enable_cpu()
+    prepare_megatron()
     for name, flags in setup["cases"].items():
         folder = results.with_name(name.replace(":", "-"))
         result = run_case(name, [*setup["flags"], "--save", str(folder), *flags])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.model.packing import PackedRow, build_row
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.records import Branch, Example
 
 
@@ -104,7 +104,7 @@ def read_row(path: str) -> PackedRow:
 
 def main() -> None:
     hf_dir, examples, result = sys.argv[1:]
-    enable_cpu()
+    prepare_megatron()
     model, hf_config = build_policy(hf_dir)
     from megatron_sip.hf.weights import export_hf_weights
     from megatron_sip.model.gpt import row_logprobs

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_sip.experience.maker import Experience
 from megatron_sip.files import DiskError
 from megatron_sip.metrics import Metrics
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.records import Branch, Example
 from megatron_sip.rollout.protocol import WeightSyncError
 from megatron_sip.stop_signal import StopSignal
@@ -25,7 +25,7 @@ from megatron_sip.train import MAX_EMPTY_STEPS, TrainingError, run_steps
 from megatron_sip.training.checkpoints import saving_explained
 from megatron_sip.training.non_finite import NON_FINITE
 
-enable_cpu()  # before anything imports Megatron
+prepare_megatron()  # before anything imports Megatron
 
 from megatron_sip.run import Run  # noqa: E402
 

@@ -22,9 +22,9 @@ from megatron_sip.errors import DataError, UserError
 from megatron_sip.hf.families import architecture
 from megatron_sip.hf.folder import write_model_files
 from megatron_sip.judge.cache import AnswerCache, CacheError
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 
-enable_cpu()  # before anything imports Megatron
+prepare_megatron()  # before anything imports Megatron
 
 from megatron_sip import run as run_module  # noqa: E402
 from megatron_sip.experience import leader as services  # noqa: E402

@@ -21,7 +21,7 @@ from megatron_sip.config.early_checks import (
     words_by_flag,
 )
 from megatron_sip.config.presets import expand_presets, known_presets
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 
 REPO = Path(__file__).parents[3]
 COMPLETE = (
@@ -48,7 +48,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def megatron() -> argparse.ArgumentParser:
     """Megatron's own parser."""
-    enable_cpu()
+    prepare_megatron()
     from megatron.training.arguments import add_megatron_arguments
 
     return add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 from megatron_sip.config.checks import ArgumentError
 from megatron_sip.config.parse import SAVE_INTERVAL, megatron_help
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 
 REPO = Path(__file__).parents[3]
 Parse = Callable[..., argparse.Namespace]
@@ -44,7 +44,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def parse(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parse]:
     """`parse_arguments` on a small complete command line and more flags, which win; Megatron's globals are undone."""
-    enable_cpu()
+    prepare_megatron()
     from megatron.training.global_vars import unset_global_variables
 
     from megatron_sip.config.parse import parse_arguments
@@ -99,7 +99,7 @@ def test_a_value_that_only_megatron_refuses_is_told_in_a_line(parse: Parse, capf
 
 
 def test_the_help_of_megatron_s_flags_can_be_formatted_and_holds_none_of_ours() -> None:
-    enable_cpu()
+    prepare_megatron()
     text = megatron_help()  # one of Megatron's help texts holds a bare %
     assert "--tensor-model-parallel-size" in text
     assert "--num-rollouts" not in text

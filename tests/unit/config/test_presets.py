@@ -14,13 +14,13 @@ from megatron_sip.config.flags import add_arguments
 from megatron_sip.config.needs import candidate_kinds, uses_judge
 from megatron_sip.config.presets import PRESETS, PresetError, expand_presets, known_presets
 from megatron_sip.judge.settings import ScheduleSettings, parse_criteria
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 
 
 @pytest.fixture(scope="module")
 def parser() -> argparse.ArgumentParser:
     """Megatron's flags and ours, strict: an unknown flag is an error."""
-    enable_cpu()
+    prepare_megatron()
     from megatron.training.arguments import add_megatron_arguments
 
     return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))

@@ -20,7 +20,7 @@ from torch.distributed.run import get_args_parser
 
 from megatron_sip.config.flags import add_arguments
 from megatron_sip.config.presets import expand_presets
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 
 REPO = Path(__file__).parents[3]
 SCRIPTS = ("train_continual.sbatch", "train_from_scratch.sbatch")
@@ -57,7 +57,7 @@ def host_of(words: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def trainer_parser() -> argparse.ArgumentParser:
-    enable_cpu()
+    prepare_megatron()
     from megatron.training.arguments import add_megatron_arguments
 
     return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)))

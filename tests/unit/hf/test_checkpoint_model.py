@@ -17,9 +17,9 @@ from workers import LLAMA3_ROPE
 from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.errors import DataError
 from megatron_sip.hf.families import architecture, flag_of
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 
-enable_cpu()  # before anything imports Megatron
+prepare_megatron()  # before anything imports Megatron
 
 from megatron_sip.hf import checkpoint_model  # noqa: E402
 from megatron_sip.hf.checkpoint_model import describe_rounding, differing, saved_arguments  # noqa: E402

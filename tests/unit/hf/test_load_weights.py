@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 
-enable_cpu()  # before anything imports Megatron
+prepare_megatron()  # before anything imports Megatron
 
 from megatron_sip.hf import weights as hf_weights  # noqa: E402
 from megatron_sip.hf.families import attention_shape, tensor_maps, tensor_shape  # noqa: E402

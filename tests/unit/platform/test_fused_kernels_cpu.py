@@ -10,12 +10,12 @@ import torch.distributed as dist
 
 from megatron_sip.kernels.bf16_layers import KERNELS_USABLE
 from megatron_sip.platform.fused_kernels_cpu import accumulate_weight_gradient, apply_rotary, l2_norm, scale_tensors
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 
 
 @pytest.fixture(autouse=True)
 def megatron() -> None:
-    enable_cpu()
+    prepare_megatron()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 
 if TYPE_CHECKING:
     from megatron_sip.run import Run
@@ -40,7 +40,7 @@ class Trainer:
 
 
 def run_of(sync: Sync | None, exchange: Exchange) -> Run:
-    enable_cpu()  # before anything imports Megatron
+    prepare_megatron()  # before anything imports Megatron
     from megatron_sip.run import Run
 
     parts: dict[str, Any] = dict.fromkeys(Run.__dataclass_fields__)

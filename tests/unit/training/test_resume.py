@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from megatron_sip.errors import DataError
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.platform.megatron_fixes import under_new_settings
 
-enable_cpu()  # before anything imports Megatron
+prepare_megatron()  # before anything imports Megatron
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from megatron_sip.platform.megatron_cpu import enable_cpu
+from megatron_sip.platform.megatron import prepare_megatron
 
-enable_cpu()
+prepare_megatron()
 
 from megatron_sip.training.trainer import take_fused_steps  # noqa: E402
 

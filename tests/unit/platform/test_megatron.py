@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from megatron_sip.platform.megatron_cpu import arguments_for
+from megatron_sip.platform.megatron import arguments_for, machine_arguments, prepare_megatron
 
 NO_FUSION = "--no-gradient-accumulation-fusion"
 
@@ -40,8 +40,8 @@ def test_without_cuda_starting_loads_no_compiler_and_no_gpu_kernels() -> None:
     start = (
         "import sys, torch\n"
         "compiled = torch.compile\n"
-        "from megatron_sip.platform.megatron_cpu import enable_cpu\n"
-        "enable_cpu()\n"
+        "from megatron_sip.platform.megatron import prepare_megatron\n"
+        "prepare_megatron()\n"
         "import megatron.training\n"
         "from megatron_sip.kernels.tree_attention.flex import FlexTreeAttention\n"
         "FlexTreeAttention()\n"  # each model has one
@@ -54,3 +54,17 @@ def test_without_cuda_starting_loads_no_compiler_and_no_gpu_kernels() -> None:
     assert "megatron" in loaded.split()
     assert not {"flash_attn", "flash_mla", "flashinfer"} & set(loaded.split())
     assert compiler == "compiler: False"
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_with_cuda_megatron_itself_says_what_it_found(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that is installed and does not load is none: Megatron goes on without it."""
+    prepare_megatron()  # before CUDA seems to be there
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.tensor_parallel import layers
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", found)
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", found)
+    assert ("local" not in machine_arguments()) == found
+    assert (NO_FUSION not in machine_arguments()) == found
