@@ -31,7 +31,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError:
         staged.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -65,9 +65,20 @@ def read_json_lines(path: Path, what: str) -> list[Any]:
     return values
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` (a rename, a removal) outlast a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def move_into_place(staged: Path, final: Path) -> None:
+    """Rename a file or a folder of files whose writing is over: whatever happens, under `final` it is whole or not there.
+
+    Raises OSError, as when `final` is a folder that is not empty; `staged` is then still there.
+    """
+    for path in (staged, *staged.rglob("*")):
+        _sync(path)
+    staged.rename(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or a folder's names, outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -21,6 +21,7 @@ from megatron_sip.data.text_sources import is_text_source, source_suffix
 from megatron_sip.data.token_store import bin_path, idx_path
 from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, tokenize_file
 from megatron_sip.errors import DataError
+from megatron_sip.files import move_into_place
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -68,8 +69,8 @@ def preprocess(arguments: argparse.Namespace) -> None:
         staged = prefix.with_name(prefix.name + ".partial")
         report = tokenize_file(source, staged, encoder, settings)
         idx_path(prefix).unlink(missing_ok=True)  # a kill between the two renames must not leave an old one
-        bin_path(staged).rename(bin_path(prefix))
-        idx_path(staged).rename(idx_path(prefix))
+        move_into_place(bin_path(staged), bin_path(prefix))
+        move_into_place(idx_path(staged), idx_path(prefix))
         print(json.dumps(asdict(replace(report, source=str(source))) | {"prefix": str(prefix)}))
 
 

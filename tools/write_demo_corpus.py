@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from megatron_sip.files import write_atomically
+
 DEFAULT_SAVE = Path.home() / ".cache" / "megatron_sip" / "python_topics.jsonl"
 _LONG_LINE = 30  # characters; shorter lines recur by chance
 _MAX_REPEATED = 0.1
@@ -38,9 +40,7 @@ def write_corpus(save: Path) -> Path:
     if save.is_file() and save.read_text(encoding="utf-8") == content:
         return save  # keeps the modification time, and with it the tokenised cache
     save.parent.mkdir(parents=True, exist_ok=True)
-    staged = save.with_name(save.name + ".partial")
-    staged.write_text(content, encoding="utf-8")
-    staged.replace(save)
+    write_atomically(save, content)
     return save
 
 

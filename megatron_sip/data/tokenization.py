@@ -34,6 +34,7 @@ from megatron_sip.data.shared_texts import hash_documents, hash_path
 from megatron_sip.data.text_sources import TextBatch, read_texts, source_suffix
 from megatron_sip.data.token_store import TokenStore, TokenStoreWriter, token_dtype
 from megatron_sip.errors import DataError
+from megatron_sip.files import move_into_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -274,8 +275,8 @@ def _fill(entry: Path, source: Path, encoder: DocumentEncoder, settings: Tokeniz
         (staged / "report.json").write_text(json.dumps(asdict(report), indent=1))
         # Where locks do not reach across nodes, another one may have finished first: its entry is equal, ours goes.
         with suppress(OSError):
-            staged.rename(entry)
+            move_into_place(staged, entry)
         if _finished(entry) is None:
             shutil.rmtree(entry, ignore_errors=True)  # a damaged entry, e.g. emptied by hand
-            staged.rename(entry)
+            move_into_place(staged, entry)
     return report

@@ -47,7 +47,7 @@ def write_outcome(run_dir: Path, win_rate: WinRate | None, comparisons: Sequence
     summary = summarize(read_metrics(run_dir / "metrics.jsonl"), win_rate)
     summary["initial_weights"] = record.initial_weights if record is not None else None
     lines = (json.dumps(asdict(comparison), ensure_ascii=False) + "\n" for comparison in comparisons)
-    (run_dir / "comparisons.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_atomically(run_dir / "comparisons.jsonl", "".join(lines))
     write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_report(run_dir)
     return summary

@@ -88,7 +88,7 @@ def write_report(run_dir: Path) -> None:
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
     for name, (light, _) in images.items():
-        (folder / f"{name}.png").write_bytes(light)
+        write_atomically(folder / f"{name}.png", light)
     record, samples = read_run_record(run_dir), read_samples(run_dir)
     drawn = [(plot, *images[plot.name]) for plot in plots]
     page = render_page(run_dir.resolve().name, steps, summary, comparisons, record, samples, drawn)

@@ -23,6 +23,7 @@ import filelock
 from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.console import say
 from megatron_sip.errors import UserError
+from megatron_sip.files import move_into_place
 from megatron_sip.serving.guard import kill_with_parent, own_environment
 
 DEFAULT_CACHE = Path("~/.cache/megatron_sip/checkpoints")  # expanded where it is used: a container may have no home
@@ -115,10 +116,10 @@ def _fill(entry: Path, hf_dir: Path) -> None:
         _convert(hf_dir, staged)
         # Where locks do not reach across nodes, another one may have finished first: its entry is equal, ours goes.
         with suppress(OSError):
-            staged.rename(entry)
+            move_into_place(staged, entry)
         if not _complete(entry):
             shutil.rmtree(entry, ignore_errors=True)  # a damaged entry, e.g. emptied by hand
-            staged.rename(entry)
+            move_into_place(staged, entry)
 
 
 def _convert(hf_dir: Path, target: Path) -> None:

@@ -27,6 +27,7 @@ from megatron_sip.config.needs import needs_engines, needs_rewriter, needs_teach
 from megatron_sip.config.presets import FLAG as PRESET_FLAG
 from megatron_sip.config.presets import expand_presets
 from megatron_sip.console import log_tail, say
+from megatron_sip.files import move_into_place
 from megatron_sip.hf.converted import converted_checkpoint
 from megatron_sip.hf.folder import HF_SUBFOLDER
 from megatron_sip.one_node.layout import Demand, Layout, LayoutError, plan_layout
@@ -180,7 +181,7 @@ def export(run_dir: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     say(f"exporting the trained model to {target}")
     run_converter(checkpoints, partial)
-    partial.rename(target)
+    move_into_place(partial, target)
     say(f"the trained model is in {target}")
 
 

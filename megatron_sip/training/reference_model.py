@@ -34,6 +34,7 @@ from megatron_sip.checkpoints.folder import (
     reference_folder,
 )
 from megatron_sip.errors import DataError
+from megatron_sip.files import move_into_place
 from megatron_sip.model.gpt import model_provider
 
 
@@ -144,7 +145,7 @@ class ReferenceStore:
         write_checksums(staged, dist.get_rank())
         dist.barrier()
         if dist.get_rank() == 0:
-            staged.rename(final)
+            move_into_place(staged, final)
             found = iteration_folders(self._folder)
             for stale_iteration in set(found) - needed_references(found, iteration_folders(self._checkpoints)):
                 shutil.rmtree(found[stale_iteration])

@@ -138,7 +138,7 @@ def test_processes_learn_their_rank_and_the_first_failure_ends_them_all(tmp_path
 
 def test_ctrl_c_before_there_is_a_trainer_leaves_no_traceback(model: Path) -> None:
     code = (
-        "import signal; from megatron_sip import one_node\n"
+        "import signal; from megatron_sip.one_node import command as one_node\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "one_node.lay_out = lambda *_: signal.raise_signal(signal.SIGINT)\n"  # os.kill's may be another thread's, and late
         "one_node.main()"
