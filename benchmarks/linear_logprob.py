@@ -32,7 +32,7 @@ from machine import (
 )
 from torch import Tensor
 
-from megatron_sip.kernels.fp32_lm_head import float_logits
+from megatron_sip.kernels.fp32_lm_head import fp32_lm_head
 from megatron_sip.kernels.linear_logprob import linear_token_logprobs
 from megatron_sip.kernels.logprob import token_logprobs
 
@@ -46,7 +46,7 @@ def our_losses(rows: int, device: str) -> dict[str, Loss]:
     entries = torch.arange(rows, device=device)
 
     def projected(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return -token_logprobs(float_logits(hidden, weight), entries, targets).sum()
+        return -token_logprobs(fp32_lm_head(hidden, weight), entries, targets).sum()
 
     def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return -linear_token_logprobs(hidden, weight, entries, targets).sum()

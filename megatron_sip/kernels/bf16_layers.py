@@ -1,48 +1,22 @@
 """Compiled bfloat16 kernels for what a layer does between its matrix products, on CPU (csrc/cpu/bf16_layers_*.cpp).
 
 torch takes RMSNorm, SwiGLU and rotation apart into passes over memory that cost as much as the products. These kernels take
-one pass each, keep float32 inside, and save no intermediate result for backward but one number a row. Products that must
-end in float32 go through tile registers (AMX) where the processor has them. All need a processor with AVX-512 BF16;
-everywhere else the callers take torch's way.
+one pass each, keep float32 inside, and save no intermediate result for backward but one number a row. Where
+`bf16_kernels_apply` says no, callers take torch's or Megatron's way.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-WIDTH_MULTIPLE = 16
+from megatron_sip.kernels.bf16_gemm import KERNELS_USABLE
+
 HEAD_MULTIPLE = 32
 """A rotated head's size is a multiple of it."""
-GRADIENT_ROWS_MULTIPLE = 32
-"""The rows of a weight whose gradient is added up are."""
-
-
-def _kernels_usable() -> bool:
-    """Is the extension built, on a processor that runs these kernels?"""
-    try:
-        importlib.import_module("megatron_sip._kernels")
-    except ModuleNotFoundError:
-        return False
-    supported = getattr(torch.ops.megatron_sip, "bf16_layers_supported", None)
-    return supported is not None and bool(supported())
-
-
-KERNELS_USABLE = _kernels_usable()
-
-
-def bf16_kernels_apply(weight: Tensor, width: int) -> bool:
-    """Can the kernels work with this weight (or these activations) where the last dimension is (twice) `width`?"""
-    return (
-        KERNELS_USABLE
-        and weight.dtype == torch.bfloat16
-        and weight.device.type == "cpu"
-        and width % WIDTH_MULTIPLE == 0
-    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -58,36 +32,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate_up)
 
 
-def float_product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden [T, H] times weight [V, H] transposed, bfloat16 in, float32 [T, V] out; not differentiable by itself."""
-    return torch.ops.megatron_sip.float_product(hidden, weight)
-
-
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotary embedding, rounded once: (first half, second half) to (first cos - second sin, second cos + first sin).
 
     x [S, H, D] bfloat16, angles [S, D / 2] float32 -> [S, H, D]. Needs D a multiple of `HEAD_MULTIPLE`.
     """
     return _Rotate.apply(x, angles.cos(), angles.sin())
-
-
-def add_weight_gradient(main_grad: Tensor, grad_output: Tensor, hidden: Tensor) -> None:
-    """main_grad [N, K] += grad_output [T, N] transposed times hidden [T, K], on CPU; not rounded on the way."""
-    rows, columns = main_grad.shape
-    if (
-        bf16_kernels_apply(hidden, columns)
-        and grad_output.dtype == torch.bfloat16
-        and main_grad.dtype == torch.float32
-        and rows % GRADIENT_ROWS_MULTIPLE == 0
-    ):
-        torch.ops.megatron_sip.add_weight_gradient_(main_grad, grad_output, hidden)
-    else:
-        wide = torch.promote_types(main_grad.dtype, torch.float32)
-        left, right = grad_output.t().to(wide), hidden.to(wide)
-        if main_grad.dtype == wide:
-            main_grad.addmm_(left, right)
-        else:
-            main_grad.add_(left @ right)
 
 
 class _Rotate(torch.autograd.Function):
@@ -147,14 +97,6 @@ if KERNELS_USABLE:
     def _fake_swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
         return torch.empty_like(gate_up)
 
-    @torch.library.register_fake("megatron_sip::float_product")
-    def _fake_float_product(hidden: Tensor, weight: Tensor) -> Tensor:
-        return hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)
-
     @torch.library.register_fake("megatron_sip::rotate")
     def _fake_rotate(x: Tensor, cosines: Tensor, sines: Tensor, back: bool) -> Tensor:
         return x.new_empty(x.shape)
-
-    @torch.library.register_fake("megatron_sip::add_weight_gradient_")
-    def _fake_add_weight_gradient(main_grad: Tensor, grad_output: Tensor, hidden: Tensor) -> None:
-        return None

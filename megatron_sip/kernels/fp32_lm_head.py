@@ -14,27 +14,27 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_sip.kernels.bf16_layers import add_weight_gradient, bf16_kernels_apply, float_product
+from megatron_sip.kernels.bf16_gemm import add_weight_gradient, bf16_gemm, bf16_kernels_apply
 
 ROWS_A_BLOCK = 1024
 """Rows of logits whose gradient is held in the hidden states' dtype at a time, where it is added to a `main_grad`."""
 
 
-def float_logits(hidden: Tensor, weight: Tensor, tp_group: dist.ProcessGroup | None = None) -> Tensor:
+def fp32_lm_head(hidden: Tensor, weight: Tensor, tp_group: dist.ProcessGroup | None = None) -> Tensor:
     """hidden [T, H] times weight [V/tp, H] transposed, as float32 [T, V/tp] (float64 stays float64).
 
     The gradient of `hidden` is summed over `tp_group`; both gradients come in the dtypes of their inputs.
     """
-    return _FloatLogits.apply(hidden, weight, tp_group)
+    return _Fp32LmHead.apply(hidden, weight, tp_group)
 
 
 def project(hidden: Tensor, weight: Tensor) -> Tensor:
-    """`float_logits` without autograd and on one rank."""
+    """`fp32_lm_head` without autograd and on one rank."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if hidden.is_cuda and hidden.dtype != wide and len(hidden):
         return torch.mm(hidden, weight.T, out_dtype=wide)
     if hidden.dtype == torch.bfloat16 and bf16_kernels_apply(weight, hidden.shape[1]):
-        return float_product(hidden, weight)
+        return bf16_gemm(hidden, weight)
     return hidden.to(wide) @ weight.to(wide).T
 
 
@@ -59,7 +59,7 @@ def narrowed_blocks(grad: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, T
         yield slice(first, first + len(block)), buffer[: len(block)].copy_(block)
 
 
-class _FloatLogits(torch.autograd.Function):
+class _Fp32LmHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
         ctx.save_for_backward(hidden, weight)

@@ -59,7 +59,7 @@ def linear_token_logprobs(
     vocab_size: int | None = None,
     chunk_columns: int = 8192,
 ) -> Tensor:
-    """`token_logprobs(float_logits(hidden, weight), ...)`, differentiable with respect to `hidden` and `weight`.
+    """`token_logprobs(fp32_lm_head(hidden, weight), ...)`, differentiable with respect to `hidden` and `weight`.
 
     Args:
         hidden: [T, H], the same on all ranks of `tp_group` (gather sequence-parallel states before).

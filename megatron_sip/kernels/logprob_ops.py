@@ -7,14 +7,13 @@ gradient is 0.
 
 from __future__ import annotations
 
-import importlib
 import logging
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from megatron_sip.kernels import logprob_reference
+from megatron_sip.kernels.extension import compiled_devices, extension
 
 logger = logging.getLogger(__name__)
 
@@ -29,24 +28,6 @@ SCHEMAS = {
     "gradient": f"(Tensor logits, {_GRADIENT}Tensor",
     "gradient_": f"(Tensor(a!) logits, {_GRADIENT}()",
 }
-
-
-def _load_extension() -> ModuleType | None:
-    """The built kernels, or None without them. One that is there but does not load is an error, not a fallback."""
-    try:
-        return importlib.import_module("megatron_sip._kernels")
-    except ModuleNotFoundError:
-        return None
-
-
-extension = _load_extension()
-
-
-def compiled_devices() -> tuple[str, ...]:
-    """Dispatch keys ("CPU", "CUDA") that the built extension serves; empty when it is not built."""
-    if extension is None:
-        return ()
-    return ("CPU", "CUDA") if extension.cuda_architectures() else ("CPU",)
 
 
 def _fake_statistics(logits: Tensor, columns: int) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sip.kernels.fp32_lm_head import float_logits
+from megatron_sip.kernels.fp32_lm_head import fp32_lm_head
 from megatron_sip.kernels.linear_logprob import linear_token_logprobs
 from megatron_sip.kernels.logprob import token_logprobs
 from megatron_sip.kernels.tree_attention.flex import FlexTreeAttention
@@ -83,7 +83,7 @@ class PolicyModel(GPTModel):
     def suffix_logprobs(self, hidden_states: Tensor, row: PackedRow, output_weight: Tensor | None) -> Tensor:
         """Log-probs, float32 [L], of the row's targets from the last layer's hidden states [S(/tp), 1, H].
 
-        The same on every tensor-parallel rank. Only the `hidden_index` positions are projected on the vocabulary.
+        The same on every tensor-parallel rank. Only the states at `predictor_positions` are projected on the vocabulary.
         """
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
@@ -91,7 +91,7 @@ class PolicyModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=group
             )
-        predicting = hidden_states[:, 0].index_select(0, row.hidden_index)
+        predicting = hidden_states[:, 0].index_select(0, row.predictor_positions)
         weight = self.output_layer.weight if output_weight is None else output_weight
         vocab_start = group.rank() * weight.shape[0]
         if self.logit_chunk_columns:
@@ -105,7 +105,7 @@ class PolicyModel(GPTModel):
                 vocab_size=self.unpadded_vocab_size,
                 chunk_columns=self.logit_chunk_columns,
             )
-        logits = float_logits(predicting, weight, group)
+        logits = fp32_lm_head(predicting, weight, group)
         return token_logprobs(
             logits,
             row.logit_rows,

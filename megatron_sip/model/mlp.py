@@ -8,7 +8,8 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 from torch.nn.functional import silu
 
-from megatron_sip.kernels.bf16_layers import bf16_kernels_apply, swiglu
+from megatron_sip.kernels.bf16_gemm import bf16_kernels_apply
+from megatron_sip.kernels.bf16_layers import swiglu
 
 
 class SwiGLUMLP(MLP):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from megatron_sip.kernels import bf16_layers
+from megatron_sip.kernels.bf16_gemm import bf16_kernels_apply
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -24,7 +25,7 @@ class RMSNorm(torch.nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] in, the same shape in the weight's dtype out (`--fp32-residual-connection` feeds float32)."""
         assert self.eps is not None
-        if x.dtype in (torch.bfloat16, torch.float32) and bf16_layers.bf16_kernels_apply(self.weight, x.shape[-1]):
+        if x.dtype in (torch.bfloat16, torch.float32) and bf16_kernels_apply(self.weight, x.shape[-1]):
             return bf16_layers.rms_norm(x, self.weight, self.eps)
         weight = self.weight.to(x.dtype)
         return rms_norm(x, self.normalized_shape, weight, self.eps).to(self.weight.dtype)

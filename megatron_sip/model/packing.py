@@ -30,9 +30,9 @@ class PackedRow:
     position_ids: int64 [S]; every branch restarts at the length of its prefix; padding is 0.
     layout: int32 [B, 4], a line a branch: group_start, prefix_end, branch_start, branch_end (token indices in the row,
         ends exclusive); the branches of a group follow its prefix without gaps, groups follow each other without gaps.
-    hidden_index: int64 [T], increasing positions whose hidden state predicts something: the last prefix token (once for
+    predictor_positions: int64 [T], increasing positions whose logits predict branch tokens: the last prefix token (once for
         all branches) and the branch tokens but the last.
-    logit_rows: int64 [L], for each predicted token its index into hidden_index.
+    logit_rows: int64 [L], for each predicted token its index into predictor_positions.
     targets: int64 [L], the predicted token ids: the branches' tokens in layout order.
     branch_offsets: int64 [B + 1]; branch b owns entries branch_offsets[b]:branch_offsets[b + 1] of the L.
     examples: what the row holds, in layout order: roles, weights and all else that the loss needs of the branches.
@@ -41,7 +41,7 @@ class PackedRow:
     tokens: Tensor
     position_ids: Tensor
     layout: Tensor
-    hidden_index: Tensor
+    predictor_positions: Tensor
     logit_rows: Tensor
     targets: Tensor
     branch_offsets: Tensor
@@ -161,7 +161,7 @@ def build_row(examples: Sequence[Example], indices: Sequence[int], row_length: i
         tokens=torch.tensor(tokens + [pad_id] * padding, dtype=torch.int64),
         position_ids=torch.tensor(positions + [0] * padding, dtype=torch.int64),
         layout=torch.tensor(layout, dtype=torch.int32).reshape(-1, 4),
-        hidden_index=torch.tensor(hidden, dtype=torch.int64),
+        predictor_positions=torch.tensor(hidden, dtype=torch.int64),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         targets=torch.tensor(targets, dtype=torch.int64),
         branch_offsets=torch.tensor(lengths, dtype=torch.int64).cumsum(0),

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from megatron_sip.kernels.bf16_layers import HEAD_MULTIPLE, add_weight_gradient, bf16_kernels_apply, rotate
+from megatron_sip.kernels.bf16_gemm import add_weight_gradient, bf16_kernels_apply
+from megatron_sip.kernels.bf16_layers import HEAD_MULTIPLE, rotate
 
 
 def offer_fused_kernels() -> None:

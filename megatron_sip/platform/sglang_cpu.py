@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sip.kernels.bf16_layers import bf16_kernels_apply, float_product
+from megatron_sip.kernels.bf16_gemm import bf16_gemm, bf16_kernels_apply
 from megatron_sip.platform.sglang_cpu_attention import decode_attention, extend_attention
 
 CPU_PLATFORM = "megatron_sip.platform.sglang_cpu:EagerCpuPlatform"
@@ -88,7 +88,7 @@ def _project_in_float32_from_bf16() -> None:
             and not hasattr(lm_head, "set_lora")
             and not should_apply_lm_head_quant_method(lm_head, getattr(lm_head, "quant_method", None))
         ):
-            return float_product(hidden, weight)
+            return bf16_gemm(hidden, weight)
         return stock(self, hidden, lm_head, embedding_bias, **options)
 
     LogitsProcessor._compute_lm_head = compute

@@ -7,27 +7,18 @@ a processor with AVX-512 BF16; without one, or without the built extension, `tre
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_sip.kernels.extension import processor_runs
+
 HEAD_DIM_MULTIPLE = 16
 
 
-def _kernels_usable() -> bool:
-    """Is the extension built, with the attention kernels in it, on a processor that runs them?"""
-    try:
-        importlib.import_module("megatron_sip._kernels")
-    except ModuleNotFoundError:
-        return False
-    supported = getattr(torch.ops.megatron_sip, "tree_attention_supported", None)
-    return supported is not None and bool(supported())
-
-
-KERNELS_USABLE = _kernels_usable()
+KERNELS_USABLE = processor_runs("tree_attention")
 
 
 def compiled_kernels_apply(query: Tensor) -> bool:

@@ -63,7 +63,7 @@ def test_counted_work_is_that_of_the_rows(variant: ModuleType, objective: str, e
     unpacked = variant.unpacked_rows(problem, data, pad_id=0)
     for rows, shares in ((packed, True), (unpacked, False)):
         assert sum(len(row.tokens) for row in rows) == problem.tokens(shares)
-        assert sum(len(row.hidden_index) for row in rows) == problem.projected(shares)
+        assert sum(len(row.predictor_positions) for row in rows) == problem.projected(shares)
         assert sum(map(scores, rows)) == problem.scores(shares)
     assert predicted(packed) == predicted(unpacked)
     assert predicted(packed) == [(e, branch.ids) for e in range(examples) for branch in data[e].branches]

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from megatron_sip.kernels import bf16_layers
-from megatron_sip.kernels.logprob_ops import extension
+from megatron_sip.kernels.bf16_gemm import KERNELS_USABLE, add_weight_gradient, bf16_gemm, bf16_kernels_apply
+from megatron_sip.kernels.extension import extension
 
 EPS = 1e-5
 HALF_ULP = torch.finfo(torch.bfloat16).eps / 2
@@ -84,7 +85,7 @@ def assert_as_exact_as_torch(ours: Function, theirs: Function, inputs: list[Tens
         assert error(own, right) <= max(1.02 * error(usual, right), HALF_ULP)
 
 
-if bf16_layers.KERNELS_USABLE:
+if KERNELS_USABLE:
 
     @settings(max_examples=25, deadline=None)
     @given(rows=st.integers(0, 200), width=st.integers(1, 40), dtype=st.sampled_from([torch.bfloat16, torch.float32]))
@@ -156,9 +157,9 @@ if bf16_layers.KERNELS_USABLE:
 
     @settings(max_examples=25, deadline=None)
     @given(rows=st.integers(0, 50), columns=st.integers(1, 600), depth=st.integers(1, 60))
-    def test_float_product(rows: int, columns: int, depth: int) -> None:
+    def test_bf16_gemm(rows: int, columns: int, depth: int) -> None:
         hidden, weight = random(rows, 2 * depth), random(columns, 2 * depth, seed=1)
-        product = bf16_layers.float_product(hidden, weight)
+        product = bf16_gemm(hidden, weight)
         assert product.dtype == torch.float32
         torch.testing.assert_close(product.double(), hidden.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
 
@@ -203,7 +204,7 @@ if bf16_layers.KERNELS_USABLE:
                 r"grad must be \[4, 16\] for gate_up of shape \[4, 32\], got \[2, 32\]",
             ),
             (lambda: torch.ops.megatron_sip.swiglu_backward(random(4, 16).float(), random(4, 32)), "grad must be bf"),
-            (lambda: bf16_layers.float_product(random(4, 32), random(5, 16)), r"\[V, H\]"),
+            (lambda: bf16_gemm(random(4, 32), random(5, 16)), r"\[V, H\]"),
             (lambda: bf16_layers.rotate(random(4, 2, 48), random(4, 24).float()), "D a multiple of 32"),
             (lambda: bf16_layers.rotate(random(4, 2, 32), random(5, 16).float()), r"must be \[4, 16\]"),
             (lambda: add_gradient(random(32, 16), random(4, 32), random(4, 16)), "main_grad must be float32"),
@@ -233,10 +234,10 @@ if bf16_layers.KERNELS_USABLE:
 
 
 def test_only_bfloat16_of_a_fitting_width_takes_the_kernels() -> None:
-    assert bf16_layers.bf16_kernels_apply(random(32), 32) == bf16_layers.KERNELS_USABLE
-    assert not bf16_layers.bf16_kernels_apply(random(32).float(), 32)
-    assert not bf16_layers.bf16_kernels_apply(random(24), 24)
-    assert not bf16_layers.bf16_kernels_apply(random(32).to("meta"), 32)
+    assert bf16_kernels_apply(random(32), 32) == KERNELS_USABLE
+    assert not bf16_kernels_apply(random(32).float(), 32)
+    assert not bf16_kernels_apply(random(24), 24)
+    assert not bf16_kernels_apply(random(32).to("meta"), 32)
 
 
 @settings(max_examples=50, deadline=None)
@@ -250,5 +251,5 @@ def test_weight_gradients_are_added_up_in_float32(tokens: int, panels: int, rows
     grad, hidden = random(tokens, 32 * panels + rows_more), random(tokens, 16 * width, seed=1)
     main_grad = random(32 * panels + rows_more, 16 * width, seed=2, dtype=torch.float32)
     expected = main_grad.double() + grad.double().T @ hidden.double()
-    bf16_layers.add_weight_gradient(main_grad, grad, hidden)
+    add_weight_gradient(main_grad, grad, hidden)
     assert (main_grad - expected).abs().max() <= 1e-6 * expected.abs().max()

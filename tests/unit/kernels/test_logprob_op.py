@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_sip.kernels import logprob_reference
+from megatron_sip.kernels.extension import compiled_devices, extension
 from megatron_sip.kernels.linear_logprob import linear_token_logprobs
 from megatron_sip.kernels.logprob import target_logits, token_logprobs
-from megatron_sip.kernels.logprob_ops import compiled_devices, extension, operators
+from megatron_sip.kernels.logprob_ops import operators
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -381,7 +382,7 @@ import sys
 sys.modules["megatron_sip._kernels"] = None
 import torch
 from megatron_sip.kernels.logprob import token_logprobs
-from megatron_sip.kernels.logprob_ops import compiled_devices
+from megatron_sip.kernels.extension import compiled_devices
 assert compiled_devices() == ()
 leaf = torch.randn(3, 9, requires_grad=True)
 rows, targets = torch.tensor([0, 0, 2]), torch.tensor([1, 8, 4])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sip.kernels.logprob_ops import extension
+from megatron_sip.kernels.extension import extension
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LENGTH = 6151
@@ -112,7 +112,8 @@ def test_a_row_of_minus_infinity_alone_has_no_sum(instruction_set: str, name: st
 
 CHOICES = """
 import json, torch
-from megatron_sip.kernels.logprob_ops import extension, operators
+from megatron_sip.kernels.extension import extension
+from megatron_sip.kernels.logprob_ops import operators
 bf16 = [operators.bf16_layers_supported(), operators.tree_attention_supported(), extension.product_paths()]
 print(json.dumps([torch.backends.cpu.get_cpu_capability(), extension.instruction_set(), *bf16]))
 """

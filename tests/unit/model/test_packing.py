@@ -86,7 +86,7 @@ def test_every_target_is_predicted_from_exactly_its_prefix_and_branch(lengths, r
             trained[key] = row.targets[start:end].tolist()
             cut = max(0, lengths[key[0]][0] + sum(lengths[key[0]][1]) - ROW)
             for place in range(start, end):
-                seen = seen_by(row, int(row.hidden_index[row.logit_rows[place]]))
+                seen = seen_by(row, int(row.predictor_positions[row.logit_rows[place]]))
                 context = example.prefix_ids[cut:] + example.branches[key[1]].ids[: place - start]
                 assert [tokens[index] for index in seen] == context
                 assert [positions[index] for index in seen] == list(range(len(context)))
@@ -102,7 +102,7 @@ def test_rows_hold_each_token_once_and_predicting_states_are_unique(lengths):
     for indices in plan.rows[0]:
         row = build_row(examples, indices, plan.row_length, PAD)
         held += [token for token in row.tokens.tolist() if token != PAD]
-        hidden = row.hidden_index.tolist()
+        hidden = row.predictor_positions.tolist()
         assert hidden == sorted(set(hidden))
         assert set(row.logit_rows.tolist()) == set(range(len(hidden)))
         assert len(hidden) == sum(1 - len(lengths[i][1]) + sum(lengths[i][1]) for i in indices)
@@ -139,7 +139,7 @@ def test_shared_prefix_is_projected_once_for_all_branches():
     assert row.tokens.tolist() == [0, 1, 2, 3, 4, 5, PAD, PAD]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 0, 0]
     assert row.layout.tolist() == [[0, 3, 3, 5], [0, 3, 5, 6]]
-    assert row.hidden_index.tolist() == [2, 3]
+    assert row.predictor_positions.tolist() == [2, 3]
     assert row.logit_rows.tolist() == [0, 1, 0]
     assert row.targets.tolist() == [3, 4, 5]
     assert row.branch_offsets.tolist() == [0, 2, 3]
@@ -175,7 +175,12 @@ def test_filler_row_has_no_branch():
     row = build_row([], (), plan.row_length, 7)
     assert row.tokens.tolist() == [7] * 5
     assert row.layout.shape == (0, 4)
-    assert [t.shape[0] for t in (row.hidden_index, row.logit_rows, row.targets, row.branch_offsets)] == [0, 0, 0, 1]
+    assert [t.shape[0] for t in (row.predictor_positions, row.logit_rows, row.targets, row.branch_offsets)] == [
+        0,
+        0,
+        0,
+        1,
+    ]
     assert row.layout.dtype == torch.int32
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sip.kernels.bf16_layers import KERNELS_USABLE
+from megatron_sip.kernels.bf16_gemm import KERNELS_USABLE
 from megatron_sip.platform.fused_kernels_cpu import accumulate_weight_gradient, apply_rotary, l2_norm, scale_tensors
 from megatron_sip.platform.megatron import prepare_megatron
 
