@@ -47,7 +47,7 @@ from megatron_sip.hf.folder import HF_SUBFOLDER, write_model_files
 from megatron_sip.hf.weights import export_hf_weights
 from megatron_sip.metrics import Metrics, flatten
 from megatron_sip.records import Task
-from megatron_sip.rollout.protocol import WeightSyncError
+from megatron_sip.rollout.handshake import WeightSyncError
 from megatron_sip.rollout.sync_disk import DiskWeightSync
 from megatron_sip.rollout.sync_distributed import DistributedWeightSync
 from megatron_sip.rollout.weight_group import SyncSettings
@@ -178,7 +178,7 @@ def set_up(args: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
     """Check servers and data, build and load the model, connect the engines; `stack` gets everything to be closed.
 
     Raises:
-        DataError, SettingsError, ServerStartError, EngineError: what the user can mend, before any training.
+        DataError, SettingsError, ServerStartError, RequestError: what the user can mend, before any training.
     """
     exchange = LeaderExchange(timeout_seconds=EXCHANGE_SECONDS)
     open_run_folder(args, exchange)

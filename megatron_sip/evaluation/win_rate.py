@@ -24,7 +24,8 @@ from megatron_sip.experience.selection import TIE_TOLERANCE
 from megatron_sip.files import described, write_atomically
 from megatron_sip.judge.settings import LIKELIHOOD
 from megatron_sip.records import Candidate, Group, Task
-from megatron_sip.rollout.pool import Failure, SamplingSettings, SGLangPool
+from megatron_sip.rollout.pool import SGLangPool
+from megatron_sip.rollout.sampling import Failure, SamplingSettings
 
 log = logging.getLogger(__name__)
 

@@ -35,7 +35,8 @@ from megatron_sip.judge.rewriter import Rewriter
 from megatron_sip.judge.settings import JudgeSettings
 from megatron_sip.records import CandidateKind, Task
 from megatron_sip.rollout.handshake import ModelContract, end_open_update
-from megatron_sip.rollout.pool import PoolSettings, SamplingSettings, SGLangPool
+from megatron_sip.rollout.pool import PoolSettings, SGLangPool
+from megatron_sip.rollout.sampling import SamplingSettings
 from megatron_sip.serving.http_reply import key_from_environment
 from megatron_sip.serving.launch import LocalServer, ServerSettings, start_servers, stop_servers
 from megatron_sip.serving.loop_thread import LoopThread
@@ -143,7 +144,7 @@ def check_named_servers(args: argparse.Namespace) -> None:
     """Ask the servers given as URLs whether they are there, so that a wrong one shows before other servers are started.
 
     Raises:
-        EngineError, EndpointError: one of them gave no answer within CONNECT_SECONDS.
+        RequestError, EndpointError: one of them gave no answer within CONNECT_SECONDS.
     """
 
     async def ask() -> None:

@@ -23,8 +23,8 @@ from megatron_sip.experience.samples import SampleLog
 from megatron_sip.experience.selection import SelectionSettings, select, selection_metrics
 from megatron_sip.metrics import Mean, Metrics
 from megatron_sip.records import CANDIDATE_KINDS, Candidate, CandidateKind, Example, Group, Task
-from megatron_sip.rollout.pool import Completion, Failure, PoolCounters, SamplingSettings, SGLangPool
-from megatron_sip.rollout.protocol import drawn_seed
+from megatron_sip.rollout.pool import PoolCounters, SGLangPool
+from megatron_sip.rollout.sampling import Completion, Failure, SamplingSettings, drawn_seed
 
 GAUGES = ("cached-share", "latency-", "first-shown-preferred")
 """Counters of the teacher's clients that are shares or percentiles, not totals."""

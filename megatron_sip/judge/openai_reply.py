@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_sip.serving.http import BadResponseError
+from megatron_sip.serving.failures import BadResponseError
 
 TEXT_PARTS = (None, "text", "output_text")
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-
-import aiohttp
-import orjson
 
 from megatron_sip.errors import UserError
 from megatron_sip.judge.settings import Endpoint, EndpointKind
-from megatron_sip.serving.http import Server
-from megatron_sip.serving.http_reply import ReplyTooLongError, masked, plain, printable, read_reply
+from megatron_sip.serving.failures import RequestError
+from megatron_sip.serving.http import HttpPool
+from megatron_sip.serving.server import Server
 
 ANSWER_TIMEOUT_S = 10.0
 
@@ -33,32 +33,37 @@ class EndpointFacts:
     context_tokens: int | None = None
 
 
-async def probe(server: Server, endpoint: Endpoint, timeout_s: float) -> EndpointFacts:
+async def probe(pool: HttpPool, server: Server, endpoint: Endpoint, timeout_s: float) -> EndpointFacts:
     """Wait until the server answers, and read what it reports. Raises EndpointError after `timeout_s`."""
     path = "/model_info" if endpoint.kind == "sglang" else "/v1/models"
     loop = asyncio.get_running_loop()
     deadline, last = loop.time() + timeout_s, "no answer"
-    timeout = aiohttp.ClientTimeout(total=min(ANSWER_TIMEOUT_S, timeout_s))
-    async with aiohttp.ClientSession(timeout=timeout) as session:
-        while loop.time() < deadline:
-            try:
-                status, report = await _get(session, server, path)
-                if status == 200:
-                    models = report if endpoint.kind == "openai" else (await _get(session, server, "/v1/models"))[1]
-                    return read_facts(endpoint.kind, endpoint.model, report, models)
-                last = f"status {status}" + (f", redirects to {report}" if 300 <= status < 400 else "")
-                if 300 <= status < 400 or status in (401, 403):
-                    break
-            except ReplyTooLongError as error:  # no server that starts up slowly
-                last = plain(error)
+    get = partial(pool.call, server, "GET", timeout_s=min(ANSWER_TIMEOUT_S, timeout_s))
+    while loop.time() < deadline:
+        try:
+            report = await get(path)
+            models = report if endpoint.kind == "openai" else await _optional(get("/v1/models"))
+            return read_facts(endpoint.kind, endpoint.model, report, models)
+        except RequestError as error:
+            last = error.detail
+            moved_or_locked = 300 <= error.status < 400 or error.status in (401, 403)
+            if moved_or_locked or error.kind == "bad-response":  # no server that starts up slowly
                 break
-            except (aiohttp.ClientError, OSError, ValueError) as error:
-                last = plain(error)
-            await asyncio.sleep(min(1.0, max(0.0, deadline - loop.time())))
+        await asyncio.sleep(min(1.0, max(0.0, deadline - loop.time())))
     raise EndpointError(
         f"judge endpoint {server.url} ({endpoint.kind}) gave no good answer to {path} within {timeout_s:.0f} s: "
-        f"{printable(masked(last, server.key))}. Is the server running, and is the URL right?"
+        f"{last}. Is the server running, and is the URL right?"
     )
+
+
+async def _optional(answer: Coroutine[Any, Any, Any]) -> Any:
+    """What a server need not have: None where it answers with another status than 200."""
+    try:
+        return await answer
+    except RequestError as error:
+        if error.status:
+            return None
+        raise
 
 
 def read_facts(kind: EndpointKind, model: str, report: Any, models: Any) -> EndpointFacts:
@@ -76,22 +81,3 @@ def read_facts(kind: EndpointKind, model: str, report: Any, models: Any) -> Endp
         for name in ("served_model_name", "model_path", "tokenizer_path")
     )
     return EndpointFacts(served or path, tokenizer or path, length)
-
-
-async def _get(session: aiohttp.ClientSession, server: Server, path: str) -> tuple[int, Any]:
-    """(status, JSON body); the body is None where it is none, or no success. Of a redirect, where to."""
-    proxy = server.proxy
-    async with session.get(  # no headers of the session: aiohttp would send them to the proxy, too
-        server.url + path,
-        headers=server.headers,
-        allow_redirects=False,
-        proxy=proxy.url,
-        proxy_headers=proxy.headers,
-    ) as response:
-        if response.status != 200:
-            return response.status, response.headers.get("Location")
-        content = await read_reply(response)
-    try:
-        return 200, orjson.loads(content)
-    except orjson.JSONDecodeError:
-        return 200, None

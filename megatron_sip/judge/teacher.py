@@ -29,14 +29,16 @@ from megatron_sip.judge.reasoning import UNKNOWN, ReasoningStyle
 from megatron_sip.judge.settings import DEFAULT_MODEL, ClientSettings, Endpoint, SettingsError
 from megatron_sip.judge.wire import (
     OPENAI_PATH,
-    SGLANG_PATH,
     answer_tokens,
     openai_answer,
     openai_body,
     sglang_answers,
     sglang_body,
 )
-from megatron_sip.serving.http import HttpPool, Request, RequestError, RetryPolicy, Server
+from megatron_sip.serving.failures import RequestError
+from megatron_sip.serving.http import HttpPool, Request
+from megatron_sip.serving.server import RetryPolicy, Server
+from megatron_sip.serving.sglang_wire import GENERATE_PATH
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ class TeacherClient:
     async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         """Wait until every endpoint answers. Raises EndpointError after `timeout_s`, EncodingError, SettingsError."""
         found = await asyncio.gather(
-            *(probe(server, self.settings.endpoint, timeout_s) for server in self.pool.servers)
+            *(probe(self.pool, server, self.settings.endpoint, timeout_s) for server in self.pool.servers)
         )
         for endpoint, facts in zip(self.settings.endpoints, found, strict=True):
             self._facts[endpoint.url] = facts
@@ -198,7 +200,7 @@ class TeacherClient:
             return answers
 
         is_native = self.settings.endpoint.kind == "sglang"
-        request = Request(affinity, SGLANG_PATH if is_native else OPENAI_PATH, body, parse)
+        request = Request(affinity, GENERATE_PATH if is_native else OPENAI_PATH, body, parse)
         trial = DialectTrial(self._dialects)
         while True:
             try:

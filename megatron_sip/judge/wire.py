@@ -20,10 +20,9 @@ from megatron_sip.judge.readings import Written, finish_of, read_vote, read_writ
 from megatron_sip.judge.reasoning import UNKNOWN, ReasoningStyle
 from megatron_sip.judge.settings import Endpoint
 from megatron_sip.judge.verdicts import VerdictRule
-from megatron_sip.serving.http import BadResponseError
-from megatron_sip.serving.http_reply import is_logprob
+from megatron_sip.serving.failures import readable
+from megatron_sip.serving.sglang_wire import Result, generate_body, logprob, read_results
 
-SGLANG_PATH = "/generate"
 OPENAI_PATH = "/v1/chat/completions"
 
 
@@ -49,34 +48,25 @@ def sglang_body(calls: Sequence[Call], encoder: ChatEncoder, endpoint: Endpoint)
     if isinstance(first, LikelihoodCall):
         start = encoder.document_start()
         prefixes = [start + encoder.text(call.prompt[0]) for call in calls]
-        return {
-            "input_ids": [ids + likelihood_ids(call, encoder) for ids, call in zip(prefixes, calls, strict=True)],
-            "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
-            "return_logprob": True,
-            "logprob_start_len": [max(len(ids) - 1, 0) for ids in prefixes],
-        }
+        prompts = [ids + likelihood_ids(call, encoder) for ids, call in zip(prefixes, calls, strict=True)]
+        places = [max(len(ids) - 1, 0) for ids in prefixes]
+        return generate_body(prompts, {"max_new_tokens": 0, "temperature": 0.0}, logprobs_from=places)
     if isinstance(first, ChoiceCall):
         context, label_ids = encoder.choices(first.rule.start, first.rule.labels)
-        return {
-            "input_ids": [encoder.chat(call.prompt, endpoint.answer_prefix) + context for call in calls],
-            "sampling_params": {"max_new_tokens": 1, "temperature": 1.0, "ignore_eos": True},
-            "return_logprob": True,
-            "token_ids_logprob": [label_ids] * len(calls),
-        }
+        prompts = [encoder.chat(call.prompt, endpoint.answer_prefix) + context for call in calls]
+        sampling = {"max_new_tokens": 1, "temperature": 1.0, "ignore_eos": True}
+        return generate_body(prompts, sampling, logprobs_of=[label_ids] * len(calls))
     prefix = endpoint.answer_prefix if first.start else None
-    return {
-        "input_ids": [
-            encoder.chat(call.prompt, prefix, call.start) for call in calls if isinstance(call, GenerateCall)
-        ],
-        "sampling_params": {
-            "n": first.n,
-            "max_new_tokens": answer_tokens(first, endpoint),
-            "temperature": first.temperature,
-            "top_p": first.top_p,
-            # Marks of reasoning channels are special tokens; the parser needs to see them.
-            "skip_special_tokens": not (endpoint.reasoning_tokens or encoder.reasoning.special_marks),
-        },
+    prompts = [encoder.chat(call.prompt, prefix, call.start) for call in calls if isinstance(call, GenerateCall)]
+    sampling = {
+        "n": first.n,
+        "max_new_tokens": answer_tokens(first, endpoint),
+        "temperature": first.temperature,
+        "top_p": first.top_p,
+        # Marks of reasoning channels are special tokens; the parser needs to see them.
+        "skip_special_tokens": not (endpoint.reasoning_tokens or encoder.reasoning.special_marks),
     }
+    return generate_body(prompts, sampling)
 
 
 def likelihood_ids(call: Call, encoder: ChatEncoder) -> list[int]:
@@ -92,49 +82,35 @@ def sglang_answers(
 
     Raises BadResponseError.
     """
-    outputs = response if isinstance(response, list) else [response]
     copies = calls[0].n if isinstance(calls[0], GenerateCall) else 1
-    if len(outputs) != copies * len(calls):
-        raise BadResponseError(f"{len(outputs)} outputs for {len(calls)} prompts with n={copies}")
     answers: list[Answer] = []
-    try:
+    with readable():
+        results = read_results(response, copies * len(calls))
         for place, call in enumerate(calls):
-            own = outputs[place * copies : (place + 1) * copies]
+            own = results[place * copies : (place + 1) * copies]
             if isinstance(call, GenerateCall):
                 answers.append(read_written(call, [_sglang_written(call, encoder, one) for one in own], lost))
-            elif finish_of(own[0]["meta_info"].get("finish_reason")) == "aborted":
+            elif finish_of(own[0].finish_reason) == "aborted":
                 answers.append(None)
             elif isinstance(call, ChoiceCall):
-                answers.append(_sglang_choice(call, encoder, own[0]["meta_info"]))
+                _, label_ids = encoder.choices(call.rule.start, call.rule.labels)
+                answers.append(call.rule.expected_value(own[0].first_logprobs(label_ids)))
             else:
-                answers.append(_sglang_likelihood(call, encoder, own[0]["meta_info"]))
-        usage = [usage_of({"usage": output["meta_info"]}) for output in outputs]
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-        raise BadResponseError(f"response without the expected fields: {error!r}") from error
+                answers.append(_sglang_likelihood(call, encoder, own[0]))
+        usage = [usage_of({"usage": result.meta}) for result in results]
     return answers, sum(prompt for prompt, _ in usage), sum(generated for _, generated in usage)
 
 
-def _sglang_written(call: GenerateCall, encoder: ChatEncoder, output: dict[str, Any]) -> Written:
-    text, finish = output["text"], finish_of(output["meta_info"].get("finish_reason"))
+def _sglang_written(call: GenerateCall, encoder: ChatEncoder, result: Result) -> Written:
+    text, finish = result.text, finish_of(result.finish_reason)
     if not isinstance(text, str):
         text, finish = "", "aborted"
     return Written(text, finish, encoder.reasoning, begun=call.start != "")
 
 
-def _sglang_choice(call: ChoiceCall, encoder: ChatEncoder, meta: dict[str, Any]) -> float | None:
-    _, label_ids = encoder.choices(call.rule.start, call.rule.labels)
-    found = {entry[1]: logprob(entry[0]) for entry in meta["output_token_ids_logprobs"][0]}
-    return call.rule.expected_value([found[label_id] for label_id in label_ids])
-
-
-def _sglang_likelihood(call: LikelihoodCall, encoder: ChatEncoder, meta: dict[str, Any]) -> float | None:
-    expected = likelihood_ids(call, encoder)
-    entries = meta["input_token_logprobs"][-len(expected) :] if expected else []
-    if [entry[1] for entry in entries] != expected:
-        raise BadResponseError("the log-probs returned are not those of the continuation's tokens")
-    if entries and entries[0][0] is None:
-        entries = entries[1:]  # a text's first token follows nothing
-    values = [logprob(entry[0]) for entry in entries]
+def _sglang_likelihood(call: LikelihoodCall, encoder: ChatEncoder, result: Result) -> float | None:
+    found = result.prompt_logprobs(likelihood_ids(call, encoder))
+    values = [value for value in found if value is not None]
     return math.fsum(values) / len(values) if values else None
 
 
@@ -182,13 +158,14 @@ def openai_answer(
     style: of the model's reasoning, where its tokenizer is known. lost: where unreadable answers are counted by reason.
     asked: choices that the request asked for, by default the call's `n`; what a server gives beyond them is not read.
     """
-    try:
+    with readable():
         choices, usage = choices_of(response)[:asked], usage_of(response)
+        answer: Answer
         if isinstance(call, GenerateCall):
-            return read_written(call, [_openai_written(call, endpoint, c, style) for c in choices], lost), *usage
-        return _openai_choice(call, endpoint, choices[0], style, lost), *usage
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-        raise BadResponseError(f"response without the expected fields: {error!r}") from error
+            answer = read_written(call, [_openai_written(call, endpoint, c, style) for c in choices], lost)
+        else:
+            answer = _openai_choice(call, endpoint, choices[0], style, lost)
+    return answer, *usage
 
 
 def _openai_written(
@@ -241,10 +218,3 @@ def label_logprobs(rule: VerdictRule, top: Sequence[dict[str, Any]]) -> list[flo
         if len(matching) == 1:
             masses[matching[0]] += math.exp(logprob(entry["logprob"]))
     return [math.log(mass) if mass > 0 else -math.inf for mass in masses.values()]
-
-
-def logprob(value: Any) -> float:
-    """A log-prob that a server gave. Raises BadResponseError when it can be none: it would turn a verdict round."""
-    if not is_logprob(value):
-        raise BadResponseError(f"{str(value)[:40]!r} is no log-prob")
-    return float(value)

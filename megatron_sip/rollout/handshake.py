@@ -11,11 +11,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sip.rollout.protocol import EngineError
+from megatron_sip.errors import UserError
 from megatron_sip.serving.blocking_call import call
+from megatron_sip.serving.failures import RequestError
+from megatron_sip.serving.sglang_wire import GENERATE_PATH, generate_body
 
 Control = Callable[..., Awaitable[Any]]
-"""`await control(url, method, path, body=None)`: the JSON that the engine answers, or EngineError."""
+"""`await control(method, path, body=None)`: the JSON that the engine answers, or RequestError."""
+
+
+class WeightSyncError(UserError, RuntimeError):
+    """The weights did not reach every engine, or none; the message says which and why. Raised on all ranks alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,7 @@ class ModelContract:
 
 async def check_engine(control: Control, url: str, contract: ModelContract) -> None:
     """Raise ValueError, naming the engine and what to do, when it does not fulfil `contract`."""
-    models = await control(url, "GET", "/v1/models")
+    models = await control("GET", "/v1/models")
     served = int(models["data"][0]["max_model_len"])
     if served < contract.context_length:
         raise ValueError(
@@ -48,7 +54,7 @@ async def check_engine(control: Control, url: str, contract: ModelContract) -> N
             f"{contract.vocab_size}: serve the checkpoint that is trained"
         )
     body = {"prompt": contract.probe_text, "add_special_tokens": False}
-    ids = (await control(url, "POST", "/tokenize", body))["tokens"]
+    ids = (await control("POST", "/tokenize", body))["tokens"]
     if ids != list(contract.probe_ids):
         raise ValueError(
             f"the engine at {url} has another tokenizer than the trainer: it makes {len(ids)} tokens of a test text "
@@ -58,37 +64,31 @@ async def check_engine(control: Control, url: str, contract: ModelContract) -> N
 
 async def _vocab_size(control: Control, url: str) -> int:
     """SGLang has no field for it, but names it when it refuses a token id outside of the vocabulary."""
-    body = {
-        "input_ids": [0],
-        "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
-        "return_logprob": True,
-        "token_ids_logprob": [2**31 - 1],
-    }
+    sampling = {"max_new_tokens": 1, "temperature": 0.0}
     try:
-        await control(url, "POST", "/generate", body)
-    except EngineError as error:
+        await control("POST", GENERATE_PATH, generate_body([0], sampling, logprobs_of=[2**31 - 1]))
+    except RequestError as error:
         size = re.search(r"valid range is \[0, (\d+)\)", str(error))
         if size is None:
             raise
         return int(size.group(1))
-    raise EngineError("bad-response", url, "accepted a token id far outside of any vocabulary")
+    raise RequestError("bad-response", f"{url}: accepted a token id far outside of any vocabulary")
 
 
 def end_open_update(url: str, timeout_s: float, key: str | None = None) -> None:
     """End the weight update and the pause that the engine at `url` may be in, of a trainer that is no more.
 
     Its weights may then be partly those of the update, under the version before it: push before anything is sampled. An
-    engine that still receives or loads weights ends that first, which `timeout_s` bounds. Raises EngineError.
+    engine that still receives or loads weights ends that first, which `timeout_s` bounds. Raises RequestError.
     """
     try:
         call(url, "POST", "/end_weight_update", {}, timeout_s=timeout_s, key=key)
-    except EngineError as error:
+    except RequestError as error:
         if error.kind == "timeout":
-            raise EngineError(
+            raise RequestError(
                 "timeout",
-                url,
-                f"still in the weight update of another trainer after {timeout_s:g} s: end that trainer, or restart the "
-                "engine if there is none",
+                f"{url}: still in the weight update of another trainer after {timeout_s:g} s: end that trainer, or restart "
+                "the engine if there is none",
             ) from error
         if "no weight-update session is open" not in str(error):
             raise

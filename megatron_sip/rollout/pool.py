@@ -1,13 +1,12 @@
-"""Asynchronous client of a pool of SGLang engines: sampling, and control of all engines together.
+"""Asynchronous client of the SGLang engines: sampling, and control of all engines together.
 
     async with SGLangPool(["http://10.0.0.1:30000", "http://10.0.0.2:30000"]) as pool:
         await pool.wait_ready()
         results = await pool.generate(prefixes, SamplingSettings(max_new_tokens=128, n=16))
 
-A call goes to one engine; when that fails in a way another engine may cure, it is retried there after a jittered
-pause. An engine that fails is left alone for a while and asked for its health before it is used again. So is one with
-other weights than are asked for, until it has them. Results come in the order of the input, and what could not be had
-is a `Failure`, counted by kind.
+An HttpPool (`serving.http` says what becomes of failures) that knows of weight versions: an engine that failed is asked for
+its weights before it is used again, and one with other weights than are asked for is left out until it has them. Results
+come in the order of the input, and what could not be had is a `Failure`, counted by kind.
 """
 
 from __future__ import annotations
@@ -16,40 +15,30 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
-import aiohttp
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
+import orjson
 
 from megatron_sip.rollout.handshake import ModelContract, check_engine
-from megatron_sip.rollout.protocol import (
-    RETRYABLE,
-    Completion,
-    EngineError,
-    Failure,
-    FailureKind,
-    SamplingSettings,
-    generate_body,
-    read_reply,
-)
-from megatron_sip.serving.blocking_call import send
+from megatron_sip.rollout.sampling import Completion, Failure, SamplingSettings, read_completions, sampling_body
+from megatron_sip.serving.failures import RequestError
+from megatron_sip.serving.http import HttpPool, Request
 from megatron_sip.serving.http_reply import shown_url, url_mistake
+from megatron_sip.serving.server import RetryPolicy, Server
+from megatron_sip.serving.sglang_wire import GENERATE_PATH
 
 log = logging.getLogger(__name__)
-
-# SGLang's HTTP server closes an idle connection after 5 s; we must give it up first or lose a request on it.
-KEEP_ALIVE_S = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
     """Time in seconds. `call_timeout_s` bounds one HTTP call, `deadline_s` a request with all its retries.
 
-    `max_concurrency` calls are in flight for each engine, each sent to the one with the fewest. `key` is what the engines
-    demand as a bearer token, `vocab_size` what all token ids must be below.
+    `max_concurrency` calls are in flight for each engine, each sent to the one with the fewest. An engine that failed is left
+    alone for `down_s`. `key` is what the engines demand as a bearer token, `vocab_size` what all token ids must be below.
     """
 
     call_timeout_s: float = 300.0
@@ -63,6 +52,17 @@ class PoolSettings:
     down_s: float = 5.0
     key: str | None = field(default=None, repr=False)
     vocab_size: int | None = None
+
+    @property
+    def policy(self) -> RetryPolicy:
+        return RetryPolicy(
+            attempts=self.attempts,
+            first_s=self.backoff_s,
+            longest_s=self.max_backoff_s,
+            breaker_failures=1,
+            breaker_first_s=self.down_s,
+            breaker_longest_s=self.down_s,
+        )
 
 
 @dataclass(slots=True)
@@ -79,14 +79,6 @@ class PoolCounters:
     attempt_failures: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(slots=True)
-class _Engine:
-    url: str
-    in_flight: int = 0
-    down_until: float = 0.0  # time.monotonic(); 0 while up
-    stale: bool = False  # down because its weights are not those that were asked for last
-
-
 class SGLangPool:
     """Client of one or more engines with the same model. Use as an async context manager, in one event loop."""
 
@@ -97,32 +89,42 @@ class SGLangPool:
             if mistake := url_mistake(url):
                 raise ValueError(f"engine URL {shown_url(url)}: {mistake}")
         self.settings = settings or PoolSettings()
-        self.counters = PoolCounters()
-        self._engines = [_Engine(url.rstrip("/")) for url in urls]
-        self._slots = asyncio.Semaphore(self.settings.max_concurrency * len(urls))
-        self._session: aiohttp.ClientSession | None = None
-        self._probes: set[asyncio.Task[None]] = set()
+        self._http = HttpPool(
+            [Server(url, self.settings.key) for url in urls],
+            concurrency=self.settings.max_concurrency * len(urls),
+            call_timeout_s=self.settings.call_timeout_s,
+            connect_timeout_s=self.settings.connect_timeout_s,
+            policy=self.settings.policy,
+            check=self._check_version,
+            counted_as=counted_as,
+        )
+        self._tokens = PoolCounters()
         self._version: str | None = None
-        self._version_check: asyncio.Future[list[None]] | None = None
+        self._version_checks: list[asyncio.Task[None]] = []
 
     @property
     def urls(self) -> list[str]:
         """Base URLs of the engines, in the order given."""
-        return [engine.url for engine in self._engines]
+        return [server.url for server in self._http.servers]
+
+    @property
+    def counters(self) -> PoolCounters:
+        counts, servers = self._http.counts, self._http.servers
+        attempts = {name: count for name, count in counts.items() if name.startswith("failed-attempts/")}
+        return replace(
+            self._tokens,
+            calls=sum(server.calls for server in servers),
+            retries=counts["retries"],
+            seconds=sum(server.seconds for server in servers),
+            attempt_failures=Counter({name.partition("/")[2]: count for name, count in attempts.items()}),
+        )
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-        self._session = aiohttp.ClientSession(connector=connector)
+        await self._http.__aenter__()
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        for probe in self._probes:
-            probe.cancel()
-        if self._version_check is not None:
-            self._version_check.cancel()
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._http.__aexit__(*exc_info)
 
     # --- sampling -------------------------------------------------------------------------------------------------
 
@@ -144,180 +146,101 @@ class SGLangPool:
             raise ValueError(f"{len(seeds)} seeds for {len(prefixes)} prefixes")
         if any(not prefix for prefix in prefixes):
             raise ValueError("an empty prefix cannot be continued: give at least one token (for example BOS)")
-        await self._find_stale(weight_version)
+        await self._admit(weight_version)
         given = [None] * len(prefixes) if seeds is None else seeds
-        bodies = (generate_body(prefix, settings, seed) for prefix, seed in zip(prefixes, given, strict=True))
+        bodies = (sampling_body(prefix, settings, seed) for prefix, seed in zip(prefixes, given, strict=True))
         return await asyncio.gather(*(self._request(body, settings, weight_version) for body in bodies))
-
-    # --- all engines ----------------------------------------------------------------------------------------------
-
-    async def wait_ready(self, timeout_s: float = 25.0) -> None:
-        """Return when every engine answers /model_info; else raise EngineError naming those that do not."""
-        deadline = time.monotonic() + timeout_s
-
-        async def wait(url: str) -> str | None:
-            while True:
-                try:
-                    await self._control(url, "GET", "/model_info", timeout_s=min(5.0, timeout_s))
-                    return None
-                except EngineError as error:
-                    if time.monotonic() + 0.5 > deadline:
-                        return str(error)
-                await asyncio.sleep(0.5)
-
-        silent = [error for error in await asyncio.gather(*map(wait, self.urls)) if error is not None]
-        if silent:
-            raise EngineError(
-                "connection",
-                ", ".join(self.urls),
-                f"no SGLang engine answered within {timeout_s:.0f} s: {'; '.join(silent)}. Check that the server is "
-                "running and that the URL (host and port) is right, or let the trainer start engines itself",
-            )
-
-    async def take_seeds(self) -> bool:
-        """Whether every engine samples by the seeds it is given, which SGLang does with deterministic inference alone."""
-        found = await asyncio.gather(*(self._control(url, "GET", "/server_info") for url in self.urls))
-        return all(isinstance(info, dict) and info.get("enable_deterministic_inference") is True for info in found)
-
-    async def check_compatible(self, contract: ModelContract) -> None:
-        """Raise ValueError when an engine's vocabulary, context or tokenizer is not the trainer's."""
-        await asyncio.gather(*(check_engine(self._control, url, contract) for url in self.urls))
-
-    # --- one request ----------------------------------------------------------------------------------------------
 
     async def _request(
         self, body: dict[str, Any], settings: SamplingSettings, weight_version: str | None
     ) -> list[Completion] | Failure:
-        """One /generate request with retries, in the time of `deadline_s`."""
-        tried: list[str] = []
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(self.settings.attempts),
-            wait=wait_random_exponential(self.settings.backoff_s, self.settings.max_backoff_s),
-            retry=retry_if_exception(lambda error: isinstance(error, EngineError) and error.kind in RETRYABLE),
-            before_sleep=self._count_retry,
-            reraise=True,
+        data = orjson.dumps(body)
+        read = partial(
+            read_completions, settings=settings, vocab_size=self.settings.vocab_size, weight_version=weight_version
         )
-        last = "no engine is up"
+        request = Request(None, GENERATE_PATH, lambda _: data, read)
+        deadline = asyncio.get_running_loop().time() + self.settings.deadline_s
         try:
-            async with asyncio.timeout(self.settings.deadline_s), self._slots:
-                async for attempt in retrying:
-                    with attempt:
-                        try:
-                            return await self._attempt(tried, body, settings, weight_version)
-                        except EngineError as error:
-                            last = str(error)
-                            raise
-        except EngineError as error:
-            return self._failed(error.kind, str(error))
-        except TimeoutError:
-            return self._failed("deadline", f"no result within {self.settings.deadline_s:g} s; last: {last}")
-        raise AssertionError("unreachable")
+            completions, (prompt, cached, completion) = await self._http.send(request, deadline)
+        except RequestError as error:
+            return self._failed(error)
+        self._tokens.prompt_tokens += prompt
+        self._tokens.cached_tokens += cached
+        self._tokens.completion_tokens += completion
+        return list(completions)
 
-    async def _attempt(
-        self, tried: list[str], body: dict[str, Any], settings: SamplingSettings, weight_version: str | None
-    ) -> list[Completion]:
-        async with self._lease(tried) as engine:
-            started = time.monotonic()
-            self.counters.calls += 1
-            try:
-                reply = await self._send(engine.url, "POST", "/generate", body, self.settings.call_timeout_s)
-                result, (prompt, cached, completion) = read_reply(
-                    reply, engine.url, settings, self.settings.vocab_size, weight_version
-                )
-            except EngineError as error:
-                self.counters.attempt_failures[error.kind] += 1
-                if error.kind in RETRYABLE:
-                    engine.down_until = time.monotonic() + self.settings.down_s
-                    engine.stale = error.kind == "stale-weights"
-                raise
-            finally:
-                self.counters.seconds += time.monotonic() - started
-        self.counters.prompt_tokens += prompt
-        self.counters.cached_tokens += cached
-        self.counters.completion_tokens += completion
-        return result
+    def _failed(self, error: RequestError) -> Failure:
+        kind = counted_as(error)
+        self._tokens.failures[kind] += 1
+        if self._tokens.failures[kind] == 1:  # the first of its kind is worth a line, not a flood
+            log.warning("rollouts of a prompt are missing: %s", error)
+        return Failure(kind, str(error))
 
-    @asynccontextmanager
-    async def _lease(self, tried: list[str]) -> AsyncIterator[_Engine]:
-        """An engine that is up, and preferably not yet tried by this request; waits for one when all are down.
+    # --- weight versions ------------------------------------------------------------------------------------------
 
-        Raises EngineError("stale-weights") when all are down for that reason: only a push of weights would help.
-        """
-        self._probe_due_engines()
-        while (engine := self._choose(tried)) is None:
-            if all(engine.stale for engine in self._engines):
-                raise EngineError("stale-weights", ", ".join(self.urls), f"none has weights {self._version!r}")
-            await asyncio.sleep(0.05)
-            self._probe_due_engines()
-        tried.append(engine.url)
-        engine.in_flight += 1
-        try:
-            yield engine
-        finally:
-            engine.in_flight -= 1
-
-    def _choose(self, tried: Sequence[str]) -> _Engine | None:
-        up = [engine for engine in self._engines if engine.down_until == 0.0]
-        return min(up, key=lambda engine: (tried.count(engine.url), engine.in_flight), default=None)
-
-    def _probe_due_engines(self) -> None:
-        now = time.monotonic()
-        for engine in self._engines:
-            if 0.0 < engine.down_until <= now:
-                engine.down_until = float("inf")  # until the probe says more
-                task = asyncio.create_task(self._probe(engine, self.settings.connect_timeout_s))
-                self._probes.add(task)
-                task.add_done_callback(self._probes.discard)
-
-    async def _probe(self, engine: _Engine, timeout_s: float) -> None:
-        """Up, when it answers and has the weights that were asked for last; down otherwise."""
-        try:
-            info = await self._control(engine.url, "GET", "/model_info", timeout_s=timeout_s)
-            engine.stale = self._version is not None and str(info["weight_version"]) != self._version
-            engine.down_until = time.monotonic() + self.settings.down_s if engine.stale else 0.0
-        except (EngineError, KeyError, TypeError, IndexError):
-            engine.stale = False
-            engine.down_until = time.monotonic() + self.settings.down_s
-
-    async def _find_stale(self, version: str | None) -> None:
+    async def _admit(self, version: str | None) -> None:
         """When other weights are asked for than last, find out first who has them.
 
-        An engine that missed a push may even be paused: a request to it would take all of its time.
+        An engine that missed a push may even be paused: a request to it would take all of its time. Those that were down are
+        asked as well, but not waited for.
         """
         if version is not None and version != self._version:
             self._version = version
-            # Engines that were down are asked as well, but not waited for.
-            lost = [engine for engine in self._engines if engine.down_until and not engine.stale]
-            for engine in lost:
-                engine.down_until = min(engine.down_until, time.monotonic())
-            asked = [engine for engine in self._engines if engine not in lost]
-            probes = (self._probe(engine, self.settings.control_timeout_s) for engine in asked)
-            self._version_check = asyncio.gather(*probes)
-        if self._version_check is not None:
-            await asyncio.shield(self._version_check)
+            self._version_checks = self._http.start_checks()
+        if self._version_checks:
+            await asyncio.wait(self._version_checks)
 
-    def _count_retry(self, _: RetryCallState) -> None:
-        self.counters.retries += 1
+    async def _check_version(self, server: Server) -> None:
+        """Raise RequestError unless the engine answers and has the weights that were asked for last."""
+        info = await self._control(server, "GET", "/model_info")
+        found = str(info["weight_version"])
+        if self._version is not None and found != self._version:
+            raise RequestError("stale-weights", f"{server.url}: has weights {found!r}, not {self._version!r}")
 
-    def _failed(self, kind: FailureKind, reason: str) -> Failure:
-        self.counters.failures[kind] += 1
-        if self.counters.failures[kind] == 1:  # the first of its kind is worth a line, not a flood
-            log.warning("rollouts of a prompt are missing: %s", reason)
-        return Failure(kind, reason)
+    # --- all engines ----------------------------------------------------------------------------------------------
 
-    async def _control(self, url: str, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
-        return await self._send(url, method, path, body, timeout_s or self.settings.control_timeout_s)
+    async def wait_ready(self, timeout_s: float = 25.0) -> None:
+        """Return when every engine answers /model_info; else raise RequestError naming those that do not."""
+        deadline = time.monotonic() + timeout_s
 
-    async def _send(self, url: str, method: str, path: str, body: Any, timeout_s: float) -> Any:
-        if self._session is None:
-            raise RuntimeError("use the pool as an async context manager: async with SGLangPool(urls) as pool")
-        return await send(
-            self._session,
-            url,
-            method,
-            path,
-            body,
-            timeout_s=timeout_s,
-            connect_timeout_s=self.settings.connect_timeout_s,
-            key=self.settings.key,
+        async def wait(server: Server) -> str | None:
+            while True:
+                try:
+                    await self._control(server, "GET", "/model_info", timeout_s=min(5.0, timeout_s))
+                    return None
+                except RequestError as error:
+                    if time.monotonic() + 0.5 > deadline:
+                        return str(error)
+                await asyncio.sleep(0.5)
+
+        silent = [error for error in await asyncio.gather(*map(wait, self._http.servers)) if error is not None]
+        if silent:
+            raise RequestError(
+                "connection",
+                f"{', '.join(self.urls)}: no SGLang engine answered within {timeout_s:.0f} s: {'; '.join(silent)}. Check that "
+                "the server is running and that the URL (host and port) is right, or let the trainer start engines itself",
+            )
+
+    async def take_seeds(self) -> bool:
+        """Whether every engine samples by the seeds it is given, which SGLang does with deterministic inference alone."""
+        found = await asyncio.gather(*(self._control(server, "GET", "/server_info") for server in self._http.servers))
+        return all(isinstance(info, dict) and info.get("enable_deterministic_inference") is True for info in found)
+
+    async def check_compatible(self, contract: ModelContract) -> None:
+        """Raise ValueError when an engine's vocabulary, context or tokenizer is not the trainer's."""
+        await asyncio.gather(
+            *(check_engine(partial(self._control, server), server.url, contract) for server in self._http.servers)
         )
+
+    async def _control(
+        self, server: Server, method: str, path: str, body: Any = None, timeout_s: float | None = None
+    ) -> Any:
+        limit = timeout_s or self.settings.control_timeout_s
+        return await self._http.call(server, method, path, body, timeout_s=limit)
+
+
+def counted_as(error: RequestError) -> str:
+    """The name that engines' failures have in the metrics of all runs: an HTTP status goes by its hundred."""
+    if error.status:
+        return f"http-{error.status // 100}xx"
+    return "connection" if error.kind == "disconnected" else error.kind

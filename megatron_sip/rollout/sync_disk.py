@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sip.hf.shards import NamedTensors, Part, complete_model, write_parts
-from megatron_sip.rollout.protocol import WeightSyncError
+from megatron_sip.rollout.handshake import WeightSyncError
 from megatron_sip.rollout.weight_group import SyncSettings
 from megatron_sip.rollout.weight_sync import SyncRank, WeightSync, drained
 

@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from megatron_sip.hf.shards import NamedTensors, buckets
-from megatron_sip.rollout.protocol import EngineError, WeightSyncError
+from megatron_sip.rollout.handshake import WeightSyncError
 from megatron_sip.rollout.weight_group import EngineGroup, SyncSettings, make_bucket
 from megatron_sip.rollout.weight_sync import SyncRank, WeightSync, drained
+from megatron_sip.serving.failures import RequestError
 
 REOPEN_S = 5.0
 
@@ -76,7 +77,7 @@ class DistributedWeightSync(WeightSync):
         self._call(url, "/pause_generation", {"mode": "retract"})
         try:
             self._call(url, "/begin_weight_update")
-        except EngineError as error:
+        except RequestError as error:
             if "already open" not in str(error):
                 raise
             self._call(url, "/end_weight_update")  # left open by a trainer that died
@@ -96,6 +97,6 @@ class DistributedWeightSync(WeightSync):
         for path in ("/end_weight_update", "/flush_cache", "/continue_generation"):
             try:
                 self._call(url, path, timeout_s=REOPEN_S)
-            except EngineError as error:  # it failed before, and the reason is already reported
-                if error.kind == "connection":
+            except RequestError as error:  # it failed before, and the reason is already reported
+                if error.kind in ("connection", "disconnected"):
                     return

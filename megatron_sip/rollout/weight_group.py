@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 from megatron_sip.hf.shards import Tensors
 from megatron_sip.rollout.daemon import in_daemon_thread
-from megatron_sip.rollout.protocol import EngineError
 from megatron_sip.serving.blocking_call import call
+from megatron_sip.serving.failures import RequestError
 
 Backend = Literal["gloo", "nccl"]
 POLL_S = 0.001
@@ -105,7 +105,7 @@ class EngineGroup:
         """Join unless we are joined with this very process of the engine. True when a join was needed."""
         info = call(self.url, "GET", "/server_info", timeout_s=self._settings.call_timeout_s, key=self._settings.key)
         if not isinstance(info, dict) or type(ranks := info.get("tp_size", 1)) is not int:
-            raise EngineError("bad-response", self.url, f"/server_info is none: {str(info)[:200]}")
+            raise RequestError("bad-response", f"{self.url}/server_info is none: {str(info)[:200]}")
         startup_time = info.get("startup_time")
         if self._group is not None and startup_time == self._startup_time:
             return False
@@ -115,7 +115,7 @@ class EngineGroup:
         return True
 
     def broadcast(self, bucket: Bucket) -> None:
-        """Have the engine load a bucket. Raises EngineError, after which the group is gone and must be joined anew."""
+        """Have the engine load a bucket. Raises RequestError, after which the group is gone and must be joined anew."""
         body = {
             "names": bucket.names,
             "dtypes": bucket.dtypes,
@@ -135,10 +135,10 @@ class EngineGroup:
             request.result(timeout=max(1.0, deadline - time.monotonic()))
         except Exception as error:
             self._abandon()
-            if isinstance(error, EngineError):
+            if isinstance(error, RequestError):
                 raise
-            raise EngineError(
-                "connection", self.url, f"weight broadcast failed: {error or type(error).__name__}"
+            raise RequestError(
+                "connection", f"{self.url}: weight broadcast failed: {error or type(error).__name__}"
             ) from error
 
     def leave(self, tell_engine: bool = True) -> None:
@@ -151,7 +151,7 @@ class EngineGroup:
             try:
                 body = {"group_name": name}
                 call(self.url, "POST", "/destroy_weights_update_group", body, timeout_s=10.0, key=self._settings.key)
-            except EngineError:
+            except RequestError:
                 return  # an engine that is gone has no group either
 
     def _join(self, engine_ranks: int) -> None:
@@ -176,13 +176,13 @@ class EngineGroup:
                 if future in done:
                     future.result()
         except (RuntimeError, dist.DistError) as error:
-            if isinstance(error, EngineError):
+            if isinstance(error, RequestError):
                 raise
-            raise EngineError(
-                "connection", self.url, f"no weight group at {self._settings.address}: {error}"
+            raise RequestError(
+                "connection", f"{self.url}: no weight group at {self._settings.address}: {error}"
             ) from error
         if waiting:
-            raise EngineError("timeout", self.url, f"no weight group within {self._settings.timeout_s:g} s")
+            raise RequestError("timeout", f"{self.url}: no weight group within {self._settings.timeout_s:g} s")
         self._group = ours.result()
         self._name = name
 
@@ -198,7 +198,7 @@ class EngineGroup:
             if request.done() and request.exception() is not None:
                 request.result()
             if time.monotonic() > deadline:
-                raise EngineError("timeout", self.url, f"took no weights within {self._settings.timeout_s:g} s")
+                raise RequestError("timeout", f"{self.url}: took no weights within {self._settings.timeout_s:g} s")
             time.sleep(POLL_S)
         entry.result().wait()
 

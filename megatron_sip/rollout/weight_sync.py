@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sip.hf.shards import NamedTensors
-from megatron_sip.rollout.handshake import end_open_update
-from megatron_sip.rollout.protocol import EngineError, WeightSyncError
+from megatron_sip.rollout.handshake import WeightSyncError, end_open_update
 from megatron_sip.rollout.weight_group import SyncSettings
 from megatron_sip.serving.blocking_call import call
+from megatron_sip.serving.failures import RequestError
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class WeightSync(ABC):
             with ThreadPoolExecutor(len(urls), thread_name_prefix="weight-sync") as threads:
                 for url, future in [(url, threads.submit(action, url)) for url in urls]:
                     error = future.exception()
-                    if error is not None and not isinstance(error, EngineError):
+                    if error is not None and not isinstance(error, RequestError):
                         found[url] = f"{type(error).__name__}: {error}"
                     elif error is not None:
                         found[url] = str(error)
@@ -153,7 +153,7 @@ class WeightSync(ABC):
         info = call(url, "GET", "/model_info", timeout_s=self.settings.call_timeout_s, key=self.settings.key)
         found = info.get("weight_version") if isinstance(info, dict) else None
         if found != version:
-            raise EngineError("stale-weights", url, f"reports weight version {found!r} after a push of {version!r}")
+            raise RequestError("stale-weights", f"{url}: reports weight version {found!r} after a push of {version!r}")
 
 
 @contextmanager

@@ -5,10 +5,11 @@
         result = await pool.send(Request(affinity, path, body, parse), deadline=loop.time() + 60)
 
 A request goes to the server that its affinity selects (all requests of one prompt to one server, whose prefix cache
-then has it), to another one when that fails. A server that fails repeatedly is left alone for a while (circuit
-breaker) and then probed by one request; so is one that names a time in Retry-After. A refused connection and such a
-time cost no attempt: the request goes elsewhere, and only when there is no server left waits, up to its deadline.
-Every failure ends in RequestError with a kind to count, never in a result.
+then has it) or, without one, to the server with the fewest requests; to another one when that fails. A server that fails
+repeatedly is left alone for a while (circuit breaker) and then probed, by one request or by the pool's `check`; so is one
+that names a time in Retry-After. A refused connection and such a time cost no attempt: the request goes elsewhere, and
+only when there is no server left waits, up to its deadline. Every failure ends in RequestError with a kind to count,
+never in a result.
 """
 
 from __future__ import annotations
@@ -17,144 +18,31 @@ import asyncio
 import hashlib
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Self
 
 import aiohttp
 import orjson
 
-from megatron_sip.serving.http_reply import ReplyTooLongError, masked, masked_reply, plain, printable, read_reply
-from megatron_sip.serving.proxy import DIRECT, Proxy
+from megatron_sip.serving.failures import BadResponseError, RequestError, failure, readable, status_failure
+from megatron_sip.serving.http_reply import ReplyTooLongError, masked_reply, plain, read_reply
+from megatron_sip.serving.server import RetryPolicy, Server
 
-RETRIED_STATUS = frozenset({408, 409, 425, 429, *range(500, 600)})
 KEPT_LATENCIES = 4096
-REFUSAL_BYTES = 4000
-"""Of a refusal, to be read for what the server wants otherwise."""
-
-
-class BadResponseError(Exception):
-    """A response with status 200 that is not what was asked for; the request is tried again."""
-
-
-class RequestError(Exception):
-    """A request that got no usable response. `kind` is short and meant for counting; `refusal` is the text of a 4xx."""
-
-    def __init__(self, kind: str, detail: str, retry_after_s: float = 0.0, refusal: str = "") -> None:
-        super().__init__(f"{kind}: {detail}")
-        self.kind = kind
-        self.retry_after_s = retry_after_s
-        self.refusal = refusal
-
-
-class _ClosedMeanwhileError(Exception):
-    """The server was closed while a request waited for its turn."""
-
-
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """Attempts a request gets, and the back-off between them: uniform in 0 .. min(longest_s, first_s * 2^k).
-
-    longest_retry_after_s: a server that asks for more is asked again after this time.
-    """
-
-    attempts: int = 5
-    first_s: float = 0.2
-    longest_s: float = 10.0
-    breaker_failures: int = 5
-    breaker_first_s: float = 0.5
-    breaker_longest_s: float = 15.0
-    longest_retry_after_s: float = 3600.0
-
-
-@dataclass(slots=True)
-class TokenBucket:
-    """Lets `rate` requests per second through, at most one second's worth at once. rate 0: no limit."""
-
-    rate: float
-    _level: float = field(init=False, default=0.0)
-    _filled_at: float = field(init=False, default=0.0)
-
-    def wait_s(self, now: float) -> float:
-        """Take one token and return 0, or return how long to wait before asking again."""
-        if self.rate <= 0:
-            return 0.0
-        capacity = max(1.0, self.rate)
-        filled = (now - self._filled_at) * self.rate if self._filled_at else capacity
-        self._level = min(capacity, self._level + filled)
-        self._filled_at = now
-        if self._level >= 1.0:
-            self._level -= 1.0
-            return 0.0
-        return (1.0 - self._level) / self.rate
-
-
-@dataclass(slots=True)
-class Server:
-    """One server and what is known about its health.
-
-    key: sent as a bearer token; no message shows it.
-    """
-
-    url: str
-    key: str | None = field(default=None, repr=False)
-    requests_per_s: float = 0.0
-    proxy: Proxy = DIRECT
-    bucket: TokenBucket = field(init=False)
-    failures_in_a_row: int = field(init=False, default=0)
-    openings: int = field(init=False, default=0)
-    open_until: float = field(init=False, default=0.0)
-    closed_until: float = field(init=False, default=0.0)
-    probing: bool = field(init=False, default=False)
-
-    def __post_init__(self) -> None:
-        self.url = self.url.rstrip("/")
-        self.bucket = TokenBucket(self.requests_per_s)
-
-    @property
-    def headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        if not self.url.startswith("https:"):  # else the proxy only sees the request for a tunnel
-            headers |= self.proxy.headers
-        return headers
-
-    def available_in(self, now: float) -> float:
-        """Seconds until the breaker lets a request through (0: now); while a probe is under way a short while."""
-        closed = max(0.0, self.closed_until - now)
-        if self.open_until == 0.0 or closed:
-            return closed
-        if self.probing:
-            return 0.05
-        return max(0.0, self.open_until - now)
-
-    def close_until(self, time: float) -> None:
-        """Send nothing before `time`, as the server asked, and then a single request first."""
-        self.closed_until = max(self.closed_until, time)
-        self.open_until = max(self.open_until, time)
-
-    def succeeded(self) -> None:
-        self.failures_in_a_row, self.openings, self.open_until, self.probing = 0, 0, 0.0, False
-
-    def failed(self, now: float, policy: RetryPolicy) -> bool:
-        """Note a failure; True when it opened the breaker (again)."""
-        self.failures_in_a_row += 1
-        self.probing = False
-        if self.failures_in_a_row < policy.breaker_failures or now < self.open_until:
-            return False  # requests that were under way when it opened say nothing new
-        self.open_until = now + min(policy.breaker_longest_s, policy.breaker_first_s * 2 ** min(self.openings, 30))
-        self.openings += 1
-        return True
+# SGLang's HTTP server closes an idle connection after 5 s; we must give it up first or lose a request on it.
+KEEP_ALIVE_S = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to send: `body` may depend on the chosen server. `parse` gets the JSON value of the response."""
+    """What to send: `body` may depend on the chosen server. `parse` gets the JSON value of the response.
 
-    affinity: int
+    affinity: equal ones go to the same server; None: to the one with the fewest requests in flight, of equal ones the first.
+    """
+
+    affinity: int | None
     path: str
     body: Callable[[Server], bytes]
     parse: Callable[[Any], Any]
@@ -169,9 +57,17 @@ class HttpPool:
         *,
         concurrency: int,
         call_timeout_s: float = 120.0,
+        connect_timeout_s: float | None = None,
         policy: RetryPolicy | None = None,
+        check: Callable[[Server], Awaitable[None]] | None = None,
+        counted_as: Callable[[RequestError], str] = attrgetter("kind"),
         seed: int = 0,
     ) -> None:
+        """concurrency: requests in flight at all servers together. seed: of the jitter between attempts.
+
+        check: asks a server that has failed whether it may be used again, which it forbids by a RequestError; without it the
+        next request finds out. counted_as: the name in `counts` of a failed attempt.
+        """
         if not servers:
             raise ValueError("an HttpPool needs at least one server URL")
         self.servers = list(servers)
@@ -180,189 +76,214 @@ class HttpPool:
         """Seconds that the last requests took."""
         self._policy = policy or RetryPolicy()
         self._call_timeout_s = call_timeout_s
-        self._concurrency = concurrency
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout_s)
+        self._check = check
+        self._counted_as = counted_as
         self._slots = asyncio.Semaphore(concurrency)
         self._random = random.Random(seed)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(limit=self._concurrency, keepalive_timeout=30)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         self._session = aiohttp.ClientSession(
-            connector=connector, timeout=aiohttp.ClientTimeout(total=None), cookie_jar=aiohttp.DummyCookieJar()
+            connector=connector, timeout=self._timeout, cookie_jar=aiohttp.DummyCookieJar()
         )
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        for server in self.servers:
+            if server.check is not None:
+                server.check.cancel()
         if self._session is not None:
             await self._session.close()
             self._session = None
 
     async def send(self, request: Request, deadline: float) -> Any:
         """The parsed response. `deadline` in the event loop's time. Raises RequestError."""
-        candidates = self._route(request.affinity)
+        order, tried = self._order(request.affinity), Counter[str]()
         last = RequestError("deadline", "no attempt was possible before the deadline")
-        attempts = tries = 0
+        attempts = 0
         while True:
-            server, probes = await self._acquire(candidates, tries, deadline, last)
+            server, probes = await self._acquire(request, order, tried, deadline, last)
             try:
-                return await self._attempt(request, server, deadline, probes)
-            except _ClosedMeanwhileError:
-                continue
-            except RequestError as failure:
-                last = failure
-                self.counts[f"failed-attempts/{failure.kind}"] += 1
-            tries += 1
+                return await self._attempt(request, server, probes, deadline)
+            except RequestError as error:
+                last = error
+            finally:
+                self._slots.release()
+            self.counts[f"failed-attempts/{self._counted_as(last)}"] += 1
+            tried[server.url] += 1
             attempts += last.kind != "connection" and not last.retry_after_s
             if last.kind == "rejected" or attempts >= self._policy.attempts:
                 raise last
             self.counts["retries"] += 1
-            await self._sleep(self._backoff(tries), deadline)
+            pause = self._backoff(tried.total())
+            await asyncio.sleep(min(pause, max(0.0, deadline - asyncio.get_running_loop().time())))
 
-    async def _attempt(self, request: Request, server: Server, deadline: float, probes: bool) -> Any:
+    async def call(self, server: Server, method: str, path: str, body: Any = None, *, timeout_s: float) -> Any:
+        """One call to one server, beside all bounds: the JSON value (or text, when it is none) that it answers.
+
+        Raises RequestError.
+        """
+        data = None if body is None else orjson.dumps(body)
+        until = asyncio.get_running_loop().time() + timeout_s
+        try:
+            content = await self._exchange(server, method, path, data, until)
+        except RequestError as error:
+            if error.kind == "timeout":
+                raise failure("timeout", server.url + path, None, f"gave no answer within {timeout_s:g} s") from None
+            raise
+        try:
+            return orjson.loads(content)
+        except orjson.JSONDecodeError:
+            return content.decode(errors="replace")
+
+    def start_checks(self) -> list[asyncio.Task[None]]:
+        """Have all servers checked now; those that could be reached when last heard of are worth waiting for."""
+        reached = [not server.open_until or server.stale for server in self.servers]
+        started = [self._start_check(server) for server in self.servers]
+        return [task for task, worth in zip(started, reached, strict=True) if worth]
+
+    async def _acquire(
+        self, request: Request, order: Sequence[Server], tried: Counter[str], deadline: float, last: RequestError
+    ) -> tuple[Server, bool]:
+        """A slot, the server to ask in it, and whether as its probe; once breaker and rate limit let a request through.
+
+        Raises RequestError at the deadline, or when waiting is in vain.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._slots.acquire()
+            except TimeoutError:
+                raise RequestError("deadline", f"other requests took all the time; last failure: {last}") from None
+            now = loop.time()
+            server = self._choose(request, order, tried, now)
+            delay = server.available_in(now) or server.bucket.wait_s(now)
+            if delay <= 0.0 and now < deadline:
+                server.probing = probes = server.open_until != 0.0
+                self.counts["failovers"] += server is not order[0]
+                return server, probes
+            self._slots.release()
+            if all(server.stale for server in order):
+                raise RequestError("stale-weights", "; ".join(server.stale for server in order))
+            if now + delay >= deadline:
+                limited = last.kind == "rate-limited" or all(other.closed_until > now for other in order)
+                raise RequestError("rate-limited" if limited else "deadline", f"last failure: {last}")
+            await asyncio.sleep(delay)
+
+    async def _attempt(self, request: Request, server: Server, probes: bool, deadline: float) -> Any:
         """One attempt on one server; `probes`: as the single request after its breaker was open.
 
         Raises RequestError with the kind of failure.
         """
-        assert self._session is not None, "HttpPool is used outside its context"
         loop = asyncio.get_running_loop()
-        begin: float | None = None
+        begin = loop.time()
+        until = min(deadline, begin + self._call_timeout_s)
+        server.in_flight += 1
+        server.calls += 1
         try:
-            async with asyncio.timeout_at(deadline), self._slots:
-                begin = loop.time()
-                if not probes and server.available_in(begin):
-                    raise _ClosedMeanwhileError
-                async with (
-                    asyncio.timeout_at(begin + self._call_timeout_s),
-                    self._session.post(
-                        server.url + request.path,
-                        data=request.body(server),
-                        headers=server.headers,
-                        allow_redirects=False,
-                        proxy=server.proxy.url,
-                        proxy_headers=server.proxy.headers,
-                    ) as response,
-                ):
-                    content = masked_reply(await read_reply(response), server.key)
-            if response.status == 200:
-                result = _parsed(request, content)
-                server.succeeded()
-                self.counts["requests"] += 1
-                self.latencies.append(loop.time() - begin)
-                return result
-            failure = _status_failure(server, response, content, self._policy.longest_retry_after_s)
-        except TimeoutError:
-            if begin is None:
-                raise RequestError("deadline", "other requests took all the time") from None
-            kind = "deadline" if loop.time() >= deadline else "timeout"
-            failure = RequestError(kind, f"{server.url} did not answer in time")
-        except aiohttp.ClientConnectorError as error:
-            failure = _failure("connection", server, plain(error))
-        except (BadResponseError, ReplyTooLongError) as error:
-            failure = _failure("bad-response", server, str(error))
-        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: of what aiohttp cannot decode
-            failure = _failure("disconnected", server, plain(error))
+            content = await self._exchange(server, "POST", request.path, request.body(server), until)
+            with readable():
+                result = request.parse(orjson.loads(content))
+            server.succeeded()
+            self.counts["requests"] += 1
+            self.latencies.append(loop.time() - begin)
+            return result
+        except BadResponseError as error:
+            failed = failure(error.kind, server.url + request.path, server.key, str(error))
+        except RequestError as error:
+            is_late = error.kind == "timeout" and loop.time() >= deadline
+            failed = RequestError("deadline", error.detail) if is_late else error
         finally:
+            server.in_flight -= 1
+            server.seconds += loop.time() - begin
             server.probing &= not probes
-        self._note(failure, server)
-        raise failure
+        self._note(failed, server)
+        raise failed
 
-    def _note(self, failure: RequestError, server: Server) -> None:
+    async def _exchange(self, server: Server, method: str, path: str, data: bytes | None, until: float) -> bytes:
+        """The body of an answer with status 200 that came before the loop's time `until`. Raises RequestError."""
+        if self._session is None:
+            raise RuntimeError("use the pool as an async context manager: async with pool")
+        where, key = server.url + path, server.key
+        try:
+            async with (
+                asyncio.timeout_at(until),
+                self._session.request(
+                    method,
+                    where,
+                    data=data,
+                    headers=server.headers,
+                    allow_redirects=False,
+                    proxy=server.proxy.url,
+                    proxy_headers=server.proxy.headers,
+                ) as response,
+            ):
+                content = masked_reply(await read_reply(response), key)
+        except TimeoutError:
+            raise failure("timeout", where, key, "gave no answer in time") from None
+        except aiohttp.ClientConnectorError as error:
+            raise failure("connection", where, key, plain(error)) from None
+        except ReplyTooLongError as error:
+            raise failure("bad-response", where, key, str(error)) from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: of what aiohttp cannot decode
+            raise failure("disconnected", where, key, plain(error)) from None
+        if response.status != 200:
+            raise status_failure(where, key, response.status, response.headers, content)
+        return content
+
+    def _note(self, error: RequestError, server: Server) -> None:
         """What a failure says about the server's health: nothing, if it merely refused this request."""
         now = asyncio.get_running_loop().time()
-        if failure.retry_after_s:
-            server.close_until(now + failure.retry_after_s)
+        if error.retry_after_s:
+            server.close_until(now + min(error.retry_after_s, self._policy.longest_retry_after_s))
             self.counts["retry-after"] += 1
-        elif failure.kind != "rejected" and server.failed(now, self._policy):
+        elif error.kind != "rejected" and server.failed(now, self._policy, error):
             self.counts["breaker-opened"] += 1
 
-    async def _acquire(
-        self, candidates: Sequence[Server], tries: int, deadline: float, last: RequestError
-    ) -> tuple[Server, bool]:
-        """The server to ask once breaker and rate limit let a request through, and whether as its probe.
+    def _choose(self, request: Request, order: Sequence[Server], tried: Counter[str], now: float) -> Server:
+        """Of the servers that are available first, the least tried one that has the fewest requests or comes first."""
+        if self._check is not None:
+            for server in self.servers:
+                if server.open_until and not server.probing and not server.available_in(now):
+                    self._start_check(server)
+        if len(order) == 1:
+            return order[0]
+        fewest = request.affinity is None
 
-        Raises RequestError at the deadline.
-        """
-        loop = asyncio.get_running_loop()
-        while True:
-            now = loop.time()
-            server = self._choose(candidates, tries, now)
-            delay = server.available_in(now) or server.bucket.wait_s(now)
-            if now + delay >= deadline:
-                limited = last.kind == "rate-limited" or all(other.closed_until > now for other in candidates)
-                raise RequestError("rate-limited" if limited else "deadline", f"last failure: {last}")
-            if delay <= 0.0:
-                server.probing = probes = server.open_until != 0.0
-                self.counts["failovers"] += server is not candidates[0]
-                return server, probes
-            await asyncio.sleep(delay)
+        def rank(server: Server) -> tuple[float, int, int]:
+            return server.available_in(now), tried[server.url], server.in_flight if fewest else 0
 
-    @staticmethod
-    async def _sleep(seconds: float, deadline: float) -> None:
-        await asyncio.sleep(min(seconds, max(0.0, deadline - asyncio.get_running_loop().time())))
+        return min(order, key=rank)
 
-    @staticmethod
-    def _choose(candidates: Sequence[Server], tries: int, now: float) -> Server:
-        """The first available server in routing order; each retry starts one further. All unavailable: the soonest."""
-        turn = tries % len(candidates)
-        return min([*candidates[turn:], *candidates[:turn]], key=lambda server: server.available_in(now))
+    def _start_check(self, server: Server) -> asyncio.Task[None]:
+        if server.check is not None:
+            server.check.cancel()  # its answer may be from before what is to be checked
+        server.probing = True
+        server.check = asyncio.get_running_loop().create_task(self._run_check(server))
+        return server.check
 
-    def _route(self, affinity: int) -> list[Server]:
+    async def _run_check(self, server: Server) -> None:
+        assert self._check is not None
+        try:
+            await self._check(server)
+        except Exception as error:
+            refused = error if isinstance(error, RequestError) else RequestError("bad-response", plain(error))
+            server.failed(asyncio.get_running_loop().time(), self._policy, refused)
+        else:
+            server.succeeded()
+
+    def _order(self, affinity: int | None) -> list[Server]:
         """Servers by rendezvous hashing: the order changes little when a server is added or removed."""
-        if len(self.servers) == 1:
+        if affinity is None or len(self.servers) == 1:
             return self.servers
         return sorted(self.servers, key=lambda server: _hash(f"{server.url}\x00{affinity}"))
 
     def _backoff(self, tries: int) -> float:
         longest = min(self._policy.longest_s, self._policy.first_s * 2 ** min(tries - 1, 30))
         return self._random.uniform(0.0, longest)
-
-
-def _parsed(request: Request, content: bytes) -> Any:
-    """What the caller makes of a reply. Whatever a reply does to a parser is the reply's fault: BadResponseError."""
-    try:
-        return request.parse(orjson.loads(content))
-    except BadResponseError:
-        raise
-    except Exception as error:
-        raise BadResponseError(f"not to be read: {plain(error)}") from None
-
-
-def _failure(kind: str, server: Server, detail: str) -> RequestError:
-    return RequestError(kind, f"{server.url}: {printable(masked(detail, server.key))[:500]}")
-
-
-def _status_failure(
-    server: Server, response: aiohttp.ClientResponse, content: bytes, longest_retry_after_s: float
-) -> RequestError:
-    status = response.status
-    if 300 <= status < 400:
-        place = response.headers.get("Location", "elsewhere")
-        return _failure(
-            "rejected", server, f"status {status}: redirects to {place}, which is not followed: give that URL"
-        )
-    kind = {429: "rate-limited"}.get(status, "server-error") if status in RETRIED_STATUS else "rejected"
-    text = printable(content[:REFUSAL_BYTES].decode(errors="replace"))
-    retry_after = min(_retry_after_s(response.headers.get("Retry-After")), longest_retry_after_s)
-    return RequestError(
-        kind,
-        f"{server.url}: status {status}: {text[:300]}",
-        retry_after if status in RETRIED_STATUS else 0.0,
-        refusal=text if status in (400, 422) else "",
-    )
-
-
-def _retry_after_s(value: str | None) -> float:
-    """Seconds that a Retry-After header asks for (a number or an HTTP date), 0 without or with a broken one."""
-    if not value:
-        return 0.0
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
-        return 0.0
 
 
 def _hash(text: str) -> int:

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from megatron_sip.console import bars, log_tail
 from megatron_sip.errors import UserError
-from megatron_sip.rollout.protocol import EngineError
 from megatron_sip.serving.blocking_call import call
+from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.guard import end, own_environment
 
 HOST = "127.0.0.1"
@@ -250,7 +250,7 @@ class LocalServer:
         try:
             call(self.url, "GET", "/health", timeout_s=25)
             info = call(self.url, "GET", "/model_info", timeout_s=10)
-        except EngineError:
+        except RequestError:
             return False
         return isinstance(info, dict) and info.get("model_path") == str(self.settings.model_path)
 

@@ -12,7 +12,8 @@ import pytest
 from push_worker import open_sync, push_forever
 from safetensors.torch import load_file
 
-from megatron_sip.rollout.pool import Failure, SamplingSettings, SGLangPool
+from megatron_sip.rollout.pool import SGLangPool
+from megatron_sip.rollout.sampling import Failure, SamplingSettings
 from megatron_sip.rollout.weight_sync import WeightSync, WeightSyncError
 from megatron_sip.serving.launch import LocalServer
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_sip.rollout.pool import Failure, ModelContract, PoolSettings, SamplingSettings, SGLangPool
-from megatron_sip.rollout.protocol import generate_body, read_reply
+from megatron_sip.rollout.handshake import ModelContract
+from megatron_sip.rollout.pool import PoolSettings, SGLangPool
+from megatron_sip.rollout.sampling import Failure, SamplingSettings, read_completions, sampling_body
 from megatron_sip.rollout.sync_disk import DiskWeightSync
 from megatron_sip.rollout.sync_distributed import DistributedWeightSync
 from megatron_sip.rollout.weight_group import SyncSettings
@@ -107,10 +108,10 @@ def test_a_stop_token_ends_the_completion_and_stays_in_it(tiny_llama_server: Loc
     greedy = SamplingSettings(max_new_tokens=6, temperature=0)
 
     def asked(**sampling: Any) -> Any:
-        body = generate_body(PREFIX, greedy)
+        body = sampling_body(PREFIX, greedy)
         body["sampling_params"] |= sampling
         reply = call(tiny_llama_server.url, "POST", "/generate", body, timeout_s=60)
-        return read_reply(reply, tiny_llama_server.url, greedy, None, None)[0][0]
+        return read_completions(reply, greedy, None, None)[0][0]
 
     full = asked(ignore_eos=True)
     stop = full.ids[3]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_sip.rollout.pool import SamplingSettings, SGLangPool
+from megatron_sip.rollout.pool import SGLangPool
+from megatron_sip.rollout.sampling import SamplingSettings
 from megatron_sip.serving.launch import LocalServer, ServerSettings, ServerStartError, start_servers
 
 PARENT = """

@@ -19,7 +19,7 @@ from megatron_sip.files import DiskError
 from megatron_sip.metrics import Metrics
 from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.records import Branch, Example
-from megatron_sip.rollout.protocol import WeightSyncError
+from megatron_sip.rollout.handshake import WeightSyncError
 from megatron_sip.stop_signal import StopSignal
 from megatron_sip.train import MAX_EMPTY_STEPS, TrainingError, run_steps
 from megatron_sip.training.checkpoints import saving_explained

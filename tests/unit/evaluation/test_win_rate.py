@@ -24,7 +24,7 @@ from megatron_sip.evaluation.win_rate import (
     wilson_interval,
 )
 from megatron_sip.records import Candidate, Group, Task
-from megatron_sip.rollout.pool import Completion, Failure, SamplingSettings
+from megatron_sip.rollout.sampling import Completion, Failure, SamplingSettings
 
 
 def continuation(text: str) -> Candidate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 from collections import Counter
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 from fake_engine import FakeEngine
 
 from megatron_sip.experience.leader import Leader, rotated_urls
-from megatron_sip.rollout.pool import SamplingSettings, SGLangPool
+from megatron_sip.rollout.pool import SGLangPool
+from megatron_sip.rollout.sampling import SamplingSettings
 from megatron_sip.serving.launch import (
     LocalServer,
     ServerSettings,
@@ -24,6 +26,7 @@ from megatron_sip.serving.launch import (
     server_environment,
     visible_devices,
 )
+from megatron_sip.serving.server import Server
 
 
 @pytest.mark.parametrize(
@@ -91,13 +94,14 @@ class Engines(SGLangPool):
     def __init__(self, urls: list[str], calls: Counter[str]) -> None:
         super().__init__(urls)
         self.calls = calls
+        vars(self._http)["_exchange"] = self._answer
 
-    async def _send(self, url: str, *_: Any) -> Any:
-        self.calls[url] += 1
+    async def _answer(self, server: Server, *_: Any) -> bytes:
+        self.calls[server.url] += 1
         await asyncio.sleep(0)
         logprobs = [[-1.0, 7, None]]
         meta = {"finish_reason": {"type": "length"}, "weight_version": "1", "output_token_logprobs": logprobs}
-        return [{"output_ids": [7], "meta_info": meta}]
+        return json.dumps([{"output_ids": [7], "meta_info": meta}]).encode()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from megatron_sip.experience.maker import ExperienceMaker, ExperienceSettings, b
 from megatron_sip.experience.selection import SelectionSettings
 from megatron_sip.metrics import flatten
 from megatron_sip.records import Candidate, Group, Task
-from megatron_sip.rollout.pool import Completion, Failure, PoolCounters, SamplingSettings
+from megatron_sip.rollout.pool import PoolCounters
+from megatron_sip.rollout.sampling import Completion, Failure, SamplingSettings
 
 TASKS = [Task(index, [1, 2, 3], [4, 5], "prefix", " suffix") for index in range(3)]
 

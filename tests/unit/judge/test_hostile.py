@@ -18,7 +18,7 @@ from judge_cases import make_settings
 
 from megatron_sip.judge import Judge, ScheduleSettings
 from megatron_sip.records import Candidate, Group, Task
-from megatron_sip.serving.http import RetryPolicy
+from megatron_sip.serving.server import RetryPolicy
 
 DEADLINE_S = 20.0
 WRONG = "Conclusion: Option 1\n\nFINAL DECISION: YES"

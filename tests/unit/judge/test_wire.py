@@ -14,7 +14,7 @@ from megatron_sip.judge.encoding import ChatEncoder, EncodingError
 from megatron_sip.judge.prompts import builtin_prompt
 from megatron_sip.judge.settings import Endpoint
 from megatron_sip.judge.wire import openai_answer, openai_body, sglang_answers, sglang_body
-from megatron_sip.serving.http import BadResponseError
+from megatron_sip.serving.failures import BadResponseError
 
 RULE = builtin_prompt("quality").rule
 assert RULE is not None

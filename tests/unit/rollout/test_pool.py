@@ -12,8 +12,9 @@ import pytest
 from aiohttp import web
 from app_server import AppServer
 
-from megatron_sip.rollout.pool import EngineError, Failure, PoolSettings, SamplingSettings, SGLangPool
-from megatron_sip.rollout.protocol import read_reply
+from megatron_sip.rollout.pool import PoolSettings, SGLangPool
+from megatron_sip.rollout.sampling import Failure, SamplingSettings, read_completions
+from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.launch import free_port
 
 FAST = PoolSettings(call_timeout_s=0.5, connect_timeout_s=0.5, backoff_s=0.01, max_backoff_s=0.02, down_s=0.3)
@@ -161,7 +162,7 @@ async def test_an_engine_whose_port_is_closed_is_a_connection_failure() -> None:
     async with SGLangPool([url], settings) as pool:
         (lost,) = await pool.generate([[1]], TWO_TOKENS)
         started = time.monotonic()
-        with pytest.raises(EngineError, match=f"{url}.*Check that the server is running"):
+        with pytest.raises(RequestError, match=f"{url}.*Check that the server is running"):
             await pool.wait_ready(timeout_s=1.0)
     assert isinstance(lost, Failure)
     assert lost.kind == "deadline"
@@ -246,7 +247,7 @@ async def test_when_no_engine_has_the_weights_requests_fail_at_once() -> None:
         (lost,) = await pool.generate([[1]], TWO_TOKENS, weight_version="v9")
     assert isinstance(lost, Failure)
     assert lost.kind == "stale-weights"
-    assert "none has weights 'v9'" in lost.reason
+    assert lost.reason.count("has weights 'v1', not 'v9'") == 2
     assert time.monotonic() - started < 20.0
     assert [fake.calls for fake in fakes] == [0, 0]
 
@@ -318,7 +319,7 @@ async def test_nonsense_is_a_failure_and_never_a_completion(name: str) -> None:
 
 def test_a_completion_that_ends_early_keeps_its_eos_token() -> None:
     reply = [result([9, 2], finish="stop")]
-    [completion], _ = read_reply(reply, "http://e", SamplingSettings(max_new_tokens=8), None, None)
+    [completion], _ = read_completions(reply, SamplingSettings(max_new_tokens=8), None, None)
     assert completion.ids == [9, 2]
     assert len(completion.logprobs) == 2
     assert completion.finish_reason == "stop"

@@ -22,12 +22,12 @@ from fake_engine import FakeEngine
 
 from megatron_sip.hf.shards import write_parts
 from megatron_sip.rollout import sync_disk, weight_group
-from megatron_sip.rollout.protocol import EngineError
 from megatron_sip.rollout.sync_disk import DiskWeightSync, finish_folder
 from megatron_sip.rollout.sync_distributed import DistributedWeightSync
 from megatron_sip.rollout.weight_group import EngineGroup, SyncSettings, make_bucket
 from megatron_sip.rollout.weight_sync import SyncRank, WeightSyncError
 from megatron_sip.serving import blocking_call as http
+from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.launch import free_port
 
 QUICK = SyncSettings(timeout_s=3.0, control_timeout_s=1.0)
@@ -89,7 +89,7 @@ def test_a_broadcast_that_is_never_entered_ends_with_the_requests_error_or_at_th
     engine.answers["/init_weights_update_group"] = 200, {"success": True}
     group.ensure_joined()
     started = time.monotonic()
-    with pytest.raises(EngineError, match=expected):
+    with pytest.raises(RequestError, match=expected):
         group.broadcast(make_bucket(list(tensors(1.0).items()), CPU))
     assert time.monotonic() - started < 8.0
     assert group.ensure_joined()  # the next push makes another group

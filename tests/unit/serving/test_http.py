@@ -14,16 +14,9 @@ from app_server import AppServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sip.serving.http import (
-    BadResponseError,
-    HttpPool,
-    Request,
-    RequestError,
-    RetryPolicy,
-    Server,
-    TokenBucket,
-    _retry_after_s,
-)
+from megatron_sip.serving.failures import BadResponseError, RequestError, retry_after
+from megatron_sip.serving.http import HttpPool, Request
+from megatron_sip.serving.server import RetryPolicy, Server, TokenBucket
 
 QUICK = RetryPolicy(attempts=4, first_s=0.01, longest_s=0.05, breaker_failures=3, breaker_first_s=0.2)
 
@@ -252,7 +245,7 @@ def test_the_token_bucket_never_lets_more_through_than_rate_and_burst(gaps: list
 
 
 def test_retry_after_in_its_two_forms() -> None:
-    assert _retry_after_s("7") == 7.0
-    assert _retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
-    assert _retry_after_s("Fri, 31 Dec 9999 23:59:59 GMT") > 3000
-    assert _retry_after_s(None) == _retry_after_s("soon") == 0.0
+    assert retry_after("7") == 7.0
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert retry_after("Fri, 31 Dec 9999 23:59:59 GMT") > 3000
+    assert retry_after(None) == retry_after("soon") == 0.0

@@ -20,8 +20,10 @@ from raw_server import JSON, RawServer, reply_of
 
 from megatron_sip.judge import Endpoint, Judge, SettingsError
 from megatron_sip.judge.probe import EndpointError
-from megatron_sip.serving.http import HttpPool, Request, RequestError, RetryPolicy, Server, _retry_after_s
+from megatron_sip.serving.failures import RequestError, retry_after
+from megatron_sip.serving.http import HttpPool, Request
 from megatron_sip.serving.http_reply import MAX_REPLY_BYTES, key_from_environment, shown_url, url_mistake
+from megatron_sip.serving.server import RetryPolicy, Server
 
 KEY = "sk-very-secret-4711"
 ONCE = RetryPolicy(attempts=1)
@@ -78,7 +80,7 @@ async def test_a_redirect_is_named_and_not_followed(status: int) -> None:
             with pytest.raises(RequestError, match=f"redirects to {other.url}/ask, which is not followed") as caught:
                 await ask(server.url)
             async with Judge(make_settings(server.url)) as judge:
-                with pytest.raises(EndpointError, match=f"status {status}, redirects to {other.url}/ask"):
+                with pytest.raises(EndpointError, match=f"status {status}: redirects to {other.url}/ask"):
                     await judge.check(60.0)
         assert caught.value.kind == "rejected"
         assert other.requests == []
@@ -150,7 +152,7 @@ def test_good_urls_pass() -> None:
 
 @given(st.text(max_size=40) | st.floats().map(str))
 def test_any_retry_after_is_a_time(value: str) -> None:
-    assert _retry_after_s(value) >= 0.0
+    assert retry_after(value) >= 0.0
 
 
 @given(st.text(max_size=60))
