@@ -4,7 +4,7 @@
 
 The server is a bare loopback process with canned answers, so what is measured is the client: prompts, cache keys, requests,
 parsing, schedules, scores. "openai hard" makes one HTTP request for each pair and vote, the worst case; "openai hard, 5
-votes" asks for five votes a request; "sglang soft" batches the pairs of a prompt. Caching on disk is on where it says so.
+votes" asks for five votes per request; "sglang soft" batches the pairs of a prompt. Caching on disk is on where it says so.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 from app_server import AppServer
 
-from megatron_sip.rollout.pool import PoolSettings, SGLangPool
+from megatron_sip.rollout.pool import PoolSettings, SGLangPool, counted_as
 from megatron_sip.rollout.sampling import Failure, SamplingSettings, read_completions
 from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.launch import free_port
@@ -345,6 +345,23 @@ async def test_an_empty_prefix_is_refused() -> None:
     async with SGLangPool(["http://127.0.0.1:1"]) as pool:
         with pytest.raises(ValueError, match="empty prefix"):
             await pool.generate([[1], []], TWO_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (RequestError("server-error", "x", status=503), "http-5xx"),
+        (RequestError("rejected", "x", status=404), "http-4xx"),
+        (RequestError("rate-limited", "x", status=429), "http-4xx"),
+        (RequestError("rejected", "x", status=307), "http-3xx"),
+        (RequestError("disconnected", "x"), "connection"),
+        *((RequestError(kind, "x"), kind) for kind in ("timeout", "deadline", "connection", "bad-response")),
+        *((RequestError(kind, "x"), kind) for kind in ("aborted", "stale-weights")),
+    ],
+    ids=str,
+)
+def test_failures_keep_the_names_that_the_metrics_of_earlier_runs_have(error: RequestError, name: str) -> None:
+    assert counted_as(error) == name
 
 
 async def deterministic(body: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -203,6 +204,46 @@ async def test_a_failing_server_is_left_alone_and_probed_later() -> None:
         for affinity in range(40):
             assert await send(pool, ask(affinity)) is True
         assert len(bad.arrivals) - before >= 8
+
+
+async def test_without_affinity_the_server_with_the_fewest_requests_gets_the_next() -> None:
+    def slow(index: int) -> float:
+        return 0.05
+
+    async with (
+        Loopback(slow) as first,
+        Loopback(slow) as second,
+        HttpPool([Server(first.url), Server(second.url)], concurrency=16) as pool,
+    ):
+        anywhere = replace(ask(), affinity=None)
+        await asyncio.gather(*(send(pool, anywhere) for _ in range(7)))
+        assert [len(server.arrivals) for server in (first, second)] == [4, 3]
+        assert [(server.in_flight, server.calls) for server in pool.servers] == [(0, 4), (0, 3)]
+
+
+async def test_a_check_decides_whether_a_server_that_failed_is_asked_again() -> None:
+    broken, refusals = [True], [0]
+
+    async def check(server: Server) -> None:
+        refusals[0] += broken[0]
+        if broken[0]:
+            raise RequestError("connection", server.url)
+
+    def handler(index: int) -> web.Response:
+        return web.Response(status=500) if broken[0] else fine(index)
+
+    policy = RetryPolicy(first_s=0.01, longest_s=0.02, breaker_failures=1, breaker_first_s=0.05, breaker_longest_s=0.05)
+    async with (
+        Loopback(handler) as server,
+        HttpPool([Server(server.url)], concurrency=4, policy=policy, check=check) as pool,
+    ):
+        waiting = asyncio.create_task(send(pool, ask(), within=30.0))
+        while refusals[0] < 3:
+            await asyncio.sleep(0.01)
+        assert len(server.arrivals) == 1
+        broken[0] = False
+        assert await waiting is True
+        assert len(server.arrivals) == 2
 
 
 async def test_work_in_flight_is_bounded() -> None:
