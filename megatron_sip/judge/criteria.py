@@ -48,7 +48,7 @@ PRIOR_LIMIT = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """One task as the criteria see it: texts, all different. `code` marks its fences, `seed` its random draws.
+    """One task as the criteria see it: texts, all different; `original` is the suffix. `code` marks fences, `seed` the draws.
 
     ended: the places of the candidates whose document ends with them; of equal texts one may have ended and one been cut.
     pivot: the place of the text that all others meet, if that was chosen beforehand; apart: it stands last and is compared
@@ -56,7 +56,7 @@ class Sheet:
     """
 
     prefix: str
-    reference: str
+    original: str
     candidates: tuple[str, ...]
     kinds: tuple[CandidateKind, ...]
     code: str
@@ -72,7 +72,7 @@ class Sheet:
         return len(self.candidates) - self.apart
 
     def likelihood_calls(self) -> list[LikelihoodCall]:
-        """One a contender."""
+        """One per contender."""
         texts = self.candidates[: self.contenders]
         return [
             LikelihoodCall(LIKELIHOOD_IDENTITY, (self.prefix, text), i in self.ended) for i, text in enumerate(texts)
@@ -164,7 +164,7 @@ class Pointwise:
         return self._call(sheet, max(sheet.candidates, key=len))
 
     def _call(self, sheet: Sheet, candidate: str) -> Call:
-        texts = {"prefix": sheet.prefix, "reference": sheet.reference, "candidate": candidate}
+        texts = {"prefix": sheet.prefix, "reference": sheet.original, "candidate": candidate}
         return judgement(self.prompt, texts, sheet.code, self.mode, self.sampling, self.sampling.votes)
 
 
@@ -242,7 +242,7 @@ class Pairwise:
     def _call(self, sheet: Sheet, first: int, second: int, votes: int, salt: int) -> Call:
         texts = {
             "prefix": sheet.prefix,
-            "reference": sheet.reference,
+            "reference": sheet.original,
             "option_1": sheet.candidates[first],
             "option_2": sheet.candidates[second],
         }

@@ -196,16 +196,16 @@ class Judge(AsksTeacher):
                 shown.append(text)
                 places.append(group.pivot.kind)
             pivot = shown.index(text)
-        reference, whole = valid_unicode(group.task.suffix_text), valid_unicode(group.task.prefix_text)
+        original, whole = valid_unicode(group.task.suffix_text), valid_unicode(group.task.prefix_text)
         seed = (self._settings.client.seed, group.task.index)
         ended = frozenset(i for i, (_, ended) in enumerate(texts) if ended)
-        bare = Sheet("", reference, tuple(shown), tuple(places), UNKNOWN_CODE, seed, objective, ended, pivot, apart)
+        bare = Sheet("", original, tuple(shown), tuple(places), UNKNOWN_CODE, seed, objective, ended, pivot, apart)
         window = self._client.window(self._settings.prefix_chars)
         prefix = window.shown(whole, lambda: self._tokens_beside(bare))
         if prefix is None:
             return None
         self._counts["prefixes-cut"] += prefix != whole
-        code = fence_code(self._settings.client.seed, prefix, [*shown, reference])
+        code = fence_code(self._settings.client.seed, prefix, [*shown, original])
         return replace(bare, prefix=prefix, code=code)
 
     def _tokens_beside(self, bare: Sheet) -> int:
