@@ -26,14 +26,11 @@ from megatron_sip.hf.families import (
     TRANSFORMER_ENGINE_NAMES,
     TensorMap,
     attention_shape,
-    megatron_arguments_from_hf,
     tensor_maps,
     tensor_shape,
 )
 from megatron_sip.hf.files import checked_tensors, read_hf_config
 from megatron_sip.hf.layouts import Layout, from_shards, is_shard_of, to_shard
-
-__all__ = ["export_hf_weights", "load_hf_weights", "megatron_arguments_from_hf", "named_parameters"]
 
 
 def named_parameters(model_chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:

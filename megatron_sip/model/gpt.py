@@ -164,7 +164,7 @@ def model_provider(
         transformer_layer_spec=block_submodules(config, vp_stage),
         vocab_size=padded_vocab_size,
         unpadded_vocab_size=args.vocab_size,
-        logit_chunk_columns=getattr(args, "logit_chunk_columns", 0),  # tools parse Megatron's flags only
+        logit_chunk_columns=getattr(args, "logit_chunk_columns", 0),  # the converter parses Megatron's flags only
         embed_into_main_grad=not args.overlap_grad_reduce,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
