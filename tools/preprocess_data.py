@@ -2,8 +2,8 @@
 
     python tools/preprocess_data.py --input 'data/*.jsonl.zst' --tokenizer HF_DIR --output-prefix data/train
 
-Reads .jsonl, .ndjson, .json (one object a line; also .gz and .zst) and .parquet. A single file becomes PREFIX.bin/.idx,
-several become PREFIX_<name>.bin/.idx, one pair a file; where two have the same name, their folders become part of it
+Reads .jsonl, .ndjson, .json (one object per line; also .gz and .zst) and .parquet. A single file becomes PREFIX.bin/.idx,
+several become PREFIX_<name>.bin/.idx, one pair per file; where two have the same name, their folders become part of it
 (a/x.jsonl b/x.jsonl: PREFIX_a_x, PREFIX_b_x). Training reads either with `--data-path PREFIX`; it would also
 tokenise the text by itself, once, into its cache. Megatron reads the pairs too.
 """

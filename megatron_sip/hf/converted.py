@@ -123,7 +123,7 @@ def _fill(entry: Path, hf_dir: Path) -> None:
 
 
 def _convert(hf_dir: Path, target: Path) -> None:
-    """In a process of its own: Megatron has one state a process, and this one's is the caller's."""
+    """In a process of its own: Megatron has one state per process, and this one's is the caller's."""
     command = [sys.executable, "-m", "megatron_sip.hf.convert", "hf-to-megatron", "--load", str(hf_dir)]
     done = subprocess.run(
         [*command, "--save", str(target)],

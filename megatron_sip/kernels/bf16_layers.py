@@ -1,7 +1,7 @@
 """Compiled bfloat16 kernels for what a layer does between its matrix products, on CPU (csrc/cpu/bf16_layers_*.cpp).
 
 torch takes RMSNorm, SwiGLU and rotation apart into passes over memory that cost as much as the products. These kernels take
-one pass each, keep float32 inside, and save no intermediate result for backward but one number a row. Where
+one pass each, keep float32 inside, and save no intermediate result for backward but one number per row. Where
 `bf16_kernels_apply` says no, callers take torch's or Megatron's way.
 """
 

@@ -1,6 +1,6 @@
 """Log-probs straight from hidden states and the output weight, never holding more than a chunk of logits.
 
-The vocabulary is gone through in chunks, never the rows: chunking rows would read the whole weight once a chunk. The
+The vocabulary is gone through in chunks, never the rows: chunking rows would read the whole weight once per chunk. The
 chunks' logits are computed again in the backward pass. Use it when [T, V/tp] logits do not fit; one plain projection
 followed by `token_logprobs` is faster when they do.
 """

@@ -90,7 +90,7 @@ def vocabulary_shard(
         or total > ranks * local_columns + vocab_start
     ):
         raise ValueError(
-            f"vocab_size {total} does not fit {local_columns} columns a rank on {ranks} ranks from {vocab_start}"
+            f"vocab_size {total} does not fit {local_columns} columns per rank on {ranks} ranks from {vocab_start}"
         )
     columns = min(max(total - vocab_start, 0), local_columns)
     return VocabularyShard(vocab_start, columns, total, tp_group if ranks > 1 else None)

@@ -196,7 +196,7 @@ def block_submodules(config: TransformerConfig, vp_stage: int | None = None) -> 
         if config.qk_layernorm:
             layer.submodules.self_attention.submodules.q_layernorm = norm
             layer.submodules.self_attention.submodules.k_layernorm = norm
-    # On a GPU the layers share one block mask a row.
+    # On a GPU the layers share one block mask per row.
     core_attention = partial(PrefixTreeAttention, flex=FlexTreeAttention())
     layer.submodules.self_attention.submodules.core_attention = core_attention
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)

@@ -15,7 +15,7 @@ class AttentionShape:
 
 
 def tensor_parallel_faults(attention: AttentionShape, ffn_size: int, tp_size: int) -> list[str]:
-    """Why a model cannot be split over `tp_size` ranks: one message a fault, none where it can.
+    """Why a model cannot be split over `tp_size` ranks: one message per fault, none where it can.
 
     With fewer query groups than ranks Megatron copies no weights: a rank holds `1 / tp_size` of the fused rows, wherever
     that cuts a group, and the ranks gather queries, keys and values after the product.

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def stand_in_for_cuda() -> None:
-    """Give Megatron's CUDA calls a CPU meaning in this process and thread. Once a process.
+    """Give Megatron's CUDA calls a CPU meaning in this process and thread. Once per process.
 
     The device names are mapped by a `TorchFunctionMode`, which is per thread: build and run models in the calling thread.
     """

@@ -10,7 +10,7 @@ import torch
 
 
 def mend_megatron() -> None:
-    """Replace what ends or falsifies a run. Once a process, before Megatron is initialised."""
+    """Replace what ends or falsifies a run. Once per process, before Megatron is initialised."""
     _skip_dataset_helper_build()
     _let_torch_adam_resume()
     _let_new_settings_win()

@@ -1,7 +1,7 @@
 """Attention over SGLang's paged KV cache on a CPU, for all sequences of a step at once.
 
 SGLang's own torch backend calls torch once for each sequence and layer, and in a prefill also recomputes the queries
-of the cached prefix. Here a decode step is one call a layer, over keys padded to the longest sequence, and a prefill
+of the cached prefix. Here a decode step is one call per layer, over keys padded to the longest sequence, and a prefill
 computes only new queries. `sglang_cpu` plugs these functions in.
 
 Shapes: query and output [tokens, query heads, size]; caches [slots, KV heads, size]; req_to_token [requests, context]
@@ -26,7 +26,7 @@ def decode_attention(
     *,
     scaling: float | None,
 ) -> Tensor:
-    """Write into `output` the attention of one query a sequence over its first `seq_lens` tokens.
+    """Write into `output` the attention of one query per sequence over its first `seq_lens` tokens.
 
     The query heads of a KV head stand in the place of query positions, so grouped-query attention copies nothing.
     """

@@ -7,7 +7,7 @@ causally, to itself; the two results are merged with the weights that a softmax 
 
 The backward needs no merging: flash attention's backward recomputes each part's probabilities as exp(score - lse) and
 subtracts rowsum(grad_out * out), so fed with the merged lse and out it yields the joint softmax's gradients, part by
-part, which add up. No score outside the trees is ever computed, nor any prefix score once a branch.
+part, which add up. No score outside the trees is ever computed, nor any prefix score once per branch.
 
 It stands on two private aten operators (torch is pinned), whose layout a test checks: lse [batch, heads, queries] in
 natural log and at least float32, any strides but a unit last one, and fewer key heads than query heads.

@@ -29,8 +29,8 @@ def tree_block_mask(spans: TokenSpans) -> BlockMask:
 class FlexTreeAttention:
     """Attention within a row's trees; arguments and result as `tree_attention_dense`.
 
-    One object serves all layers of a model and keeps the last row's block mask, so that a row's mask is built once a
-    forward pass and once a backward pass that recomputes. The mask is known by its layout's memory, which is kept alive
+    One object serves all layers of a model and keeps the last row's block mask, so that a row's mask is built once per
+    forward pass and once per backward pass that recomputes. The mask is known by its layout's memory, which is kept alive
     with it and cannot be another tensor's meanwhile: recomputation passes detached views of the same tensor.
 
     compiled: False runs the eager form, which computes every score: for tests.
