@@ -62,9 +62,9 @@ def main() -> None:
     def step() -> float:
         start = time.perf_counter()
         if implementation == "packed":
-            trainer.train_step(examples, reference)
+            trainer.train_step(examples, reference, 0)
         else:
-            trainer.train_rows(examples, rows, reference)
+            trainer.train_rows(examples, rows, reference, 0)
         return time.perf_counter() - start
 
     for _ in range(2):

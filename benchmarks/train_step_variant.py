@@ -54,9 +54,9 @@ def measure_ours(model: Path, problem: Problem, implementation: str, warm_up: in
     for _ in range(warm_up + steps):
         start = time.perf_counter()
         if rows is None:
-            metrics.append(flatten(trainer.train_step(examples, reference)))
+            metrics.append(flatten(trainer.train_step(examples, reference, 0)))
         else:
-            metrics.append(flatten(trainer.train_rows(examples, rows, reference)))
+            metrics.append(flatten(trainer.train_rows(examples, rows, reference, 0)))
         seconds.append(time.perf_counter() - start)
     wanted = ("loss", "grad_norm", "logprob", "chosen_logprob", "rejected_logprob")
     return Measured(
@@ -74,21 +74,22 @@ def build_trainer(model: Path, problem: Problem, steps: int, offload: bool = Fal
 
     config = AutoConfig.from_pretrained(model)
     config.dtype = number_format()
-    args = initialize_megatron_for(config, megatron_flags(problem, steps))
+    initialize_megatron_for(config, megatron_flags(problem, steps))
 
     from megatron_sip.hf.weights import load_hf_weights
     from megatron_sip.training.leaders import LeaderExchange
     from megatron_sip.training.reference_model import build_reference
-    from megatron_sip.training.trainer import PolicyTrainer
+    from megatron_sip.training.trainer import PolicyTrainer, TrainerSettings
 
-    args.row_length = problem.row_examples * (problem.prefix + problem.branches * problem.branch)
-    settings = ObjectiveSettings(problem.objective, beta=BETA)
+    row_length = problem.row_examples * (problem.prefix + problem.branches * problem.branch)
+    settings = TrainerSettings(row_length, problem.examples)
+    objective = ObjectiveSettings(problem.objective, beta=BETA)
     loss = grpo_loss if problem.objective == "grpo" else row_loss
     pad_id = config.pad_token_id or 0
-    trainer = PolicyTrainer(args, settings, LeaderExchange(timeout_seconds=600), pad_id, loss)
+    trainer = PolicyTrainer(settings, objective, LeaderExchange(timeout_seconds=600), pad_id, loss)
     load_hf_weights(trainer.model, model)
     trainer.optimizer.reload_model_params()
-    if not settings.needs_reference:
+    if not objective.needs_reference:
         return trainer, None, pad_id
     return trainer, build_reference(trainer.model, offload=offload), pad_id
 

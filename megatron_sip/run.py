@@ -58,7 +58,7 @@ from megatron_sip.training.leaders import LeaderExchange
 from megatron_sip.training.metrics_writer import MetricsWriter
 from megatron_sip.training.reference_model import Reference, ReferenceStore, build_reference
 from megatron_sip.training.resume import require_resumable, saved_run, what_is_new
-from megatron_sip.training.trainer import PolicyTrainer
+from megatron_sip.training.trainer import PolicyTrainer, TrainerSettings
 
 EXCHANGE_SECONDS = 8 * 3600.0
 """Ranks wait for each other while rank 0 tokenises a corpus, and a leader for its judge; both have deadlines of their own."""
@@ -344,7 +344,8 @@ def load_policy(
     # Padding is masked: any id does that the embedding has, and a tokenizer's own may lie outside it.
     if args.rank == 0:
         say("policy: building the model and loading its weights")
-    trainer = PolicyTrainer(args, objective, exchange, pad_id=0)
+    settings = TrainerSettings(args.row_length, args.global_batch_size, args.align_grad_reduce)
+    trainer = PolicyTrainer(settings, objective, exchange, pad_id=0)
     if args.rank == 0:
         say(f"policy: {origin_of_weights(args)}")
     args.last_saved_iteration = args.iteration if args.iteration else None

@@ -133,7 +133,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
             return stop_early(run)
         examples = [example for part in shared for example in part.examples]
         metrics = merge(part.metrics for part in shared) | saving
-        metrics |= run.trainer.train_step(examples, run.reference)
+        metrics |= run.trainer.train_step(examples, run.reference, args.iteration)
         args.non_finite_steps = in_a_row(args.non_finite_steps, metrics, trained=bool(examples))
         args.iteration += 1
         args.consumed_train_samples += args.global_batch_size

@@ -9,7 +9,6 @@ tokens (SFT, RF-NLL), whatever the rows they landed in.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
@@ -47,6 +47,18 @@ class MicroBatch:
     reference_token_logprobs: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TrainerSettings:
+    """row_length: tokens that a packed row may have. global_batch_size: tasks per step, by which the schedule goes on.
+
+    align_grad_reduce: with --overlap-grad-reduce all pipeline stages begin to reduce gradients together.
+    """
+
+    row_length: int
+    global_batch_size: int
+    align_grad_reduce: bool = True
+
+
 class RowLoss(Protocol):
     """What turns a row's log-probs into its loss: `row_loss`, or a function that adds inputs of its own to it."""
 
@@ -65,8 +77,8 @@ class PolicyTrainer:
 
     def __init__(
         self,
-        args: argparse.Namespace,
-        settings: ObjectiveSettings,
+        settings: TrainerSettings,
+        objective: ObjectiveSettings,
         exchange: LeaderExchange,
         pad_id: int,
         loss: RowLoss = row_loss,
@@ -76,8 +88,8 @@ class PolicyTrainer:
             ModelType.encoder_or_decoder, model_provider, checkpointing_context=self.checkpointing_context
         )
         take_fused_steps(self.optimizer.param_groups)
-        self._args = args
         self._settings = settings
+        self._objective = objective
         self._loss = loss
         self._exchange = exchange
         self._pad_id = pad_id
@@ -92,24 +104,24 @@ class PolicyTrainer:
         ddp = self.model[0].ddp_config
         if ddp.overlap_grad_reduce:
             config.no_sync_func = [chunk.no_sync for chunk in self.model]
-            if self._args.align_grad_reduce:
+            if self._settings.align_grad_reduce:
                 config.grad_sync_func = [chunk.start_grad_sync for chunk in self.model]
             if len(self.model) == 1:
                 config.no_sync_func = config.no_sync_func[0]
                 config.grad_sync_func = config.grad_sync_func[0] if config.grad_sync_func else None
 
-    def train_step(self, examples: Sequence[Example], reference: Reference | None) -> Metrics:
-        """Update the policy on `examples` (all replicas' together); returns the step's metrics on every rank.
+    def train_step(self, examples: Sequence[Example], reference: Reference | None, iteration: int) -> Metrics:
+        """Update the policy, `iteration` steps old, on all replicas' `examples`; returns the step's metrics on every rank.
 
         Nothing is updated without examples, nor when the loss or the gradient is not finite (see `non_finite`).
         """
         if not examples:
             return {"skipped_steps": 1.0}
         plan, rows = self._pack(examples)
-        return self.train_rows(examples, rows, reference) | plan_metrics(plan, len(examples))
+        return self.train_rows(examples, rows, reference, iteration) | plan_metrics(plan, len(examples))
 
     def train_rows(
-        self, examples: Sequence[Example], rows: Sequence[PackedRow], reference: Reference | None
+        self, examples: Sequence[Example], rows: Sequence[PackedRow], reference: Reference | None, iteration: int
     ) -> Metrics:
         """`train_step` on this replica's rows as they are: equally long, equally many on every replica."""
         row_length = len(rows[0].tokens)
@@ -119,7 +131,7 @@ class PolicyTrainer:
             with reference.active() as chunks:
                 micro_batches = self._with_reference(chunks, micro_batches, row_length)
         referenced = time.monotonic()
-        metrics = self._update(examples, micro_batches, row_length)
+        metrics = self._update(examples, micro_batches, row_length, iteration)
         metrics["seconds/reference"] = referenced - started
         metrics["seconds/train"] = time.monotonic() - referenced
         return metrics
@@ -128,7 +140,7 @@ class PolicyTrainer:
         tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
         plan = plan_rows(
             example_lengths(examples),
-            self._args.row_length,
+            self._settings.row_length,
             self._exchange.num_replicas,
             multiple_of=math.lcm(16, tensor_parallel),
         )
@@ -154,11 +166,11 @@ class PolicyTrainer:
             return micro_batches
         return [MicroBatch(batch.row, logprobs) for batch, logprobs in zip(micro_batches, found, strict=True)]
 
-    def _update(self, examples: Sequence[Example], micro_batches: list[MicroBatch], row_length: int) -> Metrics:
+    def _update(
+        self, examples: Sequence[Example], micro_batches: list[MicroBatch], row_length: int, iteration: int
+    ) -> Metrics:
         """Passes over the examples until one updates the policy, or the step has to be skipped."""
-        self.scheduler.num_steps = (
-            self._args.iteration * self._args.global_batch_size
-        )  # whatever became of steps before
+        self.scheduler.num_steps = iteration * self._settings.global_batch_size  # whatever became of steps before
         self.scheduler.step(0)
         attempts: list[Attempt] = []
         while not attempts or worth_another(attempts):
@@ -167,17 +179,17 @@ class PolicyTrainer:
             assert isinstance(loss, Mean)
             attempts.append(self._try_step(loss.value))
         metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-        self.scheduler.step(increment=self._args.global_batch_size)
-        if self._args.fp16:
+        self.scheduler.step(increment=self._settings.global_batch_size)
+        if get_model_config(self.model[0]).fp16:
             failed = sum(attempt.trouble is not None for attempt in attempts)
             metrics |= {"loss_scale": attempts[-1].scale, "overflows": float(failed)}
         last = attempts[-1]
         if last.trouble is None:
             assert last.grad_norm is not None
             return metrics | {"grad_norm": last.grad_norm}
-        if self._args.rank == 0:
+        if dist.get_rank() == 0:
             tasks = as_ranges(example.task_index for example in examples)
-            say(f"step {self._args.iteration + 1} skipped: {last.trouble}; its tasks: {tasks}")
+            say(f"step {iteration + 1} skipped: {last.trouble}; its tasks: {tasks}")
         return metrics | {"skipped_steps": 1.0, NON_FINITE: 1.0}
 
     def _accumulate_gradients(self, micro_batches: list[MicroBatch], row_length: int) -> Metrics:
@@ -192,7 +204,7 @@ class PolicyTrainer:
             output = row_logprobs(chunk, batch.row)
 
             def loss_function(token_logprobs: Tensor) -> tuple[Tensor, Tensor, LossTerms]:
-                terms = self._loss(self._settings, batch.row, token_logprobs, batch.reference_token_logprobs)
+                terms = self._loss(self._objective, batch.row, token_logprobs, batch.reference_token_logprobs)
                 count = torch.tensor(terms.count, dtype=torch.int, device=token_logprobs.device)
                 # Pipeline schedules free the loss tensor's memory once it was differentiated: keep a copy to report.
                 return terms.sum, count, replace(terms, sum=terms.sum.detach().clone())

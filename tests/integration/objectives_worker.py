@@ -36,17 +36,16 @@ def run_case(name: str, policy_dir: str, reference_dir: str, examples: list[Exam
     from megatron_sip.hf.weights import export_hf_weights, load_hf_weights
     from megatron_sip.training.leaders import LeaderExchange
     from megatron_sip.training.reference_model import build_reference
-    from megatron_sip.training.trainer import PolicyTrainer
+    from megatron_sip.training.trainer import PolicyTrainer, TrainerSettings
 
     hf_config = AutoConfig.from_pretrained(policy_dir)
     hf_config.dtype = torch.float32
     initialize_megatron_for(hf_config, list(FLAGS))
     args = get_args()
-    args.row_length = 160
     args.logit_chunk_columns = 50 if name.endswith(CHUNKED_LOGITS) else 0
     objective = name.split()[0]
     settings = ObjectiveSettings(objective, nll_coef=0.2 if objective == "dpo" else 0.0)
-    trainer = PolicyTrainer(args, settings, LeaderExchange(timeout_seconds=60), pad_id=0)
+    trainer = PolicyTrainer(TrainerSettings(160, 4), settings, LeaderExchange(timeout_seconds=60), pad_id=0)
     load_hf_weights(trainer.model, policy_dir)
     trainer.optimizer.reload_model_params()
     reference = None
@@ -54,7 +53,7 @@ def run_case(name: str, policy_dir: str, reference_dir: str, examples: list[Exam
         reference = build_reference(trainer.model, offload=name.endswith(OFFLOADED))
         with reference.active(keep_changes=True) as chunks:
             load_hf_weights(chunks, reference_dir)
-    metrics = flatten(trainer.train_step(examples, reference))
+    metrics = flatten(trainer.train_step(examples, reference, 0))
     for chunk in trainer.model:  # the export knows the HF names: hand it the gradients as if they were the weights
         for parameter in chunk.parameters():
             parameter.data.copy_(parameter.main_grad)

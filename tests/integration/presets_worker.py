@@ -44,7 +44,7 @@ def run_case(name: str, flags: list[str]) -> dict[str, Any]:
         assert experience is not None
         judged = time.monotonic()
         before = master_weights(run.trainer.optimizer)
-        metrics = flatten(run.trainer.train_step(experience.examples, run.reference))
+        metrics = flatten(run.trainer.train_step(experience.examples, run.reference, args.iteration))
         after = master_weights(run.trainer.optimizer)
     return {
         "preset": name,

@@ -65,15 +65,16 @@ def run_case(case: dict[str, Any], hf_dir: str) -> list[dict[str, Any]]:
 
     from megatron_sip.hf.weights import load_hf_weights
     from megatron_sip.training.leaders import LeaderExchange
-    from megatron_sip.training.trainer import PolicyTrainer
+    from megatron_sip.training.trainer import PolicyTrainer, TrainerSettings
 
     hf_config = AutoConfig.from_pretrained(hf_dir)
     hf_config.dtype = getattr(torch, case["dtype"])
     initialize_megatron_for(hf_config, [*FLAGS, *case["flags"]])
     args = get_args()
-    args.row_length, args.logit_chunk_columns = 48, 0
+    args.logit_chunk_columns = 0
     loss = FaultyLoss()
-    trainer = PolicyTrainer(args, ObjectiveSettings("sft"), LeaderExchange(timeout_seconds=60), pad_id=0, loss=loss)
+    settings = TrainerSettings(row_length=48, global_batch_size=args.global_batch_size)
+    trainer = PolicyTrainer(settings, ObjectiveSettings("sft"), LeaderExchange(timeout_seconds=60), pad_id=0, loss=loss)
     if args.iteration == 0:
         load_hf_weights(trainer.model, hf_dir)
         trainer.optimizer.reload_model_params()
@@ -82,7 +83,7 @@ def run_case(case: dict[str, Any], hf_dir: str) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = [{"state": digest(trainer)}]
     for fault in case["faults"]:
         loss.fault = fault
-        metrics = flatten(trainer.train_step(EXAMPLES, None))
+        metrics = flatten(trainer.train_step(EXAMPLES, None, args.iteration))
         steps.append({"state": digest(trainer), "metrics": metrics, "settings": settings_of(trainer)})
         args.iteration += 1
     if args.save:

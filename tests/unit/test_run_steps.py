@@ -79,8 +79,8 @@ class FakeRun(Run):
         self._usable = list(usable)
         self._bad = set(bad)
 
-    def train_step(self, examples: Sequence[Example], reference: None) -> Metrics:
-        return {NON_FINITE: 1.0} if self.args.iteration + 1 in self._bad else {}
+    def train_step(self, examples: Sequence[Example], reference: None, iteration: int) -> Metrics:
+        return {NON_FINITE: 1.0} if iteration + 1 in self._bad else {}
 
     def make_experience(self, stop: StopSignal) -> Experience:
         usable = self._usable.pop(0)

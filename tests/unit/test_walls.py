@@ -29,7 +29,7 @@ TAKE_ARGS = ("config", "train", "run", "model.gpt")
 """Where a function may take `args`: flags are read there, and Megatron calls model providers with them."""
 
 KNOWN_UPWARD = {("experience", "config")}
-KNOWN_ARGS = {"experience", "training"}
+KNOWN_ARGS = {"experience"}
 """What still stands against the walls, by room; both lists only shrink."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
 
