@@ -46,10 +46,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A task with its candidates and, once judged, one combined score a candidate.
+    """A task with its candidates and, once judged, one combined score per candidate.
 
-    `criterion_scores` keeps each criterion's score a candidate and `votes` the number of verdicts behind them (a list of
-    ints a candidate). `verdicts` records each of them as it was given: [first shown, second shown, how far the first was
+    `criterion_scores` keeps each criterion's score per candidate and `votes` the number of verdicts behind them (ints
+    per candidate). `verdicts` records each of them as it was given: [first shown, second shown, how far the first was
     preferred] of a pair, [candidate, value] of one candidate, by place in `candidates`. `pivot` is a text that the judge
     compared them with and that does not compete; its place in `verdicts` is -1. A judged group holds the candidates that
     have scores: the judge leaves out, and counts, those that lack their verdicts. `dropped` names the reason when the group
@@ -90,7 +90,7 @@ class Example:
     """What the trainer learns from: branches of one prefix, a chosen and a rejected one (DPO) or targets.
 
     Raises:
-        ValueError: engine log-probs that are not one a token.
+        ValueError: engine log-probs that are not one per token.
     """
 
     task_index: int

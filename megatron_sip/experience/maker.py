@@ -1,8 +1,8 @@
 """From tasks to training examples: rollouts, rewrites, judgement, selection. Runs on each data-parallel leader.
 
-           +-> engines: K rollouts a prefix --+
-    tasks -+                                  +-> judge -> select -> examples
-           +-> teacher: rewrite --------------+
+           +-> engines: rollouts, K per prefix -+
+    tasks -+                                   +-> judge -> select -> examples
+           +-> teacher: rewrite ---------------+
 
 Rollouts and rewrites of all tasks are asked for at once; the judge starts when both are there.
 """
@@ -165,7 +165,7 @@ class ExperienceMaker:
         return "dpo" if self._settings.selection.objective == "dpo" else "rf-nll"
 
     async def _rollouts(self, tasks: Sequence[Task], version: str, *, wanted: bool) -> list[list[Candidate] | str]:
-        """K rollouts a task, or the reason why there are none; by weights of `version` only."""
+        """K rollouts per task, or the reason why there are none; by weights of `version` only."""
         if not wanted:
             return [[] for _ in tasks]
         assert self._engines is not None

@@ -1,6 +1,6 @@
 """Judged groups on disk, so that a step can be trained again without engines or teacher: debugging, ablations, exact tests.
 
-`--save-groups DIR` writes one file a step and replica, `DIR/step_0000012.replica_0.jsonl.zst`; `--replay-groups DIR` trains
+`--save-groups DIR` writes one file per step and replica, `DIR/step_0000012.replica_0.jsonl.zst`; `--replay-groups DIR` trains
 from them, with any number of replicas. Selection runs again, so the objective may differ from that of the recording run.
 """
 

@@ -69,7 +69,7 @@ class Selected:
     """The examples of one step in the order of their groups, and what became of the other groups.
 
     `merged` counts candidates with the same token ids as another one of their group, `empty` those without a token;
-    both were set aside, not their groups. `score_gaps` is chosen minus rejected score, one a judged DPO example.
+    both were set aside, not their groups. `score_gaps` is chosen minus rejected score, one per judged DPO example.
     `offered_kinds` counts the examples for which a candidate of that kind competed, and `chances` adds up how likely a
     random contender of them is of that kind (judged groups only): what a judge that tosses coins would choose.
     """
@@ -138,7 +138,7 @@ def _unusable(group: Group, usable: Sequence[int], settings: SelectionSettings) 
         if len(group.scores) != len(group.candidates):
             raise ValueError(
                 f"task {group.task.index}: {len(group.scores)} scores for {len(group.candidates)} candidates; "
-                "the judge must give one a candidate"
+                "the judge must give one per candidate"
             )
         if not all(math.isfinite(group.scores[i]) for i in usable):
             return NON_FINITE

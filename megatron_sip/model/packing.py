@@ -28,7 +28,7 @@ class PackedRow:
 
     tokens: int64 [S], padded with the pad id.
     position_ids: int64 [S]; every branch restarts at the length of its prefix; padding is 0.
-    layout: int32 [B, 4], a line a branch: group_start, prefix_end, branch_start, branch_end (token indices in the row,
+    layout: int32 [B, 4], a line per branch: group_start, prefix_end, branch_start, branch_end (token indices in the row,
         ends exclusive); the branches of a group follow its prefix without gaps, groups follow each other without gaps.
     predictor_positions: int64 [T], increasing positions whose logits predict branch tokens: the last prefix token (once for
         all branches) and the branch tokens but the last.
@@ -80,7 +80,7 @@ class RowPlan:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches a replica."""
+        """Micro-batches per replica."""
         return len(self.rows[0])
 
 

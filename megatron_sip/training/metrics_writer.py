@@ -108,7 +108,7 @@ def drop_steps_after(path: Path, step: int) -> None:
 
 
 def progress_line(step: int, total_steps: int, numbers: Mapping[str, float], seconds_left: float | None = None) -> str:
-    """One line a step: step, loss, mean score by candidate kind, rollout chosen rate, what was lost, seconds by phase."""
+    """One line per step: step, loss, mean score by candidate kind, rollout chosen rate, what was lost, seconds by phase."""
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     if "loss" in numbers:
         parts.append(f"loss {numbers['loss']:.4f}")

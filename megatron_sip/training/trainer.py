@@ -270,7 +270,7 @@ def _forward_reference(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tens
 
 
 def _iterators(micro_batches: list[MicroBatch], model: list[Any]) -> Any:
-    """One iterator a virtual pipeline chunk, as Megatron's schedules expect."""
+    """One iterator per virtual pipeline chunk, as Megatron's schedules expect."""
     iterators = [iter(micro_batches) for _ in model]
     return iterators[0] if len(iterators) == 1 else iterators
 

@@ -1,6 +1,6 @@
 """The loss of one packed row under any objective, and its metrics. Pure functions of log-probs, in any float dtype.
 
-A model turns a packed row into one log-prob a predicted token; `row_loss` turns those into a sum, a count and metrics. Sums
+A model turns a packed row into one log-prob per predicted token; `row_loss` turns those into a sum, a count and metrics. Sums
 and counts add up over rows, micro-batches and ranks: the trainer divides the summed loss by the global count, so the result
 does not depend on how examples were packed.
 """
