@@ -197,7 +197,7 @@ def _prefix_cut(index: int, prefix: int, branches: Sequence[int], row_length: in
 
 
 def _balanced_rows(sizes: Sequence[int], row_length: int, num_replicas: int) -> list[list[int]]:
-    """Example indices a row; the number of rows is the smallest multiple of num_replicas (>= 1) that best-fit needs."""
+    """Example indices per row; the number of rows is the smallest multiple of num_replicas (>= 1) that best-fit needs."""
     packed = _best_fit(sizes, row_length)
     count = _round_up(max(len(packed), 1), num_replicas)
     packed = _split_to(packed, sizes, count)

@@ -2,7 +2,7 @@
 
 Its weights are a second model on the device, or with --ref-offload lie in pinned host memory and are swapped into the
 policy's own parameters for the reference pass: one copy of the weights less on the device, for three copies of them
-over the bus a step.
+over the bus per step.
 
 They are kept next to the checkpoints, one folder for each time they changed: `reference/iter_0000000` is the initial
 policy, later ones come from --ref-update-interval. A checkpoint of iteration i goes with the newest reference not after

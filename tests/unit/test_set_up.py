@@ -192,6 +192,7 @@ def test_rows_are_padded_with_an_id_that_every_embedding_has(tmp_path: Path, mon
     monkeypatch.setattr(run_module, "objective_settings", lambda _: None)
     args = argparse.Namespace(save=str(tmp_path / "run"), hf_config=str(tmp_path / "hf"), rank=0)
     args.load_last_whole, args.pretrained_checkpoint = False, None
+    args.row_length, args.global_batch_size, args.align_grad_reduce = 64, 4, True
     with pytest.raises(EndOfTestError):
         run_module.load_policy(args, FakeExchange(), None)  # type: ignore[arg-type]
     assert given == {"pad_id": 0}
