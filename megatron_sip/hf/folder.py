@@ -5,9 +5,10 @@ Such files lie in every folder of weights that we write, and in hf/ beside a run
 
 from __future__ import annotations
 
-import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from megatron_sip.files import write_atomically
 
 HF_SUBFOLDER = "hf"
 MODEL_FILES = (
@@ -62,4 +63,4 @@ def write_model_files(source: Path, target: Path, *, renew: bool = False) -> Non
             file.unlink()
     for file in model_files(source):
         if not (target / file.name).exists():
-            shutil.copy2(file, target / file.name)
+            write_atomically(target / file.name, file.read_bytes())

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_sip.files import write_atomically
 from megatron_sip.hf.folder import write_model_files
 
 NamedTensors = Iterable[tuple[str, Tensor | None]]
@@ -57,7 +58,7 @@ def name_parts(folder: Path, parts: Sequence[Part]) -> None:
         weight_map |= dict.fromkeys(names, final)
     if len(parts) > 1:
         index = {"metadata": {"total_size": sum(size for _, _, size in parts)}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def complete_model(folder: Path, parts: Sequence[Part], template: Path) -> None:
