@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import multiprocessing
 import os
+import re
 import resource
 import tempfile
 import time
@@ -56,8 +57,8 @@ class CannedServer(asyncio.Protocol):
 
 def openai_reply(body: bytes) -> bytes:
     """As many verdicts as the request asks for; the count is the first `"n":` in it."""
-    _, found, rest = body.partition(b'"n":')
-    count = int(rest.partition(b",")[0]) if found else 1
+    found = re.search(rb'"n":(\d+)', body)
+    count = int(found[1]) if found else 1
     choices = [{"message": {"content": f"Both go on well.\n\nConclusion: Option {1 + k % 2}"}} for k in range(count)]
     return orjson.dumps({"choices": choices, "usage": {"prompt_tokens": 2300, "completion_tokens": 9 * count}})
 
