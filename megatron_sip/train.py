@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sip.checkpoints.folder import TRACKER
-from megatron_sip.config.checks import ArgumentError, explained
+from megatron_sip.config.checks import explained
 from megatron_sip.config.dry_run import describe
 from megatron_sip.config.early_checks import check_flags
 from megatron_sip.config.parse import megatron_help, parse_arguments
 from megatron_sip.config.presets import expand_presets
+from megatron_sip.config.settings import Settings
 from megatron_sip.console import quiet, say
-from megatron_sip.errors import UserError
+from megatron_sip.errors import ArgumentError, UserError
 from megatron_sip.evaluation.run_record import run_record, write_run_record
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
 from megatron_sip.files import DiskError
@@ -88,9 +89,9 @@ def run_command(given: Sequence[str], flags: argparse.Namespace) -> None:
     if flags.help_megatron:
         say(megatron_help())
         return
-    args = parse_arguments(given)
-    if args.dry_run:
-        say(describe(args))
+    settings = Settings.from_args(parse_arguments(given))
+    if flags.dry_run:
+        say(describe(settings))
         return
     import torch.distributed as dist
     from megatron.training.initialize import initialize_megatron
@@ -98,12 +99,12 @@ def run_command(given: Sequence[str], flags: argparse.Namespace) -> None:
     from megatron_sip.run import set_up
 
     with contextlib.ExitStack() as stack:
-        if args.rank == 0:
-            write_run_record(Path(args.run_dir), run_record(given, flags, os.environ))
+        if settings.run.rank == 0:
+            write_run_record(settings.run.run_dir, run_record(given, flags, os.environ))
         initialize_megatron(allow_no_cuda=True, store=rendezvous_store())
         stop = stack.enter_context(StopSignal())
         try:
-            run = set_up(args, stack)
+            run = set_up(settings, stack)
             if run_steps(run, stop):
                 conclude(run, stop)
         except UserError as error:
@@ -123,20 +124,20 @@ def lock_folders(flags: argparse.Namespace, stack: contextlib.ExitStack) -> None
 
 def run_steps(run: Run, stop: StopSignal) -> bool:
     """All remaining steps; False when a stop was requested (the last finished step is then saved)."""
-    args, exchange = run.args, run.exchange
+    state, exchange, settings = run.state, run.exchange, run.settings.run
     saving: Metrics = {}  # of the step before: a step's line is written before its checkpoint, or a kill could lose it
     empty_steps = 0
     started = time.monotonic()
-    while args.iteration < args.train_iters:
+    while state.iteration < settings.steps:
         shared = exchange.all_gather_from_leaders(run.make_experience(stop))
         if any(part is None for part in shared):
             return stop_early(run)
         examples = [example for part in shared for example in part.examples]
         metrics = merge(part.metrics for part in shared) | saving
-        metrics |= run.trainer.train_step(examples, run.reference, args.iteration)
-        args.non_finite_steps = in_a_row(args.non_finite_steps, metrics, trained=bool(examples))
-        args.iteration += 1
-        args.consumed_train_samples += args.global_batch_size
+        metrics |= run.trainer.train_step(examples, run.reference, state.iteration)
+        state.non_finite_steps = in_a_row(state.non_finite_steps, metrics, trained=bool(examples))
+        state.iteration += 1
+        state.consumed_samples += settings.prompts
         run.refresh_reference()
         stopping = exchange.any_rank(stop.requested)  # then the engines may be stopping as well: do not push to them
         if not stopping:
@@ -144,26 +145,28 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
             metrics |= timed("seconds/sync", run.push_weights, run.exchange.barrier)
         metrics["seconds/total"] = time.monotonic() - started
         started = time.monotonic()
-        run.troubles += [part.unrecorded if args.rank == 0 else "" for part in shared if part.unrecorded is not None]
+        run.troubles += [
+            part.unrecorded if settings.rank == 0 else "" for part in shared if part.unrecorded is not None
+        ]
         run.write_metrics(metrics)
         if exchange.any_rank(bool(run.troubles)):
             run.save()
             run.finish_saving(wait=True)
             told = "; ".join(filter(None, run.troubles))
-            raise TrainingError(f"{told}. Step {args.iteration} is saved, the same command continues" if told else 1)
+            raise TrainingError(f"{told}. Step {state.iteration} is saved, the same command continues" if told else 1)
         if stopping:
             return stop_early(run)
-        if examples and args.non_finite_steps >= MAX_NON_FINITE_STEPS:
-            if args.non_finite_steps == MAX_NON_FINITE_STEPS:  # a job that is requeued passes these batches, once
+        if examples and state.non_finite_steps >= MAX_NON_FINITE_STEPS:
+            if state.non_finite_steps == MAX_NON_FINITE_STEPS:  # a job that is requeued passes these batches, once
                 run.save()
             run.finish_saving(wait=True)
-            raise TrainingError(no_finite_step(args) if args.rank == 0 else 1)
+            raise TrainingError(no_finite_step(run) if settings.rank == 0 else 1)
         empty_steps = 0 if examples else empty_steps + 1
         if empty_steps == MAX_EMPTY_STEPS:
             run.finish_saving(wait=True)
-            raise TrainingError(no_usable_group(metrics) if args.rank == 0 else 1)
+            raise TrainingError(no_usable_group(metrics) if settings.rank == 0 else 1)
         # Not after an empty step: a job that is restarted again and again would eat its data without learning.
-        is_due = (run.save_is_due() and bool(examples)) or args.iteration == args.train_iters
+        is_due = (run.save_is_due() and bool(examples)) or state.iteration == settings.steps
         saving = timed("seconds/save", run.save) if is_due else {}
         run.finish_saving(wait=False)
     run.finish_saving(wait=True)
@@ -175,7 +178,7 @@ def conclude(run: Run, stop: StopSignal) -> None:
     from megatron_sip.evaluation.outcome import outcome_line, write_outcome  # with matplotlib
 
     run.exchange.barrier()  # the last metrics are written
-    if run.args.rank != 0:
+    if run.settings.run.rank != 0:
         return
     win_rate: WinRate | None = None
     comparisons: list[Comparison] = []
@@ -186,14 +189,14 @@ def conclude(run: Run, stop: StopSignal) -> None:
         and leader.engines is not None
         and leader.eval_judge is not None
     ):
-        version = str(run.args.iteration)
+        version = str(run.state.iteration)
         say("comparison: the trained policy continues the same held-out prefixes, then both are judged")
         compared = leader.run(stop.run(run.comparison.finish(leader.engines, leader.eval_judge, version)))
         if compared is None:
             say("stopped on request: all steps are saved, the same command makes the comparison")
             return
         win_rate, comparisons = compared
-    run_dir = Path(run.args.run_dir)
+    run_dir = run.settings.run.run_dir
     try:
         say(outcome_line(run_dir, write_outcome(run_dir, win_rate, comparisons)))
     except OSError as error:
@@ -209,15 +212,16 @@ def no_usable_group(metrics: Metrics) -> str:
     )
 
 
-def no_finite_step(args: argparse.Namespace) -> str:
+def no_finite_step(run: Run) -> str:
     """Why the run ends after steps without an update."""
-    passed = args.non_finite_steps == MAX_NON_FINITE_STEPS  # see `run_steps`
+    state = run.state
+    passed = state.non_finite_steps == MAX_NON_FINITE_STEPS  # see `run_steps`
     goes_on = "continues behind their batches" if passed else "tries those since then again"
     return (
-        f"{args.non_finite_steps} steps in a row, up to step {args.iteration}, had no finite loss or gradient. Checkpoint "
-        f"{args.last_saved_iteration} has the weights from before them, and the same command {goes_on}: "
+        f"{state.non_finite_steps} steps in a row, up to step {state.iteration}, had no finite loss or gradient. Checkpoint "
+        f"{state.last_saved} has the weights from before them, and the same command {goes_on}: "
         "lower --lr or --dpo-beta, raise --adam-eps, or take --bf16 for --fp16; to go back further write an earlier step into "
-        f"{args.save}/{TRACKER}"
+        f"{run.settings.run.save}/{TRACKER}"
     )
 
 
@@ -225,8 +229,8 @@ def stop_early(run: Run) -> bool:
     """Save the last finished step; returns False."""
     run.save()
     run.finish_saving(wait=True)
-    if run.args.rank == 0:
-        say(f"stopped on request: step {run.args.iteration} is saved, the same command continues")
+    if run.settings.run.rank == 0:
+        say(f"stopped on request: step {run.state.iteration} is saved, the same command continues")
     return False
 
 

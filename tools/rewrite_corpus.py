@@ -73,7 +73,7 @@ async def rewrite_corpus(args: argparse.Namespace) -> dict[str, float]:
     )
     settings = TaskSettings(args.seq_length, args.suffix_length, args.task_mode, args.seed, args.min_prefix_length)
     tasks = TaskSource(corpus.split(args.split)["train"], tokenizer, settings)
-    async with Rewriter(rewriter_settings(args, args.teacher_url), tokenizer, args.suffix_length) as rewriter:
+    async with Rewriter(rewriter_settings(args), tokenizer, args.suffix_length) as rewriter:
         await rewriter.check()
         with tqdm(total=args.samples, unit="task", desc="rewrites") as bar:
             for begin in range(args.start, args.start + args.samples, args.batch):

@@ -1,4 +1,4 @@
-"""What the flags mean together: which servers a run needs, and which combinations cannot work."""
+"""Which flags cannot work together, and which of Megatron's cannot be honoured; one setting alone is checked where it lives."""
 
 from __future__ import annotations
 
@@ -7,38 +7,30 @@ import contextlib
 import linecache
 import os
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 from megatron_sip.checkpoints.folder import TRACKER
-from megatron_sip.config.flags import ROLES, Role
-from megatron_sip.config.needs import (
-    candidate_kinds,
-    contender_count,
-    local_servers,
-    needs_engines,
-    needs_eval_judge,
-    needs_judge,
-    needs_rewriter,
-    needs_teacher,
-    uses_judge,
+from megatron_sip.config.flags import ROLES
+from megatron_sip.config.needs import Needs, candidate_count, contender_count
+from megatron_sip.config.settings import (
+    URL_ROLES,
+    held_out_sampling,
+    judge_settings,
+    local_server_settings,
+    objective_settings,
+    rewriter_settings,
+    rollout_sampling,
+    selection_settings,
+    task_settings,
 )
-from megatron_sip.config.settings import flag_for, judge_settings, rewriter_role, rewriter_settings
 from megatron_sip.data.documents import parse_split
-from megatron_sip.errors import DataError
+from megatron_sip.errors import ArgumentError, DataError
 from megatron_sip.judge.schedules import least_budget
 from megatron_sip.judge.settings import JudgeSettings, SettingsError, is_pairwise
 from megatron_sip.serving.http_reply import key_from_environment, shown_url, url_mistake
-from megatron_sip.training.objectives.settings import ObjectiveSettings
 
-
-class ArgumentError(SystemExit):
-    """A combination of flags that cannot work; the message names the flag and the mend."""
-
-
-SERVER_ROLES = ("rollout", *ROLES)
-"""For each there are the flags --ROLE-url and --ROLE-key-variable."""
 REQUIRED = {
     "data_path": "jsonl, parquet or .bin/.idx files, optionally with weights",
     "seq_length": "the most tokens of a prefix and its suffix together",
@@ -101,8 +93,16 @@ def flag_of(role: str, name: str) -> str:
 
 
 def problems_of_ours(args: argparse.Namespace) -> list[str]:
-    """What is wrong with our own flags, and with those of Megatron's that `early_arguments` reads as well."""
-    checks = (_check_lengths, _check_objective, _check_urls, _check_servers, _check_teacher_settings, _check_data)
+    """What is wrong with our own flags, and with those of Megatron's that `early_checks` reads as well."""
+    checks = (
+        _check_settings,
+        _check_row_length,
+        _check_objective,
+        _check_urls,
+        _check_servers,
+        _check_judges,
+        _check_data,
+    )
     return _problems(args, *checks)
 
 
@@ -130,16 +130,23 @@ def validate(args: argparse.Namespace) -> None:
         args.weight_sync_dir = str(Path(args.run_dir) / "weights")
 
 
-def _check_lengths(args: argparse.Namespace) -> Iterator[str]:
-    if args.seq_length is None:  # `missing_flags` says so
+def _check_settings(args: argparse.Namespace) -> Iterator[str]:
+    """What each room's settings find wrong with themselves; they name the flag."""
+    builders: list[Callable[[argparse.Namespace], object]] = [objective_settings, selection_settings]
+    if args.seq_length is not None:  # `missing_flags` says so
+        builders += [task_settings]
+    if args.suffix_length >= 1:
+        builders += [rollout_sampling, held_out_sampling]
+    for build in builders:
+        try:
+            build(args)
+        except ValueError as error:
+            yield str(error)
+
+
+def _check_row_length(args: argparse.Namespace) -> Iterator[str]:
+    if args.seq_length is None:
         return
-    if args.suffix_length < 1:
-        yield f"--suffix-length {args.suffix_length}: must be at least 1"
-    if args.suffix_length + args.min_prefix_length > args.seq_length:
-        yield (
-            f"--suffix-length {args.suffix_length} leaves no room for a prefix of --min-prefix-length "
-            f"{args.min_prefix_length} in --seq-length {args.seq_length}: lower the first or raise the last"
-        )
     needed = args.seq_length + (args.suffix_length if args.objective == "dpo" else 0)
     if args.row_length is None:
         args.row_length = needed
@@ -151,12 +158,11 @@ def _check_lengths(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _check_objective(args: argparse.Namespace) -> Iterator[str]:
-    if args.dpo_pair is not None and args.dpo_pair[0] == args.dpo_pair[1]:
-        yield "--dpo-pair needs two different kinds"
-    kinds = candidate_kinds(args)
+    """What objective, candidates and reference need of each other."""
+    kinds = Needs.from_args(args).kinds
     if "rollout" in kinds and args.num_rollouts < 1:
         yield f"--num-rollouts {args.num_rollouts}: must be at least 1 when rollout is a candidate"
-    count = sum(args.num_rollouts if kind == "rollout" else 1 for kind in kinds)
+    count = candidate_count(kinds, args.num_rollouts)
     if args.objective == "dpo" and count < 2:
         yield "--objective dpo compares two candidates: add a kind to --candidates or raise --num-rollouts"
     if args.objective == "rf-nll" and kinds == ("rollout",) and count < 2:
@@ -164,8 +170,6 @@ def _check_objective(args: argparse.Namespace) -> Iterator[str]:
             "--objective rf-nll teaches a rollout only if it wins against another candidate: add suffix or rewrite to "
             "--candidates, or raise --num-rollouts"
         )
-    if args.dpo_pair is not None and args.objective != "dpo":
-        yield f"--dpo-pair belongs to --objective dpo, not {args.objective}"
     if args.rollout_start_step > 0:
         others = len([kind for kind in kinds if kind != "rollout"])
         if others < (2 if args.objective == "dpo" else 1):
@@ -173,10 +177,6 @@ def _check_objective(args: argparse.Namespace) -> Iterator[str]:
                 f"--rollout-start-step {args.rollout_start_step} leaves {others} candidate(s) before that step, too few for "
                 f"--objective {args.objective}: add suffix or rewrite to --candidates, or set it to 0"
             )
-    try:
-        objective_settings(args)
-    except ValueError as error:
-        yield f"--dpo-beta, --dpo-nll-coef, --dpo-label-smoothing or --dpo-loss: {error}"
     if args.ref_update_interval and args.objective != "dpo":
         yield "--ref-update-interval: only --objective dpo has a reference; remove it"
     if args.logit_chunk_columns < 0:
@@ -192,11 +192,12 @@ def _check_servers(args: argparse.Namespace) -> Iterator[str]:
         return
     if args.replay_groups and not Path(args.replay_groups).is_dir():
         yield f"--replay-groups {args.replay_groups}: no such folder; --save-groups of a run makes one"
-    if needs_engines(args) and not args.rollout_url and not args.rollout_local:
+    needs = Needs.from_args(args)
+    if needs.engines and not args.rollout_url and not args.rollout_local:
         yield ("rollouts need engines: give --rollout-url URL ..., or --rollout-local N to start them here")
     if args.rollout_url and args.rollout_local:
         yield "--rollout-url and --rollout-local exclude each other: use one"
-    if needs_teacher(args) and not args.teacher_url and not args.teacher_model:
+    if needs.teacher and not args.teacher_url and not args.teacher_model:
         yield "the judge or rewriter needs a server: give --teacher-url URL ..., or --teacher-model DIR"
     for role in ("teacher", "rewriter"):
         url, model = getattr(args, f"{role}_url"), getattr(args, f"{role}_model")
@@ -207,7 +208,7 @@ def _check_servers(args: argparse.Namespace) -> Iterator[str]:
     for role in ROLES:
         if getattr(args, f"{role}_api") == "openai" and not getattr(args, f"{role}_name"):
             yield f"{flag_of(role, 'api')} openai needs {flag_of(role, 'name')}, the model name that the server expects"
-    for role in SERVER_ROLES:
+    for role in URL_ROLES:
         if variable := getattr(args, f"{role}_key_variable"):
             try:
                 key_from_environment(variable)
@@ -217,37 +218,39 @@ def _check_servers(args: argparse.Namespace) -> Iterator[str]:
 
 def _check_urls(args: argparse.Namespace) -> Iterator[str]:
     """A URL is shown without what may be its password."""
-    for role in SERVER_ROLES:
+    for role in URL_ROLES:
         for url in getattr(args, f"{role}_url") or []:
             if mistake := url_mistake(url):
                 hint = f": give the key through {flag_of(role, 'key-variable')}" if "@" in url else ""
                 yield f"{flag_of(role, 'url')} {shown_url(url)}: {mistake}{hint}"
 
 
-def _check_teacher_settings(args: argparse.Namespace) -> Iterator[str]:
+def _check_judges(args: argparse.Namespace) -> Iterator[str]:
     """What criteria, schedule, verdicts and endpoints need of each other; the servers themselves may still be starting."""
-    asked: list[tuple[bool, Role, Callable[[Sequence[str]], object]]] = [
-        (needs_judge(args), "teacher", partial(judge_settings, args)),
-        (needs_eval_judge(args), "eval_judge", partial(judge_settings, args, role="eval_judge")),
-        (needs_rewriter(args), rewriter_role(args), partial(rewriter_settings, args)),
+    needs = Needs.from_args(args)
+    asked: list[tuple[bool, str, Callable[[argparse.Namespace], object]]] = [
+        (needs.judge, "teacher", judge_settings),
+        (needs.eval_judge, "eval_judge", partial(judge_settings, role="eval_judge")),
+        (needs.rewriter, needs.rewriter_role, rewriter_settings),
     ]
-    for needed, role, settings in asked:
-        urls = getattr(args, f"{role}_url") or [f"http://{role.replace('_', '-')}"]
-        if not needed or any(map(url_mistake, urls)):
+    for needed, role, build in asked:
+        if not needed or any(map(url_mistake, getattr(args, f"{role}_url") or [])):
             continue
         try:
-            made = settings(urls)
+            made = build(args)
+        except SettingsError as error:
+            yield str(error)
+        else:
             if role == "teacher" and isinstance(made, JudgeSettings):
                 yield from _schedule_mistakes(args, made)
-        except SettingsError as error:
-            yield f"{flag_for(error, role)}: {error}"
 
 
 def _schedule_mistakes(args: argparse.Namespace, settings: JudgeSettings) -> Iterator[str]:
     """What the schedule needs of the candidates, where pairs of them are judged."""
-    if not uses_judge(args) or not any(map(is_pairwise, settings.criteria)):
+    needs = Needs.from_args(args)
+    if not needs.scores or not any(map(is_pairwise, settings.criteria)):
         return
-    schedule, kinds = settings.schedule, candidate_kinds(args)
+    schedule, kinds = settings.schedule, needs.kinds
     if schedule.pivot_apart and schedule.pivot == "suffix" and "suffix" in kinds:
         yield (
             "--judge-schedule pivot: the suffix is compared with the candidates and is none of them: leave it out of "
@@ -259,7 +262,7 @@ def _schedule_mistakes(args: argparse.Namespace, settings: JudgeSettings) -> Ite
         and not (schedule.pivot_apart and schedule.pivot == "suffix")
     ):
         yield f"--judge-pivot {schedule.pivot}: there is none to be the pivot; add {schedule.pivot} to --candidates"
-    count = contender_count(args)
+    count = contender_count(kinds, args.num_rollouts, schedule)
     if args.objective == "dpo" and schedule.pivot_apart and count < 2:
         yield "--judge-schedule pivot leaves fewer than two candidates beside the pivot: raise --num-rollouts"
     if schedule.name == "two_ended_bt" and schedule.budget < least_budget(count):
@@ -370,8 +373,10 @@ def _check_megatron(args: argparse.Namespace) -> Iterator[str]:
 def _check_local_servers(args: argparse.Namespace) -> Iterator[str]:
     import torch
 
-    servers = local_servers(args)
-    if not servers or args.dry_run:
+    if args.dry_run:
+        return
+    servers = local_server_settings(args).count
+    if not servers:
         return
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
     if here < args.world_size:
@@ -385,14 +390,3 @@ def _check_local_servers(args: argparse.Namespace) -> Iterator[str]:
             f"--rollout-local, --teacher-model, --rewriter-model: {here} trainer processes and {servers} servers need a GPU "
             f"each, this node has {gpus}: start fewer processes, or serve elsewhere and give --rollout-url and --teacher-url"
         )
-
-
-def objective_settings(args: argparse.Namespace) -> ObjectiveSettings:
-    """The objective that the flags describe. Raises ValueError for a constant out of its range."""
-    return ObjectiveSettings(
-        objective=args.objective,
-        beta=args.dpo_beta,
-        nll_coef=args.dpo_nll_coef,
-        label_smoothing=args.dpo_label_smoothing,
-        dpo_loss=args.dpo_loss,
-    )

@@ -7,12 +7,11 @@ as the paper counts them: one verdict about one candidate or pair.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from megatron_sip.config.needs import candidate_kinds, contender_count, needs_judge, uses_judge
-from megatron_sip.config.settings import endpoints_of, judge_settings, rewriter_role
+from megatron_sip.config.needs import candidate_count, contender_count
+from megatron_sip.config.settings import Settings
 from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
 from megatron_sip.judge.rewriter import REWRITE_ROOM
 from megatron_sip.judge.schedules import SMALL_GROUP, make_schedule, planned_pairs, votes_in_orders
@@ -28,64 +27,70 @@ Cost = dict[str, int]
 """Name of a quantity, with its unit, -> how much of it; adds up."""
 
 
-def describe(args: argparse.Namespace) -> str:
-    """The text that --dry-run prints; `args` as `parse_arguments` returns them."""
-    settings = judge_settings(args, args.teacher_url or ["http://teacher"]) if needs_judge(args) else None
-    judge = _judge(args, settings) if settings is not None and uses_judge(args) else ["none"]
+def describe(settings: Settings) -> str:
+    """The text that --dry-run prints."""
+    judge = _judge(settings, settings.judge) if settings.judge is not None and settings.needs.scores else ["none"]
     facts = [
-        ("objective", _objective(args)),
-        ("candidates", _candidates(args)),
+        ("objective", _objective(settings)),
+        ("candidates", _candidates(settings)),
         *(("judge", line) for line in judge),
-        ("schedule", _schedule(args)),
-        ("rows", _rows(args)),
+        ("schedule", _schedule(settings)),
+        ("rows", _rows(settings)),
     ]
-    if args.win_rate_prompts:
+    if settings.held_out.prompts:
         facts.append(
-            ("at the end", f"{args.win_rate_prompts:,} held-out prefixes: trained against initial policy, judged")
+            ("at the end", f"{settings.held_out.prompts:,} held-out prefixes: trained against initial policy, judged")
         )
-    if settings is not None and (limit := _rate_limit(args, settings)):
+    if settings.judge is not None and (limit := _rate_limit(settings, settings.judge)):
         facts.append(("at least", limit))
     lines = ["What this run does", *(f"  {name:<11} {text}" for name, text in facts)]
-    lines += ["", "What it costs at most", *_table(args, settings)]
+    lines += ["", "What it costs at most", *_table(settings)]
     return "\n".join(lines) + "\n"
 
 
-def prompt_cost(args: argparse.Namespace, settings: JudgeSettings | None, with_rollouts: bool = True) -> Cost:
-    """What one prompt (task) costs. `settings` is needed when the run has a judge."""
-    kinds = [kind for kind in candidate_kinds(args) if with_rollouts or kind != "rollout"]
-    prefix, suffix = args.seq_length - args.suffix_length, args.suffix_length
+def prompt_cost(settings: Settings, with_rollouts: bool = True) -> Cost:
+    """What one prompt (task) costs."""
+    needs, rollouts = settings.needs, settings.experience.sampling.n
+    kinds = [kind for kind in needs.kinds if with_rollouts or kind != "rollout"]
+    prefix, suffix = _lengths(settings)
     cost: Cost = {}
     if "rollout" in kinds:
         cost["rollout tokens, prefilled"] = prefix
-        cost["rollout tokens, generated"] = args.num_rollouts * suffix
+        cost["rollout tokens, generated"] = rollouts * suffix
     if "rewrite" in kinds:
         cost["rewriter calls"] = 1
         instructions = _instruction_tokens(builtin_prompt("rewrite"))
         cost["rewriter tokens, prompt"] = instructions + prefix + suffix + 3 * REWRITE_START_TOKENS
-        cost["rewriter tokens, answer"] = REWRITE_ROOM * suffix + _rewriter_reasoning(args)
-    if uses_judge(args):
-        assert settings is not None
-        count = contender_count(args, with_rollouts)
-        judge = add_costs(criterion_cost(name, settings, count, prefix, suffix) for name in settings.criteria)
-        cost |= dict(sorted(judge.items(), key=lambda item: not item[0].endswith("judgements")))
-    branches = 2 if args.objective == "dpo" else 1
+        cost["rewriter tokens, answer"] = REWRITE_ROOM * suffix + _rewriter_reasoning(settings)
+    if needs.scores and settings.judge is not None:
+        judge = settings.judge
+        count = contender_count(kinds, rollouts if with_rollouts else 0, judge.schedule)
+        costs = add_costs(criterion_cost(name, judge, count, prefix, suffix) for name in judge.criteria)
+        cost |= dict(sorted(costs.items(), key=lambda item: not item[0].endswith("judgements")))
+    branches = _branches(settings)
     cost["training tokens, packed"] = prefix + branches * suffix
     cost["training tokens, unpacked"] = branches * (prefix + suffix)
-    if args.objective == "dpo":
+    if settings.objective.needs_reference:
         cost["reference tokens, packed"] = prefix + branches * suffix
     return cost
 
 
-def _rewriter_reasoning(args: argparse.Namespace) -> int:
+def _lengths(settings: Settings) -> tuple[int, int]:
+    """Tokens of the longest prefix, and of its suffix."""
+    tasks = settings.data.tasks
+    return tasks.seq_length - tasks.suffix_length, tasks.suffix_length
+
+
+def _branches(settings: Settings) -> int:
+    return 2 if settings.objective.objective == "dpo" else 1
+
+
+def _rewriter_reasoning(settings: Settings) -> int:
     """Tokens for reasoning before a rewrite; none where the server goes on from the start that we give."""
-    [endpoint] = endpoints_of(args, rewriter_role(args), ["http://rewriter"])
+    if settings.rewriter is None:  # groups are replayed
+        return 0
+    endpoint = settings.rewriter.client.endpoint
     return 0 if endpoint.continues_answers else endpoint.reasoning_tokens
-
-
-def candidate_count(args: argparse.Namespace, with_rollouts: bool = True) -> int:
-    """Candidates of one prompt."""
-    rollouts = args.num_rollouts if with_rollouts else 0
-    return sum(rollouts if kind == "rollout" else 1 for kind in candidate_kinds(args))
 
 
 def criterion_cost(name: str, settings: JudgeSettings, count: int, prefix: int, suffix: int) -> Cost:
@@ -152,24 +157,25 @@ def add_costs(costs: Iterable[Cost]) -> Cost:
     return total
 
 
-def run_cost(args: argparse.Namespace, settings: JudgeSettings | None) -> Cost:
+def run_cost(settings: Settings) -> Cost:
     """What the whole run costs; before --rollout-start-step there are no rollouts."""
-    without = min(args.rollout_start_step, args.train_iters) if "rollout" in candidate_kinds(args) else 0
-    phases = [(args.train_iters - without, prompt_cost(args, settings))]
+    run = settings.run
+    without = min(settings.experience.rollout_start_step, run.steps) if "rollout" in settings.needs.kinds else 0
+    phases = [(run.steps - without, prompt_cost(settings))]
     if without:
-        phases.append((without, prompt_cost(args, settings, with_rollouts=False)))
-    return add_costs(_times(cost, steps * args.global_batch_size) for steps, cost in phases)
+        phases.append((without, prompt_cost(settings, with_rollouts=False)))
+    return add_costs(_times(cost, steps * run.prompts) for steps, cost in phases)
 
 
 def _times(cost: Mapping[str, int], factor: int) -> Cost:
     return {name: factor * value for name, value in cost.items()}
 
 
-def _table(args: argparse.Namespace, settings: JudgeSettings | None) -> list[str]:
-    prompt, run = prompt_cost(args, settings), run_cost(args, settings)
-    step = _times(prompt, args.global_batch_size)
+def _table(settings: Settings) -> list[str]:
+    prompt, run = prompt_cost(settings), run_cost(settings)
+    step = _times(prompt, settings.run.prompts)
     width = max(map(len, run))
-    columns = [("a prompt", prompt), ("a step", step), (f"{args.train_iters:,} steps", run)]
+    columns = [("a prompt", prompt), ("a step", step), (f"{settings.run.steps:,} steps", run)]
     lines = ["  " + " " * width + "".join(f"{title:>20}" for title, _ in columns)]
     lines += [f"  {name:<{width}}" + "".join(f"{cost.get(name, 0):>20,}" for _, cost in columns) for name in prompt]
     ratio = prompt["training tokens, packed"] / prompt["training tokens, unpacked"]
@@ -178,32 +184,34 @@ def _table(args: argparse.Namespace, settings: JudgeSettings | None) -> list[str
     return lines
 
 
-def _objective(args: argparse.Namespace) -> str:
-    if args.objective == "sft":
-        return f"NLL of the {args.sft_target}"
-    if args.objective == "rf-nll":
+def _objective(settings: Settings) -> str:
+    objective, selection = settings.objective, settings.experience.selection
+    if objective.objective == "sft":
+        return f"NLL of the {selection.sft_target}"
+    if objective.objective == "rf-nll":
         return "RF-NLL: NLL of the best-judged candidate"
     roles = "best against worst candidate"
-    if args.dpo_pair is not None:
-        roles = f"chosen {args.dpo_pair[0]}, rejected {args.dpo_pair[1]}"
-    interval = args.ref_update_interval
+    if selection.fixed_roles is not None:
+        roles = f"chosen {selection.fixed_roles[0]}, rejected {selection.fixed_roles[1]}"
+    interval = settings.reference.update_interval
     reference = f"refreshed every {interval} steps" if interval else "frozen"
-    return f"online DPO, {roles}; beta {args.dpo_beta:g}, reference {reference}"
+    return f"online DPO, {roles}; beta {objective.beta:g}, reference {reference}"
 
 
-def _candidates(args: argparse.Namespace) -> str:
-    kinds = candidate_kinds(args)
-    rollouts = "1 rollout" if args.num_rollouts == 1 else f"{args.num_rollouts} rollouts"
+def _candidates(settings: Settings) -> str:
+    kinds, sampling = settings.needs.kinds, settings.experience.sampling
+    rollouts = "1 rollout" if sampling.n == 1 else f"{sampling.n} rollouts"
     names = [rollouts if kind == "rollout" else kind for kind in kinds]
-    text = f"{' + '.join(names)} = {candidate_count(args)} a prompt, {args.suffix_length} tokens each"
+    text = f"{' + '.join(names)} = {candidate_count(kinds, sampling.n)} a prompt, {sampling.max_new_tokens} tokens each"
     if "rollout" not in kinds:
         return text
-    start = f", from step {args.rollout_start_step}" if args.rollout_start_step else ""
-    return f"{text}; rollouts at T={args.rollout_temperature:g}, top-p {args.rollout_top_p:g}{start}"
+    first = settings.experience.rollout_start_step
+    start = f", from step {first}" if first else ""
+    return f"{text}; rollouts at T={sampling.temperature:g}, top-p {sampling.top_p:g}{start}"
 
 
-def _judge(args: argparse.Namespace, settings: JudgeSettings) -> list[str]:
-    count = contender_count(args)
+def _judge(run: Settings, settings: JudgeSettings) -> list[str]:
+    count = contender_count(run.needs.kinds, run.experience.sampling.n, settings.schedule)
     lines = []
     for name, weight in settings.criteria.items():
         cost = criterion_cost(name, settings, count, 0, 0)
@@ -230,28 +238,28 @@ def _pairs(settings: JudgeSettings, count: int) -> str:
     return text + (", as many votes in either order" if texts <= SMALL_GROUP else "")
 
 
-def _rate_limit(args: argparse.Namespace, settings: JudgeSettings) -> str:
+def _rate_limit(settings: Settings, judge: JudgeSettings) -> str:
     """What the rate limit makes of a step; nothing without one."""
-    rate = sum(endpoint.requests_per_s for endpoint in settings.client.endpoints)
+    rate = sum(endpoint.requests_per_s for endpoint in judge.client.endpoints)
     if not rate:
         return ""
-    cost = prompt_cost(args, settings)
-    requests = args.global_batch_size * (cost.get("judge requests", 0) + cost.get("rewriter calls", 0))
+    cost = prompt_cost(settings)
+    requests = settings.run.prompts * (cost.get("judge requests", 0) + cost.get("rewriter calls", 0))
     return f"{requests / rate:,.0f} s a step for {requests:,} teacher requests at {rate:g} a second"
 
 
-def _schedule(args: argparse.Namespace) -> str:
-    prompts = args.train_iters * args.global_batch_size
-    rate = f"lr {args.lr:g}" if args.lr is not None else "lr not given"
-    rate += f" {args.lr_decay_style} to {args.min_lr:g}, warm-up {args.lr_warmup_iters:,} steps"
-    return f"{args.train_iters:,} steps x {args.global_batch_size} prompts = {prompts:,} prompts; {rate}"
+def _schedule(settings: Settings) -> str:
+    run, learning = settings.run, settings.learning_rate
+    prompts = run.steps * run.prompts
+    rate = f"lr {learning.peak:g} {learning.decay} to {learning.end:g}, warm-up {learning.warmup:,} steps"
+    return f"{run.steps:,} steps x {run.prompts} prompts = {prompts:,} prompts; {rate}"
 
 
-def _rows(args: argparse.Namespace) -> str:
-    prefix = args.seq_length - args.suffix_length
-    branches = 2 if args.objective == "dpo" else 1
-    example = prefix + branches * args.suffix_length
+def _rows(settings: Settings) -> str:
+    prefix, suffix = _lengths(settings)
+    branches = _branches(settings)
+    example = prefix + branches * suffix
     return (
-        f"micro-batches of up to {args.row_length:,} tokens; an example has up to {example:,} "
-        f"({prefix:,} of prefix, {branches} x {args.suffix_length})"
+        f"micro-batches of up to {settings.row_length:,} tokens; an example has up to {example:,} "
+        f"({prefix:,} of prefix, {branches} x {suffix})"
     )

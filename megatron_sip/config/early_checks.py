@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sip.checkpoints.folder import TRACKER, require_checkpoint
-from megatron_sip.config.checks import ArgumentError, missing_flags, problems_of_ours, refuse
+from megatron_sip.config.checks import missing_flags, problems_of_ours, refuse
 from megatron_sip.config.flags import add_arguments
 from megatron_sip.config.parse import SAVE_INTERVAL, StrictParser, find_hf_config
 from megatron_sip.data.source_files import parse_data_path
-from megatron_sip.errors import DataError
+from megatron_sip.errors import ArgumentError, DataError
 from megatron_sip.hf.converted import is_hf_folder
 
 PROGRAM = "python -m megatron_sip.train"

@@ -3,66 +3,85 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
 
-from megatron_sip.config.settings import has_servers, rewriter_role, schedule_settings
-from megatron_sip.records import CANDIDATE_KINDS
-
-
-def uses_judge(args: argparse.Namespace) -> bool:
-    """Whether selection needs scores: not for SFT, nor for DPO with roles fixed by kind."""
-    return args.objective != "sft" and args.dpo_pair is None
-
-
-def candidate_kinds(args: argparse.Namespace) -> tuple[str, ...]:
-    """The kinds of candidates that the run needs, in canonical order."""
-    if args.objective == "sft":
-        wanted = {args.sft_target}
-    elif args.dpo_pair is not None:
-        wanted = set(args.dpo_pair)
-    else:
-        wanted = set(args.candidates)
-    return tuple(kind for kind in CANDIDATE_KINDS if kind in wanted)
+from megatron_sip.config.flags import Role
+from megatron_sip.judge.settings import ScheduleSettings
+from megatron_sip.records import CANDIDATE_KINDS, CandidateKind
 
 
-def needs_judge(args: argparse.Namespace) -> bool:
-    """Whether the teacher scores anything in this run, the held-out comparison included."""
-    compares = args.win_rate_prompts > 0 and not needs_eval_judge(args)
-    return (uses_judge(args) and args.replay_groups is None) or compares
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """kinds: candidates to make, in canonical order. scores: selection needs them: not for SFT, nor for fixed roles.
+
+    replays: groups are read, not made. compares: a held-out comparison ends the run. own_rewriter, own_eval_judge: these have
+    servers of their own, running or to be started; otherwise both are the teacher's work.
+    """
+
+    kinds: tuple[CandidateKind, ...]
+    scores: bool
+    replays: bool
+    compares: bool
+    own_rewriter: bool
+    own_eval_judge: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Needs:
+        """What the flags ask for."""
+        wanted = {args.sft_target} if args.objective == "sft" else set(args.dpo_pair or args.candidates)
+        return cls(
+            kinds=cast("tuple[CandidateKind, ...]", tuple(kind for kind in CANDIDATE_KINDS if kind in wanted)),
+            scores=args.objective != "sft" and args.dpo_pair is None,
+            replays=args.replay_groups is not None,
+            compares=args.win_rate_prompts > 0,
+            own_rewriter=has_servers(args, "rewriter"),
+            own_eval_judge=has_servers(args, "eval_judge"),
+        )
+
+    @property
+    def judge(self) -> bool:
+        """Whether the teacher scores anything in this run, the held-out comparison included."""
+        return (self.scores and not self.replays) or (self.compares and not self.own_eval_judge)
+
+    @property
+    def eval_judge(self) -> bool:
+        """Whether the held-out comparison has a judge of its own."""
+        return self.compares and self.own_eval_judge
+
+    @property
+    def rewriter(self) -> bool:
+        """Whether suffixes are rewritten."""
+        return not self.replays and "rewrite" in self.kinds
+
+    @property
+    def rewriter_role(self) -> Role:
+        """Whose servers rewrite."""
+        return "rewriter" if self.own_rewriter else "teacher"
+
+    @property
+    def teacher(self) -> bool:
+        """Whether the teacher is asked anything."""
+        return self.judge or (self.rewriter and not self.own_rewriter)
+
+    @property
+    def engines(self) -> bool:
+        """Whether the policy is sampled."""
+        return (not self.replays and "rollout" in self.kinds) or self.compares
 
 
-def needs_teacher(args: argparse.Namespace) -> bool:
-    """Whether the teacher is asked anything."""
-    return needs_judge(args) or (needs_rewriter(args) and rewriter_role(args) == "teacher")
+def has_servers(args: argparse.Namespace, role: Role) -> bool:
+    """Whether the flags name servers for `role` itself, running or to be started."""
+    return bool(getattr(args, f"{role}_url", None) or getattr(args, f"{role}_model", None))
 
 
-def needs_rewriter(args: argparse.Namespace) -> bool:
-    """Whether suffixes are rewritten."""
-    return args.replay_groups is None and "rewrite" in candidate_kinds(args)
+def candidate_count(kinds: Sequence[CandidateKind], rollouts: int) -> int:
+    """Candidates of one prompt."""
+    return sum(rollouts if kind == "rollout" else 1 for kind in kinds)
 
 
-def needs_engines(args: argparse.Namespace) -> bool:
-    """Whether the policy is sampled."""
-    makes_groups = args.replay_groups is None and "rollout" in candidate_kinds(args)
-    return makes_groups or args.win_rate_prompts > 0
-
-
-def local_servers(args: argparse.Namespace) -> int:
-    """How many SGLang servers this run starts."""
-    engines = args.rollout_local if needs_engines(args) else 0
-    teacher = args.teacher_model is not None and needs_teacher(args)
-    rewriter = args.rewriter_model is not None and needs_rewriter(args)
-    return engines + int(teacher) + int(rewriter)
-
-
-def contender_count(args: argparse.Namespace, with_rollouts: bool = True) -> int:
-    """Candidates of one prompt that compete: all but a rollout drawn as the judge's pivot."""
-    rollouts = args.num_rollouts if with_rollouts else 0
-    count = sum(rollouts if kind == "rollout" else 1 for kind in candidate_kinds(args))
-    schedule = schedule_settings(args)
-    drawn = uses_judge(args) and schedule.pivot_apart and schedule.pivot == "rollout" and rollouts > 0
-    return count - int(drawn)
-
-
-def needs_eval_judge(args: argparse.Namespace) -> bool:
-    """Whether the held-out comparison has a judge of its own."""
-    return args.win_rate_prompts > 0 and has_servers(args, "eval_judge")
+def contender_count(kinds: Sequence[CandidateKind], rollouts: int, schedule: ScheduleSettings) -> int:
+    """Judged candidates of one prompt that compete: all but a rollout drawn as the judge's pivot."""
+    drawn = schedule.pivot_apart and schedule.pivot == "rollout" and rollouts > 0
+    return candidate_count(kinds, rollouts) - int(drawn)

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_sip.config.checks import ArgumentError, check_required, explained, validate
+from megatron_sip.config.checks import check_required, explained, validate
 from megatron_sip.config.flags import add_arguments
 from megatron_sip.config.presets import expand_presets
 from megatron_sip.config.wandb_run import continue_wandb_run
 from megatron_sip.console import say
+from megatron_sip.errors import ArgumentError
 from megatron_sip.hf.converted import converted_checkpoint, is_hf_folder
 from megatron_sip.hf.folder import HF_SUBFOLDER, refuse_pointers
 

@@ -1,12 +1,20 @@
-"""The settings that the flags describe."""
+"""The settings of a run, made of its flags once: what each room is told. Behind `Settings.from_args` nobody reads flags."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from megatron_sip.config.flags import Role
+from megatron_sip.config.needs import Needs, has_servers
+from megatron_sip.data.tasks import TaskSettings
+from megatron_sip.data.tokenization import DEFAULT_CACHE, TokenizeSettings
+from megatron_sip.experience.leader import ClientsSettings, EngineSettings
+from megatron_sip.experience.maker import ExperienceSettings
+from megatron_sip.experience.samples import SampleLog
+from megatron_sip.experience.selection import SelectionSettings
 from megatron_sip.judge.rewriter import RewriterSettings
 from megatron_sip.judge.settings import (
     DEFAULT_MODEL,
@@ -14,44 +22,305 @@ from megatron_sip.judge.settings import (
     Endpoint,
     JudgeSettings,
     ScheduleSettings,
-    SettingsError,
     parse_criteria,
     parse_verdicts,
 )
-
-FLAG_OF_SETTING = {
-    "requests_per_s": "--teacher-requests-per-second",
-    "call_timeout_s": "--teacher-timeout",
-    "reasoning_tokens": "--teacher-reasoning-tokens",
-    "context_tokens": "--teacher-context",
-    "answer_prefix": "--teacher-answer-prefix",
-    "prefill": "--teacher-prefill",
-    "kind sglang": "--teacher-api sglang",
-    "rewrite temperature": "--rewrite-temperature",
-    "schedule degree": "--judge-degree",
-    "pivot_competes": "--judge-pivot-competes",
-    "schedule budget": "--judge-budget",
-    "prefix_chars": "--judge-prefix-chars",
-    "max_tokens": "--judge-max-tokens",
-    "audit_rate": "--judge-audit-rate",
-    "quorum": "--judge-quorum",
-    "votes": "--judge-votes",
-    "deadline_s": "--judge-deadline",
-    "concurrency": "--judge-concurrency",
-    "temperature": "--judge-temperature",
-    "top_p": "--judge-top-p",
-    "verdict": "--judge-verdict",
-    "criteri": "--criteria",
-}
-"""What a SettingsError calls a setting -> the flag; the first that occurs in a message is meant."""
+from megatron_sip.rollout.pool import PoolSettings
+from megatron_sip.rollout.sampling import SamplingSettings
+from megatron_sip.serving.http_reply import key_from_environment
+from megatron_sip.serving.launch import ServerSettings
+from megatron_sip.serving.local_servers import ENGINE_FLAGS, ENGINE_MARGIN, LocalServerSettings, ServerUrls
+from megatron_sip.training.objectives.settings import ObjectiveSettings
 
 
-def judge_settings(args: argparse.Namespace, urls: Sequence[str], role: Role = "teacher") -> JudgeSettings:
-    """The judge that the flags describe, at `urls`, the servers of `role`."""
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """Where a run lives and how long it is.
+
+    save: its checkpoints. run_dir: all else that it writes. hf_config: the policy's config and tokenizer.
+    pretrained_checkpoint: its initial weights, None for random ones. prompts: of a step, of all replicas together.
+    save_interval: in steps. rank: this process's number.
+    """
+
+    save: Path
+    run_dir: Path
+    hf_config: Path
+    pretrained_checkpoint: Path | None
+    steps: int
+    prompts: int
+    save_interval: int
+    seed: int
+    rank: int
+    load_last_whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DataSettings:
+    """paths: sources, with weights. split: shares of train, valid and test. vocab_size: all token ids are below it."""
+
+    paths: tuple[str, ...]
+    split: str
+    vocab_size: int
+    tasks: TaskSettings
+    tokenizing: TokenizeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class LearningRate:
+    """As Megatron's schedule was told, for people to read. warmup: in steps."""
+
+    peak: float
+    end: float
+    decay: str
+    warmup: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceSettings:
+    """update_interval: steps between two copies of the policy, 0: never. offload: its weights wait in host memory."""
+
+    update_interval: int = 0
+    offload: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSettings:
+    """How engines are reached and fed. concurrency: calls in flight of one leader, to all engines.
+
+    context_length: tokens that an engine must take, prompt and answer. weight_sync: see --weight-sync; sync_dir: for disk.
+    """
+
+    timeout_s: float
+    concurrency: int
+    key_variable: str | None
+    vocab_size: int
+    context_length: int
+    weight_sync: Literal["distributed", "disk"]
+    sync_dir: Path
+    bucket_bytes: int
+
+    def key(self) -> str | None:
+        """What the engines demand as a bearer token; checked when the flags were."""
+        return key_from_environment(self.key_variable) if self.key_variable else None
+
+    def engines(self, urls: tuple[str, ...]) -> EngineSettings:
+        """A leader's side of the engines at `urls`."""
+        pool = PoolSettings(
+            call_timeout_s=self.timeout_s,
+            deadline_s=3 * self.timeout_s,
+            max_concurrency=max(1, self.concurrency // len(urls)),
+            key=self.key(),
+            vocab_size=self.vocab_size,
+        )
+        return EngineSettings(urls, pool, self.context_length)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutSettings:
+    """prompts: of the comparison with the initial policy, 0: none is made."""
+
+    prompts: int
+    sampling: SamplingSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All of a run. row_length: tokens of the longest packed row. urls: of the servers that the flags name.
+
+    judge, eval_judge, rewriter: None where nobody is asked; servers that are yet to be started have a made-up URL in them.
+    """
+
+    run: RunSettings
+    needs: Needs
+    data: DataSettings
+    objective: ObjectiveSettings
+    reference: ReferenceSettings
+    row_length: int
+    learning_rate: LearningRate
+    experience: ExperienceSettings
+    rollouts: RolloutSettings
+    held_out: HeldOutSettings
+    judge: JudgeSettings | None
+    eval_judge: JudgeSettings | None
+    rewriter: RewriterSettings | None
+    local_servers: LocalServerSettings
+    urls: ServerUrls
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Settings:
+        """What `parse_arguments` returns, as settings. Raises ValueError (SettingsError) that names the flag."""
+        needs, tasks = Needs.from_args(args), task_settings(args)
+        return cls(
+            run=run_settings(args),
+            needs=needs,
+            data=DataSettings(tuple(args.data_path), args.split, args.vocab_size, tasks, tokenize_settings(args)),
+            objective=objective_settings(args),
+            reference=ReferenceSettings(args.ref_update_interval, args.ref_offload),
+            row_length=args.row_length,
+            learning_rate=LearningRate(args.lr, args.min_lr, args.lr_decay_style, args.lr_warmup_iters),
+            experience=experience_settings(args),
+            rollouts=rollout_settings(args),
+            held_out=HeldOutSettings(args.win_rate_prompts, held_out_sampling(args)),
+            judge=judge_settings(args) if needs.judge else None,
+            eval_judge=judge_settings(args, "eval_judge") if needs.eval_judge else None,
+            rewriter=rewriter_settings(args) if needs.rewriter else None,
+            local_servers=local_server_settings(args),
+            urls=ServerUrls(*(tuple(getattr(args, f"{role}_url") or ()) for role in URL_ROLES)),
+        )
+
+    def clients(self, urls: ServerUrls) -> ClientsSettings:
+        """A leader's clients of the servers that the run needs, of those which are at `urls`."""
+        rewriter_urls = urls.rewriter if self.needs.own_rewriter else urls.teacher
+        return ClientsSettings(
+            engines=self.rollouts.engines(tuple(urls.engines)) if self.needs.engines and urls.engines else None,
+            judge=replace(self.judge, client=self.judge.client.at(urls.teacher))
+            if self.judge is not None and urls.teacher
+            else None,
+            eval_judge=self.eval_judge if urls.eval_judge else None,
+            rewriter=replace(self.rewriter, client=self.rewriter.client.at(rewriter_urls))
+            if self.rewriter is not None and rewriter_urls
+            else None,
+        )
+
+
+URL_ROLES = ("rollout", "teacher", "rewriter", "eval_judge")
+"""For each there is a flag --ROLE-url; in the order of `ServerUrls`."""
+
+
+def run_settings(args: argparse.Namespace) -> RunSettings:
+    """Folders, length, seed."""
+    return RunSettings(
+        save=Path(args.save),
+        run_dir=Path(args.run_dir),
+        hf_config=Path(args.hf_config),
+        pretrained_checkpoint=Path(args.pretrained_checkpoint) if args.pretrained_checkpoint else None,
+        steps=args.train_iters,
+        prompts=args.global_batch_size,
+        save_interval=args.save_interval,
+        seed=args.seed,
+        rank=args.rank,
+        load_last_whole=args.load_last_whole,
+    )
+
+
+def task_settings(args: argparse.Namespace) -> TaskSettings:
+    """How documents are cut. Raises ValueError."""
+    return TaskSettings(
+        seq_length=args.seq_length,
+        suffix_length=args.suffix_length,
+        mode=args.task_mode,
+        seed=args.seed,
+        min_prefix_length=args.min_prefix_length,
+    )
+
+
+def tokenize_settings(args: argparse.Namespace) -> TokenizeSettings:
+    """How text becomes tokens, and where they are kept."""
+    return TokenizeSettings(
+        text_field=args.text_field,
+        prepend_bos=args.prepend_bos,
+        cache_dir=Path(args.data_cache_path or DEFAULT_CACHE),
+    )
+
+
+def objective_settings(args: argparse.Namespace) -> ObjectiveSettings:
+    """The objective and its constants. Raises ValueError for one out of its range."""
+    return ObjectiveSettings(
+        objective=args.objective,
+        beta=args.dpo_beta,
+        nll_coef=args.dpo_nll_coef,
+        label_smoothing=args.dpo_label_smoothing,
+        dpo_loss=args.dpo_loss,
+    )
+
+
+def selection_settings(args: argparse.Namespace) -> SelectionSettings:
+    """Which candidates compete, and for what. Raises ValueError."""
+    return SelectionSettings(
+        objective=args.objective,
+        candidates=Needs.from_args(args).kinds,
+        sft_target=args.sft_target,
+        fixed_roles=tuple(args.dpo_pair) if args.dpo_pair is not None else None,
+        seed=args.seed,
+    )
+
+
+def rollout_sampling(args: argparse.Namespace) -> SamplingSettings:
+    """How rollouts are sampled; `n` is 1 where there are none. Raises ValueError."""
+    return SamplingSettings(
+        max_new_tokens=args.suffix_length,
+        temperature=args.rollout_temperature,
+        top_p=args.rollout_top_p,
+        n=max(1, args.num_rollouts),
+    )
+
+
+def held_out_sampling(args: argparse.Namespace) -> SamplingSettings:
+    """How the compared continuations are sampled. Raises ValueError."""
+    return SamplingSettings(args.suffix_length, args.win_rate_temperature, args.rollout_top_p)
+
+
+def experience_settings(args: argparse.Namespace) -> ExperienceSettings:
+    """What the leaders' experience depends on, as the first of them keeps it. Raises ValueError."""
+    return ExperienceSettings(
+        kinds=Needs.from_args(args).kinds,
+        sampling=rollout_sampling(args),
+        selection=selection_settings(args),
+        rollout_start_step=args.rollout_start_step,
+        record=Path(args.save_groups) if args.save_groups else None,
+        replay=Path(args.replay_groups) if args.replay_groups else None,
+        samples=SampleLog.of(Path(args.run_dir), args.train_iters),
+        rollout_seed=args.seed,
+    )
+
+
+def rollout_settings(args: argparse.Namespace) -> RolloutSettings:
+    """How engines are reached, and get their weights."""
+    return RolloutSettings(
+        timeout_s=args.rollout_timeout,
+        concurrency=args.rollout_concurrency,
+        key_variable=args.rollout_key_variable,
+        vocab_size=args.vocab_size,
+        context_length=args.seq_length + ENGINE_MARGIN,
+        weight_sync=args.weight_sync,
+        sync_dir=Path(args.weight_sync_dir),
+        bucket_bytes=args.weight_sync_bucket_mb << 20,
+    )
+
+
+def local_server_settings(args: argparse.Namespace) -> LocalServerSettings:
+    """The servers that this run starts."""
+    needs, logs = Needs.from_args(args), Path(args.run_dir or args.save) / "logs"
+    common = ServerSettings(
+        model_path=args.hf_config or "",
+        dtype=args.local_engine_dtype,
+        mem_fraction=args.local_server_memory,
+        max_total_tokens=args.local_engine_tokens,
+        seed=args.seed,
+    )
+    engine = replace(
+        common,
+        log_file=logs / "engine.log",
+        context_length=args.seq_length + ENGINE_MARGIN,
+        extra_args=ENGINE_FLAGS,
+    )
+    teacher = replace(common, model_path=args.teacher_model or "", log_file=logs / "teacher.log")
+    rewriter = replace(common, model_path=args.rewriter_model or "", log_file=logs / "rewriter.log")
+    return LocalServerSettings(
+        engine=engine if args.rollout_local and needs.engines else None,
+        engines=args.rollout_local,
+        teacher=teacher if args.teacher_model and needs.teacher else None,
+        rewriter=rewriter if args.rewriter_model and needs.rewriter else None,
+        share_gpus=args.local_server_memory is not None,
+    )
+
+
+def judge_settings(args: argparse.Namespace, role: Role = "teacher") -> JudgeSettings:
+    """The judge that the flags describe, at the servers of `role`. Raises SettingsError."""
     default_verdict, verdicts = parse_verdicts(args.judge_verdict)
     return JudgeSettings(
         criteria=parse_criteria(args.criteria),
-        client=client_settings(args, urls, role),
+        client=client_settings(args, role),
         votes=args.judge_votes,
         schedule=schedule_settings(args),
         verdicts=verdicts,
@@ -66,22 +335,10 @@ def judge_settings(args: argparse.Namespace, urls: Sequence[str], role: Role = "
     )
 
 
-def client_settings(args: argparse.Namespace, urls: Sequence[str], role: Role) -> ClientSettings:
-    """How judge and rewriter reach the servers of `role` at `urls`."""
-    return ClientSettings(
-        endpoints=endpoints_of(args, role, urls),
-        tokenizer=tokenizer_of(args, role),
-        cache_path=Path(args.judge_cache) if args.judge_cache is not None else None,
-        call_timeout_s=args.teacher_timeout,
-        concurrency=args.judge_concurrency,
-        seed=args.seed,
-    )
-
-
-def rewriter_settings(args: argparse.Namespace, urls: Sequence[str]) -> RewriterSettings:
-    """The rewriter that the flags describe, at `urls`."""
+def rewriter_settings(args: argparse.Namespace) -> RewriterSettings:
+    """The rewriter that the flags describe. Raises SettingsError."""
     return RewriterSettings(
-        client=client_settings(args, urls, rewriter_role(args)),
+        client=client_settings(args, "rewriter" if has_servers(args, "rewriter") else "teacher"),
         temperature=args.rewrite_temperature,
         deadline_s=args.judge_deadline,
         prefix_chars=args.judge_prefix_chars,
@@ -102,28 +359,10 @@ def schedule_settings(args: argparse.Namespace) -> ScheduleSettings:
     )
 
 
-def flag_for(error: SettingsError, role: Role = "teacher") -> str:
-    """The flag that a mistake in the settings comes from, where they are about the servers of `role`."""
-    message = str(error)
-    flag = next((flag for name, flag in FLAG_OF_SETTING.items() if name in message), "--criteria and --judge-schedule")
-    shared = role == "teacher" or flag == "--teacher-timeout"
-    return flag if shared else flag.replace("--teacher-", f"--{role.replace('_', '-')}-")
-
-
-def has_servers(args: argparse.Namespace, role: Role) -> bool:
-    """Whether the flags name servers for `role` itself, running or to be started."""
-    return bool(getattr(args, f"{role}_url", None) or getattr(args, f"{role}_model", None))
-
-
-def rewriter_role(args: argparse.Namespace) -> Role:
-    """Whose servers rewrite."""
-    return "rewriter" if has_servers(args, "rewriter") else "teacher"
-
-
-def endpoints_of(args: argparse.Namespace, role: Role, urls: Sequence[str]) -> tuple[Endpoint, ...]:
-    """The servers of `role` at `urls` as judge and rewriter address them. Raises SettingsError."""
+def client_settings(args: argparse.Namespace, role: Role) -> ClientSettings:
+    """How judge and rewriter reach the servers of `role`. Raises SettingsError."""
     own = {name.removeprefix(f"{role}_"): value for name, value in vars(args).items() if name.startswith(f"{role}_")}
-    return tuple(
+    endpoints = tuple(
         Endpoint(
             url,
             own["api"],
@@ -134,11 +373,15 @@ def endpoints_of(args: argparse.Namespace, role: Role, urls: Sequence[str]) -> t
             reasoning_tokens=own["reasoning_tokens"],
             requests_per_s=own["requests_per_second"],
             context_tokens=own["context"],
+            role=role,
         )
-        for url in urls
+        for url in own["url"] or [f"http://{role.replace('_', '-')}"]
     )
-
-
-def tokenizer_of(args: argparse.Namespace, role: Role) -> str | None:
-    """The tokenizer of the model that `role` serves, None where the servers are to say."""
-    return getattr(args, f"{role}_tokenizer") or getattr(args, f"{role}_model", None)
+    return ClientSettings(
+        endpoints=endpoints,
+        tokenizer=own["tokenizer"] or own.get("model"),  # None: the servers say
+        cache_path=Path(args.judge_cache) if args.judge_cache is not None else None,
+        call_timeout_s=args.teacher_timeout,
+        concurrency=args.judge_concurrency,
+        seed=args.seed,
+    )

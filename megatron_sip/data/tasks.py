@@ -48,7 +48,7 @@ class TaskSettings:
         if self.suffix_length < 1:
             raise ValueError(f"--suffix-length must be at least 1, got {self.suffix_length}")
         if self.min_prefix_length < 1:
-            raise ValueError(f"min_prefix_length must be at least 1, got {self.min_prefix_length}")
+            raise ValueError(f"--min-prefix-length must be at least 1, got {self.min_prefix_length}")
         if self.suffix_length + self.min_prefix_length > self.seq_length:
             raise ValueError(
                 f"--suffix-length {self.suffix_length} leaves {self.seq_length - self.suffix_length} tokens of "

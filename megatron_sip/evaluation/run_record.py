@@ -32,7 +32,7 @@ class RunRecord:
 
 
 def run_record(given: Sequence[str], flags: argparse.Namespace, environment: Mapping[str, str]) -> RunRecord:
-    """The record of a command line: as it is written in `given`, and as `early_arguments.check_flags` read it."""
+    """The record of a command line: as it is written in `given`, and as `early_checks.check_flags` read it."""
     return RunRecord(
         command=flags.started_as or continuing_command(given, environment),
         settings=changed_settings(given, flags),

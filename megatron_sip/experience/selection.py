@@ -54,9 +54,9 @@ class SelectionSettings:
         if self.fixed_roles is None:
             return
         if self.objective != "dpo":
-            raise ValueError(f"fixed roles are for --objective dpo, got {self.objective}")
+            raise ValueError(f"--dpo-pair is for --objective dpo, got {self.objective}")
         if len(set(self.fixed_roles)) != 2 or not set(self.fixed_roles) <= set(self.candidates):
-            raise ValueError(f"fixed roles {self.fixed_roles} must be two different kinds among {self.candidates}")
+            raise ValueError(f"--dpo-pair {self.fixed_roles} must be two different kinds among {self.candidates}")
 
     @property
     def needs_judge(self) -> bool:

@@ -38,7 +38,7 @@ class AsksTeacher:
         if self._client.reasoning.always and not endpoint.reasoning_tokens:
             raise SettingsError(
                 f"{what}: the model at {endpoint.url} reasons before each answer, by its chat template, and has no tokens for "
-                "it: give --teacher-reasoning-tokens (or --rewriter-..., --eval-judge-...), for example 2048"
+                f"it: give {endpoint.flag('reasoning-tokens')}, for example 2048"
             )
 
     def counters(self) -> dict[str, float]:

@@ -56,7 +56,7 @@ class RewriterSettings:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise SettingsError(f"rewrite temperature {self.temperature}: a number of at least 0 is needed")
+            raise SettingsError(f"--rewrite-temperature {self.temperature}: a number of at least 0 is needed")
 
 
 class Rewriter(AsksTeacher):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,7 @@ SCHEDULE_NAMES = ("all_pairs", "all_pairs_swap", "pivot", "circulant_bt", "two_e
 
 
 class SettingsError(UserError, ValueError):
-    """A setting that cannot work; the message names it and what would be right."""
+    """A setting that cannot work; the message names its flag and what would be right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Endpoint:
     reasoning_tokens: tokens for reasoning, on top of each written answer's own budget.
     requests_per_s: rate limit, 0: none.
     context_tokens: what a request and its answer may take together (None: what the server reports, if it does).
+    role: whose server it is, as its flags begin: --ROLE-url, --ROLE-api, ...
     """
 
     url: str
@@ -50,27 +51,37 @@ class Endpoint:
     reasoning_tokens: int = 0
     requests_per_s: float = 0.0
     context_tokens: int | None = None
+    role: str = "teacher"
 
     def __post_init__(self) -> None:
         if mistake := url_mistake(self.url):
-            hint = "; give the key through a variable (--teacher-key-variable)" if "@" in self.url else ""
-            raise SettingsError(f"endpoint {shown_url(self.url)}: {mistake}{hint}")
+            hint = f"; give the key through {self.flag('key-variable')}" if "@" in self.url else ""
+            raise SettingsError(f"{self.flag('url')} {shown_url(self.url)}: {mistake}{hint}")
         if self.kind not in ("sglang", "openai"):
-            raise SettingsError(f"endpoint {self.url}: kind '{self.kind}' is neither sglang nor openai")
+            raise SettingsError(f"{self._at('api')}: '{self.kind}' is neither sglang nor openai")
         if self.reasoning_tokens < 0:
-            raise SettingsError(f"endpoint {self.url}: reasoning_tokens {self.reasoning_tokens}: at least 0 is needed")
+            raise SettingsError(f"{self._at('reasoning-tokens')}: {self.reasoning_tokens}, at least 0 is needed")
         if not 0.0 <= self.requests_per_s < float("inf"):
             raise SettingsError(
-                f"endpoint {self.url}: requests_per_s {self.requests_per_s}: 0 (no limit) or more is needed"
+                f"{self._at('requests-per-second')}: {self.requests_per_s}, 0 (no limit) or more is needed"
             )
         if self.context_tokens is not None and self.context_tokens < 1:
-            raise SettingsError(f"endpoint {self.url}: context_tokens {self.context_tokens}: at least 1 is needed")
+            raise SettingsError(f"{self._at('context')}: {self.context_tokens}, at least 1 is needed")
         if self.prefill and self.kind != "openai":
             raise SettingsError(
-                f"endpoint {self.url}: prefill is for kind openai; sglang always continues a started answer"
+                f"{self._at('prefill')}: it is for {self.flag('api')} openai; sglang always continues a started answer"
             )
         if self.answer_prefix and self.kind != "sglang":
-            raise SettingsError(f"endpoint {self.url}: answer_prefix is for kind sglang; the others take no raw tokens")
+            raise SettingsError(
+                f"{self._at('answer-prefix')}: for {self.flag('api')} sglang only, others take no raw tokens"
+            )
+
+    def flag(self, name: str) -> str:
+        """The flag of these servers that ends with `name`."""
+        return f"--{self.role.replace('_', '-')}-{name}"
+
+    def _at(self, name: str) -> str:
+        return f"{self.flag(name)}: endpoint {self.url}"
 
     @property
     def continues_answers(self) -> bool:
@@ -82,7 +93,7 @@ class Endpoint:
         try:
             return None if self.api_key_env is None else key_from_environment(self.api_key_env)
         except ValueError as error:
-            raise SettingsError(f"endpoint {self.url}: {error}") from None
+            raise SettingsError(f"{self._at('key-variable')}: {error}") from None
 
     def proxy(self) -> Proxy:
         """The environment's proxy for a hosted API; SGLang's own protocol is spoken directly. Raises SettingsError."""
@@ -115,11 +126,15 @@ class ClientSettings:
             raise SettingsError("a judge or rewriter needs at least one endpoint (URL)")
         if any(replace(endpoint, url=self.endpoint.url) != self.endpoint for endpoint in self.endpoints):
             raise SettingsError("the endpoints of a judge or rewriter may differ in their URLs only")
-        for name, value in (("concurrency", self.concurrency), ("attempts", self.attempts)):
+        for name, value in (("--judge-concurrency", self.concurrency), ("judge attempts", self.attempts)):
             if value < 1:
-                raise SettingsError(f"judge {name} {value}: at least 1 is needed")
+                raise SettingsError(f"{name} {value}: at least 1 is needed")
         if self.call_timeout_s <= 0:
-            raise SettingsError(f"judge call_timeout_s {self.call_timeout_s}: a number above 0 is needed")
+            raise SettingsError(f"--teacher-timeout {self.call_timeout_s}: a number above 0 is needed")
+
+    def at(self, urls: Sequence[str]) -> ClientSettings:
+        """The same servers at other URLs."""
+        return replace(self, endpoints=tuple(replace(self.endpoint, url=url) for url in urls))
 
     @property
     def endpoint(self) -> Endpoint:
@@ -152,16 +167,16 @@ class ScheduleSettings:
     def __post_init__(self) -> None:
         if self.pivot_competes and self.name != "pivot":
             raise SettingsError(
-                f"judge schedule pivot_competes: schedule '{self.name}' has no pivot; it belongs to pivot"
+                f"--judge-pivot-competes: schedule '{self.name}' has no pivot; it belongs to --judge-schedule pivot"
             )
         if self.name not in SCHEDULE_NAMES:
-            raise SettingsError(f"judge schedule '{self.name}' is unknown; there are: {', '.join(SCHEDULE_NAMES)}")
+            raise SettingsError(f"--judge-schedule '{self.name}' is unknown; there are: {', '.join(SCHEDULE_NAMES)}")
         if self.degree < 2 or self.degree % 2:
-            raise SettingsError(f"judge schedule degree {self.degree}: an even number of at least 2 is needed")
+            raise SettingsError(f"--judge-degree {self.degree}: an even number of at least 2 is needed")
         if self.pivot not in ("suffix", "rollout"):
-            raise SettingsError(f"judge schedule pivot '{self.pivot}': suffix or rollout is needed")
+            raise SettingsError(f"--judge-pivot '{self.pivot}': suffix or rollout is needed")
         if self.budget < 1:
-            raise SettingsError(f"judge schedule budget {self.budget}: at least one pair is needed")
+            raise SettingsError(f"--judge-budget {self.budget}: at least one pair is needed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,33 +210,35 @@ class JudgeSettings:
 
     def __post_init__(self) -> None:
         if not self.criteria:
-            raise SettingsError("the judge needs at least one criterion, for example quality=1")
-        for name, low, value in (
-            ("votes", 1, self.votes),
-            ("max_tokens", 1, self.max_tokens),
-            ("prefix_chars", 1, self.prefix_chars),
+            raise SettingsError("--criteria: the judge needs at least one criterion, for example quality=1")
+        for name, value in (
+            ("votes", self.votes),
+            ("max-tokens", self.max_tokens),
+            ("prefix-chars", self.prefix_chars),
         ):
-            if value < low:
-                raise SettingsError(f"judge {name} {value}: at least {low} is needed")
+            if value < 1:
+                raise SettingsError(f"--judge-{name} {value}: at least 1 is needed")
         if self.temperature < 0:
-            raise SettingsError(f"judge temperature {self.temperature}: a number of at least 0 is needed")
+            raise SettingsError(f"--judge-temperature {self.temperature}: a number of at least 0 is needed")
         if not 0 < self.top_p <= 1:
-            raise SettingsError(f"judge top_p {self.top_p}: a share above 0 and at most 1 is needed")
+            raise SettingsError(f"--judge-top-p {self.top_p}: a share above 0 and at most 1 is needed")
         if self.deadline_s <= 0:
-            raise SettingsError(f"judge deadline_s {self.deadline_s}: a number above 0 is needed")
+            raise SettingsError(f"--judge-deadline {self.deadline_s}: a number above 0 is needed")
         if not 0 < self.quorum <= 1:
-            raise SettingsError(f"judge quorum {self.quorum}: a share above 0 and at most 1 is needed")
+            raise SettingsError(f"--judge-quorum {self.quorum}: a share above 0 and at most 1 is needed")
         if not 0 <= self.audit_rate <= 1:
-            raise SettingsError(f"judge audit_rate {self.audit_rate}: a share from 0 to 1 is needed")
+            raise SettingsError(f"--judge-audit-rate {self.audit_rate}: a share from 0 to 1 is needed")
         if unknown := sorted(set(self.verdicts) - set(self.criteria)):
             raise SettingsError(
-                f"judge verdicts of {', '.join(unknown)}: no such criterion here; there are: {', '.join(self.criteria)}"
+                f"--judge-verdict of {', '.join(unknown)}: no such criterion here; there are: {', '.join(self.criteria)}"
             )
         for name in self.criteria:
             check_criterion_name(name)
         needs_logprobs = LIKELIHOOD in self.criteria or self.schedule.likelihood_prior
         if needs_logprobs and self.client.endpoint.kind != "sglang":
-            raise SettingsError(f"criterion {LIKELIHOOD} needs an endpoint of kind sglang")
+            flag = self.client.endpoint.flag("api")
+            asks = f"--criteria {LIKELIHOOD}" if LIKELIHOOD in self.criteria else "--judge-likelihood-prior"
+            raise SettingsError(f"{flag} sglang: {asks} needs an endpoint of kind sglang")
 
     def mode(self, criterion: str) -> VerdictMode:
         return self.verdicts.get(criterion, self.default_verdict)
@@ -247,14 +264,14 @@ def check_criterion_name(name: str) -> None:
         try:
             prompt = read_prompt_file(Path(name))
         except FileNotFoundError:
-            raise SettingsError(f"criterion '{name}': there is no such prompt file") from None
+            raise SettingsError(f"--criteria: '{name}': there is no such prompt file") from None
         except PromptError as error:
-            raise SettingsError(f"criterion '{name}': {error}") from error
+            raise SettingsError(f"--criteria: '{name}': {error}") from error
         if prompt.rule is None:
-            raise SettingsError(f"criterion '{name}': a criterion needs kind = pointwise or pairwise")
+            raise SettingsError(f"--criteria: '{name}': a criterion needs kind = pointwise or pairwise")
     elif name not in known_criteria():
         raise SettingsError(
-            f"unknown criterion '{name}'; known criteria: {', '.join(known_criteria())}, "
+            f"--criteria: unknown criterion '{name}'; known criteria: {', '.join(known_criteria())}, "
             "or the path of a prompt file (*.txt)"
         )
 
@@ -268,16 +285,16 @@ def parse_criteria(items: Iterable[str]) -> dict[str, float]:
         try:
             weight = float(number)
         except ValueError:
-            message = f"criterion '{item}': '{number}' is no number; write NAME=WEIGHT, as in quality=1"
+            message = f"--criteria: '{item}': '{number}' is no number; write NAME=WEIGHT, as in quality=1"
             raise SettingsError(message) from None
         if not 0 < weight < float("inf"):
-            raise SettingsError(f"criterion '{item}': the weight must be a finite number above 0")
+            raise SettingsError(f"--criteria: '{item}': the weight must be a finite number above 0")
         check_criterion_name(name)
         if name in weights:
-            raise SettingsError(f"criterion '{name}' is given twice")
+            raise SettingsError(f"--criteria: '{name}' is given twice")
         weights[name] = weight
     if not weights:
-        raise SettingsError(f"no criteria given; known criteria: {', '.join(known_criteria())}")
+        raise SettingsError(f"--criteria: no criteria given; known criteria: {', '.join(known_criteria())}")
     return weights
 
 
@@ -292,9 +309,11 @@ def parse_verdicts(items: Iterable[str]) -> tuple[VerdictMode, dict[str, Verdict
         name, separator, word = item.rpartition("=")
         mode: VerdictMode | None = "hard" if word == "hard" else "soft" if word == "soft" else None
         if mode is None or (separator and not name):
-            raise SettingsError(f"verdict '{item}': write hard or soft, or NAME=hard and NAME=soft for one criterion")
+            raise SettingsError(
+                f"--judge-verdict '{item}': write hard or soft, or NAME=hard and NAME=soft for one criterion"
+            )
         if name in modes or (not separator and default):
-            raise SettingsError(f"verdict '{item}': {name or 'the mode of all criteria'} is given twice")
+            raise SettingsError(f"--judge-verdict '{item}': {name or 'the mode of all criteria'} is given twice")
         if separator:
             modes[name] = mode
         else:

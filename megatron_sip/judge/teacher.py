@@ -109,14 +109,12 @@ class TeacherClient:
             if self.reasoning.unknown and not endpoint.answer_prefix:
                 raise EncodingError(
                     f"endpoint {endpoint.url}: the chat template ends with '{self.reasoning.unknown}', which seems to open "
-                    "reasoning, and what ends that is not known: give it with --teacher-answer-prefix (or --rewriter-..., "
-                    "--eval-judge-...)"
+                    f"reasoning, and what ends that is not known: give it with {endpoint.flag('answer-prefix')}"
                 )
         if endpoint.prefill and self.reasoning.always:
             raise SettingsError(
                 f"endpoint {endpoint.url}: prefill would begin answers inside the reasoning that the model's template "
-                "opens: leave out --teacher-prefill (or --rewriter-..., --eval-judge-...), or use the API sglang, which "
-                "closes it first"
+                f"opens: leave out {endpoint.flag('prefill')}, or use {endpoint.flag('api')} sglang, which closes it first"
             )
 
     def window(self, chars: int) -> PrefixWindow:

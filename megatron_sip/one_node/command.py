@@ -9,7 +9,6 @@ and SIGTERM reach the trainer, which saves its last step. For several nodes see 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -21,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sip.checkpoints.folder import TRACKER
-from megatron_sip.config.checks import ArgumentError, explained, refuse
+from megatron_sip.config.checks import explained, refuse
 from megatron_sip.config.early_checks import check_flags, words_by_flag
-from megatron_sip.config.needs import needs_engines, needs_rewriter, needs_teacher
+from megatron_sip.config.needs import Needs
 from megatron_sip.config.presets import FLAG as PRESET_FLAG
 from megatron_sip.config.presets import expand_presets
 from megatron_sip.console import log_tail, say
+from megatron_sip.errors import ArgumentError
 from megatron_sip.files import move_into_place
 from megatron_sip.hf.converted import converted_checkpoint
 from megatron_sip.hf.folder import HF_SUBFOLDER
@@ -86,7 +86,17 @@ def run(words: Sequence[str]) -> None:
     trainer = [sys.executable, "-m", "megatron_sip.train"]
     if flags.dry_run or flags.help_megatron:
         sys.exit(LocalRanks([*trainer, *request.flags, *model]).wait())
-    layout, on_gpus = lay_out(request, flags)
+    needs = Needs.from_args(flags)
+    wanted = ((flags.teacher_model, needs.teacher), (flags.rewriter_model, needs.rewriter))
+    teachers = [Path(model) for model, is_needed in wanted if model is not None and is_needed]
+    demand = Demand(
+        policy_bytes=weight_bytes(request.model),
+        teacher_bytes=max(map(weight_bytes, teachers), default=0),
+        prompts=flags.global_batch_size or 0,
+        engines=needs.engines and not flags.rollout_url,
+        teachers=len(teachers),
+    )
+    layout, on_gpus = lay_out(demand)
     say(f"layout: {layout}" + ("" if on_gpus else ", on the CPU"))
     with explained(str(request.model)):
         checkpoint = ["--pretrained-checkpoint", str(converted_checkpoint(request.model))]
@@ -146,19 +156,10 @@ def layout_flags(layout: Layout, flags: Sequence[str]) -> list[str]:
     return wanted
 
 
-def lay_out(request: Request, flags: argparse.Namespace) -> tuple[Layout, bool]:
+def lay_out(demand: Demand) -> tuple[Layout, bool]:
     """The layout for this node, and whether it has GPUs. Raises ArgumentError when the models do not fit."""
     answer = subprocess.run([sys.executable, "-c", GPU_MEMORY], capture_output=True, text=True, check=True)
     gpus = json.loads(answer.stdout.splitlines()[-1])
-    wanted = ((flags.teacher_model, needs_teacher(flags)), (flags.rewriter_model, needs_rewriter(flags)))
-    teachers = [Path(model) for model, is_needed in wanted if model is not None and is_needed]
-    demand = Demand(
-        policy_bytes=weight_bytes(request.model),
-        teacher_bytes=max(map(weight_bytes, teachers), default=0),
-        prompts=flags.global_batch_size or 0,
-        engines=needs_engines(flags) and not flags.rollout_url,
-        teachers=len(teachers),
-    )
     try:
         return plan_layout(gpus, demand), bool(gpus)
     except LayoutError as error:

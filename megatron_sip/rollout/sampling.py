@@ -50,9 +50,12 @@ class SamplingSettings:
         if self.n < 1:
             raise ValueError(f"n must be at least 1, not {self.n}")
         if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, not {self.temperature}")
+            raise ValueError(
+                "--rollout-temperature, --win-rate-temperature: temperature must not be negative, not "
+                f"{self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
+            raise ValueError(f"--rollout-top-p: top_p must be in (0, 1], not {self.top_p}")
 
 
 def sampling_body(prefix: Sequence[int], settings: SamplingSettings, seed: int | None = None) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import socket
 import time
+import urllib.parse
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -235,3 +237,17 @@ def backend_group(store: dist.TCPStore, name: str, backend: Backend, world_size:
     # We give up ourselves, earlier; NCCL's own watchdog would end the whole trainer.
     options._timeout = timeout * 10
     return dist.ProcessGroupNCCL(prefixed, 0, world_size, options)
+
+
+def address_for(urls: Sequence[str]) -> str:
+    """This host's address as all servers at `urls` see it: one of this host reaches that of an interface, too."""
+    addresses = [address_towards(url) for url in urls]
+    return next((address for address in addresses if not address.startswith("127.")), addresses[0])
+
+
+def address_towards(url: str) -> str:
+    """This host's address as the server at `url` sees it: that of the interface packets to it leave through."""
+    target = urllib.parse.urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((target.hostname, target.port or 80))  # a datagram socket sends nothing here
+        return str(probe.getsockname()[0])

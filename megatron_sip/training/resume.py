@@ -60,8 +60,8 @@ def _words(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def require_resumable(saved: Namespace, present: Namespace) -> None:
-    """Refuse to continue on other tasks or under an optimizer that cannot take the saved state over.
+def require_resumable(saved: Namespace, present: Namespace, task_fingerprint: str | None) -> None:
+    """Refuse to continue on other tasks, by their fingerprint, or with an optimizer that cannot take the saved state over.
 
     Raises:
         DataError: names the flags, both values of each, and the way out.
@@ -78,7 +78,7 @@ def require_resumable(saved: Namespace, present: Namespace) -> None:
             f"the optimizer's state at step {saved.iteration} of {present.load} does not fit {', '.join(changed)}: continue "
             f"with the same flags, {way_out}"
         )
-    if getattr(saved, "task_fingerprint", present.task_fingerprint) != present.task_fingerprint:
+    if getattr(saved, "task_fingerprint", task_fingerprint) != task_fingerprint:
         flags = differences(saved, present, TASKS)
         what = (
             f"with {', '.join(flags)}"

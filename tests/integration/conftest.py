@@ -15,8 +15,8 @@ from fetch_smollm2 import DEFAULT_SAVE, fetch
 from workers import save_tiny_llama
 from write_demo_corpus import write_corpus
 
-from megatron_sip.experience.leader import ENGINE_FLAGS
 from megatron_sip.serving.launch import SHARED_PREFILL, LocalServer, ServerSettings
+from megatron_sip.serving.local_servers import ENGINE_FLAGS
 
 SERVERS = {"smollm2_server", "tiny_llama_server", "tiny_engine", "victim"}
 """Fixtures that start one; tests that start one otherwise bear the mark themselves."""

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from parity_worker import forget_megatron
 
 from megatron_sip.config.parse import parse_arguments
+from megatron_sip.config.settings import Settings
 from megatron_sip.metrics import flatten
 from megatron_sip.platform.megatron import prepare_megatron, rendezvous_store
 from megatron_sip.stop_signal import StopSignal
@@ -33,22 +34,22 @@ def run_case(name: str, flags: list[str]) -> dict[str, Any]:
     from megatron_sip.run import set_up
 
     began = time.monotonic()
-    args = parse_arguments(["--preset", name.split(":")[0], *flags])
+    settings = Settings.from_args(parse_arguments(["--preset", name.split(":")[0], *flags]))
     initialize_megatron(allow_no_cuda=True, store=rendezvous_store())
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        run = set_up(args, stack)
+        run = set_up(settings, stack)
         assert run.leader is not None
         ready = time.monotonic()
         experience = run.make_experience(stop)
         assert experience is not None
         judged = time.monotonic()
         before = master_weights(run.trainer.optimizer)
-        metrics = flatten(run.trainer.train_step(experience.examples, run.reference, args.iteration))
+        metrics = flatten(run.trainer.train_step(experience.examples, run.reference, run.state.iteration))
         after = master_weights(run.trainer.optimizer)
     return {
         "preset": name,
-        "objective": args.objective,
+        "objective": settings.objective.objective,
         "examples": [[[b.role for b in e.branches], [b.kind for b in e.branches]] for e in experience.examples],
         "metrics": {**flatten(experience.metrics), **metrics},
         "changed": sum(not torch.equal(old, new) for old, new in zip(before, after, strict=True)) / len(before),

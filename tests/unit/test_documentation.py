@@ -10,9 +10,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from test_dry_run import cost_of, parse
+from test_dry_run import parse
 
-from megatron_sip.config.dry_run import describe
+from megatron_sip.config.dry_run import describe, prompt_cost
 from megatron_sip.config.early_checks import check_flags, early_parser, megatron_flag_names, words_by_flag
 from megatron_sip.config.presets import expand_presets, known_presets
 from megatron_sip.hf.convert import command_line as converter_command_line
@@ -138,8 +138,8 @@ def test_the_verdicts_in_judging_md_are_those_of_the_defaults_and_of_the_paper()
     assert found is not None
     safety = ("--preset", "safety", "--criteria", "quality=1")
     defaults = ("--judge-schedule", "circulant_bt", "--judge-verdict", "soft")
-    assert cost_of(parse(*safety, *defaults))["judge requests"] == int(found[1])
-    assert cost_of(parse(*safety))["pair judgements"] == int(found[2])
+    assert prompt_cost(parse(*safety, *defaults))["judge requests"] == int(found[1])
+    assert prompt_cost(parse(*safety))["pair judgements"] == int(found[2])
     parser = early_parser()
     assert [parser.get_default(name) for name in ("judge_schedule", "judge_verdict")] == ["circulant_bt", ["soft"]]
 

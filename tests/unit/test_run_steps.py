@@ -12,6 +12,7 @@ from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
+from flag_cases import unchecked_settings
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_sip.experience.maker import Experience
@@ -27,7 +28,7 @@ from megatron_sip.training.non_finite import NON_FINITE
 
 prepare_megatron()  # before anything imports Megatron
 
-from megatron_sip.run import Run  # noqa: E402
+from megatron_sip.run import Run, RunState  # noqa: E402
 
 EXAMPLE = Example(0, [1], [Branch([2], "chosen", "suffix"), Branch([3], "rejected", "rollout")])
 
@@ -57,19 +58,18 @@ class FakeRun(Run):
     """
 
     def __init__(
-        self, usable: Sequence[bool], save_interval: int, iteration: int = 0, bad: Sequence[int] = (), before: int = 0
+        self,
+        usable: Sequence[bool],
+        save_interval: int,
+        iteration: int = 0,
+        bad: Sequence[int] = (),
+        before: int = 0,
+        rank: int = 0,
     ) -> None:
-        self.args = argparse.Namespace(
-            iteration=iteration,
-            train_iters=iteration + len(usable),
-            consumed_train_samples=iteration,
-            global_batch_size=1,
-            save_interval=save_interval,
-            last_saved_iteration=iteration or None,
-            non_finite_steps=before,
-            save="run",
-            rank=0,
+        self.settings = unchecked_settings(
+            train_iters=iteration + len(usable), global_batch_size=1, save_interval=save_interval, rank=rank
         )
+        self.state = RunState(iteration, iteration, iteration or None, before)
         self.exchange: Any = FakeExchange()
         self.trainer: Any = SimpleNamespace(train_step=self.train_step)
         self.reference = self.writer = None
@@ -93,8 +93,8 @@ class FakeRun(Run):
         return {}
 
     def save(self) -> None:
-        self.saved.append(self.args.iteration)
-        self.args.last_saved_iteration = self.args.iteration
+        self.saved.append(self.state.iteration)
+        self.state.last_saved = self.state.iteration
 
     def finish_saving(self, *, wait: bool) -> None:
         self.finished = wait
@@ -113,7 +113,7 @@ def test_a_run_without_any_usable_group_ends_and_saves_none_of_those_steps() -> 
     run = FakeRun([True, True, *[False] * 20], save_interval=2)
     with pytest.raises(TrainingError, match=rf"in {MAX_EMPTY_STEPS} steps in a row; .*'dropped/no verdict': 1.0"):
         run_steps(run, StopSignal())
-    assert run.args.iteration == 2 + MAX_EMPTY_STEPS
+    assert run.state.iteration == 2 + MAX_EMPTY_STEPS
     assert run.saved == [2]  # the same command tries the tasks after step 2 again
     assert run.finished  # a checkpoint still being written is not lost
 
@@ -197,7 +197,7 @@ def test_other_errors_while_saving_stay_what_they_are(tmp_path: Path) -> None:
 def test_single_steps_without_a_finite_gradient_are_passed() -> None:
     run = FakeRun([True] * 8, save_interval=100, bad=[2, 3, 5, 8])
     assert run_steps(run, StopSignal())
-    assert (run.saved, run.args.consumed_train_samples, run.args.non_finite_steps) == ([8], 8, 1)
+    assert (run.saved, run.state.consumed_samples, run.state.non_finite_steps) == ([8], 8, 1)
 
 
 def test_three_in_a_row_end_the_run_behind_their_batches() -> None:
@@ -206,9 +206,9 @@ def test_three_in_a_row_end_the_run_behind_their_batches() -> None:
         run_steps(run, StopSignal())
     assert run.saved == [6]  # a requeued job does not meet the same batches
     assert run.finished
-    requeued = FakeRun([True] * 3, save_interval=100, iteration=6, before=run.args.non_finite_steps)
+    requeued = FakeRun([True] * 3, save_interval=100, iteration=6, before=run.state.non_finite_steps)
     assert run_steps(requeued, StopSignal())
-    assert requeued.args.non_finite_steps == 0
+    assert requeued.state.non_finite_steps == 0
 
 
 def test_a_policy_that_gives_no_finite_gradient_any_more_ends_each_requeued_job_at_once() -> None:
@@ -230,8 +230,7 @@ def test_a_step_without_examples_neither_adds_to_them_nor_ends_their_row() -> No
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_engines_that_none_took_weights_end_every_rank_with_the_step_saved_and_one_says_why(rank: int) -> None:
-    run = FakeRun([True] * 8, save_interval=100)
-    run.args.rank = rank
+    run = FakeRun([True] * 8, save_interval=100, rank=rank)
     run.weight_sync = Unreachable()  # type: ignore[assignment]
     run.trainer.model, run.hf_config = [], None
     run.push_weights = MethodType(Run.push_weights, run)  # type: ignore[method-assign]
@@ -249,3 +248,22 @@ class Unreachable:
 
     def push(self, _: Any, version: str, *, require_all: bool) -> dict[str, str]:
         raise WeightSyncError("'no engine' answers")
+
+
+def test_a_checkpoint_keeps_the_state_under_the_names_that_earlier_ones_have() -> None:
+    args = argparse.Namespace(iteration=6, consumed_train_samples=24, save="run")
+    state = RunState.loaded(args, non_finite_steps=1, task_fingerprint="tasks")
+    assert state == RunState(6, 24, last_saved=6, non_finite_steps=1, task_fingerprint="tasks")
+    state.iteration, state.consumed_samples, state.non_finite_steps = 7, 28, 0
+    assert args.iteration == 6  # nothing is written before a save
+    state.write_into(args)
+    kept = {
+        "iteration": 7,
+        "consumed_train_samples": 28,
+        "non_finite_steps": 0,
+        "task_fingerprint": "tasks",
+        "save": "run",
+    }
+    assert vars(args) == kept
+    beginning = RunState.loaded(argparse.Namespace(iteration=0, consumed_train_samples=0), 0, "tasks")
+    assert beginning.last_saved is None

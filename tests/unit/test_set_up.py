@@ -12,12 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flag_cases import unchecked_settings
 from test_run_steps import FakeExchange
 from tiny_tokenizer import byte_level_tokenizer
 from transformers import LlamaConfig
 
 from megatron_sip.checkpoints.folder import TRACKER
-from megatron_sip.config.flags import add_arguments
 from megatron_sip.errors import DataError, UserError
 from megatron_sip.hf.families import architecture
 from megatron_sip.hf.folder import write_model_files
@@ -29,7 +29,10 @@ prepare_megatron()  # before anything imports Megatron
 from megatron_sip import run as run_module  # noqa: E402
 from megatron_sip.experience import leader as services  # noqa: E402
 from megatron_sip.hf import checkpoint_model  # noqa: E402
+from megatron_sip.rollout import weight_group  # noqa: E402
 from megatron_sip.training.reference_model import ReferenceStore  # noqa: E402
+
+ALL = ("--win-rate-prompts", "1", "--candidates", "suffix", "rewrite", "rollout")
 
 
 class EndOfTestError(Exception):
@@ -54,13 +57,12 @@ def set_up(monkeypatch: pytest.MonkeyPatch, **servers: Any) -> list[str]:
     monkeypatch.setattr(run_module, "open_leader", opens("connect"))
     monkeypatch.setattr(run_module, "open_tasks", opens("tokenise", (None, None)))
     monkeypatch.setattr(run_module, "start_local_servers", opens("start servers"))
-    monkeypatch.setattr(run_module, "check_named_servers", opens("ask"))
-    monkeypatch.setattr(run_module, "load_policy", opens("load", (None, None, None)))
+    monkeypatch.setattr(run_module, "check_servers", opens("ask"))
+    monkeypatch.setattr(run_module, "load_policy", opens("load", (None, None, None, None)))
     monkeypatch.setattr(run_module, "open_weight_sync", raises_the_end)
-    names = {"rollout_url": None, "teacher_url": None, "rollout_local": 0, "teacher_model": None, "hf_config": "hf"}
-    names |= {"rank": 0, "rewriter_url": None, "rewriter_model": None, "eval_judge_url": None}
+    none = {"rollout_url": None, "teacher_url": None}
     with contextlib.suppress(EndOfTestError):
-        run_module.set_up(argparse.Namespace(**(names | servers)), contextlib.ExitStack())
+        run_module.set_up(unchecked_settings(*ALL, **(none | servers)), contextlib.ExitStack())
     return calls
 
 
@@ -85,7 +87,6 @@ def test_a_url_is_asked_before_a_server_of_this_node_is_started(
     assert set_up(monkeypatch, **servers) == ["check weights", "ask", "start servers", "connect", "tokenise", "load"]
 
 
-ALL = ("--win-rate-prompts", "1", "--candidates", "suffix", "rewrite", "rollout")
 ONLY_REWRITES = ("--objective", "sft", "--sft-target", "rewrite", "--win-rate-prompts", "0")
 
 
@@ -106,26 +107,24 @@ def test_a_server_given_as_url_that_is_down_is_named(
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        args = add_arguments(argparse.ArgumentParser()).parse_args([flag, url, *more])
-        args.seed = 1
+        none = {"rollout_url": None, "teacher_url": None, flag[2:].replace("-", "_"): [url]}
+        settings = unchecked_settings(*more, **none)
         with pytest.raises(UserError, match=url):
-            services.check_named_servers(args)
+            services.check_servers(settings.clients(settings.urls))
 
 
 def test_engines_here_and_elsewhere_meet_at_an_address_that_both_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_module.address_for(["http://127.0.0.1:1", "http://localhost:2"]) == "127.0.0.1"
+    assert weight_group.address_for(["http://127.0.0.1:1", "http://localhost:2"]) == "127.0.0.1"
     towards = {"http://127.0.0.1:1": "127.0.0.1", "http://engine:1": "10.0.0.7"}
-    monkeypatch.setattr(run_module, "address_towards", towards.__getitem__)
-    assert run_module.address_for(list(towards)) == "10.0.0.7"
+    monkeypatch.setattr(weight_group, "address_towards", towards.__getitem__)
+    assert weight_group.address_for(list(towards)) == "10.0.0.7"
 
 
 def test_where_the_weights_come_from_is_said() -> None:
-    args = argparse.Namespace(iteration=0, train_iters=9, save="run", pretrained_checkpoint=None)
-    assert "RANDOM weights" in run_module.origin_of_weights(args)
-    args.pretrained_checkpoint = "ckpt"
-    assert run_module.origin_of_weights(args) == "starts from the weights of ckpt"
-    args.iteration = 4
-    assert run_module.origin_of_weights(args) == "continued at step 4 of 9, from run"
+    assert "RANDOM weights" in run_module.origin_of_weights(unchecked_settings(train_iters=9).run, 0)
+    run = unchecked_settings(train_iters=9, pretrained_checkpoint="ckpt").run
+    assert run_module.origin_of_weights(run, 0) == "starts from the weights of ckpt"
+    assert run_module.origin_of_weights(run, 4) == "continued at step 4 of 9, from run"
 
 
 def test_servers_of_this_node_start_after_tokenising_while_the_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,13 +149,13 @@ def test_a_broken_judge_cache_is_the_user_s_to_mend(tmp_path: Path) -> None:
 def test_the_token_cache_lies_where_data_cache_path_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = byte_level_tokenizer()
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "some words that make many tokens " * 20}) + "\n")
-    args = argparse.Namespace(
+    settings = unchecked_settings(
         **{"seq_length": 32, "suffix_length": 8, "task_mode": "random", "seed": 1, "min_prefix_length": 4},
         **{"data_path": [str(tmp_path / "a.jsonl")], "text_field": "text", "split": "1", "vocab_size": len(tokenizer)},
         **{"data_cache_path": str(tmp_path / "cache"), "rank": 0, "train_iters": 1, "global_batch_size": 1},
         **{"win_rate_prompts": 0, "prepend_bos": "auto"},
     )
-    tasks, held_out = run_module.open_tasks(args, tokenizer, FakeExchange())  # type: ignore[arg-type]
+    tasks, held_out = run_module.open_tasks(settings, tokenizer, FakeExchange())  # type: ignore[arg-type]
     assert tasks is not None
     assert held_out is None
     assert re.search(
@@ -169,13 +168,13 @@ def test_held_out_texts_that_training_has_too_are_said(tmp_path: Path, capsys: p
     lines = [json.dumps({"text": f"the same words {i % 2}, many tokens of them " * 20}) + "\n" for i in range(8)]
     (tmp_path / "a.jsonl").write_text("".join(lines))
     tokenizer = byte_level_tokenizer()
-    args = argparse.Namespace(
+    settings = unchecked_settings(
         **{"seq_length": 32, "suffix_length": 8, "task_mode": "random", "seed": 1, "min_prefix_length": 4},
         **{"data_path": [str(tmp_path / "a.jsonl")], "text_field": "text", "split": "3,0,1", "prepend_bos": "auto"},
         **{"data_cache_path": str(tmp_path / "cache"), "rank": 0, "train_iters": 1, "global_batch_size": 1},
         **{"win_rate_prompts": 1, "vocab_size": len(tokenizer)},
     )
-    run_module.open_tasks(args, tokenizer, FakeExchange())  # type: ignore[arg-type]
+    run_module.open_tasks(settings, tokenizer, FakeExchange())  # type: ignore[arg-type]
     assert "data: 2 of 2 held-out documents have the same text as a training document: " in capsys.readouterr().out
 
 
@@ -189,12 +188,10 @@ def test_rows_are_padded_with_an_id_that_every_embedding_has(tmp_path: Path, mon
         raise EndOfTestError
 
     monkeypatch.setattr(run_module, "PolicyTrainer", trainer)
-    monkeypatch.setattr(run_module, "objective_settings", lambda _: None)
-    args = argparse.Namespace(save=str(tmp_path / "run"), hf_config=str(tmp_path / "hf"), rank=0)
-    args.load_last_whole, args.pretrained_checkpoint = False, None
-    args.row_length, args.global_batch_size, args.align_grad_reduce = 64, 4, True
+    monkeypatch.setattr(run_module, "get_args", lambda: argparse.Namespace(align_grad_reduce=True))
+    settings = unchecked_settings(save=str(tmp_path / "run"), hf_config=str(tmp_path / "hf"))
     with pytest.raises(EndOfTestError):
-        run_module.load_policy(args, FakeExchange(), None)  # type: ignore[arg-type]
+        run_module.load_policy(settings, FakeExchange(), None)  # type: ignore[arg-type]
     assert given == {"pad_id": 0}
 
 
@@ -232,14 +229,14 @@ def test_weights_of_another_model_are_refused_before_anything_is_started(
     monkeypatch.setattr(checkpoint_model, "saved_arguments", lambda folder: asked.append(folder) or saved)
     for check in ("mend_checkpoint_folder", "require_whole_checkpoint", "require_whole_weights"):
         monkeypatch.setattr(run_module, check, lambda *_, **__: [])
-    args = argparse.Namespace(
+    settings = unchecked_settings(
         **{"save": str(save), "hf_config": str(hf_dir), "pretrained_checkpoint": str(pretrained)},
         **{"rank": 0, "load_last_whole": False},
     )
     with pytest.raises(
         DataError, match=r"another model than .*hf/config.json: --vocab-size 520 there, 512 here"
     ) as error:
-        run_module.open_run_folder(args, FakeExchange())  # type: ignore[arg-type]
+        run_module.open_run_folder(settings.run, FakeExchange())  # type: ignore[arg-type]
     assert isinstance(error.value, UserError)
     assert asked == [save if resumes else pretrained]
     assert not (save / "hf").exists()  # which would say that the checkpoints are of this model
@@ -248,12 +245,12 @@ def test_weights_of_another_model_are_refused_before_anything_is_started(
 @pytest.mark.parametrize("place", ["nowhere", "pretrained/iter_0000020"])
 def test_a_pretrained_checkpoint_that_is_none_is_named(tmp_path: Path, place: str) -> None:
     (tmp_path / "pretrained" / "iter_0000020").mkdir(parents=True)
-    args = argparse.Namespace(
+    settings = unchecked_settings(
         **{"save": str(tmp_path / "run"), "hf_config": "hf", "pretrained_checkpoint": str(tmp_path / place)},
         **{"rank": 0, "load_last_whole": False},
     )
     with pytest.raises(DataError, match=f"--pretrained-checkpoint .*{place} holds no checkpoint: it has no {TRACKER}"):
-        run_module.open_run_folder(args, FakeExchange())  # type: ignore[arg-type]
+        run_module.open_run_folder(settings.run, FakeExchange())  # type: ignore[arg-type]
 
 
 def test_config_and_tokenizer_are_copied_once_and_weights_are_not(tmp_path: Path) -> None:

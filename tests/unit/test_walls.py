@@ -28,9 +28,6 @@ PURE = [
 TAKE_ARGS = ("config", "train", "run", "model.gpt")
 """Where a function may take `args`: flags are read there, and Megatron calls model providers with them."""
 
-KNOWN_UPWARD = {("experience", "config")}
-KNOWN_ARGS = {"experience"}
-"""What still stands against the walls, by room; both lists only shrink."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
 
 
@@ -111,7 +108,6 @@ def test_no_import_points_up() -> None:
         if name
         for other in own_imports(name, lazy=True)
         if ROOMS.index(room_of(other)) > ROOMS.index(room_of(name))
-        and (room_of(name), room_of(other)) not in KNOWN_UPWARD
     }
     assert upward == set()
 
@@ -149,7 +145,7 @@ def test_args_end_in_config() -> None:
         and any(arg.arg == "args" for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
         and not within(name, (*TAKE_ARGS, "platform"))  # a torch function's arguments are called so, too
     }
-    assert {name for name in taking if room_of(name) not in KNOWN_ARGS} == set()
+    assert taking == set()
 
 
 @pytest.mark.parametrize("path", python_files("megatron_sip", "tools", "benchmarks"), ids=str)

@@ -39,20 +39,20 @@ class ObjectiveSettings:
 
     def __post_init__(self) -> None:
         _require(
-            self.objective in ("sft", "rf-nll", "dpo", "grpo"), "objective", self.objective, "sft, rf-nll, dpo, grpo"
+            self.objective in ("sft", "rf-nll", "dpo", "grpo"), "--objective", self.objective, "sft, rf-nll, dpo, grpo"
         )
-        _require(self.dpo_loss in ("sigmoid", "ipo"), "dpo_loss", self.dpo_loss, "sigmoid or ipo")
+        _require(self.dpo_loss in ("sigmoid", "ipo"), "--dpo-loss", self.dpo_loss, "sigmoid or ipo")
         _require(self.grpo_average in ("sequence", "token"), "grpo_average", self.grpo_average, "sequence or token")
-        _require(math.isfinite(self.beta) and self.beta > 0, "beta", self.beta, "a positive number")
-        _require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "in [0, 0.5)")
+        _require(math.isfinite(self.beta) and self.beta > 0, "--dpo-beta", self.beta, "a positive number")
+        _require(0 <= self.label_smoothing < 0.5, "--dpo-label-smoothing", self.label_smoothing, "in [0, 0.5)")
         _require(
             self.dpo_loss == "sigmoid" or self.label_smoothing == 0,
-            "label_smoothing",
+            "--dpo-label-smoothing",
             self.label_smoothing,
             "0 with ipo",
         )
-        for name in ("nll_coef", "clip_low", "clip_high", "kl_coef"):
-            value = getattr(self, name)
+        constants = (("clip_low", self.clip_low), ("clip_high", self.clip_high), ("kl_coef", self.kl_coef))
+        for name, value in (("--dpo-nll-coef", self.nll_coef), *constants):
             _require(math.isfinite(value) and value >= 0, name, value, "a number not below 0")
 
     @property

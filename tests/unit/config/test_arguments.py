@@ -7,59 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flag_cases import MEGATRON, arguments, check_all
 
-from megatron_sip.config.checks import SERVER_ROLES, ArgumentError, check_required, explained, validate
+from megatron_sip.config.checks import check_required, explained, validate
 from megatron_sip.config.flags import GROUP_TITLE, add_arguments
-from megatron_sip.config.needs import candidate_kinds, needs_engines, needs_teacher, uses_judge
+from megatron_sip.config.needs import Needs
 from megatron_sip.config.parse import find_hf_config
-
-MEGATRON = {
-    "seq_length": 2048,
-    "micro_batch_size": 1,
-    "context_parallel_size": 1,
-    "global_batch_size": 256,
-    "data_parallel_size": 4,
-    "data_path": ["text.jsonl"],
-    "train_iters": 10,
-    "lr": 5e-6,
-    "split": "969,30,1",
-    "use_checkpoint_args": False,
-    "finetune": False,
-    "ckpt_step": None,
-    "override_ckpt_iteration": None,
-    "eval_interval": None,
-    "eval_iters": 100,
-    "lr_warmup_iters": 0,
-    "lr_warmup_fraction": None,
-    "lr_warmup_init": 0.0,
-    "lr_decay_iters": None,
-    "lr_decay_style": "linear",
-    "use_checkpoint_opt_param_scheduler": False,
-    "overlap_param_gather": False,
-    "virtual_pipeline_model_parallel_size": None,
-    "rampup_batch_size": None,
-    "exit_interval": None,
-    "exit_duration_in_mins": None,
-    "clip_grad": 1.0,
-    "world_size": 1,
-    "seed": 1234,
-    "save": "run",
-    "load": None,
-}
-
-
-def arguments(*flags: str, **megatron: Any) -> argparse.Namespace:
-    """Our flags parsed, with Megatron's filled in; complete unless overridden."""
-    servers = ("--rollout-url", "http://engine:30000", "--teacher-url", "http://teacher:30000")
-    args = add_arguments(argparse.ArgumentParser()).parse_args([*servers, *flags])
-    for name, value in (MEGATRON | megatron).items():
-        setattr(args, name, value)
-    return args
-
-
-def check_all(args: argparse.Namespace) -> None:
-    check_required(args)
-    validate(args)
+from megatron_sip.config.settings import URL_ROLES
+from megatron_sip.errors import ArgumentError
 
 
 def refusal(*flags: str, **megatron: Any) -> str:
@@ -230,7 +185,7 @@ def test_flags_of_megatron_that_do_not_fit(megatron: dict[str, Any], named: str)
     assert named in refusal(**megatron)
 
 
-@pytest.mark.parametrize("role", SERVER_ROLES)
+@pytest.mark.parametrize("role", URL_ROLES)
 def test_passwords_and_keys_are_refused_before_megatron_prints_and_saves_its_arguments(
     role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,19 +228,19 @@ def test_servers_are_required_only_for_what_uses_them() -> None:
     for name, value in MEGATRON.items():
         setattr(without, name, value)
     validate(without)
-    assert not needs_engines(without)
-    assert not needs_teacher(without)
+    assert not Needs.from_args(without).engines
+    assert not Needs.from_args(without).teacher
     without.objective, without.row_length = "dpo", None
     with pytest.raises(ArgumentError, match="--rollout-url"):
         validate(without)
 
 
 def test_what_a_run_needs_follows_from_the_objective() -> None:
-    pair = arguments("--dpo-pair", "rewrite", "rollout")
-    assert candidate_kinds(pair) == ("rewrite", "rollout")
-    assert not uses_judge(pair)
-    assert needs_teacher(pair)
-    assert candidate_kinds(arguments("--objective", "sft", "--sft-target", "rewrite")) == ("rewrite",)
+    pair = Needs.from_args(arguments("--dpo-pair", "rewrite", "rollout"))
+    assert pair.kinds == ("rewrite", "rollout")
+    assert not pair.scores
+    assert pair.teacher
+    assert Needs.from_args(arguments("--objective", "sft", "--sft-target", "rewrite")).kinds == ("rewrite",)
 
 
 def test_the_policy_is_found_or_asked_for(tmp_path: Path) -> None:

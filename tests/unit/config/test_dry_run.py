@@ -5,34 +5,31 @@ from __future__ import annotations
 import argparse
 
 import pytest
+from flag_cases import MEGATRON
 
 from megatron_sip.config.dry_run import criterion_cost, describe, prompt_cost, run_cost
 from megatron_sip.config.flags import add_arguments
-from megatron_sip.config.needs import uses_judge
 from megatron_sip.config.presets import expand_presets
-from megatron_sip.config.settings import judge_settings
+from megatron_sip.config.settings import Settings
 from megatron_sip.judge.settings import ClientSettings, Endpoint, JudgeSettings, ScheduleSettings, VerdictMode
 
 URL = "http://teacher"
 
 
-def parse(*argv: str) -> argparse.Namespace:
-    """Our flags, and those of Megatron's that the dry run reads."""
+def parse(*argv: str) -> Settings:
+    """The settings of our flags and of those of Megatron's that the dry run reads."""
     parser = add_arguments(argparse.ArgumentParser(allow_abbrev=False))
     for flag, kind in (("seq-length", int), ("global-batch-size", int), ("train-iters", int), ("lr", float)):
         parser.add_argument(f"--{flag}", type=kind)
     parser.add_argument("--min-lr", type=float)
     parser.add_argument("--lr-warmup-iters", type=int)
     parser.add_argument("--lr-decay-style")
-    parser.add_argument("--seed", type=int, default=1234)
     args, _ = parser.parse_known_args(expand_presets(argv))
     args.row_length = args.row_length or args.seq_length + (args.suffix_length if args.objective == "dpo" else 0)
-    return args
-
-
-def cost_of(args: argparse.Namespace, with_rollouts: bool = True) -> dict[str, int]:
-    settings = judge_settings(args, [URL]) if uses_judge(args) else None
-    return prompt_cost(args, settings, with_rollouts)
+    for name in ("seed", "save", "vocab_size", "rank", "data_path", "split", "data_cache_path", "save_interval"):
+        setattr(args, name, MEGATRON[name])
+    args.hf_config, args.run_dir, args.weight_sync_dir, args.pretrained_checkpoint = "hf", "run", "run/weights", None
+    return Settings.from_args(args)
 
 
 def settings_with(schedule: ScheduleSettings, votes: int = 5, verdict: VerdictMode = "hard") -> JudgeSettings:
@@ -42,7 +39,7 @@ def settings_with(schedule: ScheduleSettings, votes: int = 5, verdict: VerdictMo
 
 
 def test_the_papers_safety_set_up_asks_680_pair_and_85_point_judgements_a_prompt() -> None:
-    cost = cost_of(parse("--preset", "safety"))
+    cost = prompt_cost(parse("--preset", "safety"))
     assert cost["pair judgements"] == 680  # 17 * 16 / 2 pairs, 5 votes
     assert cost["point judgements"] == 85  # 17 candidates, 5 votes
     assert cost["judge requests"] == 2 * 136 + 17
@@ -50,8 +47,8 @@ def test_the_papers_safety_set_up_asks_680_pair_and_85_point_judgements_a_prompt
 
 
 def test_the_papers_safety_run() -> None:
-    args = parse("--preset", "safety")
-    cost = run_cost(args, judge_settings(args, [URL]))
+    run = parse("--preset", "safety")
+    cost = run_cost(run)
     assert cost["pair judgements"] + cost["point judgements"] == 2000 * 195_840
     assert cost["rollout tokens, generated"] == 2000 * 256 * 16 * 128
     assert cost["training tokens, packed"] == 2000 * 256 * (1920 + 2 * 128)
@@ -73,7 +70,7 @@ def test_the_papers_safety_run() -> None:
     ],
 )
 def test_judgements_a_prompt_of_presets(preset: str, pairs: int | None, points: int | None) -> None:
-    cost = cost_of(parse("--preset", preset))
+    cost = prompt_cost(parse("--preset", preset))
     assert (cost.get("pair judgements"), cost.get("point judgements")) == (pairs, points)
     assert ("rewriter calls" in cost) == (preset in ("safety-suffix-rewrite-16", "from-scratch") or "dpo-rew" in preset)
 
@@ -109,11 +106,11 @@ def test_judge_tokens_share_the_prefix_between_the_requests_of_a_prompt() -> Non
 
 
 def test_a_late_start_of_rollouts_saves_their_cost_until_then() -> None:
-    args = parse(
+    run = parse(
         *("--preset", "safety-suffix-rewrite-16", "--rollout-start-step", "500"),
         *("--train-iters", "1000", "--global-batch-size", "2"),
     )
-    cost = run_cost(args, judge_settings(args, [URL]))
+    cost = run_cost(run)
     assert cost["rollout tokens, generated"] == 500 * 2 * 16 * 128
     assert cost["pair judgements"] == 2 * (500 * 18 * 17 // 2 * 5 + 500 * 6)
     assert cost["rewriter calls"] == 2000
@@ -144,12 +141,12 @@ def test_what_a_reasoning_judge_behind_a_rate_limit_costs() -> None:
         URL + "2",
     )
     limits = ("--teacher-reasoning-tokens", "2048", "--teacher-requests-per-second", "5", "--judge-max-tokens", "100")
-    args = parse(*flags, *limits, "--judge-verdict", "hard", "safety=soft")
-    cost = prompt_cost(args, judge_settings(args, args.teacher_url))
+    run = parse(*flags, *limits, "--judge-verdict", "hard", "safety=soft")
+    cost = prompt_cost(run)
     # One pair with 3 votes in either order; 2 candidates whose verdicts are written too, and their probabilities read.
     assert (cost["pair judgements"], cost["point judgements"], cost["judge requests"]) == (6, 2, 4)
     assert cost["judge tokens, answers"] == (6 + 2) * 2148
-    text = describe(args)
+    text = describe(run)
     assert "  at least    102 s a step for 1,024 teacher requests at 10 a second" in text.splitlines()
     assert "soft verdicts, up to 2148 tokens each" in text
 
@@ -161,7 +158,7 @@ def test_a_pivot_and_votes_made_even_are_said() -> None:
     small = describe(parse("--preset", "quality-2"))
     assert "1 of 1 pairs, as many votes in either order, 5 votes" in small
     assert "6 pair judgements a prompt" in small
-    drawn = cost_of(parse("--preset", "quality-pivot-8", "--judge-pivot", "rollout"))
+    drawn = prompt_cost(parse("--preset", "quality-pivot-8", "--judge-pivot", "rollout"))
     assert drawn["pair judgements"] == 7 * 5  # of 8 rollouts one is the pivot
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sip.config.checks import ArgumentError
 from megatron_sip.config.early_checks import (
     LITERAL_FLAG,
     MEGATRON_DEFAULTS,
@@ -21,6 +20,7 @@ from megatron_sip.config.early_checks import (
     words_by_flag,
 )
 from megatron_sip.config.presets import expand_presets, known_presets
+from megatron_sip.errors import ArgumentError
 from megatron_sip.platform.megatron import prepare_megatron
 
 REPO = Path(__file__).parents[3]

@@ -16,8 +16,8 @@ import pytest
 from tiny_tokenizer import byte_level_tokenizer
 from transformers import LlamaConfig
 
-from megatron_sip.config.checks import ArgumentError
 from megatron_sip.config.parse import SAVE_INTERVAL, megatron_help
+from megatron_sip.errors import ArgumentError
 from megatron_sip.platform.megatron import prepare_megatron
 
 REPO = Path(__file__).parents[3]
@@ -129,7 +129,7 @@ def test_a_required_flag_is_named(parse: Parse, flag: str) -> None:
         (("--seq-length", "8192"), r"max_position_embeddings \(4096\) must be .* seq_length \(8192\)"),
         (("--num-experts", "4"), "--num-experts"),
         (("--normalization", "LayerNorm"), "--normalization must be RMSNorm"),
-        (("--min-lr", "1"), r"`assert args.min_lr <= args.lr` fails \(.*config/parse.py:\d+\)"),
+        (("--min-lr", "1"), r"`assert args.min_lr <= args.lr` fails \(.*arguments.py:\d+\)"),
         (("--save-interval", "0"), r"`assert args.save_interval > 0` fails"),
         (("--tensor-model-parallel-size", "2"), r"world size \(1\) is not divisible"),
         (("--split", "1/0,1"), "--split '1/0,1'"),

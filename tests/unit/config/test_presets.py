@@ -11,7 +11,7 @@ from paper_presets import PAPER, paper_criteria
 
 import megatron_sip
 from megatron_sip.config.flags import add_arguments
-from megatron_sip.config.needs import candidate_kinds, uses_judge
+from megatron_sip.config.needs import Needs
 from megatron_sip.config.presets import PRESETS, PresetError, expand_presets, known_presets
 from megatron_sip.judge.settings import ScheduleSettings, parse_criteria
 from megatron_sip.platform.megatron import prepare_megatron
@@ -38,7 +38,8 @@ def test_every_row_of_the_paper_has_a_preset_and_every_preset_is_checked() -> No
 def test_preset_gives_the_papers_candidates_and_objective(parser: argparse.ArgumentParser, name: str) -> None:
     args = parse(parser, "--preset", name)
     objective, kinds, rollouts, judged = PAPER[name]
-    assert (args.objective, candidate_kinds(args), uses_judge(args)) == (objective, kinds, judged)
+    needs = Needs.from_args(args)
+    assert (args.objective, needs.kinds, needs.scores) == (objective, kinds, judged)
     assert rollouts is None or args.num_rollouts == rollouts
     ScheduleSettings(name=args.judge_schedule)
     assert parse_criteria(args.criteria) == dict.fromkeys(paper_criteria(name), 1.0)
@@ -79,9 +80,9 @@ def test_preset_by_path_may_build_on_a_file_beside_it_and_on_a_known_one(tmp_pat
 
 def test_presets_are_files_of_the_package() -> None:
     """Where the package is installed without the checkout, they come along."""
-    patterns = tomllib.loads((PRESETS.parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    patterns = tomllib.loads((PRESETS.parents[2] / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     package = Path(megatron_sip.__file__).parent
-    assert package / "preset_files" == PRESETS
+    assert package / "config" / "preset_files" == PRESETS
     packed = {path for pattern in patterns["megatron_sip"] for path in package.glob(pattern)}
     assert set(PRESETS.iterdir()) <= packed
 
@@ -115,5 +116,5 @@ def test_bad_line_names_file_and_line(tmp_path: Path, content: str, message: str
 
 
 def test_every_preset_is_in_the_documentation() -> None:
-    text = (PRESETS.parents[1] / "docs" / "presets.md").read_text(encoding="utf-8")
+    text = (PRESETS.parents[2] / "docs" / "presets.md").read_text(encoding="utf-8")
     assert [name for name in known_presets() if f"`{name}`" not in text] == []

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from fake_engine import FakeEngine
 from fake_judge import FakeJudge
+from flag_cases import arguments, settings
 from judge_cases import make_group
-from test_arguments import arguments, check_all, refusal
+from test_arguments import refusal
 from tiny_tokenizer import byte_level_tokenizer
 
-from megatron_sip.config.needs import local_servers, needs_eval_judge, needs_judge, needs_teacher
-from megatron_sip.config.settings import judge_settings, rewriter_settings
+from megatron_sip.config.needs import Needs
 from megatron_sip.experience.leader import PROBE_TEXT, Leader
 from megatron_sip.judge.rewriter import Rewriter
 from megatron_sip.records import Task
@@ -26,19 +26,23 @@ REWRITES = ("--candidates", "suffix", "rewrite", "rollout")
 
 
 def test_without_servers_of_its_own_the_rewriter_is_the_teacher() -> None:
-    args = arguments(*REWRITES, "--teacher-tokenizer", "teacher-tok", "--teacher-context", "4096")
-    check_all(args)
-    [endpoint] = rewriter_settings(args, args.teacher_url).client.endpoints
+    made = settings(*REWRITES, "--teacher-tokenizer", "teacher-tok", "--teacher-context", "4096")
+    rewriter = made.clients(made.urls).rewriter
+    assert rewriter is not None
+    [endpoint] = rewriter.client.endpoints
     assert (endpoint.url, endpoint.context_tokens) == ("http://teacher:30000", 4096)
-    assert rewriter_settings(args, args.teacher_url).client.tokenizer == "teacher-tok"
+    assert rewriter.client.tokenizer == "teacher-tok"
 
 
 def test_a_rewriter_of_its_own_takes_nothing_from_the_teacher() -> None:
-    args = arguments(*REWRITES, *OWN_REWRITER, "--teacher-prefill", "--teacher-api", "openai", "--teacher-name", "j")
-    args.criteria = ["quality"]
-    check_all(args)
-    client = rewriter_settings(args, args.rewriter_url).client
+    teacher_flags = ("--teacher-prefill", "--teacher-api", "openai", "--teacher-name", "j", "--criteria", "quality")
+    made = settings(*REWRITES, *OWN_REWRITER, *teacher_flags)
+    clients = made.clients(made.urls)
+    assert clients.rewriter is not None
+    assert clients.judge is not None
+    client = clients.rewriter.client
     [own] = client.endpoints
+    assert own.url == "http://rewriter:1"
     assert (own.kind, own.model, own.prefill, own.reasoning_tokens, own.requests_per_s) == (
         "openai",
         "big",
@@ -47,28 +51,24 @@ def test_a_rewriter_of_its_own_takes_nothing_from_the_teacher() -> None:
         3.0,
     )
     assert client.tokenizer == "tok"
-    [teacher] = judge_settings(args, args.teacher_url).client.endpoints
+    [teacher] = clients.judge.client.endpoints
     assert (teacher.model, teacher.prefill, teacher.reasoning_tokens) == ("j", True, 0)
 
 
 def test_a_run_that_only_rewrites_needs_no_teacher_with_a_rewriter_of_its_own() -> None:
-    args = arguments("--dpo-pair", "rewrite", "suffix", *OWN_REWRITER)
-    args.teacher_url = None
-    check_all(args)
-    assert not needs_teacher(args)
+    assert not settings("--dpo-pair", "rewrite", "suffix", *OWN_REWRITER, teacher_url=None).needs.teacher
 
 
 def test_a_last_judge_of_its_own() -> None:
     flags = ("--win-rate-prompts", "5", "--eval-judge-url", "http://last:1", "--eval-judge-api", "openai")
-    args = arguments("--objective", "sft", *flags, "--eval-judge-name", "gpt", "--criteria", "quality")
-    args.teacher_url = None
-    check_all(args)
-    assert needs_eval_judge(args)
-    assert not needs_judge(args)
-    settings = judge_settings(args, args.eval_judge_url, "eval_judge")
-    assert [(e.url, e.model) for e in settings.client.endpoints] == [("http://last:1", "gpt")]
-    trained = arguments("--win-rate-prompts", "5", *flags, "--eval-judge-name", "gpt")
-    assert needs_judge(trained)
+    own = ("--eval-judge-name", "gpt", "--criteria", "quality")
+    made = settings("--objective", "sft", *flags, *own, teacher_url=None)
+    assert made.needs.eval_judge
+    assert not made.needs.judge
+    last = made.clients(made.urls).eval_judge
+    assert last is not None
+    assert [(e.url, e.model) for e in last.client.endpoints] == [("http://last:1", "gpt")]
+    assert Needs.from_args(arguments(*flags, "--eval-judge-name", "gpt")).judge
 
 
 @pytest.mark.parametrize(
@@ -98,19 +98,19 @@ def test_mistakes_name_the_role_s_own_flag(flags: tuple[str, ...], message: str)
 
 def test_a_local_rewriter_is_one_server_more(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    args = arguments(*REWRITES, "--rewriter-model", str(tmp_path))
-    args.rollout_url, args.rollout_local = None, 2
-    check_all(args)
-    assert local_servers(args) == 3
+    made = settings(*REWRITES, "--rewriter-model", str(tmp_path), "--rollout-local", "2", rollout_url=None)
+    assert made.local_servers.count == 3
+    assert made.local_servers.description == "2 engines and the rewriter"
 
 
 async def test_each_role_asks_its_own_servers() -> None:
     task = Task(0, [1, 2], [3], "Once upon a", " time")
     async with FakeJudge() as teacher, FakeJudge(answer=lambda prompt: "Once upon a day") as rewriter:
         flags = ("--rewriter-url", rewriter.url, "--rewriter-api", "openai", "--rewriter-name", "r")
-        args = arguments(*REWRITES, "--teacher-url", teacher.url, *flags)
-        settings = rewriter_settings(args, args.rewriter_url)
-        async with Rewriter(settings, byte_level_tokenizer(), 8) as own:
+        made = settings(*REWRITES, "--teacher-url", teacher.url, "--criteria", "likelihood", *flags)
+        asked = made.clients(made.urls).rewriter
+        assert asked is not None
+        async with Rewriter(asked, byte_level_tokenizer(), 8) as own:
             [candidate] = await own.rewrite([task])
         assert candidate is not None
         assert candidate.text == " day"
@@ -132,9 +132,11 @@ async def test_the_last_judge_of_its_own_makes_the_comparison(tmp_path: Path) ->
                 *("--judge-verdict", "hard", "--criteria", "quality"),
             ]
             flags += ["--eval-judge-url", last.url, "--eval-judge-api", "openai", "--eval-judge-name", "e"]
-            args = arguments(*flags, "--win-rate-prompts", "2", vocab_size=320, run_dir=str(tmp_path), train_iters=1)
-            leader = await asyncio.to_thread(Leader, args, tokenizer, [engine.url], [teacher.url], 0)
-            other = await asyncio.to_thread(Leader, args, tokenizer, [engine.url], [teacher.url], 1)
+            flags += ["--win-rate-prompts", "2", "--rollout-url", engine.url, "--teacher-url", teacher.url]
+            made = settings(*flags, vocab_size=320, run_dir=str(tmp_path), train_iters=1)
+            clients = made.clients(made.urls)
+            leader = await asyncio.to_thread(Leader, clients, made.experience, tokenizer, 0)
+            other = await asyncio.to_thread(Leader, clients, made.experience, tokenizer, 1)
             try:
                 assert leader.judge is not leader.eval_judge
                 assert leader.eval_judge is not None

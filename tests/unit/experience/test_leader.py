@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 from collections import Counter
@@ -14,8 +13,8 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 
-from megatron_sip.experience.leader import Leader, rotated_urls
-from megatron_sip.rollout.pool import SGLangPool
+from megatron_sip.experience.leader import EngineSettings, Leader, rotated_urls
+from megatron_sip.rollout.pool import PoolSettings, SGLangPool
 from megatron_sip.rollout.sampling import SamplingSettings
 from megatron_sip.serving.launch import (
     LocalServer,
@@ -122,9 +121,6 @@ async def test_the_leaders_together_load_every_engine_equally(leaders: int, prom
 
 async def test_a_run_opens_engines_that_a_killed_run_left_paused_and_in_an_update() -> None:
     """Their check asks for a generation, which a paused engine never answers."""
-    args = argparse.Namespace(
-        rollout_timeout=5.0, rollout_concurrency=4, vocab_size=32, seq_length=8, rollout_key_variable=None
-    )
     tokenizer = SimpleNamespace(encode=lambda *_, **__: [1, 2])
     with FakeEngine() as engine:
         engine.paused = engine.updating = True
@@ -134,7 +130,9 @@ async def test_a_run_opens_engines_that_a_killed_run_left_paused_and_in_an_updat
             "/tokenize": (200, {"tokens": [1, 2]}),
         }
         async with AsyncExitStack() as clients:
+            pool = PoolSettings(call_timeout_s=5.0, max_concurrency=4, vocab_size=32)
+            settings = EngineSettings((engine.url,), pool, context_length=10)
             leader: Any = SimpleNamespace(_replica=0, _clients=clients)
-            await asyncio.wait_for(Leader._open_engines(leader, args, tokenizer, [engine.url]), 30)
+            await asyncio.wait_for(Leader._open_engines(leader, settings, tokenizer), 30)
         assert not engine.paused
         assert not engine.updating

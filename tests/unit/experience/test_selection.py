@@ -181,7 +181,7 @@ def test_identical_candidates_compete_once_with_their_mean_score() -> None:
         ({"candidates": ("suffix", "suffix")}, "--candidates must be distinct kinds"),
         ({"candidates": ("human",)}, "--candidates must be distinct kinds"),
         ({"objective": "sft", "candidates": ("rewrite",)}, "--sft-target suffix is not among"),
-        ({"objective": "sft", "fixed_roles": ("suffix", "rollout")}, "fixed roles are for --objective dpo"),
+        ({"objective": "sft", "fixed_roles": ("suffix", "rollout")}, "--dpo-pair is for --objective dpo"),
         ({"fixed_roles": ("rollout", "rollout")}, "must be two different kinds"),
         ({"fixed_roles": ("rewrite", "rollout"), "candidates": ("rollout",)}, "must be two different kinds among"),
     ],

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sip.config.checks import ArgumentError
 from megatron_sip.config.early_checks import check_flags
-from megatron_sip.experience.leader import server_gpus
+from megatron_sip.errors import ArgumentError
 from megatron_sip.one_node import command as one_node
 from megatron_sip.one_node.command import layout_flags, local_servers, understand
 from megatron_sip.one_node.layout import Layout
 from megatron_sip.one_node.ranks import LocalRanks, rank_variables
+from megatron_sip.serving.local_servers import server_gpus
 
 RUN = """
 import sys

@@ -339,8 +339,11 @@ def test_bad_inputs_name_the_value():
     [
         ({"objective": "ppo"}, "objective is ppo"),
         ({"objective": "dpo", "beta": 0.0}, "beta is 0.0"),
-        ({"objective": "dpo", "label_smoothing": 0.5}, "label_smoothing is 0.5"),
-        ({"objective": "dpo", "dpo_loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is 0.1, must be 0 with ipo"),
+        ({"objective": "dpo", "label_smoothing": 0.5}, "--dpo-label-smoothing is 0.5"),
+        (
+            {"objective": "dpo", "dpo_loss": "ipo", "label_smoothing": 0.1},
+            "--dpo-label-smoothing is 0.1, must be 0 with ipo",
+        ),
         ({"objective": "grpo", "kl_coef": -1.0}, "kl_coef is -1.0"),
         ({"objective": "grpo", "clip_high": math.inf}, "clip_high is inf"),
     ],

@@ -34,7 +34,7 @@ def run(**changes: Any) -> Namespace:
 
 def test_new_values_are_allowed_and_told_with_the_old_ones() -> None:
     present = run(lr=5e-4, train_iters=8, lr_decay_iters=None, tensor_model_parallel_size=2)
-    require_resumable(run(), present)
+    require_resumable(run(), present, "tasks")
     assert what_is_new(run(), present) == ["from step 5 on with --lr 0.0005 (was 0.001), --train-iters 8 (was 6)"]
     assert what_is_new(run(), run()) == []
 
@@ -65,12 +65,12 @@ def test_what_cannot_change_names_flag_both_values_and_the_way_out(
     saved: dict[str, Any], changes: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(DataError, match=rf"step 4 of run .*{named}.*--pretrained-checkpoint run and another --save"):
-        require_resumable(run(**saved), run(**changes))
+        require_resumable(run(**saved), run(**changes), changes.get("task_fingerprint", "tasks"))
 
 
 def test_a_fully_reshardable_checkpoint_takes_any_layout() -> None:
     saved = run(use_distributed_optimizer=True, dist_ckpt_optim_fully_reshardable=True)
-    require_resumable(saved, run(use_distributed_optimizer=True, tensor_model_parallel_size=2))
+    require_resumable(saved, run(use_distributed_optimizer=True, tensor_model_parallel_size=2), "tasks")
 
 
 def test_a_new_folder_and_a_converted_model_have_no_run_to_continue(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sip.config.checks import ArgumentError
-from megatron_sip.errors import DataError
+from megatron_sip.errors import ArgumentError, DataError
 from megatron_sip.train import lock_folders
 from megatron_sip.training.run_lock import LOCK_FILE, Owner, RunLock
 
