@@ -104,3 +104,13 @@ def test_the_log_prob_op_s_distance_from_the_floor_is_that_of_what_training_take
     text = re.sub(r"\s+", " ", (REPO / "README.md").read_text(encoding="utf-8"))
     least, most = math.floor(min(ratios) * 10) / 10, math.ceil(max(ratios) * 10) / 10
     assert f"the log-prob op takes {least} to {most} times what memory bandwidth allows" in text
+
+
+def test_the_demo_in_the_readme_is_the_one_that_was_measured() -> None:
+    demo = measured("demo_avx2.json")
+    low, high = demo["win_rate_ci95"]
+    text = " ".join((REPO / "README.md").read_text(encoding="utf-8").split())
+    assert f"{demo['seconds'] / 60:.0f} minutes, {demo['steps']} steps of {demo['step_seconds']['total']:.0f} s" in text
+    assert f"{demo['win_rate']:.0%} of {demo['prompts']} held-out prefixes" in text
+    assert f"95% interval {low:.0%} to {high:.0%}" in text
+    assert low > 0.5
