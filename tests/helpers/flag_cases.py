@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_sip.config.checks import check_required, validate
 from megatron_sip.config.flags import add_arguments
+from megatron_sip.config.presets import expand_presets
 from megatron_sip.config.settings import Settings
 
 MEGATRON = {
@@ -76,3 +77,19 @@ def unchecked_settings(*flags: str, **megatron: Any) -> Settings:
     """Such settings of files that need not be there."""
     folders = {"run_dir": "run", "weight_sync_dir": "run/weights", "row_length": 64}
     return Settings.from_args(arguments(*flags, **(folders | megatron)))
+
+
+def dry_run_settings(*argv: str) -> Settings:
+    """The settings of our flags and of those of Megatron's that the dry run reads."""
+    parser = add_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    for flag, kind in (("seq-length", int), ("global-batch-size", int), ("train-iters", int), ("lr", float)):
+        parser.add_argument(f"--{flag}", type=kind)
+    parser.add_argument("--min-lr", type=float)
+    parser.add_argument("--lr-warmup-iters", type=int)
+    parser.add_argument("--lr-decay-style")
+    args, _ = parser.parse_known_args(expand_presets(argv))
+    args.row_length = args.row_length or args.seq_length + (args.suffix_length if args.objective == "dpo" else 0)
+    for name in ("seed", "save", "vocab_size", "rank", "data_path", "split", "data_cache_path", "save_interval"):
+        setattr(args, name, MEGATRON[name])
+    args.hf_config, args.run_dir, args.weight_sync_dir, args.pretrained_checkpoint = "hf", "run", "run/weights", None
+    return Settings.from_args(args)

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from test_dry_run import parse
+from flag_cases import dry_run_settings
 
 from megatron_sip.config.dry_run import describe, prompt_cost
 from megatron_sip.config.early_checks import check_flags, early_parser, megatron_flag_names, words_by_flag
@@ -127,7 +127,7 @@ def test_engines_in_training_md_hold_the_sequences_of_its_trainer() -> None:
 def test_the_costs_in_presets_md_are_what_a_dry_run_says() -> None:
     shown = re.findall(r"^ {6}(\S.*?) {2,}([\d,]+) +([\d,]+) +([\d,]+)$", page("docs/presets.md"), flags=re.MULTILINE)
     assert len(shown) >= 4
-    told = [line.split() for line in describe(parse("--preset", "safety")).splitlines()]
+    told = [line.split() for line in describe(dry_run_settings("--preset", "safety")).splitlines()]
     for name, *numbers in shown:
         assert [*name.split(), *numbers] in told
 
@@ -138,8 +138,8 @@ def test_the_verdicts_in_judging_md_are_those_of_the_defaults_and_of_the_paper()
     assert found is not None
     safety = ("--preset", "safety", "--criteria", "quality=1")
     defaults = ("--judge-schedule", "circulant_bt", "--judge-verdict", "soft")
-    assert prompt_cost(parse(*safety, *defaults))["judge requests"] == int(found[1])
-    assert prompt_cost(parse(*safety))["pair judgements"] == int(found[2])
+    assert prompt_cost(dry_run_settings(*safety, *defaults))["judge requests"] == int(found[1])
+    assert prompt_cost(dry_run_settings(*safety))["pair judgements"] == int(found[2])
     parser = early_parser()
     assert [parser.get_default(name) for name in ("judge_schedule", "judge_verdict")] == ["circulant_bt", ["soft"]]
 

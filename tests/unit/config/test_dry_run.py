@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
-from flag_cases import MEGATRON
+from flag_cases import dry_run_settings
 
 from megatron_sip.config.dry_run import criterion_cost, describe, prompt_cost, run_cost
-from megatron_sip.config.flags import add_arguments
-from megatron_sip.config.presets import expand_presets
-from megatron_sip.config.settings import Settings
 from megatron_sip.judge.settings import ClientSettings, Endpoint, JudgeSettings, ScheduleSettings, VerdictMode
 
 URL = "http://teacher"
-
-
-def parse(*argv: str) -> Settings:
-    """The settings of our flags and of those of Megatron's that the dry run reads."""
-    parser = add_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    for flag, kind in (("seq-length", int), ("global-batch-size", int), ("train-iters", int), ("lr", float)):
-        parser.add_argument(f"--{flag}", type=kind)
-    parser.add_argument("--min-lr", type=float)
-    parser.add_argument("--lr-warmup-iters", type=int)
-    parser.add_argument("--lr-decay-style")
-    args, _ = parser.parse_known_args(expand_presets(argv))
-    args.row_length = args.row_length or args.seq_length + (args.suffix_length if args.objective == "dpo" else 0)
-    for name in ("seed", "save", "vocab_size", "rank", "data_path", "split", "data_cache_path", "save_interval"):
-        setattr(args, name, MEGATRON[name])
-    args.hf_config, args.run_dir, args.weight_sync_dir, args.pretrained_checkpoint = "hf", "run", "run/weights", None
-    return Settings.from_args(args)
 
 
 def settings_with(schedule: ScheduleSettings, votes: int = 5, verdict: VerdictMode = "hard") -> JudgeSettings:
@@ -39,7 +18,7 @@ def settings_with(schedule: ScheduleSettings, votes: int = 5, verdict: VerdictMo
 
 
 def test_the_papers_safety_set_up_asks_680_pair_and_85_point_judgements_a_prompt() -> None:
-    cost = prompt_cost(parse("--preset", "safety"))
+    cost = prompt_cost(dry_run_settings("--preset", "safety"))
     assert cost["pair judgements"] == 680  # 17 * 16 / 2 pairs, 5 votes
     assert cost["point judgements"] == 85  # 17 candidates, 5 votes
     assert cost["judge requests"] == 2 * 136 + 17
@@ -47,7 +26,7 @@ def test_the_papers_safety_set_up_asks_680_pair_and_85_point_judgements_a_prompt
 
 
 def test_the_papers_safety_run() -> None:
-    run = parse("--preset", "safety")
+    run = dry_run_settings("--preset", "safety")
     cost = run_cost(run)
     assert cost["pair judgements"] + cost["point judgements"] == 2000 * 195_840
     assert cost["rollout tokens, generated"] == 2000 * 256 * 16 * 128
@@ -70,7 +49,7 @@ def test_the_papers_safety_run() -> None:
     ],
 )
 def test_judgements_a_prompt_of_presets(preset: str, pairs: int | None, points: int | None) -> None:
-    cost = prompt_cost(parse("--preset", preset))
+    cost = prompt_cost(dry_run_settings("--preset", preset))
     assert (cost.get("pair judgements"), cost.get("point judgements")) == (pairs, points)
     assert ("rewriter calls" in cost) == (preset in ("safety-suffix-rewrite-16", "from-scratch") or "dpo-rew" in preset)
 
@@ -106,7 +85,7 @@ def test_judge_tokens_share_the_prefix_between_the_requests_of_a_prompt() -> Non
 
 
 def test_a_late_start_of_rollouts_saves_their_cost_until_then() -> None:
-    run = parse(
+    run = dry_run_settings(
         *("--preset", "safety-suffix-rewrite-16", "--rollout-start-step", "500"),
         *("--train-iters", "1000", "--global-batch-size", "2"),
     )
@@ -117,7 +96,7 @@ def test_a_late_start_of_rollouts_saves_their_cost_until_then() -> None:
 
 
 def test_description_of_the_papers_safety_set_up() -> None:
-    text = describe(parse("--preset", "safety", "--win-rate-prompts", "1000"))
+    text = describe(dry_run_settings("--preset", "safety", "--win-rate-prompts", "1000"))
     for line in (
         "  objective   online DPO, best against worst candidate; beta 0.1, reference frozen",
         "  candidates  suffix + 16 rollouts = 17 a prompt, 128 tokens each; rollouts at T=1, top-p 1",
@@ -141,7 +120,7 @@ def test_what_a_reasoning_judge_behind_a_rate_limit_costs() -> None:
         URL + "2",
     )
     limits = ("--teacher-reasoning-tokens", "2048", "--teacher-requests-per-second", "5", "--judge-max-tokens", "100")
-    run = parse(*flags, *limits, "--judge-verdict", "hard", "safety=soft")
+    run = dry_run_settings(*flags, *limits, "--judge-verdict", "hard", "safety=soft")
     cost = prompt_cost(run)
     # One pair with 3 votes in either order; 2 candidates whose verdicts are written too, and their probabilities read.
     assert (cost["pair judgements"], cost["point judgements"], cost["judge requests"]) == (6, 2, 4)
@@ -152,18 +131,18 @@ def test_what_a_reasoning_judge_behind_a_rate_limit_costs() -> None:
 
 
 def test_a_pivot_and_votes_made_even_are_said() -> None:
-    lines = describe(parse("--preset", "quality-pivot-8")).splitlines()
+    lines = describe(dry_run_settings("--preset", "quality-pivot-8")).splitlines()
     assert any("pivot: 8 pairs with the suffix, for comparison only" in line for line in lines)
     assert "  candidates  8 rollouts = 8 a prompt, 128 tokens each; rollouts at T=1, top-p 1" in lines
-    small = describe(parse("--preset", "quality-2"))
+    small = describe(dry_run_settings("--preset", "quality-2"))
     assert "1 of 1 pairs, as many votes in either order, 5 votes" in small
     assert "6 pair judgements a prompt" in small
-    drawn = prompt_cost(parse("--preset", "quality-pivot-8", "--judge-pivot", "rollout"))
+    drawn = prompt_cost(dry_run_settings("--preset", "quality-pivot-8", "--judge-pivot", "rollout"))
     assert drawn["pair judgements"] == 7 * 5  # of 8 rollouts one is the pivot
 
 
 def test_description_without_a_judge() -> None:
-    text = describe(parse("--preset", "safety-sft-rewrite", "--teacher-url", URL))
+    text = describe(dry_run_settings("--preset", "safety-sft-rewrite", "--teacher-url", URL))
     assert "  objective   NLL of the rewrite" in text.splitlines()
     assert "  judge       none" in text.splitlines()
     assert "judgements" not in text

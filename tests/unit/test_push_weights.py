@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING, Any
 
 from megatron_sip.platform.megatron import prepare_megatron
@@ -41,11 +40,11 @@ class Trainer:
 
 def run_of(sync: Sync | None, exchange: Exchange) -> Run:
     prepare_megatron()  # before anything imports Megatron
-    from megatron_sip.run import Run
+    from megatron_sip.run import Run, RunState
 
     parts: dict[str, Any] = dict.fromkeys(Run.__dataclass_fields__)
     parts |= {
-        "args": argparse.Namespace(iteration=7),
+        "state": RunState(iteration=7),
         "trainer": Trainer,
         "weight_sync": sync,
         "exchange": exchange,
