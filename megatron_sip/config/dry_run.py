@@ -49,9 +49,9 @@ def describe(settings: Settings) -> str:
 
 
 def prompt_cost(settings: Settings, with_rollouts: bool = True) -> Cost:
-    """What one prompt (task) costs."""
+    """What one prompt (task) costs; of one that is replayed nothing is made or judged."""
     needs, rollouts = settings.needs, settings.experience.sampling.n
-    kinds = [kind for kind in needs.kinds if with_rollouts or kind != "rollout"]
+    kinds = [kind for kind in needs.kinds if not needs.replays and (with_rollouts or kind != "rollout")]
     prefix, suffix = _lengths(settings)
     cost: Cost = {}
     if "rollout" in kinds:
@@ -62,7 +62,7 @@ def prompt_cost(settings: Settings, with_rollouts: bool = True) -> Cost:
         instructions = _instruction_tokens(builtin_prompt("rewrite"))
         cost["rewriter tokens, prompt"] = instructions + prefix + suffix + 3 * REWRITE_START_TOKENS
         cost["rewriter tokens, answer"] = REWRITE_ROOM * suffix + _rewriter_reasoning(settings)
-    if needs.scores and settings.judge is not None:
+    if needs.scores and not needs.replays and settings.judge is not None:
         judge = settings.judge
         count = contender_count(kinds, rollouts if with_rollouts else 0, judge.schedule)
         costs = add_costs(criterion_cost(name, judge, count, prefix, suffix) for name in judge.criteria)
@@ -87,8 +87,7 @@ def _branches(settings: Settings) -> int:
 
 def _rewriter_reasoning(settings: Settings) -> int:
     """Tokens for reasoning before a rewrite; none where the server goes on from the start that we give."""
-    if settings.rewriter is None:  # groups are replayed
-        return 0
+    assert settings.rewriter is not None
     endpoint = settings.rewriter.client.endpoint
     return 0 if endpoint.continues_answers else endpoint.reasoning_tokens
 

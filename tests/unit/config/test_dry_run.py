@@ -146,3 +146,12 @@ def test_description_without_a_judge() -> None:
     assert "  objective   NLL of the rewrite" in text.splitlines()
     assert "  judge       none" in text.splitlines()
     assert "judgements" not in text
+
+
+@pytest.mark.parametrize("flags", [("--preset", "safety"), ("--dpo-pair", "rewrite", "rollout")])
+def test_a_replayed_prompt_costs_training_alone(flags: tuple[str, ...]) -> None:
+    sizes = ("--seq-length", "2048", "--global-batch-size", "4", "--train-iters", "2", "--win-rate-prompts", "8")
+    sizes += ("--lr", "1e-5", "--min-lr", "1e-6", "--lr-decay-style", "linear", "--lr-warmup-iters", "0")
+    settings = dry_run_settings(*flags, *sizes, "--replay-groups", "groups")
+    assert {name.split()[0] for name in prompt_cost(settings)} == {"training", "reference"}
+    assert describe(settings)
