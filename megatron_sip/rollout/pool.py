@@ -62,6 +62,7 @@ class PoolSettings:
             breaker_failures=1,
             breaker_first_s=self.down_s,
             breaker_longest_s=self.down_s,
+            longest_retry_after_s=self.max_backoff_s,
         )
 
 
@@ -192,8 +193,10 @@ class SGLangPool:
 
     async def _check_version(self, server: Server) -> None:
         """Raise RequestError unless the engine answers and has the weights that were asked for last."""
-        info = await self._control(server, "GET", "/model_info")
-        found = str(info["weight_version"])
+        # One that has failed may hang; what it would serve meanwhile others do.
+        limit = self.settings.connect_timeout_s if server.open_until else None
+        info = await self._control(server, "GET", "/model_info", timeout_s=limit)
+        found = str(info["weight_version"])[:200]
         if self._version is not None and found != self._version:
             raise RequestError("stale-weights", f"{server.url}: has weights {found!r}, not {self._version!r}")
 

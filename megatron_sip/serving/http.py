@@ -187,7 +187,8 @@ class HttpPool:
             content = await self._exchange(server, "POST", request.path, request.body(server), until)
             with readable():
                 result = request.parse(orjson.loads(content))
-            server.succeeded()
+            if self._check is None or not server.open_until:  # one that was asked before the failure proves nothing
+                server.succeeded()
             self.counts["requests"] += 1
             self.latencies.append(loop.time() - begin)
             return result
@@ -237,6 +238,8 @@ class HttpPool:
     def _note(self, error: RequestError, server: Server) -> None:
         """What a failure says about the server's health: nothing, if it merely refused this request."""
         now = asyncio.get_running_loop().time()
+        if error.kind == "deadline" and self._check is not None:
+            return  # it may have waited for its turn; the server's own time-out is another kind
         if error.retry_after_s:
             server.close_until(now + min(error.retry_after_s, self._policy.longest_retry_after_s))
             self.counts["retry-after"] += 1
