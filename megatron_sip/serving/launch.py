@@ -49,8 +49,9 @@ CPU_FLAGS = (
     "--sleep-on-idle",  # an idle server must leave its core to the trainer and to the other servers
     *SHARED_PREFILL,
 )
-# Without these SGLang would claim most of the machine's memory, which the trainer shares.
-CPU_MEM_FRACTION = 0.2
+# The tokens bound what SGLang takes of the machine's memory, which the trainer shares. What others take while the server
+# starts counts against the fraction, and a trainer builds its model meanwhile: at 0.2 that kept a server from starting.
+CPU_MEM_FRACTION = 0.7
 CPU_MAX_TOTAL_TOKENS = 32768
 PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads that wait for each other sleep. OpenMP's default is to spin, on the core that the awaited thread needs when other
