@@ -156,6 +156,35 @@ async def test_an_engine_that_recovers_is_used_again_after_a_health_probe() -> N
     assert sick.calls >= 2
 
 
+async def test_a_success_from_before_a_failure_does_not_bring_an_engine_back() -> None:
+    """It was asked before; only the engine's own word about its weights says that it can be used again."""
+
+    async def ends_well_after_a_failure(body: dict[str, Any]) -> Any:
+        if body["input_ids"] == [2]:
+            return await broken(body)
+        await asyncio.sleep(0.2)
+        return echo(body)
+
+    settings = PoolSettings(backoff_s=0.01, max_backoff_s=0.02, down_s=0.05)
+    async with engines(ends_well_after_a_failure, good) as (sick, fine):
+        sick.healthy = False
+        async with SGLangPool([sick.url, fine.url], settings) as pool:
+            await pool.generate([[1], [3], [2]], TWO_TOKENS)  # to the sick, the fine and the sick one
+            assert sick.calls == 2
+            await pool.generate([[1], [3], [4], [5]], TWO_TOKENS)
+    assert sick.calls == 2
+
+
+async def test_a_request_s_own_deadline_does_not_close_an_engine() -> None:
+    settings = PoolSettings(call_timeout_s=30.0, deadline_s=0.3)
+    async with engines(hanging) as (fake,), SGLangPool([fake.url], settings) as pool:
+        fake.healthy = False  # a check would leave it out
+        assert isinstance((await pool.generate([[1]], TWO_TOKENS))[0], Failure)
+        fake.behave = good
+        ((completion,),) = await pool.generate([[1]], TWO_TOKENS)
+    assert completion.ids == [1, 1]
+
+
 async def test_an_engine_whose_port_is_closed_is_a_connection_failure() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     settings = PoolSettings(attempts=2, backoff_s=0.01, max_backoff_s=0.02, down_s=0.05, deadline_s=0.5)
