@@ -50,7 +50,7 @@ test-unit: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit $(call DURATIONS,unit)
 
 test-integration: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration $(call DURATIONS,integration)
+	$(BIN)/python -m pytest tests/integration $(call DURATIONS,integration)
 
 lint: install
 	$(BIN)/ruff check .

@@ -22,16 +22,11 @@ SERVERS = {"smollm2_server", "tiny_llama_server", "tiny_engine", "victim"}
 """Fixtures that start one; tests that start one otherwise bear the mark themselves."""
 
 
-LONGEST = ("test_run.py", "test_model_parity.py", "test_demo.py")
-"""Files that take longest, first: two workers, of which each takes a file at a time, then end at about the same time."""
-
-
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and not SERVERS.isdisjoint(item.fixturenames):
             item.add_marker("server")
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
