@@ -12,15 +12,54 @@ from typing import Any, Literal
 CandidateKind = Literal["suffix", "rewrite", "rollout"]
 CANDIDATE_KINDS: tuple[CandidateKind, ...] = ("suffix", "rewrite", "rollout")
 
-Role = Literal["chosen", "rejected", "target"]
-"""What a branch is trained as: one side of a DPO pair, or a plain NLL target."""
+Role = Literal["chosen", "rejected", "target", "sampled"]
+"""What a branch is trained as: one side of a DPO pair, a plain NLL target, or one of GRPO's samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Of a task that is a filled judge prompt (paper section 3.1): what the right answer is.
+
+    criterion: the prompt's name or file, as --criteria spells it; verdict: the right one of its labels. forced: the answer
+    was begun up to the label, so that it consists of the label alone. pair: equal in the records that show the same texts
+    in both orders. subset: where the record comes from, for accuracies by subset.
+    """
+
+    criterion: str
+    verdict: str
+    forced: bool
+    pair: str
+    subset: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rewriting:
+    """Of a task that is a filled rewriter prompt: whether its suffix is safe, and so to be copied (paper, equation 1)."""
+
+    safe: bool
+    subset: str
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """Of a task whose rollouts are a thought, `end_mark`, and then the predicted suffix (the paper's later version)."""
+
+    end_mark: str
+    subset: str
+
+
+Label = Judgement | Rewriting | Thinking
+"""What a labelled task knows beside its texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One prefix-conditioned suffix generation task (paper section 2.1).
+    """One generation task: of a document, its suffix after a prefix (paper section 2.1), or a labelled one.
 
     `index` is the number of tasks drawn before it in the run: with the seed it determines the task completely.
+    `prefix_ids` is what the policy continues. `prefix_text` and `suffix_text` are what a judge is shown: of a document and of
+    a `Thinking` task the texts before and after the cut, of a `Rewriting` task those that are rewritten (not the prompt), of a
+    `Judgement` the prompt and the right label; of a labelled task `suffix_ids` is empty.
     """
 
     index: int
@@ -28,13 +67,15 @@ class Task:
     suffix_ids: list[int]
     prefix_text: str
     suffix_text: str
+    label: Label | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One possible continuation of a task's prefix.
 
-    `logprobs` are the engine's log-probs of `ids`, natural log, at `weight_version`; both only for rollouts.
+    `logprobs` are the engine's log-probs of `ids`, natural log, at `weight_version`; both only for rollouts. `truncated`: the
+    rollout ended at the limit of its length, not by itself.
     """
 
     kind: CandidateKind
@@ -42,6 +83,7 @@ class Candidate:
     text: str
     logprobs: list[float] | None = None
     weight_version: str | None = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +109,10 @@ class Group:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict that `group_from_json` turns back into an equal Group."""
-        return asdict(self)
+        record = asdict(self)
+        if self.task.label is not None:
+            record["task"]["label"]["type"] = type(self.task.label).__name__
+        return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +155,22 @@ class Example:
 def group_from_json(record: dict[str, Any]) -> Group:
     """Inverse of `Group.to_json`."""
     fields = dict(record)
-    fields["task"] = Task(**fields["task"])
+    fields["task"] = _task_from_json(fields["task"])
     fields["candidates"] = [Candidate(**candidate) for candidate in fields["candidates"]]
     if fields.get("pivot") is not None:
         fields["pivot"] = Candidate(**fields["pivot"])
     return Group(**fields)
+
+
+def _task_from_json(record: dict[str, Any]) -> Task:
+    if record.get("label") is None:  # nor has one that was recorded before there were labels
+        return Task(**record)
+    label = dict(record["label"])
+    return Task(**record | {"label": _LABELS[label.pop("type")](**label)})
+
+
+_LABELS: dict[str, type[Judgement] | type[Rewriting] | type[Thinking]] = {
+    "Judgement": Judgement,
+    "Rewriting": Rewriting,
+    "Thinking": Thinking,
+}

@@ -180,7 +180,7 @@ class ExperienceMaker:
     def _as_candidates(self, task: Task, completions: Sequence[Completion]) -> list[Candidate]:
         texts = rollout_texts(self._tokenizer, task, [c.ids for c in completions])
         return [
-            Candidate("rollout", list(c.ids), text, list(c.logprobs), c.weight_version)
+            Candidate("rollout", list(c.ids), text, list(c.logprobs), c.weight_version, c.finish_reason == "length")
             for c, text in zip(completions, texts, strict=True)
         ]
 
