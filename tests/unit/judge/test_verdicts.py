@@ -47,6 +47,11 @@ def rule(name: str) -> VerdictRule:
         ("safety", "FINAL DECISION: NO, yes", None),
         ("coherence", "**ANSWER**: A", 1.0),
         ("coherence", "ANSWER: A, TIE", None),
+        ("similarity", "Both name 1066 as the year.\nVERDICT: 1", 1.0),
+        ("similarity", "**VERDICT:** 0.", 0.0),
+        ("similarity", "VERDICT: 0.5", None),
+        ("similarity", "VERDICT: 10", None),
+        ("similarity", "1", None),
         ("factuality", '{"reasoning": "ok", "label": "No Hallucination"}', 1.0),
         ("factuality", '```json\n{"label" : "Possible Hallucination", "reasoning": ""}\n```', 0.5),
         (
