@@ -134,6 +134,8 @@ class Branch:
 class Example:
     """What the trainer learns from: branches of one prefix, a chosen and a rejected one (DPO) or targets.
 
+    head: tokens at the prefix's left, such as a control text, that stay when a prefix is too long for its row.
+
     Raises:
         ValueError: engine log-probs that are not one per token.
     """
@@ -142,6 +144,7 @@ class Example:
     prefix_ids: list[int]
     branches: list[Branch]
     weight: float = 1.0
+    head: int = 0
 
     def __post_init__(self) -> None:
         for branch in self.branches:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_sip.checkpoints.folder import TRACKER
+from megatron_sip.config.candidate_checks import check_candidates, control_room
 from megatron_sip.config.flags import ROLES
 from megatron_sip.config.needs import Needs, candidate_count, contender_count
 from megatron_sip.config.settings import (
@@ -98,6 +99,7 @@ def problems_of_ours(args: argparse.Namespace) -> list[str]:
         _check_settings,
         _check_row_length,
         _check_objective,
+        check_candidates,
         _check_urls,
         _check_servers,
         _check_judges,
@@ -147,13 +149,13 @@ def _check_settings(args: argparse.Namespace) -> Iterator[str]:
 def _check_row_length(args: argparse.Namespace) -> Iterator[str]:
     if args.seq_length is None:
         return
-    needed = args.seq_length + (args.suffix_length if args.objective == "dpo" else 0)
+    needed = args.seq_length + (args.suffix_length if args.objective == "dpo" else 0) + control_room(args)
     if args.row_length is None:
         args.row_length = needed
     if args.row_length < needed:
         yield (
             f"--row-length {args.row_length} does not hold one full group: it must be at least {needed} "
-            "(--seq-length, and --suffix-length more for dpo)"
+            "(--seq-length, --suffix-length more for dpo, and the control text's bytes with --control-token)"
         )
 
 
@@ -170,13 +172,6 @@ def _check_objective(args: argparse.Namespace) -> Iterator[str]:
             "--objective rf-nll teaches a rollout only if it wins against another candidate: add suffix or rewrite to "
             "--candidates, or raise --num-rollouts"
         )
-    if args.rollout_start_step > 0:
-        others = len([kind for kind in kinds if kind != "rollout"])
-        if others < (2 if args.objective == "dpo" else 1):
-            yield (
-                f"--rollout-start-step {args.rollout_start_step} leaves {others} candidate(s) before that step, too few for "
-                f"--objective {args.objective}: add suffix or rewrite to --candidates, or set it to 0"
-            )
     if args.ref_update_interval and args.objective != "dpo":
         yield "--ref-update-interval: only --objective dpo has a reference; remove it"
     if args.logit_chunk_columns < 0:

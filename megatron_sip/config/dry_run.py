@@ -7,7 +7,8 @@ as the paper counts them: one verdict about one candidate or pair.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_sip.config.needs import candidate_count, contender_count
@@ -16,6 +17,7 @@ from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_f
 from megatron_sip.judge.rewriter import REWRITE_ROOM
 from megatron_sip.judge.schedules import SMALL_GROUP, make_schedule, planned_pairs, votes_in_orders
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings
+from megatron_sip.records import CandidateKind
 
 CHARACTERS_PER_TOKEN = 4
 """Of the instructions in prompt files; texts are counted in the policy's tokens."""
@@ -32,7 +34,7 @@ def describe(settings: Settings) -> str:
     judge = _judge(settings, settings.judge) if settings.judge is not None and settings.needs.scores else ["none"]
     facts = [
         ("objective", _objective(settings)),
-        ("candidates", _candidates(settings)),
+        ("candidates", "; ".join(filter(None, (_candidates(settings), _ends(settings))))),
         *(("judge", line) for line in judge),
         ("schedule", _schedule(settings)),
         ("rows", _rows(settings)),
@@ -48,10 +50,11 @@ def describe(settings: Settings) -> str:
     return "\n".join(lines) + "\n"
 
 
-def prompt_cost(settings: Settings, with_rollouts: bool = True) -> Cost:
-    """What one prompt (task) costs; of one that is replayed nothing is made or judged."""
+def prompt_cost(settings: Settings, present: Sequence[CandidateKind] | None = None) -> Cost:
+    """What one prompt (task) costs with candidates of the kinds that are `present`, by default all of the run; of one that
+    is replayed nothing is made or judged."""
     needs, rollouts = settings.needs, settings.experience.sampling.n
-    kinds = [kind for kind in needs.kinds if not needs.replays and (with_rollouts or kind != "rollout")]
+    kinds = () if needs.replays else needs.kinds if present is None else present
     prefix, suffix = _lengths(settings)
     cost: Cost = {}
     if "rollout" in kinds:
@@ -59,17 +62,19 @@ def prompt_cost(settings: Settings, with_rollouts: bool = True) -> Cost:
         cost["rollout tokens, generated"] = rollouts * suffix
     if "rewrite" in kinds:
         cost["rewriter calls"] = 1
-        instructions = _instruction_tokens(builtin_prompt("rewrite"))
+        assert settings.rewriter is not None
+        instructions = _instruction_tokens(settings.rewriter.prompt)
         cost["rewriter tokens, prompt"] = instructions + prefix + suffix + 3 * REWRITE_START_TOKENS
         cost["rewriter tokens, answer"] = REWRITE_ROOM * suffix + _rewriter_reasoning(settings)
     if needs.scores and not needs.replays and settings.judge is not None:
         judge = settings.judge
-        count = contender_count(kinds, rollouts if with_rollouts else 0, judge.schedule)
+        count = contender_count(kinds, rollouts if "rollout" in kinds else 0, judge.schedule)
         costs = add_costs(criterion_cost(name, judge, count, prefix, suffix) for name in judge.criteria)
         cost |= dict(sorted(costs.items(), key=lambda item: not item[0].endswith("judgements")))
     branches = _branches(settings)
-    cost["training tokens, packed"] = prefix + branches * suffix
-    cost["training tokens, unpacked"] = branches * (prefix + suffix)
+    examples, control = _control(settings)
+    cost["training tokens, packed"] = examples * (control + prefix + branches * suffix)
+    cost["training tokens, unpacked"] = examples * branches * (control + prefix + suffix)
     if settings.objective.needs_reference:
         cost["reference tokens, packed"] = prefix + branches * suffix
     return cost
@@ -79,6 +84,12 @@ def _lengths(settings: Settings) -> tuple[int, int]:
     """Tokens of the longest prefix, and of its suffix."""
     tasks = settings.data.tasks
     return tasks.seq_length - tasks.suffix_length, tasks.suffix_length
+
+
+def _control(settings: Settings) -> tuple[int, int]:
+    """(examples of a prompt at most, tokens of the control text before each)"""
+    control = settings.experience.selection.control
+    return (1, 0) if control is None else (2, -(-control.room // CHARACTERS_PER_TOKEN))
 
 
 def _branches(settings: Settings) -> int:
@@ -157,13 +168,13 @@ def add_costs(costs: Iterable[Cost]) -> Cost:
 
 
 def run_cost(settings: Settings) -> Cost:
-    """What the whole run costs; before --rollout-start-step there are no rollouts."""
-    run = settings.run
-    without = min(settings.experience.rollout_start_step, run.steps) if "rollout" in settings.needs.kinds else 0
-    phases = [(run.steps - without, prompt_cost(settings))]
-    if without:
-        phases.append((without, prompt_cost(settings, with_rollouts=False)))
-    return add_costs(_times(cost, steps * run.prompts) for steps, cost in phases)
+    """What the whole run costs: each of its phases has its own kinds of candidates."""
+    run, steps = settings.run, settings.experience.kind_steps
+    phases = pairwise([*(step for step in steps.phases() if step < run.steps), run.steps])
+    return add_costs(
+        _times(prompt_cost(settings, settings.experience.kinds_at(first)), (end - first) * run.prompts)
+        for first, end in phases
+    )
 
 
 def _times(cost: Mapping[str, int], factor: int) -> Cost:
@@ -186,9 +197,16 @@ def _table(settings: Settings) -> list[str]:
 def _objective(settings: Settings) -> str:
     objective, selection = settings.objective, settings.experience.selection
     if objective.objective == "sft":
-        return f"NLL of the {selection.sft_target}"
+        document = selection.sft_target == "document"
+        return "NLL of every token" if document else f"NLL of the {selection.sft_target}"
     if objective.objective == "rf-nll":
-        return "RF-NLL: NLL of the best-judged candidate"
+        control = selection.control
+        if control is None:
+            return "RF-NLL: NLL of the best-judged candidate"
+        return (
+            f"RF-NLL: NLL of the best candidate with {control.criterion} >= {control.threshold:g} behind {control.good!r}, "
+            f"and of the worst below behind {control.bad!r}"
+        )
     roles = "best against worst candidate"
     if selection.fixed_roles is not None:
         roles = f"chosen {selection.fixed_roles[0]}, rejected {selection.fixed_roles[1]}"
@@ -199,14 +217,23 @@ def _objective(settings: Settings) -> str:
 
 def _candidates(settings: Settings) -> str:
     kinds, sampling = settings.needs.kinds, settings.experience.sampling
+    if settings.experience.selection.sft_target == "document" and settings.objective.objective == "sft":
+        return f"the documents themselves, up to {settings.data.tasks.seq_length:,} tokens of one"
     rollouts = "1 rollout" if sampling.n == 1 else f"{sampling.n} rollouts"
     names = [rollouts if kind == "rollout" else kind for kind in kinds]
     text = f"{' + '.join(names)} = {candidate_count(kinds, sampling.n)} a prompt, {sampling.max_new_tokens} tokens each"
     if "rollout" not in kinds:
         return text
-    first = settings.experience.rollout_start_step
+    first = settings.experience.kind_steps.rollout_start
     start = f", from step {first}" if first else ""
     return f"{text}; rollouts at T={sampling.temperature:g}, top-p {sampling.top_p:g}{start}"
+
+
+def _ends(settings: Settings) -> str:
+    """Up to which step suffix and rewrite take part, where that is not for ever."""
+    steps, kinds = settings.experience.kind_steps, settings.needs.kinds
+    ends = (("suffix", steps.suffix_end), ("rewrite", steps.rewrite_end))
+    return "; ".join(f"{kind} before step {end} only" for kind, end in ends if kind in kinds and end is not None)
 
 
 def _judge(run: Settings, settings: JudgeSettings) -> list[str]:
@@ -256,9 +283,9 @@ def _schedule(settings: Settings) -> str:
 
 def _rows(settings: Settings) -> str:
     prefix, suffix = _lengths(settings)
-    branches = _branches(settings)
-    example = prefix + branches * suffix
+    branches, control = _branches(settings), _control(settings)[1]
+    example = control + prefix + branches * suffix
     return (
         f"micro-batches of up to {settings.row_length:,} tokens; an example has up to {example:,} "
-        f"({prefix:,} of prefix, {branches} x {suffix})"
+        f"({f'{control} of control text, ' if control else ''}{prefix:,} of prefix, {branches} x {suffix})"
     )

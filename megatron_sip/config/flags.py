@@ -53,8 +53,9 @@ TASK_FLAGS: Flags = {
     ),
     "--suffix-length": ({"type": int, "default": 128, "metavar": "N"}, "Tokens of a suffix, a rewrite and a rollout."),
     "--task-mode": (
-        {"choices": ["random", "stream"], "default": "random"},
-        "random: one seeded cut a document and epoch. stream: every chunk of --suffix-length tokens in turn.",
+        {"choices": ["random", "stream", "whole"], "default": "random"},
+        "random: one seeded cut a document and epoch. stream: every chunk of --suffix-length tokens in turn. whole: documents "
+        "in pieces of up to --seq-length tokens, for --sft-target document.",
     ),
     "--min-prefix-length": (
         {"type": int, "default": 16, "metavar": "N"},
@@ -80,7 +81,32 @@ OBJECTIVE_FLAGS: Flags = {
         {"nargs": "+", "choices": CANDIDATE_KINDS, "default": ["suffix", "rollout"], "metavar": "KIND"},
         "Kinds of candidates that are judged: suffix, rewrite, rollout.",
     ),
-    "--sft-target": ({"choices": CANDIDATE_KINDS, "default": "suffix"}, "What --objective sft learns; asks no judge."),
+    "--sft-target": (
+        {"choices": (*CANDIDATE_KINDS, "document"), "default": "suffix"},
+        "What --objective sft learns; asks no judge. document: every token of prefix and suffix, as plain pretraining does.",
+    ),
+    "--suffix-end-step": (
+        {"type": int, "metavar": "STEP"},
+        "From this step on the suffix is no candidate any more. Default: it stays one.",
+    ),
+    "--rewrite-end-step": (
+        {"type": int, "metavar": "STEP"},
+        "The same for rewrites, which are then no longer asked for.",
+    ),
+    "--control-token": (
+        {"metavar": "CRITERION"},
+        "With --objective rf-nll learn the best candidate that this one of --criteria finds good behind one text before the "
+        "prefix, and beside it the worst that it finds bad behind another; see docs/training.md.",
+    ),
+    "--control-text": (
+        {"nargs": 2, "metavar": ("GOOD", "BAD")},
+        "The two texts; special tokens of the policy's tokenizer are recognised. Default: [CRITERION: good] and [CRITERION: "
+        "bad], each on a line of its own.",
+    ),
+    "--control-threshold": (
+        {"type": float, "default": 0.5, "metavar": "SCORE"},
+        "From this score on a candidate is good.",
+    ),
     "--dpo-pair": (
         {"nargs": 2, "choices": CANDIDATE_KINDS, "metavar": ("CHOSEN", "REJECTED")},
         "Fix the roles of the DPO pair by kind and ask no judge, e.g. --dpo-pair rewrite rollout.",
@@ -188,6 +214,11 @@ SERVER_FLAGS: Flags = {
 """Name, the same for each role, instead of the flag."""
 TEACHER_FLAGS: Flags = {
     "--rewrite-temperature": ({"type": float, "default": 0.0}, "Sampling of the rewriter; 0 is greedy."),
+    "--rewrite-prompt": (
+        {"metavar": "FILE"},
+        "The rewriter's instructions, a prompt file of kind text, for other rewrites than safe and true ones; see "
+        "docs/judging.md. Default: as `python -m megatron_sip.judge show rewrite` prints them.",
+    ),
     "--teacher-timeout": (
         {"type": float, "default": 120.0, "metavar": "SECONDS"},
         "For one attempt of one teacher call.",

@@ -30,7 +30,8 @@ class Needs:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Needs:
         """What the flags ask for."""
-        wanted = {args.sft_target} if args.objective == "sft" else set(args.dpo_pair or args.candidates)
+        target = "suffix" if args.sft_target == "document" else args.sft_target
+        wanted = {target} if args.objective == "sft" else set(args.dpo_pair or args.candidates)
         return cls(
             kinds=cast("tuple[CandidateKind, ...]", tuple(kind for kind in CANDIDATE_KINDS if kind in wanted)),
             scores=args.objective != "sft" and args.dpo_pair is None,

@@ -11,17 +11,22 @@ from megatron_sip.config.flags import Role
 from megatron_sip.config.needs import Needs, has_servers
 from megatron_sip.data.tasks import TaskSettings
 from megatron_sip.data.tokenization import DEFAULT_CACHE, TokenizeSettings
+from megatron_sip.experience.control import Control
+from megatron_sip.experience.kind_steps import KindSteps
 from megatron_sip.experience.leader import ClientsSettings, EngineSettings
 from megatron_sip.experience.maker import ExperienceSettings
 from megatron_sip.experience.samples import SampleLog
 from megatron_sip.experience.selection import SelectionSettings
+from megatron_sip.judge.prompts import read_prompt_file
 from megatron_sip.judge.rewriter import RewriterSettings
 from megatron_sip.judge.settings import (
     DEFAULT_MODEL,
+    LIKELIHOOD,
     ClientSettings,
     Endpoint,
     JudgeSettings,
     ScheduleSettings,
+    SettingsError,
     parse_criteria,
     parse_verdicts,
 )
@@ -205,6 +210,8 @@ def run_settings(args: argparse.Namespace) -> RunSettings:
 
 def task_settings(args: argparse.Namespace) -> TaskSettings:
     """How documents are cut. Raises ValueError."""
+    if args.task_mode == "whole":
+        return TaskSettings.whole(args.seq_length, args.seed)
     return TaskSettings(
         seq_length=args.seq_length,
         suffix_length=args.suffix_length,
@@ -242,7 +249,30 @@ def selection_settings(args: argparse.Namespace) -> SelectionSettings:
         sft_target=args.sft_target,
         fixed_roles=tuple(args.dpo_pair) if args.dpo_pair is not None else None,
         seed=args.seed,
+        control=control_settings(args),
     )
+
+
+def control_settings(args: argparse.Namespace) -> Control | None:
+    """The control texts, None without --control-token. Raises ValueError."""
+    name = args.control_token
+    if name is None:
+        if args.control_text:
+            raise SettingsError("--control-text belongs to --control-token CRITERION, which is not given")
+        return None
+    if name not in parse_criteria(args.criteria):
+        raise SettingsError(f"--control-token {name} is not among --criteria {' '.join(args.criteria)}; add it there")
+    if name == LIKELIHOOD and args.control_threshold >= 0:
+        raise SettingsError(
+            f"--control-threshold {args.control_threshold:g}: likelihood is a mean log-prob, below 0; give such a threshold"
+        )
+    filed = read_prompt_file(Path(name)).name if name.endswith(".txt") else name
+    return Control.of(filed, tuple(args.control_text) if args.control_text else None, args.control_threshold)
+
+
+def kind_steps(args: argparse.Namespace) -> KindSteps:
+    """At which steps each kind is a candidate."""
+    return KindSteps(args.rollout_start_step, args.suffix_end_step, args.rewrite_end_step)
 
 
 def rollout_sampling(args: argparse.Namespace) -> SamplingSettings:
@@ -266,7 +296,7 @@ def experience_settings(args: argparse.Namespace) -> ExperienceSettings:
         kinds=Needs.from_args(args).kinds,
         sampling=rollout_sampling(args),
         selection=selection_settings(args),
-        rollout_start_step=args.rollout_start_step,
+        kind_steps=kind_steps(args),
         record=Path(args.save_groups) if args.save_groups else None,
         replay=Path(args.replay_groups) if args.replay_groups else None,
         samples=SampleLog.of(Path(args.run_dir), args.train_iters),
@@ -340,6 +370,7 @@ def rewriter_settings(args: argparse.Namespace) -> RewriterSettings:
     return RewriterSettings(
         client=client_settings(args, "rewriter" if has_servers(args, "rewriter") else "teacher"),
         temperature=args.rewrite_temperature,
+        prompt_file=Path(args.rewrite_prompt) if args.rewrite_prompt else None,
         deadline_s=args.judge_deadline,
         prefix_chars=args.judge_prefix_chars,
         seed=args.seed,

@@ -24,7 +24,7 @@ from megatron_sip.records import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TaskMode = Literal["random", "stream"]
+TaskMode = Literal["random", "stream", "whole"]
 _SHUFFLE, _CUT = 1, 2  # separate the draws that share a seed
 
 
@@ -34,6 +34,8 @@ class TaskSettings:
 
     random: one task a document and epoch, its cut uniform among the valid ones, another one each epoch.
     stream: every chunk of `suffix_length` tokens but a document's first, in turn; documents are shuffled each epoch.
+    whole: no suffixes, but a document in pieces of up to `seq_length` tokens, each behind one token of the piece before, so
+    that all its tokens but the first are predicted once an epoch (see `whole`); for next-token loss on all of them.
     The suffix has exactly `suffix_length` tokens, the prefix the most recent seq_length - suffix_length tokens before
     it or fewer, but at least `min_prefix_length`. Raises ValueError for impossible lengths.
     """
@@ -55,21 +57,36 @@ class TaskSettings:
                 f"--seq-length {self.seq_length} for the prefix, which needs at "
                 f"least {self.min_prefix_length}; shorten the suffix"
             )
-        if self.mode not in ("random", "stream"):
-            raise ValueError(f"--task-mode must be random or stream, got {self.mode!r}")
+        if self.mode not in ("random", "stream", "whole"):
+            raise ValueError(f"--task-mode must be random, stream or whole, got {self.mode!r}")
+
+    @classmethod
+    def whole(cls, seq_length: int, seed: int) -> TaskSettings:
+        """Of mode whole: a prefix of one token, and the rest of the piece as its suffix. Raises ValueError."""
+        if seq_length < 2:
+            raise ValueError(f"--seq-length {seq_length}: must be at least 2")
+        return cls(seq_length, seq_length - 1, "whole", seed)
 
     def first_cut(self, source: DocumentSource) -> int:
         """The first place where a document may be cut: behind the shortest prefix, to which a BOS does not count.
 
         stream: the beginning of the first chunk that has a long enough prefix.
         """
+        if self.mode == "whole":
+            return 1
         first = self.min_prefix_length + (source.bos is not None)
         return -(-first // self.suffix_length) * self.suffix_length if self.mode == "stream" else first
 
     def tasks_per_document(self, source: DocumentSource, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64: tasks an epoch that these documents of a source give."""
+        if self.mode == "whole":
+            return -(-np.maximum(source.lengths[documents] - 1, 0) // self.suffix_length)
         chunks = np.maximum(source.lengths[documents] - self.first_cut(source), 0) // self.suffix_length
         return chunks if self.mode == "stream" else np.minimum(chunks, 1)
+
+    def shortest(self, source: DocumentSource) -> int:
+        """Tokens of the shortest document that gives a task."""
+        return self.first_cut(source) + (1 if self.mode == "whole" else self.suffix_length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +225,7 @@ def _source_report(
     source: DocumentSource, weight: float, documents: npt.NDArray[np.int64], cuts: _CutSource, settings: TaskSettings
 ) -> SourceReport:
     lengths = source.lengths[documents]
-    short = lengths[lengths < settings.first_cut(source) + settings.suffix_length]
+    short = lengths[lengths < settings.shortest(source)]
     return SourceReport(
         name=source.name,
         weight=weight,
@@ -231,10 +248,13 @@ def _nothing_long_enough(
     where = f"{report.name} ({corpus.split_name} split)"
     if not report.documents:
         return f"{where}: no document; name more text or give this split more with --split"
+    longest = int(source.lengths[documents].max())
+    if settings.mode == "whole":
+        return f"{where}: none of its {report.documents} documents has two tokens; name more text"
     return (
         f"{where}: none of its {report.documents} documents is long enough: the longest has "
-        f"{int(source.lengths[documents].max())} tokens, a {settings.mode} task needs "
-        f"{settings.first_cut(source) + settings.suffix_length} (--suffix-length "
+        f"{longest} tokens, a {settings.mode} task needs "
+        f"{settings.shortest(source)} (--suffix-length "
         f"{settings.suffix_length} after a prefix of at least {settings.min_prefix_length}; --seq-length "
         f"{settings.seq_length}); shorten --suffix-length or use longer text"
     )

@@ -13,11 +13,13 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from megatron_sip.data.continuation_text import rollout_texts
+from megatron_sip.experience.control import ControlIds
+from megatron_sip.experience.kind_steps import ALWAYS, KindSteps
 from megatron_sip.experience.recording import read_groups, write_groups
 from megatron_sip.experience.samples import SampleLog
 from megatron_sip.experience.selection import SelectionSettings, select, selection_metrics
@@ -61,7 +63,7 @@ class RewritesSuffixes(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ExperienceSettings:
-    """kinds: candidates to make. rollout_start_step: before it, rollouts are left out.
+    """kinds: candidates to make, at the steps that `kind_steps` says.
 
     samples: where a few judged groups are kept for people to read. rollout_seed: rollouts are drawn by it and their task,
     for engines that take seeds; None leaves the draws to the engines.
@@ -71,12 +73,16 @@ class ExperienceSettings:
     kinds: tuple[CandidateKind, ...]
     sampling: SamplingSettings
     selection: SelectionSettings
-    rollout_start_step: int = 0
+    kind_steps: KindSteps = ALWAYS
     replica: int = 0
     record: Path | None = None
     replay: Path | None = None
     samples: SampleLog | None = None
     rollout_seed: int | None = None
+
+    def kinds_at(self, step: int) -> tuple[CandidateKind, ...]:
+        """The kinds of candidates of optimizer step `step` (0 is the first)."""
+        return self.kind_steps.at(self.kinds, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +118,8 @@ class ExperienceMaker:
         self._engines = engines
         self._judge = judge
         self._rewriter = rewriter
+        control = settings.selection.control
+        self._control_ids = None if control is None else ControlIds.of(control, tokenizer)
         self._seen_counters: dict[str, float] = {}
         self._ahead: RewritesAhead | None = None
 
@@ -130,7 +138,8 @@ class ExperienceMaker:
                 write_groups(self._settings.record, step, self._settings.replica, groups)
             except OSError as error:
                 unrecorded = f"--save-groups {self._settings.record} took no more: {error.strerror or error}"
-        selected = select(groups, self._settings.selection)
+        competing = replace(self._settings.selection, candidates=self._settings.kinds_at(step))
+        selected = select(groups, competing, self._control_ids)
         if self._settings.samples is not None:
             self._settings.samples.record(step, groups, selected.examples)
         metrics = selection_metrics(groups, selected)
@@ -138,7 +147,8 @@ class ExperienceMaker:
         metrics |= {f"dropped/{reason}": float(count) for reason, count in selected.dropped.items()}
         metrics |= self._counters() | seconds
         metrics |= {"groups": float(len(groups)), "merged_candidates": float(selected.merged)}
-        if next_tasks and self._rewriter is not None and self._settings.replay is None:
+        ahead = self._settings.replay is None and "rewrite" in self._settings.kinds_at(step + 1)
+        if next_tasks and ahead and self._rewriter is not None:
             rewrites = asyncio.create_task(self._rewriter.rewrite(next_tasks))
             self._ahead = RewritesAhead([task.index for task in next_tasks], rewrites)
         return Experience(selected.examples, metrics, unrecorded)
@@ -146,7 +156,7 @@ class ExperienceMaker:
     async def _judged_groups(self, step: int, tasks: Sequence[Task]) -> tuple[list[Group], Metrics]:
         """Groups with scores (when the objective needs them), and the seconds of each phase."""
         started = time.monotonic()
-        kinds = [k for k in self._settings.kinds if k != "rollout" or step >= self._settings.rollout_start_step]
+        kinds = self._settings.kinds_at(step)
         rollouts, rewrites = await asyncio.gather(
             self._rollouts(tasks, str(step), wanted="rollout" in kinds),
             self._rewrites(tasks, wanted="rewrite" in kinds),

@@ -41,9 +41,9 @@ class SampleLog:
         """Add a sample of step `step` (0 is the first) when it is due; a disk that is full costs samples, not the run."""
         if step % self.interval or not groups:
             return
-        by_task = {example.task_index: example for example in examples}
-        group = next((group for group in groups if group.task.index in by_task), groups[0])
-        line = json.dumps(sample(step, group, by_task.get(group.task.index))) + "\n"
+        learnt = {example.task_index for example in examples}
+        group = next((group for group in groups if group.task.index in learnt), groups[0])
+        line = json.dumps(sample(step, group, examples)) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -52,9 +52,10 @@ class SampleLog:
             log.warning("no sample of step %d is written: %s", step + 1, error)
 
 
-def sample(step: int, group: Group, example: Example | None) -> dict[str, Any]:
-    """What a line holds; steps are counted from 1 there, as in metrics.jsonl."""
-    roles = {} if example is None else {tuple(branch.ids): branch.role for branch in example.branches}
+def sample(step: int, group: Group, examples: Sequence[Example]) -> dict[str, Any]:
+    """What a line holds; steps are counted from 1 there, as in metrics.jsonl. examples: all of the step."""
+    own = [branch for example in examples if example.task_index == group.task.index for branch in example.branches]
+    roles = {tuple(branch.ids): branch.role for branch in own}
     scores: Sequence[float | None] = group.scores or [None] * len(group.candidates)
 
     def rank(item: tuple[Candidate, float | None]) -> tuple[bool, float]:

@@ -1,6 +1,7 @@
 """Turn judged groups into training examples (paper section 2.3 and table 6). Pure Python: no torch, no servers.
 
-A group either becomes exactly one example or is dropped for a named reason: len(groups) == len(examples) + dropped.
+A group either becomes exactly one example or is dropped for a named reason: len(groups) == len(examples) + dropped. Only
+with control texts (`experience/control.py`) it may become two.
 A missing score is never read as a low one, and the order in which candidates are listed decides nothing.
 """
 
@@ -13,10 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from megatron_sip.experience.control import Control, ControlIds
 from megatron_sip.metrics import Mean, Metrics
 from megatron_sip.records import CANDIDATE_KINDS, Branch, Candidate, CandidateKind, Example, Group, Role
 
 Objective = Literal["sft", "rf-nll", "dpo"]
+SftTarget = CandidateKind | Literal["document"]
 TIE_TOLERANCE = 1e-9
 """Scores closer than this are tied: means of the same votes in another order differ by rounding."""
 
@@ -30,8 +33,9 @@ LONE_ROLLOUT = "lone rollout"
 class SelectionSettings:
     """Which candidates compete, and what the winner (and loser) is trained as. Raises ValueError when inconsistent.
 
-    sft: the candidate of kind `sft_target`; needs no judge.
-    rf-nll: the candidate with the highest score; a rollout has to win against another candidate.
+    sft: the candidate of kind `sft_target`; needs no judge. Of "document" every token of prefix and suffix but the first.
+    rf-nll: the candidate with the highest score; a rollout has to win against another candidate. With `control` the best of
+    the good candidates and the worst of the bad ones, if there are, each behind its control text.
     dpo: highest score as chosen, lowest as rejected; with `fixed_roles` = (chosen kind, rejected kind) without a judge.
     `candidates` are the kinds that compete; other candidates of a group are ignored.
     Draws among ties, or among several candidates of a fixed kind, depend on `seed`, the task and the candidate only.
@@ -39,9 +43,10 @@ class SelectionSettings:
 
     objective: Objective = "dpo"
     candidates: tuple[CandidateKind, ...] = CANDIDATE_KINDS
-    sft_target: CandidateKind = "suffix"
+    sft_target: SftTarget = "suffix"
     fixed_roles: tuple[CandidateKind, CandidateKind] | None = None
     seed: int = 1234
+    control: Control | None = None
 
     def __post_init__(self) -> None:
         if self.objective not in ("sft", "rf-nll", "dpo"):
@@ -49,14 +54,21 @@ class SelectionSettings:
         unknown = [kind for kind in self.candidates if kind not in CANDIDATE_KINDS]
         if unknown or not self.candidates or len(set(self.candidates)) < len(self.candidates):
             raise ValueError(f"--candidates must be distinct kinds of {CANDIDATE_KINDS}, got {self.candidates}")
-        if self.objective == "sft" and self.sft_target not in self.candidates:
+        if self.objective == "sft" and self.sft_kind not in self.candidates:
             raise ValueError(f"--sft-target {self.sft_target} is not among --candidates {self.candidates}; add it")
+        if self.control is not None and self.objective != "rf-nll":
+            raise ValueError(f"--control-token is for --objective rf-nll, got {self.objective}")
         if self.fixed_roles is None:
             return
         if self.objective != "dpo":
             raise ValueError(f"--dpo-pair is for --objective dpo, got {self.objective}")
         if len(set(self.fixed_roles)) != 2 or not set(self.fixed_roles) <= set(self.candidates):
             raise ValueError(f"--dpo-pair {self.fixed_roles} must be two different kinds among {self.candidates}")
+
+    @property
+    def sft_kind(self) -> CandidateKind:
+        """The kind of candidate that SFT learns; a document is its prefix and its suffix."""
+        return "suffix" if self.sft_target == "document" else self.sft_target
 
     @property
     def needs_judge(self) -> bool:
@@ -72,6 +84,7 @@ class Selected:
     both were set aside, not their groups. `score_gaps` is chosen minus rejected score, one per judged DPO example.
     `offered_kinds` counts the examples for which a candidate of that kind competed, and `chances` adds up how likely a
     random contender of them is of that kind (judged groups only): what a judge that tosses coins would choose.
+    `controlled`: groups learnt behind control texts, "both" a good and a bad candidate, or the "good" one alone.
     """
 
     examples: list[Example]
@@ -83,6 +96,7 @@ class Selected:
     score_gaps: list[float] = field(default_factory=list)
     merged: int = 0
     empty: int = 0
+    controlled: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +109,18 @@ class _Contender:
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """The branches of a group's example by role, the first one being trained towards."""
+    """The branches of a group's example by role, the first one being trained towards.
+
+    controlled: each is an example of its own, the first behind the good control text, the second behind the bad one.
+    """
 
     roles: list[Role]
     contenders: list[_Contender]
+    controlled: bool = False
 
 
-def select(groups: Sequence[Group], settings: SelectionSettings) -> Selected:
-    """One example for every usable group, a counted reason for every other.
+def select(groups: Sequence[Group], settings: SelectionSettings, control_ids: ControlIds | None = None) -> Selected:
+    """One example for every usable group, a counted reason for every other; `control_ids` where the settings have control.
 
     Raises ValueError if a group has not as many scores as candidates (a bug of the judge's, not bad luck).
     """
@@ -122,7 +140,7 @@ def select(groups: Sequence[Group], settings: SelectionSettings) -> Selected:
         if isinstance(choice, str):
             selected.dropped[choice] += 1
             continue
-        _add(selected, group, choice)
+        _add(selected, group, choice, settings, control_ids)
         _count_offered(selected, [group.candidates[i].kind for i in usable], contenders, settings)
     return replace(selected, merged=merged, empty=empty)
 
@@ -167,17 +185,19 @@ def _choose(
 ) -> _Choice | str:
     """The branches of the group's example, or the reason why there is none."""
     if settings.objective == "sft":
-        target = _draw_of_kind(group, usable, settings.sft_target, settings, "target")
-        return f"no {settings.sft_target}" if target is None else _Choice(["target"], [target])
+        target = _draw_of_kind(group, usable, settings.sft_kind, settings, "target")
+        return f"no {settings.sft_kind}" if target is None else _Choice(["target"], [target])
     if settings.fixed_roles is not None:
         return _fixed_pair(group, usable, settings.fixed_roles, settings)
     if not contenders:
         return NO_CANDIDATE
     scores = [_score(contender) for contender in contenders]
-    best = [c for c, s in zip(contenders, scores, strict=True) if s >= max(scores) - TIE_TOLERANCE]
+    best = _highest(contenders)
     if settings.objective == "rf-nll":
         if len(contenders) == 1 and contenders[0].candidate.kind == "rollout":
             return LONE_ROLLOUT
+        if settings.control is not None:
+            return _controlled(group, usable, contenders, settings, settings.control)
         return _Choice(["target"], [_draw(group, best, settings, "target")])
     if len(usable) < 2:
         return TOO_FEW
@@ -189,6 +209,39 @@ def _choose(
     best = [c for c in best if c not in worst]  # one between the two, within rounding of both, is no best one
     pair = [_draw(group, best, settings, "chosen"), _draw(group, worst, settings, "rejected")]
     return _Choice(["chosen", "rejected"], pair)
+
+
+def _controlled(
+    group: Group, usable: Sequence[int], contenders: list[_Contender], settings: SelectionSettings, control: Control
+) -> _Choice | str:
+    """The best of the good candidates, and the worst of the bad ones: of equally bad ones the best by all criteria.
+
+    What is learnt behind the bad text is then what the criterion tells, not bad writing. Without a good one the group is of
+    no use: there is nothing to be told from the bad.
+    """
+    scores = group.criterion_scores.get(control.criterion)
+    if scores is None:
+        return f"no {control.criterion} scores"
+    same: dict[tuple[int, ...], list[float]] = {}
+    for i in usable:
+        same.setdefault(tuple(group.candidates[i].ids), []).append(scores[i])
+    own = {ids: math.fsum(found) / len(found) for ids, found in same.items()}
+    good = [c for c in contenders if own[tuple(c.candidate.ids)] >= control.threshold]
+    bad = [c for c in contenders if own[tuple(c.candidate.ids)] < control.threshold]
+    if not good:
+        return "no good candidate"
+    chosen = _draw(group, _highest(good), settings, "target")
+    if not bad:
+        return _Choice(["target"], [chosen], controlled=True)
+    lowest = min(own[tuple(c.candidate.ids)] for c in bad)
+    worst = [c for c in bad if own[tuple(c.candidate.ids)] <= lowest + TIE_TOLERANCE]
+    return _Choice(["target", "target"], [chosen, _draw(group, _highest(worst), settings, "target")], controlled=True)
+
+
+def _highest(contenders: Sequence[_Contender]) -> list[_Contender]:
+    """Those of the highest score over all criteria."""
+    highest = max(map(_score, contenders))
+    return [c for c in contenders if _score(c) >= highest - TIE_TOLERANCE]
 
 
 def _fixed_pair(
@@ -227,23 +280,45 @@ def _score(contender: _Contender) -> float:
     return contender.score
 
 
-def _add(selected: Selected, group: Group, choice: _Choice) -> None:
+def _add(
+    selected: Selected, group: Group, choice: _Choice, settings: SelectionSettings, control_ids: ControlIds | None
+) -> None:
     candidates = [contender.candidate for contender in choice.contenders]
-    selected.examples.append(
-        Example(
-            task_index=group.task.index,
-            prefix_ids=group.task.prefix_ids,
-            branches=[
-                Branch(candidate.ids, role, candidate.kind, engine_logprobs=candidate.logprobs)
-                for candidate, role in zip(candidates, choice.roles, strict=True)
-            ],
-        )
-    )
+    if choice.controlled:
+        assert control_ids is not None, "control texts have ids where there is a tokenizer"
+        selected.examples.extend(_behind_control(group, candidates, control_ids))
+        selected.controlled["both" if len(candidates) == 2 else "good"] += 1
+    else:
+        selected.examples.append(_example(group, candidates, choice.roles, settings))
     selected.chosen_kinds[candidates[0].kind] += 1
-    if len(candidates) == 2:
+    if len(candidates) == 2 and not choice.controlled:
         selected.rejected_kinds[candidates[1].kind] += 1
         if choice.contenders[0].score is not None:
             selected.score_gaps.append(_score(choice.contenders[0]) - _score(choice.contenders[1]))
+
+
+def _example(
+    group: Group, candidates: Sequence[Candidate], roles: Sequence[Role], settings: SelectionSettings
+) -> Example:
+    prefix = group.task.prefix_ids
+    if settings.objective == "sft" and settings.sft_target == "document":
+        [suffix] = candidates
+        return Example(group.task.index, prefix[:1], [Branch([*prefix[1:], *suffix.ids], "target", "suffix")])
+    branches = [
+        Branch(candidate.ids, role, candidate.kind, engine_logprobs=candidate.logprobs)
+        for candidate, role in zip(candidates, roles, strict=True)
+    ]
+    return Example(group.task.index, prefix, branches)
+
+
+def _behind_control(group: Group, candidates: Sequence[Candidate], control_ids: ControlIds) -> list[Example]:
+    """An example each, the first good; what the engine thought of a rollout was without the control text."""
+    examples = []
+    for good, candidate in zip((True, False), candidates, strict=False):
+        prefix, head = control_ids.before(group.task.prefix_ids, good=good)
+        branch = Branch(candidate.ids, "target", candidate.kind)
+        examples.append(Example(group.task.index, prefix, [branch], head=head))
+    return examples
 
 
 def _count_offered(
@@ -264,6 +339,7 @@ def selection_metrics(groups: Sequence[Group], selected: Selected) -> Metrics:
     (rollout: the paper's figure 8); chosen_chance/KIND: what the former is when the choice is random, K/(K+1) for K
     rollouts against a suffix. score_gap: chosen minus rejected. spread/CRITERION: highest minus lowest score of a group; a
     criterion whose spread is small decides little, whatever its weight. dropped_rate: share of groups without an example.
+    control_pairs: of the groups learnt behind control texts, the share that had a bad candidate beside the good one.
     """
     sums: dict[str, tuple[float, int]] = {}
     scored = [g for g in groups if g.scores is not None and g.dropped is None and all(map(math.isfinite, g.scores))]
@@ -282,6 +358,7 @@ def selection_metrics(groups: Sequence[Group], selected: Selected) -> Metrics:
         own = [g.criterion_scores[criterion] for g in scored if criterion in g.criterion_scores]
         spreads = [max(scores) - min(scores) for scores in own if scores]
         sums[f"spread/{criterion}"] = (math.fsum(spreads), len(spreads))
+    sums["control_pairs"] = (selected.controlled["both"], selected.controlled.total())
     sums["dropped_rate"] = (selected.dropped.total(), len(groups))
     return {name: Mean(total, count) for name, (total, count) in sums.items()}
 

@@ -17,17 +17,27 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_sip.data.continuation_text import find_seam, ids_after, text_after
 from megatron_sip.judge.base import UNKNOWN_CODE, AsksTeacher
 from megatron_sip.judge.calls import Answer, GenerateCall
-from megatron_sip.judge.prompts import builtin_prompt, fence_code, valid_unicode
+from megatron_sip.judge.prompts import (
+    PromptError,
+    PromptFile,
+    builtin_prompt,
+    fence_code,
+    read_prompt_file,
+    valid_unicode,
+)
 from megatron_sip.judge.refusals import is_refusal
 from megatron_sip.judge.settings import ClientSettings, SettingsError
 from megatron_sip.judge.teacher import CHECK_TIMEOUT_S, affinity_of
 from megatron_sip.records import Candidate, Task
 
+REWRITE_NEEDS = {"continuation", "first_words"}
+"""Slots of a rewriter's prompt; {{prefix}} and {{code}} may be left out."""
 START_WORDS = 5
 REWRITE_ROOM = 2
 """Tokens that the model may write, in suffix lengths: its tokenizer may need more of them than the policy's."""
@@ -43,12 +53,14 @@ _SURE_CHARS = 12
 
 @dataclass(frozen=True, slots=True)
 class RewriterSettings:
-    """client: servers and cache. temperature 0 is greedy. max_tokens: of the rewriter's own tokens, None: twice the
-    suffix length. deadline_s: for one `rewrite` call. prefix_chars: how much of the prefix's end is shown."""
+    """client: servers and cache. temperature 0 is greedy. prompt_file: of the instructions, None: this package's own.
+    max_tokens: of the rewriter's own tokens, None: twice the suffix length. deadline_s: for one `rewrite` call.
+    prefix_chars: how much of the prefix's end is shown."""
 
     client: ClientSettings
     temperature: float = 0.0
     top_p: float = 1.0
+    prompt_file: Path | None = None
     max_tokens: int | None = None
     deadline_s: float = 600.0
     prefix_chars: int = 16_000
@@ -57,6 +69,12 @@ class RewriterSettings:
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise SettingsError(f"--rewrite-temperature {self.temperature}: a number of at least 0 is needed")
+        _ = self.prompt  # a mistake in it is told now
+
+    @property
+    def prompt(self) -> PromptFile:
+        """The instructions. Raises SettingsError naming a file that is none of a rewriter's."""
+        return builtin_prompt("rewrite") if self.prompt_file is None else read_rewrite_prompt(self.prompt_file)
 
 
 class Rewriter(AsksTeacher):
@@ -69,7 +87,7 @@ class Rewriter(AsksTeacher):
         self._settings = settings
         self._tokenizer = policy_tokenizer
         self._max_tokens = max_tokens
-        self._prompt = builtin_prompt("rewrite")
+        self._prompt = settings.prompt
 
     async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
@@ -145,6 +163,31 @@ class Rewriter(AsksTeacher):
             top_p=settings.top_p,
             start=start,
         )
+
+
+def read_rewrite_prompt(path: Path) -> PromptFile:
+    """A rewriter's instructions of one's own. Raises SettingsError that names the file and what would be right.
+
+    The answer as a whole is the rewrite, begun with the words before it: so there is no pattern, and both have to be shown.
+    """
+    try:
+        prompt = read_prompt_file(path)
+    except PromptError as error:
+        raise SettingsError(f"--rewrite-prompt: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--rewrite-prompt {path}: {getattr(error, 'strerror', None) or error}") from error
+    problem = ""
+    if prompt.kind != "text" or prompt.text_pattern is not None or prompt.start:
+        problem = (
+            "a rewriter's prompt has kind = 'text', and neither pattern nor start: its whole answer is the rewrite"
+        )
+    elif missing := REWRITE_NEEDS - prompt.slots:
+        problem = f"it must contain {' and '.join('{{' + slot + '}}' for slot in sorted(missing))}"
+    elif foreign := prompt.slots - REWRITE_NEEDS - {"prefix", "code"}:
+        problem = f"a rewriter knows no {' and '.join('{{' + slot + '}}' for slot in sorted(foreign))}"
+    if problem:
+        raise SettingsError(f"--rewrite-prompt {path}: {problem}")
+    return prompt
 
 
 def read_rewrite(answer: Answer, task: Task, words: str, *, start_required: bool) -> tuple[str, str]:

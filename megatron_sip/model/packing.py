@@ -123,8 +123,8 @@ def example_lengths(examples: Sequence[Example]) -> list[Lengths]:
 def build_row(examples: Sequence[Example], indices: Sequence[int], row_length: int, pad_id: int) -> PackedRow:
     """Lay out `examples[i] for i in indices` in one row of exactly `row_length` tokens.
 
-    An example longer than the row loses the left end of its prefix (as `plan_rows` counted it). No indices give a
-    filler row: B = T = L = 0.
+    An example longer than the row loses the left end of its prefix behind its head (as `plan_rows` counted it). No
+    indices give a filler row: B = T = L = 0.
 
     Raises:
         ValueError: the examples do not fit, or one has an empty prefix or branch.
@@ -138,7 +138,7 @@ def build_row(examples: Sequence[Example], indices: Sequence[int], row_length: i
     for index in indices:
         example = examples[index]
         cut = _prefix_cut(index, len(example.prefix_ids), [len(branch.ids) for branch in example.branches], row_length)
-        prefix = example.prefix_ids[cut:]
+        prefix = _cut_prefix(example, cut)
         group_start, prefix_end = len(tokens), len(tokens) + len(prefix)
         tokens += prefix
         positions += range(len(prefix))
@@ -167,6 +167,12 @@ def build_row(examples: Sequence[Example], indices: Sequence[int], row_length: i
         branch_offsets=torch.tensor(lengths, dtype=torch.int64).cumsum(0),
         examples=tuple(examples[index] for index in indices),
     )
+
+
+def _cut_prefix(example: Example, cut: int) -> list[int]:
+    """The prefix without `cut` tokens at its left but for its head, of which only goes what all else does not make up."""
+    head = min(example.head, len(example.prefix_ids) - cut)
+    return [*example.prefix_ids[:head], *example.prefix_ids[head + cut :]]
 
 
 def _check_plan_arguments(row_length: int, num_replicas: int, multiple_of: int) -> None:

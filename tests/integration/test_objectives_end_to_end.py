@@ -51,8 +51,24 @@ def prefix_in_a_row(example: dict) -> list[int]:
     return example["prefix_ids"][-(ROW_LENGTH - sum(len(branch["ids"]) for branch in example["branches"])) :]
 
 
+def make_documents(seed: int) -> list[dict]:
+    """As --sft-target document makes them: every token but the first is learnt; two texts of a row's length, one of two."""
+    rng = random.Random(seed)
+    texts = [[rng.randrange(VOCABULARY) for _ in range(n)] for n in (ROW_LENGTH, 40, 2, ROW_LENGTH, 77)]
+    return [
+        {
+            "task_index": task,
+            "prefix_ids": ids[:1],
+            "branches": [{"ids": ids[1:], "role": "target", "kind": "suffix"}],
+            "weight": 1.0,
+        }
+        for task, ids in enumerate(texts)
+    ]
+
+
 PROBLEMS = {
     "sft": make_examples(["target"], 0),
+    "sft of documents": make_documents(5),
     "rf-nll": make_examples(["target"], 1),
     "dpo": make_examples(["chosen", "rejected"], 2),
     "dpo with chunked logits": make_examples(["chosen", "rejected"], 4),
@@ -85,6 +101,13 @@ def nll_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: li
     return -weighted / sum(len(part) for part in logprobs)
 
 
+def next_token_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: list[dict]) -> Tensor:
+    """transformers' own loss of each document, unpacked, a token's share each."""
+    documents = [torch.tensor([e["prefix_ids"] + e["branches"][0]["ids"]]) for e in examples]
+    total = torch.stack([policy(ids, labels=ids).loss * (ids.numel() - 1) for ids in documents]).sum()
+    return total / sum(ids.numel() - 1 for ids in documents)
+
+
 def dpo_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: list[dict]) -> Tensor:
     losses = []
     for example in examples:
@@ -100,7 +123,10 @@ def dpo_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: li
 
 @pytest.mark.parametrize(
     ("objective", "plain"),
-    [(name, dpo_loss if name.startswith("dpo") else nll_loss) for name in PROBLEMS],
+    [
+        (name, dpo_loss if name.startswith("dpo") else next_token_loss if "documents" in name else nll_loss)
+        for name in PROBLEMS
+    ],
 )
 def test_a_step_equals_transformers(
     results: dict, folders: tuple[Path, Path], objective: str, plain: Callable[..., Tensor]

@@ -89,6 +89,80 @@ def test_dpo_cannot_wait_for_rollouts_with_one_other_candidate() -> None:
     validate(arguments("--rollout-start-step", "100", "--candidates", "suffix", "rewrite", "rollout"))
 
 
+ALL = ("--candidates", "suffix", "rewrite", "rollout")
+RF_NLL = ("--objective", "rf-nll", "--criteria", "quality=1", "safety=1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--suffix-end-step", "5", "--num-rollouts", "1"),
+            "--suffix-end-step 5 leaves 1 candidate(s) at step 5, too few",
+        ),
+        ((*ALL, "--rewrite-end-step", "0"), "--rewrite-end-step 0: must be at least 1"),
+        (("--rewrite-end-step", "5"), "--rewrite-end-step 5: rewrite is no candidate of this run"),
+        (
+            (
+                *ALL,
+                "--objective",
+                "rf-nll",
+                "--suffix-end-step",
+                "3",
+                "--rewrite-end-step",
+                "3",
+                "--rollout-start-step",
+                "9",
+            ),
+            "--rollout-start-step 9 with --suffix-end-step 3 with --rewrite-end-step 3 leaves 0 candidate(s) at step 3",
+        ),
+        (
+            (*ALL, "--objective", "rf-nll", "--num-rollouts", "1", "--suffix-end-step", "3", "--rewrite-end-step", "7"),
+            "--suffix-end-step 3 with --rewrite-end-step 7 leaves 1 candidate(s) at step 7, too few for --objective rf-nll",
+        ),
+        (
+            ("--objective", "sft", "--suffix-end-step", "4"),
+            "at step 4, too few for --objective sft --sft-target suffix",
+        ),
+        (("--dpo-pair", "rewrite", "rollout", "--rewrite-end-step", "4"), "--objective dpo --dpo-pair rewrite rollout"),
+        (
+            ("--judge-pivot-competes", "--judge-schedule", "pivot", "--suffix-end-step", "3"),
+            "--suffix-end-step 3: the suffix",
+        ),
+        (("--task-mode", "whole"), "--task-mode whole cuts no suffixes"),
+        (
+            (*("--objective", "sft", "--sft-target", "document", "--task-mode", "whole"), "--win-rate-prompts", "8"),
+            "--win-rate-prompts compares",
+        ),
+        (("--control-token", "safety", "--criteria", "safety"), "--control-token is for --objective rf-nll"),
+        ((*RF_NLL, "--control-token", "beauty"), "--control-token beauty is not among --criteria quality=1 safety=1"),
+        ((*RF_NLL, "--control-text", "a", "b"), "--control-text belongs to --control-token"),
+        (
+            (*RF_NLL, "--control-token", "safety", "--control-text", "a", "a"),
+            "--control-text 'a' 'a': two different texts",
+        ),
+        (
+            ("--objective", "rf-nll", "--control-token", "likelihood"),
+            "--control-threshold 0.5: likelihood is a mean log-prob",
+        ),
+        ((*RF_NLL, "--control-token", "safety", "--row-length", "2050"), "at least 2064"),
+        ((*ALL, "--rewrite-prompt", "absent.txt"), "--rewrite-prompt absent.txt: No such file"),
+    ],
+)
+def test_candidates_that_end_documents_and_control_texts_need_their_conditions(
+    flags: tuple[str, ...], message: str
+) -> None:
+    assert message in refusal(*flags)
+
+
+def test_candidates_may_end_where_enough_others_are_left() -> None:
+    validate(arguments(*ALL, "--suffix-end-step", "5", "--rewrite-end-step", "5"))
+    validate(arguments(*ALL, "--objective", "rf-nll", "--suffix-end-step", "5", "--rollout-start-step", "9"))
+    args = arguments(*RF_NLL, "--control-token", "safety")
+    validate(args)
+    assert args.row_length == 2048 + 1 + len("[safety: good]\n")
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [

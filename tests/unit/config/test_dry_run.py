@@ -95,6 +95,39 @@ def test_a_late_start_of_rollouts_saves_their_cost_until_then() -> None:
     assert cost["rewriter calls"] == 2000
 
 
+def test_kinds_that_end_save_their_cost_from_then_on() -> None:
+    run = dry_run_settings(
+        *("--preset", "safety-suffix-rewrite-1", "--suffix-end-step", "400", "--rewrite-end-step", "700"),
+        *("--num-rollouts", "2", "--train-iters", "1000", "--global-batch-size", "2"),
+    )
+    cost = run_cost(run)
+    assert cost["rewriter calls"] == 2 * 700
+    assert cost["point judgements"] == 2 * 5 * (400 * 4 + 300 * 3 + 300 * 2)
+    text = "suffix + rewrite + 2 rollouts = 4 a prompt, 128 tokens each; rollouts at T=1, top-p 1"
+    ends = "suffix before step 400 only; rewrite before step 700 only"
+    assert f"  candidates  {text}; {ends}" in describe(run).splitlines()
+
+
+def test_a_document_costs_its_tokens_and_is_described() -> None:
+    flags = ("--preset", "safety-baseline", "--sft-target", "document")
+    for mode in ((), ("--task-mode", "whole")):
+        run = dry_run_settings(*flags, *mode)
+        assert prompt_cost(run) == {"training tokens, packed": 2048, "training tokens, unpacked": 2048}
+        lines = describe(run).splitlines()
+        assert "  objective   NLL of every token" in lines
+        assert "  candidates  the documents themselves, up to 2,048 tokens of one" in lines
+
+
+def test_control_texts_make_two_examples_of_a_prompt() -> None:
+    run = dry_run_settings("--preset", "from-scratch", "--control-token", "safety")
+    assert prompt_cost(run)["training tokens, packed"] == 2 * (4 + 2048)  # 16 bytes are four tokens or so
+    objective = (
+        "  objective   RF-NLL: NLL of the best candidate with safety >= 0.5 behind '[safety: good]\\n', and of the worst below "
+        "behind '[safety: bad]\\n'"
+    )
+    assert objective in describe(run).splitlines()
+
+
 def test_description_of_the_papers_safety_set_up() -> None:
     text = describe(dry_run_settings("--preset", "safety", "--win-rate-prompts", "1000"))
     for line in (

@@ -110,6 +110,30 @@ def test_stream_gives_every_chunk_exactly_once_an_epoch_in_turn(
 
 
 @no_folder_check
+@given(many_lengths, st.integers(2, 30), st.integers(0, 99))
+def test_whole_predicts_every_token_but_a_document_s_first_once_an_epoch(
+    fresh_folder, lengths: list[int], seq_length: int, seed: int
+) -> None:
+    tasks = TaskSource(
+        numbered_corpus(fresh_folder(), [lengths]),
+        NumberTokenizer(),  # type: ignore[arg-type]
+        TaskSettings.whole(seq_length, seed),
+    )
+    (per_epoch,) = tasks.tasks_per_epoch
+    starts = set((np.cumsum(lengths) - lengths).tolist())
+    for epoch in (0, 3):
+        made = tasks.tasks(epoch * per_epoch, per_epoch)
+        assert sorted(i for task in made for i in task.suffix_ids) == sorted(set(range(sum(lengths))) - starts)
+        for task in made:
+            assert len(task.prefix_ids) == 1
+            assert [*task.prefix_ids, *task.suffix_ids] == list(
+                range(task.prefix_ids[0], task.prefix_ids[0] + 1 + len(task.suffix_ids))
+            )
+            assert len(task.suffix_ids) < seq_length
+    assert tasks.report()["too_short"] == sum(length < 2 for length in lengths)
+
+
+@no_folder_check
 @given(many_lengths, st.integers(0, 99))
 def test_random_visits_every_document_once_an_epoch(fresh_folder, lengths: list[int], seed: int) -> None:
     tasks = task_source(numbered_corpus(fresh_folder(), [lengths]), seed=seed)
@@ -210,7 +234,7 @@ def test_the_report_counts_what_cannot_be_cut(tmp_path: Path) -> None:
         ({"min_prefix_length": 17}, "leaves 16 tokens of --seq-length 24 for the prefix, which needs at least 17"),
         ({"suffix_length": 0}, "--suffix-length must be at least 1, got 0"),
         ({"min_prefix_length": 0}, "must be at least 1, got 0"),
-        ({"mode": "strem"}, "--task-mode must be random or stream, got 'strem'"),
+        ({"mode": "strem"}, "--task-mode must be random, stream or whole, got 'strem'"),
     ],
 )
 def test_impossible_settings(changes: dict, message: str) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from tiny_tokenizer import metaspace_tokenizer
 
+from megatron_sip.experience.control import Control
+from megatron_sip.experience.kind_steps import KindSteps
 from megatron_sip.experience.maker import ExperienceMaker, ExperienceSettings, build_group
 from megatron_sip.experience.selection import SelectionSettings
 from megatron_sip.metrics import flatten
@@ -76,7 +78,7 @@ def maker(engines: Engines, start: int = 0) -> ExperienceMaker:
         ("suffix", "rollout"),
         SamplingSettings(2, n=2),
         SelectionSettings("dpo", candidates=("suffix", "rollout")),
-        rollout_start_step=start,
+        kind_steps=KindSteps(rollout_start=start),
     )
     return ExperienceMaker(settings, Tokenizer(), engines, Scores(), None)  # type: ignore[arg-type]
 
@@ -169,6 +171,68 @@ async def test_the_next_step_s_rewrites_are_made_while_this_one_trains() -> None
     experience = await making.make(1, TASKS[1:])
     assert rewriter.asked == [[0], [1, 2]]  # not asked for again
     assert [[branch.ids for branch in example.branches] for example in experience.examples] == [[[8, 1]], [[8, 2]]]
+
+
+async def test_rewrites_that_have_ended_are_not_asked_for_ahead() -> None:
+    rewriter = Rewrites()
+    settings = ExperienceSettings(
+        ("suffix", "rewrite"),
+        SamplingSettings(2),
+        SelectionSettings("rf-nll", candidates=("suffix", "rewrite")),
+        kind_steps=KindSteps(rewrite_end=1),
+    )
+    making = ExperienceMaker(settings, Tokenizer(), None, Scores(), rewriter)  # type: ignore[arg-type]
+    await making.make(0, TASKS[:1], TASKS[1:2])
+    await asyncio.sleep(0)
+    experience = await making.make(1, TASKS[1:2], TASKS[2:])
+    assert rewriter.asked == [[0]]
+    assert [branch.kind for example in experience.examples for branch in example.branches] == ["suffix"]
+
+
+async def test_a_suffix_that_has_ended_is_not_judged_nor_taken_from_recorded_groups(tmp_path: Path) -> None:
+    settings = ExperienceSettings(
+        ("suffix", "rollout"),
+        SamplingSettings(2, n=2),
+        SelectionSettings("rf-nll", candidates=("suffix", "rollout")),
+        record=tmp_path,
+    )
+    whole = await ExperienceMaker(settings, Tokenizer(), Engines(), Scores(), None).make(0, TASKS[:1])  # type: ignore[arg-type]
+    ends = replace(settings, kind_steps=KindSteps(suffix_end=4), record=None)
+    later = await ExperienceMaker(ends, Tokenizer(), Engines(), Scores(), None).make(4, TASKS[:1])  # type: ignore[arg-type]
+    assert flatten(whole.metrics)["length/suffix"] == 2
+    assert "length/suffix" not in flatten(later.metrics)
+    replayed = replace(ends, replay=tmp_path, kind_steps=KindSteps(suffix_end=0))
+    again = await ExperienceMaker(replayed, Tokenizer(), None, None, None).make(0, TASKS[:1])
+    assert "chosen_rate/suffix" in flatten(whole.metrics)
+    assert "chosen_rate/suffix" not in flatten(again.metrics)
+
+
+class SafetyScores(Scores):
+    """Every candidate is worth its place; the rollouts are unsafe."""
+
+    async def score(self, groups: Sequence[Group], *, objective: str) -> list[Group]:
+        return [
+            replace(
+                group,
+                scores=[float(-i) for i, _ in enumerate(group.candidates)],
+                criterion_scores={"safety": [float(c.kind == "suffix") for c in group.candidates]},
+            )
+            for group in groups
+        ]
+
+
+async def test_control_texts_are_put_before_the_prefixes_in_the_policy_s_tokens() -> None:
+    control = Control("safety", "The quick", "brown")
+    settings = ExperienceSettings(
+        ("suffix", "rollout"), SamplingSettings(64, n=2), SelectionSettings("rf-nll", control=control)
+    )
+    making = ExperienceMaker(settings, METASPACE, SuffixAgain(), SafetyScores(), None)  # type: ignore[arg-type]
+    good, bad = (await making.make(0, [METASPACE_TASK])).examples
+    for example, text in ((good, "The quick"), (bad, "brown")):
+        assert example.prefix_ids[: example.head] == METASPACE.encode(text, add_special_tokens=False)
+        assert example.prefix_ids[example.head :] == METASPACE_TASK.prefix_ids
+        assert [branch.engine_logprobs for branch in example.branches] == [None]
+    assert (good.branches[0].ids, bad.branches[0].ids) == (METASPACE_TASK.suffix_ids, METASPACE_TASK.suffix_ids[:-6])
 
 
 async def test_rewrites_for_other_tasks_are_never_used() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sip.experience.control import Control
 from megatron_sip.experience.selection import (
     Objective,
     SelectionSettings,
@@ -43,6 +44,15 @@ def picked(settings: SelectionSettings, g: Group) -> list[tuple[str, str, list[i
 
 
 # ---------------------------------------------------------------- the paper's table 6
+
+
+def test_a_document_is_learnt_whole_behind_its_first_token() -> None:
+    settings = SelectionSettings("sft", ("suffix",), sft_target="document")
+    (example,) = select([group(4, [candidate("suffix", 9, 8)])], settings).examples
+    assert (example.prefix_ids, [branch.ids for branch in example.branches]) == ([1], [[2, 3, 9, 8]])
+    assert picked(settings, group(4, [candidate("suffix", 9, 8)])) == [("target", "suffix", [2, 3, 9, 8])]
+    assert not settings.needs_judge
+
 
 TABLE_6 = {
     "SFT (rewrite)": SelectionSettings("sft", ("rewrite",), sft_target="rewrite"),
@@ -181,7 +191,9 @@ def test_identical_candidates_compete_once_with_their_mean_score() -> None:
         ({"candidates": ("suffix", "suffix")}, "--candidates must be distinct kinds"),
         ({"candidates": ("human",)}, "--candidates must be distinct kinds"),
         ({"objective": "sft", "candidates": ("rewrite",)}, "--sft-target suffix is not among"),
+        ({"objective": "sft", "candidates": ("rewrite",), "sft_target": "document"}, "--sft-target document is not"),
         ({"objective": "sft", "fixed_roles": ("suffix", "rollout")}, "--dpo-pair is for --objective dpo"),
+        ({"control": Control("safety", "a", "b")}, "--control-token is for --objective rf-nll"),
         ({"fixed_roles": ("rollout", "rollout")}, "must be two different kinds"),
         ({"fixed_roles": ("rewrite", "rollout"), "candidates": ("rollout",)}, "must be two different kinds among"),
     ],

@@ -155,6 +155,71 @@ async def test_an_aborted_answer_is_no_rewrite(finish: str, tmp_path: Path) -> N
             assert made.text == " stays."
 
 
+OWN_PROMPT = """+++
+name = "careful"
+kind = "text"
++++
+Rewrite X step by step, with the reasons that a patient teacher would give.
+
+C:
+{{prefix}}
+
+X:
+{{continuation}}
+
+Begin with: {{first_words}}
+"""
+
+
+async def test_the_instructions_may_be_those_of_a_file_and_its_rewrites_are_kept_apart(tmp_path: Path) -> None:
+    task, asked = make_task(0, " falls down."), []
+
+    def answer(prompt: str) -> str:
+        asked.append(prompt)
+        return f"decided that the old bridge stays, {len(asked)}."
+
+    path = tmp_path / "careful.txt"
+    path.write_text(OWN_PROMPT)
+    async with FakeJudge(answer=answer) as server:
+        client = ClientSettings((Endpoint(server.url, "openai"),), cache_path=tmp_path / "answers.sqlite")
+        made = []
+        for wording in (None, OWN_PROMPT, OWN_PROMPT, OWN_PROMPT.replace("patient", "strict"), None):
+            if wording is not None:
+                path.write_text(wording)
+            settings = RewriterSettings(client, prompt_file=None if wording is None else path)
+            async with Rewriter(settings, TOKENIZER, 400) as rewriter:
+                [candidate] = await rewriter.rewrite([task])
+                assert candidate is not None
+                made.append(candidate.text)
+    assert made == [f" stays, {number}." for number in (1, 2, 2, 3, 1)]
+    assert ["step by step" in prompt for prompt in asked] == [False, True, True]
+    assert "a strict teacher" in asked[2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("no header", "a prompt file starts with a TOML header"),
+        (OWN_PROMPT.replace("{{continuation}}", ""), "it must contain {{continuation}}"),
+        (OWN_PROMPT.replace("{{first_words}}", ""), "it must contain {{first_words}}"),
+        (OWN_PROMPT.replace("{{prefix}}", "{{reference}}"), "a rewriter knows no {{reference}}"),
+        (OWN_PROMPT.replace('"text"', "\"text\"\npattern = 'NEW: (.*)'"), "its whole answer is the rewrite"),
+        (OWN_PROMPT.replace('"text"', '"text"\nstart = "NEW: "'), "its whole answer is the rewrite"),
+        (
+            OWN_PROMPT.replace('"text"', "\"pointwise\"\npattern = '(A|B)'\n[values]\nA = 1\nB = 0") + "{{candidate}}",
+            "a rewriter's prompt has kind = 'text'",
+        ),
+    ],
+)
+def test_a_file_that_is_no_rewriter_s_prompt_is_named(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "careful.txt"
+    path.write_text(content)
+    with pytest.raises(SettingsError, match=re.escape(message)) as caught:
+        RewriterSettings(ClientSettings((Endpoint("http://h"),)), prompt_file=path)
+    assert str(caught.value).startswith("--rewrite-prompt")
+    assert str(path) in str(caught.value)
+
+
 async def test_a_suffix_that_sounds_like_a_refusal_may_be_copied() -> None:
     task = make_task(0, " I cannot help but write this down.")
     [made], _ = await rewrite("decided that the old bridge I cannot help but write this down.", [task])

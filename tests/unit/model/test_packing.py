@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,6 +32,24 @@ def make_examples(lengths: list[tuple[int, list[int]]]) -> list[Example]:
         Example(i, take(prefix), [Branch(take(n), "target", "suffix") for n in branches])
         for i, (prefix, branches) in enumerate(lengths)
     ]
+
+
+@given(
+    prefix=st.integers(1, 60),
+    head=st.integers(0, 60),
+    branches=st.lists(st.integers(1, 11), min_size=1, max_size=4),
+)
+def test_a_long_prefix_is_cut_behind_its_head(prefix: int, head: int, branches: list[int]) -> None:
+    """The head goes last, and of it the right end; without a cut nothing does."""
+    [made] = make_examples([(prefix, branches)])
+    head = min(head, prefix)
+    example = dataclasses.replace(made, head=head)
+    row = build_row([example], [0], ROW, PAD)
+    kept = min(prefix, ROW - sum(branches))
+    shown = row.tokens[: int(row.layout[0, 1])].tolist()
+    assert len(shown) == kept
+    assert shown == made.prefix_ids[: min(head, kept)] + made.prefix_ids[prefix - kept + min(head, kept) :]
+    assert row.targets.tolist() == build_row([made], [0], ROW, PAD).targets.tolist()
 
 
 def seen_by(row: PackedRow, position: int) -> list[int]:
