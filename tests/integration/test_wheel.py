@@ -69,6 +69,7 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_trainer_explains_itself_and_finds_its_presets(entries: Path, tmp_path: Path) -> None:
     assert "--candidates" in run(entries / "megatron-sip-train", "--help", cwd=tmp_path)
+    assert "--criteria" in run(entries / "megatron-sip-evaluate", "compare", "--help", cwd=tmp_path)
     save_tiny_llama(tmp_path / "model", 0)
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "A text."}) + "\n")
     servers = ("--rollout-url", "http://127.0.0.1:9", "--teacher-url", "http://127.0.0.1:9")

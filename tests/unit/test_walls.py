@@ -15,7 +15,7 @@ PACKAGE = ROOT / "megatron_sip"
 ROOMS = [
     *("errors", "console", "files", "stop_signal", "records", "metrics"),
     *("checkpoints", "kernels", "data", "platform", "model", "serving", "hf", "judge", "rollout"),
-    *("experience", "training", "config", "evaluation", "one_node", "run", "train", "__main__"),
+    *("experience", "training", "config", "evaluation", "one_node", "run", "train", "evaluate", "__main__"),
 ]
 """Bottom to top: a room imports only rooms before it. Files beside the rooms count as rooms of their own."""
 

@@ -1,0 +1,164 @@
+"""Continuations of held-out prefixes by one model, in a file that grows line by line and is continued after a kill.
+
+The first line says what the file is of: model, tasks, sampling. Each further line is one task in order: its prefix and
+suffix, the document it is cut from, and the continuation. `compare` reads two of them, `diversity` one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_sip.data.continuation_text import rollout_texts
+from megatron_sip.errors import DataError, UserError
+from megatron_sip.files import described, read_json_lines
+from megatron_sip.records import Candidate, Task
+from megatron_sip.rollout.pool import SGLangPool
+from megatron_sip.rollout.sampling import Failure, SamplingSettings
+
+FORMAT = "megatron-sip generations 1"
+
+
+class GenerationError(UserError, RuntimeError):
+    """The engines gave no continuation; the message says what is kept and what to do."""
+
+
+class DrawsTasks(Protocol):
+    """What is needed of a source of tasks."""
+
+    def tasks(self, start: int, count: int) -> list[Task]: ...
+
+    def document(self, index: int) -> tuple[int, int]:
+        """(source, document) that task `index` is cut from."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One line: a task of the document named `document`, and the model's continuation of its prefix."""
+
+    index: int
+    document: str
+    prefix: str
+    suffix: str
+    text: str
+    ids: list[int]
+    finish_reason: str
+
+    @property
+    def task(self) -> Task:
+        """The task as a judge is shown it: texts alone."""
+        return Task(self.index, [], [], self.prefix, self.suffix)
+
+    @property
+    def candidate(self) -> Candidate:
+        return Candidate("rollout", self.ids, self.text, truncated=self.finish_reason == "length")
+
+
+@dataclass(frozen=True, slots=True)
+class Generations:
+    """A file of them: what it is of, and its whole lines."""
+
+    header: dict[str, Any]
+    lines: list[Generation]
+
+
+def read_generations(path: Path) -> Generations:
+    """A file that `generate` wrote. Raises DataError, which names the line; OSError."""
+    values = read_json_lines(path, "a generation")
+    if not values or values[0].get("format") != FORMAT:
+        raise DataError(f"{path}: no file of generations; `megatron-sip-evaluate generate` writes one")
+    with described(path, "a file of generations"):
+        return Generations(values[0], [Generation(**value) for value in values[1:]])
+
+
+async def generate(
+    path: Path,
+    header: Mapping[str, Any],
+    engines: SGLangPool,
+    tasks: DrawsTasks,
+    tokenizer: Any,
+    sampling: SamplingSettings,
+    samples: int,
+    *,
+    batch: int = 256,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Generations:
+    """Continue the first `samples` tasks and add them to `path`, behind the ones that it holds; returns all of them.
+
+    `progress` is told how many lines are new each time. A failure ends it, with what was there before written: nothing is
+    left out.
+
+    Raises:
+        DataError: `path` holds something else, or generations of another model, other tasks or another sampling.
+        GenerationError: the engines did not answer.
+    """
+    done = _begin(path, {"format": FORMAT, **header, "sampling": asdict(sampling)})
+    progress(min(done, samples))
+    while done < samples:
+        drawn = tasks.tasks(done, min(batch, samples - done))
+        documents = [":".join(map(str, tasks.document(task.index))) for task in drawn]
+        made = await continue_tasks(engines, drawn, documents, tokenizer, sampling)
+        _append(path, [json.dumps(asdict(line), ensure_ascii=False) for line in made])
+        done += len(made)
+        progress(len(made))
+    return read_generations(path)
+
+
+async def continue_tasks(
+    engines: SGLangPool, tasks: Sequence[Task], documents: Sequence[str], tokenizer: Any, sampling: SamplingSettings
+) -> list[Generation]:
+    """One continuation of each task. Raises GenerationError when one is missing."""
+    answers = await engines.generate([task.prefix_ids for task in tasks], sampling)
+    failed = [answer for answer in answers if isinstance(answer, Failure)]
+    if failed:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(answer.kind for answer in failed).most_common())
+        raise GenerationError(
+            f"{len(failed)} of {len(tasks)} prefixes got no continuation ({kinds}), as: {failed[0].reason}. What was made "
+            "before is kept: once the engine answers, the same command goes on"
+        )
+    lines = []
+    for task, document, answer in zip(tasks, documents, answers, strict=True):
+        assert not isinstance(answer, Failure)
+        [completion] = answer
+        [text] = rollout_texts(tokenizer, task, [completion.ids])
+        ids, finish = list(completion.ids), completion.finish_reason
+        lines.append(Generation(task.index, document, task.prefix_text, task.suffix_text, text, ids, finish))
+    return lines
+
+
+def _begin(path: Path, header: dict[str, Any]) -> int:
+    """Make `path`, or cut off a line that a kill left half written; the generations that it then holds."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _append(path, [json.dumps(header, ensure_ascii=False)])
+        return 0
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    if not whole:  # killed in its first line
+        _append(path, [json.dumps(header, ensure_ascii=False)])
+        return 0
+    found = read_generations(path)
+    expected = json.loads(json.dumps(header))
+    differing = [name for name in sorted({*expected, *found.header}) if expected.get(name) != found.header.get(name)]
+    if differing:
+        name = differing[0]
+        raise DataError(
+            f"{path} holds generations with {name} {found.header.get(name)!r}, not {expected.get(name)!r}: name another file, "
+            "or remove it"
+        )
+    return len(found.lines)
+
+
+def _append(path: Path, lines: Sequence[str]) -> None:
+    with path.open("ab") as file:
+        file.write("".join(line + "\n" for line in lines).encode("utf-8", "replace"))
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,122 @@
+"""megatron-sip-evaluate with a real server: generate, killed and continued; compare, by the real judge; refusals."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_sip.evaluate import main
+from megatron_sip.evaluation.generation import read_generations
+from megatron_sip.serving.launch import LocalServer
+
+LENGTHS = ("--seq-length", "64", "--suffix-length", "16", "--split", "0,0,1")
+
+
+def generate_words(server: LocalServer, model: Path, corpus: Path, output: Path, samples: int) -> list[str]:
+    where = ["--url", server.url, "--tokenizer", str(model), "--data-path", str(corpus), "--output", str(output)]
+    return ["generate", *where, *LENGTHS, "--samples", str(samples)]
+
+
+@pytest.fixture(scope="module")
+def greedy(smollm2_server: LocalServer, smollm2_dir: Path, corpus: Path, tmp_path_factory: Any) -> Path:
+    output: Path = tmp_path_factory.mktemp("evaluate") / "greedy.jsonl"
+    main(generate_words(smollm2_server, smollm2_dir, corpus, output, 12))
+    return output
+
+
+def test_greedy_generations_are_transformers_own(greedy: Path, smollm2_dir: Path) -> None:
+    """The first token of each, in float32 here and bfloat16 or float32 there: all but ties."""
+    tokenizer, model = AutoTokenizer.from_pretrained(smollm2_dir), AutoModelForCausalLM.from_pretrained(smollm2_dir)
+    lines = read_generations(greedy).lines
+    agree = 0
+    for line in lines:
+        logits = model(**tokenizer(line.prefix, return_tensors="pt", add_special_tokens=False)).logits[0, -1]
+        agree += int(logits.argmax()) == line.ids[0]
+    assert len(lines) == 12
+    assert agree >= 10
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_file(
+    greedy: Path, smollm2_server: LocalServer, smollm2_dir: Path, corpus: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "again.jsonl"
+    words = generate_words(smollm2_server, smollm2_dir, corpus, output, 12)
+    process = subprocess.Popen([sys.executable, "-m", "megatron_sip.evaluate", *words])
+    deadline = time.monotonic() + 120
+    while not output.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    main(words)
+    assert [line.ids for line in read_generations(output).lines] == [
+        line.ids for line in read_generations(greedy).lines
+    ]
+
+
+def test_a_model_ties_with_itself_and_beats_noise(
+    greedy: Path, smollm2_server: LocalServer, smollm2_dir: Path, tmp_path: Path
+) -> None:
+    noise = tmp_path / "noise.jsonl"
+    header, *lines = greedy.read_text().splitlines()
+    spoilt = [json.dumps(json.loads(line) | {"text": " zx qv 7#! pw", "ids": [1]}) for line in lines]
+    noise.write_text("\n".join([header, *spoilt]) + "\n")
+    judge = ["--teacher-url", smollm2_server.url, "--teacher-tokenizer", str(smollm2_dir), "--criteria", "likelihood=1"]
+    results = {}
+    for name, base in (("itself", greedy), ("noise", noise)):
+        main(["compare", str(base), str(greedy), *judge, "--output", str(tmp_path / f"{name}.json")])
+        results[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert results["itself"]["win_rate"] == 0.5
+    assert results["noise"]["win_rate"] > 0.9
+    assert results["noise"]["prompts"] == 12
+
+
+def test_quality_is_asked_in_both_orders_eight_times(
+    greedy: Path, smollm2_server: LocalServer, smollm2_dir: Path, tmp_path: Path
+) -> None:
+    """The paper's protocol with a judge that prefers the first option: of a pair in both orders that cancels."""
+    base = tmp_path / "base.jsonl"
+    header, *lines = greedy.read_text().splitlines()
+    base.write_text(
+        "\n".join([header, *(json.dumps(json.loads(x) | {"text": " and then he left."}) for x in lines)]) + "\n"
+    )
+    judge = ["--teacher-url", smollm2_server.url, "--teacher-tokenizer", str(smollm2_dir), "--judge-verdict", "soft"]
+    main(["compare", str(base), str(greedy), *judge, "--output", str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["prompts"] + result["failed"] == 12
+    low, high = result["win_rate_ci95"]
+    assert 0 <= low <= result["win_rate"] <= high <= 1
+
+
+def test_other_tasks_are_refused(greedy: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    header, *lines = greedy.read_text().splitlines()
+    other.write_text("\n".join([header, json.dumps(json.loads(lines[0]) | {"prefix": "else"}), *lines[1:]]) + "\n")
+    with pytest.raises(SystemExit, match="task 0 has another prefix"):
+        main(["compare", str(greedy), str(other), "--teacher-url", "http://127.0.0.1:1"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["generate", "--url", "http://127.0.0.1:1", "--data-path", "x", "--output", "y", "--samples", "1"],
+            "--tokenizer",
+        ),
+        (
+            ["generate", "--model", "nowhere", "--data-path", "x", "--output", "y", "--samples", "1"],
+            "neither an HF folder .* nor a checkpoint",
+        ),
+        (["diversity", "nowhere.jsonl"], r"nowhere\.jsonl"),
+    ],
+)
+def test_mistakes_name_what_would_be_right(words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(words)
