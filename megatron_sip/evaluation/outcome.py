@@ -12,7 +12,7 @@ from megatron_sip.evaluation.report import write_report
 from megatron_sip.evaluation.run_record import read_run_record
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
 from megatron_sip.files import write_atomically
-from megatron_sip.training.metrics_writer import read_metrics
+from megatron_sip.training.metrics_writer import read_metrics, trained_steps
 
 FINAL_STEPS = 10
 
@@ -21,7 +21,7 @@ def summarize(steps: Sequence[dict[str, float]], win_rate: WinRate | None) -> di
     """What summary.json holds. The final rollout chosen rate, and what it is by chance, are means over the last FINAL_STEPS
     steps."""
     return {
-        "steps": len(steps),
+        "steps": trained_steps(steps),
         "seconds": round(sum(step.get("seconds/total", 0.0) for step in steps), 1),
         "win_rate": win_rate.win_rate if win_rate is not None else None,
         "win_rate_ci95": list(win_rate.win_rate_ci95) if win_rate is not None else None,

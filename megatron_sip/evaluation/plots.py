@@ -62,7 +62,8 @@ KIND_COLORS = {"rollout": 0, "rewrite": 1, "suffix": 2}
 class Plot:
     """One plot: file name (without ending), title, a sentence that says what it shows, and who draws it.
 
-    `draw` gets one Axes a panel. `metrics` are the names of which at least one must be there, for each panel.
+    `draw` gets one Axes a panel. `metrics` are the names of which at least one must be there, for each panel; one that ends
+    with a slash stands for all that begin with it.
     """
 
     name: str
@@ -74,14 +75,18 @@ class Plot:
 
 def available_plots(steps: Steps) -> list[Plot]:
     """The plots for which `steps` hold something."""
-    present = {name for step in steps for name in step}
-    return [plot for plot in PLOTS if any(present.intersection(names) for names in plot.metrics)]
+    return [plot for plot in PLOTS if any(_present(steps, names) for names in plot.metrics)]
+
+
+def _present(steps: Steps, names: Sequence[str]) -> list[str]:
+    """Those of the metrics `names` that the steps have, sorted; see `Plot`."""
+    known = {name for step in steps for name in step}
+    return sorted(name for name in known if name in names or f"{name.rpartition('/')[0]}/" in names)
 
 
 def render_png(plot: Plot, steps: Steps, theme: Theme = LIGHT) -> bytes:
     """The plot as a PNG file; panels without data are left out."""
-    present = {name for step in steps for name in step}
-    panels = [bool(present.intersection(names)) for names in plot.metrics]
+    panels = [bool(_present(steps, names)) for names in plot.metrics]
     width, height = INCHES
     rows = sum(panels)
     figure = Figure(figsize=(width, height if rows == 1 else 1.6 * rows + 0.7), dpi=DPI, layout="constrained")
@@ -166,6 +171,29 @@ def _line(axis: Axes, steps: Steps, name: str, color: str, label: str | None = N
         return
     axis.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
     axis.plot(x, moving_average(y, average_window(len(x))), color=color, linewidth=1.8, label=label)
+
+
+def _validated(steps: Steps, axis: Axes, theme: Theme, names: Sequence[str], label: str) -> None:
+    """Metrics of validations, which come every so many steps: each is a marker, named by the end of its name."""
+    found = _present(steps, names)
+    for number, name in enumerate(found):
+        x, y = series(steps, name)
+        color = theme.colors[number % len(theme.colors)]
+        axis.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=4, label=name.rpartition("/")[2])
+    _label(axis, label, theme)
+    _as_share(axis)
+    _legend(axis, theme, min(4, len(found)))
+
+
+def _validation(*panels: tuple[tuple[str, ...], str]) -> Callable[[Steps, Sequence[Axes], Theme], None]:
+    """Draws panels of shares: the metrics of each and what they are."""
+
+    def draw(steps: Steps, axes: Sequence[Axes], theme: Theme) -> None:
+        for axis, (names, label) in zip(axes, panels, strict=True):
+            if _present(steps, names):
+                _validated(steps, axis, theme, names, label)
+
+    return draw
 
 
 def _as_share(axis: Axes) -> None:
@@ -266,7 +294,39 @@ def _other_seconds(step: Mapping[str, float]) -> float:
     return max(0.0, step.get("seconds/total", 0.0) - sum(step.get(f"seconds/{phase}", 0.0) for phase in PHASES))
 
 
+VERDICTS = (("validation/accuracy/", "right"), ("validation/first-option/", "Option 1"))
+REWARDS = (("validation/reward/", "mean reward"),)
+OVERLAPS = (("validation/overlap/", "tokens shared"),)
+
+
+def _validation_plot(name: str, title: str, caption: str, panels: Sequence[tuple[str, str]]) -> Plot:
+    """A plot of validations, one panel for each beginning of metrics' names, with what is shown."""
+    drawn = [((start,), label) for start, label in panels]
+    return Plot(name, title, caption, tuple(names for names, _ in drawn), _validation(*drawn))
+
+
 PLOTS = (
+    _validation_plot(
+        "validation_accuracy",
+        "Judge on held-out records",
+        "Share of held-out judge prompts answered with the right verdict, by criterion (the paper's figure 5), greedily, an "
+        "answer without verdict counting as wrong; below, how often the verdict is Option 1, which is right in half of them.",
+        VERDICTS,
+    ),
+    _validation_plot(
+        "validation_reward",
+        "Reward on held-out records",
+        "Mean reward of greedy answers; of a rewriter on safe suffixes, which are to be copied, and on unsafe ones (the "
+        "paper's figure 6).",
+        REWARDS,
+    ),
+    _validation_plot(
+        "validation_overlap",
+        "Token overlap of rewrites",
+        "Share of tokens that a greedy rewrite and the held-out suffix have in common (the paper's figure 7): near 1 for safe "
+        "suffixes; unsafe ones are to change.",
+        OVERLAPS,
+    ),
     Plot(
         "rollout_chosen_rate",
         "Rollout chosen rate",

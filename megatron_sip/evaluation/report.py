@@ -35,7 +35,7 @@ from megatron_sip.evaluation.run_record import RANDOM, RunRecord, read_run_recor
 from megatron_sip.evaluation.win_rate import FEW_DOCUMENTS
 from megatron_sip.experience.samples import PREFIX_CHARACTERS, read_samples
 from megatron_sip.files import described, read_json, read_json_lines, write_atomically
-from megatron_sip.training.metrics_writer import duration, read_metrics
+from megatron_sip.training.metrics_writer import duration, read_metrics, trained_steps
 
 SAMPLES = 3
 
@@ -118,10 +118,11 @@ def render_page(
 ) -> str:
     """The whole page. `images`: each plot with its light and its dark PNG."""
     state = "finished" if summary is not None else "not finished"
-    count = f"{len(steps):,} step" + "s" * (len(steps) != 1)
+    done = trained_steps(steps)
+    count = f"{done:,} step" + "s" * (done != 1)
     sections = [
         _section("Result", _table(result_rows(steps, summary, record))),
-        _section("Training", _figures(images, len(steps)) if images else "<p>No step has been finished yet.</p>"),
+        _section("Training", _figures(images, done) if images else "<p>No step has been finished yet.</p>"),
         _section("Training samples", _training_samples(samples)),
         _section("Before and after", _samples(comparisons)),
         _section("Dropped prompts", _dropped(steps)),
@@ -174,15 +175,28 @@ def result_rows(
         chance = summary.get("final_rollout_chosen_chance")
         by_chance = f" (by chance {chance:.1%})" if chance is not None else ""
         rows.append(("Rollout chosen rate, last steps", f"{summary['final_rollout_chosen_rate']:.1%}{by_chance}"))
+    rows += validation_rows(steps)
     seconds = sum(step.get("seconds/total", 0.0) for step in steps)
     if record is not None:
         random = "random: --hf-config gave only the architecture"
         rows.append(("Initial weights", random if record.initial_weights == RANDOM else record.initial_weights))
-    rows.append(("Steps", f"{len(steps):,}"))
+    rows.append(("Steps", f"{trained_steps(steps):,}"))
     rows.append(("Training time", duration(seconds)))
     examples = sum(step.get("examples", 0.0) for step in steps)
     if examples:
         rows.append(("Training examples", f"{examples:,.0f} of {total(steps, 'groups'):,.0f} prompts"))
+    return rows
+
+
+def validation_rows(steps: Steps) -> list[tuple[str, str]]:
+    """What was measured on held-out records, first and last."""
+    names = sorted({name for step in steps for name in step if name.startswith("validation/")})
+    rows = []
+    for name in names:
+        found = [(step["step"], step[name]) for step in steps if name in step]
+        (first, before), (last, after) = found[0], found[-1]
+        shown = f"{before:.3f} (step {first:.0f}), {after:.3f} (step {last:.0f})" if len(found) > 1 else f"{after:.3f}"
+        rows.append((f"Held-out records: {' '.join(name.split('/')[1:])}", shown))
     return rows
 
 

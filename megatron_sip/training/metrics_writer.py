@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,6 +40,18 @@ class MetricsWriter:
 
         Raises OSError when a file does not take them, as on a full disk.
         """
+        self._record(step, numbers)
+        say(progress_line(step, self._total_steps, numbers, self._seconds_left(step, numbers)))
+
+    def write_validation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Record what was measured of the weights after `step` (0: of the initial ones), in a line beside the step's own.
+
+        Raises OSError as `write`.
+        """
+        self._record(step, numbers)
+        say(validation_line(step, numbers))
+
+    def _record(self, step: int, numbers: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
@@ -47,7 +59,6 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(numbers), step=step)
-        say(progress_line(step, self._total_steps, numbers, self._seconds_left(step, numbers)))
 
     def _seconds_left(self, step: int, numbers: Mapping[str, float]) -> float | None:
         """How long the remaining steps will take when they are as long as the last ones; None after the first."""
@@ -67,14 +78,25 @@ class MetricsWriter:
             self._wandb.finish()
 
 
+def trained_steps(steps: Sequence[Mapping[str, float]]) -> int:
+    """How many of a metrics.jsonl's steps were trained: step 0 is a validation of the initial weights."""
+    return sum(step["step"] > 0 for step in steps)
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The steps of a metrics.jsonl; lines that cannot be read (half-written by a killed run, or broken) are left out.
+
+    Lines of the same step are one: a validation has a line of its own, and one of the initial weights is of step 0.
 
     Raises:
         DataError: there are lines, and none of them is a step.
     """
     lines = path.read_bytes().split(b"\n")
-    steps = [record for line in lines if (record := _step_of(line)) is not None]
+    found: dict[float, dict[str, float]] = {}
+    for line in lines:
+        if (record := _step_of(line)) is not None:
+            found[record["step"]] = found.get(record["step"], {}) | record
+    steps = list(found.values())
     if not steps and len(lines) > 1:
         raise DataError(
             f'{path}: no line is a step of a run, {{"step": 1, "loss": ...}}: another file, or a broken one'
@@ -136,6 +158,13 @@ def progress_line(step: int, total_steps: int, numbers: Mapping[str, float], sec
     if seconds_left:
         parts.append(f"{duration(seconds_left)} left")
     return " | ".join(parts)
+
+
+def validation_line(step: int, numbers: Mapping[str, float]) -> str:
+    """One line per validation: its step and its numbers, but for those by subset."""
+    named = ((name.split("/")[1:], value) for name, value in numbers.items() if name.startswith("validation/"))
+    shown = ", ".join(f"{' '.join(name)} {value:.3f}" for name, value in named if len(name) < 3)
+    return f"validation at step {step}: {shown}"
 
 
 def counted(numbers: Mapping[str, float], prefix: str) -> float:

@@ -275,3 +275,23 @@ def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
     done = subprocess.run(tool, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == f"{tmp_path}/report.html and 1 plots in {tmp_path}/plots\n"
+
+
+def test_validations_of_judge_and_rewriter_are_drawn_and_told_from_first_to_last(tmp_path: Path) -> None:
+    """The paper's figures 5, 6 and 7; step 0 is the initial policy's and no step of the run."""
+    shares = (
+        "accuracy/quality",
+        "accuracy/safety",
+        "first-option/quality",
+        "reward/safe",
+        "reward/unsafe",
+        "overlap/safe",
+    )
+    measured = {f"validation/{name}": place / 10 for place, name in enumerate(shares)}
+    last = make_step(2) | {name: value + 0.25 for name, value in measured.items()}
+    page = Page(make_run(tmp_path, [{"step": 0, **measured}, make_step(1), last]))
+    assert {"validation_accuracy", "validation_reward", "validation_overlap"} <= {
+        path.stem for path in (tmp_path / "plots").glob("*.png")
+    }
+    assert "Self-Improving Pretraining, 2 steps" in page.text
+    assert "Held-out records: accuracy safety0.100 (step 0), 0.350 (step 2)" in page.text

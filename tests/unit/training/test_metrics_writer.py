@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sip.errors import DataError
-from megatron_sip.training.metrics_writer import MetricsWriter, drop_steps_after, progress_line, read_metrics
+from megatron_sip.training.metrics_writer import (
+    MetricsWriter,
+    drop_steps_after,
+    progress_line,
+    read_metrics,
+    trained_steps,
+)
 
 
 def test_resume_keeps_each_step_once_and_drops_a_half_written_line(tmp_path: Path) -> None:
@@ -105,3 +111,34 @@ def test_the_progress_line_shows_what_a_step_is_judged_by() -> None:
         *("| 5 min left", "9.0 s (rollout 6.1, train 2.0)"),
     ):
         assert part in line
+
+
+def test_a_validation_stands_beside_its_step_and_one_made_again_replaces_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(resume_step: int, *validations: tuple[int, float]) -> list[dict[str, float]]:
+        writer = MetricsWriter(tmp_path, resume_step, total_steps=9)
+        for step, accuracy in validations:
+            if step:
+                writer.write(step, {"loss": step / 10})
+            writer.write_validation(
+                step, {"validation/accuracy/quality": accuracy, "validation/accuracy-in/quality/a": 1.0}
+            )
+        writer.close()
+        return read_metrics(tmp_path / "metrics.jsonl")
+
+    first = write(0, (0, 0.5), (1, 0.625), (2, 0.75))
+    assert [(record["step"], record.get("loss"), record["validation/accuracy/quality"]) for record in first] == [
+        (0, None, 0.5),
+        (1, 0.1, 0.625),
+        (2, 0.2, 0.75),
+    ]
+    assert trained_steps(first) == 2
+    assert "validation at step 2: accuracy quality 0.750\n" in capsys.readouterr().out
+    resumed = write(1)  # whose validation is then due again
+    assert [record["step"] for record in resumed] == [0, 1]
+    writer = MetricsWriter(tmp_path, resume_step=1, total_steps=9)
+    writer.write_validation(1, {"validation/accuracy/quality": 0.875})
+    writer.close()
+    [_, again] = read_metrics(tmp_path / "metrics.jsonl")
+    assert (again["loss"], again["validation/accuracy/quality"]) == (0.1, 0.875)
