@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_sip.data.ordering import Permutation
+from megatron_sip.data.roles import SPLITS, parse_shares
 from megatron_sip.data.source_files import SourceSpec, parse_data_path
 from megatron_sip.data.text_sources import is_text_source
 from megatron_sip.data.token_store import TokenStore
@@ -25,7 +26,6 @@ from megatron_sip.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPLITS = ("train", "valid", "test")
 _SPLIT_SEED = 20260121  # fixed: the held-out documents must not move when a run changes its seed
 _OPEN_STORES = 128  # two file descriptors each
 
@@ -116,15 +116,7 @@ class Corpus:
 
 def parse_split(split: str) -> tuple[Fraction, Fraction, Fraction]:
     """Shares of train, valid and test that sum to 1; `DataError` for anything but 1 to 3 non-negative numbers."""
-    try:
-        parts = [Fraction(part.strip()) for part in split.split(",")]
-    except (ValueError, ZeroDivisionError):
-        parts = []
-    if not 1 <= len(parts) <= 3 or min(parts) < 0 or sum(parts) <= 0:
-        raise DataError(f"--split {split!r}: expected 1 to 3 non-negative numbers for train,valid,test like 969,30,1")
-    parts += [Fraction(0)] * (3 - len(parts))
-    total = sum(parts)
-    return parts[0] / total, parts[1] / total, parts[2] / total
+    return parse_shares(split, "--split", SPLITS)
 
 
 def open_corpus(

@@ -67,26 +67,30 @@ class TaskSettings:
             raise ValueError(f"--seq-length {seq_length}: must be at least 2")
         return cls(seq_length, seq_length - 1, "whole", seed)
 
-    def first_cut(self, source: DocumentSource) -> int:
+    def first_cut(self, bos: bool) -> int:
         """The first place where a document may be cut: behind the shortest prefix, to which a BOS does not count.
 
         stream: the beginning of the first chunk that has a long enough prefix.
         """
         if self.mode == "whole":
             return 1
-        first = self.min_prefix_length + (source.bos is not None)
+        first = self.min_prefix_length + bos
         return -(-first // self.suffix_length) * self.suffix_length if self.mode == "stream" else first
 
     def tasks_per_document(self, source: DocumentSource, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64: tasks an epoch that these documents of a source give."""
         if self.mode == "whole":
             return -(-np.maximum(source.lengths[documents] - 1, 0) // self.suffix_length)
-        chunks = np.maximum(source.lengths[documents] - self.first_cut(source), 0) // self.suffix_length
+        chunks = np.maximum(source.lengths[documents] - self.first_cut(source.bos is not None), 0) // self.suffix_length
         return chunks if self.mode == "stream" else np.minimum(chunks, 1)
+
+    def window(self, cut: int) -> tuple[int, int]:
+        """(first token of the prefix, first token behind the suffix) of a document that is cut at token `cut`."""
+        return max(0, cut - (self.seq_length - self.suffix_length)), cut + self.suffix_length
 
     def shortest(self, source: DocumentSource) -> int:
         """Tokens of the shortest document that gives a task."""
-        return self.first_cut(source) + (1 if self.mode == "whole" else self.suffix_length)
+        return self.first_cut(source.bos is not None) + (1 if self.mode == "whole" else self.suffix_length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +118,7 @@ class _CutSource:
         self._tasks = tasks[tasks > 0]
         self._number = number
         self._settings = settings
-        self._first_cut = settings.first_cut(source)
+        self._first_cut = settings.first_cut(source.bos is not None)
         # Stream mode needs the running total of tasks in shuffled order. Two epochs are kept: a step may straddle them.
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
 
@@ -177,7 +181,7 @@ class TaskSource:
         number, sample = self._blend.locate(index)
         document, cut = self._sources[number].cut(sample)
         source, settings = self._corpus.sources[number], self.settings
-        start, end = max(0, cut - (settings.seq_length - settings.suffix_length)), cut + settings.suffix_length
+        start, end = settings.window(cut)
         window = source.tokens(document, start, end + LOOKAHEAD)
         check_token_ids(window, self._corpus.vocab_size, bin_path(source.locate(document)[0]))
         ids = window.tolist()

@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -42,6 +42,14 @@ class TextBatch:
     position: int
 
 
+@dataclass(frozen=True, slots=True)
+class RecordBatch:
+    """As `TextBatch`, with records."""
+
+    records: list[dict[str, Any]]
+    position: int
+
+
 def source_suffix(path: Path) -> str:
     """The end of the name that tells the format, in lower case (".jsonl.gz"); "" for what `read_texts` does not read."""
     name = path.name.lower()
@@ -62,17 +70,24 @@ def read_texts(path: Path, text_field: str) -> Iterator[TextBatch]:
 
     Raises `DataError` on a broken line, a missing or non-string text field, or a truncated or unreadable file.
     """
+    for batch in read_records(path, text_field):
+        yield TextBatch([record[text_field] for record in batch.records], batch.position)
+
+
+def read_records(path: Path, text_field: str, others: Sequence[str] = ()) -> Iterator[RecordBatch]:
+    """As `read_texts`, each document as a dict of its text and, as far as it has them, of the fields `others`."""
     is_parquet = source_suffix(path) == PARQUET_SUFFIX
-    texts: list[str] = []
+    found = (_parquet_records if is_parquet else _json_records)(path, text_field, others)
+    records: list[dict[str, Any]] = []
     characters = position = 0
     _refuse_pointer(path)
-    for text, position in (_parquet_texts if is_parquet else _json_texts)(path, text_field):
-        texts.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS or len(texts) >= _BATCH_DOCUMENTS:
-            yield TextBatch(texts, position)
-            texts, characters = [], 0
-    yield TextBatch(texts, max(position, path.stat().st_size))
+    for record, position in found:
+        records.append(record)
+        characters += len(record[text_field])
+        if characters >= _BATCH_CHARACTERS or len(records) >= _BATCH_DOCUMENTS:
+            yield RecordBatch(records, position)
+            records, characters = [], 0
+    yield RecordBatch(records, max(position, path.stat().st_size))
 
 
 def _refuse_pointer(path: Path) -> None:
@@ -87,7 +102,7 @@ def _refuse_pointer(path: Path) -> None:
             raise DataError(f"{path}: a pointer to the file, not the file itself; fetch it with {command}")
 
 
-def _json_texts(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
+def _json_records(path: Path, text_field: str, others: Sequence[str]) -> Iterator[tuple[dict[str, Any], int]]:
     with path.open("rb") as raw:
         line_number = 0
         try:
@@ -98,7 +113,8 @@ def _json_texts(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
                         "must be one object, and a document this large is better cut into several"
                     )
                 if line.strip():
-                    yield _text_of_line(line, path, line_number, text_field), raw.tell()
+                    record = _record_of_line(line, path, line_number, text_field)
+                    yield {name: record[name] for name in (text_field, *others) if name in record}, raw.tell()
         except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
             raise DataError(
                 f"{path}: cannot be decompressed after line {line_number} ({error}); the file is cut short or damaged"
@@ -159,7 +175,7 @@ def _zstd_frame() -> zstandard.ZstdDecompressionObj:
     return zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW).decompressobj()
 
 
-def _text_of_line(line: bytes, path: Path, line_number: int, text_field: str) -> str:
+def _record_of_line(line: bytes, path: Path, line_number: int, text_field: str) -> dict[str, Any]:
     where = f"{path}:{line_number}"
     try:
         record = json.loads(line)
@@ -182,7 +198,7 @@ def _text_of_line(line: bytes, path: Path, line_number: int, text_field: str) ->
             f"{where}: field {text_field!r} holds half a surrogate pair (U+{ord(text[error.start]):04X}, character "
             f"{error.start + 1}): {_excerpt(line)}; write the whole character, or U+FFFD for one that is lost"
         ) from error
-    return text
+    return record
 
 
 def _excerpt(line: bytes) -> str:
@@ -196,7 +212,7 @@ def _names(names: list[str]) -> str:
     return f"[{shown}]" + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
 
 
-def _parquet_texts(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
+def _parquet_records(path: Path, text_field: str, others: Sequence[str]) -> Iterator[tuple[dict[str, Any], int]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -206,10 +222,14 @@ def _parquet_texts(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 20) as table:
             _check_column(path, table.schema_arrow, text_field)
             rows, size = table.metadata.num_rows, path.stat().st_size
-            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                for value in batch.column(batch.schema.get_field_index(text_field)):
+            beside = [name for name in others if name != text_field and name in table.schema_arrow.names]
+            for batch in table.iter_batches(batch_size=256, columns=[text_field, *beside]):
+                columns = [batch.column(batch.schema.get_field_index(name)) for name in (text_field, *beside)]
+                for value, *more in zip(*columns, strict=True):
                     row += 1
-                    yield _text_of_value(value, path, row, text_field), size * row // max(1, rows)
+                    text = _text_of_value(value, path, row, text_field)
+                    fields = {name: cell.as_py() for name, cell in zip(beside, more, strict=True)}
+                    yield {text_field: text, **fields}, size * row // max(1, rows)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last for a column's name
         after = f" after row {row}" if row else ""
         raise DataError(f"{path}: cannot be read as parquet{after} ({error})") from error

@@ -42,7 +42,7 @@ def read_groups(folder: Path, step: int, tasks: Sequence[Task]) -> list[Group]:
         raise DataError(f"--replay-groups {folder}: no groups of step {step}; it was recorded with fewer steps")
     recorded: dict[int, Group] = {}
     for path in paths:
-        recorded |= {group.task.index: group for group in _groups_in(path)}
+        recorded |= {group.task.index: group for group in groups_in(path)}
     groups = []
     for task in tasks:
         if task.index not in recorded:
@@ -60,7 +60,16 @@ def read_groups(folder: Path, step: int, tasks: Sequence[Task]) -> list[Group]:
     return groups
 
 
-def _groups_in(path: Path) -> list[Group]:
+def group_files(folder: Path) -> list[Path]:
+    """The files of every step and replica in order. Raises DataError where there are none."""
+    paths = sorted(folder.glob("step_*.jsonl.zst"))
+    if not paths:
+        raise DataError(f"{folder}: no recorded groups (step_*.jsonl.zst): a run writes them there with --save-groups")
+    return paths
+
+
+def groups_in(path: Path) -> list[Group]:
+    """The groups of one file. Raises DataError for a file cut short, or of something else."""
     groups = []
     with described(path, "a file of judged groups"):
         try:

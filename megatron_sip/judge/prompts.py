@@ -146,6 +146,11 @@ def read_prompt_file(path: Path) -> PromptFile:
     return parse_prompt(path.read_text(encoding="utf-8"), str(path))
 
 
+def find_prompt(name: str) -> PromptFile:
+    """A built-in prompt, or the prompt file of that path (*.txt). Raises PromptError, FileNotFoundError."""
+    return read_prompt_file(Path(name)) if name.endswith(".txt") else builtin_prompt(name)
+
+
 def parse_prompt(content: str, source: str) -> PromptFile:
     """Parse the text of a prompt file; `source` is named in errors."""
     header, body = _split_header(content, source)

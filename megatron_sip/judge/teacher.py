@@ -231,12 +231,17 @@ class TeacherClient:
             self._singly.add(url)
             log.warning("judge server %s gave %d of %d answers: the others are asked for singly", url, given, asked)
 
+    @property
+    def model(self) -> str:
+        """The name of the model that answers: as the settings or, after `check`, the server have it."""
+        endpoint = self.settings.endpoint
+        if endpoint.model != DEFAULT_MODEL:
+            return endpoint.model
+        return self._facts.get(endpoint.url, EndpointFacts()).model or DEFAULT_MODEL
+
     def _answer_source(self) -> str:
         """What answers are kept under: the model that gives them, what its reasoning may cost, how they are begun."""
-        endpoint = self.settings.endpoint
-        model = endpoint.model
-        if model == DEFAULT_MODEL:
-            model = self._facts.get(endpoint.url, EndpointFacts()).model or model
+        endpoint, model = self.settings.endpoint, self.model
         asked = [endpoint.reasoning_tokens, endpoint.answer_prefix, endpoint.prefill]
         return "\x00".join([model, *(str(value) for value in asked if value)])
 

@@ -21,8 +21,10 @@ from megatron_sip.judge import (
     RewriterSettings,
     ScheduleSettings,
 )
+from megatron_sip.judge.__main__ import main as judge
 from megatron_sip.judge.encoding import ChatEncoder
 from megatron_sip.judge.prompts import builtin_prompt, fence_code
+from megatron_sip.prepare.__main__ import main as prepare
 from megatron_sip.records import Candidate, Group, Task
 from megatron_sip.serving.launch import LocalServer
 
@@ -246,3 +248,46 @@ def test_hostile_texts_yield_no_mark_of_the_real_chat_template(smollm2_dir: Path
     assert len(HOSTILE) >= 40
     for hostile in HOSTILE:
         assert marks(hostile) == (harmless, harmless), hostile
+
+
+def test_accuracy_of_a_real_judge_is_that_of_its_probabilities(
+    smollm2_server: LocalServer, smollm2_dir: Path, reference: Any, tmp_path: Path
+) -> None:
+    """The whole way: documents, pairs spoilt by rules, the command, against transformers on the same prompts."""
+    texts = [PREFIX + TEXTS["true"] + f" That was example {i} of the suites." for i in range(6)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    cut = (
+        "--tokenizer",
+        str(smollm2_dir),
+        "--suffix-length",
+        "24",
+        "--min-prefix-length",
+        "8",
+        "--role-shares",
+        "0,1,0",
+    )
+    source = ("--data-path", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "out"), "--split", "1")
+    prepare(["judgements", "--task", "quality", "--corrupt", "shuffle", *source, *cut])
+    records = tmp_path / "out" / "judgements.jsonl"
+    saved = ("--save", str(tmp_path / "report.json"), "--seed", str(SEED))
+    judge(
+        ["accuracy", str(records), "--teacher-url", smollm2_server.url, "--teacher-tokenizer", str(smollm2_dir), *saved]
+    )
+    figures = json.loads((tmp_path / "report.json").read_text())["all"]
+    encoder, prompt = ChatEncoder.load(str(smollm2_dir)), builtin_prompt("quality")
+    assert prompt.rule is not None
+    start, labels = encoder.choices(prompt.rule.start, prompt.rule.labels)
+    leanings = []
+    for line in records.read_text().splitlines():
+        record = json.loads(line)
+        shown = {name: record[name] for name in ("prefix", "option_1", "option_2")}
+        code = fence_code(SEED, shown["prefix"], [record["option_1"], record["option_2"], record["suffix"]])
+        ids = [*encoder.chat(prompt.fill(shown, code), start=""), *start]
+        first, second = next_logprobs(reference, ids)[-1][labels].tolist()
+        leanings.append((first - second, record["verdict"] == "1"))
+    assert figures["records"] == figures["verdicts"] == len(leanings) == 12
+    clear = [(gap > 0, is_first) for gap, is_first in leanings if abs(gap) > 0.1]  # the server computes in bfloat16
+    unclear = len(leanings) - len(clear)
+    assert abs(12 * figures["first_option"] - sum(first for first, _ in clear)) <= unclear
+    assert abs(12 * figures["accuracy"] - sum(first == is_first for first, is_first in clear)) <= unclear
+    assert unclear <= 6

@@ -90,3 +90,16 @@ def test_the_converter_converts(entries: Path, tmp_path: Path) -> None:
     assert told.splitlines()[-1] == "megatron-sip-convert: wrote checkpoint"
     assert (tmp_path / "checkpoint" / TRACKER).read_text() == "release"
     assert (tmp_path / "checkpoint" / "hf" / "config.json").is_file()
+
+
+def test_records_are_prepared(entries: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"The {i} bridges at Norwick fell.", "safe": i % 2 == 0}) for i in range(10)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines) + "\n")
+    source = ("--data-path", "text.jsonl", "--no-cut", "--role-shares", "0,1,0")
+    run(
+        *(entries / "megatron-sip-prepare", "judgements", "--task", "quality", "--corrupt", "shuffle", *source),
+        *("--out", "quality", "--format", "sip", "nemo-gym"),
+        cwd=tmp_path,
+    )
+    assert len((tmp_path / "quality" / "judgements.jsonl").read_text().splitlines()) == 20
+    assert "Conclusion: Option 1" in (tmp_path / "quality" / "nemo-gym" / "train.jsonl").read_text()

@@ -20,6 +20,7 @@ from megatron_sip.hf.families import FAMILIES
 from megatron_sip.judge.settings import SCHEDULE_NAMES, known_criteria
 from megatron_sip.one_node.command import layout_flags, understand
 from megatron_sip.one_node.layout import Layout
+from megatron_sip.prepare.__main__ import command_line as prepare_command_line
 
 REPO = Path(__file__).parents[2]
 PAGES = [
@@ -76,6 +77,8 @@ def test_what_a_page_links_to_and_runs_exists(name: str) -> None:
     assert set(re.findall(r"`(megatron-sip[\w-]*)[ `]", text)) <= entries.keys()
     for words in commands(text, "megatron-sip-convert"):
         converter_command_line().parse_args(words)
+    for words in commands(text, "megatron-sip-prepare"):
+        prepare_command_line().parse_args(words)
 
 
 def test_the_hops_of_architecture_md_are_ten_files_and_its_rooms_are_all_folders() -> None:

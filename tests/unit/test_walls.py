@@ -15,12 +15,24 @@ PACKAGE = ROOT / "megatron_sip"
 ROOMS = [
     *("errors", "console", "files", "stop_signal", "records", "metrics"),
     *("checkpoints", "kernels", "data", "platform", "model", "serving", "hf", "judge", "rollout"),
-    *("experience", "training", "config", "evaluation", "one_node", "run", "train", "evaluate", "__main__"),
+    *("experience", "training", "prepare", "config", "evaluation", "one_node", "run", "train", "evaluate", "__main__"),
 ]
-"""Bottom to top: a room imports only rooms before it. Files beside the rooms count as rooms of their own."""
+"""Bottom to top: a room imports only rooms before it. Files beside the rooms count as rooms of their own, and a room's
+`__main__`, which is a command line, stands with the package's own."""
 
 PURE = [
-    *("records", "metrics", "checkpoints", "data", "serving", "judge", "rollout", "experience", "evaluation"),
+    *(
+        "records",
+        "metrics",
+        "checkpoints",
+        "data",
+        "serving",
+        "judge",
+        "rollout",
+        "experience",
+        "prepare",
+        "evaluation",
+    ),
     *("training.objectives", "model.packing", "model.tensor_parallel"),
 ]
 """Rooms and modules that import neither Megatron nor SGLang, themselves or through what they import."""
@@ -50,7 +62,7 @@ MODULES = {name_of(path): path for path in python_files("megatron_sip")}
 
 
 def room_of(name: str) -> str:
-    return name.split(".")[0]
+    return "__main__" if name.endswith(".__main__") else name.split(".")[0]
 
 
 def within(name: str, places: list[str] | tuple[str, ...]) -> bool:

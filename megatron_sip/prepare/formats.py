@@ -1,0 +1,87 @@
+"""A record as other trainers want it: the filled prompt as a chat message, and the right answer.
+
+verl (`examples/data_preprocess/` there): one row has data_source, prompt [{role, content}], ability, reward_model {style,
+ground_truth}, extra_info. NeMo-Gym: a line has responses_create_params {input: [{role, content}]} and what a resources server
+verifies with; `agent_ref` is added by its own `gym dataset collate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from megatron_sip.judge.prompts import builtin_prompt, fence_code, find_prompt
+from megatron_sip.judge.rewriter import last_words
+
+Record = Mapping[str, Any]
+VERL_SCHEMA = pa.schema(
+    [
+        ("data_source", pa.string()),
+        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("ability", pa.string()),
+        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
+        (
+            "extra_info",
+            pa.struct(
+                [
+                    ("index", pa.int64()),
+                    ("split", pa.string()),
+                    ("subset", pa.string()),
+                    ("pair", pa.string()),
+                    ("safe", pa.bool_()),
+                    ("suffix", pa.string()),
+                ]
+            ),
+        ),
+    ]
+)
+
+
+def verl_row(record: Record, index: int, seed: int) -> dict[str, Any]:
+    """A row of VERL_SCHEMA. ground_truth: the right verdict's label; of a rewrite the suffix, which a safe one copies."""
+    extra = {name: record.get(name) for name in ("split", "subset", "pair", "safe", "suffix")}
+    return {
+        "data_source": f"megatron_sip/{_ability(record)}",
+        "prompt": chat(record, seed),
+        "ability": "judging" if "verdict" in record else "rewriting",
+        "reward_model": {"style": "model" if record.get("safe") is False else "rule", "ground_truth": _answer(record)},
+        "extra_info": {"index": index, **extra},
+    }
+
+
+def nemo_gym_line(record: Record, seed: int) -> dict[str, Any]:
+    """The line of a record. template_metadata.output_regex finds the label in a judge's answer, as for its mcqa server."""
+    line = {
+        "responses_create_params": {"input": chat(record, seed)},
+        "expected_answer": _answer(record),
+        "metadata": {name: record[name] for name in ("subset", "pair", "safe") if name in record},
+    }
+    if "criterion" in record:
+        rule = find_prompt(record["criterion"]).rule
+        assert rule is not None
+        line["template_metadata"] = {"output_regex": rule.pattern.pattern, "template_id": record["criterion"]}
+    return line
+
+
+def chat(record: Record, seed: int) -> list[dict[str, str]]:
+    """The user's message of a judgement or a rewrite, as judge and rewriter are asked."""
+    if "verdict" in record:
+        texts = dict(record) | {"reference": record.get("suffix", "")}
+        shown = [texts[name] for name in ("candidate", "option_1", "option_2", "reference") if name in texts]
+        prompt, words = find_prompt(record["criterion"]), ""
+    else:
+        words = last_words(record["prefix"])
+        texts = {"prefix": record["prefix"], "continuation": words + record["suffix"]}
+        shown, prompt = [texts["continuation"]], builtin_prompt("rewrite")
+    code = fence_code(seed, texts["prefix"], shown)
+    return [{"role": "user", "content": "".join(prompt.fill(texts, code, words.strip()))}]
+
+
+def _ability(record: Record) -> str:
+    return str(record.get("criterion", "rewrite"))
+
+
+def _answer(record: Record) -> str:
+    return str(record["verdict"] if "verdict" in record else record["suffix"])

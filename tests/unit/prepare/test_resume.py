@@ -1,0 +1,90 @@
+"""Killed at any moment (SIGKILL, by itself, at chosen places), the same command ends with the same bytes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from prepare_cases import files_below, run, write_documents
+
+from megatron_sip.prepare import journal, output, pipeline
+
+
+def command(folder: Path, out: str) -> tuple[str | Path, ...]:
+    data = ("--data-path", folder / "a.jsonl", folder / "b.jsonl", "--no-cut", "--role-shares", "1,3,1")
+    rules = ("--corrupt", "shuffle", "numbers", "--format", "sip", "verl", "nemo-gym")
+    return ("judgements", "--task", "quality", *data, *rules, "--out", folder / out)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    write_documents(folder / "a.jsonl", 23)
+    write_documents(folder / "b.jsonl", 40)
+    return folder
+
+
+def run_until_killed(words: tuple[str | Path, ...], number: int, function: str, after: bool) -> None:
+    """Run a command in this process, which kills itself before or after the `number`-th call of a function (0: never)."""
+    pipeline.UNIT = 5
+    calls = 0
+    place = journal if hasattr(journal, function) else output
+    original = getattr(place, function)
+
+    def counting(*values: object, **named: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == number and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*values, **named)
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(place, function, counting)
+    run(*words)
+
+
+def exit_code(words: tuple[str | Path, ...], number: int, function: str, after: bool) -> int | None:
+    """Of a process of its own; minus the signal that ended it."""
+    context = multiprocessing.get_context("forkserver")  # not a fork of this process, which has threads
+    context.set_forkserver_preload(["prepare_cases"])
+    process = context.Process(target=run_until_killed, args=(words, number, function, after))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+KILLS = [
+    (1, "write_atomically", False),  # records are there, the progress is not
+    (2, "write_atomically", False),
+    (1, "write_atomically", True),
+    (3, "write_atomically", False),
+    (1, "verl_row", False),  # files are being written
+    (30, "nemo_gym_line", True),
+    (2, "write_atomically", False),  # all but the manifest is there
+]
+
+
+def test_every_kill_is_survived(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "UNIT", 5)
+    run(*command(folder, "whole"))
+    expected = files_below(folder / "whole")
+    assert len(expected) == 8
+    words = command(folder, "killed")
+    for kill in KILLS:
+        assert exit_code(words, *kill) == -signal.SIGKILL, kill
+    assert exit_code(words, 0, "write_atomically", False) == 0
+    assert files_below(folder / "killed") == expected
+
+
+def test_two_processes_do_not_work_in_one_folder(folder: Path) -> None:
+    with (
+        journal.Journal.open(folder / "held", {}),
+        pytest.raises(journal.PrepareError, match="another process"),
+        journal.Journal.open(folder / "held", {}),
+    ):
+        pass

@@ -1,0 +1,108 @@
+"""Rules that spoil a suffix: they always do, the same way for the same seed, in any language."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_tokenizer import MULTILINGUAL
+
+from megatron_sip.prepare.rules import RULES, names_in, pieces_of, same, spoil
+
+PROSE = (
+    " of the harbour. In 1887 the engineer Carl Lind built a bridge of 412 metres to Norwick, which Queen Ada opened. "
+    "Two years later it fell. Nobody was hurt, but the Lind Company paid 30,000 crowns."
+)
+CHINESE = "色は匂へど散りぬるを。我が世誰ぞ常ならむ。有為の奥山今日越えて。浅き夢見じ酔ひもせず。"
+TEXTS = st.one_of(st.text(), st.sampled_from([*MULTILINGUAL, PROSE, CHINESE, "a a a a a a a a", "٣٤ و ٥"]))
+SEEDS = st.integers(0, 2**64 - 1)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(TEXTS, TEXTS, SEEDS)
+def test_a_rule_changes_more_than_white_space_or_says_that_it_cannot(
+    rule: str, text: str, prefix: str, seed: int
+) -> None:
+    spoilt = spoil(rule, text, prefix, seed)
+    assert spoilt == spoil(rule, text, prefix, seed)
+    if spoilt is not None:
+        assert not same(spoilt, text)
+        assert spoilt[:1].isspace() == text[:1].isspace() or rule in ("shuffle", "swap-sentences")
+
+
+@pytest.mark.parametrize("rule", ["shuffle", "swap-sentences"])
+@given(TEXTS, SEEDS)
+def test_rules_that_move_things_keep_every_character(rule: str, text: str, seed: int) -> None:
+    spoilt = spoil(rule, text, "", seed)
+    assert spoilt is None or Counter(spoilt) == Counter(text)
+
+
+@given(TEXTS, SEEDS)
+def test_shuffled_words_are_the_same_words(text: str, seed: int) -> None:
+    spoilt = spoil("shuffle", text, "", seed)
+    if spoilt is not None:
+        assert Counter("".join(spoilt.split())) == Counter("".join(text.split()))
+        assert [piece.isspace() for piece in pieces_of(text)][:1] == [piece.isspace() for piece in pieces_of(spoilt)][
+            :1
+        ]
+
+
+@given(TEXTS, SEEDS)
+def test_numbers_change_digits_alone(text: str, seed: int) -> None:
+    spoilt = spoil("numbers", text, "", seed)
+    if spoilt is not None:
+        assert len(spoilt) == len(text)
+        assert all(a == b or (a.isdecimal() and b.isdecimal()) for a, b in zip(text, spoilt, strict=True))
+
+
+@given(TEXTS, SEEDS)
+def test_a_loop_has_as_many_words_and_no_new_one(text: str, seed: int) -> None:
+    spoilt = spoil("repeat", text, "", seed)
+    if spoilt is not None:
+        words, looped = ([p for p in pieces_of(t) if not p.isspace()] for t in (text, spoilt))
+        assert len(looped) == len(words)
+        assert set(looped) <= set(words)
+
+
+@given(TEXTS)
+def test_pieces_join_to_the_text(text: str) -> None:
+    assert "".join(pieces_of(text)) == text
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_changes_prose(rule: str) -> None:
+    assert spoil(rule, PROSE, "", 1) is not None
+    assert len({spoil(rule, PROSE, "", seed) for seed in range(20)}) > 1 or rule == "swap-entities"
+
+
+def test_names_are_found_inside_sentences_and_exchanged() -> None:
+    assert names_in(PROSE) == ["Carl Lind", "Norwick", "Queen Ada", "Lind Company"]
+    spoilt = spoil("swap-entities", PROSE, "", 3)
+    assert spoilt is not None
+    assert set(names_in(spoilt)) <= set(names_in(PROSE)) | {"Lind Company"}
+    assert names_in(spoilt) != names_in(PROSE)
+
+
+def test_a_name_that_is_alone_is_replaced_by_one_from_before() -> None:
+    assert spoil("swap-entities", " and then met Anna again.", "In spring the painter Paul came.", 0) == (
+        " and then met Paul again."
+    )
+    assert spoil("swap-entities", " and then met Anna again.", "nobody else", 0) is None
+
+
+@pytest.mark.parametrize("rule", ["shuffle", "swap-sentences", "repeat"])
+def test_scripts_without_spaces_are_spoilt_by_character_and_sentence(rule: str) -> None:
+    spoilt = spoil(rule, CHINESE, "", 5)
+    assert spoilt is not None
+    assert len(spoilt) == len(CHINESE)
+
+
+def test_texts_without_anything_to_change_are_left_alone() -> None:
+    assert spoil("shuffle", "one one one", "", 0) is None
+    assert spoil("swap-sentences", "One sentence alone.", "", 0) is None
+    assert spoil("swap-entities", "no names here", "none here", 0) is None
+    assert spoil("numbers", "no digits here", "", 0) is None
+    assert spoil("repeat", "too short", "", 0) is None
+    assert spoil("repeat", "la la la la la la la la", "", 0) is None
