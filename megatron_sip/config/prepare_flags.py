@@ -85,6 +85,10 @@ CORRUPTION_FLAGS: Flags = {
         f"How suffixes are spoilt, one way drawn for each: {TEACHER} (a model at --teacher-url), or by rules: "
         f"{', '.join(RULES)}. Default: {TEACHER}.",
     ),
+    "--criterion": (
+        {"default": "quality", "metavar": "NAME"},
+        "Prompt that asks about the two, or the path of a prompt file of your own (*.txt).",
+    ),
     "--corrupt-temperature": ({"type": float, "default": 1.0}, "Sampling of the teacher's spoilt versions."),
     "--corrupt-top-p": ({"type": float, "default": 1.0}, "Nucleus of that sampling."),
     "--corrupt-max-tokens": (
@@ -226,7 +230,7 @@ def quality_settings(args: argparse.Namespace) -> QualitySettings:
             prefix_chars=args.judge_prefix_chars,
             seed=args.seed,
         )
-    return QualitySettings(rules, corruptor, args.seed)
+    return QualitySettings(rules, corruptor, args.seed, args.criterion)
 
 
 def label_votes(args: argparse.Namespace) -> VoteSettings | None:

@@ -73,6 +73,7 @@ async def prepare_quality(work: QualityWork) -> dict[str, Any]:
             corruptor = await stack.enter_async_context(Corruptor(replace(quality.corruptor, client=client)))
             await corruptor.check()
         made_by: dict[str, Any] = {"cutting": asdict(work.cutting), "rules": list(quality.rules), "seed": quality.seed}
+        made_by["criterion"] = quality.criterion
         if quality.corruptor is not None:
             made_by["teacher"] = asked(asdict(quality.corruptor))
         make = QualityMaker(cutter, quality, corruptor)

@@ -51,7 +51,7 @@ class QualityMaker:
         for rule in rules_for(piece, self._settings):
             spoilt, problem = await self._spoilt(rule, piece)
             if not problem:
-                return pair_records(piece, spoilt, rule, self._settings.seed)
+                return pair_records(piece, spoilt, rule, self._settings)
             dropped[f"{rule}/{problem}"] += 1
         dropped["no-rule-applies"] += 1
         return []
@@ -80,11 +80,11 @@ def rules_for(piece: Piece, settings: QualitySettings) -> list[str]:
     return [*settings.rules[first:], *settings.rules[:first]]
 
 
-def pair_records(piece: Piece, spoilt: str, rule: str, seed: int) -> list[dict[str, Any]]:
+def pair_records(piece: Piece, spoilt: str, rule: str, settings: QualitySettings) -> list[dict[str, Any]]:
     """The records of an original and a spoilt suffix: original as option 1, then as option 2."""
-    pair = record_id("quality", seed, piece.document.key, piece.document.place, piece.cut, rule)
+    pair = record_id("quality", settings.seed, piece.document.key, piece.document.place, piece.cut, rule)
     common = {
-        "criterion": "quality",
+        "criterion": settings.criterion,
         "prefix": piece.prefix,
         "suffix": piece.suffix,
         "pair": pair,

@@ -10,6 +10,7 @@ from megatron_sip.data.roles import DocumentRole, Shares
 from megatron_sip.data.tasks import TaskSettings
 from megatron_sip.errors import UserError
 from megatron_sip.judge.corruption import CorruptorSettings
+from megatron_sip.judge.prompts import find_prompt
 from megatron_sip.judge.settings import JudgeSettings
 
 RecordFormat = Literal["sip", "verl", "nemo-gym"]
@@ -64,11 +65,20 @@ class OutputSettings:
 @dataclass(frozen=True, slots=True)
 class QualitySettings:
     """Pairs of an original suffix and a spoilt one. rules: how it is spoilt, one of them drawn for each place; `corruptor`
-    is asked where "teacher" is among them."""
+    is asked where "teacher" is among them. criterion: the prompt that asks about them, with the verdicts 1 and 2.
+
+    Raises PrepareError for another kind of prompt.
+    """
 
     rules: tuple[str, ...]
     corruptor: CorruptorSettings | None
     seed: int = 1234
+    criterion: str = "quality"
+
+    def __post_init__(self) -> None:
+        prompt = find_prompt(self.criterion)
+        if prompt.kind != "pairwise" or prompt.rule is None or set(prompt.rule.labels) != {"1", "2"}:
+            raise PrepareError(f"--criterion {self.criterion}: a pairwise prompt with the verdicts 1 and 2 is needed")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from megatron_sip.judge.prompts import builtin_prompt
 from megatron_sip.prepare.rules import RULES
 from megatron_sip.prepare.settings import PrepareError
 
+SHORT_PROMPT = Path(__file__).parents[3] / "examples" / "short_quality.txt"
 LENGTHS = ("--seq-length", "160", "--suffix-length", "64", "--min-prefix-length", "8")
 
 
@@ -92,6 +93,14 @@ def test_stream_mode_cuts_every_chunk_and_a_bound_ends_the_reading(tokenizer: Pa
     manifest = quality(tokenizer, data, tmp_path / "out", "--task-mode", "stream", "--max-documents", "7")
     assert manifest["documents"]["used"] == 7
     assert manifest["records"]["total"] > 2 * 7
+
+
+def test_pairs_may_be_asked_about_by_a_prompt_of_one_s_own(tokenizer: Path, tmp_path: Path) -> None:
+    data = write_documents(tmp_path / "reports.jsonl", 4)
+    quality(tokenizer, data, tmp_path / "out", "--criterion", str(SHORT_PROMPT))
+    assert {record["criterion"] for record in read_lines(tmp_path / "out" / "judgements.jsonl")} == {str(SHORT_PROMPT)}
+    with pytest.raises(PrepareError, match="--criterion safety: a pairwise prompt with the verdicts 1 and 2 is needed"):
+        quality(tokenizer, data, tmp_path / "other", "--criterion", "safety")
 
 
 def test_other_trainers_get_the_prompt_and_its_verdict(tokenizer: Path, tmp_path: Path) -> None:
