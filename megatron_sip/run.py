@@ -109,23 +109,29 @@ class Run:
     """Iteration at which the reference was updated, when no checkpoint has kept it since."""
 
     def my_tasks(self, ahead: int = 0) -> list[Task]:
-        """This leader's share of the step that is `ahead` of the present one, none after the last step.
+        """This leader's share of the batch of tasks that is `ahead` of the present step's first; none behind the run's last.
 
         Contiguous, by replica; a function of the cursor alone.
         """
         assert self.tasks is not None
-        if self.state.iteration + ahead >= self.settings.run.steps:
+        run = self.settings.run
+        if ahead >= (run.steps - self.state.iteration) * run.oversample:
             return []
-        share = self.settings.run.prompts // self.exchange.num_replicas
-        step = self.state.consumed_samples + ahead * self.settings.run.prompts
-        return self.tasks.tasks(step + self.exchange.replica * share, share)
+        share = run.prompts // self.exchange.num_replicas
+        first = self.state.consumed_samples + ahead * run.prompts
+        return self.tasks.tasks(first + self.exchange.replica * share, share)
 
-    def make_experience(self, stop: StopSignal) -> Experience | None:
-        """This leader's share of the present step's experience, None on other ranks and when a stop was requested."""
+    def make_experience(self, stop: StopSignal, round_index: int = 0) -> Experience | None:
+        """This leader's share of a round of the present step's experience, None on other ranks and when a stop was requested.
+
+        The tasks of the round behind it are the next batch, whether this step asks for it or the next one.
+        """
         if self.leader is None:
             return None
-        next_tasks = self.my_tasks(ahead=1) if self.settings.needs.rewriter else []
-        return self.leader.make_experience(self.state.iteration, self.my_tasks(), next_tasks, stop)
+        next_tasks = self.my_tasks(round_index + 1) if self.settings.needs.rewriter else []
+        return self.leader.make_experience(
+            self.state.iteration, self.my_tasks(round_index), next_tasks, stop, round_index
+        )
 
     def refresh_reference(self) -> None:
         """Copy the policy into the reference when --ref-update-interval says so; the next checkpoint keeps it."""
@@ -355,7 +361,7 @@ def load_policy(
     if run.rank == 0:
         say("policy: building the model and loading its weights")
     # Padding is masked: any id does that the embedding has, and a tokenizer's own may lie outside it.
-    how = TrainerSettings(settings.row_length, run.prompts, args.align_grad_reduce)
+    how = TrainerSettings(settings.row_length, run.prompts, args.align_grad_reduce, settings.branches_per_row)
     trainer = PolicyTrainer(how, settings.objective, exchange, pad_id=0)
     state = RunState.loaded(args, getattr(saved, "non_finite_steps", 0), fingerprint)
     if run.rank == 0:

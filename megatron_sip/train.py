@@ -33,8 +33,10 @@ from megatron_sip.console import quiet, say
 from megatron_sip.errors import ArgumentError, UserError
 from megatron_sip.evaluation.run_record import run_record, write_run_record
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
+from megatron_sip.experience.maker import Experience
+from megatron_sip.experience.rounds import StepExperience, is_enough, step_experience
 from megatron_sip.files import DiskError
-from megatron_sip.metrics import Metrics, merge
+from megatron_sip.metrics import Metrics
 from megatron_sip.serving.guard import kill_with_parent
 from megatron_sip.stop_signal import StopSignal
 from megatron_sip.training.non_finite import MAX_NON_FINITE_STEPS, in_a_row
@@ -129,15 +131,14 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
     empty_steps = 0
     started = time.monotonic()
     while state.iteration < settings.steps:
-        shared = exchange.all_gather_from_leaders(run.make_experience(stop))
-        if any(part is None for part in shared):
+        made = gather_experience(run, stop)
+        if made is None:
             return stop_early(run)
-        examples = [example for part in shared for example in part.examples]
-        metrics = merge(part.metrics for part in shared) | saving
+        examples, metrics = made.examples, made.metrics | saving
         metrics |= run.trainer.train_step(examples, run.reference, state.iteration)
         state.non_finite_steps = in_a_row(state.non_finite_steps, metrics, trained=bool(examples))
         state.iteration += 1
-        state.consumed_samples += settings.prompts
+        state.consumed_samples += made.rounds * settings.prompts
         run.refresh_reference()
         stopping = exchange.any_rank(stop.requested)  # then the engines may be stopping as well: do not push to them
         if not stopping:
@@ -145,9 +146,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
             metrics |= timed("seconds/sync", run.push_weights, run.exchange.barrier)
         metrics["seconds/total"] = time.monotonic() - started
         started = time.monotonic()
-        run.troubles += [
-            part.unrecorded if settings.rank == 0 else "" for part in shared if part.unrecorded is not None
-        ]
+        run.troubles += [trouble if settings.rank == 0 else "" for trouble in made.unrecorded]
         run.write_metrics(metrics)
         if exchange.any_rank(bool(run.troubles)):
             run.save()
@@ -171,6 +170,21 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         run.finish_saving(wait=False)
     run.finish_saving(wait=True)
     return True
+
+
+def gather_experience(run: Run, stop: StopSignal) -> StepExperience | None:
+    """All leaders' experience of the present step, on every rank; None when a stop was requested.
+
+    Leaders go on together to a further round of tasks while fewer groups are usable than a step has prompts.
+    """
+    settings = run.settings.run
+    rounds: list[list[Experience]] = []
+    while not is_enough(rounds, settings.prompts, settings.oversample):
+        shared = run.exchange.all_gather_from_leaders(run.make_experience(stop, len(rounds)))
+        if any(part is None for part in shared):
+            return None
+        rounds.append(shared)
+    return step_experience(rounds, settings.prompts, settings.oversample)
 
 
 def conclude(run: Run, stop: StopSignal) -> None:

@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from megatron_sip.checkpoints.folder import TRACKER
-from megatron_sip.config.candidate_checks import check_candidates, control_room
+from megatron_sip.config.candidate_checks import check_candidates
 from megatron_sip.config.flags import ROLES
-from megatron_sip.config.needs import Needs, candidate_count, contender_count
+from megatron_sip.config.needs import Needs, contender_count
+from megatron_sip.config.objective_checks import check_objective, check_row_length
 from megatron_sip.config.settings import (
     URL_ROLES,
     held_out_sampling,
@@ -97,8 +98,8 @@ def problems_of_ours(args: argparse.Namespace) -> list[str]:
     """What is wrong with our own flags, and with those of Megatron's that `early_checks` reads as well."""
     checks = (
         _check_settings,
-        _check_row_length,
-        _check_objective,
+        check_row_length,
+        check_objective,
         check_candidates,
         _check_urls,
         _check_servers,
@@ -144,40 +145,6 @@ def _check_settings(args: argparse.Namespace) -> Iterator[str]:
             build(args)
         except ValueError as error:
             yield str(error)
-
-
-def _check_row_length(args: argparse.Namespace) -> Iterator[str]:
-    if args.seq_length is None:
-        return
-    needed = args.seq_length + (args.suffix_length if args.objective == "dpo" else 0) + control_room(args)
-    if args.row_length is None:
-        args.row_length = needed
-    if args.row_length < needed:
-        yield (
-            f"--row-length {args.row_length} does not hold one full group: it must be at least {needed} "
-            "(--seq-length, --suffix-length more for dpo, and the control text's bytes with --control-token)"
-        )
-
-
-def _check_objective(args: argparse.Namespace) -> Iterator[str]:
-    """What objective, candidates and reference need of each other."""
-    kinds = Needs.from_args(args).kinds
-    if "rollout" in kinds and args.num_rollouts < 1:
-        yield f"--num-rollouts {args.num_rollouts}: must be at least 1 when rollout is a candidate"
-    count = candidate_count(kinds, args.num_rollouts)
-    if args.objective == "dpo" and count < 2:
-        yield "--objective dpo compares two candidates: add a kind to --candidates or raise --num-rollouts"
-    if args.objective == "rf-nll" and kinds == ("rollout",) and count < 2:
-        yield (
-            "--objective rf-nll teaches a rollout only if it wins against another candidate: add suffix or rewrite to "
-            "--candidates, or raise --num-rollouts"
-        )
-    if args.ref_update_interval and args.objective != "dpo":
-        yield "--ref-update-interval: only --objective dpo has a reference; remove it"
-    if args.logit_chunk_columns < 0:
-        yield f"--logit-chunk-columns {args.logit_chunk_columns}: must be 0 (all at once) or more"
-    if args.ref_offload and args.objective != "dpo":
-        yield "--ref-offload: only --objective dpo has a reference; remove it"
 
 
 def _check_servers(args: argparse.Namespace) -> Iterator[str]:
@@ -258,7 +225,7 @@ def _schedule_mistakes(args: argparse.Namespace, settings: JudgeSettings) -> Ite
     ):
         yield f"--judge-pivot {schedule.pivot}: there is none to be the pivot; add {schedule.pivot} to --candidates"
     count = contender_count(kinds, args.num_rollouts, schedule)
-    if args.objective == "dpo" and schedule.pivot_apart and count < 2:
+    if args.objective in ("dpo", "grpo") and schedule.pivot_apart and count < 2:
         yield "--judge-schedule pivot leaves fewer than two candidates beside the pivot: raise --num-rollouts"
     if schedule.name == "two_ended_bt" and schedule.budget < least_budget(count):
         yield (
@@ -323,7 +290,7 @@ def _check_megatron(args: argparse.Namespace) -> Iterator[str]:
         ),
         (
             args.load not in (None, args.save),
-            f"--load {args.load}: a run continues from its own --save folder ({args.save}), where its DPO reference is; to "
+            f"--load {args.load}: a run continues from its own --save folder ({args.save}), where its reference is; to "
             "start from other weights give --pretrained-checkpoint",
         ),
         (

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_sip.config.needs import candidate_count, contender_count
+from megatron_sip.config.needs import branch_count, branches_in_a_row, candidate_count, contender_count
 from megatron_sip.config.settings import Settings
 from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
 from megatron_sip.judge.rewriter import REWRITE_ROOM
@@ -71,12 +71,14 @@ def prompt_cost(settings: Settings, present: Sequence[CandidateKind] | None = No
         count = contender_count(kinds, rollouts if "rollout" in kinds else 0, judge.schedule)
         costs = add_costs(criterion_cost(name, judge, count, prefix, suffix) for name in judge.criteria)
         cost |= dict(sorted(costs.items(), key=lambda item: not item[0].endswith("judgements")))
-    branches = _branches(settings)
+    branches = branch_count(settings.objective.objective, rollouts)
+    rows = -(-branches // _branches_in_a_row(settings))
     examples, control = _control(settings)
-    cost["training tokens, packed"] = examples * (control + prefix + branches * suffix)
+    packed = examples * (rows * (control + prefix) + branches * suffix)
+    cost["training tokens, packed"] = packed
     cost["training tokens, unpacked"] = examples * branches * (control + prefix + suffix)
     if settings.objective.needs_reference:
-        cost["reference tokens, packed"] = prefix + branches * suffix
+        cost["reference tokens, packed"] = packed
     return cost
 
 
@@ -92,8 +94,9 @@ def _control(settings: Settings) -> tuple[int, int]:
     return (1, 0) if control is None else (2, -(-control.room // CHARACTERS_PER_TOKEN))
 
 
-def _branches(settings: Settings) -> int:
-    return 2 if settings.objective.objective == "dpo" else 1
+def _branches_in_a_row(settings: Settings) -> int:
+    rollouts = settings.experience.sampling.n
+    return branches_in_a_row(settings.objective.objective, rollouts, settings.branches_per_row)
 
 
 def _rewriter_reasoning(settings: Settings) -> int:
@@ -172,9 +175,18 @@ def run_cost(settings: Settings) -> Cost:
     run, steps = settings.run, settings.experience.kind_steps
     phases = pairwise([*(step for step in steps.phases() if step < run.steps), run.steps])
     return add_costs(
-        _times(prompt_cost(settings, settings.experience.kinds_at(first)), (end - first) * run.prompts)
+        _times(step_cost(settings, prompt_cost(settings, settings.experience.kinds_at(first))), end - first)
         for first, end in phases
     )
+
+
+def step_cost(settings: Settings, prompt: Cost) -> Cost:
+    """What a step costs of prompts that cost `prompt`: rounds asked for beyond the first are made and judged, not trained."""
+    prompts, rounds = settings.run.prompts, settings.run.oversample
+    return {
+        name: value * prompts * (1 if name.startswith(("training", "reference")) else rounds)
+        for name, value in prompt.items()
+    }
 
 
 def _times(cost: Mapping[str, int], factor: int) -> Cost:
@@ -183,14 +195,14 @@ def _times(cost: Mapping[str, int], factor: int) -> Cost:
 
 def _table(settings: Settings) -> list[str]:
     prompt, run = prompt_cost(settings), run_cost(settings)
-    step = _times(prompt, settings.run.prompts)
+    step = step_cost(settings, prompt)
     width = max(map(len, run))
     columns = [("a prompt", prompt), ("a step", step), (f"{settings.run.steps:,} steps", run)]
     lines = ["  " + " " * width + "".join(f"{title:>20}" for title, _ in columns)]
     lines += [f"  {name:<{width}}" + "".join(f"{cost.get(name, 0):>20,}" for _, cost in columns) for name in prompt]
     ratio = prompt["training tokens, packed"] / prompt["training tokens, unpacked"]
     if ratio < 1:
-        lines.append(f"  Packed, with the prefix shared by the pair, training takes {ratio:.0%} of the tokens.")
+        lines.append(f"  Packed, with the prefix shared by its branches, training takes {ratio:.0%} of the tokens.")
     return lines
 
 
@@ -207,12 +219,37 @@ def _objective(settings: Settings) -> str:
             f"RF-NLL: NLL of the best candidate with {control.criterion} >= {control.threshold:g} behind {control.good!r}, "
             f"and of the worst below behind {control.bad!r}"
         )
+    if objective.objective == "grpo":
+        return _grpo(settings)
     roles = "best against worst candidate"
     if selection.fixed_roles is not None:
         roles = f"chosen {selection.fixed_roles[0]}, rejected {selection.fixed_roles[1]}"
+    return f"online DPO, {roles}; beta {objective.beta:g}, reference {_reference(settings)}"
+
+
+def _grpo(settings: Settings) -> str:
+    objective, selection = settings.objective, settings.experience.selection
+    lengths = {
+        "token": "mean over all tokens",
+        "sequence": "mean over each rollout's tokens, then over rollouts",
+        "constant": f"sum over each rollout's tokens / {objective.grpo_constant}, then mean over rollouts",
+    }
+    facts = [
+        "GRPO: score minus mean of its group" + (", divided by its spread" if selection.spread_normalization else ""),
+        lengths[objective.grpo_length],
+        f"clip {objective.clip_low:g} and {objective.clip_high:g}",
+        f"KL {objective.kl_coef:g}, reference {_reference(settings)}" if objective.needs_reference else "no KL",
+        f"mismatch correction {objective.mismatch_correction}",
+        f"rollouts cut at {settings.experience.sampling.max_new_tokens} tokens: {selection.truncated}",
+    ]
+    if settings.run.oversample > 1:
+        facts.append(f"up to {settings.run.oversample} rounds of tasks a step until all groups have a spread")
+    return "; ".join(facts)
+
+
+def _reference(settings: Settings) -> str:
     interval = settings.reference.update_interval
-    reference = f"refreshed every {interval} steps" if interval else "frozen"
-    return f"online DPO, {roles}; beta {objective.beta:g}, reference {reference}"
+    return f"refreshed every {interval} steps" if interval else "frozen"
 
 
 def _candidates(settings: Settings) -> str:
@@ -283,9 +320,11 @@ def _schedule(settings: Settings) -> str:
 
 def _rows(settings: Settings) -> str:
     prefix, suffix = _lengths(settings)
-    branches, control = _branches(settings), _control(settings)[1]
+    branches, control = _branches_in_a_row(settings), _control(settings)[1]
     example = control + prefix + branches * suffix
+    whole = branch_count(settings.objective.objective, settings.experience.sampling.n)
+    what = "an example has" if branches == whole else f"an example's {whole} branches are split, a part has"
     return (
-        f"micro-batches of up to {settings.row_length:,} tokens; an example has up to {example:,} "
+        f"micro-batches of up to {settings.row_length:,} tokens; {what} up to {example:,} "
         f"({f'{control} of control text, ' if control else ''}{prefix:,} of prefix, {branches} x {suffix})"
     )

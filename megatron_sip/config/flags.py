@@ -69,13 +69,19 @@ TASK_FLAGS: Flags = {
     "--row-length": (
         {"type": int, "metavar": "TOKENS"},
         "Longest packed row (micro-batch). Several groups share a row. Default: just enough for one full group, "
-        "--seq-length, and --suffix-length more when the objective is dpo.",
+        "--seq-length, and --suffix-length more for each branch after the first (two for dpo, --num-rollouts for grpo).",
+    ),
+    "--branches-per-row": (
+        {"type": int, "metavar": "N"},
+        "Spread a group of --objective grpo over rows of N rollouts, each with its own copy of the prefix; the gradient "
+        "stays. Default: a whole group in a row.",
     ),
 }
 OBJECTIVE_FLAGS: Flags = {
     "--objective": (
-        {"choices": ["sft", "rf-nll", "dpo"], "default": "dpo"},
-        "sft: NLL of --sft-target. rf-nll: NLL of the best-judged candidate. dpo: online DPO, best against worst.",
+        {"choices": ["sft", "rf-nll", "dpo", "grpo"], "default": "dpo"},
+        "sft: NLL of --sft-target. rf-nll: NLL of the best-judged candidate. dpo: online DPO, best against worst. grpo: "
+        "policy gradient on all rollouts, by their scores against their group's mean.",
     ),
     "--candidates": (
         {"nargs": "+", "choices": CANDIDATE_KINDS, "default": ["suffix", "rollout"], "metavar": "KIND"},
@@ -115,9 +121,37 @@ OBJECTIVE_FLAGS: Flags = {
     "--dpo-nll-coef": ({"type": float, "default": 0.0}, "Weight of an NLL term on the chosen branch."),
     "--dpo-label-smoothing": ({"type": float, "default": 0.0}, "Assumed rate of flipped preferences."),
     "--dpo-loss": ({"choices": ["sigmoid", "ipo"], "default": "sigmoid"}, "Shape of the pair loss."),
+    "--grpo-length": (
+        {"choices": ["token", "sequence", "constant"], "default": "token"},
+        "What GRPO's loss is a mean over. token: all tokens of the step (DAPO). sequence: each rollout's tokens, then rollouts "
+        "(the first GRPO). constant: rollouts, each one's sum divided by --suffix-length (Dr. GRPO).",
+    ),
+    "--grpo-clip-low": ({"type": float, "default": 0.2}, "GRPO's probability ratio counts down to 1 minus this."),
+    "--grpo-clip-high": ({"type": float, "default": 0.28}, "And up to 1 plus this."),
+    "--grpo-kl-coef": (
+        {"type": float, "default": 0.0},
+        "Weight of GRPO's KL penalty towards the reference; 0: none, and no reference model.",
+    ),
+    "--grpo-spread-normalization": (
+        {"action": "store_true"},
+        "Divide advantages by the standard deviation of their group's scores.",
+    ),
+    "--grpo-oversample": (
+        {"type": int, "default": 1, "metavar": "N"},
+        "Ask up to N rounds of --global-batch-size tasks a step, until so many groups have a spread to learn from.",
+    ),
+    "--truncated-answers": (
+        {"choices": ["score", "mask", "zero"], "default": "score"},
+        "GRPO's rollouts that were cut at --suffix-length. score: as judged. mask: left out, of the mean too. zero: score 0.",
+    ),
+    "--mismatch-correction": (
+        {"choices": ["none", "truncate", "mask"], "default": "truncate"},
+        "GRPO's weight of a token by how likely trainer and engine thought it, trainer over engine. truncate: at most 2. "
+        "mask: tokens outside 0.5 to 5 are left out (IcePop).",
+    ),
     "--ref-update-interval": (
         {"type": int, "default": 0, "metavar": "STEPS"},
-        "Copy the policy into the DPO reference every so many steps; 0 keeps the initial policy for ever.",
+        "Copy the policy into the reference every so many steps; 0 keeps the initial policy for ever.",
     ),
     "--logit-chunk-columns": (
         {"type": int, "default": 0, "metavar": "N"},
@@ -126,7 +160,7 @@ OBJECTIVE_FLAGS: Flags = {
     ),
     "--ref-offload": (
         {"action": "store_true"},
-        "Keep the DPO reference's weights in pinned host memory and swap them in for its pass: saves one copy of the "
+        "Keep the reference's weights in pinned host memory and swap them in for its pass: saves one copy of the "
         "weights on the GPU.",
     ),
 }

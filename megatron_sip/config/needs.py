@@ -86,3 +86,14 @@ def contender_count(kinds: Sequence[CandidateKind], rollouts: int, schedule: Sch
     """Judged candidates of one prompt that compete: all but a rollout drawn as the judge's pivot."""
     drawn = schedule.pivot_apart and schedule.pivot == "rollout" and rollouts > 0
     return candidate_count(kinds, rollouts) - int(drawn)
+
+
+def branch_count(objective: str, rollouts: int) -> int:
+    """The most branches of one example."""
+    return {"dpo": 2, "grpo": rollouts}.get(objective, 1)
+
+
+def branches_in_a_row(objective: str, rollouts: int, most: int | None) -> int:
+    """The most of them that stand in one row, where more than `most` are split."""
+    count = branch_count(objective, rollouts)
+    return count if most is None else min(count, most)

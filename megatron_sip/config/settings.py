@@ -44,7 +44,7 @@ class RunSettings:
 
     save: its checkpoints. run_dir: all else that it writes. hf_config: the policy's config and tokenizer.
     pretrained_checkpoint: its initial weights, None for random ones. prompts: of a step, of all replicas together.
-    save_interval: in steps. rank: this process's number.
+    oversample: the most rounds of so many tasks that a step may ask for. save_interval: in steps. rank: this process's number.
     """
 
     save: Path
@@ -57,6 +57,7 @@ class RunSettings:
     seed: int
     rank: int
     load_last_whole: bool = False
+    oversample: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,8 @@ class HeldOutSettings:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All of a run. row_length: tokens of the longest packed row. urls: of the servers that the flags name.
+    """All of a run. row_length: tokens of the longest packed row. branches_per_row: see TrainerSettings. urls: of the servers
+    that the flags name.
 
     judge, eval_judge, rewriter: None where nobody is asked; servers that are yet to be started have a made-up URL in them.
     """
@@ -141,6 +143,7 @@ class Settings:
     objective: ObjectiveSettings
     reference: ReferenceSettings
     row_length: int
+    branches_per_row: int | None
     learning_rate: LearningRate
     experience: ExperienceSettings
     rollouts: RolloutSettings
@@ -162,6 +165,7 @@ class Settings:
             objective=objective_settings(args),
             reference=ReferenceSettings(args.ref_update_interval, args.ref_offload),
             row_length=args.row_length,
+            branches_per_row=args.branches_per_row,
             learning_rate=LearningRate(args.lr, args.min_lr, args.lr_decay_style, args.lr_warmup_iters),
             experience=experience_settings(args),
             rollouts=rollout_settings(args),
@@ -205,6 +209,7 @@ def run_settings(args: argparse.Namespace) -> RunSettings:
         seed=args.seed,
         rank=args.rank,
         load_last_whole=args.load_last_whole,
+        oversample=args.grpo_oversample,
     )
 
 
@@ -238,6 +243,12 @@ def objective_settings(args: argparse.Namespace) -> ObjectiveSettings:
         nll_coef=args.dpo_nll_coef,
         label_smoothing=args.dpo_label_smoothing,
         dpo_loss=args.dpo_loss,
+        clip_low=args.grpo_clip_low,
+        clip_high=args.grpo_clip_high,
+        kl_coef=args.grpo_kl_coef,
+        grpo_length=args.grpo_length,
+        grpo_constant=args.suffix_length,
+        mismatch_correction=args.mismatch_correction,
     )
 
 
@@ -250,6 +261,8 @@ def selection_settings(args: argparse.Namespace) -> SelectionSettings:
         fixed_roles=tuple(args.dpo_pair) if args.dpo_pair is not None else None,
         seed=args.seed,
         control=control_settings(args),
+        truncated=args.truncated_answers,
+        spread_normalization=args.grpo_spread_normalization,
     )
 
 

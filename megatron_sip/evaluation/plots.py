@@ -236,6 +236,17 @@ def _preferences(steps: Steps, axes: Sequence[Axes], theme: Theme) -> None:
     _as_share(axes[1])
 
 
+def _rewards(steps: Steps, axes: Sequence[Axes], theme: Theme) -> None:
+    _line(axes[0], steps, "grpo/reward", theme.colors[0])
+    _label(axes[0], "mean reward", theme)
+    _line(axes[1], steps, "grpo/no_spread", theme.colors[0], "groups without spread")
+    _line(axes[1], steps, "grpo/truncated", theme.colors[1], "rollouts cut")
+    _line(axes[1], steps, "grpo/corrected_share", theme.colors[2], "tokens corrected")
+    _label(axes[1], "share", theme)
+    _as_share(axes[1])
+    _legend(axes[1], theme, 3)
+
+
 def _log_ratio(steps: Steps, axes: Sequence[Axes], theme: Theme) -> None:
     _line(axes[0], steps, "rollout_logratio", theme.colors[0])
     axes[0].axhline(0, color=theme.faint, linewidth=0.7)
@@ -350,6 +361,15 @@ PLOTS = (
         "pairs in which the chosen one has the higher reward.",
         (("reward_margin", "chosen_reward", "rejected_reward"), ("reward_accuracy",)),
         _preferences,
+    ),
+    Plot(
+        "rewards",
+        "Reward of rollouts",
+        "Mean score of the rollouts that GRPO trains on, and shares: of groups whose scores are all equal, which teach "
+        "nothing; of rollouts cut at the limit of their length; of tokens whose weight was capped or left out, because engine "
+        "and trainer differ.",
+        (("grpo/reward",), ("grpo/no_spread", "grpo/truncated", "grpo/corrected_share")),
+        _rewards,
     ),
     Plot(
         "log_ratio",

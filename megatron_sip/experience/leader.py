@@ -119,13 +119,13 @@ class Leader:
         return self._loop.run(work)
 
     def make_experience(
-        self, step: int, tasks: Sequence[Task], next_tasks: Sequence[Task], stop: StopSignal
+        self, step: int, tasks: Sequence[Task], next_tasks: Sequence[Task], stop: StopSignal, round_index: int = 0
     ) -> Experience | None:
-        """This leader's share of a step, or None when a stop was requested meanwhile.
+        """This leader's share of a round of a step, or None when a stop was requested meanwhile.
 
-        Rewrites of `next_tasks`, the next step's, are then made while the policy trains: they need no rollouts.
+        Rewrites of `next_tasks`, the next batch, are then made while the policy trains: they need no rollouts.
         """
-        return self.run(stop.run(self._maker.make(step, tasks, next_tasks)))
+        return self.run(stop.run(self._maker.make(step, tasks, next_tasks, round_index)))
 
     def close(self) -> None:
         """Close all connections; rewrites under way for a step that will not come are given up first."""

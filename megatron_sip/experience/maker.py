@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from megatron_sip.data.continuation_text import rollout_texts
+from megatron_sip.experience.advantages import reward_metrics
 from megatron_sip.experience.control import ControlIds
 from megatron_sip.experience.kind_steps import ALWAYS, KindSteps
 from megatron_sip.experience.recording import read_groups, write_groups
@@ -123,8 +124,10 @@ class ExperienceMaker:
         self._seen_counters: dict[str, float] = {}
         self._ahead: RewritesAhead | None = None
 
-    async def make(self, step: int, tasks: Sequence[Task], next_tasks: Sequence[Task] = ()) -> Experience:
-        """Candidates, scores and examples for `tasks` at optimizer step `step` (0 is the first).
+    async def make(
+        self, step: int, tasks: Sequence[Task], next_tasks: Sequence[Task] = (), round_index: int = 0
+    ) -> Experience:
+        """Candidates, scores and examples for `tasks`, a round of optimizer step `step` (0 is the first of each).
 
         The rewrites of `next_tasks`, which the next call is to be about, are begun before this one returns.
         """
@@ -135,14 +138,16 @@ class ExperienceMaker:
         unrecorded = None
         if self._settings.record is not None:
             try:
-                write_groups(self._settings.record, step, self._settings.replica, groups)
+                write_groups(self._settings.record, step, self._settings.replica, groups, round_index)
             except OSError as error:
                 unrecorded = f"--save-groups {self._settings.record} took no more: {error.strerror or error}"
-        competing = replace(self._settings.selection, candidates=self._settings.kinds_at(step))
-        selected = select(groups, competing, self._control_ids)
-        if self._settings.samples is not None:
+        selection = replace(self._settings.selection, candidates=self._settings.kinds_at(step))
+        selected = select(groups, selection, self._control_ids)
+        if self._settings.samples is not None and round_index == 0:
             self._settings.samples.record(step, groups, selected.examples)
         metrics = selection_metrics(groups, selected)
+        if selection.objective == "grpo":
+            metrics |= reward_metrics(groups, selection.truncated)
         metrics |= candidate_lengths(groups)
         metrics |= {f"dropped/{reason}": float(count) for reason, count in selected.dropped.items()}
         metrics |= self._counters() | seconds
@@ -172,7 +177,8 @@ class ExperienceMaker:
         return groups, {"seconds/rollout": made_at - started, "seconds/judge": time.monotonic() - made_at}
 
     def _judged_objective(self) -> Literal["dpo", "rf-nll"]:
-        return "dpo" if self._settings.selection.objective == "dpo" else "rf-nll"
+        """What the schedule is to find: both ends of the ranking, or, for RF-NLL, the best alone. GRPO learns from all."""
+        return "rf-nll" if self._settings.selection.objective == "rf-nll" else "dpo"
 
     async def _rollouts(self, tasks: Sequence[Task], version: str, *, wanted: bool) -> list[list[Candidate] | str]:
         """K rollouts per task, or the reason why there are none; by weights of `version` only."""

@@ -1,7 +1,8 @@
 """Judged groups on disk, so that a step can be trained again without engines or teacher: debugging, ablations, exact tests.
 
-`--save-groups DIR` writes one file per step and replica, `DIR/step_0000012.replica_0.jsonl.zst`; `--replay-groups DIR` trains
-from them, with any number of replicas. Selection runs again, so the objective may differ from that of the recording run.
+`--save-groups DIR` writes one file per step and replica, `DIR/step_0000012.replica_0.jsonl.zst`, and one for each further
+round of tasks that the step asked for, `DIR/step_0000012.round_1.replica_0.jsonl.zst`; `--replay-groups DIR` trains from
+them, with any number of replicas. Selection runs again, so the objective may differ from that of the recording run.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from megatron_sip.files import described, write_atomically
 from megatron_sip.records import Group, Task, group_from_json
 
 
-def write_groups(folder: Path, step: int, replica: int, groups: Sequence[Group]) -> Path:
-    """Write the groups of one replica's share of `step`; the file appears only when it is complete."""
+def write_groups(folder: Path, step: int, replica: int, groups: Sequence[Group], round_index: int = 0) -> Path:
+    """Write the groups of one replica's share of a round of `step`; the file appears only when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step:07d}.replica_{replica}.jsonl.zst"
+    which = f"step_{step:07d}" + (f".round_{round_index}" if round_index else "")
+    path = folder / f"{which}.replica_{replica}.jsonl.zst"
     text = "".join(json.dumps(group.to_json(), ensure_ascii=False) + "\n" for group in groups)
     write_atomically(path, zstandard.compress(text.encode()))
     return path
 
 
 def read_groups(folder: Path, step: int, tasks: Sequence[Task]) -> list[Group]:
-    """The recorded group of each of `tasks`, in order, whichever replica recorded it.
+    """The recorded group of each of `tasks`, in order, whichever replica recorded it and in whichever round of the step.
 
     Of a task that was recorded twice, as after a resume with fewer replicas, which leaves files of the others behind, the
     group of the newest file is taken.
@@ -35,9 +37,7 @@ def read_groups(folder: Path, step: int, tasks: Sequence[Task]) -> list[Group]:
     Raises:
         DataError: the step was not recorded, or not for these tasks; a file is cut short or holds something else.
     """
-    paths = sorted(
-        folder.glob(f"step_{step:07d}.replica_*.jsonl.zst"), key=lambda path: (path.stat().st_mtime_ns, path.name)
-    )
+    paths = sorted(folder.glob(f"step_{step:07d}.*.jsonl.zst"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     if not paths:
         raise DataError(f"--replay-groups {folder}: no groups of step {step}; it was recorded with fewer steps")
     recorded: dict[int, Group] = {}
@@ -48,7 +48,7 @@ def read_groups(folder: Path, step: int, tasks: Sequence[Task]) -> list[Group]:
         if task.index not in recorded:
             raise DataError(
                 f"--replay-groups {folder}: task {task.index} is not among the {len(recorded)} of step {step}: a file of that "
-                "step is missing, or the run was recorded with another --global-batch-size"
+                "step is missing, or the run was recorded with another --global-batch-size or --grpo-oversample"
             )
         if recorded[task.index].task != task:
             raise DataError(

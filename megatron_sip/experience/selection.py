@@ -12,16 +12,15 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
+from megatron_sip.experience.advantages import TIE_TOLERANCE, Truncated, sampled_branches
 from megatron_sip.experience.control import Control, ControlIds
 from megatron_sip.metrics import Mean, Metrics
 from megatron_sip.records import CANDIDATE_KINDS, Branch, Candidate, CandidateKind, Example, Group, Role
 
-Objective = Literal["sft", "rf-nll", "dpo"]
+Objective = Literal["sft", "rf-nll", "dpo", "grpo"]
 SftTarget = CandidateKind | Literal["document"]
-TIE_TOLERANCE = 1e-9
-"""Scores closer than this are tied: means of the same votes in another order differ by rounding."""
 
 UNSCORED, NON_FINITE, TIED, IDENTICAL = "unscored", "non-finite score", "tied", "identical"
 NO_CANDIDATE, TOO_FEW, EMPTY_PREFIX = "no candidate", "fewer than two candidates", "empty prefix"
@@ -37,6 +36,8 @@ class SelectionSettings:
     rf-nll: the candidate with the highest score; a rollout has to win against another candidate. With `control` the best of
     the good candidates and the worst of the bad ones, if there are, each behind its control text.
     dpo: highest score as chosen, lowest as rejected; with `fixed_roles` = (chosen kind, rejected kind) without a judge.
+    grpo: all rollouts, with their advantages; `truncated` says what becomes of those cut at their limit, and
+    `spread_normalization` divides advantages by the group's spread. Other kinds are only compared with.
     `candidates` are the kinds that compete; other candidates of a group are ignored.
     Draws among ties, or among several candidates of a fixed kind, depend on `seed`, the task and the candidate only.
     """
@@ -47,10 +48,12 @@ class SelectionSettings:
     fixed_roles: tuple[CandidateKind, CandidateKind] | None = None
     seed: int = 1234
     control: Control | None = None
+    truncated: Truncated = "score"
+    spread_normalization: bool = False
 
     def __post_init__(self) -> None:
-        if self.objective not in ("sft", "rf-nll", "dpo"):
-            raise ValueError(f"--objective must be sft, rf-nll or dpo, got {self.objective!r}")
+        if self.objective not in get_args(Objective):
+            raise ValueError(f"--objective must be sft, rf-nll, dpo or grpo, got {self.objective!r}")
         unknown = [kind for kind in self.candidates if kind not in CANDIDATE_KINDS]
         if unknown or not self.candidates or len(set(self.candidates)) < len(self.candidates):
             raise ValueError(f"--candidates must be distinct kinds of {CANDIDATE_KINDS}, got {self.candidates}")
@@ -58,6 +61,10 @@ class SelectionSettings:
             raise ValueError(f"--sft-target {self.sft_target} is not among --candidates {self.candidates}; add it")
         if self.control is not None and self.objective != "rf-nll":
             raise ValueError(f"--control-token is for --objective rf-nll, got {self.objective}")
+        if self.objective == "grpo" and "rollout" not in self.candidates:
+            raise ValueError(f"--objective grpo learns from rollouts: add rollout to --candidates {self.candidates}")
+        if self.truncated not in get_args(Truncated):
+            raise ValueError(f"--truncated-answers must be score, mask or zero, got {self.truncated!r}")
         if self.fixed_roles is None:
             return
         if self.objective != "dpo":
@@ -133,8 +140,15 @@ def select(groups: Sequence[Group], settings: SelectionSettings, control_ids: Co
         if reason is not None:
             selected.dropped[reason] += 1
             continue
-        contenders = _merge_identical(group, usable, settings.needs_judge)
         empty += len(entrants) - len(usable)
+        if settings.objective == "grpo":
+            branches = sampled_branches(group, settings.truncated, by_spread=settings.spread_normalization)
+            if isinstance(branches, str):
+                selected.dropped[branches] += 1
+            else:
+                selected.examples.append(Example(group.task.index, group.task.prefix_ids, branches))
+            continue
+        contenders = _merge_identical(group, usable, settings.needs_judge)
         merged += len(usable) - len(contenders)
         choice = _choose(group, usable, contenders, settings)
         if isinstance(choice, str):

@@ -10,6 +10,7 @@ and on the CPU. See docs/packing.md for a drawing of the attention that goes wit
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -90,7 +91,7 @@ def plan_rows(lengths: Sequence[Lengths], row_length: int, num_replicas: int, *,
     Best-fit decreasing finds the number of rows, which is rounded up to a multiple of `num_replicas`; the examples are
     then spread evenly over that many rows, so that the common length, that of the longest row, is small. Lengths are
     rounded up to `multiple_of` (tensor-parallel size under sequence parallelism, vector widths). An example is never
-    split. Deterministic in its arguments.
+    split here. Deterministic in its arguments.
 
     Raises:
         ValueError: a bad row_length, num_replicas or multiple_of, an empty prefix or branch, or branches that leave no
@@ -118,6 +119,20 @@ def plan_rows(lengths: Sequence[Lengths], row_length: int, num_replicas: int, *,
 def example_lengths(examples: Sequence[Example]) -> list[Lengths]:
     """What `plan_rows` needs to know of the examples."""
     return [(len(example.prefix_ids), [len(branch.ids) for branch in example.branches]) for example in examples]
+
+
+def split_branches(examples: Sequence[Example], most: int) -> list[Example]:
+    """The same branches in examples of at most `most`, as even as can be, each with its own copy of the prefix.
+
+    For objectives whose loss is a sum over branches (GRPO, NLL): neither loss nor gradient change.
+    """
+    parts = []
+    for example in examples:
+        count = len(example.branches)
+        pieces = -(-count // most)
+        cuts = [count * piece // pieces for piece in range(pieces + 1)]
+        parts += [replace(example, branches=example.branches[first:last]) for first, last in itertools.pairwise(cuts)]
+    return parts
 
 
 def build_row(examples: Sequence[Example], indices: Sequence[int], row_length: int, pad_id: int) -> PackedRow:

@@ -1,4 +1,4 @@
-"""The frozen reference model of DPO: the policy's architecture and shards with weights of an earlier moment.
+"""The frozen reference model of DPO, and of GRPO with a KL penalty: the policy's architecture and shards, earlier weights.
 
 Its weights are a second model on the device, or with --ref-offload lie in pinned host memory and are swapped into the
 policy's own parameters for the reference pass: one copy of the weights less on the device, for three copies of them
@@ -163,14 +163,15 @@ class ReferenceStore:
         """Load the newest reference not after `iteration`.
 
         Raises:
-            DataError: there is none, as in a run that trained without --objective dpo so far.
+            DataError: there is none, as in a run whose objective had no reference so far.
         """
         folder = reference_folder(self._checkpoints, iteration)
         if folder is None:
             raise DataError(
-                f"{self._folder}: no reference weights of iteration {iteration} or before, so the run did not train with "
-                "--objective dpo until now: continue it with the objective it had, or start a dpo run from its weights with "
-                f"--pretrained-checkpoint {self._checkpoints} and another --save folder"
+                f"{self._folder}: no reference weights of iteration {iteration} or before, so the run had no "
+                "objective with a reference (--objective dpo, or grpo with --grpo-kl-coef) until now: continue it with the "
+                f"objective it had, or start a new run from its weights with --pretrained-checkpoint {self._checkpoints} and "
+                "another --save folder"
             )
         with reference.active(keep_changes=True) as chunks:
             loaded = dist_checkpointing.load(_sharded(chunks), str(folder))

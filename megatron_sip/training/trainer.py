@@ -3,8 +3,8 @@
     examples -> rows (packed, same plan on every rank) -> reference log-probs -> forward/backward -> optimizer
 
 Every rank knows all examples, so the plan needs no talking; each replica trains its own rows. The number of
-micro-batches varies from step to step, and the loss is divided by the step's global count of examples (DPO) or target
-tokens (SFT, RF-NLL), whatever the rows they landed in.
+micro-batches varies from step to step, and the loss is divided by the step's global count of examples (DPO), target
+tokens (SFT, RF-NLL, GRPO) or branches (GRPO), whatever the rows they landed in.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from megatron_sip.console import say
 from megatron_sip.metrics import Mean, Metrics, merge
 from megatron_sip.model.gpt import model_provider, row_logprobs
-from megatron_sip.model.packing import PackedRow, RowPlan, build_row, example_lengths, plan_rows
+from megatron_sip.model.packing import PackedRow, RowPlan, build_row, example_lengths, plan_rows, split_branches
 from megatron_sip.records import Example
 from megatron_sip.training.leaders import LeaderExchange
 from megatron_sip.training.non_finite import NON_FINITE, Attempt, as_ranges, worth_another
@@ -51,12 +51,14 @@ class MicroBatch:
 class TrainerSettings:
     """row_length: tokens that a packed row may have. global_batch_size: tasks per step, by which the schedule goes on.
 
+    branches_per_row: of one example; it is split over rows when it has more. None: never.
     align_grad_reduce: with --overlap-grad-reduce all pipeline stages begin to reduce gradients together.
     """
 
     row_length: int
     global_batch_size: int
     align_grad_reduce: bool = True
+    branches_per_row: int | None = None
 
 
 class RowLoss(Protocol):
@@ -137,6 +139,8 @@ class PolicyTrainer:
         return metrics
 
     def _pack(self, examples: Sequence[Example]) -> tuple[RowPlan, list[PackedRow]]:
+        if self._settings.branches_per_row is not None:
+            examples = split_branches(examples, self._settings.branches_per_row)
         tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
         plan = plan_rows(
             example_lengths(examples),

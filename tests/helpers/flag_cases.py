@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_sip.config.checks import check_required, validate
 from megatron_sip.config.flags import add_arguments
+from megatron_sip.config.objective_checks import check_row_length
 from megatron_sip.config.presets import expand_presets
 from megatron_sip.config.settings import Settings
 
@@ -88,7 +89,7 @@ def dry_run_settings(*argv: str) -> Settings:
     parser.add_argument("--lr-warmup-iters", type=int)
     parser.add_argument("--lr-decay-style")
     args, _ = parser.parse_known_args(expand_presets(argv))
-    args.row_length = args.row_length or args.seq_length + (args.suffix_length if args.objective == "dpo" else 0)
+    assert not list(check_row_length(args))
     for name in ("seed", "save", "vocab_size", "rank", "data_path", "split", "data_cache_path", "save_interval"):
         setattr(args, name, MEGATRON[name])
     args.hf_config, args.run_dir, args.weight_sync_dir, args.pretrained_checkpoint = "hf", "run", "run/weights", None

@@ -1,6 +1,8 @@
 """One trainer step for each objective, for test_objectives_end_to_end.
 
-    python tests/integration/objectives_worker.py POLICY_DIR REFERENCE_DIR EXAMPLES.json RESULT.pt
+    python tests/integration/objectives_worker.py POLICY_DIR REFERENCE_DIR PROBLEMS.json RESULT.pt
+
+PROBLEMS.json is {name: [constants of ObjectiveSettings, examples]}.
 
 Writes {name of the problem: {"loss", "gradients": by HF name}} of PolicyTrainer.train_step, with a reference of other weights.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,11 +29,13 @@ FLAGS = (
     *("--global-batch-size", "4", "--calculate-per-token-loss", "--clip-grad", "0", "--rerun-mode", "disabled"),
     *("--no-check-for-nan-in-loss-and-grad", "--lr", "1e-3", "--train-iters", "2"),
 )
-CHUNKED_LOGITS, OFFLOADED = " with chunked logits", " with offloaded reference"
+CHUNKED_LOGITS, OFFLOADED, SPLIT = " with chunked logits", " with offloaded reference", " split over rows"
 """What may stand in a problem's name after its objective."""
 
 
-def run_case(name: str, policy_dir: str, reference_dir: str, examples: list[Example]) -> dict:
+def run_case(
+    name: str, constants: dict[str, Any], policy_dir: str, reference_dir: str, examples: list[Example]
+) -> dict:
     from megatron.training import get_args
 
     from megatron_sip.hf.weights import export_hf_weights, load_hf_weights
@@ -43,9 +48,9 @@ def run_case(name: str, policy_dir: str, reference_dir: str, examples: list[Exam
     initialize_megatron_for(hf_config, list(FLAGS))
     args = get_args()
     args.logit_chunk_columns = 50 if name.endswith(CHUNKED_LOGITS) else 0
-    objective = name.split()[0]
-    settings = ObjectiveSettings(objective, nll_coef=0.2 if objective == "dpo" else 0.0)
-    trainer = PolicyTrainer(TrainerSettings(160, 4), settings, LeaderExchange(timeout_seconds=60), pad_id=0)
+    settings = ObjectiveSettings(**constants)
+    rows = TrainerSettings(160, 4, branches_per_row=2 if name.endswith(SPLIT) else None)
+    trainer = PolicyTrainer(rows, settings, LeaderExchange(timeout_seconds=60), pad_id=0)
     load_hf_weights(trainer.model, policy_dir)
     trainer.optimizer.reload_model_params()
     reference = None
@@ -62,13 +67,13 @@ def run_case(name: str, policy_dir: str, reference_dir: str, examples: list[Exam
 
 
 def main() -> None:
-    policy_dir, reference_dir, examples_file, result = sys.argv[1:]
+    policy_dir, reference_dir, problems_file, result = sys.argv[1:]
     prepare_megatron()
-    problems = json.loads(Path(examples_file).read_text())
+    problems = json.loads(Path(problems_file).read_text())
     results = {}
-    for name, records in problems.items():
+    for name, (constants, records) in problems.items():
         examples = [Example(**{**record, "branches": [Branch(**b) for b in record["branches"]]}) for record in records]
-        results[name] = run_case(name, policy_dir, reference_dir, examples)
+        results[name] = run_case(name, constants, policy_dir, reference_dir, examples)
         forget_megatron()
     torch.save(results, result)
     dist.destroy_process_group()

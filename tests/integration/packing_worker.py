@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 4 tests/integration/packing_worker.py CASES.json RESULTS_DIR
 
-CASES.json is a list of {"name", "problem", "hf_dir", "dtype", "flags", "row_length", "separate"}. Every rank writes
-the loss and those gradients, whole and by their HF names, that the weight export hands it, to RESULTS_DIR/NAME.RANK.pt.
+CASES.json is a list of {"name", "problem", "hf_dir", "dtype", "flags", "row_length", "separate", "branches_per_row"}. Every
+rank writes the loss and those gradients, whole and by their HF names, that the weight export hands it, to
+RESULTS_DIR/NAME.RANK.pt.
 
 "separate" runs each branch in an unpadded row of its own and one plain autograd graph over all of them (one process);
 otherwise the rows are planned as in training and go through Megatron's schedule, DDP and gradient finalisation.
@@ -23,7 +24,7 @@ from parity_worker import forget_megatron
 from torch import Tensor
 
 from megatron_sip.hf.standalone import initialize_megatron_for
-from megatron_sip.model.packing import PackedRow, build_row, example_lengths, plan_rows
+from megatron_sip.model.packing import PackedRow, build_row, example_lengths, plan_rows, split_branches
 from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.records import Branch, Example, Role
 from megatron_sip.training.objectives.row_loss import row_loss
@@ -35,11 +36,11 @@ VOCABULARY = 131
 
 @dataclass(frozen=True)
 class Problem:
-    """Examples, and the reference's log-probs of their branches, by example."""
+    """Examples, and the reference's log-probs of their branches, by task and token ids."""
 
     settings: ObjectiveSettings
     examples: list[Example]
-    reference: list[Tensor]
+    reference: dict[tuple[int, tuple[int, ...]], Tensor]
 
 
 def make_problem(name: str) -> Problem:
@@ -50,28 +51,37 @@ def make_problem(name: str) -> Problem:
     def ids(low: int, high: int) -> list[int]:
         return [rng.randrange(VOCABULARY) for _ in range(rng.randint(low, high))]
 
+    def made(role: Role, tokens: list[int]) -> Branch:
+        """With engine log-probs near those of the random model, so that some are corrected and others not."""
+        engine = [rng.uniform(-6, -4) for _ in tokens]
+        return Branch(tokens, role, "rollout", advantage=rng.uniform(-1, 1), engine_logprobs=engine)
+
     shapes = {"dpo": [(1, 40, 1, 20, 2)] * 7, "few": [(30, 30, 8, 8, 2)] * 5, "long": [(90, 150, 20, 80, 2)] * 8}
     shapes["grpo"] = [(1, 30, 1, 12, branches) for branches in (1, 2, 5, 16)]
     examples = []
     for task, (low, high, shortest, longest, count) in enumerate(shapes[name]):
-        roles: list[Role] = ["target"] * count if name == "grpo" else ["chosen", "rejected"]
-        branches = [Branch(ids(shortest, longest), role, "rollout", advantage=rng.uniform(-1, 1)) for role in roles]
+        roles: list[Role] = ["sampled"] * count if name == "grpo" else ["chosen", "rejected"]
+        branches = [made(role, ids(shortest, longest)) for role in roles]
         examples.append(Example(task, ids(low, high), branches, weight=rng.uniform(0.5, 2)))
     # Near the log-probs of the random model under test, so that neither the sigmoid nor the KL term is saturated.
-    reference = [
-        torch.tensor([rng.uniform(-6, -4) for branch in example.branches for _ in branch.ids], dtype=torch.float32)
+    reference = {
+        (example.task_index, tuple(branch.ids)): torch.tensor([rng.uniform(-6, -4) for _ in branch.ids])
         for example in examples
-    ]
+        for branch in example.branches
+    }
     settings = ObjectiveSettings("grpo", kl_coef=0.1) if name == "grpo" else ObjectiveSettings("dpo", nll_coef=0.2)
     return Problem(settings, examples, reference)
 
 
 def loss_of(problem: Problem, row: PackedRow, token_logprobs: Tensor) -> LossTerms:
-    reference = [problem.reference[example.task_index] for example in row.examples]
+    branches = [(example.task_index, tuple(branch.ids)) for example in row.examples for branch in example.branches]
+    reference = [problem.reference[branch] for branch in branches]
     return row_loss(problem.settings, row, token_logprobs, torch.cat([torch.zeros(0), *reference]))
 
 
-def train_on_packed_rows(problem: Problem, model: list, row_length: int) -> tuple[float, int]:
+def train_on_packed_rows(
+    problem: Problem, model: list, row_length: int, branches_per_row: int | None
+) -> tuple[float, int]:
     """Gradients into main_grad; returns this replica's loss sum and its number of filler rows (last stage)."""
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
@@ -84,8 +94,9 @@ def train_on_packed_rows(problem: Problem, model: list, row_length: int) -> tupl
     config.finalize_model_grads_func = finalize_model_grads
     if model[0].ddp_config.overlap_grad_reduce:
         config.no_sync_func = model[0].no_sync
+    examples = problem.examples if branches_per_row is None else split_branches(problem.examples, branches_per_row)
     plan = plan_rows(
-        example_lengths(problem.examples),
+        example_lengths(examples),
         row_length,
         parallel_state.get_data_parallel_world_size(),
         multiple_of=16,
@@ -94,7 +105,7 @@ def train_on_packed_rows(problem: Problem, model: list, row_length: int) -> tupl
     losses = []
 
     def forward_step(iterator, chunk):
-        row = build_row(problem.examples, next(iterator), plan.row_length, pad_id=0)
+        row = build_row(examples, next(iterator), plan.row_length, pad_id=0)
 
         def loss_function(token_logprobs: Tensor):
             terms = loss_of(problem, row, token_logprobs)
@@ -154,7 +165,7 @@ def run_case(case: dict) -> dict:
     if case["separate"]:
         loss, fillers = train_on_separate_rows(problem, model)
     else:
-        loss, fillers = train_on_packed_rows(problem, model, case["row_length"])
+        loss, fillers = train_on_packed_rows(problem, model, case["row_length"], case["branches_per_row"])
     # The export knows how to put shards together: hand it the gradients as if they were the weights.
     for chunk in model:
         for parameter in chunk.parameters():

@@ -1,11 +1,13 @@
-"""SFT, RF-NLL and DPO: a trainer step's loss and gradients equal those of a transformers model and plain formulas."""
+"""SFT, RF-NLL, DPO and GRPO: a trainer step's loss and gradients equal those of a transformers model and plain formulas."""
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +48,19 @@ def make_examples(roles: list[str], seed: int) -> list[dict]:
     return [*examples, examples[4]]
 
 
+def make_groups(seed: int) -> list[dict]:
+    """Groups of 4 rollouts with advantages, and engine log-probs from near those of a random model to far from them."""
+    rng = random.Random(seed)
+    examples = make_examples(["sampled"] * 4, seed)
+    examples[1]["prefix_ids"] = examples[0]["prefix_ids"]  # parts of a split group would cut one that is too long less
+    for example in examples:
+        for branch in example["branches"]:
+            branch["kind"] = "rollout"
+            branch["advantage"] = rng.uniform(-1, 1)
+            branch["engine_logprobs"] = [rng.uniform(-7.0, -3.0) for _ in branch["ids"]]
+    return examples
+
+
 def prefix_in_a_row(example: dict) -> list[int]:
     """Its end, as far as a row has room for it beside the branches."""
     return example["prefix_ids"][-(ROW_LENGTH - sum(len(branch["ids"]) for branch in example["branches"])) :]
@@ -66,13 +81,21 @@ def make_documents(seed: int) -> list[dict]:
     ]
 
 
-PROBLEMS = {
-    "sft": make_examples(["target"], 0),
-    "sft of documents": make_documents(5),
-    "rf-nll": make_examples(["target"], 1),
-    "dpo": make_examples(["chosen", "rejected"], 2),
-    "dpo with chunked logits": make_examples(["chosen", "rejected"], 4),
-    "dpo with offloaded reference": make_examples(["chosen", "rejected"], 3),
+DPO = {"objective": "dpo", "beta": BETA, "nll_coef": NLL_COEF}
+BY_TOKEN = {"objective": "grpo"}
+BY_SEQUENCE = {"objective": "grpo", "grpo_length": "sequence", "kl_coef": 0.1, "mismatch_correction": "none"}
+BY_CONSTANT = {"objective": "grpo", "grpo_length": "constant", "grpo_constant": 25, "mismatch_correction": "mask"}
+PROBLEMS: dict[str, tuple[dict[str, Any], list[dict]]] = {
+    "sft": ({"objective": "sft"}, make_examples(["target"], 0)),
+    "sft of documents": ({"objective": "sft"}, make_documents(5)),
+    "rf-nll": ({"objective": "rf-nll"}, make_examples(["target"], 1)),
+    "dpo": (DPO, make_examples(["chosen", "rejected"], 2)),
+    "dpo with chunked logits": (DPO, make_examples(["chosen", "rejected"], 4)),
+    "dpo with offloaded reference": (DPO, make_examples(["chosen", "rejected"], 3)),
+    "grpo by token": (BY_TOKEN, make_groups(5)),
+    "grpo by token split over rows": (BY_TOKEN, make_groups(5)),
+    "grpo by sequence": (BY_SEQUENCE, make_groups(6)),
+    "grpo by constant": (BY_CONSTANT, make_groups(7)),
 }
 
 
@@ -121,20 +144,52 @@ def dpo_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: li
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize(
-    ("objective", "plain"),
-    [
-        (name, dpo_loss if name.startswith("dpo") else next_token_loss if "documents" in name else nll_loss)
-        for name in PROBLEMS
-    ],
-)
-def test_a_step_equals_transformers(
-    results: dict, folders: tuple[Path, Path], objective: str, plain: Callable[..., Tensor]
-) -> None:
+def correction(how: str, gap: float) -> float:
+    """Of a token whose trainer and engine log-probs differ by `gap`."""
+    ratio = math.exp(gap)
+    return {"none": 1.0, "truncate": min(ratio, 2.0), "mask": ratio if 0.5 <= ratio <= 5.0 else 0.0}[how]
+
+
+def grpo_loss(
+    policy: LlamaForCausalLM,
+    reference: LlamaForCausalLM,
+    examples: list[dict],
+    *,
+    objective: str,
+    grpo_length: str = "token",
+    grpo_constant: int = 0,
+    kl_coef: float = 0.0,
+    mismatch_correction: str = "truncate",
+) -> Tensor:
+    """On policy: the ratio is 1, and its gradient the log-prob's."""
+    losses, tokens = [], 0
+    for example in examples:
+        prefix = prefix_in_a_row(example)
+        for branch in example["branches"]:
+            logprobs = branch_logprobs(policy, prefix, branch["ids"])
+            gaps = (logprobs.detach() - torch.tensor(branch["engine_logprobs"])).tolist()
+            weights = torch.tensor([correction(mismatch_correction, gap) for gap in gaps])
+            terms = -(logprobs - logprobs.detach()).exp() * weights * branch["advantage"]
+            with torch.no_grad():
+                base = branch_logprobs(reference, prefix, branch["ids"])
+            terms = terms + kl_coef * ((base - logprobs).exp() - (base - logprobs) - 1)
+            divisor = {"token": 1, "sequence": len(gaps), "constant": grpo_constant}[grpo_length]
+            losses.append(example["weight"] * terms.sum() / divisor)
+            tokens += len(gaps)
+    return torch.stack(losses).sum() / (tokens if grpo_length == "token" else len(losses))
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"dpo": dpo_loss, "grpo": grpo_loss}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_step_equals_transformers(results: dict, folders: tuple[Path, Path], problem: str) -> None:
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders)
-    loss = plain(policy, reference, PROBLEMS[objective])
+    constants, examples = PROBLEMS[problem]
+    plain = next_token_loss if "documents" in problem else LOSSES.get(constants["objective"], nll_loss)
+    loss = plain(policy, reference, examples, **(constants if plain is grpo_loss else {}))
     loss.backward()
-    found = results[objective]
+    found = results[problem]
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
     expected = {name: parameter.grad for name, parameter in policy.named_parameters()}
     assert found["gradients"].keys() == expected.keys()

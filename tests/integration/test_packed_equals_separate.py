@@ -45,6 +45,8 @@ IN_BFLOAT16 = {
     4: {"bf16_tp2_sp_dp2": (*TP2, "--sequence-parallel"), "bf16_pp2_dp2": PP2},
 }
 PROBLEMS = {"dpo": "untied", "grpo": "tied"}
+SPLIT = {1: {"split": ()}, 4: {"split_tp2_dp2": TP2, "split_pp2_dp2": PP2}}
+"""GRPO's groups of up to 16 branches in rows of at most 3."""
 
 
 def launch(cases: list[dict], processes: int, folder: Path) -> None:
@@ -61,11 +63,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes["long"] = {"tie_word_embeddings": True, "hidden_size": 128, "intermediate_size": 192}
     models = {kind: str(save_tiny_llama(folder / kind, 1, torch.bfloat16, **own)) for kind, own in changes.items()}
 
-    def case(name: str, problem: str, flags: tuple[str, ...], row_length: int = 160, separate: bool = False) -> dict:
+    def case(
+        name: str,
+        problem: str,
+        flags: tuple[str, ...],
+        row_length: int = 160,
+        separate: bool = False,
+        branches_per_row: int | None = None,
+    ) -> dict:
         model = models["long" if problem == "long" else PROBLEMS.get(problem, "untied")]
         dtype = "bfloat16" if name.startswith("bf16") else "float32"
         entry = {"name": f"{problem}_{name}", "problem": problem, "hf_dir": model, "dtype": dtype, "flags": flags}
-        return entry | {"row_length": row_length, "separate": separate}
+        return entry | {"row_length": row_length, "separate": separate, "branches_per_row": branches_per_row}
 
     alone = [case("separate", problem, (), separate=True) for problem in (*PROBLEMS, "few", "long")]
     packed = {
@@ -74,6 +83,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for processes, layouts in IN_BFLOAT16.items():
         packed[processes] += [case(name, "long", flags, 720) for name, flags in layouts.items()]
+    for processes, layouts in SPLIT.items():
+        packed[processes] += [case(name, "grpo", flags, 80, branches_per_row=3) for name, flags in layouts.items()]
     launch(alone + packed[1], 1, folder)
     # Five rows of one pair each for four replicas: three of the eight micro-batches are fillers.
     launch([*packed[4], case("fillers", "few", (), row_length=48)], 4, folder)
@@ -109,6 +120,11 @@ def assert_equal(results: Path, problem: str, name: str) -> int:
 @pytest.mark.parametrize("layout", [*ONE_PROCESS, *FOUR_PROCESSES])
 def test_packed_rows_give_the_loss_and_gradients_of_separate_rows(results, problem, layout):
     assert_equal(results, problem, layout)
+
+
+@pytest.mark.parametrize("layout", [name for layouts in SPLIT.values() for name in layouts])
+def test_groups_split_over_rows_give_the_loss_and_gradients_of_separate_rows(results, layout):
+    assert_equal(results, "grpo", layout)
 
 
 def test_filler_rows_change_nothing(results):

@@ -82,7 +82,7 @@ class FakeRun(Run):
     def train_step(self, examples: Sequence[Example], reference: None, iteration: int) -> Metrics:
         return {NON_FINITE: 1.0} if iteration + 1 in self._bad else {}
 
-    def make_experience(self, stop: StopSignal) -> Experience:
+    def make_experience(self, stop: StopSignal, round_index: int = 0) -> Experience:
         usable = self._usable.pop(0)
         return Experience([EXAMPLE] if usable else [], {"dropped/no verdict": 0.0 if usable else 1.0})
 
@@ -148,7 +148,7 @@ def test_metrics_that_a_full_disk_does_not_take_end_the_run_with_its_step_saved(
 def test_groups_that_a_full_disk_does_not_take_end_every_rank_with_the_step_saved() -> None:
     run = FakeRun([True] * 8, save_interval=100)
     made = run.make_experience
-    run.make_experience = lambda stop: replace(made(stop), unrecorded="--save-groups g took no more")  # type: ignore[method-assign]
+    run.make_experience = lambda stop, round_index: replace(made(stop), unrecorded="--save-groups g took no more")  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match=r"^--save-groups g took no more\. Step 1 is saved"):
         run_steps(run, StopSignal())
     assert run.saved == [1]
@@ -267,3 +267,62 @@ def test_a_checkpoint_keeps_the_state_under_the_names_that_earlier_ones_have() -
     assert vars(args) == kept
     beginning = RunState.loaded(argparse.Namespace(iteration=0, consumed_train_samples=0), 0, "tasks")
     assert beginning.last_saved is None
+
+
+class Rounds(FakeRun):
+    """A run of batches of two tasks, of which the entries of `usable` are usable; its steps ask for up to three rounds."""
+
+    def __init__(self, usable: Sequence[int], steps: int) -> None:
+        super().__init__([True] * steps, save_interval=1000)
+        run = replace(self.settings.run, prompts=2, oversample=3)
+        self.settings = replace(self.settings, run=run)
+        self.trained: list[list[int]] = []
+        self.logged: list[Metrics] = []
+        self.asked: list[int] = []
+        self._rounds = list(usable)
+
+    def make_experience(self, stop: StopSignal, round_index: int = 0) -> Experience:
+        self.asked.append(round_index)
+        usable = self._rounds.pop(0)
+        first = 10 * len(self.asked)
+        examples = [replace(EXAMPLE, task_index=first + number) for number in range(usable)]
+        return Experience(examples, {"groups": 2.0, "seconds/rollout": 1.5})
+
+    def train_step(self, examples: Sequence[Example], reference: None, iteration: int) -> Metrics:
+        self.trained.append([example.task_index for example in examples])
+        return {}
+
+    def write_metrics(self, metrics: Metrics) -> None:
+        self.logged.append(metrics)
+
+
+def test_further_rounds_are_asked_until_the_batch_is_full_and_the_cursor_counts_them() -> None:
+    run = Rounds([2, 1, 0, 2, 0, 1, 0], steps=3)
+    assert run_steps(run, StopSignal())
+    assert run.asked == [0, 0, 1, 2, 0, 1, 2]
+    assert run.trained == [
+        [10, 11],
+        [20, 40],
+        [60],
+    ]  # of the fourth round one finds no room; the third step stays short
+    assert [metrics["grpo/rounds"] for metrics in run.logged] == [1, 3, 3]
+    assert [metrics["grpo/surplus"] for metrics in run.logged] == [0, 1, 0]
+    assert [metrics["groups"] for metrics in run.logged] == [2, 6, 6]
+    assert [metrics["seconds/rollout"] for metrics in run.logged] == [1.5, 4.5, 4.5]
+    assert run.state.consumed_samples == 7 * 2
+
+
+def test_a_stop_in_a_later_round_forgets_the_step() -> None:
+    run = Rounds([2, 1, 0], steps=3)
+    made = run.make_experience
+    run.make_experience = lambda stop, number: made(stop, number) if len(run.asked) < 2 else None  # type: ignore
+    assert not run_steps(run, StopSignal())
+    assert (run.saved, run.state.consumed_samples) == ([1], 2)
+
+
+def test_a_round_s_tasks_are_the_next_batch_s_share_and_end_with_the_run() -> None:
+    run = Rounds([], steps=4)
+    run.state.iteration, run.state.consumed_samples = 3, 10
+    run.exchange = SimpleNamespace(num_replicas=2, replica=1)
+    run.tasks = SimpleNamespace(tasks=lambda start, count: list(range(start, start + count)))  # type: ignore[assignment]
+    assert [run.my_tasks(ahead) for ahead in range(4)] == [[11], [13], [15], []]

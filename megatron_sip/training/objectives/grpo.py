@@ -6,62 +6,62 @@ import torch
 from torch import Tensor
 
 from megatron_sip.model.packing import PackedRow
-from megatron_sip.training.objectives.settings import GrpoAverage, ObjectiveSettings
+from megatron_sip.training.objectives.mismatch import MAX_LOG_RATIO, correction, engine_logprobs
+from megatron_sip.training.objectives.settings import ObjectiveSettings
 from megatron_sip.training.objectives.terms import LossTerms
 
-METRIC_COUNTS = {"policy_loss": "grpo_count", "kl_penalty": "grpo_count", "clipped_fraction": "policy_tokens"}
-MAX_LOG_RATIO = 20.0
-"""exp of a larger one overflows sooner or later, and then a clipped token's gradient is 0 times infinity."""
+METRIC_COUNTS = {"grpo/clipped_fraction": "grpo/tokens", "grpo/kl": "grpo/tokens", "grpo/sampled_nll": "grpo/tokens"}
 
 
 def grpo(
+    settings: ObjectiveSettings,
     token_logprobs: Tensor,
     old_logprobs: Tensor,
     reference_logprobs: Tensor | None,
+    corrections: Tensor,
     advantages: Tensor,
     branch_tokens: Tensor,
     weights: Tensor,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    kl_coef: float = 0.0,
-    average: GrpoAverage = "sequence",
 ) -> LossTerms:
     """Group relative policy optimisation: clipped policy gradient with a KL penalty (Shao et al. 2024, eq. 3 and 4).
 
-    Token loss: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef (exp(d) - d - 1), with
+    Token loss: -c min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef (exp(d) - d - 1), with c the correction,
     r = exp(log-prob - old) and d = reference - log-prob, both exponents kept below MAX_LOG_RATIO.
 
     Args:
-        token_logprobs, old_logprobs, reference_logprobs: [L]; the last may be None when kl_coef is 0.
-        advantages, branch_tokens, weights: [B]; the branch's advantage, already normalised over its group, its length
-            (they sum to L) and the weight of its loss.
+        token_logprobs, old_logprobs, reference_logprobs, corrections: [L]; the reference may be None when kl_coef is 0.
+        advantages, branch_tokens, weights: [B]; a branch's advantage in its group, its length (they sum to L) and the
+            weight of its loss.
+
+    Metrics: grpo/kl is the penalty's mean over tokens, an estimate of KL(policy || reference). grpo/sampled_nll is the mean
+    of -log-prob over the sampled tokens: an estimate of the policy's entropy, without bias, only where they were sampled at
+    temperature 1 and top-p 1, and below it at lower ones.
     """
+    tokens, branches = token_logprobs.numel(), branch_tokens.numel()
     token_advantages = advantages.repeat_interleave(branch_tokens)
     ratio = _bounded(token_logprobs - old_logprobs.detach()).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    policy = -torch.minimum(ratio * token_advantages, clipped * token_advantages)
-    if kl_coef == 0:
-        penalty = torch.zeros_like(policy)
-    elif reference_logprobs is None:
-        raise ValueError(f"kl_coef is {kl_coef}: GRPO needs the reference model's token log-probs")
-    else:
-        distance = _bounded(reference_logprobs.detach() - token_logprobs)
-        penalty = distance.exp() - distance - 1
-    tokens, branches = token_logprobs.numel(), branch_tokens.numel()
-    share = 1.0 / branch_tokens.to(policy.dtype) if average == "sequence" else torch.ones_like(weights)
-    share = share.repeat_interleave(branch_tokens)
-    count = branches if average == "sequence" else tokens
+    clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    losses = -torch.minimum(ratio * token_advantages, clipped * token_advantages) * corrections
     was_clipped = (clipped * token_advantages < ratio * token_advantages).detach()
     metrics: dict[str, Tensor | float] = {
-        "grpo_count": count,
-        "policy_loss": (policy * share).detach().sum(),
-        "kl_penalty": (penalty * share).detach().sum(),
-        "clipped_fraction": was_clipped.sum(),
-        "policy_tokens": tokens,
+        "grpo/tokens": tokens,
+        "grpo/branches": branches,
+        "grpo/clipped_fraction": was_clipped.sum(),
+        "grpo/sampled_nll": -token_logprobs.detach().sum(),
     }
-    losses = (policy + kl_coef * penalty) * share * weights.repeat_interleave(branch_tokens)
-    return LossTerms(losses.sum(), count, metrics)
+    if settings.kl_coef > 0:
+        if reference_logprobs is None:
+            raise ValueError(f"--grpo-kl-coef is {settings.kl_coef}: GRPO needs the reference's token log-probs")
+        distance = _bounded(reference_logprobs.detach() - token_logprobs)
+        penalty = distance.exp() - distance - 1
+        losses = losses + settings.kl_coef * penalty
+        metrics["grpo/kl"] = penalty.detach().sum()
+    if settings.grpo_length == "token":
+        shares, count = weights, tokens
+    else:
+        per_branch = settings.grpo_constant if settings.grpo_length == "constant" else branch_tokens
+        shares, count = weights / per_branch, branches
+    return LossTerms((losses * shares.repeat_interleave(branch_tokens)).sum(), count, metrics)
 
 
 def grpo_row(
@@ -75,20 +75,22 @@ def grpo_row(
     advantages = [branch.advantage for branch in row.branches]
     if None in advantages:
         raise ValueError("grpo needs the advantage of every branch")
-    lengths = [len(branch.ids) for branch in row.branches]
-    return grpo(
+    corrections, metrics = correction(
+        settings.mismatch_correction, engine_logprobs(row, token_logprobs), token_logprobs
+    )
+    terms = grpo(
+        settings,
         token_logprobs,
         old_token_logprobs,
         reference_token_logprobs,
+        corrections,
         token_logprobs.new_tensor(advantages),
-        torch.tensor(lengths, dtype=torch.int64, device=token_logprobs.device),
+        row.branch_offsets.diff(),
         token_logprobs.new_tensor([example.weight for example in row.examples for _ in example.branches]),
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        kl_coef=settings.kl_coef,
-        average=settings.grpo_average,
     )
+    return LossTerms(terms.sum, terms.count, terms.metrics | metrics)
 
 
 def _bounded(log_ratio: Tensor) -> Tensor:
+    """Where exp overflows, a clipped token's gradient would be 0 times infinity."""
     return log_ratio.clamp(max=MAX_LOG_RATIO)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_sip.metrics import Mean, Metrics
 from megatron_sip.model.packing import PackedRow
-from megatron_sip.training.objectives import dpo, grpo, nll
+from megatron_sip.training.objectives import dpo, grpo, mismatch, nll
 from megatron_sip.training.objectives.settings import ObjectiveSettings
 from megatron_sip.training.objectives.terms import LossTerms
 
@@ -20,8 +20,8 @@ METRIC_COUNTS = {
     **nll.METRIC_COUNTS,
     **dpo.METRIC_COUNTS,
     **grpo.METRIC_COUNTS,
+    **mismatch.METRIC_COUNTS,
     "rollout_logratio": "rollout_tokens",
-    "engine_logprob_abs_diff": "engine_tokens",
 }
 """Every metric is a sum without the examples' weights, over what is trained on; this names the metric that holds its count."""
 
@@ -57,9 +57,10 @@ def row_loss(
         terms = grpo.grpo_row(settings, row, token_logprobs, reference_token_logprobs, old)
     else:
         terms = nll.nll_row(row, token_logprobs)
-    metrics = terms.metrics | _engine_difference(row, token_logprobs.detach())
+    own = token_logprobs.detach()
+    metrics = terms.metrics | mismatch.engine_difference(mismatch.engine_logprobs(row, own), own)
     if reference_token_logprobs is not None:
-        metrics |= _rollout_logratio(row, token_logprobs.detach() - reference_token_logprobs.detach())
+        metrics |= _rollout_logratio(row, own - reference_token_logprobs.detach())
     return LossTerms(terms.sum, terms.count, metrics)
 
 
@@ -86,18 +87,3 @@ def _rollout_logratio(row: PackedRow, logratio: Tensor) -> dict[str, Tensor | fl
         start += len(branch.ids)
     pick = torch.tensor(places, dtype=torch.int64, device=logratio.device)
     return {"rollout_logratio": logratio[pick].sum(), "rollout_tokens": len(places)}
-
-
-def _engine_difference(row: PackedRow, token_logprobs: Tensor) -> dict[str, Tensor | float]:
-    """Sum of |log-prob here - log-prob in the rollout engine| over the tokens whose engine log-prob is known."""
-    places: list[int] = []
-    engine: list[float] = []
-    start = 0
-    for branch in row.branches:
-        if branch.engine_logprobs is not None:
-            places += range(start, start + len(branch.ids))
-            engine += branch.engine_logprobs
-        start += len(branch.ids)
-    pick = torch.tensor(places, dtype=torch.int64, device=token_logprobs.device)
-    difference = (token_logprobs[pick] - token_logprobs.new_tensor(engine)).abs().sum()
-    return {"engine_logprob_abs_diff": difference, "engine_tokens": len(engine)}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Objective = Literal["sft", "rf-nll", "dpo", "grpo"]
 DpoLoss = Literal["sigmoid", "ipo"]
-GrpoAverage = Literal["sequence", "token"]
+GrpoLength = Literal["token", "sequence", "constant"]
+MismatchCorrection = Literal["none", "truncate", "mask"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +21,10 @@ class ObjectiveSettings:
     nll_coef: weight of the chosen branch's mean token NLL beside DPO (Pang et al. 2024).
     clip_low, clip_high: GRPO keeps the probability ratio in [1 - clip_low, 1 + clip_high].
     kl_coef: weight of GRPO's KL penalty.
-    grpo_average: mean over the tokens of each branch, then over branches (Shao et al. 2024, equation 3),
-        or over all tokens.
+    grpo_length: what GRPO divides a branch's sum of token losses by. token: nothing, the mean is over all tokens of the step
+        (DAPO, Yu et al. 2025, equation 8); sequence: its length, then the mean over branches (Shao et al. 2024, equation 3);
+        constant: grpo_constant tokens, likewise (Dr. GRPO, Liu et al. 2025).
+    mismatch_correction: see `mismatch.correction`.
 
     Raises:
         ValueError: a constant out of its range.
@@ -33,16 +36,26 @@ class ObjectiveSettings:
     label_smoothing: float = 0.0
     dpo_loss: DpoLoss = "sigmoid"
     clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_high: float = 0.28
     kl_coef: float = 0.0
-    grpo_average: GrpoAverage = "sequence"
+    grpo_length: GrpoLength = "token"
+    grpo_constant: int = 128
+    mismatch_correction: MismatchCorrection = "truncate"
 
     def __post_init__(self) -> None:
         _require(
             self.objective in ("sft", "rf-nll", "dpo", "grpo"), "--objective", self.objective, "sft, rf-nll, dpo, grpo"
         )
         _require(self.dpo_loss in ("sigmoid", "ipo"), "--dpo-loss", self.dpo_loss, "sigmoid or ipo")
-        _require(self.grpo_average in ("sequence", "token"), "grpo_average", self.grpo_average, "sequence or token")
+        _require(
+            self.grpo_length in get_args(GrpoLength), "--grpo-length", self.grpo_length, "token, sequence or constant"
+        )
+        _require(
+            self.mismatch_correction in get_args(MismatchCorrection),
+            "--mismatch-correction",
+            self.mismatch_correction,
+            "none, truncate or mask",
+        )
         _require(math.isfinite(self.beta) and self.beta > 0, "--dpo-beta", self.beta, "a positive number")
         _require(0 <= self.label_smoothing < 0.5, "--dpo-label-smoothing", self.label_smoothing, "in [0, 0.5)")
         _require(
@@ -51,8 +64,16 @@ class ObjectiveSettings:
             self.label_smoothing,
             "0 with ipo",
         )
-        constants = (("clip_low", self.clip_low), ("clip_high", self.clip_high), ("kl_coef", self.kl_coef))
-        for name, value in (("--dpo-nll-coef", self.nll_coef), *constants):
+        _require(
+            self.grpo_constant > 0 or self.grpo_length != "constant", "grpo_constant", self.grpo_constant, "above 0"
+        )
+        _require(self.clip_low < 1, "--grpo-clip-low", self.clip_low, "below 1")
+        for name, value in (
+            ("--dpo-nll-coef", self.nll_coef),
+            ("--grpo-clip-low", self.clip_low),
+            ("--grpo-clip-high", self.clip_high),
+            ("--grpo-kl-coef", self.kl_coef),
+        ):
             _require(math.isfinite(value) and value >= 0, name, value, "a number not below 0")
 
     @property

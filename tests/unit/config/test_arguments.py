@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flag_cases import MEGATRON, arguments, check_all
+from flag_cases import MEGATRON, arguments, check_all, settings
 
 from megatron_sip.config.checks import check_required, explained, validate
 from megatron_sip.config.flags import GROUP_TITLE, add_arguments
@@ -38,6 +38,21 @@ def test_a_suffix_longer_than_the_sequence() -> None:
 
 def test_a_row_too_short_for_a_pair() -> None:
     assert "at least 2176" in refusal("--row-length", "2048")
+
+
+def test_a_row_holds_a_whole_group_of_grpo_or_the_part_that_it_is_split_into() -> None:
+    for flags, branches in (((), 16), (("--branches-per-row", "5"), 5), (("--branches-per-row", "99"), 16)):
+        args = arguments("--objective", "grpo", *flags)
+        validate(args)
+        assert args.row_length == 1920 + branches * 128
+
+
+def test_grpo_has_a_reference_only_for_its_kl_penalty() -> None:
+    kl = ("--objective", "grpo", "--grpo-kl-coef", "0.01", "--ref-update-interval", "5", "--ref-offload")
+    assert settings(*kl).objective.needs_reference
+    assert not settings("--objective", "grpo").objective.needs_reference
+    zero = ("--objective", "grpo", "--truncated-answers", "zero", "--criteria", "quality=1", "safety=1")
+    assert settings(*zero).experience.selection.truncated == "zero"
 
 
 def test_an_unknown_criterion_names_the_known_ones() -> None:
@@ -171,6 +186,23 @@ def test_candidates_may_end_where_enough_others_are_left() -> None:
         (("--objective", "rf-nll", "--ref-update-interval", "5"), "--ref-update-interval"),
         (("--objective", "rf-nll", "--ref-offload"), "--ref-offload"),
         (("--logit-chunk-columns", "-1"), "--logit-chunk-columns"),
+        (("--objective", "grpo", "--num-rollouts", "1"), "--num-rollouts 1"),
+        (("--objective", "grpo", "--candidates", "suffix"), "add rollout to --candidates"),
+        (("--objective", "grpo", "--rollout-temperature", "0"), "--rollout-temperature 0"),
+        (("--objective", "grpo", "--rollout-start-step", "5"), "--rollout-start-step 5"),
+        (("--objective", "grpo", "--grpo-oversample", "0"), "--grpo-oversample 0"),
+        (("--objective", "grpo", "--branches-per-row", "0"), "--branches-per-row 0"),
+        (("--objective", "grpo", "--row-length", "2048"), "let --branches-per-row split a group"),
+        (("--objective", "grpo", "--truncated-answers", "zero"), "likelihoods are below 0"),
+        (("--objective", "grpo", "--grpo-clip-low", "1"), "--grpo-clip-low is 1.0"),
+        (("--objective", "grpo", "--ref-offload"), "--grpo-kl-coef above 0"),
+        (("--objective", "grpo", "--ref-update-interval", "5"), "--grpo-kl-coef above 0"),
+        (("--objective", "grpo", "--dpo-pair", "suffix", "rollout"), "--dpo-pair"),
+        (("--grpo-kl-coef", "0.1"), "--grpo-kl-coef: for --objective grpo only"),
+        (("--grpo-spread-normalization",), "--grpo-spread-normalization"),
+        (("--branches-per-row", "4"), "--branches-per-row: for --objective grpo only"),
+        (("--truncated-answers", "mask"), "--truncated-answers"),
+        (("--mismatch-correction", "none"), "--mismatch-correction"),
         (("--dpo-beta", "0"), "--dpo-beta"),
         (("--rollout-local", "1"), "--rollout-local"),
         (("--teacher-model", "somewhere"), "--teacher-model"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from flag_cases import dry_run_settings
 
-from megatron_sip.config.dry_run import criterion_cost, describe, prompt_cost, run_cost
+from megatron_sip.config.dry_run import criterion_cost, describe, prompt_cost, run_cost, step_cost
 from megatron_sip.judge.settings import ClientSettings, Endpoint, JudgeSettings, ScheduleSettings, VerdictMode
 
 URL = "http://teacher"
@@ -139,7 +139,7 @@ def test_description_of_the_papers_safety_set_up() -> None:
         "85 point judgements a prompt",
         "  schedule    2,000 steps x 256 prompts = 512,000 prompts; lr 5e-06 cosine to 5e-07, warm-up 100 steps",
         "  at the end  1,000 held-out prefixes: trained against initial policy, judged",
-        "  Packed, with the prefix shared by the pair, training takes 53% of the tokens.",
+        "  Packed, with the prefix shared by its branches, training takes 53% of the tokens.",
     ):
         assert line in text.splitlines()
     pair_line = next(line for line in text.splitlines() if line.strip().startswith("pair judgements"))
@@ -172,6 +172,38 @@ def test_a_pivot_and_votes_made_even_are_said() -> None:
     assert "6 pair judgements a prompt" in small
     drawn = prompt_cost(dry_run_settings("--preset", "quality-pivot-8", "--judge-pivot", "rollout"))
     assert drawn["pair judgements"] == 7 * 5  # of 8 rollouts one is the pivot
+
+
+GRPO = ("--preset", "safety", "--objective", "grpo", "--candidates", "rollout")
+
+
+def test_grpo_is_described_and_counted_with_its_splits_and_rounds() -> None:
+    run = dry_run_settings(*GRPO, "--branches-per-row", "6", "--grpo-oversample", "3")
+    cost = prompt_cost(run)
+    assert cost["training tokens, packed"] == 3 * 1920 + 16 * 128  # rows of 5, 5 and 6
+    assert cost["training tokens, unpacked"] == 16 * 2048
+    assert "reference tokens, packed" not in cost
+    step = step_cost(run, cost)
+    assert step["training tokens, packed"] == 256 * cost["training tokens, packed"]
+    assert step["rollout tokens, generated"] == 3 * 256 * 16 * 128
+    lines = describe(run).splitlines()
+    assert (
+        "  objective   GRPO: score minus mean of its group; mean over all tokens; clip 0.2 and 0.28; no KL; mismatch "
+        "correction truncate; rollouts cut at 128 tokens: score; up to 3 rounds of tasks a step until all groups have a spread"
+    ) in lines
+    assert (
+        "  rows        micro-batches of up to 2,688 tokens; an example's 16 branches are split, a part has up to 2,688 "
+        "(1,920 of prefix, 6 x 128)"
+    ) in lines
+
+
+def test_grpo_with_a_reference_says_so() -> None:
+    flags = (*GRPO, "--grpo-kl-coef", "0.01", "--grpo-length", "constant", "--grpo-spread-normalization")
+    run = dry_run_settings(*flags, "--ref-update-interval", "50")
+    text = describe(run)
+    assert "divided by its spread; sum over each rollout's tokens / 128, then mean over rollouts;" in text
+    assert "KL 0.01, reference refreshed every 50 steps" in text
+    assert prompt_cost(run)["reference tokens, packed"] == 1920 + 16 * 128
 
 
 def test_description_without_a_judge() -> None:

@@ -33,6 +33,15 @@ def test_groups_of_two_replicas_are_read_by_one(tmp_path: Path) -> None:
     assert read_groups(tmp_path, 2, TASKS[3:]) == [group(TASKS[3])]
 
 
+def test_rounds_of_a_step_have_files_of_their_own(tmp_path: Path) -> None:
+    paths = [write_groups(tmp_path, 2, 0, [group(task)], number) for number, task in enumerate(TASKS[:3])]
+    assert paths[0].name == "step_0000002.replica_0.jsonl.zst"
+    assert paths[2].name == "step_0000002.round_2.replica_0.jsonl.zst"
+    assert [read_groups(tmp_path, 2, [task]) for task in TASKS[:3]] == [[group(task)] for task in TASKS[:3]]
+    with pytest.raises(DataError, match=r"task 11 is not among the 3 of step 2: .*another --.* or --grpo-oversample"):
+        read_groups(tmp_path, 2, TASKS[3:])
+
+
 def test_a_dropped_group_stays_dropped(tmp_path: Path) -> None:
     dropped = replace(group(TASKS[0]), scores=None, dropped="rollout timeout")
     write_groups(tmp_path, 0, 0, [dropped])

@@ -186,7 +186,7 @@ def test_identical_candidates_compete_once_with_their_mean_score() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "ppo"}, "--objective must be sft, rf-nll or dpo, got 'ppo'"),
+        ({"objective": "ppo"}, "--objective must be sft, rf-nll, dpo or grpo, got 'ppo'"),
         ({"candidates": ()}, "--candidates must be distinct kinds"),
         ({"candidates": ("suffix", "suffix")}, "--candidates must be distinct kinds"),
         ({"candidates": ("human",)}, "--candidates must be distinct kinds"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sip.kernels.tree_attention.dense import token_spans, visibility
-from megatron_sip.model.packing import PackedRow, build_row, example_lengths, plan_rows
+from megatron_sip.model.packing import PackedRow, build_row, example_lengths, plan_rows, split_branches
 from megatron_sip.records import Branch, Example
 
 ROW = 48
@@ -43,7 +43,7 @@ def test_a_long_prefix_is_cut_behind_its_head(prefix: int, head: int, branches: 
     """The head goes last, and of it the right end; without a cut nothing does."""
     [made] = make_examples([(prefix, branches)])
     head = min(head, prefix)
-    example = dataclasses.replace(made, head=head)
+    example = replace(made, head=head)
     row = build_row([example], [0], ROW, PAD)
     kept = min(prefix, ROW - sum(branches))
     shown = row.tokens[: int(row.layout[0, 1])].tolist()
@@ -65,6 +65,20 @@ def seen_by(row: PackedRow, position: int) -> list[int]:
                 seen.append(key)
                 break
     return seen
+
+
+@given(lengths=lengths_strategy, most=st.integers(1, 5))
+def test_split_examples_hold_every_branch_once_in_order_and_evenly(lengths, most):
+    examples = make_examples(lengths)
+    parts = iter(split_branches(examples, most))
+    for example in examples:
+        pieces = [next(parts) for _ in range(-(-len(example.branches) // most))]
+        assert [branch for piece in pieces for branch in piece.branches] == example.branches
+        sizes = [len(piece.branches) for piece in pieces]
+        assert max(sizes) <= most
+        assert max(sizes) - min(sizes) <= 1
+        assert all(replace(piece, branches=example.branches) == example for piece in pieces)
+    assert next(parts, None) is None
 
 
 @settings(max_examples=150, deadline=None)

@@ -14,6 +14,7 @@ from megatron_sip.model.packing import build_row
 from megatron_sip.records import Branch, Example
 from megatron_sip.training.objectives.dpo import branch_sums, dpo
 from megatron_sip.training.objectives.grpo import grpo
+from megatron_sip.training.objectives.mismatch import correction
 from megatron_sip.training.objectives.row_loss import METRIC_COUNTS, loss_metrics, row_loss
 from megatron_sip.training.objectives.settings import ObjectiveSettings
 from megatron_sip.training.objectives.terms import LossTerms
@@ -202,47 +203,118 @@ def test_dpo_accuracy_is_the_same_whatever_the_order_of_addition(noise):
     assert float(terms.metrics["reward_accuracy"]) == 0.5 + 0.5 + 1.0
 
 
-def plain_grpo(examples, policy, old, reference, advantages, settings) -> tuple[Tensor, int]:
+TRUNCATED_AT, MASKED_BELOW, MASKED_ABOVE = 2.0, 0.5, 5.0
+
+
+def plain_correction(mode: str, ratio: float) -> float:
+    if mode == "truncate":
+        return min(ratio, TRUNCATED_AT)
+    if mode == "mask":
+        return ratio if MASKED_BELOW <= ratio <= MASKED_ABOVE else 0.0
+    return 1.0
+
+
+def plain_grpo(examples, policy, old, reference, settings) -> tuple[Tensor, int]:
     """Token by token, as the papers write it."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    total, branches, tokens = torch.zeros((), dtype=torch.float64), 0, 0
     for (e, b), logits in policy.items():
-        ids = examples[e].branches[b].ids
+        made = examples[e].branches[b]
         branch = torch.zeros((), dtype=torch.float64)
-        for t, token in enumerate(ids):
+        for t, token in enumerate(made.ids):
             logp = logits[t].log_softmax(-1)[token]
             ratio = (logp - old[e, b][t].detach().log_softmax(-1)[token]).exp()
             bounded = min(max(float(ratio), 1 - settings.clip_low), 1 + settings.clip_high)
             clipped = ratio if bounded == float(ratio) else torch.tensor(bounded, dtype=torch.float64)
-            gain = torch.minimum(ratio * advantages[e][b], clipped * advantages[e][b])
+            gain = torch.minimum(ratio * made.advantage, clipped * made.advantage)
+            if made.engine_logprobs is not None:
+                engine = math.exp(float(logp) - made.engine_logprobs[t])
+                gain = gain * plain_correction(settings.mismatch_correction, engine)
             gap = reference[e, b][t].detach().log_softmax(-1)[token] - logp
             branch = branch - gain + settings.kl_coef * (gap.exp() - gap - 1)
-        by_sequence = settings.grpo_average == "sequence"
-        total = total + examples[e].weight * branch / (len(ids) if by_sequence else 1)
-        count += 1 if by_sequence else len(ids)
-    return total, count
+        length = {"token": 1, "sequence": len(made.ids), "constant": settings.grpo_constant}[settings.grpo_length]
+        total = total + examples[e].weight * branch / length
+        branches, tokens = branches + 1, tokens + len(made.ids)
+    return total, tokens if settings.grpo_length == "token" else branches
+
+
+def grpo_problem(seed: int) -> tuple[list[Example], dict[tuple[int, int], Tensor]]:
+    """Groups of 4, one branch without engine log-probs, the others' from near the policy's to far from them."""
+    kinds = ["rollout", "rollout", "suffix", "rollout"]
+    advantages = [[1.2, -0.7, 0.4, -0.9], [0.1, 0.5, -1.0, 0.4], [0.0, -2.0, 1.0, 1.0]]
+    examples = with_advantages(make_examples(["sampled"] * 4, kinds, seed), advantages)
+    policy = branch_logits(examples, seed=seed + 1)
+    generator = torch.Generator().manual_seed(seed)
+
+    def near(e: int, b: int, branch: Branch) -> Branch:
+        if branch.engine_logprobs is None:
+            return branch
+        noise = torch.randn(len(branch.ids), generator=generator, dtype=torch.float64)
+        return replace(branch, engine_logprobs=(selected(policy[e, b], branch.ids).detach() + noise).tolist())
+
+    return [
+        replace(example, branches=[near(e, b, branch) for b, branch in enumerate(example.branches)])
+        for e, example in enumerate(examples)
+    ], policy
 
 
 @pytest.mark.parametrize("groups", PACKINGS)
-@pytest.mark.parametrize("average", ["sequence", "token"])
+@pytest.mark.parametrize("mode", ["none", "truncate", "mask"])
+@pytest.mark.parametrize("length", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
-def test_grpo_equals_the_formula_token_by_token(kl_coef, average, groups):
-    examples = make_examples(["target"] * 4, ["rollout"] * 4, seed=9)
-    policy, reference = branch_logits(examples, seed=10), branch_logits(examples, seed=12)
+def test_grpo_equals_the_formula_token_by_token(kl_coef, length, mode, groups):
+    examples, policy = grpo_problem(seed=9)
+    reference = branch_logits(examples, seed=12)
     # Old log-probs close to the policy's: some ratios are inside the clip range, some outside.
     old = {key: (value.detach() + 0.2 * torch.randn(value.shape, dtype=torch.float64)) for key, value in policy.items()}
-    advantages = [[1.2, -0.7, 0.4, -0.9], [0.1, 0.5, -1.0, 0.4], [0.0, -2.0, 1.0, 1.0]]
-    settings = ObjectiveSettings("grpo", clip_low=0.1, clip_high=0.15, kl_coef=kl_coef, grpo_average=average)
-    expected, count = plain_grpo(examples, policy, old, reference, advantages, settings)
-    examples = with_advantages(examples, advantages)
+    settings = ObjectiveSettings(
+        "grpo",
+        clip_low=0.1,
+        clip_high=0.15,
+        kl_coef=kl_coef,
+        grpo_length=length,
+        grpo_constant=11,
+        mismatch_correction=mode,
+    )
+    expected, count = plain_grpo(examples, policy, old, reference, settings)
     terms = over_rows(settings, examples, groups, policy=policy, reference=reference, old=old)
     assert_same(terms, expected, count, policy)
-    assert 0 < flatten(loss_metrics(terms))["clipped_fraction"] < 1
+    means = flatten(loss_metrics(terms))
+    assert 0 < means["grpo/clipped_fraction"] < 1
+    assert (0 < means["grpo/corrected_share"] < 1) == (mode != "none")
+
+
+def test_grpo_metrics_are_means_over_tokens():
+    examples, policy = grpo_problem(seed=20)
+    reference = branch_logits(examples, seed=22)
+    settings = ObjectiveSettings("grpo", kl_coef=0.3, mismatch_correction="mask")
+    means = flatten(loss_metrics(over_rows(settings, examples, [[2, 0], [1]], policy=policy, reference=reference)))
+    ours, gaps, kl = [], [], []
+    for (e, b), logits in policy.items():
+        branch = examples[e].branches[b]
+        own = selected(logits.detach(), branch.ids)
+        ours += own.tolist()
+        distance = selected(reference[e, b].detach(), branch.ids) - own
+        kl += (distance.exp() - distance - 1).tolist()
+        gaps += (own - torch.tensor(branch.engine_logprobs)).tolist() if branch.engine_logprobs else []
+    ratios = [math.exp(gap) for gap in gaps]
+    expected = {
+        "grpo/sampled_nll": -sum(ours) / len(ours),
+        "grpo/kl": sum(kl) / len(kl),
+        "grpo/engine_ratio": sum(ratios) / len(ratios),
+        "grpo/engine_logratio": sum(gaps) / len(gaps),
+        "grpo/corrected_share": sum(not 0.5 <= ratio <= 5 for ratio in ratios) / len(ratios),
+        "engine_logprob_abs_diff": sum(map(abs, gaps)) / len(gaps),
+        "grpo/tokens": len(ours),
+        "grpo/branches": 12,
+        "grpo/clipped_fraction": 0.0,
+    }
+    assert {name: means[name] for name in expected} == pytest.approx(expected, rel=1e-6)
 
 
 def test_grpo_without_old_logprobs_is_the_plain_policy_gradient():
-    examples = with_advantages(make_examples(["target"] * 2, ["rollout"] * 2, seed=13, count=1), [[1.5, -0.5]])
+    examples = with_advantages(make_examples(["sampled"] * 2, ["suffix"] * 2, seed=13, count=1), [[1.5, -0.5]])
     policy = branch_logits(examples, seed=14)
-    terms = over_rows(ObjectiveSettings("grpo", grpo_average="token"), examples, [[0]], policy=policy)
+    terms = over_rows(ObjectiveSettings("grpo"), examples, [[0]], policy=policy)
     plain = (
         -sum(a * selected(policy[0, b], examples[0].branches[b].ids).sum() for b, a in enumerate((1.5, -0.5)))
         * examples[0].weight
@@ -257,15 +329,19 @@ def test_grpo_stays_finite_where_policy_and_old_or_reference_are_far_apart(polic
     logprobs = torch.tensor([policy, -2.0], requires_grad=True)
     others = torch.tensor([old, -2.0])
     one = torch.ones(1)
-    terms = grpo(logprobs, others, others, advantage * one, torch.tensor([2]), one, kl_coef=0.1)
+    corrections, metrics = correction("truncate", others, logprobs)
+    settings = ObjectiveSettings("grpo", kl_coef=0.1)
+    terms = grpo(settings, logprobs, others, others, corrections, advantage * one, torch.tensor([2]), one)
     terms.sum.backward()
     assert torch.isfinite(terms.sum)
     assert torch.isfinite(logprobs.grad).all()
+    assert all(math.isfinite(float(value)) for value in metrics.values())
 
 
 def test_grpo_pulls_back_to_the_reference_from_far_above_it():
     logprobs, one = torch.tensor([-1.0], requires_grad=True), torch.ones(1)
-    grpo(logprobs, logprobs, torch.tensor([-60.0]), 0 * one, torch.tensor([1]), one, kl_coef=0.5).sum.backward()
+    settings = ObjectiveSettings("grpo", kl_coef=0.5)
+    grpo(settings, logprobs, logprobs, torch.tensor([-60.0]), one, 0 * one, torch.tensor([1]), one).sum.backward()
     assert logprobs.grad.item() == pytest.approx(0.5)
 
 
@@ -292,7 +368,7 @@ def test_filler_row_is_a_differentiable_zero(settings):
     terms.sum.backward()
     assert tokens.grad is not None
     means = flatten(loss_metrics(terms))
-    assert set(means) <= set(METRIC_COUNTS.values())
+    assert set(means) <= {*METRIC_COUNTS.values(), "grpo/branches"}
     assert not any(means.values())
 
 
@@ -344,8 +420,12 @@ def test_bad_inputs_name_the_value():
             {"objective": "dpo", "dpo_loss": "ipo", "label_smoothing": 0.1},
             "--dpo-label-smoothing is 0.1, must be 0 with ipo",
         ),
-        ({"objective": "grpo", "kl_coef": -1.0}, "kl_coef is -1.0"),
-        ({"objective": "grpo", "clip_high": math.inf}, "clip_high is inf"),
+        ({"objective": "grpo", "kl_coef": -1.0}, "--grpo-kl-coef is -1.0"),
+        ({"objective": "grpo", "clip_high": math.inf}, "--grpo-clip-high is inf"),
+        ({"objective": "grpo", "clip_low": 1.0}, "--grpo-clip-low is 1.0, must be below 1"),
+        ({"objective": "grpo", "grpo_length": "word"}, "--grpo-length is word"),
+        ({"objective": "grpo", "mismatch_correction": "clip"}, "--mismatch-correction is clip"),
+        ({"objective": "grpo", "grpo_length": "constant", "grpo_constant": 0}, "grpo_constant is 0"),
     ],
 )
 def test_settings_refuse_bad_constants(constants, named):

@@ -1,0 +1,44 @@
+"""One step's experience of all leaders, over one round of tasks or more. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_sip.experience.maker import Experience
+from megatron_sip.metrics import Metrics, merge
+from megatron_sip.records import Example
+
+
+@dataclass(frozen=True, slots=True)
+class StepExperience:
+    """What a step trains on, of how many rounds of tasks; `unrecorded` says why groups could not be kept, if so."""
+
+    examples: list[Example]
+    metrics: Metrics
+    rounds: int
+    unrecorded: list[str]
+
+
+def is_enough(rounds: Sequence[Sequence[Experience]], prompts: int, most: int) -> bool:
+    """Whether a step has an example for each of `prompts` tasks, or has asked for `most` rounds of them."""
+    return len(rounds) >= most or sum(len(part.examples) for shared in rounds for part in shared) >= prompts
+
+
+def step_experience(rounds: Sequence[Sequence[Experience]], prompts: int, most: int) -> StepExperience:
+    """`rounds` of all leaders' parts together, in order; what is beyond a batch of `prompts` examples is counted.
+
+    Metrics add up; durations are those of the slowest leader, of one round after the other. Where more than one round may be
+    asked for, grpo/rounds says how many were, and grpo/surplus how many usable groups found no room.
+    """
+    examples = [example for shared in rounds for part in shared for example in part.examples]
+    by_round = [merge(part.metrics for part in shared) for shared in rounds]
+    metrics = merge(by_round)
+    for name in metrics:
+        if name.startswith("seconds/"):
+            metrics[name] = sum(seconds for own in by_round if isinstance(seconds := own.get(name, 0.0), float))
+    if most > 1:
+        metrics |= {"grpo/rounds": float(len(rounds)), "grpo/surplus": float(max(0, len(examples) - prompts))}
+        examples = examples[:prompts]
+    unrecorded = [part.unrecorded for shared in rounds for part in shared if part.unrecorded is not None]
+    return StepExperience(examples, metrics, len(rounds), unrecorded)

@@ -1,0 +1,45 @@
+"""A step's rounds of tasks together."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sip.experience.maker import Experience
+from megatron_sip.experience.rounds import is_enough, step_experience
+from megatron_sip.metrics import Mean, flatten
+from megatron_sip.records import Branch, Example
+
+
+def experience(first: int, count: int, seconds: float = 1.0, unrecorded: str | None = None) -> Experience:
+    examples = [Example(first + i, [1], [Branch([2], "sampled", "rollout", advantage=1.0)]) for i in range(count)]
+    return Experience(examples, {"calls": 3.0, "share": Mean(1.0, 2.0), "seconds/judge": seconds}, unrecorded)
+
+
+def test_durations_of_leaders_run_side_by_side_and_of_rounds_in_turn() -> None:
+    rounds = [[experience(0, 1, 2.0), experience(10, 0, 5.0)], [experience(20, 1, 1.0), experience(30, 3, 0.5)]]
+    made = step_experience(rounds, 4, 2)
+    assert [example.task_index for example in made.examples] == [0, 20, 30, 31]
+    assert made.rounds == 2
+    assert flatten(made.metrics) == {
+        **{"calls": 12, "share": 0.5, "seconds/judge": 6.0},
+        **{"grpo/rounds": 2, "grpo/surplus": 1},
+    }
+
+
+def test_without_oversampling_nothing_is_cut_or_logged() -> None:
+    made = step_experience([[experience(0, 3, unrecorded="full"), experience(10, 2)]], 4, 1)
+    assert len(made.examples) == 5  # a task may have given two
+    assert made.unrecorded == ["full"]
+    assert not [name for name in made.metrics if name.startswith("grpo/")]
+
+
+@given(st.lists(st.integers(0, 4), min_size=9, max_size=9), st.integers(1, 5), st.integers(1, 8))
+def test_rounds_end_with_a_full_batch_or_at_the_bound(counts: list[int], most: int, prompts: int) -> None:
+    rounds: list[list[Experience]] = []
+    while not is_enough(rounds, prompts, most):
+        rounds.append([experience(0, counts[len(rounds)])])
+    usable = [sum(counts[:number]) for number in range(len(rounds) + 1)]
+    assert 1 <= len(rounds) <= most
+    assert usable[len(rounds) - 1] < prompts
+    assert len(rounds) == most or usable[-1] >= prompts
