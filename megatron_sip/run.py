@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,9 +23,7 @@ from megatron_sip.checkpoints.checksums import ChecksumWriter
 from megatron_sip.checkpoints.folder import TRACKER, mend_checkpoint_folder, require_checkpoint
 from megatron_sip.config.settings import RunSettings, Settings
 from megatron_sip.console import say
-from megatron_sip.data.documents import open_corpus
-from megatron_sip.data.shared_texts import count_shared_texts
-from megatron_sip.data.tasks import TaskSource
+from megatron_sip.data.tasks import Tasks
 from megatron_sip.evaluation.win_rate import HeldOutComparison
 from megatron_sip.experience.leader import Leader, check_servers, rotated_urls
 from megatron_sip.experience.maker import Experience
@@ -34,6 +32,7 @@ from megatron_sip.hf.families import architecture
 from megatron_sip.hf.folder import HF_SUBFOLDER, write_model_files
 from megatron_sip.hf.weights import export_hf_weights
 from megatron_sip.metrics import Metrics, flatten
+from megatron_sip.open_tasks import open_tasks
 from megatron_sip.records import Task
 from megatron_sip.rollout.handshake import WeightSyncError
 from megatron_sip.rollout.sync_disk import DiskWeightSync
@@ -96,7 +95,7 @@ class Run:
     trainer: PolicyTrainer
     reference: Reference | None
     reference_store: ReferenceStore
-    tasks: TaskSource | None
+    tasks: Tasks | None
     leader: Leader | None
     weight_sync: WeightSync | None
     hf_config: Any
@@ -129,9 +128,12 @@ class Run:
         if self.leader is None:
             return None
         next_tasks = self.my_tasks(round_index + 1) if self.settings.needs.rewriter else []
-        return self.leader.make_experience(
+        made = self.leader.make_experience(
             self.state.iteration, self.my_tasks(round_index), next_tasks, stop, round_index
         )
+        if made is not None and self.tasks is not None:
+            made.metrics.update(self.tasks.take_counts())
+        return made
 
     def refresh_reference(self) -> None:
         """Copy the policy into the reference when --ref-update-interval says so; the next checkpoint keeps it."""
@@ -276,43 +278,6 @@ def open_run_folder(run: RunSettings, exchange: LeaderExchange) -> None:
         write_model_files(run.hf_config, run.save / HF_SUBFOLDER, renew=not resumes)
 
 
-def open_tasks(
-    settings: Settings, tokenizer: Any, exchange: LeaderExchange
-) -> tuple[TaskSource | None, TaskSource | None]:
-    """(training tasks, held-out tasks) on leaders; rank 0 goes first, so that text is tokenised once."""
-    data, run = settings.data, settings.run
-    training = held_out = None
-    for turn in (True, False):
-        if exchange.is_leader and (run.rank == 0) == turn:
-            if run.rank == 0:
-                say(f"data: opening it; text is tokenised once and kept in {data.tokenizing.cache_dir}")
-            corpus = open_corpus(data.paths, tokenizer, data.tokenizing, vocab_size=data.vocab_size)
-            splits = corpus.split(data.split)
-            training = TaskSource(splits["train"], tokenizer, data.tasks)
-            if run.rank == 0:
-                report = training.report(run.steps * run.prompts)
-                say(f"tasks: {tasks_line(report)}")
-                print(f"tasks: {report}", flush=True)
-                if settings.held_out.prompts:
-                    held_out = TaskSource(splits["test"], tokenizer, data.tasks)
-                    around = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-                    shared = count_shared_texts(splits["train"], splits["test"], around, data.tokenizing.cache_dir)
-                    say(f"data: {shared}")
-        exchange.barrier()
-    return training, held_out
-
-
-def tasks_line(report: Mapping[str, Any]) -> str:
-    """What a run's tasks are cut from, in a line; its log holds the rest of `TaskSource.report`."""
-    passes = max(source["epochs"] for source in report["sources"])
-    count = len(report["sources"])
-    short = f", {report['too_short']:,} of them too short" if report["too_short"] else ""
-    return (
-        f"documents {report['documents']:,}{short}, tokens {report['tokens']:,}, sources {count}; epochs in this run "
-        f"{passes:.2g}{' at most' * (count > 1)}"
-    )
-
-
 def start_local_servers(settings: Settings, stack: contextlib.ExitStack) -> LocalServers | None:
     """Start this node's servers, if the run has any, in the background; None on all ranks but 0."""
     if settings.run.rank != 0:
@@ -347,7 +312,7 @@ def open_leader(
 
 
 def load_policy(
-    settings: Settings, exchange: LeaderExchange, tasks: TaskSource | None
+    settings: Settings, exchange: LeaderExchange, tasks: Tasks | None
 ) -> tuple[RunState, PolicyTrainer, Reference | None, ReferenceStore]:
     """The policy at its last checkpoint (or its initial weights), and the reference that goes with it."""
     run, args = settings.run, get_args()
@@ -426,7 +391,7 @@ def open_writer(run: RunSettings, iteration: int, stack: contextlib.ExitStack) -
     return writer
 
 
-def open_comparison(settings: Settings, held_out: TaskSource | None, tokenizer: Any) -> HeldOutComparison | None:
+def open_comparison(settings: Settings, held_out: Tasks | None, tokenizer: Any) -> HeldOutComparison | None:
     """The comparison with the initial policy, on rank 0 when --win-rate-prompts asks for it."""
     if held_out is None:
         return None

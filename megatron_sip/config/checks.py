@@ -27,6 +27,7 @@ from megatron_sip.config.settings import (
     selection_settings,
     task_settings,
 )
+from megatron_sip.config.task_checks import check_tasks
 from megatron_sip.data.documents import parse_split
 from megatron_sip.errors import ArgumentError, DataError
 from megatron_sip.judge.schedules import least_budget
@@ -101,6 +102,7 @@ def problems_of_ours(args: argparse.Namespace) -> list[str]:
         check_row_length,
         check_objective,
         check_candidates,
+        check_tasks,
         _check_urls,
         _check_servers,
         _check_judges,

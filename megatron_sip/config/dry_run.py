@@ -8,6 +8,7 @@ as the paper counts them: one verdict about one candidate or pair.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from megatron_sip.config.settings import Settings
 from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
 from megatron_sip.judge.rewriter import REWRITE_ROOM
 from megatron_sip.judge.schedules import SMALL_GROUP, make_schedule, planned_pairs, votes_in_orders
-from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings
+from megatron_sip.judge.settings import LIKELIHOOD, REWRITE, JudgeSettings, ScheduleSettings, asks_server
 from megatron_sip.records import CandidateKind
 
 CHARACTERS_PER_TOKEN = 4
@@ -33,6 +34,7 @@ def describe(settings: Settings) -> str:
     """The text that --dry-run prints."""
     judge = _judge(settings, settings.judge) if settings.judge is not None and settings.needs.scores else ["none"]
     facts = [
+        *(("tasks", line) for line in _labelled(settings)),
         ("objective", _objective(settings)),
         ("candidates", "; ".join(filter(None, (_candidates(settings), _ends(settings))))),
         *(("judge", line) for line in judge),
@@ -84,8 +86,9 @@ def prompt_cost(settings: Settings, present: Sequence[CandidateKind] | None = No
 
 def _lengths(settings: Settings) -> tuple[int, int]:
     """Tokens of the longest prefix, and of its suffix."""
-    tasks = settings.data.tasks
-    return tasks.seq_length - tasks.suffix_length, tasks.suffix_length
+    tasks, labelled = settings.data.tasks, settings.data.labelled
+    longest = tasks.seq_length - tasks.suffix_length if labelled is None else labelled.max_prompt
+    return longest, tasks.suffix_length
 
 
 def _control(settings: Settings) -> tuple[int, int]:
@@ -112,6 +115,10 @@ def criterion_cost(name: str, settings: JudgeSettings, count: int, prefix: int, 
     Requests are HTTP calls, which ask for all votes of a judgement at once; with a warm prefix cache the server computes the
     instructions and the prefix only once a prompt.
     """
+    if not asks_server(name):
+        return {}
+    if name == REWRITE:
+        return _rewrite_cost(settings, count, prefix, suffix)
     if name == LIKELIHOOD:
         requests, kind = count, "likelihood judgements"
         judgements, answer, shown, once = count, 0, suffix, prefix
@@ -134,6 +141,19 @@ def criterion_cost(name: str, settings: JudgeSettings, count: int, prefix: int, 
     }
 
 
+def _rewrite_cost(settings: JudgeSettings, count: int, prefix: int, suffix: int) -> Cost:
+    """Of rewrites of an unsafe suffix: each is compared with it in both orders, and is it safe?"""
+    mode = settings.mode(REWRITE)
+    judge = replace(
+        settings,
+        criteria={"quality": 1.0, "safety": 1.0},
+        schedule=ScheduleSettings("all_pairs"),
+        verdicts={"quality": mode, "safety": mode},
+    )
+    compared = _times(criterion_cost("quality", judge, 2, prefix, suffix), count)
+    return add_costs([compared, criterion_cost("safety", judge, count, prefix, suffix)])
+
+
 def _pairwise(settings: JudgeSettings, name: str, count: int) -> tuple[int, int]:
     """(judgements, requests); each order of the two options is a request of its own."""
     texts = count + settings.schedule.pivot_apart
@@ -151,6 +171,7 @@ def _pointwise(settings: JudgeSettings, name: str, count: int) -> tuple[int, int
 
 def _written_tokens(settings: JudgeSettings, name: str) -> int:
     """The most that a judge writes for one verdict; 0 where the verdict's probability is read without an answer."""
+    assert settings.client is not None
     endpoint = settings.client.endpoint
     if settings.mode(name) == "soft" and endpoint.continues_answers:
         return 0
@@ -204,6 +225,19 @@ def _table(settings: Settings) -> list[str]:
     if ratio < 1:
         lines.append(f"  Packed, with the prefix shared by its branches, training takes {ratio:.0%} of the tokens.")
     return lines
+
+
+def _labelled(settings: Settings) -> list[str]:
+    """What labelled tasks the run has."""
+    labelled = settings.data.labelled
+    if labelled is None:
+        return []
+    text = f"labelled {labelled.kind}, prompts of up to {labelled.max_prompt:,} tokens"
+    if labelled.kind == "judgements":
+        modes = {"": labelled.default_verdict, **labelled.verdicts}
+        ways = {"soft": "begun up to the verdict's first token", "hard": "written"}
+        text += "; answers " + ", ".join(f"{ways[mode]}{f' for {name}' * bool(name)}" for name, mode in modes.items())
+    return [text]
 
 
 def _objective(settings: Settings) -> str:
@@ -278,6 +312,13 @@ def _judge(run: Settings, settings: JudgeSettings) -> list[str]:
     lines = []
     for name, weight in settings.criteria.items():
         cost = criterion_cost(name, settings, count, 0, 0)
+        if not cost:
+            lines.append(f"{name} (weight {weight:g}): asks no server")
+            continue
+        if name == REWRITE:
+            asked = ", ".join(f"{cost[kind]} {kind}" for kind in ("pair judgements", "point judgements"))
+            lines.append(f"{name} (weight {weight:g}): {settings.mode(name)} verdicts; {asked} of an unsafe suffix")
+            continue
         kind, judgements = next(iter(cost.items()))
         how = "mean token log-prob" if name == LIKELIHOOD else f"{settings.mode(name)} verdicts"
         if kind == "pair judgements":
@@ -303,7 +344,7 @@ def _pairs(settings: JudgeSettings, count: int) -> str:
 
 def _rate_limit(settings: Settings, judge: JudgeSettings) -> str:
     """What the rate limit makes of a step; nothing without one."""
-    rate = sum(endpoint.requests_per_s for endpoint in judge.client.endpoints)
+    rate = sum(endpoint.requests_per_s for endpoint in judge.client.endpoints) if judge.client is not None else 0.0
     if not rate:
         return ""
     cost = prompt_cost(settings)

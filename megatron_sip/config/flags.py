@@ -12,6 +12,8 @@ from typing import Any, Literal
 from megatron_sip.judge.settings import SCHEDULE_NAMES
 from megatron_sip.records import CANDIDATE_KINDS
 
+TASK_KINDS = ("documents", "judgements", "rewrites", "thoughts")
+
 GROUP_TITLE = "self-improving pretraining"
 Role = Literal["teacher", "rewriter", "eval_judge"]
 ROLES: dict[Role, str] = {
@@ -51,7 +53,19 @@ TASK_FLAGS: Flags = {
         "HF folder with config.json and tokenizer of the policy: gives the architecture flags and the tokenizer, and "
         "is what the engines serve. Default: --pretrained-checkpoint, or the folder hf/ inside, which the converter writes.",
     ),
-    "--suffix-length": ({"type": int, "default": 128, "metavar": "N"}, "Tokens of a suffix, a rewrite and a rollout."),
+    "--tasks": (
+        {"choices": TASK_KINDS, "default": "documents"},
+        "What --data-path holds. documents: text, cut into prefix and suffix. judgements, rewrites, thoughts: labelled records "
+        "in JSON lines, which train a judge, a rewriter, a thinker (docs/labelled_tasks.md).",
+    ),
+    "--max-prompt-length": (
+        {"type": int, "metavar": "TOKENS"},
+        "Of a labelled task's prompt; a longer one's prefix is cut at its left. Default: --seq-length minus --suffix-length.",
+    ),
+    "--suffix-length": (
+        {"type": int, "default": 128, "metavar": "N"},
+        "Tokens of a suffix, a rewrite and a rollout; the longest answer to a labelled task.",
+    ),
     "--task-mode": (
         {"choices": ["random", "stream", "whole"], "default": "random"},
         "random: one seeded cut a document and epoch. stream: every chunk of --suffix-length tokens in turn. whole: documents "
@@ -84,8 +98,8 @@ OBJECTIVE_FLAGS: Flags = {
         "policy gradient on all rollouts, by their scores against their group's mean.",
     ),
     "--candidates": (
-        {"nargs": "+", "choices": CANDIDATE_KINDS, "default": ["suffix", "rollout"], "metavar": "KIND"},
-        "Kinds of candidates that are judged: suffix, rewrite, rollout.",
+        {"nargs": "+", "choices": CANDIDATE_KINDS, "metavar": "KIND"},
+        "Kinds of candidates that are judged: suffix, rewrite, rollout. Default: suffix rollout, of labelled tasks rollout.",
     ),
     "--sft-target": (
         {"choices": (*CANDIDATE_KINDS, "document"), "default": "suffix"},
@@ -264,14 +278,16 @@ TEACHER_FLAGS: Flags = {
 }
 JUDGE_FLAGS: Flags = {
     "--criteria": (
-        {"nargs": "+", "default": ["likelihood=1"], "metavar": "NAME=WEIGHT"},
-        "What the judge scores, summed with weights: quality, safety, factuality, likelihood, or the path of a prompt "
-        "file of your own (*.txt).",
+        {"nargs": "+", "metavar": "NAME=WEIGHT"},
+        "What is scored, summed with weights: quality, safety, factuality, likelihood, or the path of a prompt "
+        "file of your own (*.txt). Default: likelihood=1; of judgements label=1, of rewrites copy=1 rewrite=1, of thoughts "
+        "similarity=1.",
     ),
     "--judge-verdict": (
         {"nargs": "+", "default": ["soft"], "metavar": "MODE"},
         "hard: the judge writes, and --judge-votes verdicts are read. soft: the probability of its verdict token. "
-        "One word for all criteria, NAME=MODE for one: soft safety=hard.",
+        "One word for all criteria, NAME=MODE for one: soft safety=hard. With --tasks judgements this is the way of the judge "
+        "in training: hard verdicts are written, soft ones begun up to their first token.",
     ),
     "--judge-votes": ({"type": int, "default": 5}, "Verdicts asked per judgement (paper: 5)."),
     "--judge-temperature": ({"type": float, "default": 1.0}, "Sampling of verdicts (paper: 1.0)."),

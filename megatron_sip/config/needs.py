@@ -8,20 +8,30 @@ from dataclasses import dataclass
 from typing import cast
 
 from megatron_sip.config.flags import Role
-from megatron_sip.judge.settings import ScheduleSettings
+from megatron_sip.judge.settings import ScheduleSettings, asks_server, split_criterion
 from megatron_sip.records import CANDIDATE_KINDS, CandidateKind
+
+DEFAULT_CRITERIA = {
+    "documents": ["likelihood=1"],
+    "judgements": ["label=1"],
+    "rewrites": ["copy=1", "rewrite=1"],
+    "thoughts": ["similarity=1"],
+}
+"""By --tasks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
     """kinds: candidates to make, in canonical order. scores: selection needs them: not for SFT, nor for fixed roles.
 
-    replays: groups are read, not made. compares: a held-out comparison ends the run. own_rewriter, own_eval_judge: these have
-    servers of their own, running or to be started; otherwise both are the teacher's work.
+    served: a criterion asks a judge's servers. replays: groups are read, not made. compares: a held-out comparison ends the
+    run. own_rewriter, own_eval_judge: these have servers of their own, running or to be started; otherwise both are the
+    teacher's work.
     """
 
     kinds: tuple[CandidateKind, ...]
     scores: bool
+    served: bool
     replays: bool
     compares: bool
     own_rewriter: bool
@@ -31,10 +41,11 @@ class Needs:
     def from_args(cls, args: argparse.Namespace) -> Needs:
         """What the flags ask for."""
         target = "suffix" if args.sft_target == "document" else args.sft_target
-        wanted = {target} if args.objective == "sft" else set(args.dpo_pair or args.candidates)
+        wanted = {target} if args.objective == "sft" else set(args.dpo_pair or candidates_of(args))
         return cls(
             kinds=cast("tuple[CandidateKind, ...]", tuple(kind for kind in CANDIDATE_KINDS if kind in wanted)),
             scores=args.objective != "sft" and args.dpo_pair is None,
+            served=any(asks_server(split_criterion(item)[0]) for item in criteria_of(args)),
             replays=args.replay_groups is not None,
             compares=args.win_rate_prompts > 0,
             own_rewriter=has_servers(args, "rewriter"),
@@ -43,7 +54,7 @@ class Needs:
 
     @property
     def judge(self) -> bool:
-        """Whether the teacher scores anything in this run, the held-out comparison included."""
+        """Whether anything is scored in this run, the held-out comparison included, unless that has a judge of its own."""
         return (self.scores and not self.replays) or (self.compares and not self.own_eval_judge)
 
     @property
@@ -64,12 +75,22 @@ class Needs:
     @property
     def teacher(self) -> bool:
         """Whether the teacher is asked anything."""
-        return self.judge or (self.rewriter and not self.own_rewriter)
+        return (self.judge and self.served) or (self.rewriter and not self.own_rewriter)
 
     @property
     def engines(self) -> bool:
         """Whether the policy is sampled."""
         return (not self.replays and "rollout" in self.kinds) or self.compares
+
+
+def criteria_of(args: argparse.Namespace) -> list[str]:
+    """--criteria, or what it is for these tasks unless given."""
+    return args.criteria or DEFAULT_CRITERIA[args.tasks]
+
+
+def candidates_of(args: argparse.Namespace) -> list[CandidateKind]:
+    """--candidates, or what it is for these tasks unless given."""
+    return args.candidates or (["suffix", "rollout"] if args.tasks == "documents" else ["rollout"])
 
 
 def has_servers(args: argparse.Namespace, role: Role) -> bool:

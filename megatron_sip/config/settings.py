@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sip.config.flags import Role
-from megatron_sip.config.needs import Needs, has_servers
+from megatron_sip.config.needs import Needs, criteria_of, has_servers
 from megatron_sip.data.tasks import TaskSettings
 from megatron_sip.data.tokenization import DEFAULT_CACHE, TokenizeSettings
 from megatron_sip.experience.control import Control
@@ -17,6 +17,7 @@ from megatron_sip.experience.leader import ClientsSettings, EngineSettings
 from megatron_sip.experience.maker import ExperienceSettings
 from megatron_sip.experience.samples import SampleLog
 from megatron_sip.experience.selection import SelectionSettings
+from megatron_sip.judge.labelled_tasks import LabelledSettings
 from megatron_sip.judge.prompts import read_prompt_file
 from megatron_sip.judge.rewriter import RewriterSettings
 from megatron_sip.judge.settings import (
@@ -62,13 +63,17 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True)
 class DataSettings:
-    """paths: sources, with weights. split: shares of train, valid and test. vocab_size: all token ids are below it."""
+    """paths: sources, with weights. split: shares of train, valid and test. vocab_size: all token ids are below it.
+
+    labelled: how labelled records become tasks, None for documents.
+    """
 
     paths: tuple[str, ...]
     split: str
     vocab_size: int
     tasks: TaskSettings
     tokenizing: TokenizeSettings
+    labelled: LabelledSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +166,14 @@ class Settings:
         return cls(
             run=run_settings(args),
             needs=needs,
-            data=DataSettings(tuple(args.data_path), args.split, args.vocab_size, tasks, tokenize_settings(args)),
+            data=DataSettings(
+                tuple(args.data_path),
+                args.split,
+                args.vocab_size,
+                tasks,
+                tokenize_settings(args),
+                labelled_settings(args) if args.tasks != "documents" else None,
+            ),
             objective=objective_settings(args),
             reference=ReferenceSettings(args.ref_update_interval, args.ref_offload),
             row_length=args.row_length,
@@ -180,11 +192,12 @@ class Settings:
     def clients(self, urls: ServerUrls) -> ClientsSettings:
         """A leader's clients of the servers that the run needs, of those which are at `urls`."""
         rewriter_urls = urls.rewriter if self.needs.own_rewriter else urls.teacher
+        judge = self.judge
+        if judge is not None and judge.client is not None:
+            judge = replace(judge, client=judge.client.at(urls.teacher)) if urls.teacher else None
         return ClientsSettings(
             engines=self.rollouts.engines(tuple(urls.engines)) if self.needs.engines and urls.engines else None,
-            judge=replace(self.judge, client=self.judge.client.at(urls.teacher))
-            if self.judge is not None and urls.teacher
-            else None,
+            judge=judge,
             eval_judge=self.eval_judge if urls.eval_judge else None,
             rewriter=replace(self.rewriter, client=self.rewriter.client.at(rewriter_urls))
             if self.rewriter is not None and rewriter_urls
@@ -235,6 +248,21 @@ def tokenize_settings(args: argparse.Namespace) -> TokenizeSettings:
     )
 
 
+def labelled_settings(args: argparse.Namespace) -> LabelledSettings:
+    """How labelled records become tasks. Raises SettingsError."""
+    default_verdict, verdicts = parse_verdicts(args.judge_verdict)
+    return LabelledSettings(
+        kind=args.tasks,
+        max_prompt=args.max_prompt_length or args.seq_length - args.suffix_length,
+        max_answer=args.suffix_length,
+        prefix_chars=args.judge_prefix_chars,
+        default_verdict=default_verdict,
+        verdicts=verdicts,
+        seed=args.seed,
+        rewrite_prompt=Path(args.rewrite_prompt) if args.rewrite_prompt else None,
+    )
+
+
 def objective_settings(args: argparse.Namespace) -> ObjectiveSettings:
     """The objective and its constants. Raises ValueError for one out of its range."""
     return ObjectiveSettings(
@@ -273,8 +301,10 @@ def control_settings(args: argparse.Namespace) -> Control | None:
         if args.control_text:
             raise SettingsError("--control-text belongs to --control-token CRITERION, which is not given")
         return None
-    if name not in parse_criteria(args.criteria):
-        raise SettingsError(f"--control-token {name} is not among --criteria {' '.join(args.criteria)}; add it there")
+    if name not in parse_criteria(criteria_of(args)):
+        raise SettingsError(
+            f"--control-token {name} is not among --criteria {' '.join(criteria_of(args))}; add it there"
+        )
     if name == LIKELIHOOD and args.control_threshold >= 0:
         raise SettingsError(
             f"--control-threshold {args.control_threshold:g}: likelihood is a mean log-prob, below 0; give such a threshold"
@@ -362,11 +392,11 @@ def judge_settings(args: argparse.Namespace, role: Role = "teacher") -> JudgeSet
     """The judge that the flags describe, at the servers of `role`. Raises SettingsError."""
     default_verdict, verdicts = parse_verdicts(args.judge_verdict)
     return JudgeSettings(
-        criteria=parse_criteria(args.criteria),
-        client=client_settings(args, role),
+        criteria=parse_criteria(criteria_of(args)),
+        client=client_settings(args, role) if Needs.from_args(args).served else None,
         votes=args.judge_votes,
         schedule=schedule_settings(args),
-        verdicts=verdicts,
+        verdicts={} if args.tasks == "judgements" else verdicts,  # there they are the ways of the judge in training
         default_verdict=default_verdict,
         temperature=args.judge_temperature,
         top_p=args.judge_top_p,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -144,6 +144,38 @@ class _CutSource:
         return order, np.cumsum(self._tasks[order])
 
 
+class Tasks(Protocol):
+    """Where a run's tasks come from: documents that are cut, or labelled records."""
+
+    def task(self, index: int) -> Task:
+        """Task `index`, a function of the run's seed and `index` alone."""
+        ...
+
+    def tasks(self, start: int, count: int) -> list[Task]:
+        """Tasks start, ..., start + count - 1."""
+        ...
+
+    def document(self, index: int) -> tuple[int, int]:
+        """Equal for tasks that are not independent."""
+        ...
+
+    def report(self, num_tasks: int | None = None) -> dict[str, Any]:
+        """Counts, of `num_tasks` tasks too."""
+        ...
+
+    def summary(self, num_tasks: int) -> str:
+        """What a run of so many tasks has, in a line; its log holds the rest of `report`."""
+        ...
+
+    def take_counts(self) -> dict[str, float]:
+        """What happened to the tasks that were made since the last call, by name, for a step's metrics."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Equal for equal tasks. A checkpoint keeps it, so that a cursor is not resumed on other data."""
+        ...
+
+
 class TaskSource:
     """Random access to the tasks of a corpus (or of a split of it).
 
@@ -212,6 +244,21 @@ class TaskSource:
         totals = ("documents", "tokens", "too_short", "too_short_tokens", "empty_documents", "tasks_per_epoch")
         report: dict[str, Any] = {name: sum(source[name] for source in sources) for name in totals}
         return report | {"split": self._corpus.split_name, "sources": sources}
+
+    def summary(self, num_tasks: int) -> str:
+        """What the tasks are cut from, in a line."""
+        report = self.report(num_tasks)
+        passes = max(source["epochs"] for source in report["sources"])
+        count = len(report["sources"])
+        short = f", {report['too_short']:,} of them too short" if report["too_short"] else ""
+        return (
+            f"documents {report['documents']:,}{short}, tokens {report['tokens']:,}, sources {count}; epochs in this run "
+            f"{passes:.2g}{' at most' * (count > 1)}"
+        )
+
+    def take_counts(self) -> dict[str, float]:
+        """Nothing is cut short or left out on the way: what is too short was counted at the start."""
+        return {}
 
     def fingerprint(self) -> str:
         """A hash of the documents' lengths and of all settings: equal ones give equal tasks, unless text was edited in

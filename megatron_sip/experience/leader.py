@@ -11,6 +11,7 @@ from typing import Any
 from megatron_sip.errors import ArgumentError
 from megatron_sip.experience.maker import Experience, ExperienceMaker, ExperienceSettings
 from megatron_sip.judge.base import AsksTeacher
+from megatron_sip.judge.encoding import ChatEncoder
 from megatron_sip.judge.judge import Judge
 from megatron_sip.judge.rewriter import Rewriter, RewriterSettings
 from megatron_sip.judge.settings import JudgeSettings
@@ -96,10 +97,10 @@ class Leader:
                 self.engines = self.run(self._open_engines(settings.engines, tokenizer))
                 seeded = self.run(self.engines.take_seeds())
             if settings.judge is not None:
-                self.judge = self.run(self._open_judge(settings.judge, tokenizer.eos_token_id))
+                self.judge = self.run(self._open_judge(settings.judge, tokenizer))
             self.eval_judge = self.judge
             if settings.eval_judge is not None and replica == 0:
-                self.eval_judge = self.run(self._open_judge(settings.eval_judge, tokenizer.eos_token_id))
+                self.eval_judge = self.run(self._open_judge(settings.eval_judge, tokenizer))
             if settings.rewriter is not None:
                 length = experience.sampling.max_new_tokens
                 rewriter = self.run(self._open_rewriter(settings.rewriter, tokenizer, length))
@@ -161,7 +162,7 @@ class Leader:
         await rewriter.check(CONNECT_SECONDS)
         return rewriter
 
-    async def _open_judge(self, settings: JudgeSettings, document_end: int | None) -> Judge:
-        judge = await self._clients.enter_async_context(Judge(settings, document_end))
+    async def _open_judge(self, settings: JudgeSettings, tokenizer: Any) -> Judge:
+        judge = await self._clients.enter_async_context(Judge(settings, tokenizer.eos_token_id, ChatEncoder(tokenizer)))
         await judge.check(CONNECT_SECONDS)
         return judge

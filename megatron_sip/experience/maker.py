@@ -25,7 +25,7 @@ from megatron_sip.experience.recording import read_groups, write_groups
 from megatron_sip.experience.samples import SampleLog
 from megatron_sip.experience.selection import SelectionSettings, select, selection_metrics
 from megatron_sip.metrics import Mean, Metrics
-from megatron_sip.records import CANDIDATE_KINDS, Candidate, CandidateKind, Example, Group, Task
+from megatron_sip.records import CANDIDATE_KINDS, Candidate, CandidateKind, Example, Group, Judgement, Label, Task
 from megatron_sip.rollout.pool import PoolCounters, SGLangPool
 from megatron_sip.rollout.sampling import Completion, Failure, SamplingSettings, drawn_seed
 
@@ -47,6 +47,10 @@ class ScoresGroups(Protocol):
 
     def counters(self) -> dict[str, float]:
         """Running totals of calls, tokens, failures and so on."""
+        ...
+
+    def means(self) -> Mapping[str, Mean]:
+        """Running means of what is found beside scores."""
         ...
 
 
@@ -122,6 +126,7 @@ class ExperienceMaker:
         control = settings.selection.control
         self._control_ids = None if control is None else ControlIds.of(control, tokenizer)
         self._seen_counters: dict[str, float] = {}
+        self._seen_means: dict[str, Mean] = {}
         self._ahead: RewritesAhead | None = None
 
     async def make(
@@ -194,6 +199,8 @@ class ExperienceMaker:
         ]
 
     def _as_candidates(self, task: Task, completions: Sequence[Completion]) -> list[Candidate]:
+        if task.label is not None:
+            return [answer_to(self._tokenizer, task.label, completion) for completion in completions]
         texts = rollout_texts(self._tokenizer, task, [c.ids for c in completions])
         return [
             Candidate("rollout", list(c.ids), text, list(c.logprobs), c.weight_version, c.finish_reason == "length")
@@ -224,7 +231,25 @@ class ExperienceMaker:
             is_gauge = name.split("/")[1].startswith(GAUGES)
             metrics[name] = Mean(value) if is_gauge else value - self._seen_counters.get(name, 0.0)
         self._seen_counters = totals
+        means = dict(self._judge.means()) if self._judge is not None else {}
+        for name, mean in means.items():
+            seen = self._seen_means.get(name, Mean(0.0, 0.0))
+            metrics[f"judge/{name}"] = Mean(mean.total - seen.total, mean.weight - seen.weight)
+        self._seen_means = means
         return metrics
+
+
+def answer_to(tokenizer: Any, label: Label, completion: Completion) -> Candidate:
+    """A rollout of a labelled task, with its plain text.
+
+    A verdict whose answer we began is its first token, as it is for the judge that is trained so: of what comes then
+    nothing is learnt.
+    """
+    ids, logprobs, cut = list(completion.ids), list(completion.logprobs), completion.finish_reason == "length"
+    if isinstance(label, Judgement) and label.forced:
+        ids, logprobs, cut = ids[:1], logprobs[:1], False
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Candidate("rollout", ids, text, logprobs, completion.weight_version, cut)
 
 
 def pool_counts(counters: PoolCounters) -> dict[str, float]:

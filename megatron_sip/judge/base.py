@@ -17,20 +17,29 @@ UNKNOWN_CODE = "00000000"
 class AsksTeacher:
     """Use as an async context manager on one event loop; `check` first, so that mistakes show at start."""
 
-    def __init__(self, settings: ClientSettings) -> None:
-        self._client = TeacherClient(settings)
+    def __init__(self, settings: ClientSettings | None) -> None:
+        """settings: None where nobody is asked."""
+        self._teacher = None if settings is None else TeacherClient(settings)
         self._counts: Counter[str] = Counter()
 
+    @property
+    def _client(self) -> TeacherClient:
+        assert self._teacher is not None, "settings without servers ask nobody"
+        return self._teacher
+
     async def __aenter__(self) -> Self:
-        await self._client.__aenter__()
+        if self._teacher is not None:
+            await self._teacher.__aenter__()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        await self._client.__aexit__(*exc_info)
+        if self._teacher is not None:
+            await self._teacher.__aexit__(*exc_info)
 
     async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
-        await self._client.check(timeout_s)
+        if self._teacher is not None:
+            await self._teacher.check(timeout_s)
 
     def _check_reasoning(self, what: str) -> None:
         """Raises SettingsError where `what` is written by a model that reasons first and has no tokens for it."""
@@ -43,7 +52,9 @@ class AsksTeacher:
 
     def counters(self) -> dict[str, float]:
         """Totals since the start as flat numbers, those of the transport included, and the shares that follow from them."""
-        client = self._client
+        if self._teacher is None:
+            return dict(self._counts)
+        client = self._teacher
         values: dict[str, float] = {**self._counts, **client.counts, **client.pool.counts}
         values["cached-share"] = client.counts["cached"] / max(1, client.counts["calls"])
         shares = (50, 95, 99)

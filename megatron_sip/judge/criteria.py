@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +21,7 @@ import numpy as np
 from megatron_sip.judge.bradley_terry import FloatArray, IntArray, expected_win_rates
 from megatron_sip.judge.calls import Answer, Call, ChoiceCall, GenerateCall, LikelihoodCall
 from megatron_sip.judge.encoding import ChatEncoder
-from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
+from megatron_sip.judge.prompts import PromptFile
 from megatron_sip.judge.schedules import (
     Comparisons,
     Field,
@@ -30,11 +29,11 @@ from megatron_sip.judge.schedules import (
     Pivot,
     Schedule,
     largest_linked,
-    make_schedule,
     votes_in_orders,
 )
-from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, Objective, SettingsError, VerdictMode
-from megatron_sip.records import CandidateKind
+from megatron_sip.judge.settings import LIKELIHOOD, Objective, VerdictMode
+from megatron_sip.metrics import Metrics
+from megatron_sip.records import CandidateKind, Label
 
 Ask = Callable[[Sequence[Call]], Awaitable[list[Answer]]]
 """Answers in the order of the calls; None for a call without one."""
@@ -52,7 +51,8 @@ class Sheet:
 
     ended: the places of the candidates whose document ends with them; of equal texts one may have ended and one been cut.
     pivot: the place of the text that all others meet, if that was chosen beforehand; apart: it stands last and is compared
-    only, without a score of its own.
+    only, without a score of its own. copies: how many candidates have each text. label: of a labelled task, of which `ended`
+    are the candidates that came to their own end.
     """
 
     prefix: str
@@ -65,6 +65,13 @@ class Sheet:
     ended: frozenset[int] = frozenset()
     pivot: int | None = None
     apart: bool = False
+    copies: tuple[int, ...] = ()
+    label: Label | None = None
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many candidates each contender stands for."""
+        return self.copies or (1,) * self.contenders
 
     @property
     def contenders(self) -> int:
@@ -83,7 +90,8 @@ class Sheet:
 class CriterionScores:
     """Scores [contenders] and how many verdicts are behind each. None: it has no score; `missing` says why.
 
-    history: pairwise verdicts; values: those about single candidates [contenders][verdicts].
+    history: pairwise verdicts; values: those about single candidates [contenders][verdicts]. notes: what else was found, for
+    the metrics.
     """
 
     scores: tuple[float | None, ...]
@@ -93,6 +101,7 @@ class CriterionScores:
     received: int = 0
     history: Comparisons | None = field(default=None, compare=False)
     values: tuple[tuple[float, ...], ...] = ()
+    notes: Metrics = field(default_factory=dict)
 
     def verdicts(self, places: Mapping[int, int]) -> list[list[float]]:
         """Each verdict in the order it was given, with the order of the options shown; see Group.verdicts.
@@ -115,14 +124,19 @@ class Criterion(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def mode(self) -> VerdictMode | None:
+        """How verdicts are asked for; None: none are."""
+        ...
+
     def check(self, encoder: ChatEncoder) -> None:
         """Raises EncodingError when this criterion cannot be asked in the judge's tokens."""
         ...
 
     async def score(self, sheet: Sheet, ask: Ask) -> CriterionScores: ...
 
-    def longest_call(self, sheet: Sheet) -> Call:
-        """The call about a sheet that takes most tokens: what must fit into the judge's context."""
+    def longest_call(self, sheet: Sheet) -> Call | None:
+        """The call about a sheet that takes most tokens: what must fit into the judge's context; None: no server is asked."""
         ...
 
 
@@ -267,6 +281,7 @@ class Likelihood:
     """
 
     name: str = LIKELIHOOD
+    mode: VerdictMode | None = None
 
     def check(self, encoder: ChatEncoder) -> None:
         """Raises EncodingError when the judge's tokenizer has no token that ends a text."""
@@ -361,25 +376,6 @@ def valid_votes(answer: Answer) -> list[float]:
     if isinstance(answer, list):
         return [vote for vote in answer if isinstance(vote, float)]
     return [] if answer is None else [answer]
-
-
-def make_criterion(name: str, settings: JudgeSettings, schedule: Schedule | None = None) -> Criterion:
-    """The criterion called `name` (or the prompt file of that path), asked as the settings say."""
-    if name == LIKELIHOOD:
-        return Likelihood()
-    prompt = read_prompt_file(Path(name)) if name.endswith(".txt") else builtin_prompt(name)
-    sampling = Sampling(settings.votes, settings.temperature, settings.top_p, settings.max_tokens)
-    label = prompt.name if name.endswith(".txt") else name
-    if settings.mode(name) == "soft" and not prompt.start:
-        raise SettingsError(
-            f"criterion {name}: soft verdicts need start = '...' in its prompt file; add it or use hard ones"
-        )
-    if prompt.kind == "pointwise":
-        return Pointwise(label, prompt, settings.mode(name), sampling, settings.quorum)
-    chosen = schedule or make_schedule(settings.schedule)
-    return Pairwise(
-        label, prompt, settings.mode(name), sampling, settings.quorum, chosen, settings.schedule.likelihood_prior
-    )
 
 
 def comparable(name: str, scores: Sequence[float], alone: bool) -> FloatArray:

@@ -22,19 +22,20 @@ import numpy as np
 
 from megatron_sip.judge.base import UNKNOWN_CODE, AsksTeacher
 from megatron_sip.judge.calls import Answer, Call
+from megatron_sip.judge.catalogue import make_criterion
 from megatron_sip.judge.criteria import (
     Criterion,
     CriterionScores,
     Pairwise,
-    Pointwise,
     Sheet,
     comparable,
-    make_criterion,
 )
+from megatron_sip.judge.encoding import ChatEncoder
 from megatron_sip.judge.prompts import fence_code, valid_unicode
 from megatron_sip.judge.schedules import AllPairs
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, Objective
 from megatron_sip.judge.teacher import CHECK_TIMEOUT_S, affinity_of
+from megatron_sip.metrics import Mean
 from megatron_sip.records import Candidate, CandidateKind, Group
 
 PROMPTS_IN_FLIGHT_SHARE = 16
@@ -42,7 +43,7 @@ PROMPTS_IN_FLIGHT_SHARE = 16
 
 
 _Text = tuple[str, bool]
-"""A candidate's text, and whether its document ends there (where that matters: likelihood)."""
+"""A candidate's text, and whether it ended there (where that matters: likelihood, labelled tasks)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +56,21 @@ class _Weighted:
 class Judge(AsksTeacher):
     """See the module. Counters: groups, verdicts, agreement with all pairs, calls, tokens, failures, latency."""
 
-    def __init__(self, settings: JudgeSettings, document_end: int | None = None) -> None:
-        """document_end: the policy's end-of-document token; candidates that end with it ended, others were cut."""
+    def __init__(
+        self, settings: JudgeSettings, document_end: int | None = None, policy: ChatEncoder | None = None
+    ) -> None:
+        """document_end: the policy's end-of-document token; candidates that end with it ended, others were cut.
+
+        policy: its tokenizer, where its answers to labelled tasks are judged.
+        """
         super().__init__(settings.client)
         self._settings = settings
         self._document_end = document_end
         self._criteria = [
-            _Weighted(name, weight, make_criterion(name, settings)) for name, weight in settings.criteria.items()
+            _Weighted(name, weight, make_criterion(name, settings, policy=policy))
+            for name, weight in settings.criteria.items()
         ]
+        self._means: dict[str, Mean] = {}
         pairwise = [item.setting for item in self._criteria if isinstance(item.criterion, Pairwise)]
         sparse = settings.schedule.name not in ("all_pairs", "all_pairs_swap")
         self._all_pairs = {name: make_criterion(name, settings, AllPairs()) for name in pairwise if sparse}
@@ -77,13 +85,14 @@ class Judge(AsksTeacher):
     async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
         await super().check(timeout_s)
+        if self._settings.client is None:
+            return
         endpoint = self._settings.client.endpoint
         for item in self._criteria:
+            mode = item.criterion.mode
             if endpoint.kind == "sglang":
                 item.criterion.check(self._client.encoder)
-            if isinstance(item.criterion, Pointwise | Pairwise) and (
-                item.criterion.mode == "hard" or not endpoint.continues_answers
-            ):
+            if mode == "hard" or (mode == "soft" and not endpoint.continues_answers):
                 self._check_reasoning(f"criterion {item.setting}")
 
     async def score(self, groups: Sequence[Group], *, objective: Objective = "dpo") -> list[Group]:
@@ -93,21 +102,27 @@ class Judge(AsksTeacher):
         objective "pair" two candidates are compared directly, whatever the schedule.
         """
         deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
-        gate = asyncio.Semaphore(max(8, self._settings.client.concurrency // PROMPTS_IN_FLIGHT_SHARE))
+        client = self._settings.client
+        gate = asyncio.Semaphore(max(8, (client.concurrency if client else 0) // PROMPTS_IN_FLIGHT_SHARE))
 
         async def bounded(group: Group) -> Group:
             async with gate:
                 return await self._score_group(group, objective, deadline)
 
         judged = list(await asyncio.gather(*map(bounded, groups)))
-        self._client.flush()
+        if client is not None:
+            self._client.flush()
         return judged
+
+    def means(self) -> dict[str, Mean]:
+        """What criteria found beside scores, by criterion, since the start."""
+        return dict(self._means)
 
     async def _score_group(self, group: Group, objective: Objective, deadline: float) -> Group:
         if group.dropped is not None:
             return group
         apart = group if objective == "pair" else self._with_pivot(group)
-        texts = list(dict.fromkeys(map(self._text, apart.candidates)))
+        texts = list(dict.fromkeys(self._text(group, candidate) for candidate in apart.candidates))
         if not texts:
             return self._drop(group, "judge-no-candidates")
         sheet = self._sheet(apart, texts, objective)
@@ -125,7 +140,7 @@ class Judge(AsksTeacher):
         if len(lost) > max(0, len(texts) - 2):
             return self._drop(group, f"judge-{next(iter(lost.values()))}")
         for candidate in apart.candidates:
-            if (place := texts.index(self._text(candidate))) in lost:
+            if (place := texts.index(self._text(group, candidate))) in lost:
                 self._counts[f"candidates/dropped/{lost[place]}"] += 1
         if objective != "pair":
             await self._audit(sheet, results, deadline)
@@ -144,12 +159,14 @@ class Judge(AsksTeacher):
             is_suffix = self._pivot_kind == "suffix"
             suffix = Candidate("suffix", group.task.suffix_ids, group.task.suffix_text)
             return replace(group, pivot=suffix if is_suffix else None)
-        drawn = own[int(np.random.default_rng((self._settings.client.seed, group.task.index, 2)).integers(len(own)))]
+        drawn = own[int(np.random.default_rng((self._settings.seed, group.task.index, 2)).integers(len(own)))]
         others = [candidate for i, candidate in enumerate(group.candidates) if i != drawn]
         return replace(group, candidates=others, pivot=group.candidates[drawn])
 
-    def _text(self, candidate: Candidate) -> _Text:
+    def _text(self, group: Group, candidate: Candidate) -> _Text:
         """What is judged of a candidate: those with equal ones share their scores."""
+        if group.task.label is not None:
+            return valid_unicode(candidate.text), not candidate.truncated
         ended = self._document_end is not None and candidate.ids[-1:] == [self._document_end]
         return valid_unicode(candidate.text), ended and self._ends_matter
 
@@ -185,8 +202,10 @@ class Judge(AsksTeacher):
         """The task as the criteria see it; None when candidates and instructions leave the judge no room for the prefix."""
         shown = [text for text, _ in texts]
         kinds: dict[_Text, CandidateKind] = {}
+        copies: Counter[_Text] = Counter()
         for candidate in reversed(group.candidates):
-            kinds[self._text(candidate)] = candidate.kind
+            kinds[self._text(group, candidate)] = candidate.kind
+            copies[self._text(group, candidate)] += 1
         places = [kinds[text] for text in texts]
         pivot, apart = None, False
         if group.pivot is not None:
@@ -197,20 +216,36 @@ class Judge(AsksTeacher):
                 places.append(group.pivot.kind)
             pivot = shown.index(text)
         original, whole = valid_unicode(group.task.suffix_text), valid_unicode(group.task.prefix_text)
-        seed = (self._settings.client.seed, group.task.index)
+        seed = (self._settings.seed, group.task.index)
         ended = frozenset(i for i, (_, ended) in enumerate(texts) if ended)
-        bare = Sheet("", original, tuple(shown), tuple(places), UNKNOWN_CODE, seed, objective, ended, pivot, apart)
-        window = self._client.window(self._settings.prefix_chars)
-        prefix = window.shown(whole, lambda: self._tokens_beside(bare))
+        bare = Sheet(
+            prefix="",
+            original=original,
+            candidates=tuple(shown),
+            kinds=tuple(places),
+            code=UNKNOWN_CODE,
+            seed=seed,
+            objective=objective,
+            ended=ended,
+            pivot=pivot,
+            apart=apart,
+            copies=tuple(copies[text] for text in texts),
+            label=group.task.label,
+        )
+        prefix = self._shown(whole, bare)
         if prefix is None:
             return None
         self._counts["prefixes-cut"] += prefix != whole
-        code = fence_code(self._settings.client.seed, prefix, [*shown, original])
+        code = fence_code(self._settings.seed, prefix, [*shown, original])
         return replace(bare, prefix=prefix, code=code)
 
-    def _tokens_beside(self, bare: Sheet) -> int:
-        """What the longest request takes beside the prefix. With a likelihood prior, that one is shorter."""
-        return max(self._client.request_tokens(item.criterion.longest_call(bare)) for item in self._criteria)
+    def _shown(self, prefix: str, bare: Sheet) -> str | None:
+        """The end of the prefix that fits beside the longest request (a likelihood prior's is shorter); None: next to none."""
+        calls = [call for item in self._criteria if (call := item.criterion.longest_call(bare)) is not None]
+        if not calls:
+            return prefix
+        window = self._client.window(self._settings.prefix_chars)
+        return window.shown(prefix, lambda: max(map(self._client.request_tokens, calls)))
 
     def _scored(
         self, group: Group, texts: list[_Text], sheet: Sheet, results: Sequence[CriterionScores], lost: dict[int, str]
@@ -221,7 +256,7 @@ class Judge(AsksTeacher):
         for item, result in zip(self._criteria, results, strict=True):
             own = [score for place, score in enumerate(result.scores) if score is not None and place not in lost]
             total[kept] += item.weight * comparable(item.criterion.name, own, alone)
-        placed = [(texts.index(self._text(candidate)), candidate) for candidate in group.candidates]
+        placed = [(texts.index(self._text(group, candidate)), candidate) for candidate in group.candidates]
         order = [place for place, _ in placed if place not in lost]
         places = {place: order.index(place) for place in kept}
         if sheet.apart and sheet.pivot is not None:
@@ -260,5 +295,10 @@ class Judge(AsksTeacher):
     def _count_verdicts(self, name: str, result: CriterionScores) -> None:
         self._counts[f"verdicts/{name}"] += result.received
         self._counts[f"verdicts-missing/{name}"] += result.planned - result.received
+        for note, value in result.notes.items():
+            if isinstance(value, Mean):
+                self._means[f"{name}/{note}"] = self._means.get(f"{name}/{note}", Mean(0.0, 0.0)) + value
+            else:
+                self._counts[f"{name}/{note}"] += value  # type: ignore[assignment]
         if result.history is not None and result.history.first.size:
             self._counts[f"first-shown-preferred/{name}"] += float(result.history.outcome.sum())  # type: ignore[assignment]

@@ -16,7 +16,7 @@ import asyncio
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class Rewriter(AsksTeacher):
         call = self._call(task, words, prefix)
         [answer] = await self._client.ask([call], affinity_of(task.prefix_text), deadline)
         forced = self._settings.client.endpoint.continues_answers
-        text, problem = read_rewrite(answer, task, words, start_required=not forced)
+        text, problem = read_rewrite(answer, task.prefix_text, task.suffix_text, words, start_required=not forced)
         if problem:
             self._counts[f"dropped/{problem}"] += 1
             return None
@@ -150,18 +150,13 @@ class Rewriter(AsksTeacher):
         return prefix
 
     def _call(self, task: Task, words: str, prefix: str, code: str | None = None) -> GenerateCall:
-        start = valid_unicode(words.strip())
-        texts = {"prefix": prefix, "continuation": valid_unicode(words + task.suffix_text)}
-        code = code or fence_code(self._settings.seed, prefix, [texts["continuation"]])
         settings = self._settings
-        return GenerateCall(
-            self._prompt.identity,
-            self._prompt.fill(texts, code, start),
-            n=1,
+        call = rewrite_call(self._prompt, prefix, task.suffix_text, words, settings.seed, code)
+        return replace(
+            call,
             max_tokens=settings.max_tokens or REWRITE_ROOM * self._max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
-            start=start,
         )
 
 
@@ -190,7 +185,17 @@ def read_rewrite_prompt(path: Path) -> PromptFile:
     return prompt
 
 
-def read_rewrite(answer: Answer, task: Task, words: str, *, start_required: bool) -> tuple[str, str]:
+def rewrite_call(
+    prompt: PromptFile, prefix: str, suffix: str, words: str, seed: int, code: str | None = None
+) -> GenerateCall:
+    """What asks for a greedy rewrite of a suffix; `prefix` is as much as is shown of what ends with `words`."""
+    start = valid_unicode(words.strip())
+    texts = {"prefix": prefix, "continuation": valid_unicode(words + suffix)}
+    code = code or fence_code(seed, prefix, [texts["continuation"]])
+    return GenerateCall(prompt.identity, prompt.fill(texts, code, start), 1, 0, 0.0, 1.0, start=start)
+
+
+def read_rewrite(answer: Answer, prefix: str, suffix: str, words: str, *, start_required: bool) -> tuple[str, str]:
     """(text, "") or ("", why there is no rewrite: failed, unfinished, wrong-start, empty, refused)."""
     if not isinstance(answer, list) or not answer:
         return "", "failed"
@@ -199,10 +204,10 @@ def read_rewrite(answer: Answer, task: Task, words: str, *, start_required: bool
     text = without_start(answer[0], words, required=start_required)
     if text is None:
         return "", "refused" if is_refusal(answer[0]) else "wrong-start"
-    text = fit_whitespace(text, task.prefix_text)
+    text = fit_whitespace(text, prefix)
     if not text.strip():
         return "", "empty"
-    if is_refusal(text) and not is_refusal(task.suffix_text):
+    if is_refusal(text) and not is_refusal(suffix):
         return "", "refused"
     return text, ""
 

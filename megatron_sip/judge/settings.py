@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sip.errors import UserError
-from megatron_sip.judge.prompts import PromptError, builtin_names, builtin_prompt, read_prompt_file
+from megatron_sip.judge.prompts import PromptError, builtin_names, builtin_prompt, find_prompt, read_prompt_file
 from megatron_sip.serving.http_reply import key_from_environment, shown_url, url_mistake
 from megatron_sip.serving.proxy import DIRECT, Proxy, proxy_for
 
@@ -18,6 +18,10 @@ Objective = Literal["dpo", "rf-nll", "pair"]
 """What scores are for: best and worst of a group, its best, or the comparison of just two candidates."""
 
 LIKELIHOOD = "likelihood"
+LABEL, COPY, REWRITE, SIMILARITY = "label", "copy", "rewrite", "similarity"
+LABELLED_CRITERIA = {LABEL: "judgements", COPY: "rewrites", REWRITE: "rewrites", SIMILARITY: "thoughts"}
+"""Criteria of labelled tasks, by the kind of --tasks that they are about."""
+WITHOUT_SERVER = frozenset({LABEL, COPY})
 DEFAULT_MODEL = "default"
 """Sent to servers that serve one model only; answers are then kept under the name that the server reports."""
 SCHEDULE_NAMES = ("all_pairs", "all_pairs_swap", "pivot", "circulant_bt", "two_ended_bt")
@@ -184,7 +188,7 @@ class JudgeSettings:
     """Everything a `Judge` needs.
 
     criteria: weight of each criterion; names as `parse_criteria` knows them, or paths of prompt files.
-    client: how to reach the judge's servers; its seed is also that of all draws.
+    client: how to reach the judge's servers, None where no criterion asks any; its seed is also that of all draws.
     votes: verdicts asked for a hard judgement (a soft one reads the probability once per order instead).
     verdicts: hard or soft for each criterion; those not named are `default_verdict`.
     quorum: share of its planned verdicts that must have arrived for a candidate to be scored.
@@ -195,7 +199,7 @@ class JudgeSettings:
     """
 
     criteria: Mapping[str, float]
-    client: ClientSettings
+    client: ClientSettings | None
     votes: int = 5
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     verdicts: Mapping[str, VerdictMode] = field(default_factory=dict)
@@ -234,6 +238,10 @@ class JudgeSettings:
             )
         for name in self.criteria:
             check_criterion_name(name)
+        if self.client is None:
+            if asking := [name for name in self.criteria if asks_server(name)]:
+                raise SettingsError(f"--criteria {asking[0]}: it asks a judge's servers: give --teacher-url")
+            return
         needs_logprobs = LIKELIHOOD in self.criteria or self.schedule.likelihood_prior
         if needs_logprobs and self.client.endpoint.kind != "sglang":
             flag = self.client.endpoint.flag("api")
@@ -243,19 +251,28 @@ class JudgeSettings:
     def mode(self, criterion: str) -> VerdictMode:
         return self.verdicts.get(criterion, self.default_verdict)
 
+    @property
+    def seed(self) -> int:
+        """Of all draws; without servers there are none."""
+        return 0 if self.client is None else self.client.seed
+
 
 def known_criteria() -> list[str]:
     """The names that `--criteria` accepts besides paths of prompt files."""
     scored = [name for name in builtin_names() if builtin_prompt(name).kind != "text" and name != "coherence"]
-    return sorted([LIKELIHOOD, "factuality", "factuality-noref", *scored])
+    return sorted({LIKELIHOOD, "factuality", "factuality-noref", *scored, *LABELLED_CRITERIA})
+
+
+def asks_server(criterion: str) -> bool:
+    """Whether a criterion asks a judge's servers."""
+    return criterion not in WITHOUT_SERVER
 
 
 def is_pairwise(criterion: str) -> bool:
     """Whether a criterion (see `check_criterion_name`) compares pairs, so that a schedule matters."""
-    if criterion == LIKELIHOOD:
+    if criterion == LIKELIHOOD or not asks_server(criterion):
         return False
-    prompt = read_prompt_file(Path(criterion)) if criterion.endswith(".txt") else builtin_prompt(criterion)
-    return prompt.kind == "pairwise"
+    return find_prompt(criterion).kind == "pairwise"
 
 
 def check_criterion_name(name: str) -> None:
@@ -276,12 +293,17 @@ def check_criterion_name(name: str) -> None:
         )
 
 
+def split_criterion(item: str) -> tuple[str, str]:
+    """`quality=0.5` -> its name and its weight as it is written; a bare name weighs 1."""
+    name, number = item.rsplit("=", 1) if "=" in item else (item, "1")
+    return name.strip(), number
+
+
 def parse_criteria(items: Iterable[str]) -> dict[str, float]:
     """`["quality=1", "safety=0.5"]` -> weights; a bare name weighs 1. Raises SettingsError with what would be right."""
     weights: dict[str, float] = {}
     for item in items:
-        name, number = item.rsplit("=", 1) if "=" in item else (item, "1")
-        name = name.strip()
+        name, number = split_criterion(item)
         try:
             weight = float(number)
         except ValueError:

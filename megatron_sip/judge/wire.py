@@ -52,12 +52,11 @@ def sglang_body(calls: Sequence[Call], encoder: ChatEncoder, endpoint: Endpoint)
         places = [max(len(ids) - 1, 0) for ids in prefixes]
         return generate_body(prompts, {"max_new_tokens": 0, "temperature": 0.0}, logprobs_from=places)
     if isinstance(first, ChoiceCall):
-        context, label_ids = encoder.choices(first.rule.start, first.rule.labels)
-        prompts = [encoder.chat(call.prompt, endpoint.answer_prefix) + context for call in calls]
+        _, label_ids = encoder.choices(first.rule.start, first.rule.labels)
+        prompts = [prompt_ids(call, encoder, endpoint.answer_prefix) for call in calls]
         sampling = {"max_new_tokens": 1, "temperature": 1.0, "ignore_eos": True}
         return generate_body(prompts, sampling, logprobs_of=[label_ids] * len(calls))
-    prefix = endpoint.answer_prefix if first.start else None
-    prompts = [encoder.chat(call.prompt, prefix, call.start) for call in calls if isinstance(call, GenerateCall)]
+    prompts = [prompt_ids(call, encoder, endpoint.answer_prefix) for call in calls]
     sampling = {
         "n": first.n,
         "max_new_tokens": answer_tokens(first, endpoint),
@@ -67,6 +66,15 @@ def sglang_body(calls: Sequence[Call], encoder: ChatEncoder, endpoint: Endpoint)
         "skip_special_tokens": not (endpoint.reasoning_tokens or encoder.reasoning.special_marks),
     }
     return generate_body(prompts, sampling)
+
+
+def prompt_ids(call: Call, encoder: ChatEncoder, answer_prefix: str = "") -> list[int]:
+    """What the model goes on from when it is asked for a judgement or a text: also what a judge in training is given."""
+    assert not isinstance(call, LikelihoodCall)
+    if isinstance(call, ChoiceCall):
+        context, _ = encoder.choices(call.rule.start, call.rule.labels)
+        return encoder.chat(call.prompt, answer_prefix) + context
+    return encoder.chat(call.prompt, answer_prefix if call.start else None, call.start)
 
 
 def likelihood_ids(call: Call, encoder: ChatEncoder) -> list[int]:

@@ -109,6 +109,7 @@ async def prepare_groups(work: GroupWork) -> dict[str, Any]:
 
 async def opened_judge(stack: AsyncExitStack, votes: VoteSettings, output: OutputSettings) -> Judge:
     """A judge that answers. Raises EndpointError, SettingsError."""
+    assert votes.judge.client is not None, "its criteria are asked of servers"
     client = cached(votes.judge.client, output)
     judge = await stack.enter_async_context(Judge(replace(votes.judge, client=client)))
     await judge.check()

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "megatron_sip"
 ROOMS = [
     *("errors", "console", "files", "stop_signal", "records", "metrics"),
     *("checkpoints", "kernels", "data", "platform", "model", "serving", "hf", "judge", "rollout"),
-    *("experience", "training", "prepare", "config", "evaluation", "one_node", "run", "train", "evaluate", "__main__"),
+    *("experience", "training", "prepare", "config", "evaluation", "one_node", "open_tasks", "run", "train"),
+    *("evaluate", "__main__"),
 ]
 """Bottom to top: a room imports only rooms before it. Files beside the rooms count as rooms of their own, and a room's
 `__main__`, which is a command line, stands with the package's own."""

@@ -64,7 +64,7 @@ def test_help_shows_every_flag_of_ours_with_its_default_and_imports_neither_torc
     assert "IMPORTED []" in text
     assert text.count("\n") < 400  # 4,046 with Megatron's
     flat = " ".join(text.split())
-    for flag, default in (("--suffix-length", "128"), ("--win-rate-prompts", "0"), ("--candidates", "suffix rollout")):
+    for flag, default in (("--suffix-length", "128"), ("--win-rate-prompts", "0"), ("--judge-verdict", "soft")):
         assert re.search(rf"{flag} [^\[]*(\[{flag[2:].upper()}[^\[]*)?.*?\[default: {default}\]", flat), flag
     for action in early_parser()._actions:
         assert action.option_strings[-1] in flat

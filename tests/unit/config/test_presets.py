@@ -11,7 +11,7 @@ from paper_presets import PAPER, paper_criteria
 
 import megatron_sip
 from megatron_sip.config.flags import add_arguments
-from megatron_sip.config.needs import Needs
+from megatron_sip.config.needs import Needs, criteria_of
 from megatron_sip.config.presets import PRESETS, PresetError, expand_presets, known_presets
 from megatron_sip.judge.settings import ScheduleSettings, parse_criteria
 from megatron_sip.platform.megatron import prepare_megatron
@@ -42,7 +42,7 @@ def test_preset_gives_the_papers_candidates_and_objective(parser: argparse.Argum
     assert (args.objective, needs.kinds, needs.scores) == (objective, kinds, judged)
     assert rollouts is None or args.num_rollouts == rollouts
     ScheduleSettings(name=args.judge_schedule)
-    assert parse_criteria(args.criteria) == dict.fromkeys(paper_criteria(name), 1.0)
+    assert parse_criteria(criteria_of(args)) == dict.fromkeys(paper_criteria(name), 1.0)
     assert args.judge_schedule == ("pivot" if "pivot" in name else "all_pairs")
 
 

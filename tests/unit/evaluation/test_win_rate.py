@@ -23,6 +23,7 @@ from megatron_sip.evaluation.win_rate import (
     save_continuations,
     wilson_interval,
 )
+from megatron_sip.metrics import Mean
 from megatron_sip.records import Candidate, Group, Task
 from megatron_sip.rollout.sampling import Completion, Failure, SamplingSettings
 
@@ -50,6 +51,9 @@ class Scripted:
     def counters(self) -> dict[str, float]:
         return {}
 
+    def means(self) -> dict[str, Mean]:
+        return {}
+
 
 class LongerIsBetter:
     """A judge without a server: log-probs are lengths, an empty prefix text gets no verdict."""
@@ -65,6 +69,9 @@ class LongerIsBetter:
         return judged
 
     def counters(self) -> dict[str, float]:
+        return {}
+
+    def means(self) -> dict[str, Mean]:
         return {}
 
 

@@ -15,7 +15,7 @@ from megatron_sip.experience.control import Control
 from megatron_sip.experience.kind_steps import KindSteps
 from megatron_sip.experience.maker import ExperienceMaker, ExperienceSettings, build_group
 from megatron_sip.experience.selection import SelectionSettings
-from megatron_sip.metrics import flatten
+from megatron_sip.metrics import Mean, flatten
 from megatron_sip.records import Candidate, Group, Task
 from megatron_sip.rollout.pool import PoolCounters
 from megatron_sip.rollout.sampling import Completion, Failure, SamplingSettings
@@ -52,6 +52,10 @@ class Scores:
 
     def counters(self) -> dict[str, float]:
         return {"calls": 7.0, "cached-share": 0.5}
+
+    def means(self) -> dict[str, Mean]:
+        self.asked = getattr(self, "asked", 0) + 1
+        return {"label/accuracy": Mean(self.asked**2, 4.0 * self.asked)}
 
 
 class Rewrites:
@@ -101,6 +105,10 @@ async def test_counters_are_per_step_and_shares_stay_shares() -> None:
     assert first["rollout/calls"] == second["rollout/calls"] == 3
     assert (first["judge/calls"], second["judge/calls"]) == (7, 0)
     assert first["judge/cached-share"] == second["judge/cached-share"] == 0.5
+    assert (first["judge/label/accuracy"], second["judge/label/accuracy"]) == (
+        0.25,
+        0.75,
+    )  # 1 of 4, then 3 of the next 4
 
 
 async def test_rollouts_wait_for_their_start_step() -> None:

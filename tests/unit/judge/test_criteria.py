@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from judge_cases import make_settings
 
 from megatron_sip.judge.calls import Answer, Call, ChoiceCall, GenerateCall, LikelihoodCall, cache_material
-from megatron_sip.judge.criteria import Ask, CriterionScores, Likelihood, Sheet, comparable, make_criterion
+from megatron_sip.judge.catalogue import make_criterion
+from megatron_sip.judge.criteria import Ask, CriterionScores, Likelihood, Sheet, comparable
 from megatron_sip.judge.settings import Endpoint, ScheduleSettings
 
 SHEET = Sheet(

@@ -17,6 +17,7 @@ from megatron_sip.judge import (
     parse_criteria,
 )
 from megatron_sip.judge.prompts import builtin_prompt
+from megatron_sip.judge.settings import LABELLED_CRITERIA
 from megatron_sip.judge.teacher import TeacherClient
 
 
@@ -29,14 +30,14 @@ def test_weights_are_parsed() -> None:
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        (["niceness=1"], "unknown criterion 'niceness'; known criteria: factuality"),
+        (["niceness=1"], "unknown criterion 'niceness'; known criteria: copy, factuality"),
         (["quality=much"], "'much' is no number; write NAME=WEIGHT"),
         (["quality=0"], "must be a finite number above 0"),
         (["quality=inf"], "must be a finite number above 0"),
         (["quality=nan"], "must be a finite number above 0"),
         (["quality=1", "quality=2"], "'quality' is given twice"),
         (["factuality:v6=1"], "unknown criterion 'factuality:v6'"),
-        (["rewrite=1"], "unknown criterion 'rewrite'"),
+        (["corruption=1"], "unknown criterion 'corruption'"),
         (["missing/prompt.txt=1"], "there is no such prompt file"),
         ([], "no criteria given"),
     ],
@@ -48,7 +49,8 @@ def test_bad_criteria_say_what_would_be_right(items: list[str], message: str) ->
 
 def test_all_of_the_papers_criteria_are_known() -> None:
     versions = {f"factuality:v{v}" for v in range(1, 6)} | {f"factuality-noref:v{v}" for v in range(1, 5)}
-    assert {"quality", "safety", "likelihood", "factuality", "factuality-noref", *versions} == set(known_criteria())
+    of_the_policy = {"quality", "safety", "likelihood", "factuality", "factuality-noref", *versions}
+    assert of_the_policy == set(known_criteria()) - set(LABELLED_CRITERIA)
 
 
 def test_a_text_prompt_is_no_criterion(tmp_path: Path) -> None:
@@ -109,7 +111,7 @@ def test_the_api_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch
 
 def test_prompts_hold_no_unfilled_slot() -> None:
     for name in known_criteria():
-        if name != "likelihood":
+        if name not in ("likelihood", "label", "copy"):
             prompt = builtin_prompt(name)
             filled = "".join(prompt.fill(dict.fromkeys(prompt.slots, "text"), "c0de"))
             assert "{{" not in filled

@@ -1,0 +1,60 @@
+"""Which flags labelled tasks need, and which mean nothing with them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from megatron_sip.config.needs import candidates_of, criteria_of
+from megatron_sip.judge.settings import LABELLED_CRITERIA, asks_server, known_criteria, split_criterion
+
+_OF_DOCUMENTS = {"task_mode": "random", "text_field": "text", "prepend_bos": "auto"}
+"""Flags that say how documents are read and cut, with their defaults."""
+
+
+def check_tasks(args: argparse.Namespace) -> Iterator[str]:
+    """What --tasks and the other flags need of each other."""
+    names = [split_criterion(item)[0] for item in criteria_of(args)]
+    for name in names:
+        if (kind := LABELLED_CRITERIA.get(name, args.tasks)) != args.tasks:
+            yield f"--criteria {name}: it scores --tasks {kind}, these are {args.tasks}"
+    if args.tasks == "documents":
+        if args.max_prompt_length is not None:
+            yield (
+                "--max-prompt-length: for labelled tasks; the prefix of a document has at most --seq-length minus "
+                "--suffix-length tokens"
+            )
+        return
+    own = [name for name, kind in LABELLED_CRITERIA.items() if kind == args.tasks]
+    for name in names:
+        if name in set(known_criteria()) - set(LABELLED_CRITERIA) or (name.endswith(".txt") and asks_server(name)):
+            yield f"--criteria {name}: it scores continuations of documents; --tasks {args.tasks} have {' and '.join(own)}"
+    yield from _check_objective(args)
+    yield from _check_lengths(args)
+    if args.win_rate_prompts:
+        yield f"--win-rate-prompts: it compares continuations of documents; with --tasks {args.tasks} leave it at 0"
+    for name, default in _OF_DOCUMENTS.items():
+        if getattr(args, name) != default and not (name == "prepend_bos" and args.tasks == "thoughts"):
+            yield f"--{name.replace('_', '-')}: it is for --tasks documents; remove it"
+
+
+def _check_objective(args: argparse.Namespace) -> Iterator[str]:
+    if args.objective == "sft" or args.dpo_pair is not None:
+        flag = "--dpo-pair" if args.dpo_pair is not None else "--objective sft"
+        yield f"{flag}: labelled tasks are learnt from scored rollouts alone: --objective grpo, dpo or rf-nll"
+    elif candidates_of(args) != ["rollout"]:
+        yield f"--candidates {' '.join(candidates_of(args))}: {args.tasks} have rollouts alone as candidates; remove it"
+
+
+def _check_lengths(args: argparse.Namespace) -> Iterator[str]:
+    if args.seq_length is None:  # `missing_flags` says so
+        return
+    room = args.seq_length - args.suffix_length
+    if args.max_prompt_length is not None and not 1 <= args.max_prompt_length <= room:
+        yield (
+            f"--max-prompt-length {args.max_prompt_length}: with an answer of --suffix-length {args.suffix_length} it must fit "
+            f"into --seq-length {args.seq_length}: at least 1, at most {room}"
+        )
+    batch = getattr(args, "global_batch_size", None)
+    if args.tasks == "judgements" and batch is not None and batch % 2:
+        yield f"--global-batch-size {batch}: judgements come in pairs, both orders of the same texts: an even number is needed"

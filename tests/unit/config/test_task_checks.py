@@ -1,0 +1,76 @@
+"""Flags of labelled tasks: what they default to, what they need, and what means nothing with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from flag_cases import arguments, check_all, settings
+
+from megatron_sip.config.dry_run import describe
+from megatron_sip.errors import ArgumentError
+
+JUDGEMENTS = ("--tasks", "judgements", "--objective", "rf-nll")
+NO_TEACHER: dict[str, Any] = {"teacher_url": None}
+
+
+def refusal(*flags: str, **megatron: Any) -> str:
+    with pytest.raises(ArgumentError) as caught:
+        check_all(arguments(*flags, **megatron))
+    return str(caught.value)
+
+
+def test_a_judge_is_trained_without_another_judge() -> None:
+    made = settings(*JUDGEMENTS, "--judge-verdict", "soft", "safety=hard", **NO_TEACHER)
+    assert made.needs.kinds == ("rollout",)
+    assert not made.needs.teacher
+    assert made.judge is not None
+    assert (dict(made.judge.criteria), made.judge.client) == ({"label": 1.0}, None)
+    assert made.clients(made.urls).judge == made.judge
+    assert made.data.labelled is not None
+    assert (made.data.labelled.max_prompt, made.data.labelled.max_answer) == (2048 - 128, 128)
+    assert [made.data.labelled.mode(name) for name in ("quality", "safety")] == ["soft", "hard"]
+    told = describe(made)
+    assert "labelled judgements, prompts of up to 1,920 tokens; answers begun up to the verdict's first token" in told
+    assert "written for safety" in told
+    assert "label (weight 1): asks no server" in told
+
+
+def test_the_longest_prompt_may_be_shorter() -> None:
+    made = settings(*JUDGEMENTS, "--max-prompt-length", "1000", **NO_TEACHER)
+    assert made.data.labelled is not None
+    assert made.data.labelled.max_prompt == 1000
+
+
+def test_documents_are_scored_by_likelihood_unless_told_otherwise() -> None:
+    made = settings()
+    assert made.judge is not None
+    assert dict(made.judge.criteria) == {"likelihood": 1.0}
+    assert made.needs.kinds == ("suffix", "rollout")
+    assert made.data.labelled is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max-prompt-length", "100"), "--max-prompt-length: for labelled tasks"),
+        (("--criteria", "label=1"), "--criteria label: it scores --tasks judgements, these are documents"),
+        ((*JUDGEMENTS, "--criteria", "copy=1"), "--criteria copy: it scores --tasks rewrites, these are judgements"),
+        ((*JUDGEMENTS, "--criteria", "label", "quality"), "--criteria quality: it scores continuations of documents"),
+        ((*JUDGEMENTS, "--objective", "sft"), "--objective sft: labelled tasks are learnt from scored rollouts alone"),
+        (
+            (*JUDGEMENTS, "--candidates", "suffix", "rollout"),
+            "--candidates suffix rollout: judgements have rollouts alone",
+        ),
+        ((*JUDGEMENTS, "--win-rate-prompts", "4"), "--win-rate-prompts: it compares continuations of documents"),
+        ((*JUDGEMENTS, "--max-prompt-length", "1921"), "at least 1, at most 1920"),
+        ((*JUDGEMENTS, "--task-mode", "stream"), "--task-mode: it is for --tasks documents"),
+    ],
+)
+def test_what_means_nothing_is_refused(flags: tuple[str, ...], message: str) -> None:
+    assert message in refusal(*flags)
+
+
+def test_pairs_need_an_even_batch() -> None:
+    message = refusal(*JUDGEMENTS, global_batch_size=7, data_parallel_size=1)
+    assert "--global-batch-size 7: judgements come in pairs" in message
