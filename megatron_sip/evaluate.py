@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.config.flags import JUDGE_FLAGS, add_flags, add_teacher_flags
-from megatron_sip.config.settings import judge_settings, task_settings
+from megatron_sip.config.settings import task_settings
+from megatron_sip.config.teacher_settings import judge_settings
 from megatron_sip.console import bars
 from megatron_sip.data.documents import SPLITS, open_corpus
 from megatron_sip.data.tasks import TaskSource

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_sip.config.flags import add_teacher_flags
-from megatron_sip.config.settings import rewriter_settings
+from megatron_sip.config.teacher_settings import rewriter_settings
 from megatron_sip.data.documents import open_corpus
 from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.data.tokenization import TokenizeSettings

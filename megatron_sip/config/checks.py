@@ -19,15 +19,14 @@ from megatron_sip.config.objective_checks import check_objective, check_row_leng
 from megatron_sip.config.settings import (
     URL_ROLES,
     held_out_sampling,
-    judge_settings,
     local_server_settings,
     objective_settings,
-    rewriter_settings,
     rollout_sampling,
     selection_settings,
     task_settings,
 )
 from megatron_sip.config.task_checks import check_tasks
+from megatron_sip.config.teacher_settings import judge_settings, rewriter_settings
 from megatron_sip.data.documents import parse_split
 from megatron_sip.errors import ArgumentError, DataError
 from megatron_sip.judge.schedules import least_budget

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_sip.config.flags import JUDGE_FLAGS, Flags, add_flags, add_teacher_flags
-from megatron_sip.config.settings import client_settings
+from megatron_sip.config.teacher_settings import client_settings
 from megatron_sip.errors import ArgumentError
 from megatron_sip.judge.exam import ExamSettings
 from megatron_sip.judge.settings import VerdictMode

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from megatron_sip.config.candidate_checks import control_room
 from megatron_sip.config.flags import OBJECTIVE_FLAGS, TASK_FLAGS
-from megatron_sip.config.needs import Needs, branches_in_a_row, candidate_count
+from megatron_sip.config.needs import Needs, branches_in_a_row, candidate_count, criteria_of
 from megatron_sip.judge.settings import LIKELIHOOD
 
 GRPO_FLAGS = (
@@ -66,7 +66,7 @@ def _check_grpo(args: argparse.Namespace) -> Iterator[str]:
         yield f"--grpo-oversample {args.grpo_oversample}: must be at least 1, the round that every step asks for"
     if args.branches_per_row is not None and args.branches_per_row < 1:
         yield f"--branches-per-row {args.branches_per_row}: must be at least 1"
-    if args.truncated_answers == "zero" and [given.split("=")[0] for given in args.criteria] == [LIKELIHOOD]:
+    if args.truncated_answers == "zero" and [given.split("=")[0] for given in criteria_of(args)] == [LIKELIHOOD]:
         yield "--truncated-answers zero: likelihoods are below 0, so that 0 would be the best score; use mask or score"
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_sip.config.flags import JUDGE_FLAGS, TASK_FLAGS, Flags, add_flags, add_teacher_flags
-from megatron_sip.config.settings import client_settings
+from megatron_sip.config.teacher_settings import client_settings
 from megatron_sip.data.roles import ROLES, SPLITS, Shares, parse_shares
 from megatron_sip.data.source_files import parse_data_path
 from megatron_sip.data.tasks import TaskSettings

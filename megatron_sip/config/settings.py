@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_sip.config.flags import Role
-from megatron_sip.config.needs import Needs, criteria_of, has_servers
+from megatron_sip.config.needs import Needs, criteria_of
+from megatron_sip.config.teacher_settings import judge_settings, rewriter_settings
 from megatron_sip.data.tasks import TaskSettings
 from megatron_sip.data.tokenization import DEFAULT_CACHE, TokenizeSettings
 from megatron_sip.experience.control import Control
@@ -21,12 +21,8 @@ from megatron_sip.judge.labelled_tasks import LabelledSettings
 from megatron_sip.judge.prompts import read_prompt_file
 from megatron_sip.judge.rewriter import RewriterSettings
 from megatron_sip.judge.settings import (
-    DEFAULT_MODEL,
     LIKELIHOOD,
-    ClientSettings,
-    Endpoint,
     JudgeSettings,
-    ScheduleSettings,
     SettingsError,
     parse_criteria,
     parse_verdicts,
@@ -385,77 +381,4 @@ def local_server_settings(args: argparse.Namespace) -> LocalServerSettings:
         teacher=teacher if args.teacher_model and needs.teacher else None,
         rewriter=rewriter if args.rewriter_model and needs.rewriter else None,
         share_gpus=args.local_server_memory is not None,
-    )
-
-
-def judge_settings(args: argparse.Namespace, role: Role = "teacher") -> JudgeSettings:
-    """The judge that the flags describe, at the servers of `role`. Raises SettingsError."""
-    default_verdict, verdicts = parse_verdicts(args.judge_verdict)
-    return JudgeSettings(
-        criteria=parse_criteria(criteria_of(args)),
-        client=client_settings(args, role) if Needs.from_args(args).served else None,
-        votes=args.judge_votes,
-        schedule=schedule_settings(args),
-        verdicts={} if args.tasks == "judgements" else verdicts,  # there they are the ways of the judge in training
-        default_verdict=default_verdict,
-        temperature=args.judge_temperature,
-        top_p=args.judge_top_p,
-        max_tokens=args.judge_max_tokens,
-        quorum=args.judge_quorum,
-        prefix_chars=args.judge_prefix_chars,
-        audit_rate=args.judge_audit_rate,
-        deadline_s=args.judge_deadline,
-    )
-
-
-def rewriter_settings(args: argparse.Namespace) -> RewriterSettings:
-    """The rewriter that the flags describe. Raises SettingsError."""
-    return RewriterSettings(
-        client=client_settings(args, "rewriter" if has_servers(args, "rewriter") else "teacher"),
-        temperature=args.rewrite_temperature,
-        prompt_file=Path(args.rewrite_prompt) if args.rewrite_prompt else None,
-        deadline_s=args.judge_deadline,
-        prefix_chars=args.judge_prefix_chars,
-        seed=args.seed,
-    )
-
-
-def schedule_settings(args: argparse.Namespace) -> ScheduleSettings:
-    """Which pairs the judge compares. Raises SettingsError."""
-    return ScheduleSettings(
-        name=args.judge_schedule,
-        degree=args.judge_degree,
-        budget=args.judge_budget,
-        pivot=args.judge_pivot,
-        likelihood_prior=args.judge_likelihood_prior,
-        both_orders=args.judge_both_orders,
-        pivot_competes=args.judge_pivot_competes,
-    )
-
-
-def client_settings(args: argparse.Namespace, role: Role) -> ClientSettings:
-    """How judge and rewriter reach the servers of `role`. Raises SettingsError."""
-    own = {name.removeprefix(f"{role}_"): value for name, value in vars(args).items() if name.startswith(f"{role}_")}
-    endpoints = tuple(
-        Endpoint(
-            url,
-            own["api"],
-            own["name"] or DEFAULT_MODEL,
-            api_key_env=own["key_variable"],
-            prefill=own["prefill"],
-            answer_prefix=own["answer_prefix"],
-            reasoning_tokens=own["reasoning_tokens"],
-            requests_per_s=own["requests_per_second"],
-            context_tokens=own["context"],
-            role=role,
-        )
-        for url in own["url"] or [f"http://{role.replace('_', '-')}"]
-    )
-    return ClientSettings(
-        endpoints=endpoints,
-        tokenizer=own["tokenizer"] or own.get("model"),  # None: the servers say
-        cache_path=Path(args.judge_cache) if args.judge_cache is not None else None,
-        call_timeout_s=args.teacher_timeout,
-        concurrency=args.judge_concurrency,
-        seed=args.seed,
     )
