@@ -35,7 +35,7 @@ from typing import Any
 from megatron_sip.errors import UserError
 from megatron_sip.judge.verdicts import VerdictRule
 
-TEXT_SLOTS = ("prefix", "reference", "candidate", "option_1", "option_2", "continuation")
+TEXT_SLOTS = ("prefix", "reference", "candidate", "option_1", "option_2", "continuation", "text")
 PLAIN_SLOTS = ("code", "first_words")
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 _REQUIRED_SLOTS = {"pairwise": {"option_1", "option_2"}, "pointwise": {"candidate"}, "text": set[str]()}
