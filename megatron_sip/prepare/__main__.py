@@ -5,6 +5,7 @@ python -m megatron_sip.prepare judgements --task quality --data-path 'web/*.json
 python -m megatron_sip.prepare judgements --task safety ... --teacher-url http://host:30000 --out safety/
 python -m megatron_sip.prepare judgements --task quality --from-groups runs/policy/groups --out refreshed/
 python -m megatron_sip.prepare rewrites ... --label-field toxic --safe-labels no --unsafe-labels yes --out rewrites/
+python -m megatron_sip.prepare thoughts ... --teacher-url http://host:30000 --out thoughts/
 
 Stop and repeat a command at will: it goes on where it was. manifest.json says what went in and what was dropped, and why.
 COMMAND --help explains each flag.
@@ -26,6 +27,7 @@ from megatron_sip.config.prepare_flags import (
     judgements_work,
     rewrites_work,
 )
+from megatron_sip.config.thoughts_flags import add_thoughts_flags, thoughts_work
 from megatron_sip.errors import UserError
 from megatron_sip.prepare.commands import (
     GroupWork,
@@ -35,6 +37,7 @@ from megatron_sip.prepare.commands import (
     prepare_labels,
     prepare_quality,
 )
+from megatron_sip.prepare.thoughts import prepare_thoughts
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +63,16 @@ def run_rewrites(given: argparse.Namespace) -> dict[str, Any]:
     return asyncio.run(prepare_labels(rewrites_work(given)))
 
 
+def run_thoughts(given: argparse.Namespace) -> dict[str, Any]:
+    return asyncio.run(prepare_thoughts(thoughts_work(given)))
+
+
 COMMANDS = {
     "judgements": Command("what a judge learns from: prompts and right verdicts", add_judgements_flags, run_judgements),
     "rewrites": Command("what a rewriter learns from: suffixes, safe or not", add_rewrites_flags, run_rewrites),
+    "thoughts": Command(
+        "documents with a teacher's thoughts, and places for a policy's own", add_thoughts_flags, run_thoughts
+    ),
 }
 
 
