@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 import orjson
@@ -75,9 +76,9 @@ def place_seed(piece: Piece, seed: int) -> int:
 
 
 def rules_for(piece: Piece, settings: QualitySettings) -> list[str]:
-    """The rules in the order in which they are tried on a piece: from a drawn one on, so that all are as frequent."""
-    first = hash64(place_seed(piece, settings.seed), _RULE) % len(settings.rules)
-    return [*settings.rules[first:], *settings.rules[:first]]
+    """The rules in the drawn order in which they are tried on a piece."""
+    draws = Random(hash64(place_seed(piece, settings.seed), _RULE))
+    return draws.sample(settings.rules, len(settings.rules))
 
 
 def pair_records(piece: Piece, spoilt: str, rule: str, settings: QualitySettings) -> list[dict[str, Any]]:
