@@ -6,7 +6,7 @@ import argparse
 
 from megatron_sip.config.flags import JUDGE_FLAGS, Flags, add_flags, add_teacher_flags
 from megatron_sip.config.prepare_flags import OUTPUT_FLAGS, READ_FLAGS, UNIT_SECONDS, output_settings, read_settings
-from megatron_sip.config.settings import client_settings
+from megatron_sip.config.teacher_settings import client_settings
 from megatron_sip.judge.thought_writer import ThoughtSettings
 from megatron_sip.prepare.settings import PrepareError
 from megatron_sip.prepare.thoughts import ThinkingSettings, ThoughtsWork
