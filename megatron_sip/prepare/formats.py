@@ -12,10 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from megatron_sip.judge.prompts import builtin_prompt, fence_code, find_prompt
-from megatron_sip.judge.rewriter import last_words
+from megatron_sip.judge.prompts import builtin_prompt, fence_code, find_prompt, valid_unicode
+from megatron_sip.judge.rewriter import last_words, rewrite_call
 
 Record = Mapping[str, Any]
+SHOWN = ("prefix", "suffix", "candidate", "option_1", "option_2")
 VERL_SCHEMA = pa.schema(
     [
         ("data_source", pa.string()),
@@ -68,15 +69,14 @@ def nemo_gym_line(record: Record, seed: int) -> dict[str, Any]:
 def chat(record: Record, seed: int) -> list[dict[str, str]]:
     """The user's message of a judgement or a rewrite, as judge and rewriter are asked."""
     if "verdict" in record:
-        texts = dict(record) | {"reference": record.get("suffix", "")}
-        shown = [texts[name] for name in ("candidate", "option_1", "option_2", "reference") if name in texts]
-        prompt, words = find_prompt(record["criterion"]), ""
+        texts = {name: valid_unicode(record[name]) for name in SHOWN if name in record}
+        texts["reference"] = texts.pop("suffix", "")
+        code = fence_code(seed, texts["prefix"], [text for name, text in texts.items() if name != "prefix"])
+        pieces = find_prompt(record["criterion"]).fill(texts, code)
     else:
-        words = last_words(record["prefix"])
-        texts = {"prefix": record["prefix"], "continuation": words + record["suffix"]}
-        shown, prompt = [texts["continuation"]], builtin_prompt("rewrite")
-    code = fence_code(seed, texts["prefix"], shown)
-    return [{"role": "user", "content": "".join(prompt.fill(texts, code, words.strip()))}]
+        prefix = valid_unicode(record["prefix"])
+        pieces = rewrite_call(builtin_prompt("rewrite"), prefix, record["suffix"], last_words(prefix), seed).prompt
+    return [{"role": "user", "content": "".join(pieces)}]
 
 
 def _ability(record: Record) -> str:
