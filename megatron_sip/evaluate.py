@@ -107,7 +107,7 @@ def _compare_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(
         criteria=["quality=1"], judge_verdict=["hard"], judge_votes=JUDGEMENTS, judge_temperature=TEMPERATURE
     )
-    parser.set_defaults(teacher_model=None, judge_audit_rate=0.0, judge_deadline=24 * 3600.0)
+    parser.set_defaults(tasks="documents", teacher_model=None, judge_audit_rate=0.0, judge_deadline=24 * 3600.0)
 
 
 def run_generate(given: argparse.Namespace) -> None:

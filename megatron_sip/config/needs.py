@@ -45,7 +45,7 @@ class Needs:
         return cls(
             kinds=cast("tuple[CandidateKind, ...]", tuple(kind for kind in CANDIDATE_KINDS if kind in wanted)),
             scores=args.objective != "sft" and args.dpo_pair is None,
-            served=any(asks_server(split_criterion(item)[0]) for item in criteria_of(args)),
+            served=has_served_criteria(args),
             replays=args.replay_groups is not None,
             compares=args.win_rate_prompts > 0,
             own_rewriter=has_servers(args, "rewriter"),
@@ -86,6 +86,11 @@ class Needs:
 def criteria_of(args: argparse.Namespace) -> list[str]:
     """--criteria, or what it is for these tasks unless given."""
     return args.criteria or DEFAULT_CRITERIA[args.tasks]
+
+
+def has_served_criteria(args: argparse.Namespace) -> bool:
+    """Whether one of the criteria asks a judge's servers."""
+    return any(asks_server(split_criterion(item)[0]) for item in criteria_of(args))
 
 
 def candidates_of(args: argparse.Namespace) -> list[CandidateKind]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_sip.config.flags import Role
-from megatron_sip.config.needs import Needs, criteria_of, has_servers
+from megatron_sip.config.needs import criteria_of, has_served_criteria, has_servers
 from megatron_sip.judge.rewriter import RewriterSettings
 from megatron_sip.judge.settings import (
     DEFAULT_MODEL,
@@ -24,7 +24,7 @@ def judge_settings(args: argparse.Namespace, role: Role = "teacher") -> JudgeSet
     default_verdict, verdicts = parse_verdicts(args.judge_verdict)
     return JudgeSettings(
         criteria=parse_criteria(criteria_of(args)),
-        client=client_settings(args, role) if Needs.from_args(args).served else None,
+        client=client_settings(args, role) if has_served_criteria(args) else None,
         votes=args.judge_votes,
         schedule=schedule_settings(args),
         verdicts={} if args.tasks == "judgements" else verdicts,  # there they are the ways of the judge in training
