@@ -279,9 +279,17 @@ TEACHER_FLAGS: Flags = {
 JUDGE_FLAGS: Flags = {
     "--criteria": (
         {"nargs": "+", "metavar": "NAME=WEIGHT"},
-        "What is scored, summed with weights: quality, safety, factuality, likelihood, or the path of a prompt "
-        "file of your own (*.txt). Default: likelihood=1; of judgements label=1, of rewrites copy=1 rewrite=1, of thoughts "
-        "similarity=1.",
+        "What is scored, summed with weights: quality, safety, factuality, likelihood, the path of a prompt file of your own "
+        "(*.txt), or a Python function (package.module:function). Default: likelihood=1; of judgements label=1, of rewrites "
+        "copy=1 rewrite=1, of thoughts similarity=1.",
+    ),
+    "--criteria-timeout": (
+        {"type": float, "default": 60.0, "metavar": "SECONDS"},
+        "For one call of a criterion that is a Python function, about the candidates of one prompt.",
+    ),
+    "--criteria-processes": (
+        {"type": int, "default": 1, "metavar": "N"},
+        "Processes of each data-parallel replica that call such a function.",
     ),
     "--judge-verdict": (
         {"nargs": "+", "default": ["soft"], "metavar": "MODE"},

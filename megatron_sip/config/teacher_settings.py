@@ -36,6 +36,8 @@ def judge_settings(args: argparse.Namespace, role: Role = "teacher") -> JudgeSet
         prefix_chars=args.judge_prefix_chars,
         audit_rate=args.judge_audit_rate,
         deadline_s=args.judge_deadline,
+        function_timeout_s=args.criteria_timeout,
+        function_processes=args.criteria_processes,
     )
 
 

@@ -8,6 +8,8 @@ from megatron_sip.judge.criteria import Criterion, Likelihood, Pairwise, Pointwi
 from megatron_sip.judge.encoding import ChatEncoder
 from megatron_sip.judge.labelled_criteria import Copy, LabelMatches, Rewrite, Similarity
 from megatron_sip.judge.prompts import find_prompt
+from megatron_sip.judge.python_criterion import PythonCriterion
+from megatron_sip.judge.python_functions import FunctionProcesses
 from megatron_sip.judge.reasoning import UNKNOWN
 from megatron_sip.judge.schedules import AllPairs, Schedule, make_schedule
 from megatron_sip.judge.settings import (
@@ -19,6 +21,7 @@ from megatron_sip.judge.settings import (
     JudgeSettings,
     SettingsError,
     VerdictMode,
+    function_of,
 )
 
 
@@ -33,6 +36,9 @@ def make_criterion(
         return Likelihood()
     if name == LABEL:
         return LabelMatches(UNKNOWN if policy is None else policy.reasoning)
+    if (path := function_of(name)) is not None:
+        processes = FunctionProcesses(path, settings.function_timeout_s, settings.function_processes)
+        return PythonCriterion(name, processes)
     if name == COPY:
         return Copy(str.split if policy is None else policy.text)
     if name == REWRITE:

@@ -11,6 +11,7 @@ Verdicts that are missing are asked for once more. A candidate that then still l
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,7 +53,7 @@ class Sheet:
     ended: the places of the candidates whose document ends with them; of equal texts one may have ended and one been cut.
     pivot: the place of the text that all others meet, if that was chosen beforehand; apart: it stands last and is compared
     only, without a score of its own. copies: how many candidates have each text. label: of a labelled task, of which `ended`
-    are the candidates that came to their own end.
+    are the candidates that came to their own end. deadline: loop time at which answers come too late.
     """
 
     prefix: str
@@ -67,6 +68,7 @@ class Sheet:
     apart: bool = False
     copies: tuple[int, ...] = ()
     label: Label | None = None
+    deadline: float = math.inf
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from megatron_sip.judge.criteria import (
 )
 from megatron_sip.judge.encoding import ChatEncoder
 from megatron_sip.judge.prompts import fence_code, valid_unicode
+from megatron_sip.judge.python_criterion import PythonCriterion
 from megatron_sip.judge.schedules import AllPairs
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, Objective
 from megatron_sip.judge.teacher import CHECK_TIMEOUT_S, affinity_of
@@ -70,12 +71,18 @@ class Judge(AsksTeacher):
             _Weighted(name, weight, make_criterion(name, settings, policy=policy))
             for name, weight in settings.criteria.items()
         ]
+        self._functions = [item.criterion for item in self._criteria if isinstance(item.criterion, PythonCriterion)]
         self._means: dict[str, Mean] = {}
         pairwise = [item.setting for item in self._criteria if isinstance(item.criterion, Pairwise)]
         sparse = settings.schedule.name not in ("all_pairs", "all_pairs_swap")
         self._all_pairs = {name: make_criterion(name, settings, AllPairs()) for name in pairwise if sparse}
         self._pivot_kind = settings.schedule.pivot if settings.schedule.pivot_apart and pairwise else None
         self._ends_matter = settings.schedule.likelihood_prior or LIKELIHOOD in settings.criteria
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for function in self._functions:
+            function.close()
+        await super().__aexit__(*exc_info)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -85,6 +92,7 @@ class Judge(AsksTeacher):
     async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
         await super().check(timeout_s)
+        await asyncio.gather(*(function.start() for function in self._functions))
         if self._settings.client is None:
             return
         endpoint = self._settings.client.endpoint
@@ -193,7 +201,7 @@ class Judge(AsksTeacher):
             return await self._client.ask(calls, affinity, deadline, failures)
 
         seed = (*sheet.seed, zlib.crc32(setting.encode()))
-        result = await criterion.score(replace(sheet, seed=seed), ask)
+        result = await criterion.score(replace(sheet, seed=seed, deadline=deadline), ask)
         if result.missing is None or not failures:
             return result
         return replace(result, missing=failures.most_common(1)[0][0])

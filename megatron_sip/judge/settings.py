@@ -9,6 +9,7 @@ from typing import Literal
 
 from megatron_sip.errors import UserError
 from megatron_sip.judge.prompts import PromptError, builtin_names, builtin_prompt, find_prompt, read_prompt_file
+from megatron_sip.judge.python_functions import FunctionError, function_path, load_function, named_functions
 from megatron_sip.serving.http_reply import key_from_environment, shown_url, url_mistake
 from megatron_sip.serving.proxy import DIRECT, Proxy, proxy_for
 
@@ -196,6 +197,7 @@ class JudgeSettings:
     prefix_chars: how much of the prefix's end is shown.
     max_tokens: of one answer, reasoning in a channel of its own apart.
     audit_rate: share of groups whose schedule is compared with all pairs.
+    function_timeout_s: for one call of a Python function; function_processes: that call it at once, of one judge.
     """
 
     criteria: Mapping[str, float]
@@ -211,6 +213,8 @@ class JudgeSettings:
     deadline_s: float = 600.0
     prefix_chars: int = 16_000
     audit_rate: float = 0.01
+    function_timeout_s: float = 60.0
+    function_processes: int = 1
 
     def __post_init__(self) -> None:
         if not self.criteria:
@@ -228,6 +232,10 @@ class JudgeSettings:
             raise SettingsError(f"--judge-top-p {self.top_p}: a share above 0 and at most 1 is needed")
         if self.deadline_s <= 0:
             raise SettingsError(f"--judge-deadline {self.deadline_s}: a number above 0 is needed")
+        if self.function_timeout_s <= 0:
+            raise SettingsError(f"--criteria-timeout {self.function_timeout_s}: a number above 0 is needed")
+        if self.function_processes < 1:
+            raise SettingsError(f"--criteria-processes {self.function_processes}: at least 1 is needed")
         if not 0 < self.quorum <= 1:
             raise SettingsError(f"--judge-quorum {self.quorum}: a share above 0 and at most 1 is needed")
         if not 0 <= self.audit_rate <= 1:
@@ -265,7 +273,13 @@ def known_criteria() -> list[str]:
 
 def asks_server(criterion: str) -> bool:
     """Whether a criterion asks a judge's servers."""
-    return criterion not in WITHOUT_SERVER
+    return criterion not in WITHOUT_SERVER and function_of(criterion) is None
+
+
+def function_of(criterion: str) -> str | None:
+    """package.module:function of a criterion that is a Python function, None of others; our own names come first."""
+    ours = criterion in known_criteria() or criterion.startswith("factuality:")  # as in a version that there is not
+    return None if ours else function_path(criterion)
 
 
 def is_pairwise(criterion: str) -> bool:
@@ -276,7 +290,7 @@ def is_pairwise(criterion: str) -> bool:
 
 
 def check_criterion_name(name: str) -> None:
-    """Raises SettingsError unless `name` is a known criterion or the path of a usable prompt file."""
+    """Raises SettingsError unless `name` is a known criterion, a Python function, or the path of a usable prompt file."""
     if name.endswith(".txt"):
         try:
             prompt = read_prompt_file(Path(name))
@@ -286,10 +300,18 @@ def check_criterion_name(name: str) -> None:
             raise SettingsError(f"--criteria: '{name}': {error}") from error
         if prompt.rule is None:
             raise SettingsError(f"--criteria: '{name}': a criterion needs kind = pointwise or pairwise")
-    elif name not in known_criteria():
+    elif name in known_criteria():
+        return
+    elif (path := function_of(name)) is not None:
+        try:
+            load_function(path)
+        except FunctionError as error:
+            raise SettingsError(f"--criteria {name}: {error}") from error
+    else:
+        known = [*known_criteria(), *named_functions()]
         raise SettingsError(
-            f"--criteria: unknown criterion '{name}'; known criteria: {', '.join(known_criteria())}, "
-            "or the path of a prompt file (*.txt)"
+            f"--criteria: unknown criterion '{name}'; known criteria: {', '.join(known)}, "
+            "the path of a prompt file (*.txt), or package.module:function"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from flag_cases import arguments, check_all, settings
 
-from megatron_sip.config.dry_run import describe
+from megatron_sip.config.dry_run import describe, prompt_cost
 from megatron_sip.config.teacher_settings import judge_settings
 from megatron_sip.errors import ArgumentError
 from megatron_sip.evaluate import command_line
@@ -83,3 +83,24 @@ def test_commands_that_have_no_tasks_know_their_judge() -> None:
     made = judge_settings(given)
     assert dict(made.criteria) == {"quality": 1.0}
     assert made.client is not None
+
+
+def test_rewrites_ask_for_quality_in_both_orders_and_for_safety() -> None:
+    made = settings("--tasks", "rewrites", "--objective", "rf-nll", "--num-rollouts", "4", "--judge-verdict", "hard")
+    assert made.needs.teacher
+    assert made.judge is not None
+    assert dict(made.judge.criteria) == {"copy": 1.0, "rewrite": 1.0}
+    cost = prompt_cost(made)
+    assert cost["pair judgements"] == 4 * 6  # five votes, made even
+    assert cost["point judgements"] == 4 * 5
+    assert cost["judge requests"] == 4 * 2 + 4
+    told = describe(made)
+    assert "copy (weight 1): asks no server" in told
+    assert "rewrite (weight 1): hard verdicts; 24 pair judgements, 20 point judgements of an unsafe suffix" in told
+
+
+def test_thoughts_are_scored_by_similarity() -> None:
+    made = settings("--tasks", "thoughts", "--objective", "rf-nll", "--num-rollouts", "4")
+    assert made.judge is not None
+    assert dict(made.judge.criteria) == {"similarity": 1.0}
+    assert prompt_cost(made)["point judgements"] == 4

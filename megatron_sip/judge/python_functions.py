@@ -1,0 +1,231 @@
+"""Python functions that score candidates: which one a name means, and processes that hold and call it.
+
+    def function(texts: list[str], prefix: str, reference: str) -> list[float | None]
+
+A name is `package.module:function`, or what a package calls it in its entry points of the group `megatron_sip.criteria`.
+Functions run in processes of their own: one that hangs is killed at its time-out, one that crashes costs its call, not the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import math
+import multiprocessing
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from multiprocessing.connection import Connection
+from operator import attrgetter
+from typing import Any, Literal
+
+from megatron_sip.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ENTRY_POINTS = "megatron_sip.criteria"
+START_TIMEOUT_S = 300.0
+"""For the import of a function's module, which may load a model."""
+_NAME = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
+
+Function = Callable[[list[str], str, str], Sequence[float | None]]
+Numbers = list[float | None]
+Failed = Literal["timeout", "raised", "crashed"]
+
+
+class FunctionError(UserError, ValueError):
+    """A function that cannot be used, or that answers with something else than numbers; the message names it."""
+
+
+class CallFailedError(Exception):
+    """A call without an answer: it raised, took too long, or its process ended."""
+
+    def __init__(self, kind: Failed, detail: str) -> None:
+        super().__init__(detail)
+        self.kind: Failed = kind
+
+
+@cache
+def named_functions() -> dict[str, str]:
+    """The functions that installed packages offer: name -> package.module:function."""
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+
+
+def function_path(name: str) -> str | None:
+    """package.module:function of a criterion's name; None when it is not the name of a function."""
+    if name in named_functions():
+        return named_functions()[name]
+    return name if _NAME.fullmatch(name) else None
+
+
+@cache
+def load_function(path: str) -> Function:
+    """Import a function. Raises FunctionError that names it."""
+    module, _, attribute = path.partition(":")
+    try:
+        found = attrgetter(attribute)(importlib.import_module(module))
+    except Exception as error:  # whatever a module does when it is imported
+        raise FunctionError(f"'{path}' cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise FunctionError(f"'{path}' is no function but a {type(found).__name__}")
+    return found
+
+
+def checked_numbers(path: str, answer: Any, count: int) -> Numbers:
+    """What a function gave for `count` texts, as plain numbers. Raises FunctionError that names it."""
+    try:
+        values = list(answer)
+    except TypeError:
+        raise FunctionError(
+            f"'{path}' gave a {type(answer).__name__}: one number or None for each text is needed"
+        ) from None
+    if len(values) != count:
+        raise FunctionError(f"'{path}' gave {len(values)} numbers for {count} texts: one for each is needed")
+    return [None if value is None else _number(path, value) for value in values]
+
+
+def _number(path: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)  # an array's or a tensor's scalar too
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0.0 <= number <= 1.0:
+        raise FunctionError(f"'{path}' gave {value!r}: a number from 0 to 1, or None, is needed")
+    return number
+
+
+class FunctionProcesses:
+    """Up to `processes` processes that call one function, each one call at a time; they start when they are needed."""
+
+    def __init__(self, path: str, timeout_s: float, processes: int) -> None:
+        self._path = path
+        self._timeout_s = timeout_s
+        self._workers = [_Worker(path) for _ in range(processes)]
+        self._idle: asyncio.LifoQueue[_Worker] | None = None
+
+    async def start(self) -> None:
+        """Raises FunctionError when the function cannot be imported in a process of its own."""
+        await self.call([], "", "", START_TIMEOUT_S)
+
+    async def call(self, texts: list[str], prefix: str, reference: str, patience_s: float = math.inf) -> Numbers:
+        """One number or None for each text. Without texts the function is not called.
+
+        patience_s: the most that the call may take from now on, its wait for a process included.
+
+        Raises:
+            CallFailedError: it raised, its process ended, or the time was up.
+            FunctionError: it cannot be imported, or does not answer with one number from 0 to 1, or None, for each text.
+        """
+        if self._idle is None:
+            self._idle = asyncio.LifoQueue()
+            for worker in self._workers:
+                self._idle.put_nowait(worker)
+        until = time.monotonic() + patience_s
+        try:
+            worker = await asyncio.wait_for(self._idle.get(), None if patience_s == math.inf else max(0.0, patience_s))
+        except TimeoutError:
+            raise CallFailedError("timeout", "no process was free in time") from None
+        try:
+            limit = min(self._timeout_s, until - time.monotonic())
+            return await asyncio.to_thread(worker.call, texts, prefix, reference, limit)
+        except asyncio.CancelledError:
+            worker.kill()  # its answer would be taken for that of the next call
+            self._workers.remove(worker)
+            worker = _Worker(self._path)
+            self._workers.append(worker)
+            raise
+        finally:
+            self._idle.put_nowait(worker)
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self._workers:
+            worker.kill()
+
+
+class _Worker:
+    """One process, which is started again where it had to be killed."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._process: Any = None
+        self._pipe: Connection | None = None
+
+    def call(self, texts: list[str], prefix: str, reference: str, timeout_s: float) -> Numbers:
+        """See `FunctionProcesses.call`; blocks."""
+        pipe = self._pipe if self._pipe is not None else self._start()
+        if not texts:
+            return []
+        try:
+            pipe.send((texts, prefix, reference))
+        except OSError as error:
+            self.kill()
+            raise CallFailedError("crashed", f"its process is gone: {error}") from error
+        kind, answer = self._answer(pipe, timeout_s)
+        if kind == "raised":
+            raise CallFailedError("raised", answer)
+        if kind == "wrong":
+            raise FunctionError(answer)
+        return answer
+
+    def _start(self) -> Connection:
+        context = multiprocessing.get_context("spawn")  # a copy of a process with threads may hang
+        pipe, theirs = context.Pipe()
+        self._process, self._pipe = context.Process(target=_serve, args=(self._path, theirs), daemon=True), pipe
+        self._process.start()
+        theirs.close()
+        kind, answer = self._answer(pipe, START_TIMEOUT_S)
+        if kind != "ready":
+            self.kill()
+            raise FunctionError(answer)
+        return pipe
+
+    def _answer(self, pipe: Connection, timeout_s: float) -> tuple[str, Any]:
+        try:
+            if pipe.poll(max(0.0, timeout_s)):
+                kind, answer = pipe.recv()
+                return kind, answer
+        except (EOFError, OSError) as error:
+            code = self._process.exitcode if self._process is not None else None
+            self.kill()
+            raise CallFailedError("crashed", f"its process ended (exit status {code})") from error
+        self.kill()
+        raise CallFailedError("timeout", f"it took more than {timeout_s:.0f} s")
+
+    def kill(self) -> None:
+        """End the process; the next call starts another."""
+        process, pipe, self._process, self._pipe = self._process, self._pipe, None, None
+        if process is not None:
+            process.kill()
+            process.join()
+        if pipe is not None:
+            pipe.close()
+
+
+def _serve(path: str, pipe: Connection) -> None:
+    """What a process does: import the function, then answer calls until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run ends its processes itself
+    try:
+        function = load_function(path)
+    except FunctionError as error:
+        pipe.send(("wrong", str(error)))
+        return
+    pipe.send(("ready", None))
+    while True:
+        try:
+            texts, prefix, reference = pipe.recv()
+        except (EOFError, OSError):
+            return
+        answer: tuple[str, Any]
+        try:
+            answer = ("numbers", checked_numbers(path, function(texts, prefix, reference), len(texts)))
+        except FunctionError as error:
+            answer = ("wrong", str(error))
+        except Exception as error:
+            log.exception("'%s' raised", path)
+            answer = ("raised", f"{type(error).__name__}: {error}")
+        pipe.send(answer)
