@@ -87,10 +87,11 @@ class LabelMatches:
         scores = tuple(float(verdict == right) for verdict in verdicts)
         found = [None if verdict is None else 1.0 for verdict in verdicts]
         notes: Metrics = {f"unreadable/{reason}": float(count) for reason, count in lost.items() if count}
-        notes[f"accuracy/{label.criterion}"] = weighted(scores, sheet)
+        criterion = prompt.name if label.criterion.endswith(".txt") else label.criterion  # as scores are filed
+        notes[f"accuracy/{criterion}"] = weighted(scores, sheet)
         notes["no-verdict"] = weighted([float(verdict is None) for verdict in verdicts], sheet)
         if prompt.kind == "pairwise":
-            notes[f"first-shown-preferred/{label.criterion}"] = weighted(verdicts, sheet)
+            notes[f"first-shown-preferred/{criterion}"] = weighted(verdicts, sheet)
         values = tuple(() if verdict is None else (verdict,) for verdict in verdicts)
         votes, planned = tuple(map(len, values)), sum(sheet.counts)
         received = int(weighted(found, sheet).weight)

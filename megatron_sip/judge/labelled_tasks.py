@@ -41,6 +41,9 @@ LabelledKind = Literal["judgements", "rewrites", "thoughts"]
 Record = dict[str, Any]
 TEXT_FIELDS = ("prefix", "suffix", "candidate", "option_1", "option_2")
 
+MARK_TOKENS = 64
+"""By which the code in a prompt's marks, up to eight times there, may take more tokens than UNKNOWN_CODE."""
+
 _UNSAMPLED = Sampling(votes=1, temperature=0.0, top_p=1.0, max_tokens=0)
 """How a judge samples is no part of what it is shown."""
 
@@ -98,7 +101,8 @@ class PromptWriter(ABC):
     def __init__(self, settings: LabelledSettings, encoder: ChatEncoder) -> None:
         self._settings = settings
         self._encoder = encoder
-        self._window = PrefixWindow(settings.prefix_chars, settings.max_prompt, lambda text: len(encoder.text(text)))
+        room = settings.max_prompt - MARK_TOKENS
+        self._window = PrefixWindow(settings.prefix_chars, room, lambda text: len(encoder.text(text)))
         self._frames: dict[str, int] = {}  # tokens of a prompt without texts, by criterion
         self.counts: Counter[str] = Counter()
 
@@ -123,8 +127,8 @@ class PromptWriter(ABC):
         texts = [record.get(name, "") for name in TEXT_FIELDS if name != "prefix"]
         # No tokenizer makes more tokens than there are bytes: few records have to be tokenised to know.
         most = sum(len(break_marks(valid_unicode(text)).encode()) for text in texts) + 3 * START_BYTES
-        room = self._settings.max_prompt - self._frames[prompt.identity] - MARGIN_TOKENS - MIN_PREFIX_TOKENS
-        return most <= room or self._shown(record) is not None
+        taken = MARK_TOKENS + MARGIN_TOKENS + MIN_PREFIX_TOKENS + self._frames[prompt.identity]
+        return most <= self._settings.max_prompt - taken or self._shown(record) is not None
 
     def _shown(self, record: Record) -> str | None:
         """The end of the prefix that fits, as `PrefixWindow` cuts it for a judge; None when next to nothing does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,6 +80,14 @@ async def test_a_begun_answer_is_its_first_token() -> None:
         "label/no-verdict": 2 / 8,
         "label/first-shown-preferred/quality": 1 / 6,
     }
+
+
+async def test_accuracies_by_a_prompt_file_are_filed_under_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "mood.txt"
+    header = "name = 'mood'\nkind = 'pointwise'\npattern = '(up|down)'\nstart = 'It is '\n[values]\nup = 1\ndown = 0\n"
+    path.write_text(f"+++\n{header}+++\n{{{{candidate}}}}\n")
+    _, judge = await alone([group(Judgement(str(path), "down", forced=True, pair="", subset=""), ["up", "down"])])
+    assert judge.means()["label/accuracy/mood"].value == 0.5
 
 
 async def test_the_first_token_of_a_long_label_is_enough_where_it_is_one_label_s() -> None:

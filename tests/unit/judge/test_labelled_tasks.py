@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 from app_server import AppServer
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_tokenizer import byte_level_tokenizer
 
 from megatron_sip.data.labelled import LabelledSource, open_records
@@ -48,6 +50,11 @@ def tokenizer(template: str | None = TEMPLATE) -> Any:
     made = byte_level_tokenizer()
     made.chat_template = template
     return made
+
+
+MADE = tokenizer()
+FRAMES = {"judgements": 1130, "rewrites": 990}
+"""About as many tokens as these prompts have without their prefix."""
 
 
 class Listens(AppServer):
@@ -136,13 +143,27 @@ def test_a_long_prompt_loses_the_left_of_its_prefix_and_is_counted(mode: Any) ->
     limit = len(whole.prefix_ids) - 2000
     writer = make_writer(LabelledSettings("judgements", limit, 64, default_verdict=mode, seed=SEED), tokenizer())
     made = writer.task(0, record)
-    assert limit - 100 < len(made.prefix_ids) <= limit
+    assert limit - 120 < len(made.prefix_ids) <= limit
     assert "word899\n[end prefix" in made.prefix_text
     assert "word0 " not in made.prefix_text
     assert writer.counts["prompts-cut"] == 1
     kept = made.prefix_text.partition("[begin prefix ")[2][10:].partition("\n[end prefix")[0]
     assert words.endswith(kept)
     assert kept.startswith("word")
+
+
+@given(prefix=st.text(max_size=1500), room=st.integers(30, 1500), seed=st.integers(0, 2**32))
+def test_no_prompt_is_longer_than_told(prefix: str, room: int, seed: int) -> None:
+    for record, kind in (
+        (RECORDS["quality"], "judgements"),
+        ({"suffix": " then it sleeps.", "safe": True}, "rewrites"),
+    ):
+        record = record | {"prefix": prefix}
+        limit = FRAMES[kind] + room
+        writer = make_writer(LabelledSettings(kind, limit, 64, seed=seed), MADE)
+        if writer.fits(record):
+            made = writer.task(0, record)
+            assert len(made.prefix_ids) <= limit
 
 
 def test_records_whose_texts_leave_no_room_are_left_out(tmp_path: Path) -> None:
