@@ -1,0 +1,41 @@
+"""Which tasks a run has: labelled ones, or documents (tests of these are in test_set_up.py)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from flag_cases import unchecked_settings
+from test_run_steps import FakeExchange
+from tiny_tokenizer import adding_bos, byte_level_tokenizer
+
+from megatron_sip.errors import DataError
+from megatron_sip.open_tasks import open_tasks
+
+THOUGHT = {"prefix": "some words before a place", "suffix": " and after it", "start_mark": "<t>", "end_mark": "</t>"}
+
+
+def test_labelled_records_are_opened_as_the_flags_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(THOUGHT | {"id": number}) + "\n" for number in range(50)))
+    tokenizer = adding_bos(byte_level_tokenizer())
+    flags = ("--tasks", "thoughts", "--suffix-length", "32", "--max-prompt-length", "80")
+    settings = unchecked_settings(*flags, data_path=[str(path)], split="4,1", seq_length=128, global_batch_size=6)
+    training, held_out = open_tasks(settings, tokenizer, FakeExchange())  # type: ignore[arg-type]
+    assert held_out is None
+    assert training is not None
+    task = training.task(0)
+    assert task.prefix_ids[0] == tokenizer.bos_token_id  # as a document of this tokenizer begins
+    assert tokenizer.decode(task.prefix_ids, skip_special_tokens=True) == THOUGHT["prefix"] + "<t>"
+    assert re.search(r"^tasks: records \d\d; epochs in this run 1\.\d$", capsys.readouterr().out, re.M)
+    assert training.fingerprint() == open_tasks(settings, tokenizer, FakeExchange())[0].fingerprint()  # type: ignore
+
+
+def test_a_wrong_record_ends_the_run_before_anything_is_trained(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(THOUGHT) + "\n" + json.dumps(THOUGHT | {"end_mark": ""}) + "\n")
+    settings = unchecked_settings("--tasks", "thoughts", data_path=[str(path)], seq_length=512)
+    with pytest.raises(DataError, match=r'a\.jsonl:2: "end_mark" is empty'):
+        open_tasks(settings, byte_level_tokenizer(), FakeExchange())  # type: ignore[arg-type]
