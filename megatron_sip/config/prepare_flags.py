@@ -58,7 +58,11 @@ CUT_FLAGS: Flags = {
     "--hf-config": ({"metavar": "DIR"}, "The same, as the trainer names it."),
     "--no-cut": ({"action": "store_true"}, "Take each text whole, with nothing before it."),
     "--seq-length": ({"type": int, "default": 2048, "metavar": "N"}, "Tokens of prefix and suffix together, at most."),
-    **{name: TASK_FLAGS[name] for name in ("--suffix-length", "--min-prefix-length", "--task-mode")},
+    **{name: TASK_FLAGS[name] for name in ("--suffix-length", "--min-prefix-length")},
+    "--task-mode": (
+        {"choices": ["random", "stream"], "default": "random"},
+        "random: one seeded cut a document. stream: one at every chunk of --suffix-length tokens.",
+    ),
 }
 OUTPUT_FLAGS: Flags = {
     "--out": (
@@ -179,7 +183,10 @@ def read_settings(args: argparse.Namespace) -> ReadSettings:
     """Which documents are read. Raises DataError, PrepareError."""
     if not args.data_path:
         raise PrepareError("--data-path: name the text files")
-    paths = [path for spec in parse_data_path(args.data_path) for path in spec.paths]
+    specs = parse_data_path(args.data_path)
+    if specs[0].weight is not None:
+        raise PrepareError("--data-path: every document is read, so that weights mean nothing: leave them out")
+    paths = [path for spec in specs for path in spec.paths]
     if stores := [path for path in paths if not is_text_source(path)]:
         raise PrepareError(f"--data-path {stores[0]}: tokens have no text to hash: name text files ({SUPPORTED})")
     return ReadSettings(

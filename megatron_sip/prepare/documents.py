@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from megatron_sip.data.roles import Split, text_key
 from megatron_sip.data.text_sources import read_records, source_suffix
+from megatron_sip.judge.prompts import valid_unicode
 from megatron_sip.prepare.settings import PrepareError, ReadSettings
 
 Place = tuple[int, int]
@@ -87,7 +88,7 @@ class DocumentReader:
         prefix = "" if settings.prefix_field is None else text_field_of(record, settings.prefix_field, where)
         subset = stem_of(path)
         if settings.subset_field is not None:
-            subset = str(field_of(record, settings.subset_field, where))
+            subset = valid_unicode(str(field_of(record, settings.subset_field, where)))
         return Document(text, key, self.position, settings.shares.split(key), subset, prefix, safe)
 
 
@@ -116,7 +117,7 @@ def text_field_of(record: Mapping[str, Any], name: str, where: str) -> str:
     value = field_of(record, name, where)
     if not isinstance(value, str):
         raise PrepareError(f"{where}: field {name!r} must be a string, it is {type(value).__name__}")
-    return value
+    return valid_unicode(value)
 
 
 def is_safe(label: Any, settings: ReadSettings, where: str) -> bool:

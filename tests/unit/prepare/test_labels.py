@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,22 @@ def test_records_that_are_cut_already_keep_their_prefix(tmp_path: Path) -> None:
     run("rewrites", "--data-path", data, *fields, "--role-shares", "0,0,1", "--out", tmp_path / "out")
     made = read_lines(tmp_path / "out" / "rewrites.jsonl")
     assert [(r["prefix"], r["suffix"], r["safe"]) for r in made] == [(r["before"], r["after"], r["ok"]) for r in rows]
+
+
+def test_subsets_are_called_after_a_field_and_broken_characters_are_replaced(tmp_path: Path) -> None:
+    """Fields inside objects too; half a surrogate pair, which JSON can spell, could not be written."""
+    rows = [
+        {"text": f"Text {i}.", "before": "a\ud800", "ok": True, "meta": {"set": "wiki" if i % 2 else "book"}}
+        for i in range(4)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = ("--prefix-field", "before", "--label-field", "ok", "--subset-field", "meta.set")
+    manifest = run("rewrites", "--data-path", data, *fields, "--role-shares", "0,0,1", "--out", tmp_path / "out")
+    made = read_lines(tmp_path / "out" / "rewrites.jsonl")
+    assert [record["subset"] for record in made] == ["book", "wiki"] * 2
+    assert {record["prefix"] for record in made} == {"a?"}
+    assert manifest["records"]["by_subset"].keys() == {"book", "wiki"}
 
 
 @pytest.mark.parametrize(

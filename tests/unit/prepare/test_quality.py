@@ -141,6 +141,24 @@ def test_the_same_again_changes_nothing_and_something_else_is_refused(tokenizer:
         quality(tokenizer, data, tmp_path / "full")
 
 
+def test_weights_of_files_are_refused(tokenizer: Path, tmp_path: Path) -> None:
+    data = write_documents(tmp_path / "reports.jsonl", 3)
+    with pytest.raises(PrepareError, match="weights mean nothing"):
+        run(
+            "judgements",
+            "--task",
+            "quality",
+            "--data-path",
+            "0.5",
+            data,
+            "--no-cut",
+            "--out",
+            tmp_path,
+            "--corrupt",
+            "repeat",
+        )
+
+
 def test_nothing_made_is_an_error_that_says_why(tokenizer: Path, tmp_path: Path) -> None:
     data = write_records(tmp_path / "short.jsonl", [{"text": "short"}])
     with pytest.raises(PrepareError, match="dropped/too-short: 1"):
