@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sip.data.continuation_text import LOOKAHEAD, continuation_texts
@@ -91,6 +92,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """Raises PrepareError where there is no tokenizer."""
     from transformers import AutoTokenizer
 
+    if not Path(folder).is_dir():  # a name of the hub's would be looked for there, for a minute without a network
+        raise PrepareError(f"--tokenizer {folder}: there is no such folder; name one that holds a tokenizer.json")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
