@@ -49,8 +49,8 @@ def open_document_tasks(settings: Settings, tokenizer: Any) -> tuple[Tasks, Task
     return training, TaskSource(splits["test"], tokenizer, data.tasks)
 
 
-def open_labelled_tasks(settings: Settings, tokenizer: Any) -> tuple[Tasks, None]:
-    """Labelled records of the training split."""
+def open_labelled_tasks(settings: Settings, tokenizer: Any) -> tuple[Tasks, Tasks | None]:
+    """Labelled records of the training split; held-out ones on rank 0, where --eval-interval asks for them."""
     data = settings.data
     assert data.labelled is not None
     if settings.run.rank == 0:
@@ -58,4 +58,7 @@ def open_labelled_tasks(settings: Settings, tokenizer: Any) -> tuple[Tasks, None
     bos = DocumentEncoder.of(tokenizer, data.tokenizing).bos
     writer = make_writer(replace(data.labelled, begins_with=bos), tokenizer)
     records = open_records(data.paths, data.split, writer)
-    return LabelledSource(records, "train", writer, data.labelled.seed), None
+    training = LabelledSource(records, "train", writer, data.labelled.seed)
+    if settings.run.rank != 0 or not settings.validation.interval:
+        return training, None
+    return training, LabelledSource(records, "valid", writer, data.labelled.seed)

@@ -23,7 +23,9 @@ from megatron_sip.checkpoints.checksums import ChecksumWriter
 from megatron_sip.checkpoints.folder import TRACKER, mend_checkpoint_folder, require_checkpoint
 from megatron_sip.config.settings import RunSettings, Settings
 from megatron_sip.console import say
+from megatron_sip.data.labelled import LabelledSource
 from megatron_sip.data.tasks import Tasks
+from megatron_sip.evaluation.validation import Validation
 from megatron_sip.evaluation.win_rate import HeldOutComparison
 from megatron_sip.experience.leader import Leader, check_servers, rotated_urls
 from megatron_sip.experience.maker import Experience
@@ -87,7 +89,8 @@ class RunState:
 
 @dataclass
 class Run:
-    """The parts of a run on this rank. `leader`, `tasks`, `writer`, `comparison` are None on ranks without that duty."""
+    """The parts of a run on this rank. `leader`, `tasks`, `writer`, `comparison`, `validation` are None on ranks without that
+    duty."""
 
     settings: Settings
     state: RunState
@@ -101,6 +104,7 @@ class Run:
     hf_config: Any
     writer: MetricsWriter | None
     comparison: HeldOutComparison | None
+    validation: Validation | None
     checksums: ChecksumWriter
     troubles: list[str] = field(default_factory=list)
     """What ends the run, once its present step is saved; empty where another rank says it."""
@@ -134,6 +138,15 @@ class Run:
         if made is not None and self.tasks is not None:
             made.metrics.update(self.tasks.take_counts())
         return made
+
+    def measure(self, stop: StopSignal) -> Metrics | None:
+        """What validation finds of the present weights; None on other ranks than the first, and when a stop was requested."""
+        if self.validation is None or self.leader is None:
+            return None
+        engines, judge = self.leader.engines, self.leader.judge
+        assert engines is not None
+        assert judge is not None
+        return self.leader.uncounted(stop.run(self.validation.measure(engines, judge, str(self.state.iteration))))
 
     def refresh_reference(self) -> None:
         """Copy the policy into the reference when --ref-update-interval says so; the next checkpoint keeps it."""
@@ -195,12 +208,13 @@ class Run:
             maybe_finalize_async_save(blocking=wait, terminate=wait)
         self.checksums.proceed(wait=wait)
 
-    def write_metrics(self, metrics: Metrics) -> None:
-        """Log the present step, on the rank that has the writer."""
+    def write_metrics(self, metrics: Metrics, *, validation: bool = False) -> None:
+        """Log the present step, or what validation found after it, on the rank that has the writer."""
         if self.writer is None:
             return
         try:
-            self.writer.write(self.state.iteration, flatten(metrics))
+            write = self.writer.write_validation if validation else self.writer.write
+            write(self.state.iteration, flatten(metrics))
         except OSError as error:
             self.troubles.append(f"{self.writer.path} took no more: {error.strerror or error}")
 
@@ -243,6 +257,7 @@ def set_up(settings: Settings, stack: contextlib.ExitStack) -> Run:
         hf_config=AutoConfig.from_pretrained(settings.run.hf_config),
         writer=open_writer(settings.run, state.iteration, stack),
         comparison=open_comparison(settings, held_out, tokenizer),
+        validation=open_validation(settings, held_out, tokenizer),
         checksums=ChecksumWriter(rank),
     )
     run.push_weights(require_all=True)  # a wrong URL must not be taken for an engine that died
@@ -393,9 +408,9 @@ def open_writer(run: RunSettings, iteration: int, stack: contextlib.ExitStack) -
 
 def open_comparison(settings: Settings, held_out: Tasks | None, tokenizer: Any) -> HeldOutComparison | None:
     """The comparison with the initial policy, on rank 0 when --win-rate-prompts asks for it."""
-    if held_out is None:
-        return None
     prompts = settings.held_out.prompts
+    if held_out is None or not prompts:
+        return None
     return HeldOutComparison(
         tasks=held_out.tasks(0, prompts),
         documents=[held_out.document(index) for index in range(prompts)],
@@ -404,3 +419,12 @@ def open_comparison(settings: Settings, held_out: Tasks | None, tokenizer: Any) 
         initial=settings.run.run_dir / "initial_continuations.json",
         seed=settings.run.seed,
     )
+
+
+def open_validation(settings: Settings, held_out: Tasks | None, tokenizer: Any) -> Validation | None:
+    """What labelled tasks are measured by, on rank 0 when --eval-interval asks for it."""
+    if not isinstance(held_out, LabelledSource):
+        return None
+    count = min(settings.validation.records, len(held_out))
+    say(f"validation: {count:,} of {len(held_out):,} held-out records every {settings.validation.interval} steps")
+    return Validation(held_out.tasks(0, count), tokenizer, settings.experience.sampling.max_new_tokens)

@@ -131,6 +131,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
     empty_steps = 0
     started = time.monotonic()
     while state.iteration < settings.steps:
+        started += validate(run, stop)  # its time is no step's
         made = gather_experience(run, stop)
         if made is None:
             return stop_early(run)
@@ -169,6 +170,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         saving = timed("seconds/save", run.save) if is_due else {}
         run.finish_saving(wait=False)
     run.finish_saving(wait=True)
+    validate(run, stop)
     return True
 
 
@@ -185,6 +187,19 @@ def gather_experience(run: Run, stop: StopSignal) -> StepExperience | None:
             return None
         rounds.append(shared)
     return step_experience(rounds, settings.prompts, settings.oversample)
+
+
+def validate(run: Run, stop: StopSignal) -> float:
+    """Measure the present weights on held-out records, where that is due; the seconds that it took.
+
+    A stop ends it without numbers. Then, as after a kill, they are missing, and the same command measures them first.
+    """
+    started, settings, state = time.monotonic(), run.settings, run.state
+    if settings.validation.is_due(state.iteration, settings.run.steps):
+        numbers = run.exchange.all_gather_from_leaders(run.measure(stop))[0]
+        if numbers is not None:
+            run.write_metrics(numbers, validation=True)
+    return time.monotonic() - started
 
 
 def conclude(run: Run, stop: StopSignal) -> None:

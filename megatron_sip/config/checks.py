@@ -14,11 +14,11 @@ from pathlib import Path
 from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.config.candidate_checks import check_candidates
 from megatron_sip.config.flags import ROLES
+from megatron_sip.config.held_out import held_out_sampling
 from megatron_sip.config.needs import Needs, contender_count
 from megatron_sip.config.objective_checks import check_objective, check_row_length
 from megatron_sip.config.settings import (
     URL_ROLES,
-    held_out_sampling,
     local_server_settings,
     objective_settings,
     rollout_sampling,
@@ -322,9 +322,9 @@ def _check_megatron(args: argparse.Namespace) -> Iterator[str]:
             f"step into {args.save}/{TRACKER}, later checkpoints are then moved aside",
         ),
         (
-            args.eval_interval is not None or args.eval_iters not in EVAL_ITERS,
-            "--eval-interval and --eval-iters: there is no validation loss; remove them, --win-rate-prompts compares the "
-            "trained policy with the initial one on held-out text",
+            args.eval_iters not in EVAL_ITERS,
+            "--eval-iters: there is no validation loss; remove it. --win-rate-prompts compares the trained policy with the "
+            "initial one on held-out text, --eval-records says how many labelled records are validated",
         ),
         (args.clip_grad <= 0, "--clip-grad 0 switches the check for NaN gradients off too; give a large value instead"),
     ]

@@ -44,6 +44,11 @@ MEGATRON_FLAGS: dict[str, dict[str, Any]] = {
     "--global-batch-size": {"type": int, "metavar": "N", "help": "Prompts a step."},
     "--train-iters": {"type": int, "metavar": "STEPS", "help": "Steps."},
     "--save-interval": {"type": int, "metavar": "STEPS", "help": "Steps between checkpoints."},
+    "--eval-interval": {
+        "type": int,
+        "metavar": "STEPS",
+        "help": "Of labelled tasks: steps between two validations on held-out records; none unless given.",
+    },
     "--lr": {"type": float, "help": "Learning rate."},
     "--min-lr": {"type": float, "help": "Where its decay ends."},
     "--lr-decay-style": {"help": "constant, linear, cosine, inverse-square-root or WSD."},

@@ -41,6 +41,10 @@ RUN_FLAGS: Flags = {
     ),
     "--save-groups": ({"metavar": "DIR"}, "Write every step's judged groups there, compressed."),
     "--replay-groups": ({"metavar": "DIR"}, "Train from groups written by --save-groups, without engines and teacher."),
+    "--eval-records": (
+        {"type": int, "default": 256, "metavar": "N"},
+        "Of labelled tasks: held-out records that are answered every --eval-interval steps.",
+    ),
     "--win-rate-prompts": (
         {"type": int, "default": 0, "metavar": "N"},
         "At the end compare the trained policy with the initial one on N held-out prefixes; 0 skips it.",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from megatron_sip.config.held_out import HeldOutSettings, ValidationSettings, held_out_settings, validation_settings
 from megatron_sip.config.needs import Needs, criteria_of
 from megatron_sip.config.teacher_settings import judge_settings, rewriter_settings
 from megatron_sip.data.tasks import TaskSettings
@@ -123,14 +124,6 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOutSettings:
-    """prompts: of the comparison with the initial policy, 0: none is made."""
-
-    prompts: int
-    sampling: SamplingSettings
-
-
-@dataclass(frozen=True, slots=True)
 class Settings:
     """All of a run. row_length: tokens of the longest packed row. branches_per_row: see TrainerSettings. urls: of the servers
     that the flags name.
@@ -149,6 +142,7 @@ class Settings:
     experience: ExperienceSettings
     rollouts: RolloutSettings
     held_out: HeldOutSettings
+    validation: ValidationSettings
     judge: JudgeSettings | None
     eval_judge: JudgeSettings | None
     rewriter: RewriterSettings | None
@@ -177,7 +171,8 @@ class Settings:
             learning_rate=LearningRate(args.lr, args.min_lr, args.lr_decay_style, args.lr_warmup_iters),
             experience=experience_settings(args),
             rollouts=rollout_settings(args),
-            held_out=HeldOutSettings(args.win_rate_prompts, held_out_sampling(args)),
+            held_out=held_out_settings(args),
+            validation=validation_settings(args),
             judge=judge_settings(args) if needs.judge else None,
             eval_judge=judge_settings(args, "eval_judge") if needs.eval_judge else None,
             rewriter=rewriter_settings(args) if needs.rewriter else None,
@@ -322,11 +317,6 @@ def rollout_sampling(args: argparse.Namespace) -> SamplingSettings:
         top_p=args.rollout_top_p,
         n=max(1, args.num_rollouts),
     )
-
-
-def held_out_sampling(args: argparse.Namespace) -> SamplingSettings:
-    """How the compared continuations are sampled. Raises ValueError."""
-    return SamplingSettings(args.suffix_length, args.win_rate_temperature, args.rollout_top_p)
 
 
 def experience_settings(args: argparse.Namespace) -> ExperienceSettings:

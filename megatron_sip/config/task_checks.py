@@ -18,6 +18,7 @@ def check_tasks(args: argparse.Namespace) -> Iterator[str]:
     for name in names:
         if (kind := LABELLED_CRITERIA.get(name, args.tasks)) != args.tasks:
             yield f"--criteria {name}: it scores --tasks {kind}, these are {args.tasks}"
+    yield from _check_validation(args)
     if args.tasks == "documents":
         if args.max_prompt_length is not None:
             yield (
@@ -36,6 +37,20 @@ def check_tasks(args: argparse.Namespace) -> Iterator[str]:
     for name, default in _OF_DOCUMENTS.items():
         if getattr(args, name) != default and not (name == "prepend_bos" and args.tasks == "thoughts"):
             yield f"--{name.replace('_', '-')}: it is for --tasks documents; remove it"
+
+
+def _check_validation(args: argparse.Namespace) -> Iterator[str]:
+    if args.eval_interval is None:
+        return
+    if args.tasks == "documents":
+        yield (
+            "--eval-interval: labelled tasks are validated; remove it, --win-rate-prompts compares the trained policy with the "
+            "initial one on held-out text"
+        )
+    if args.eval_interval < 1 or args.eval_records < 1:
+        yield f"--eval-interval {args.eval_interval}, --eval-records {args.eval_records}: both must be at least 1"
+    if args.replay_groups is not None:
+        yield "--eval-interval: --replay-groups asks no engine, and validation needs answers; remove one of them"
 
 
 def _check_objective(args: argparse.Namespace) -> Iterator[str]:

@@ -119,6 +119,12 @@ class Leader:
         """Run a coroutine on this leader's loop."""
         return self._loop.run(work)
 
+    def uncounted[T](self, work: Coroutine[Any, Any, T]) -> T:
+        """As `run`, of work whose calls are no step's: they are not among the counts of the next one."""
+        result = self.run(work)
+        self._maker.forget_counts()
+        return result
+
     def make_experience(
         self, step: int, tasks: Sequence[Task], next_tasks: Sequence[Task], stop: StopSignal, round_index: int = 0
     ) -> Experience | None:

@@ -218,6 +218,10 @@ class ExperienceMaker:
             raise ValueError(f"rewrites were made ahead for tasks {ahead.indices}, not for those of this step")
         return await ahead.rewrites
 
+    def forget_counts(self) -> None:
+        """Leave what the clients have counted since the last step out of the next one's metrics."""
+        self._counters()
+
     def _counters(self) -> Metrics:
         """What the clients counted in this step; shares and percentiles are those since the start."""
         totals: dict[str, float] = {}

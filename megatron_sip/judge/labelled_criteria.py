@@ -252,15 +252,19 @@ def read_rewrites(sheet: Sheet, lost: Counter[str]) -> list[str | None]:
 
     None where there is no rewrite in one: it is empty, refuses or reasons; `lost` counts these by reason.
     """
-    words = last_words(sheet.prefix)
     rewrites: list[str | None] = []
     for candidate, copies in zip(sheet.candidates, sheet.counts, strict=False):
-        answer = own_answer(candidate, begun=bool(words))
-        text, problem = read_rewrite([answer], sheet.prefix, sheet.original, words, start_required=False)
+        text, problem = rewrite_in(candidate, sheet.prefix, sheet.original)
         if problem:
             lost[problem] += copies
         rewrites.append(None if problem else text)
     return rewrites
+
+
+def rewrite_in(answer: str, prefix: str, suffix: str) -> tuple[str, str]:
+    """(the rewrite in an answer, "") or ("", why there is none); see `read_rewrites`."""
+    words = last_words(prefix)
+    return read_rewrite([own_answer(answer, begun=bool(words))], prefix, suffix, words, start_required=False)
 
 
 def is_copy(rewrite: str | None, suffix: str) -> bool:

@@ -90,7 +90,10 @@ def dry_run_settings(*argv: str) -> Settings:
     parser.add_argument("--lr-decay-style")
     args, _ = parser.parse_known_args(expand_presets(argv))
     assert not list(check_row_length(args))
-    for name in ("seed", "save", "vocab_size", "rank", "data_path", "split", "data_cache_path", "save_interval"):
+    for name in (
+        *("seed", "save", "vocab_size", "rank", "data_path", "split", "data_cache_path", "save_interval"),
+        "eval_interval",
+    ):
         setattr(args, name, MEGATRON[name])
     args.hf_config, args.run_dir, args.weight_sync_dir, args.pretrained_checkpoint = "hf", "run", "run/weights", None
     return Settings.from_args(args)

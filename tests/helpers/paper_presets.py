@@ -25,6 +25,12 @@ PAPER = {
     **{f"{goal}-{k}": ("dpo", ("rollout",), k, True) for goal in ("quality", "factuality") for k in (2, 4, 8, 16)},
 }
 
+# preset of a judge or rewriter in training (section 3.2.1) -> (tasks, longest prompt, longest answer, criteria)
+TRAINED = {
+    "judge": ("judgements", 3584, 512, ["label=1"]),
+    "rewriter": ("rewrites", 3968, 128, ["copy=1", "rewrite=1"]),
+}
+
 
 def paper_criteria(preset: str) -> set[str]:
     """What a preset's judge judges: table 1's three goals; the set-ups from scratch are judged as for safety."""

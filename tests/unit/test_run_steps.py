@@ -15,6 +15,7 @@ import pytest
 from flag_cases import unchecked_settings
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_sip.config.held_out import ValidationSettings
 from megatron_sip.experience.maker import Experience
 from megatron_sip.files import DiskError
 from megatron_sip.metrics import Metrics
@@ -326,3 +327,49 @@ def test_a_round_s_tasks_are_the_next_batch_s_share_and_end_with_the_run() -> No
     run.exchange = SimpleNamespace(num_replicas=2, replica=1)
     run.tasks = SimpleNamespace(tasks=lambda start, count: list(range(start, start + count)))  # type: ignore[assignment]
     assert [run.my_tasks(ahead) for ahead in range(4)] == [[11], [13], [15], []]
+
+
+class ValidatedRun(FakeRun):
+    """A run that is validated every two steps; `written` are the iterations of the metrics of steps and of validations."""
+
+    def __init__(self, steps: int, iteration: int = 0) -> None:
+        super().__init__([True] * steps, save_interval=100, iteration=iteration)
+        self.settings = replace(self.settings, validation=ValidationSettings(interval=2, records=8))
+        self.written: list[tuple[str, int]] = []
+        self.stop = StopSignal()
+        self.stop_at: int | None = None
+
+    def measure(self, stop: StopSignal) -> Metrics | None:
+        stop.requested = self.stop_at == self.state.iteration
+        return None if stop.requested else {"validation/accuracy/quality": 0.5}
+
+    def make_experience(self, stop: StopSignal, *args: Any) -> Experience | None:
+        return None if stop.requested else super().make_experience(stop, *args)
+
+    def write_metrics(self, metrics: Metrics, *, validation: bool = False) -> None:
+        assert ("validation/accuracy/quality" in metrics) == validation
+        self.written.append(("validation" if validation else "step", self.state.iteration))
+
+
+def test_the_initial_weights_those_of_every_so_many_steps_and_the_last_ones_are_validated() -> None:
+    run = ValidatedRun(3)
+    assert run_steps(run, run.stop)
+    assert run.written == [
+        ("validation", 0),
+        ("step", 1),
+        ("step", 2),
+        ("validation", 2),
+        ("step", 3),
+        ("validation", 3),
+    ]
+
+
+def test_a_validation_that_a_stop_ends_is_made_first_when_the_run_goes_on() -> None:
+    run = ValidatedRun(4)
+    run.stop_at = 2
+    assert not run_steps(run, run.stop)
+    assert run.written == [("validation", 0), ("step", 1), ("step", 2)]
+    assert run.saved == [2]
+    resumed = ValidatedRun(2, iteration=2)
+    assert run_steps(resumed, resumed.stop)
+    assert resumed.written == [("validation", 2), ("step", 3), ("step", 4), ("validation", 4)]

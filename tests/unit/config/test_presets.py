@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from paper_presets import PAPER, paper_criteria
+from paper_presets import PAPER, TRAINED, paper_criteria
 
 import megatron_sip
 from megatron_sip.config.flags import add_arguments
@@ -31,7 +31,7 @@ def parse(parser: argparse.ArgumentParser, *argv: str) -> argparse.Namespace:
 
 
 def test_every_row_of_the_paper_has_a_preset_and_every_preset_is_checked() -> None:
-    assert set(known_presets()) == {*PAPER, "continual"}
+    assert set(known_presets()) == {*PAPER, *TRAINED, "continual"}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -58,6 +58,26 @@ def test_preset_gives_the_papers_hyper_parameters(parser: argparse.ArgumentParse
     prompted = name.startswith(("quality", "factuality"))  # GPT-OSS-120B: section 3.2.2
     assert (args.judge_votes, args.judge_temperature, args.judge_top_p) == (5, 1.0, 1.0 if prompted else 0.6)
     assert args.teacher_reasoning_tokens == (2048 if prompted else 0)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_judge_and_rewriter_are_trained_as_in_the_paper(parser: argparse.ArgumentParser, name: str) -> None:
+    args = parse(parser, "--preset", name)
+    tasks, prompt, answer, criteria = TRAINED[name]
+    assert (args.tasks, args.max_prompt_length, args.suffix_length, criteria_of(args)) == (
+        tasks,
+        prompt,
+        answer,
+        criteria,
+    )
+    assert args.seq_length == prompt + answer
+    assert (args.objective, args.global_batch_size, args.num_rollouts) == ("grpo", 256, 16)
+    assert (args.rollout_temperature, args.rollout_top_p) == (0.6, 0.6)
+    assert (args.train_iters, args.lr, args.lr_decay_style, args.grpo_kl_coef) == (500, 2e-7, "constant", 0)
+    assert args.judge_verdict == ["hard"]
+    assert (args.judge_votes, args.judge_temperature, args.judge_top_p) == (5, 1.0, 0.6)  # of the rewriter's judge
+    assert 0 < args.eval_interval < args.train_iters
+    assert Needs.from_args(args).teacher == (name == "rewriter")
 
 
 def test_fixed_roles_are_chosen_rewrite_rejected_rollout(parser: argparse.ArgumentParser) -> None:

@@ -104,3 +104,24 @@ def test_thoughts_are_scored_by_similarity() -> None:
     assert made.judge is not None
     assert dict(made.judge.criteria) == {"similarity": 1.0}
     assert prompt_cost(made)["point judgements"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "interval", "message"),
+    [
+        (JUDGEMENTS, 0, "--eval-interval 0, --eval-records 256: both must be at least 1"),
+        ((*JUDGEMENTS, "--eval-records", "0"), 5, "--eval-interval 5, --eval-records 0: both must be at least 1"),
+        ((*JUDGEMENTS, "--replay-groups", "."), 5, "--eval-interval: --replay-groups asks no engine"),
+        ((), 5, "--eval-interval: labelled tasks are validated; remove it, --win-rate-prompts compares"),
+    ],
+)
+def test_a_validation_that_cannot_be_is_refused(flags: tuple[str, ...], interval: int, message: str) -> None:
+    assert message in refusal(*flags, eval_interval=interval)
+
+
+def test_validations_are_of_the_initial_weights_of_every_so_many_steps_and_of_the_last() -> None:
+    made = settings(*JUDGEMENTS, "--eval-records", "7", eval_interval=4, **NO_TEACHER).validation
+    assert made.records == 7
+    assert [step for step in range(11) if made.is_due(step, steps=10)] == [0, 4, 8, 10]
+    never = settings().validation
+    assert not any(never.is_due(step, steps=10) for step in range(11))

@@ -23,7 +23,7 @@ from megatron_sip.config.presets import expand_presets
 from megatron_sip.platform.megatron import prepare_megatron
 
 REPO = Path(__file__).parents[3]
-SCRIPTS = ("train_continual.sbatch", "train_from_scratch.sbatch")
+SCRIPTS = ("train_continual.sbatch", "train_from_scratch.sbatch", "train_judge.sbatch", "train_rewriter.sbatch")
 BASH_FILES = (*SCRIPTS, "slurm_job.sh")
 
 
@@ -121,7 +121,8 @@ def test_sglang_and_torchrun_know_their_flags(script: str) -> None:
     assert {name.replace("-", "_") for words in servers for name in server_options(words)} <= known
     launcher = next(place for place, word in enumerate(trainer) if word.endswith("/torchrun"))
     parsed = get_args_parser().parse_args(trainer[launcher + 1 :])
-    assert (parsed.nnodes, parsed.nproc_per_node, parsed.training_script) == ("8", "8", "megatron_sip.train")
+    [nodes] = re.findall(r"^TRAINER_NODES=(\d+)", (REPO / "examples" / script).read_text(), re.MULTILINE)
+    assert (parsed.nnodes, parsed.nproc_per_node, parsed.training_script) == (nodes, "8", "megatron_sip.train")
     assert parsed.rdzv_endpoint == "node001:29500"
     assert parsed.shutdown_timeout == 800
     assert {server_options(words)["log-level-http"] for words in servers} == {"warning"}
@@ -198,6 +199,22 @@ def test_from_scratch_trainer_has_the_papers_hyper_parameters(trainer_parser: ar
     assert (args.lr, args.min_lr, args.lr_decay_style, args.lr_warmup_iters) == (5e-4, 5e-5, "cosine", 2000)
     assert (args.objective, args.candidates) == ("rf-nll", ["rewrite", "rollout"])
     assert (args.pretrained_checkpoint, args.hf_config) == (None, "HF_CONFIG")
+
+
+@pytest.mark.parametrize(
+    ("script", "tasks"), [("train_judge.sbatch", "judgements"), ("train_rewriter.sbatch", "rewrites")]
+)
+def test_judge_and_rewriter_are_trained_on_64_gpus_with_the_papers_hyper_parameters(
+    trainer_parser: argparse.ArgumentParser, script: str, tasks: str
+) -> None:
+    args = trainer_arguments(trainer_parser, script)
+    assert (args.tasks, args.objective, args.global_batch_size, args.train_iters) == (tasks, "grpo", 256, 500)
+    assert args.seq_length == args.max_prompt_length + args.suffix_length == 4096
+    servers = len(args.rollout_url) + len(args.teacher_url or [])
+    assert servers + 8 * 4 == 64
+    assert (args.teacher_url is None) == (tasks == "judgements")  # a label asks nobody
+    replicas = 8 * 4 // args.tensor_model_parallel_size
+    assert args.global_batch_size % (2 * replicas) == 0  # both orders of a pair on one leader
 
 
 def test_settings_and_trainer_flags_reach_the_trainer(trainer_parser: argparse.ArgumentParser) -> None:
