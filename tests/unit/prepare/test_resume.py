@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tracemalloc
 from pathlib import Path
 
 import pytest
-from prepare_cases import files_below, run, write_documents
+from prepare_cases import files_below, run, write_documents, write_records
 
 from megatron_sip.prepare import journal, output, pipeline
 
@@ -88,3 +89,19 @@ def test_two_processes_do_not_work_in_one_folder(folder: Path) -> None:
         journal.Journal.open(folder / "held", {}),
     ):
         pass
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "UNIT", 16)
+    peaks = []
+    for count in (200, 1200):
+        data = write_records(
+            tmp_path / f"{count}.jsonl", [{"text": f"{i:04} " * 4_000, "ok": True} for i in range(count)]
+        )
+        words = ("rewrites", "--data-path", data, "--no-cut", "--label-field", "ok", "--role-shares", "0,0,1")
+        tracemalloc.start()
+        run(*words, "--out", tmp_path / f"out-{count}")  # other formats remember 4,096 texts in their marks
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]
+    assert peaks[1] < (tmp_path / "1200.jsonl").stat().st_size
