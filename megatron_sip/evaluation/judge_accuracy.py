@@ -19,7 +19,7 @@ from megatron_sip.errors import DataError
 from megatron_sip.evaluation.win_rate import interval
 from megatron_sip.files import read_json_lines
 from megatron_sip.judge.exam import Question, Reply
-from megatron_sip.judge.prompts import PromptError, find_prompt
+from megatron_sip.judge.labelled_tasks import judge_prompt
 
 ALL = "all"
 
@@ -37,13 +37,14 @@ class Labelled:
 @dataclass(frozen=True, slots=True)
 class Marked:
     """What a reply is worth. right: share of its verdicts, unread ones among them, that are right. preferred: how far the
-    right option was preferred, 0 .. 1; None where nothing was read. first: how often option 1 was chosen; None likewise, and
-    of a criterion that compares nothing."""
+    right option was preferred, 0 .. 1; None where nothing was read. first, lean: how often option 1 was chosen, and how far it
+    was preferred; None likewise, and of a criterion that compares nothing."""
 
     labelled: Labelled
     right: float
     preferred: float | None
     first: float | None
+    lean: float | None
     asked: int
     unread: int
 
@@ -63,11 +64,12 @@ def read_labelled(path: Path, split: str | None = None) -> list[Labelled]:
 
 def _labelled(record: Mapping[str, Any], where: str) -> Labelled:
     try:
-        prompt = find_prompt(str(record.get("criterion")))
-    except (PromptError, FileNotFoundError) as error:
-        raise DataError(f"{where}: field 'criterion': {error}") from error
-    if prompt.rule is None or record["verdict"] not in prompt.rule.labels:
-        labels = "none" if prompt.rule is None else ", ".join(prompt.rule.labels)
+        prompt = judge_prompt(str(record.get("criterion")))
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+    assert prompt.rule is not None
+    if record["verdict"] not in prompt.rule.labels:
+        labels = ", ".join(prompt.rule.labels)
         raise DataError(f"{where}: the verdict {record['verdict']!r} is none of {prompt.name}'s: {labels}")
     texts = {"prefix": record.get("prefix", ""), "reference": record.get("suffix", "")}
     texts |= {name: record.get(name) for name in ("candidate", "option_1", "option_2") if name in prompt.slots}
@@ -96,6 +98,7 @@ def marked(labelled: Labelled, reply: Reply) -> Marked | None:
         right=right / verdicts,
         preferred=float(np.mean(leanings)) if read else None,
         first=float(np.mean([_decided(v) for v in reply.values])) if is_pair and read else None,
+        lean=float(np.mean(reply.values)) if is_pair and read else None,
         asked=verdicts,
         unread=reply.unread,
     )
@@ -129,7 +132,8 @@ def accuracy(labelled: Sequence[Labelled], replies: Sequence[Reply], model: str,
 def _figures(marks: Sequence[Marked], seed: int) -> dict[str, Any]:
     """accuracy: mean over records, unread verdicts as wrong, with its 95% interval; by_verdict: where that verdict is right,
     which for pairs is by order. both_orders: share of the pairs whose right option is preferred on the mean over both
-    orders; in_each_order: in each of them. first_option: how often option 1 was chosen."""
+    orders; in_each_order: in each of them. first_option: how often option 1 was chosen; first_option_lean: its mean preference,
+    of soft verdicts a probability."""
     right = np.array([mark.right for mark in marks])
     verdicts = sorted({mark.labelled.verdict for mark in marks})
     asked, unread = (sum(getattr(mark, name) for mark in marks) for name in ("asked", "unread"))
@@ -143,6 +147,7 @@ def _figures(marks: Sequence[Marked], seed: int) -> dict[str, Any]:
     }
     if firsts := [mark.first for mark in marks if mark.first is not None]:
         figures["first_option"] = float(np.mean(firsts))
+        figures["first_option_lean"] = float(np.mean([mark.lean for mark in marks if mark.lean is not None]))
     pairs: dict[str, list[Marked]] = {}
     for mark in marks:
         pairs.setdefault(mark.labelled.pair, []).append(mark)
@@ -169,6 +174,7 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
         "mean of both orders": _share_of("both_orders"),
         "right in each order": _share_of("in_each_order"),
         "option 1 chosen": _share_of("first_option"),
+        "its mean": _share_of("first_option_lean"),
         "unread": lambda figures: f"{figures['unread']} of {figures['verdicts']}",
         "records": lambda figures: str(figures["records"]),
     }

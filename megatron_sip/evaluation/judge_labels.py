@@ -14,7 +14,7 @@ from megatron_sip.errors import DataError
 from megatron_sip.evaluation.judge_accuracy import table
 from megatron_sip.files import read_json_lines
 from megatron_sip.judge.exam import Question, Reply
-from megatron_sip.judge.prompts import find_prompt
+from megatron_sip.judge.labelled_tasks import judge_prompt
 
 UNREAD = "unread"
 FAILED = "no answer"
@@ -40,7 +40,7 @@ def read_continuations(path: Path, candidate_field: str | None, limit: int | Non
 def questions(continuations: Sequence[Mapping[str, str]], criteria: Sequence[str]) -> list[Question]:
     """Every criterion about every continuation, criterion by criterion. Raises DataError for one that compares pairs."""
     for name in criteria:
-        if find_prompt(name).kind != "pointwise":
+        if judge_prompt(name).kind != "pointwise":
             raise DataError(
                 f"--criteria {name}: labels are of single texts: name pointwise criteria, such as factuality:v4"
             )
@@ -74,7 +74,7 @@ def _label(criterion: str, reply: Reply) -> str:
 
 
 def _labels(criterion: str) -> Mapping[str, float]:
-    rule = find_prompt(criterion).rule
+    rule = judge_prompt(criterion).rule
     assert rule is not None
     return rule.values
 

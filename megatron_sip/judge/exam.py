@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from megatron_sip.judge.base import UNKNOWN_CODE, AsksTeacher
 from megatron_sip.judge.calls import Answer, Call
 from megatron_sip.judge.criteria import Sampling, check_encodable, judgement
+from megatron_sip.judge.labelled_tasks import judge_prompt
 from megatron_sip.judge.prompts import PromptFile, fence_code, find_prompt, valid_unicode
 from megatron_sip.judge.settings import ClientSettings, SettingsError, VerdictMode
 from megatron_sip.judge.teacher import CHECK_TIMEOUT_S, affinity_of
@@ -47,7 +48,8 @@ class Question:
 
     @property
     def rule(self) -> VerdictRule:
-        rule = find_prompt(self.criterion).rule
+        """How its verdicts are read. Raises ValueError for a criterion that has none."""
+        rule = judge_prompt(self.criterion).rule
         assert rule is not None
         return rule
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from megatron_sip.judge.prompts import builtin_prompt, fence_code, find_prompt, valid_unicode
+from megatron_sip.judge.labelled_tasks import judge_prompt
+from megatron_sip.judge.prompts import builtin_prompt, fence_code, valid_unicode
 from megatron_sip.judge.rewriter import last_words, rewrite_call
 
 Record = Mapping[str, Any]
@@ -60,7 +61,7 @@ def nemo_gym_line(record: Record, seed: int) -> dict[str, Any]:
         "metadata": {name: record[name] for name in ("subset", "pair", "safe") if name in record},
     }
     if "criterion" in record:
-        rule = find_prompt(record["criterion"]).rule
+        rule = judge_prompt(record["criterion"]).rule
         assert rule is not None
         line["template_metadata"] = {"output_regex": rule.pattern.pattern, "template_id": record["criterion"]}
     return line
@@ -72,7 +73,7 @@ def chat(record: Record, seed: int) -> list[dict[str, str]]:
         texts = {name: valid_unicode(record[name]) for name in SHOWN if name in record}
         texts["reference"] = texts.pop("suffix", "")
         code = fence_code(seed, texts["prefix"], [text for name, text in texts.items() if name != "prefix"])
-        pieces = find_prompt(record["criterion"]).fill(texts, code)
+        pieces = judge_prompt(record["criterion"]).fill(texts, code)
     else:
         prefix = valid_unicode(record["prefix"])
         pieces = rewrite_call(builtin_prompt("rewrite"), prefix, record["suffix"], last_words(prefix), seed).prompt

@@ -43,6 +43,7 @@ def test_figures_are_those_counted_by_hand() -> None:
     assert total["accuracy"] == pytest.approx((1 + 1 + 1 + 0 + 0 + 1 + 0.5) / 7)
     assert total["by_verdict"] == {"1": pytest.approx(2 / 3), "2": pytest.approx(2.5 / 4)}
     assert total["first_option"] == pytest.approx((1 + 0 + 1 + 1 + 0 + 0.5) / 6)
+    assert total["first_option_lean"] == pytest.approx((1 + 0 + 0.9 + 0.6 + 0 + 0.5) / 6)
     assert (total["unread"], total["pairs"], total["both_orders"], total["in_each_order"]) == (1, 2, 1.0, 0.5)
     assert report["subsets"]["wiki"]["accuracy"] == 0.75
     low, high = total["accuracy_ci95"]
@@ -128,7 +129,7 @@ async def test_a_judge_that_always_says_the_first_and_a_mute_one(tmp_path: Path)
     ("change", "told"),
     [
         ({"verdict": "3"}, "record 1: the verdict '3' is none of quality's: 1, 2"),
-        ({"criterion": "beauty"}, "record 1: field 'criterion': no prompt 'beauty'"),
+        ({"criterion": "beauty"}, "record 1: no prompt 'beauty'"),
         ({"option_2": None}, "record 1: field 'option_2' must be a text"),
     ],
 )
