@@ -71,13 +71,13 @@ async def prepare_quality(work: QualityWork) -> dict[str, Any]:
         if quality.corruptor is not None:
             client = cached(quality.corruptor.client, work.output)
             corruptor = await stack.enter_async_context(Corruptor(replace(quality.corruptor, client=client)))
-            await corruptor.check()
         made_by: dict[str, Any] = {"cutting": asdict(work.cutting), "rules": list(quality.rules), "seed": quality.seed}
         made_by["criterion"] = quality.criterion
         if quality.corruptor is not None:
             made_by["teacher"] = asked(asdict(quality.corruptor))
         make = QualityMaker(cutter, quality, corruptor)
-        return await prepare(document_source(work.reading), work.output, "judgements", make, made_by)
+        check = None if corruptor is None else corruptor.check
+        return await prepare(document_source(work.reading), work.output, "judgements", make, made_by, check)
 
 
 async def prepare_labels(work: LabelWork) -> dict[str, Any]:
@@ -87,12 +87,14 @@ async def prepare_labels(work: LabelWork) -> dict[str, Any]:
     made_by: dict[str, Any] = {"cutting": asdict(work.cutting), "seed": seed}
     async with AsyncExitStack() as stack:
         labeller: Labeller = KnownLabels()
+        judge = None
         if work.votes is not None:
             judge = await opened_judge(stack, work.votes, work.output)
             labeller = UnanimousVotes(judge, work.votes.judge.votes, seed)
             made_by["judge"] = asked(asdict(work.votes.judge))
         make = LabelMaker(cutter, labeller, to_record, seed)
-        return await prepare(document_source(work.reading), work.output, work.task, make, made_by)
+        check = None if judge is None else judge.check
+        return await prepare(document_source(work.reading), work.output, work.task, make, made_by, check)
 
 
 async def prepare_groups(work: GroupWork) -> dict[str, Any]:
@@ -104,16 +106,15 @@ async def prepare_groups(work: GroupWork) -> dict[str, Any]:
         if work.votes is not None:
             judge = await opened_judge(stack, work.votes, work.output)
             made_by["judge"] = asked(asdict(work.votes.judge))
-        return await prepare(source, work.output, "judgements", GroupMaker(work.groups, work.task, judge), made_by)
+        make, check = GroupMaker(work.groups, work.task, judge), None if judge is None else judge.check
+        return await prepare(source, work.output, "judgements", make, made_by, check)
 
 
 async def opened_judge(stack: AsyncExitStack, votes: VoteSettings, output: OutputSettings) -> Judge:
-    """A judge that answers. Raises EndpointError, SettingsError."""
+    """A judge that is still to be checked. Raises SettingsError."""
     assert votes.judge.client is not None, "its criteria are asked of servers"
     client = cached(votes.judge.client, output)
-    judge = await stack.enter_async_context(Judge(replace(votes.judge, client=client)))
-    await judge.check()
-    return judge
+    return await stack.enter_async_context(Judge(replace(votes.judge, client=client)))
 
 
 def cached(client: ClientSettings, output: OutputSettings) -> ClientSettings:

@@ -68,15 +68,23 @@ def document_source(reading: ReadSettings) -> Source[Document]:
 
 
 async def prepare[T](
-    source: Source[T], output: OutputSettings, task: str, make: Make[T], settings: Mapping[str, Any]
+    source: Source[T],
+    output: OutputSettings,
+    task: str,
+    make: Make[T],
+    settings: Mapping[str, Any],
+    check: Callable[[], Awaitable[None]] | None = None,
 ) -> dict[str, Any]:
     """The manifest of the records in `output.folder`, which are made first as far as they are not there.
 
-    task: judgements, rewrites, ...; names the files. settings: what else the records depend on.
+    task: judgements, rewrites, ...; names the files. settings: what else the records depend on. check: called before anything
+    is made, as whether a server answers; finished work needs none.
     Raises PrepareError, DataError.
     """
     with Journal.open(output.folder, identity_of(source, output, task, settings)) as journal:
         if not journal.finished:
+            if check is not None:
+                await check()
             await _make_all(source, journal, make)
             kept = write_records(journal, output, task)
             journal.finish(_manifest(source, journal, kept))

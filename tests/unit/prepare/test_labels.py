@@ -39,6 +39,7 @@ async def test_eight_of_eight_votes_label_a_text_and_labels_are_balanced(tmp_pat
         asked = judge.requests
         assert await ask(judge, *words, "--split", "1") == manifest
         assert judge.requests == asked
+    assert await ask(judge, *words, "--split", "1") == manifest  # nor is a server needed then
     records = read_lines(tmp_path / "out" / "judgements.jsonl")
     assert Counter(record["verdict"] for record in records) == {"YES": 10, "NO": 10}
     assert all(record["verdict"] == ("NO" if "unsafe" in record["candidate"] else "YES") for record in records)
