@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.config.checks import explained
@@ -33,6 +33,7 @@ from megatron_sip.console import quiet, say
 from megatron_sip.errors import ArgumentError, UserError
 from megatron_sip.evaluation.run_record import run_record, write_run_record
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
+from megatron_sip.experience.advantages import NO_SPREAD
 from megatron_sip.experience.maker import Experience
 from megatron_sip.experience.rounds import StepExperience, is_enough, step_experience
 from megatron_sip.files import DiskError
@@ -163,8 +164,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
             raise TrainingError(no_finite_step(run) if settings.rank == 0 else 1)
         empty_steps = 0 if examples else empty_steps + 1
         if empty_steps == MAX_EMPTY_STEPS:
-            run.finish_saving(wait=True)
-            raise TrainingError(no_usable_group(metrics) if settings.rank == 0 else 1)
+            raise_no_usable_group(run, metrics)
         # Not after an empty step: a job that is restarted again and again would eat its data without learning.
         is_due = (run.save_is_due() and bool(examples)) or state.iteration == settings.steps
         saving = timed("seconds/save", run.save) if is_due else {}
@@ -232,13 +232,21 @@ def conclude(run: Run, stop: StopSignal) -> None:
         raise DiskError(f"all steps are saved, but not the report, which the same command writes: {error}") from error
 
 
-def no_usable_group(metrics: Metrics) -> str:
-    """Why the run ends; `metrics` are the last step's."""
-    dropped = {name: value for name, value in metrics.items() if name.startswith("dropped/")}
-    return (
-        f"no group was usable in {MAX_EMPTY_STEPS} steps in a row; reasons in the last one: {dropped}. Those steps are not "
-        "saved: once judge and engines answer, the same command tries their tasks again"
-    )
+def raise_no_usable_group(run: Run, metrics: Metrics) -> NoReturn:
+    """End the run, whose last step had `metrics`, and say why; what GRPO has nothing left to learn from counts as done."""
+    dropped = {name: value for name, value in metrics.items() if name.startswith("dropped/") and value}
+    learnt = set(dropped) == {f"dropped/{NO_SPREAD}"}
+    told = f"no group was usable in {MAX_EMPTY_STEPS} steps in a row; reasons in the last one: {dropped}. "
+    if learnt:
+        run.save()
+        told += (
+            f"All rollouts of a task score the same, see grpo/reward: the policy always succeeds, or never does. Step "
+            f"{run.state.iteration} is saved; go on with other tasks, a higher --rollout-temperature or more --num-rollouts"
+        )
+    else:
+        told += "Those steps are not saved: once judge and engines answer, the same command tries their tasks again"
+    run.finish_saving(wait=True)
+    raise TrainingError(told if run.settings.run.rank == 0 else 1)
 
 
 def no_finite_step(run: Run) -> str:

@@ -20,7 +20,8 @@ RECORDED_STEPS = 50
 PREFIX_CHARACTERS = 700
 """Of a prefix its end is shown; one more is kept, as a sign that there is more."""
 CANDIDATES = 6
-"""Of a group with more, those that were trained on and the best-scored others."""
+"""Of a group with more, those that were trained on and the best-scored others; of more that were trained on, as by GRPO, the
+best and the worst."""
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,11 @@ def sample(step: int, group: Group, examples: Sequence[Example]) -> dict[str, An
     def rank(item: tuple[Candidate, float | None]) -> tuple[bool, float]:
         return (tuple(item[0].ids) not in roles, -(item[1] if item[1] is not None else 0.0))
 
-    kept = sorted(zip(group.candidates, scores, strict=True), key=rank)[:CANDIDATES]
+    ranked = sorted(zip(group.candidates, scores, strict=True), key=rank)
+    trained = sum(not rank(item)[0] for item in ranked)
+    kept = ranked[:CANDIDATES]
+    if trained > CANDIDATES:
+        kept = ranked[: CANDIDATES // 2] + ranked[trained - CANDIDATES // 2 : trained]
     return {
         "step": step + 1,
         "prefix": group.task.prefix_text[-PREFIX_CHARACTERS - 1 :],

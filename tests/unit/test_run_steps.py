@@ -66,6 +66,7 @@ class FakeRun(Run):
         bad: Sequence[int] = (),
         before: int = 0,
         rank: int = 0,
+        empty: str = "no verdict",
     ) -> None:
         self.settings = unchecked_settings(
             train_iters=iteration + len(usable), global_batch_size=1, save_interval=save_interval, rank=rank
@@ -79,13 +80,14 @@ class FakeRun(Run):
         self.finished = False
         self._usable = list(usable)
         self._bad = set(bad)
+        self._empty = f"dropped/{empty}"
 
     def train_step(self, examples: Sequence[Example], reference: None, iteration: int) -> Metrics:
         return {NON_FINITE: 1.0} if iteration + 1 in self._bad else {}
 
     def make_experience(self, stop: StopSignal, round_index: int = 0) -> Experience:
         usable = self._usable.pop(0)
-        return Experience([EXAMPLE] if usable else [], {"dropped/no verdict": 0.0 if usable else 1.0})
+        return Experience([EXAMPLE] if usable else [], {self._empty: 0.0 if usable else 1.0})
 
     def refresh_reference(self) -> None:
         pass
@@ -117,6 +119,14 @@ def test_a_run_without_any_usable_group_ends_and_saves_none_of_those_steps() -> 
     assert run.state.iteration == 2 + MAX_EMPTY_STEPS
     assert run.saved == [2]  # the same command tries the tasks after step 2 again
     assert run.finished  # a checkpoint still being written is not lost
+
+
+def test_a_run_with_nothing_left_to_learn_ends_with_its_last_step_saved() -> None:
+    run = FakeRun([True, True, *[False] * 20], save_interval=100, empty="no spread")
+    with pytest.raises(TrainingError, match=r"'dropped/no spread': 1.0.*Step 12 is saved; go on with other tasks"):
+        run_steps(run, StopSignal())
+    assert run.saved == [12]
+    assert run.finished
 
 
 def test_a_checkpoint_that_is_due_at_an_empty_step_comes_after_the_next_usable_one() -> None:

@@ -109,6 +109,15 @@ def test_a_sample_shows_what_was_trained_on_and_the_best_others(tmp_path: Path) 
     assert {made["score"] for made in last["candidates"]} == {None}
 
 
+def test_a_sample_of_a_group_that_is_all_trained_on_shows_its_best_and_worst(tmp_path: Path) -> None:
+    judged = group(1, [0.1 * i for i in range(17)])
+    branches = [Branch(made.ids, "sampled", "rollout", advantage=0.0) for made in judged.candidates[:12]]
+    SampleLog(tmp_path / "samples.jsonl", 1).record(0, [judged], [Example(1, [1], branches)])
+    [sample] = read_samples(tmp_path)
+    assert [round(made["score"], 1) for made in sample["candidates"]] == [1.1, 1.0, 0.9, 0.2, 0.1, 0.0]
+    assert {made["role"] for made in sample["candidates"]} == {"sampled"}
+
+
 def test_a_full_disk_or_a_half_written_line_costs_samples_only(tmp_path: Path) -> None:
     SampleLog(tmp_path / "file" / "samples.jsonl", 1).record(0, [group(0, [0.0, 1.0])], [])
     (tmp_path / "file" / "samples.jsonl").open("a").write('{"step": 8}\n[1]\nnull\n{"step": 7, "pre')
