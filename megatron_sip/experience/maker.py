@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,6 +25,7 @@ from megatron_sip.experience.kind_steps import ALWAYS, KindSteps
 from megatron_sip.experience.recording import read_groups, write_groups
 from megatron_sip.experience.samples import SampleLog
 from megatron_sip.experience.selection import SelectionSettings, select, selection_metrics
+from megatron_sip.experience.thinking import thought_metrics
 from megatron_sip.metrics import Mean, Metrics
 from megatron_sip.records import CANDIDATE_KINDS, Candidate, CandidateKind, Example, Group, Judgement, Label, Task
 from megatron_sip.rollout.pool import PoolCounters, SGLangPool
@@ -154,6 +156,7 @@ class ExperienceMaker:
         if selection.objective == "grpo":
             metrics |= reward_metrics(groups, selection.truncated)
         metrics |= candidate_lengths(groups)
+        metrics |= thought_metrics(groups, partial(plain_text, self._tokenizer))
         metrics |= {f"dropped/{reason}": float(count) for reason, count in selected.dropped.items()}
         metrics |= self._counters() | seconds
         metrics |= {"groups": float(len(groups)), "merged_candidates": float(selected.merged)}
@@ -252,8 +255,12 @@ def answer_to(tokenizer: Any, label: Label, completion: Completion) -> Candidate
     ids, logprobs, cut = list(completion.ids), list(completion.logprobs), completion.finish_reason == "length"
     if isinstance(label, Judgement) and label.forced:
         ids, logprobs, cut = ids[:1], logprobs[:1], False
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Candidate("rollout", ids, text, logprobs, completion.weight_version, cut)
+    return Candidate("rollout", ids, plain_text(tokenizer, ids), logprobs, completion.weight_version, cut)
+
+
+def plain_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of an answer to a labelled task."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def pool_counts(counters: PoolCounters) -> dict[str, float]:

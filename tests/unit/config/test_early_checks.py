@@ -22,6 +22,7 @@ from megatron_sip.config.early_checks import (
 from megatron_sip.config.presets import expand_presets, known_presets
 from megatron_sip.errors import ArgumentError
 from megatron_sip.platform.megatron import prepare_megatron
+from megatron_sip.prepare.__main__ import command_line as prepare_command_line
 
 REPO = Path(__file__).parents[3]
 COMPLETE = (
@@ -180,4 +181,11 @@ def test_documentation_names_existing_flags_only(page: str) -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![\w*-])", text))
     ours = {name for action in early_parser()._actions for name in action.option_strings}
     tools = {flag for path in (REPO / "tools").glob("*.py") for flag in LITERAL_FLAG.findall(path.read_text())}
-    assert named - ours - tools - megatron_flag_names() - OTHER_PROGRAMS == set()
+    assert named - ours - tools - prepare_flags() - megatron_flag_names() - OTHER_PROGRAMS == set()
+
+
+def prepare_flags() -> set[str]:
+    """Of all commands of `megatron-sip-prepare`."""
+    [commands] = [action for action in prepare_command_line()._actions if action.dest == "command"]
+    assert isinstance(commands.choices, dict)
+    return {name for own in commands.choices.values() for action in own._actions for name in action.option_strings}

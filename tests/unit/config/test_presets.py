@@ -31,7 +31,7 @@ def parse(parser: argparse.ArgumentParser, *argv: str) -> argparse.Namespace:
 
 
 def test_every_row_of_the_paper_has_a_preset_and_every_preset_is_checked() -> None:
-    assert set(known_presets()) == {*PAPER, *TRAINED, "continual"}
+    assert set(known_presets()) == {*PAPER, *TRAINED, "continual", "thinking-sft", "thinking-rl"}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -78,6 +78,19 @@ def test_judge_and_rewriter_are_trained_as_in_the_paper(parser: argparse.Argumen
     assert (args.judge_votes, args.judge_temperature, args.judge_top_p) == (5, 1.0, 0.6)  # of the rewriter's judge
     assert 0 < args.eval_interval < args.train_iters
     assert Needs.from_args(args).teacher == (name == "rewriter")
+
+
+def test_thinking_learns_every_token_then_by_grpo_without_length_or_spread(parser: argparse.ArgumentParser) -> None:
+    """Version 3 of the paper: 10,000 steps on the thoughts, 5,000 of Dr.GRPO, whose judge says 1 or 0."""
+    sft, rl = (parse(parser, "--preset", f"thinking-{stage}") for stage in ("sft", "rl"))
+    assert (sft.objective, sft.sft_target, sft.task_mode, sft.train_iters) == ("sft", "document", "whole", 10_000)
+    assert not Needs.from_args(sft).teacher
+    assert not Needs.from_args(sft).engines
+    assert (rl.objective, rl.tasks, rl.grpo_length, rl.train_iters) == ("grpo", "thoughts", "constant", 5_000)
+    assert (rl.grpo_spread_normalization, rl.grpo_kl_coef) == (False, 0.0)
+    assert parse_criteria(rl.criteria) == {"similarity": 1.0}
+    assert (rl.judge_verdict, rl.judge_votes) == (["hard"], 1)
+    assert rl.seq_length - rl.suffix_length == 2048  # what `prepare thoughts` makes chunks of
 
 
 def test_fixed_roles_are_chosen_rewrite_rejected_rollout(parser: argparse.ArgumentParser) -> None:
