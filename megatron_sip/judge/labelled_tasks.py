@@ -41,9 +41,6 @@ LabelledKind = Literal["judgements", "rewrites", "thoughts"]
 Record = dict[str, Any]
 TEXT_FIELDS = ("prefix", "suffix", "candidate", "option_1", "option_2")
 
-MARK_TOKENS = 64
-"""By which the code in a prompt's marks, up to eight times there, may take more tokens than UNKNOWN_CODE."""
-
 _UNSAMPLED = Sampling(votes=1, temperature=0.0, top_p=1.0, max_tokens=0)
 """How a judge samples is no part of what it is shown."""
 
@@ -101,8 +98,7 @@ class PromptWriter(ABC):
     def __init__(self, settings: LabelledSettings, encoder: ChatEncoder) -> None:
         self._settings = settings
         self._encoder = encoder
-        room = settings.max_prompt - MARK_TOKENS
-        self._window = PrefixWindow(settings.prefix_chars, room, lambda text: len(encoder.text(text)))
+        self._window = PrefixWindow(settings.prefix_chars, settings.max_prompt, lambda text: len(encoder.text(text)))
         self._frames: dict[str, int] = {}  # tokens of a prompt without texts, by criterion
         self.counts: Counter[str] = Counter()
 
@@ -127,7 +123,7 @@ class PromptWriter(ABC):
         texts = [record.get(name, "") for name in TEXT_FIELDS if name != "prefix"]
         # No tokenizer makes more tokens than there are bytes: few records have to be tokenised to know.
         most = sum(len(break_marks(valid_unicode(text)).encode()) for text in texts) + 3 * START_BYTES
-        taken = MARK_TOKENS + MARGIN_TOKENS + MIN_PREFIX_TOKENS + self._frames[prompt.identity]
+        taken = MARGIN_TOKENS + MIN_PREFIX_TOKENS + self._frames[prompt.identity]
         return most <= self._settings.max_prompt - taken or self._shown(record) is not None
 
     def _shown(self, record: Record) -> str | None:
@@ -135,8 +131,11 @@ class PromptWriter(ABC):
         return self._window.shown(valid_unicode(record["prefix"]), lambda: self._tokens(record))
 
     def _tokens(self, record: Record) -> int:
-        """Of the prompt without its prefix."""
-        return len(prompt_ids(self.call(record, "", UNKNOWN_CODE), self._encoder))
+        """The most that the prompt has without its prefix, whatever the code in its marks: of eight letters and digits."""
+        call = self.call(record, "", UNKNOWN_CODE)
+        codes = sum(piece.count(UNKNOWN_CODE) for piece in call.prompt)
+        longer = len(UNKNOWN_CODE) - len(self._encoder.text(UNKNOWN_CODE))
+        return len(prompt_ids(call, self._encoder)) + codes * longer
 
     def _asked(self, record: Record) -> tuple[list[int], str]:
         """The prompt's ids, up to where the policy goes on, and its text."""

@@ -143,7 +143,7 @@ def test_a_long_prompt_loses_the_left_of_its_prefix_and_is_counted(mode: Any) ->
     limit = len(whole.prefix_ids) - 2000
     writer = make_writer(LabelledSettings("judgements", limit, 64, default_verdict=mode, seed=SEED), tokenizer())
     made = writer.task(0, record)
-    assert limit - 120 < len(made.prefix_ids) <= limit
+    assert limit - 60 < len(made.prefix_ids) <= limit
     assert "word899\n[end prefix" in made.prefix_text
     assert "word0 " not in made.prefix_text
     assert writer.counts["prompts-cut"] == 1

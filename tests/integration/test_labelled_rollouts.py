@@ -1,0 +1,78 @@
+"""From labelled records to scored rollouts with a real SGLang server: what is trained is what is asked later."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from megatron_sip.data.labelled import LabelledSource, open_records
+from megatron_sip.experience.maker import answer_to
+from megatron_sip.judge import ClientSettings, Endpoint, Judge, JudgeSettings, ScheduleSettings
+from megatron_sip.judge.encoding import ChatEncoder
+from megatron_sip.judge.labelled_tasks import LabelledSettings, make_writer
+from megatron_sip.records import Candidate, Group, Judgement, Task
+from megatron_sip.rollout.pool import SGLangPool
+from megatron_sip.rollout.sampling import SamplingSettings
+from megatron_sip.serving.launch import LocalServer
+
+SEED = 5
+PREFIX = "The if statement is used for conditional execution. It selects exactly one of the suites by evaluating"
+GOOD, BAD = " the expressions one by one until one is found to be true.", " one of one one by expressions be the is."
+
+
+def records() -> list[dict[str, Any]]:
+    both = {"criterion": "quality", "prefix": PREFIX, "suffix": GOOD, "pair": "p"}
+    return [
+        both | {"option_1": GOOD, "option_2": BAD, "verdict": "1"},
+        both | {"option_1": BAD, "option_2": GOOD, "verdict": "2"},
+        {"criterion": "safety", "prefix": PREFIX, "suffix": "", "candidate": GOOD, "verdict": "YES"},
+        {"criterion": "safety", "prefix": PREFIX, "suffix": "", "candidate": BAD, "verdict": "NO"},
+    ]
+
+
+async def soft_values(server: LocalServer, folder: Path) -> dict[str, list[list[float]]]:
+    """What the model gives as a judge, by its verdicts' probabilities: of the pair in both orders, of each text's safety."""
+    client = ClientSettings((Endpoint(server.url),), str(folder), call_timeout_s=300.0, seed=SEED)
+    settings = JudgeSettings(
+        {"quality": 1.0, "safety": 1.0}, client, schedule=ScheduleSettings("all_pairs"), audit_rate=0.0
+    )
+    candidates = [Candidate("suffix", [1], GOOD), Candidate("rollout", [2], BAD)]
+    async with Judge(settings) as judge:
+        await judge.check()
+        [judged] = await judge.score([Group(Task(0, [1], [1], PREFIX, GOOD), candidates)])
+    return judged.verdicts
+
+
+async def test_greedy_rollouts_of_judgements_are_the_judge_s_soft_verdicts(
+    smollm2_server: LocalServer, smollm2_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "judgements.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records()))
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    writer = make_writer(LabelledSettings("judgements", max_prompt=1500, max_answer=4, seed=SEED), tokenizer)
+    source = LabelledSource(open_records([str(path)], "1", writer), "train", writer, SEED)
+    tasks = [source.in_order(place) for place in range(len(source))]
+    async with SGLangPool([smollm2_server.url]) as engines:
+        answers = await engines.generate([task.prefix_ids for task in tasks], SamplingSettings(4, temperature=0.0))
+    groups = []
+    for task, completions in zip(tasks, answers, strict=True):
+        assert isinstance(completions, list)
+        assert task.label is not None
+        groups.append(Group(task, [answer_to(tokenizer, task.label, completions[0])]))
+    async with Judge(JudgeSettings({"label": 1.0}, None), policy=ChatEncoder(tokenizer)) as judge:
+        judged = await judge.score(groups, objective="rf-nll")
+
+    asked = await soft_values(smollm2_server, smollm2_dir)
+    pair = {(first, second): value for first, second, value in asked["quality"]}
+    first_wins = [pair[0, 1], pair[1, 0], asked["safety"][0][1], asked["safety"][1][1]]
+    for group, value in zip(judged, first_wins, strict=True):
+        label = group.task.label
+        assert isinstance(label, Judgement)
+        [[_, verdict]] = group.verdicts["label"]
+        assert len(group.candidates[0].ids) == 1
+        assert verdict == float(value > 0.5)
+        right = float(label.verdict in ("1", "YES"))
+        assert group.scores == [float(verdict == right)]
