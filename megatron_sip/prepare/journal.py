@@ -22,6 +22,8 @@ from megatron_sip.prepare.documents import Place
 from megatron_sip.prepare.settings import PrepareError
 
 MANIFEST = "manifest.json"
+WRITTEN_LAST = ("formats", "balance")
+"""Of the identity, what only decides how the records are written that were made: as long as none are, it may change."""
 
 
 class Journal:
@@ -63,7 +65,7 @@ class Journal:
             self._clean()
         elif self._progress.exists():
             state = read_json(self._progress, "the progress of a preparation")
-            self._check(state, self._progress)
+            self._check(state, self._progress, besides=WRITTEN_LAST)
             self.counts = Counter(state["counts"])
             self.position = (state["position"][0], state["position"][1])
             self._bytes = state["bytes"]
@@ -80,9 +82,10 @@ class Journal:
         for path in (self._records, self._progress):
             path.unlink(missing_ok=True)
 
-    def _check(self, state: Mapping[str, Any], path: Path) -> None:
+    def _check(self, state: Mapping[str, Any], path: Path, besides: Sequence[str] = ()) -> None:
         known = state.get("identity", {})
-        other = sorted(name for name in {*known, *self.identity} if known.get(name) != self.identity.get(name))
+        names = {*known, *self.identity}.difference(besides)
+        other = sorted(name for name in names if known.get(name) != self.identity.get(name))
         if other:
             raise PrepareError(
                 f"{path} is of other work, which differs in {', '.join(other)}: give the same flags and files to go on with "

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from megatron_sip.data.ordering import uniform_below
 from megatron_sip.data.roles import SPLITS
+from megatron_sip.files import move_into_place
 from megatron_sip.prepare.formats import VERL_SCHEMA, nemo_gym_line, verl_row
 from megatron_sip.prepare.journal import Journal
 from megatron_sip.prepare.settings import OutputSettings, PrepareError
@@ -109,7 +110,7 @@ def _staged(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.partial")
     yield staged
-    staged.replace(path)
+    move_into_place(staged, path)
 
 
 @contextmanager

@@ -254,7 +254,7 @@ def test_accuracy_of_a_real_judge_is_that_of_its_probabilities(
     smollm2_server: LocalServer, smollm2_dir: Path, reference: Any, tmp_path: Path
 ) -> None:
     """The whole way: documents, pairs spoilt by rules, the command, against transformers on the same prompts."""
-    texts = [PREFIX + TEXTS["true"] + f" That was example {i} of the suites." for i in range(6)]
+    texts = [PREFIX + TEXTS["true"] + f" That was example {i} of the suites." for i in range(3)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     cut = (
         "--tokenizer",
@@ -285,9 +285,10 @@ def test_accuracy_of_a_real_judge_is_that_of_its_probabilities(
         ids = [*encoder.chat(prompt.fill(shown, code), start=""), *start]
         first, second = next_logprobs(reference, ids)[-1][labels].tolist()
         leanings.append((first - second, record["verdict"] == "1"))
-    assert figures["records"] == figures["verdicts"] == len(leanings) == 12
+    gaps = torch.tensor([gap for gap, _ in leanings])
+    assert figures["records"] == figures["verdicts"] == len(gaps) == 6
+    assert figures["first_option_lean"] == pytest.approx(float(gaps.sigmoid().mean()), abs=0.03)
     clear = [(gap > 0, is_first) for gap, is_first in leanings if abs(gap) > 0.1]  # the server computes in bfloat16
     unclear = len(leanings) - len(clear)
-    assert abs(12 * figures["first_option"] - sum(first for first, _ in clear)) <= unclear
-    assert abs(12 * figures["accuracy"] - sum(first == is_first for first, is_first in clear)) <= unclear
-    assert unclear <= 6
+    assert abs(6 * figures["first_option"] - sum(first for first, _ in clear)) <= unclear
+    assert abs(6 * figures["accuracy"] - sum(first == is_first for first, is_first in clear)) <= unclear

@@ -117,6 +117,19 @@ def test_subsets_are_called_after_a_field_and_broken_characters_are_replaced(tmp
     assert manifest["records"]["by_subset"].keys() == {"book", "wiki"}
 
 
+def test_records_that_cannot_be_balanced_are_not_lost(tmp_path: Path) -> None:
+    data = write_records(tmp_path / "texts.jsonl", [{"text": prose(i), "ok": True} for i in range(5)])
+    words = ("judgements", "--task", "safety", "--data-path", data, *EVERYTHING, "--label-field", "ok")
+    words = (*words, "--out", tmp_path / "out")
+    with pytest.raises(PrepareError, match="all 5 records have verdict = YES"):
+        run(*words)
+    manifest = run(*words, "--unbalanced", "--format", "sip", "verl")
+    assert manifest["records"]["total"] == 5
+    assert manifest["documents"]["read"] == 5
+    with pytest.raises(PrepareError, match="differs in balance, formats"):
+        run(*words)
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [
