@@ -24,7 +24,7 @@ from megatron_sip.platform.megatron import prepare_megatron
 
 REPO = Path(__file__).parents[3]
 SCRIPTS = ("train_continual.sbatch", "train_from_scratch.sbatch", "train_judge.sbatch", "train_rewriter.sbatch")
-BASH_FILES = (*SCRIPTS, "slurm_job.sh")
+BASH_FILES = (*SCRIPTS, "slurm_job.sh", "train_judge.sh")
 
 
 def bash(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
