@@ -2,17 +2,29 @@
 
     python -m megatron_sip.platform.sglang_server_cpu --model-path DIR --device cpu ...
 
-Takes the arguments of `python -m sglang.launch_server`. SGLang spawns its processes, and each of them runs this module
-first. SGLang would import Megatron, where it finds it, for its dumps of activations.
+Takes the arguments of `python -m sglang.launch_server`. SGLang would import Megatron, where it finds it, for its dumps of
+activations, and everything once more in each of the processes that it spawns: here these are forks.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import runpy
 
 from megatron_sip.platform.hidden_packages import GPU_KERNELS, hide_packages
 
 hide_packages(*GPU_KERNELS, "megatron.core")
 
+
+def fork_processes() -> None:
+    """Let multiprocessing fork in this process from now on, whatever it is told. SGLang spawns because of CUDA.
+
+    It starts its scheduler and detokenizer before the first thread, which a fork would be without.
+    """
+    multiprocessing.set_start_method("fork")
+    multiprocessing.set_start_method = lambda *_args, **_options: None
+
+
 if __name__ == "__main__":
+    fork_processes()
     runpy.run_module("sglang.launch_server", run_name="__main__")

@@ -89,10 +89,9 @@ class LocalServers:
         return ServerUrls(*([server.url for server in servers] for servers in found))
 
     def stop(self) -> None:
-        """Stop whatever was started; waits for a start under way."""
-        for started in self._futures():
-            if started is not None and started.exception() is None:
-                stop_servers(started.result())
+        """Stop whatever was started, all at the same time; waits for a start under way."""
+        futures = [started for started in self._futures() if started is not None and started.exception() is None]
+        stop_servers([server for started in futures for server in started.result()])
         self._threads.shutdown()
 
     def _futures(self) -> tuple[Future[list[LocalServer]] | None, ...]:
