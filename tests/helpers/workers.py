@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from preloaded import Started, start
+
+from megatron_sip.serving.launch import LocalServer
 
 TINY_LLAMA: dict[str, Any] = {
     "vocab_size": 131,
@@ -40,16 +46,51 @@ def save_tiny_llama(folder: Path, seed: int, dtype: Any = None, **changes: Any) 
     return folder
 
 
-def run_worker(script: Path, *arguments: str | Path, processes: int = 1, timeout: float = 300.0) -> str:
-    """What a script prints, under torchrun when there is more than one process; fails with the end of it."""
+def kill_server(server: LocalServer) -> None:
+    """End a server whose state nobody needs: SGLang looks only every 5 s whether it was asked to end."""
+    if server.alive():
+        assert server.pid is not None
+        os.killpg(server.pid, signal.SIGKILL)
+    server.stop()
+
+
+def launch(*program: str, output: IO[Any], processes: int = 1, fresh: bool = False) -> subprocess.Popen[Any] | Started:
+    """Start `python PROGRAM...` with one OpenMP thread a process, in a session of its own; with several processes as ranks.
+
+    fresh: by its command line, under torchrun when there is more than one process, and not from what is preloaded.
+    """
+    started = None if fresh else start(program, output, processes)
+    if started is not None:
+        return started
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [sys.executable, *(torchrun if processes > 1 else []), str(script), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        stdout=subprocess.PIPE,
+    return subprocess.Popen(
+        [sys.executable, *(torchrun if processes > 1 else []), *program],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
         stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
+        start_new_session=True,
     )
+
+
+def run_program(
+    *program: str, processes: int = 1, timeout: float = 300.0, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """What `launch` starts, when it has ended, with all that it showed."""
+    with tempfile.TemporaryFile() as shown:
+        process = launch(*program, output=shown, processes=processes, fresh=fresh)
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        shown.seek(0)
+        return subprocess.CompletedProcess(program, status, shown.read().decode(errors="replace"))
+
+
+def run_worker(
+    script: Path, *arguments: str | Path, processes: int = 1, timeout: float = 300.0, fresh: bool = False
+) -> str:
+    """What a script prints, with several processes as ranks; fails with the end of it."""
+    done = run_program(str(script), *map(str, arguments), processes=processes, timeout=timeout, fresh=fresh)
     assert done.returncode == 0, done.stdout[-8000:]
     return done.stdout

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from fetch_smollm2 import DEFAULT_SAVE, fetch
-from workers import save_tiny_llama
+from workers import kill_server, save_tiny_llama
 from write_demo_corpus import write_corpus
 
 from megatron_sip.serving.launch import SHARED_PREFILL, LocalServer, ServerSettings
@@ -36,11 +38,45 @@ def smollm2_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_server(smollm2_dir: Path) -> Iterator[LocalServer]:
+def servers(
+    request: pytest.FixtureRequest, smollm2_dir: Path, tiny_llama_dir: Path
+) -> Iterator[dict[str, Future[LocalServer]]]:
+    """By fixture, the servers that the session's tests use: all are started when the first is needed."""
+    used = {name for item in request.session.items if isinstance(item, pytest.Function) for name in item.fixturenames}
+    tiny = ServerSettings(tiny_llama_dir, dtype="float32", max_total_tokens=8192)
+    settings = {
+        "smollm2_server": ServerSettings(smollm2_dir, context_length=2048, max_total_tokens=16384),
+        # A test looks at what requests share, which without these flags a GPU's server computes again.
+        "tiny_llama_server": replace(tiny, extra_args=SHARED_PREFILL),
+        "tiny_engine": replace(tiny, context_length=512, extra_args=ENGINE_FLAGS),
+    }
+    with ThreadPoolExecutor(len(settings)) as threads:  # one that starts leaves a core idle
+        started = {name: threads.submit(LocalServer(server).start) for name, server in settings.items() if name in used}
+        yield started
+    for future in started.values():
+        if future.exception() is None:
+            kill_server(future.result())
+
+
+@pytest.fixture(scope="session")
+def smollm2_server(servers: dict[str, Future[LocalServer]]) -> LocalServer:
     """A running SGLang server of SmolLM2-135M-Instruct in bf16; its `.url` is the base URL. Do not change its weights."""
-    settings = ServerSettings(smollm2_dir, context_length=2048, max_total_tokens=16384)
-    with LocalServer(settings) as server:
-        yield server
+    return servers["smollm2_server"].result()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_server(servers: dict[str, Future[LocalServer]]) -> LocalServer:
+    """A running float32 server of `tiny_llama_dir`; tests may change its weights, so each states what it expects."""
+    return servers["tiny_llama_server"].result()
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(servers: dict[str, Future[LocalServer]]) -> LocalServer:
+    """The engine that whole runs push their weights to, with made-up weights as a run starts its own.
+
+    Other tests rely on the weights of the other servers.
+    """
+    return servers["tiny_engine"].result()
 
 
 @pytest.fixture(scope="session")
@@ -55,28 +91,6 @@ def tiny_llama_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     save_tiny_llama(folder, 0, initializer_range=0.2, **sizes, **ids)
     AutoTokenizer.from_pretrained(smollm2_dir).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_llama_server(tiny_llama_dir: Path) -> Iterator[LocalServer]:
-    """A running float32 server of `tiny_llama_dir`; tests may change its weights, so each states what it expects."""
-    # A test looks at what requests share, which without these flags a GPU's server computes again.
-    settings = ServerSettings(tiny_llama_dir, dtype="float32", max_total_tokens=8192, extra_args=SHARED_PREFILL)
-    with LocalServer(settings) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def tiny_engine(tiny_llama_dir: Path) -> Iterator[LocalServer]:
-    """The engine that whole runs push their weights to, with made-up weights as a run starts its own.
-
-    Other tests rely on the weights of the other servers.
-    """
-    settings = ServerSettings(
-        tiny_llama_dir, dtype="float32", max_total_tokens=8192, context_length=512, extra_args=ENGINE_FLAGS
-    )
-    with LocalServer(settings) as server:
-        yield server
 
 
 @pytest.fixture(scope="session")

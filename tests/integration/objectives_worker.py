@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parity_worker import forget_megatron
+from parity_worker import forget_megatron, prepare_for_cases
 from transformers import AutoConfig
 
 from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.metrics import flatten
-from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.records import Branch, Example
 from megatron_sip.training.objectives.settings import ObjectiveSettings
 
@@ -68,7 +67,7 @@ def run_case(
 
 def main() -> None:
     policy_dir, reference_dir, problems_file, result = sys.argv[1:]
-    prepare_megatron()
+    prepare_for_cases()
     problems = json.loads(Path(problems_file).read_text())
     results = {}
     for name, (constants, records) in problems.items():

@@ -20,12 +20,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from parity_worker import forget_megatron
+from parity_worker import forget_megatron, prepare_for_cases
 from torch import Tensor
 
 from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.model.packing import PackedRow, build_row, example_lengths, plan_rows, split_branches
-from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.records import Branch, Example, Role
 from megatron_sip.training.objectives.row_loss import row_loss
 from megatron_sip.training.objectives.settings import ObjectiveSettings
@@ -176,7 +175,7 @@ def run_case(case: dict) -> dict:
 
 def main() -> None:
     cases, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    prepare_megatron()
+    prepare_for_cases()
     for case in cases:
         result = run_case(case)
         torch.save(result, results / f"{case['name']}.{dist.get_rank()}.pt")

@@ -9,10 +9,8 @@ checkpoint if "save", and writes losses, log-probs and digests of the exported w
 Before training, rank 0 writes the logits of the token ids "text", if there are any, to RESULTS_DIR/NAME.logits.pt.
 """
 
-import contextlib
 import gc
 import hashlib
-import io
 import json
 import sys
 from pathlib import Path
@@ -28,7 +26,7 @@ from megatron_sip.records import Branch, Example
 
 def main() -> None:
     cases, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    prepare_megatron()
+    prepare_for_cases()
     for case in cases:
         result = run_case(case, results)
         (results / f"{case['name']}.{dist.get_rank()}.json").write_text(json.dumps(result))
@@ -49,8 +47,7 @@ def run_case(case: dict, results: Path) -> dict:
 
     hf_config = AutoConfig.from_pretrained(case["hf_dir"])
     hf_config.dtype = torch.float32
-    with contextlib.redirect_stdout(io.StringIO()):  # six hundred lines of arguments, each flushed to torchrun
-        initialize_megatron_for(hf_config, [*case["flags"], "--global-batch-size", "12", "--calculate-per-token-loss"])
+    initialize_megatron_for(hf_config, [*case["flags"], "--global-batch-size", "12", "--calculate-per-token-loss"])
     args = get_args()
     model, optimizer, scheduler = setup_model_and_optimizer(ModelType.encoder_or_decoder, model_provider)
     if case["import"]:
@@ -151,6 +148,17 @@ def train_step(case: dict, model: list) -> tuple[dict[str, list[float]], float |
 
 def digest(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()}"
+
+
+def prepare_for_cases() -> None:
+    """What `prepare_megatron` does, and no more of what is half of a small case: Megatron reads its own sources for the texts
+    of --help, and prints six hundred lines of arguments."""
+    prepare_megatron()
+    from megatron.training import arguments
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    ArgumentGroupFactory._get_field_docstrings = lambda *_: {}
+    arguments._print_args = lambda *_: None
 
 
 def forget_megatron() -> None:

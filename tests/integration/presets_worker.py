@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parity_worker import forget_megatron
+from parity_worker import forget_megatron, prepare_for_cases
 
 from megatron_sip.config.parse import parse_arguments
 from megatron_sip.config.settings import Settings
 from megatron_sip.metrics import flatten
-from megatron_sip.platform.megatron import prepare_megatron, rendezvous_store
+from megatron_sip.platform.megatron import rendezvous_store
 from megatron_sip.stop_signal import StopSignal
 
 
@@ -64,7 +64,7 @@ def master_weights(optimizer: Any) -> list[torch.Tensor]:
 
 def main() -> None:
     setup, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    prepare_megatron()
+    prepare_for_cases()
     for name, flags in setup["cases"].items():
         folder = results.with_name(name.replace(":", "-"))
         result = run_case(name, [*setup["flags"], "--save", str(folder), *flags])

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,28 +12,20 @@ import torch
 from safetensors.torch import load_file
 from training import train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
+from workers import run_program
 
 from megatron_sip.hf.converted import converted_checkpoint
 from megatron_sip.hf.shards import buckets
 
 MODULE = "megatron_sip.hf.convert"  # the console entry's; torchrun starts it as well
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
-def convert(*arguments: str | Path, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", MODULE, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
+def convert(*arguments: str | Path, processes: int = 1, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    return run_program("-m", MODULE, *map(str, arguments), processes=processes, fresh=fresh)
 
 
-def succeed(*arguments: str | Path, processes: int = 1) -> None:
-    done = convert(*arguments, processes=processes)
+def succeed(*arguments: str | Path, processes: int = 1, fresh: bool = False) -> None:
+    done = convert(*arguments, processes=processes, fresh=fresh)
     assert done.returncode == 0, done.stdout[-6000:]
 
 
@@ -74,8 +65,9 @@ def test_smollm2_round_trip_is_bit_identical(smollm2_dir: Path, smollm2_checkpoi
 def test_split_over_tensor_and_pipeline_ranks(tiny_llama_dir: Path, tmp_path: Path) -> None:
     """Written by two tensor-parallel ranks, read by two pipeline stages, each of which writes its own file."""
     tensor, pipeline = (f"--{kind}-model-parallel-size" for kind in ("tensor", "pipeline"))
-    succeed("hf-to-megatron", "--load", tiny_llama_dir, "--save", tmp_path / "split", tensor, "2", processes=2)
-    succeed("megatron-to-hf", "--load", tmp_path / "split", "--save", tmp_path / "hf", pipeline, "2", processes=2)
+    split, whole = tmp_path / "split", tmp_path / "hf"
+    succeed("hf-to-megatron", "--load", tiny_llama_dir, "--save", split, tensor, "2", processes=2, fresh=True)
+    succeed("megatron-to-hf", "--load", split, "--save", whole, pipeline, "2", processes=2)
     assert_same_model(tiny_llama_dir, tmp_path / "hf")
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     assert index["weight_map"]["model.embed_tokens.weight"] == "model-00001-of-00002.safetensors"
@@ -86,9 +78,10 @@ def test_a_run_starts_from_a_hugging_face_folder(
     tiny_llama_dir: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step at learning rate 0 leaves its weights as they were; whoever asks for the checkpoint later finds it."""
-    monkeypatch.setenv("HOME", str(tmp_path))
     model = ("--pretrained-checkpoint", str(tiny_llama_dir), "--data-path", str(corpus))
-    shown = train(tmp_path / "run", *model, "--objective", "sft", "--train-iters", "1", "--lr", "0")
+    with monkeypatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path))
+        shown = train(tmp_path / "run", *model, "--objective", "sft", "--train-iters", "1", "--lr", "0")
     cache = tmp_path / ".cache" / "megatron_sip" / "checkpoints"
     entry = converted_checkpoint(tiny_llama_dir, cache)
     assert [path for path in cache.iterdir() if path.suffix != ".lock"] == [entry]
@@ -174,7 +167,7 @@ def test_shards_are_cut_at_the_size_limit() -> None:
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
 def test_missing_source_is_named(direction: str, tmp_path: Path) -> None:
-    done = convert(direction, "--load", tmp_path / "nowhere", "--save", tmp_path / "new")
+    done = convert(direction, "--load", tmp_path / "nowhere", "--save", tmp_path / "new", fresh=True)
     assert done.returncode == 1
     assert str(tmp_path / "nowhere") in done.stdout
     assert "--load" in done.stdout.splitlines()[-1]

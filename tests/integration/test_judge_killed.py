@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from workers import kill_server
 
 from megatron_sip.judge import ClientSettings, Endpoint, Judge, JudgeSettings
 from megatron_sip.records import Candidate, Group, Task
@@ -29,6 +30,7 @@ def victim(tiny_llama_dir: Path) -> Iterator[LocalServer]:
     )
     with LocalServer(settings) as server:
         yield server
+        kill_server(server)
 
 
 def make_groups(first: int) -> list[Group]:

@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,8 +25,10 @@ from training import (
     tracked,
     train,
     wait_until,
+    why_refused,
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from workers import run_program
 
 from megatron_sip.experience.leader import CONNECT_SECONDS
 from megatron_sip.serving.blocking_call import call
@@ -60,7 +60,7 @@ def flags(
 @pytest.fixture(scope="module")
 def uninterrupted(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    train(run, *flags)
+    train(run, *flags, fresh=True)
     return run
 
 
@@ -202,7 +202,7 @@ def test_sigterm_saves_the_last_step_and_exits_0_and_no_other_run_gets_the_folde
     flags: tuple[str, ...], tmp_path: Path
 ) -> None:
     run = tmp_path / "stopped"
-    process = start(run, *flags, "--train-iters", "1000", "--save-interval", "1000")
+    process = start(run, *flags, "--train-iters", "1000", "--save-interval", "1000", fresh=True)
     wait_until(lambda: last_step(run) >= 2, run, process)
     assert f"{run} is in use by process {process.pid} on " in refused(run, *flags)
     os.killpg(process.pid, signal.SIGTERM)  # as SLURM and `timeout` do: to the helper processes too
@@ -226,7 +226,8 @@ def test_parallel_runs_do_the_same_steps(
 ) -> None:
     run = tmp_path / "parallel"
     initial = ("--pretrained-checkpoint", str(uninterrupted))  # it gives every layout the same weights
-    train(run, *flags, *initial, *layout, "--train-iters", "2", processes=processes)
+    # One of them under torchrun itself.
+    train(run, *flags, *initial, *layout, "--train-iters", "2", processes=processes, fresh=processes == 2)
     for before, after in zip(learnt(steps(two_steps)), learnt(steps(run)), strict=True):
         assert after == pytest.approx(before, rel=1e-3, abs=1e-4)
 
@@ -236,13 +237,10 @@ def test_the_engine_serves_what_was_trained(
 ) -> None:
     """After a run the engine's greedy continuation is that of the exported checkpoint in transformers."""
     train(tmp_path / "run", *flags, "--train-iters", "2", "--weight-sync", "disk")
-    converter = [sys.executable, "-m", "megatron_sip.hf.convert", "megatron-to-hf"]
     exported = tmp_path / "hf"
-    subprocess.run(
-        [*converter, "--load", str(tmp_path / "run"), "--save", str(exported)],
-        check=True,
-        timeout=300,
-    )
+    converter = ("-m", "megatron_sip.hf.convert", "megatron-to-hf")
+    done = run_program(*converter, "--load", str(tmp_path / "run"), "--save", str(exported))
+    assert done.returncode == 0, done.stdout
     assert AutoConfig.from_pretrained(exported).vocab_size == 49152
     assert load_file(exported / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
@@ -275,19 +273,20 @@ def test_steps_with_suffix_rewrite_and_rollouts_under_several_criteria(
     assert len(list(run.glob("step_000000?.replica_0.jsonl.zst"))) == 2
 
 
-@pytest.mark.parametrize("server", ["--rollout-url", "--teacher-url"])
-def test_a_server_that_is_down_is_named_before_anything_slow(
-    flags: tuple[str, ...], tmp_path: Path, server: str
-) -> None:
-    """20 to 32 s by processor, of which 10 are the wait for an answer and the rest imports: the order is what we answer for."""
-    url = f"http://127.0.0.1:{free_port()}"
+def test_a_server_that_is_down_is_named_before_anything_slow(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """An engine and a teacher, of two runs beside each other: each waits for an answer as long as it does."""
     text = tmp_path / "new.jsonl"  # not among the token files that are kept from other runs
     text.write_text(json.dumps({"text": "One text that nobody has tokenised yet. " * 100}) + "\n")
-    told = refused(tmp_path / "down", *flags, server, url, "--data-path", str(text))
-    assert url in told
-    assert f"within {CONNECT_SECONDS:.0f} s" in told
-    assert TOKENISING not in told
-    assert MODEL_BUILT not in told
+    urls = {server: f"http://127.0.0.1:{free_port()}" for server in ("--rollout-url", "--teacher-url")}
+    started = {
+        server: start(tmp_path / server, *flags, server, url, "--data-path", str(text)) for server, url in urls.items()
+    }
+    for server, process in started.items():
+        told = why_refused(tmp_path / server, process)
+        assert urls[server] in told
+        assert f"within {CONNECT_SECONDS:.0f} s" in told
+        assert TOKENISING not in told
+        assert MODEL_BUILT not in told
 
 
 def test_a_broken_line_is_named_before_anything_is_trained(flags: tuple[str, ...], tmp_path: Path) -> None:

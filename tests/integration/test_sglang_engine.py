@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from workers import kill_server
 
 from megatron_sip.rollout.handshake import ModelContract
 from megatron_sip.rollout.pool import PoolSettings, SGLangPool
@@ -252,7 +253,7 @@ async def test_an_engine_that_restarts_with_made_up_weights_is_left_out_and_rejo
         sync.push(named_tensors(both), version="both")
         for url in urls:
             await assert_serves(url, both, "both")
-        tiny_engine.stop()
+        kill_server(tiny_engine)
         one = scaled(reference, 0.97)
         assert set(sync.push(named_tensors(one), version="one", require_all=False)) == {urls[1]}
         await assert_serves(urls[0], one, "one")

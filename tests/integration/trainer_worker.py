@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parity_worker import forget_megatron
+from parity_worker import forget_megatron, prepare_for_cases
 from transformers import AutoConfig
 
 from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.metrics import flatten
-from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.records import Branch, Example
 from megatron_sip.training.non_finite import Attempt
 from megatron_sip.training.objectives.row_loss import row_loss
@@ -112,7 +111,7 @@ def settings_of(trainer: Any) -> dict[str, Any]:
 
 def main() -> None:
     hf_dir, cases, results = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
-    prepare_megatron()
+    prepare_for_cases()
     for case in cases:
         steps = run_case(case, hf_dir)
         (results / f"{case['name']}.{dist.get_rank()}.json").write_text(json.dumps(steps))

@@ -1,15 +1,17 @@
-"""Runs `python -m megatron_sip.train` as a user would, for the tests of whole runs."""
+"""Runs of `python -m megatron_sip.train` for the tests of whole runs: by its command line, or with the imports done."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from preloaded import Started
+from workers import launch
 
 START_SECONDS = 300.0
 
@@ -19,24 +21,11 @@ COMMON = (
 )
 
 
-def command(run: Path, *flags: str, processes: int = 1) -> list[str]:
-    """The trainer's command line, under torchrun when there is more than one process."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    launcher = [sys.executable, *(torchrun if processes > 1 else [])]
-    return [*launcher, "-m", "megatron_sip.train", *COMMON, "--save", str(run), *flags]
-
-
-def start(run: Path, *flags: str, processes: int = 1) -> subprocess.Popen[bytes]:
+def start(run: Path, *flags: str, processes: int = 1, fresh: bool = False) -> subprocess.Popen[Any] | Started:
     """Start a run in the background, in a process group of its own; what it would show on a screen goes to RUN.log."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    program = ("-m", "megatron_sip.train", *COMMON, "--save", str(run), *flags)
     with run.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(
-            command(run, *flags, processes=processes),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
+        return launch(*program, output=log, processes=processes, fresh=fresh)
 
 
 def screen(run: Path) -> str:
@@ -50,16 +39,21 @@ def output(run: Path) -> str:
     return screen(run) + "".join(log.read_text(errors="replace") for log in logs)
 
 
-def train(run: Path, *flags: str, processes: int = 1, timeout: float = START_SECONDS) -> str:
+def train(run: Path, *flags: str, processes: int = 1, fresh: bool = False) -> str:
     """Run to the end and return its output; fails with it when the exit status is not 0."""
-    status = start(run, *flags, processes=processes).wait(timeout)
+    status = start(run, *flags, processes=processes, fresh=fresh).wait(START_SECONDS)
     assert status == 0, f"exit status {status}:\n{output(run)[-6000:]}"
     return output(run)
 
 
 def refused(run: Path, *flags: str) -> str:
     """Run what must be refused, on the screen and without a traceback; returns the output."""
-    status = start(run, *flags).wait(120.0)
+    return why_refused(run, start(run, *flags))
+
+
+def why_refused(run: Path, process: subprocess.Popen[Any] | Started) -> str:
+    """What such a run shows, once it has ended."""
+    status = process.wait(120.0)
     assert status not in (0, None), output(run)[-6000:]
     assert "Traceback" not in output(run), output(run)[-6000:]
     return output(run)
@@ -89,7 +83,7 @@ def tracked(run: Path) -> int | None:
 
 
 def wait_until(
-    reached: Callable[[], bool], run: Path, process: subprocess.Popen[bytes], timeout: float = START_SECONDS
+    reached: Callable[[], bool], run: Path, process: subprocess.Popen[Any] | Started, timeout: float = START_SECONDS
 ) -> None:
     """Return as soon as `reached()`; fails when the run ends before."""
     deadline = time.monotonic() + timeout
