@@ -5,7 +5,8 @@
     megatron-sip-evaluate compare base.jsonl trained.jsonl --criteria quality --teacher-url http://host:30000
     megatron-sip-evaluate diversity trained.jsonl
 
-Every command can be repeated after a kill and goes on where it was. `COMMAND --help` lists its flags.
+generate can be repeated after a kill and goes on where it was; compare asks nothing again that --judge-cache has kept.
+`COMMAND --help` lists the flags.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from tqdm import tqdm
 
 from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.config.flags import JUDGE_FLAGS, add_flags, add_teacher_flags
+from megatron_sip.config.needs import has_served_criteria
 from megatron_sip.config.settings import task_settings
 from megatron_sip.config.teacher_settings import judge_settings
 from megatron_sip.console import bars
@@ -33,12 +36,12 @@ from megatron_sip.data.tasks import TaskSource
 from megatron_sip.data.tokenization import TokenizeSettings
 from megatron_sip.errors import DataError, UserError
 from megatron_sip.evaluation.diversity import diversity
-from megatron_sip.evaluation.generation import Generations, generate, read_generations
+from megatron_sip.evaluation.generation import ENDED, Generations, generate, read_generations
 from megatron_sip.evaluation.win_rate import WinRate, compare
-from megatron_sip.files import write_atomically
+from megatron_sip.files import move_into_place, write_atomically
 from megatron_sip.hf.folder import HF_SUBFOLDER
 from megatron_sip.judge import Judge
-from megatron_sip.judge.settings import JudgeSettings
+from megatron_sip.judge.settings import LABELLED_CRITERIA, JudgeSettings, parse_criteria
 from megatron_sip.rollout.pool import PoolSettings, SGLangPool
 from megatron_sip.rollout.sampling import SamplingSettings
 from megatron_sip.serving.guard import own_environment
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = command_line().parse_args(argv)
     try:
         {"generate": run_generate, "compare": run_compare, "diversity": run_diversity}[given.command](given)
-    except (UserError, OSError, ValueError) as error:
+    except (UserError, OSError, ValueError, RuntimeError) as error:
         sys.exit(f"{PROGRAM}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -125,6 +128,8 @@ def run_generate(given: argparse.Namespace) -> None:
         corpus = open_corpus(given.data_path, tokenizer, how).split(given.split)[given.subset]
         tasks = TaskSource(corpus, tokenizer, settings)
         header = {"model": str(given.model or given.url[0]), "subset": given.subset, "tasks": tasks.fingerprint()}
+        if given.model is not None and folder != given.model:
+            header["step"] = step_of(given.model)
         urls = given.url
         if folder is not None:
             context = given.seq_length + ENGINE_MARGIN
@@ -152,7 +157,12 @@ def run_generate(given: argparse.Namespace) -> None:
 
 def run_compare(given: argparse.Namespace) -> None:
     """`compare`: the share of the judgements that prefer the second model, with its interval by document."""
-    if not given.teacher_url:
+    for name in parse_criteria(given.criteria):
+        if name in LABELLED_CRITERIA:
+            raise DataError(
+                f"--criteria {name}: it scores answers to --tasks {LABELLED_CRITERIA[name]}, not continuations"
+            )
+    if has_served_criteria(given) and not given.teacher_url:
         raise DataError("compare needs --teacher-url, the judge's servers")
     result = asyncio.run(compared(judge_settings(given), given.base, given.model, given.seed))
     text = json.dumps({"base": str(given.base), "model": str(given.model), **asdict(result)}, indent=2)
@@ -169,7 +179,7 @@ async def compared(settings: JudgeSettings, base: Path, model: Path, seed: int) 
     """
     before, after = read_generations(base), read_generations(model)
     require_same_tasks(base, before, model, after)
-    async with Judge(settings) as judge:
+    async with Judge(settings, document_end=ENDED) as judge:
         await judge.check()
         tasks, documents = [line.task for line in after.lines], [line.document for line in after.lines]
         found, _ = await compare(
@@ -209,29 +219,38 @@ def load_tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def step_of(checkpoints: Path) -> str:
+    """The step of a run's latest checkpoint."""
+    return (checkpoints / TRACKER).read_text().strip()
+
+
 def hf_folder(model: Path, output: Path) -> Path:
     """`model` itself where it is an HF folder; of a run's latest checkpoint an HF export beside `output`, made once.
 
     Raises:
         DataError: neither of the two, or the checkpoint cannot be converted.
     """
-    if (model / TRACKER).is_file():
-        step = (model / TRACKER).read_text().strip()
-        exported = output.with_name(f"{output.name}.hf_{step}")
-        if not (exported / "config.json").is_file():
-            command = [sys.executable, "-m", "megatron_sip.hf.convert", "megatron-to-hf", "--load", str(model)]
-            done = subprocess.run(
-                [*command, "--save", str(exported)], env=own_environment(), capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise DataError(f"--model {model}: {(done.stderr or done.stdout).strip()[-2000:]}")
-        return exported
-    if not (model / "config.json").is_file():
+    if not (model / TRACKER).is_file():
+        if (model / "config.json").is_file():
+            return model
         raise DataError(
             f"--model {model}: neither an HF folder (config.json) nor a checkpoint folder ({TRACKER}); a run's checkpoints lie "
             f"in its --save folder, its exported model in {HF_SUBFOLDER}/"
         )
-    return model
+    exported = output.with_name(f"{output.name}.hf_{step_of(model)}")
+    if exported.exists():
+        return exported
+    staged = exported.with_name(f".{exported.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)  # of a process that was killed
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "megatron_sip.hf.convert", "megatron-to-hf", "--load", str(model)]
+    done = subprocess.run(
+        [*command, "--save", str(staged)], env=own_environment(), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise DataError(f"--model {model}: {(done.stderr or done.stdout).strip()[-2000:]}")
+    move_into_place(staged, exported)
+    return exported
 
 
 if __name__ == "__main__":

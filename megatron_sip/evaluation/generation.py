@@ -22,6 +22,8 @@ from megatron_sip.rollout.pool import SGLangPool
 from megatron_sip.rollout.sampling import Failure, SamplingSettings
 
 FORMAT = "megatron-sip generations 1"
+ENDED, CUT = 1, 0
+"""Stand for the tokens of a continuation where only texts are judged: whether it ended by itself."""
 
 
 class GenerationError(UserError, RuntimeError):
@@ -57,7 +59,12 @@ class Generation:
 
     @property
     def candidate(self) -> Candidate:
-        return Candidate("rollout", self.ids, self.text, truncated=self.finish_reason == "length")
+        """The continuation as a judge with the document end ENDED is shown it: its text, and whether it ended.
+
+        Two models may have different tokenizers: their ids, and their ends, cannot be compared.
+        """
+        cut = self.finish_reason == "length"
+        return Candidate("rollout", [CUT if cut else ENDED], self.text, truncated=cut)
 
 
 @dataclass(frozen=True, slots=True)
