@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+from training import steps, train
 from transformers import AutoTokenizer
 
 from megatron_sip.data.labelled import LabelledSource, open_records
@@ -76,3 +79,59 @@ async def test_greedy_rollouts_of_judgements_are_the_judge_s_soft_verdicts(
         assert verdict == float(value > 0.5)
         right = float(label.verdict in ("1", "YES"))
         assert group.scores == [float(verdict == right)]
+
+
+PROMPT = """+++
+name = "shorter"
+kind = "pairwise"
+pattern = 'ANSWER: ([12])'
+start = "ANSWER: "
+[values]
+"1" = 1.0
+"2" = 0.0
++++
+{{prefix}}
+
+{{option_1}}
+
+{{option_2}}
+
+Which option is shorter? ANSWER: 1 or ANSWER: 2.
+"""
+FUNCTION = """
+def variety(texts, prefix, reference):
+    assert "Which option is shorter?" in prefix and reference in "12"
+    return [len(set(text)) / (1 + len(text)) for text in texts]
+"""
+
+
+@pytest.mark.slow
+def test_a_run_trains_a_judge_by_labels_and_a_python_function_without_any_teacher(
+    tiny_engine: LocalServer, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shorter.txt").write_text(PROMPT)
+    (tmp_path / "functions_of_a_test.py").write_text(FUNCTION)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    lines = []
+    for number in range(8):
+        texts = [" a word", " some more words of it"]
+        for order, verdict in ((texts, "1"), (texts[::-1], "2")):
+            options = {"option_1": order[0], "option_2": order[1], "verdict": verdict}
+            record = {"criterion": str(tmp_path / "shorter.txt"), "prefix": f"Text {number}", "suffix": "", **options}
+            lines.append(json.dumps(record | {"pair": str(number)}) + "\n")
+    (tmp_path / "records.jsonl").write_text("".join(lines))
+    run = tmp_path / "run"
+    train(
+        run,
+        *("--hf-config", str(tiny_llama_dir), "--data-path", str(tmp_path / "records.jsonl"), "--split", "1"),
+        *("--tasks", "judgements", "--judge-verdict", "hard", "--objective", "dpo", "--num-rollouts", "3"),
+        *("--criteria", "label=1", "functions_of_a_test:variety=0.5", "--rollout-url", tiny_engine.url),
+        *("--seq-length", "400", "--suffix-length", "6", "--row-length", "800", "--train-iters", "2"),
+    )
+    for record in steps(run):
+        assert record["examples"] > 0
+        assert record["spread/functions_of_a_test:variety"] > 0
+        assert record["judge/label/no-verdict"] == 1.0  # made-up weights
+        assert record["judge/label/accuracy/shorter"] == 0.0
+        assert record["judge/verdicts/functions_of_a_test:variety"] > 0
+        assert record["tasks/prompts-cut"] == 0
