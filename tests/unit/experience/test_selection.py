@@ -121,6 +121,11 @@ GOOD = [candidate("suffix", 1), candidate("rollout", 2)]
         (SelectionSettings("rf-nll", ("rewrite",)), group(0, GOOD, [0.0, 1.0]), "no candidate"),
         (SelectionSettings("rf-nll", ("rewrite", "rollout")), group(0, GOOD, [0.0, 1.0]), "lone rollout"),
         (SelectionSettings("rf-nll"), group(0, [candidate("rollout", 2)] * 3, [1.0] * 3), "lone rollout"),
+        (
+            SelectionSettings("rf-nll", ("rollout",)),
+            group(0, [candidate("rollout", 1), candidate("rollout", 2)], [0.0, 0.0]),
+            "tied",
+        ),
         (SelectionSettings("sft", sft_target="rewrite"), group(0, GOOD), "no rewrite"),
         (SelectionSettings("dpo", fixed_roles=("rewrite", "rollout")), group(0, GOOD), "no rewrite"),
         (SelectionSettings("dpo", fixed_roles=("suffix", "rewrite")), group(0, GOOD), "no rewrite"),
