@@ -22,7 +22,8 @@ class Judgement:
 
     criterion: the prompt's name or file, as --criteria spells it; verdict: the right one of its labels. forced: the answer
     was begun up to the label, so that it consists of the label alone. pair: equal in the records that show the same texts
-    in both orders. subset: where the record comes from, for accuracies by subset.
+    in both orders. subset: where the record comes from, for accuracies by subset. special_marks: answers are read with their
+    special tokens, which are marks of reasoning.
     """
 
     criterion: str
@@ -30,14 +31,19 @@ class Judgement:
     forced: bool
     pair: str
     subset: str
+    special_marks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Rewriting:
-    """Of a task that is a filled rewriter prompt: whether its suffix is safe, and so to be copied (paper, equation 1)."""
+    """Of a task that is a filled rewriter prompt: whether its suffix is safe, and so to be copied (paper, equation 1).
+
+    special_marks: as of a `Judgement`.
+    """
 
     safe: bool
     subset: str
+    special_marks: bool = False
 
 
 @dataclass(frozen=True, slots=True)

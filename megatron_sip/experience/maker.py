@@ -27,7 +27,17 @@ from megatron_sip.experience.samples import SampleLog
 from megatron_sip.experience.selection import SelectionSettings, select, selection_metrics
 from megatron_sip.experience.thinking import thought_metrics
 from megatron_sip.metrics import Mean, Metrics
-from megatron_sip.records import CANDIDATE_KINDS, Candidate, CandidateKind, Example, Group, Judgement, Label, Task
+from megatron_sip.records import (
+    CANDIDATE_KINDS,
+    Candidate,
+    CandidateKind,
+    Example,
+    Group,
+    Judgement,
+    Label,
+    Rewriting,
+    Task,
+)
 from megatron_sip.rollout.pool import PoolCounters, SGLangPool
 from megatron_sip.rollout.sampling import Completion, Failure, SamplingSettings, drawn_seed
 
@@ -247,19 +257,24 @@ class ExperienceMaker:
 
 
 def answer_to(tokenizer: Any, label: Label, completion: Completion) -> Candidate:
-    """A rollout of a labelled task, with its plain text.
+    """A rollout of a labelled task, with its text as a server gives it to those who read it.
 
     A verdict whose answer we began is its first token, as it is for the judge that is trained so: of what comes then
     nothing is learnt.
     """
     ids, logprobs, cut = list(completion.ids), list(completion.logprobs), completion.finish_reason == "length"
+    said = ids if cut else ids[:-1]  # without the token that ends the answer
     if isinstance(label, Judgement) and label.forced:
-        ids, logprobs, cut = ids[:1], logprobs[:1], False
-    return Candidate("rollout", ids, plain_text(tokenizer, ids), logprobs, completion.weight_version, cut)
+        ids, said, logprobs, cut = ids[:1], said[:1], logprobs[:1], False
+    if isinstance(label, Judgement | Rewriting) and label.special_marks:
+        text = str(tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    else:
+        text = plain_text(tokenizer, ids)
+    return Candidate("rollout", ids, text, logprobs, completion.weight_version, cut)
 
 
 def plain_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of an answer to a labelled task."""
+    """The text of an answer to a labelled task, without special tokens."""
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 

@@ -188,6 +188,7 @@ class JudgementWriter(PromptWriter):
             forced=forced,
             pair="" if pair is None else str(pair),
             subset=record.get("subset") or "",
+            special_marks=self._encoder.reasoning.special_marks,
         )
         return Task(index, ids, [], prompt, record["verdict"], label)
 
@@ -222,7 +223,8 @@ class RewriteWriter(PromptWriter):
         """Its texts are those that are rewritten; a suffix that an answer cannot hold is cut at its end, and counted."""
         suffix = self._copyable(record["suffix"])
         ids, _ = self._asked({**record, "suffix": suffix})
-        label = Rewriting(safe=record["safe"], subset=record.get("subset") or "")
+        marks = self._encoder.reasoning.special_marks
+        label = Rewriting(safe=record["safe"], subset=record.get("subset") or "", special_marks=marks)
         return Task(index, ids, [], record["prefix"], suffix, label)
 
     def _copyable(self, suffix: str) -> str:
