@@ -9,7 +9,7 @@ Every metric is a share or a mean over records. Of judgements, NAME is the crite
     validation/accuracy-of/NAME/VERDICT   accuracy where this is the right one: of a pair, by order
     validation/accuracy-in/NAME/SUBSET    accuracy by subset, where there are several
 
-Of rewrites, NAME is safe or unsafe, of thoughts it is thoughts:
+Of rewrites, NAME is safe or unsafe, of thoughts it is thoughts, of judgements without `label` among --criteria the criterion's:
 
     validation/reward/NAME                the score that training would give
     validation/overlap/NAME               tokens that a rewrite shares with the suffix; without a rewrite none
@@ -89,8 +89,11 @@ def _record_metrics(group: Group) -> Metrics:
     """Of one record; all of them are means."""
     label = group.task.label
     if isinstance(label, Judgement):
-        return _judgement_metrics(group, label)
-    name = subset_of(label) if isinstance(label, Rewriting) else "thoughts"
+        if LABEL in group.criterion_scores:
+            return _judgement_metrics(group, label)
+        name = judge_prompt(label.criterion).name
+    else:
+        name = subset_of(label) if isinstance(label, Rewriting) else "thoughts"
     assert group.scores is not None
     return {f"validation/reward/{name}": Mean(group.scores[0])}
 
@@ -119,7 +122,7 @@ def _pair_metrics(groups: Iterable[Group]) -> Metrics:
     """How often both orders of the same texts are judged right; records whose partner failed are left out."""
     pairs: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for group in groups:
-        if isinstance(label := group.task.label, Judgement) and label.pair:
+        if isinstance(label := group.task.label, Judgement) and label.pair and LABEL in group.criterion_scores:
             pairs[judge_prompt(label.criterion).name, label.pair].append(_is_right(group))
     both = ({f"validation/both-orders/{name}": Mean(min(own))} for (name, _), own in pairs.items() if len(own) == 2)
     return merge(both)

@@ -95,6 +95,12 @@ def test_rewards_of_rewrites_are_told_apart_by_safety_and_failures_are_counted()
     }
 
 
+def test_judgements_that_no_label_scores_have_their_reward() -> None:
+    groups = [judged("1", "1", "a"), judged("2", "1", "a")]
+    found = numbers([replace(group, criterion_scores={"civility:civility": group.scores or []}) for group in groups])
+    assert found == {"validation/reward/quality": 0.5}
+
+
 class Engines:
     """Answers each prompt with its own number twice, or fails at it."""
 
