@@ -28,7 +28,13 @@ python -m megatron_sip.train --preset examples/train_judge.args --pretrained-che
     --data-path "$records" --save "$run_dir" "$@"
 [ -f "$run_dir/summary.json" ] || { echo "stopped: the same command continues" >&2; exit 0; }
 
-[ -d "$run_dir/judge" ] || megatron-sip-convert megatron-to-hf --load "$run_dir" --save "$run_dir/judge"
+# What stands there may be a part, after a kill, or of a run that was then continued.
+step=$(cat "$run_dir/latest_checkpointed_iteration.txt")
+if [ "$(cat "$run_dir/judge/step.txt" 2> /dev/null)" != "$step" ]; then
+    rm -rf "$run_dir/judge" "$run_dir/accuracy_after.json"
+    megatron-sip-convert megatron-to-hf --load "$run_dir" --save "$run_dir/judge"
+    echo "$step" > "$run_dir/judge/step.txt"
+fi
 for name in before after; do
     judge=$model
     [ $name = before ] || judge=$run_dir/judge

@@ -128,8 +128,8 @@ def run_generate(given: argparse.Namespace) -> None:
         corpus = open_corpus(given.data_path, tokenizer, how).split(given.split)[given.subset]
         tasks = TaskSource(corpus, tokenizer, settings)
         header = {"model": str(given.model or given.url[0]), "subset": given.subset, "tasks": tasks.fingerprint()}
-        if given.model is not None and folder != given.model:
-            header["step"] = step_of(given.model)
+        if folder is not None and folder != given.model:
+            header["step"] = folder.name.rpartition("_")[2]
         urls = given.url
         if folder is not None:
             context = given.seq_length + ENGINE_MARGIN
@@ -219,11 +219,6 @@ def load_tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def step_of(checkpoints: Path) -> str:
-    """The step of a run's latest checkpoint."""
-    return (checkpoints / TRACKER).read_text().strip()
-
-
 def hf_folder(model: Path, output: Path) -> Path:
     """`model` itself where it is an HF folder; of a run's latest checkpoint an HF export beside `output`, made once.
 
@@ -237,7 +232,8 @@ def hf_folder(model: Path, output: Path) -> Path:
             f"--model {model}: neither an HF folder (config.json) nor a checkpoint folder ({TRACKER}); a run's checkpoints lie "
             f"in its --save folder, its exported model in {HF_SUBFOLDER}/"
         )
-    exported = output.with_name(f"{output.name}.hf_{step_of(model)}")
+    step = (model / TRACKER).read_text().strip()
+    exported = output.with_name(f"{output.name}.hf_{step}")
     if exported.exists():
         return exported
     staged = exported.with_name(f".{exported.name}.partial")
@@ -249,6 +245,8 @@ def hf_folder(model: Path, output: Path) -> Path:
     )
     if done.returncode:
         raise DataError(f"--model {model}: {(done.stderr or done.stdout).strip()[-2000:]}")
+    if (model / TRACKER).read_text().strip() != step:
+        raise DataError(f"--model {model}: its run saved another step meanwhile; give the command again, best when it has ended")
     move_into_place(staged, exported)
     return exported
 

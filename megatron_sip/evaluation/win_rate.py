@@ -30,6 +30,8 @@ from megatron_sip.rollout.sampling import Failure, SamplingSettings
 log = logging.getLogger(__name__)
 
 RESAMPLES = 10_000
+DRAWS_AT_ONCE = 1 << 22
+"""Drawn numbers of a bootstrap that memory holds, of resamples times documents."""
 FEW_DOCUMENTS = 20
 """Below so many, a bootstrap over documents is too narrow."""
 Z95 = 1.959964
@@ -225,6 +227,9 @@ def bootstrap_interval(outcomes: np.ndarray, documents: Sequence[Hashable], seed
     number = {document: index for index, document in enumerate(dict.fromkeys(documents))}
     place = np.array([number[document] for document in documents])
     totals, counts = np.bincount(place, weights=outcomes), np.bincount(place)
-    draws = np.random.default_rng(seed).integers(0, len(number), size=(RESAMPLES, len(number)))
-    low, high = np.percentile(totals[draws].sum(axis=1) / counts[draws].sum(axis=1), [2.5, 97.5])
+    rng, at_once, means = np.random.default_rng(seed), max(1, DRAWS_AT_ONCE // len(number)), []
+    for first in range(0, RESAMPLES, at_once):
+        draws = rng.integers(0, len(number), size=(min(at_once, RESAMPLES - first), len(number)))
+        means.append(totals[draws].sum(axis=1) / counts[draws].sum(axis=1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)

@@ -174,3 +174,10 @@ def test_a_comparison_that_cannot_end_is_refused_before_training(tmp_path: Path)
         comparison.check_initial()
     save_continuations(initial, [None])
     comparison.check_initial()
+
+
+def test_a_bootstrap_in_blocks_draws_what_one_in_a_piece_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes, documents = np.random.default_rng(0).random(90), [i // 3 for i in range(90)]
+    whole = bootstrap_interval(outcomes, documents, seed=5)
+    monkeypatch.setattr("megatron_sip.evaluation.win_rate.DRAWS_AT_ONCE", 1000)
+    assert bootstrap_interval(outcomes, documents, seed=5) == whole
