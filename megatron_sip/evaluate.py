@@ -246,7 +246,9 @@ def hf_folder(model: Path, output: Path) -> Path:
     if done.returncode:
         raise DataError(f"--model {model}: {(done.stderr or done.stdout).strip()[-2000:]}")
     if (model / TRACKER).read_text().strip() != step:
-        raise DataError(f"--model {model}: its run saved another step meanwhile; give the command again, best when it has ended")
+        raise DataError(
+            f"--model {model}: its run saved another step meanwhile: give the command again when it has ended"
+        )
     move_into_place(staged, exported)
     return exported
 
