@@ -45,7 +45,7 @@ FILLING = (
     "his",
     "her",
 )
-SEQ_LENGTH = 120
+SEQ_LENGTH = 256
 
 
 def write_records(folder: Path, count: int, seed: int = 0) -> Path:
