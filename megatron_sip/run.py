@@ -59,7 +59,7 @@ class RunState:
     """Where a run is: what a checkpoint keeps beside the policy, among Megatron's arguments, under names that stay.
 
     consumed_samples: the cursor of the tasks. last_saved: iteration of the newest checkpoint, None before the first.
-    non_finite_steps: in a row, up to now. task_fingerprint: of the tasks that the cursor counts.
+    non_finite_steps: in a row, up to now. task_fingerprint: of the tasks that the cursor counts. learnt: nothing is left to.
     """
 
     iteration: int = 0
@@ -67,9 +67,12 @@ class RunState:
     last_saved: int | None = None
     non_finite_steps: int = 0
     task_fingerprint: str | None = None
+    learnt: bool = False
 
     @classmethod
-    def loaded(cls, args: argparse.Namespace, non_finite_steps: int, task_fingerprint: str | None) -> RunState:
+    def loaded(
+        cls, args: argparse.Namespace, non_finite_steps: int, task_fingerprint: str | None, *, learnt: bool = False
+    ) -> RunState:
         """The state of the checkpoint that Megatron has just loaded, or of a run that begins."""
         return cls(
             iteration=args.iteration,
@@ -77,6 +80,7 @@ class RunState:
             last_saved=args.iteration or None,
             non_finite_steps=non_finite_steps,
             task_fingerprint=task_fingerprint,
+            learnt=learnt,
         )
 
     def write_into(self, args: argparse.Namespace) -> None:
@@ -85,6 +89,7 @@ class RunState:
         args.consumed_train_samples = self.consumed_samples
         args.non_finite_steps = self.non_finite_steps
         args.task_fingerprint = self.task_fingerprint
+        args.learnt = self.learnt
 
 
 @dataclass
@@ -343,7 +348,8 @@ def load_policy(
     # Padding is masked: any id does that the embedding has, and a tokenizer's own may lie outside it.
     how = TrainerSettings(settings.row_length, run.prompts, args.align_grad_reduce, settings.branches_per_row)
     trainer = PolicyTrainer(how, settings.objective, exchange, pad_id=0)
-    state = RunState.loaded(args, getattr(saved, "non_finite_steps", 0), fingerprint)
+    learnt = getattr(saved, "learnt", False)
+    state = RunState.loaded(args, getattr(saved, "non_finite_steps", 0), fingerprint, learnt=learnt)
     if run.rank == 0:
         say(f"policy: {origin_of_weights(run, state.iteration)}")
     store = ReferenceStore(run.save)

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.config.checks import explained
@@ -33,11 +33,11 @@ from megatron_sip.console import quiet, say
 from megatron_sip.errors import ArgumentError, UserError
 from megatron_sip.evaluation.run_record import run_record, write_run_record
 from megatron_sip.evaluation.win_rate import Comparison, WinRate
-from megatron_sip.experience.advantages import NO_SPREAD
 from megatron_sip.experience.maker import Experience
 from megatron_sip.experience.rounds import StepExperience, is_enough, step_experience
+from megatron_sip.experience.selection import ALL_ALIKE
 from megatron_sip.files import DiskError
-from megatron_sip.metrics import Metrics
+from megatron_sip.metrics import Metrics, merge
 from megatron_sip.serving.guard import kill_with_parent
 from megatron_sip.stop_signal import StopSignal
 from megatron_sip.training.non_finite import MAX_NON_FINITE_STEPS, in_a_row
@@ -129,9 +129,9 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
     """All remaining steps; False when a stop was requested (the last finished step is then saved)."""
     state, exchange, settings = run.state, run.exchange, run.settings.run
     saving: Metrics = {}  # of the step before: a step's line is written before its checkpoint, or a kill could lose it
-    empty_steps = 0
+    empty: list[Metrics] = []  # of the steps without an example since the last one
     started = time.monotonic()
-    while state.iteration < settings.steps:
+    while state.iteration < settings.steps and not state.learnt:
         started += validate(run, stop)  # its time is no step's
         made = gather_experience(run, stop)
         if made is None:
@@ -162,15 +162,15 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
                 run.save()
             run.finish_saving(wait=True)
             raise TrainingError(no_finite_step(run) if settings.rank == 0 else 1)
-        empty_steps = 0 if examples else empty_steps + 1
-        if empty_steps == MAX_EMPTY_STEPS:
-            raise_no_usable_group(run, metrics)
+        empty = [] if examples else [*empty, metrics]
+        if len(empty) == MAX_EMPTY_STEPS:
+            end_without_examples(run, empty)
         # Not after an empty step: a job that is restarted again and again would eat its data without learning.
-        is_due = (run.save_is_due() and bool(examples)) or state.iteration == settings.steps
+        is_due = (run.save_is_due() and bool(examples)) or state.iteration == settings.steps or state.learnt
         saving = timed("seconds/save", run.save) if is_due else {}
         run.finish_saving(wait=False)
     run.finish_saving(wait=True)
-    validate(run, stop)
+    validate(run, stop, last=True)
     return True
 
 
@@ -189,13 +189,13 @@ def gather_experience(run: Run, stop: StopSignal) -> StepExperience | None:
     return step_experience(rounds, settings.prompts, settings.oversample)
 
 
-def validate(run: Run, stop: StopSignal) -> float:
-    """Measure the present weights on held-out records, where that is due; the seconds that it took.
+def validate(run: Run, stop: StopSignal, *, last: bool = False) -> float:
+    """Measure the present weights on held-out records, where if that is due, as for the `last` ones; the seconds that it took.
 
     A stop ends it without numbers. Then, as after a kill, they are missing, and the same command measures them first.
     """
     started, settings, state = time.monotonic(), run.settings, run.state
-    if settings.validation.is_due(state.iteration, settings.run.steps):
+    if settings.validation.is_due(state.iteration, state.iteration if last else settings.run.steps):
         numbers = run.exchange.all_gather_from_leaders(run.measure(stop))[0]
         if numbers is not None:
             run.write_metrics(numbers, validation=True)
@@ -232,21 +232,33 @@ def conclude(run: Run, stop: StopSignal) -> None:
         raise DiskError(f"all steps are saved, but not the report, which the same command writes: {error}") from error
 
 
-def raise_no_usable_group(run: Run, metrics: Metrics) -> NoReturn:
-    """End the run, whose last step had `metrics`, and say why; what GRPO has nothing left to learn from counts as done."""
-    dropped = {name: value for name, value in metrics.items() if name.startswith("dropped/") and value}
-    learnt = set(dropped) == {f"dropped/{NO_SPREAD}"}
-    told = f"no group was usable in {MAX_EMPTY_STEPS} steps in a row; reasons in the last one: {dropped}. "
-    if learnt:
-        run.save()
-        told += (
-            f"All rollouts of a task score the same, see grpo/reward: the policy always succeeds, or never does. Step "
-            f"{run.state.iteration} is saved; go on with other tasks, a higher --rollout-temperature or more --num-rollouts"
-        )
+def end_without_examples(run: Run, empty: Sequence[Metrics]) -> None:
+    """After the last steps, of the metrics `empty`, had no example: a run with nothing left to learn is done, any other fails.
+
+    Nothing is left where all groups were whole, and their rollouts alike: the same command would find them so again.
+
+    Raises:
+        TrainingError: on rank 0 it has the reasons.
+    """
+    state, rank = run.state, run.settings.run.rank
+    dropped = merge({name: n for name, n in step.items() if name.startswith("dropped/") and n} for step in empty)
+    alike = dropped != {} and set(dropped) <= {f"dropped/{reason}" for reason in ALL_ALIKE}
+    state.learnt = alike and state.iteration > MAX_EMPTY_STEPS
+    ways = "take other tasks, a higher --rollout-temperature or more --num-rollouts"
+    if state.learnt:
+        if rank == 0:
+            say(
+                f"nothing left to learn: in {MAX_EMPTY_STEPS} steps in a row all rollouts of a task were alike, they always "
+                f"succeed or never do; the run ends with step {state.iteration}. For more start a run from its weights: {ways}"
+            )
+        return
+    run.finish_saving(wait=True)
+    told = f"no group was usable in {MAX_EMPTY_STEPS} steps in a row; reasons: {dropped}. "
+    if alike:
+        told += f"All rollouts of a task score the same from the first step on, they always succeed or never do: {ways}"
     else:
         told += "Those steps are not saved: once judge and engines answer, the same command tries their tasks again"
-    run.finish_saving(wait=True)
-    raise TrainingError(told if run.settings.run.rank == 0 else 1)
+    raise TrainingError(told if rank == 0 else 1)
 
 
 def no_finite_step(run: Run) -> str:

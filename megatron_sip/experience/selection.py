@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from megatron_sip.experience.advantages import TIE_TOLERANCE, Truncated, sampled_branches
+from megatron_sip.experience.advantages import NO_SPREAD, TIE_TOLERANCE, Truncated, sampled_branches
 from megatron_sip.experience.control import Control, ControlIds
 from megatron_sip.metrics import Mean, Metrics
 from megatron_sip.records import CANDIDATE_KINDS, Branch, Candidate, CandidateKind, Example, Group, Role
@@ -26,6 +26,8 @@ UNSCORED, NON_FINITE, TIED, IDENTICAL = "unscored", "non-finite score", "tied", 
 NO_CANDIDATE, TOO_FEW, EMPTY_PREFIX = "no candidate", "fewer than two candidates", "empty prefix"
 LONE_ROLLOUT = "lone rollout"
 """RF-NLL without a competitor would teach the policy whatever it wrote, an unsafe rollout whose rewrite was refused too."""
+ALL_ALIKE = frozenset({NO_SPREAD, TIED, IDENTICAL})
+"""Reasons of groups that are whole and judged, and in which no candidate is better than another."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,11 @@ def what_is_new(saved: Namespace, present: Namespace) -> list[str]:
     changed = differences(saved, present, LEARNING)
     if changed:
         lines.append(f"from step {saved.iteration + 1} on with {', '.join(changed)}")
+    if getattr(saved, "learnt", False):
+        lines.append(
+            f"nothing left to learn: {present.load} ended so at step {saved.iteration}; to go on with other tasks or rollouts "
+            + NEW_RUN.format(load=present.load).removeprefix("or ")
+        )
     if saved.iteration >= present.train_iters:
         lines.append(
             f"nothing left to train: {present.load} is at step {saved.iteration} of --train-iters {present.train_iters}"

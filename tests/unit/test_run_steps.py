@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,7 @@ class FakeRun(Run):
         bad: Sequence[int] = (),
         before: int = 0,
         rank: int = 0,
-        empty: str = "no verdict",
+        empty: str | Sequence[str] = "no verdict",
     ) -> None:
         self.settings = unchecked_settings(
             train_iters=iteration + len(usable), global_batch_size=1, save_interval=save_interval, rank=rank
@@ -80,14 +81,15 @@ class FakeRun(Run):
         self.finished = False
         self._usable = list(usable)
         self._bad = set(bad)
-        self._empty = f"dropped/{empty}"
+        self._reasons = [f"dropped/{reason}" for reason in ([empty] if isinstance(empty, str) else empty)]
 
     def train_step(self, examples: Sequence[Example], reference: None, iteration: int) -> Metrics:
         return {NON_FINITE: 1.0} if iteration + 1 in self._bad else {}
 
     def make_experience(self, stop: StopSignal, round_index: int = 0) -> Experience:
         usable = self._usable.pop(0)
-        return Experience([EXAMPLE] if usable else [], {self._empty: 0.0 if usable else 1.0})
+        reason = self._reasons[len(self._usable) % len(self._reasons)]
+        return Experience([EXAMPLE] if usable else [], {reason: 0.0 if usable else 1.0})
 
     def refresh_reference(self) -> None:
         pass
@@ -114,19 +116,43 @@ def test_checkpoints_come_at_every_interval_and_at_the_end() -> None:
 
 def test_a_run_without_any_usable_group_ends_and_saves_none_of_those_steps() -> None:
     run = FakeRun([True, True, *[False] * 20], save_interval=2)
-    with pytest.raises(TrainingError, match=rf"in {MAX_EMPTY_STEPS} steps in a row; .*'dropped/no verdict': 1.0"):
+    with pytest.raises(TrainingError, match=rf"in {MAX_EMPTY_STEPS} steps in a row; .*'dropped/no verdict': 10.0"):
         run_steps(run, StopSignal())
     assert run.state.iteration == 2 + MAX_EMPTY_STEPS
     assert run.saved == [2]  # the same command tries the tasks after step 2 again
     assert run.finished  # a checkpoint still being written is not lost
 
 
-def test_a_run_with_nothing_left_to_learn_ends_with_its_last_step_saved() -> None:
+def test_a_run_with_nothing_left_to_learn_ends_as_a_finished_one_and_the_same_command_trains_no_more(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     run = FakeRun([True, True, *[False] * 20], save_interval=100, empty="no spread")
-    with pytest.raises(TrainingError, match=r"'dropped/no spread': 1.0.*Step 12 is saved; go on with other tasks"):
-        run_steps(run, StopSignal())
-    assert run.saved == [12]
+    assert run_steps(run, StopSignal())
+    assert (run.saved, run.state.iteration) == ([12], 12)
     assert run.finished
+    assert re.search("nothing left to learn: in 10 steps .*; the run ends with step 12", capsys.readouterr().out)
+    args = argparse.Namespace()
+    run.state.write_into(args)  # of which a checkpoint is made
+    again = FakeRun([True] * 8, save_interval=100, iteration=12)
+    again.state = RunState.loaded(args, 0, None, learnt=args.learnt)
+    assert run_steps(again, StopSignal())
+    assert (again.state.iteration, again.saved) == (12, [])
+
+
+@pytest.mark.parametrize(("reasons", "trained"), [(["no spread", "no verdict"], 2), (["no spread"] * 9 + ["x"], 2)])
+def test_an_outage_among_steps_without_spread_is_an_outage(reasons: list[str], trained: int) -> None:
+    """Whatever the last of them says."""
+    run = FakeRun([True] * trained + [False] * 20, save_interval=2, empty=reasons)
+    with pytest.raises(TrainingError, match=r"reasons: \{.*'dropped/no spread': \d.*Those steps are not saved"):
+        run_steps(run, StopSignal())
+    assert run.saved == [2]
+
+
+def test_a_run_that_never_learnt_anything_is_no_finished_one() -> None:
+    run = FakeRun([False] * 20, save_interval=2, empty="no spread")
+    with pytest.raises(TrainingError, match="score the same from the first step on, they always"):
+        run_steps(run, StopSignal())
+    assert run.saved == []
 
 
 def test_a_checkpoint_that_is_due_at_an_empty_step_comes_after_the_next_usable_one() -> None:
@@ -273,6 +299,7 @@ def test_a_checkpoint_keeps_the_state_under_the_names_that_earlier_ones_have() -
         "consumed_train_samples": 28,
         "non_finite_steps": 0,
         "task_fingerprint": "tasks",
+        "learnt": False,
         "save": "run",
     }
     assert vars(args) == kept
@@ -383,3 +410,10 @@ def test_a_validation_that_a_stop_ends_is_made_first_when_the_run_goes_on() -> N
     resumed = ValidatedRun(2, iteration=2)
     assert run_steps(resumed, resumed.stop)
     assert resumed.written == [("validation", 2), ("step", 3), ("step", 4), ("validation", 4)]
+
+
+def test_a_run_with_nothing_left_to_learn_is_validated_at_its_end() -> None:
+    run = ValidatedRun(20)
+    run._usable, run._reasons = [True, *[False] * 19], ["dropped/no spread"]
+    assert run_steps(run, run.stop)
+    assert run.written[-2:] == [("step", 11), ("validation", 11)]

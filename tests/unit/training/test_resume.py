@@ -44,6 +44,14 @@ def test_a_run_that_is_further_than_its_end_says_so() -> None:
     assert line == "nothing left to train: run is at step 4 of --train-iters 3"
 
 
+def test_a_run_that_has_nothing_left_to_learn_says_so_and_where_to_go_on() -> None:
+    [line] = what_is_new(run(learnt=True), run())
+    assert line.startswith(
+        "nothing left to learn: run ended so at step 4; to go on with other tasks or rollouts start a new"
+    )
+    assert "--pretrained-checkpoint run" in line
+
+
 @pytest.mark.parametrize(
     ("saved", "changes", "named"),
     [
