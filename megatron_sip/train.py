@@ -150,11 +150,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         started = time.monotonic()
         run.troubles += [trouble if settings.rank == 0 else "" for trouble in made.unrecorded]
         run.write_metrics(metrics)
-        if exchange.any_rank(bool(run.troubles)):
-            run.save()
-            run.finish_saving(wait=True)
-            told = "; ".join(filter(None, run.troubles))
-            raise TrainingError(f"{told}. Step {state.iteration} is saved, the same command continues" if told else 1)
+        end_in_trouble(run)
         if stopping:
             return stop_early(run)
         if examples and state.non_finite_steps >= MAX_NON_FINITE_STEPS:
@@ -171,7 +167,8 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         run.finish_saving(wait=False)
     run.finish_saving(wait=True)
     validate(run, stop, last=True)
-    return True
+    end_in_trouble(run)
+    return stop_early(run) if exchange.any_rank(stop.requested) else True
 
 
 def gather_experience(run: Run, stop: StopSignal) -> StepExperience | None:
@@ -230,6 +227,15 @@ def conclude(run: Run, stop: StopSignal) -> None:
         say(outcome_line(run_dir, write_outcome(run_dir, win_rate, comparisons)))
     except OSError as error:
         raise DiskError(f"all steps are saved, but not the report, which the same command writes: {error}") from error
+
+
+def end_in_trouble(run: Run) -> None:
+    """Save the present step and raise TrainingError where any rank has troubles; one that has no words for them only ends."""
+    if run.exchange.any_rank(bool(run.troubles)):
+        run.save()
+        run.finish_saving(wait=True)
+        told = "; ".join(filter(None, run.troubles))
+        raise TrainingError(f"{told}. Step {run.state.iteration} is saved, the same command continues" if told else 1)
 
 
 def end_without_examples(run: Run, empty: Sequence[Metrics]) -> None:

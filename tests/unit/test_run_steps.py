@@ -98,7 +98,8 @@ class FakeRun(Run):
         return {}
 
     def save(self) -> None:
-        self.saved.append(self.state.iteration)
+        if self.state.iteration != self.state.last_saved:
+            self.saved.append(self.state.iteration)
         self.state.last_saved = self.state.iteration
 
     def finish_saving(self, *, wait: bool) -> None:
@@ -417,3 +418,28 @@ def test_a_run_with_nothing_left_to_learn_is_validated_at_its_end() -> None:
     run._usable, run._reasons = [True, *[False] * 19], ["dropped/no spread"]
     assert run_steps(run, run.stop)
     assert run.written[-2:] == [("step", 11), ("validation", 11)]
+
+
+def test_a_last_validation_that_a_stop_ends_is_made_before_the_run_is_concluded() -> None:
+    run = ValidatedRun(3)
+    run.stop_at = 3
+    assert not run_steps(run, run.stop)  # so nothing is concluded, and the job is requeued
+    assert (run.written[-1], run.saved) == (("step", 3), [3])
+    resumed = ValidatedRun(0, iteration=3)
+    assert run_steps(resumed, resumed.stop)
+    assert resumed.written == [("validation", 3)]
+
+
+def test_a_last_validation_that_a_full_disk_does_not_take_is_told() -> None:
+    run = ValidatedRun(3)
+    run.writer = SimpleNamespace(path="run/metrics.jsonl", write=lambda *_: None, write_validation=full)  # type: ignore[assignment]
+    run.write_metrics = MethodType(Run.write_metrics, run)  # type: ignore[method-assign]
+    with pytest.raises(
+        TrainingError, match=r"run/metrics.jsonl took no more: No space left on device\. Step 3 is saved"
+    ):
+        run_steps(run, run.stop)
+
+
+def full(step: int, numbers: dict[str, float]) -> None:
+    if step == 3:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
