@@ -13,7 +13,7 @@ from megatron_sip.data.tasks import TaskSettings
 from megatron_sip.data.text_sources import SUPPORTED, is_text_source
 from megatron_sip.judge.corruption import CorruptorSettings
 from megatron_sip.judge.settings import JudgeSettings
-from megatron_sip.prepare.commands import GroupWork, LabelWork, QualityWork
+from megatron_sip.prepare.commands import DocumentsWork, GroupWork, LabelWork, QualityWork
 from megatron_sip.prepare.judgements import TEACHER
 from megatron_sip.prepare.rules import RULES
 from megatron_sip.prepare.settings import (
@@ -126,6 +126,14 @@ VERDICT_FLAGS = (
 """Of the trainer's flags about judges, those that also matter here."""
 
 
+def add_documents_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of `documents`."""
+    reading = {name: flag for name, flag in READ_FLAGS.items() if name != "--prefix-field"}
+    add_flags(parser.add_argument_group("documents"), reading)
+    add_flags(parser.add_argument_group("output"), {"--out": OUTPUT_FLAGS["--out"]})
+    parser.set_defaults(role="policy", prefix_field=None, format=["sip"])
+
+
 def add_judgements_flags(parser: argparse.ArgumentParser) -> None:
     """Those of `judgements`."""
     parser.add_argument(
@@ -158,6 +166,11 @@ def _add_label_flags(parser: argparse.ArgumentParser, title: str) -> None:
     add_teacher_flags(group)
     add_flags(group, {name: JUDGE_FLAGS[name] for name in (*VERDICT_FLAGS, "--judge-cache")})
     parser.set_defaults(judge_deadline=UNIT_SECONDS)
+
+
+def documents_work(args: argparse.Namespace) -> DocumentsWork:
+    """What `documents` does. Raises UserError, naming the flag."""
+    return DocumentsWork(read_settings(args), output_settings(args, None))
 
 
 def judgements_work(args: argparse.Namespace) -> QualityWork | LabelWork | GroupWork:

@@ -1,5 +1,6 @@
 """Make records to train on from documents.
 
+python -m megatron_sip.prepare documents --role policy --data-path 'web/*.jsonl.zst' --out policy/
 python -m megatron_sip.prepare judgements --task quality --data-path 'web/*.jsonl.zst' --tokenizer HF_DIR \\
     --corrupt shuffle numbers --out judgements/
 python -m megatron_sip.prepare judgements --task safety ... --teacher-url http://host:30000 --out safety/
@@ -22,8 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sip.config.prepare_flags import (
+    add_documents_flags,
     add_judgements_flags,
     add_rewrites_flags,
+    documents_work,
     judgements_work,
     rewrites_work,
 )
@@ -33,6 +36,7 @@ from megatron_sip.prepare.commands import (
     GroupWork,
     LabelWork,
     QualityWork,
+    prepare_documents,
     prepare_groups,
     prepare_labels,
     prepare_quality,
@@ -47,6 +51,10 @@ class Command:
     about: str
     add_flags: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], Mapping[str, Any]]
+
+
+def run_documents(given: argparse.Namespace) -> dict[str, Any]:
+    return asyncio.run(prepare_documents(documents_work(given)))
 
 
 def run_judgements(given: argparse.Namespace) -> dict[str, Any]:
@@ -68,6 +76,7 @@ def run_thoughts(given: argparse.Namespace) -> dict[str, Any]:
 
 
 COMMANDS = {
+    "documents": Command("the documents of a role, a file for each split", add_documents_flags, run_documents),
     "judgements": Command("what a judge learns from: prompts and right verdicts", add_judgements_flags, run_judgements),
     "rewrites": Command("what a rewriter learns from: suffixes, safe or not", add_rewrites_flags, run_rewrites),
     "thoughts": Command(

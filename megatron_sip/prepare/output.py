@@ -1,6 +1,7 @@
 """Records into files: ours, verl's parquet, NeMo-Gym's JSON lines; balanced by a field first, if that is asked for.
 
     OUT/TASK.jsonl                  our own: every split, a field `split` in each record
+    OUT/SPLIT.jsonl                 our own, of documents: the trainer divides a file of these by itself
     OUT/verl/SPLIT.parquet          rows with prompt, data_source, reward_model, ability, extra_info
     OUT/nemo-gym/SPLIT.jsonl        lines with responses_create_params, expected_answer, ...
 
@@ -31,6 +32,8 @@ from megatron_sip.prepare.settings import OutputSettings, PrepareError
 Record = dict[str, Any]
 Write = Callable[[Record], None]
 ROWS_AT_ONCE = 512
+DOCUMENTS = "documents"
+"""Name of the records that are documents: what has no label, and the trainer knows no splits of."""
 
 
 def write_records(journal: Journal, output: OutputSettings, task: str) -> dict[str, Any]:
@@ -45,7 +48,8 @@ def write_records(journal: Journal, output: OutputSettings, task: str) -> dict[s
             kept["total",] += 1
             kept["by_split", record["split"]] += 1
             kept["by_subset", record["subset"], record["split"]] += 1
-            kept["by_label", _label(record), record["split"]] += 1
+            if task != DOCUMENTS:
+                kept["by_label", _label(record), record["split"]] += 1
     counts: dict[str, Any] = {"total": kept.pop(("total",), 0)}
     for (name, *path, last), count in sorted(kept.items()):
         place = counts.setdefault(name, {})
@@ -87,6 +91,8 @@ def balanced(records: Callable[[], Iterable[Record]], field: str | None, seed: i
 def _writers(stack: ExitStack, output: OutputSettings, name: str, task: str) -> list[tuple[str | None, Write]]:
     """(split that it takes, None: all, the writer) of each file of a format."""
     folder = output.folder
+    if name == "sip" and task == DOCUMENTS:
+        return [(split, stack.enter_context(_lines(folder / f"{split}.jsonl", dict))) for split in SPLITS]
     if name == "sip":
         return [(None, stack.enter_context(_lines(folder / f"{task}.jsonl", dict)))]
     if name == "verl":

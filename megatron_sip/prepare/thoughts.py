@@ -1,6 +1,6 @@
 """Thoughts in documents (the paper's later version): the first half with them, the second half as places for them.
 
-    OUT/sft/documents.jsonl   {"text": a chunk with thoughts between the marks, ...}, for --objective sft --sft-target document
+    OUT/sft/SPLIT.jsonl       {"text": a chunk with thoughts between the marks, ...}, for --objective sft --sft-target document
     OUT/rl/thoughts.jsonl     {"prefix", "suffix", "start_mark", "end_mark", ...}, one place a line, for --tasks thoughts
 
 A document is in one half by a hash of its text. Of the second half's thoughts only the places are kept.
@@ -20,6 +20,7 @@ from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings
 from megatron_sip.judge.thought_writer import Thought, ThoughtSettings, ThoughtWriter, with_thoughts
 from megatron_sip.prepare.commands import asked, cached
 from megatron_sip.prepare.documents import Document
+from megatron_sip.prepare.output import DOCUMENTS
 from megatron_sip.prepare.pieces import load_tokenizer
 from megatron_sip.prepare.pipeline import Made, document_source, prepare
 from megatron_sip.prepare.settings import OutputSettings, PrepareError, ReadSettings
@@ -73,8 +74,8 @@ class ThoughtsWork:
     writer: ThoughtSettings
 
 
-FILES: dict[Half, str] = {"sft": "documents", "rl": "thoughts"}
-"""Names of the files of records."""
+FILES: dict[Half, str] = {"sft": DOCUMENTS, "rl": "thoughts"}
+"""Names of the records."""
 
 
 async def prepare_thoughts(work: ThoughtsWork) -> dict[str, Any]:

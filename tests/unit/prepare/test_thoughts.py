@@ -142,8 +142,19 @@ async def test_the_command_writes_both_halves_and_goes_on_without_asking_again(
     async with FakeJudge(answer=answer) as server:
         words = (
             *("thoughts", "--data-path", data, "--tokenizer", folders["byte-level"], "--min-length", "4"),
-            *("--teacher-url", server.url, "--teacher-api", "openai", "--teacher-name", "fake", "--role-shares", "1"),
-            *("--out", tmp_path / "out"),
+            *(
+                "--teacher-url",
+                server.url,
+                "--teacher-api",
+                "openai",
+                "--teacher-name",
+                "fake",
+                "--role-shares",
+                "1",
+                "--split",
+                "1",
+            ),
+            *("--role-shares", "1", "--split", "1", "--out", tmp_path / "out"),
         )
         manifest = await asyncio.to_thread(run, *words)
         files = files_below(tmp_path / "out")
@@ -155,7 +166,7 @@ async def test_the_command_writes_both_halves_and_goes_on_without_asking_again(
     assert files_below(tmp_path / "out") == files
     documents, places = (
         [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
-        for name in ("sft/documents.jsonl", "rl/thoughts.jsonl")
+        for name in ("sft/train.jsonl", "rl/thoughts.jsonl")
     )
     assert len(documents) + len(places) == 39
     assert manifest["records"]["sft"]["total"] == len(documents) > 9
