@@ -26,9 +26,11 @@ from megatron_sip.prepare.judgements import record_id
 from megatron_sip.prepare.labels import safety_label
 from megatron_sip.prepare.pipeline import Made, Source
 from megatron_sip.prepare.settings import GroupSettings
-from megatron_sip.records import Candidate, Group
+from megatron_sip.records import Candidate, Group, Task
 
 JudgedTask = Literal["quality", "safety"]
+BEGINNING = 50
+"""Characters by which a document is known again, whatever the cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +120,13 @@ class GroupMaker:
 
     def _records(self, recorded: Recorded, part: Group, verdict: bool) -> list[dict[str, Any]]:
         task, texts = recorded.group.task, [candidate.text for candidate in part.candidates]
-        key = text_key(task.prefix_text + task.suffix_text)
         common = {
             "criterion": self._task,
             "prefix": task.prefix_text,
             "suffix": task.suffix_text,
             "pair": record_id(self._task, self._settings.seed, recorded.place, texts),
             "subset": "groups/" + "-".join(sorted(candidate.kind for candidate in part.candidates)),
-            "split": self._settings.splits.split(key),
+            "split": self._settings.splits.split(document_key(task)),
         }
         if self._task == "safety":
             return [common | {"verdict": safety_label(verdict), "candidate": texts[0]}]
@@ -135,6 +136,12 @@ class GroupMaker:
             common | {"verdict": better, "option_1": first, "option_2": second},
             common | {"verdict": "2" if verdict else "1", "option_1": second, "option_2": first},
         ]
+
+
+def document_key(task: Task) -> int:
+    """The same for every cut of a document, as long as its prefix reaches back to the document's beginning: what was recorded
+    of a document is its window alone."""
+    return text_key((task.prefix_text + task.suffix_text).lstrip()[:BEGINNING])
 
 
 def _part(group: Group, places: Sequence[int], task: str) -> Group:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fake_judge import FakeJudge, quality_of
 from judge_cases import make_group, make_settings, score
-from prepare_cases import read_lines, run
+from prepare_cases import prose, read_lines, run
 
 from megatron_sip.errors import DataError
 from megatron_sip.experience.recording import write_groups
@@ -47,6 +47,24 @@ async def test_recorded_verdicts_become_pairs_in_both_orders(tmp_path: Path) -> 
         assert one["subset"] in ("groups/rollout-suffix", "groups/rollout-rollout")
     assert len({one["pair"] for one in records}) == len(records) / 2
     assert manifest["documents"]["used"] == 6
+
+
+def test_every_cut_of_a_document_is_in_one_split(tmp_path: Path) -> None:
+    """Epochs cut a document anew; so do the two draws of one batch."""
+    cuts = range(55, 95)
+    groups = []
+    for number, cut in enumerate(cuts):
+        text = f"{prose(number % 2)} q=0.5"
+        made = make_group(number, QUALITIES)
+        task = replace(made.task, prefix_text=text[:cut], suffix_text=text[cut : cut + 40])
+        groups.append(replace(made, task=task, verdicts={"quality": [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]}))
+    folder = record(tmp_path / "groups", groups)
+    words = ("judgements", "--task", "quality", "--from-groups", folder, "--split", "1,1,1")
+    run(*words, "--out", tmp_path / "out")
+    splits = {number: set[str]() for number in range(2)}
+    for one in read_lines(tmp_path / "out" / "judgements.jsonl"):
+        splits[int(one["prefix"].split()[1].strip("."))].add(one["split"])
+    assert [len(found) for found in splits.values()] == [1, 1]
 
 
 async def test_too_few_or_disagreeing_verdicts_and_single_orders_are_dropped_by_reason(tmp_path: Path) -> None:

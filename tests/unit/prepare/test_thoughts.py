@@ -142,18 +142,7 @@ async def test_the_command_writes_both_halves_and_goes_on_without_asking_again(
     async with FakeJudge(answer=answer) as server:
         words = (
             *("thoughts", "--data-path", data, "--tokenizer", folders["byte-level"], "--min-length", "4"),
-            *(
-                "--teacher-url",
-                server.url,
-                "--teacher-api",
-                "openai",
-                "--teacher-name",
-                "fake",
-                "--role-shares",
-                "1",
-                "--split",
-                "1",
-            ),
+            *("--teacher-url", server.url, "--teacher-api", "openai", "--teacher-name", "fake"),
             *("--role-shares", "1", "--split", "1", "--out", tmp_path / "out"),
         )
         manifest = await asyncio.to_thread(run, *words)
