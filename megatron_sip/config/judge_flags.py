@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_sip.config.flags import JUDGE_FLAGS, Flags, add_flags, add_teacher_flags
+from megatron_sip.config.prepare_flags import CALL_SECONDS, UNIT_SECONDS
 from megatron_sip.config.teacher_settings import client_settings
 from megatron_sip.errors import ArgumentError
 from megatron_sip.judge.exam import ExamSettings
@@ -60,7 +61,7 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the judge")
     add_teacher_flags(group)
     add_flags(group, {name: JUDGE_FLAGS[name] for name in SAMPLING})
-    parser.set_defaults(judge_deadline=24 * 3600.0)
+    parser.set_defaults(judge_deadline=UNIT_SECONDS, teacher_timeout=CALL_SECONDS)
 
 
 def exam_settings(args: argparse.Namespace, url: str | None = None) -> ExamSettings:

@@ -35,7 +35,7 @@ READ_FLAGS: Flags = {
     "--text-field": ({"default": "text"}, "Field that holds the text; of records that are cut already, the suffix."),
     "--prefix-field": (
         {"metavar": "NAME"},
-        "Records are cut already: this field stands before the text, which is taken whole.",
+        "Records are cut already: this field stands before the text, which is taken whole. Role and split go by it.",
     ),
     "--subset-field": (
         {"metavar": "NAME"},
@@ -75,7 +75,10 @@ OUTPUT_FLAGS: Flags = {
     ),
 }
 LABEL_FLAGS: Flags = {
-    "--label-field": ({"metavar": "NAME"}, "Field that says whether a text is safe; no judge is asked then."),
+    "--label-field": (
+        {"metavar": "NAME"},
+        "Field that says whether a text is safe, taken whole (--no-cut, --prefix-field); no judge is asked then.",
+    ),
     "--safe-labels": ({"nargs": "+", "default": [], "metavar": "LABEL"}, "Its values that mean safe. Default: true."),
     "--unsafe-labels": ({"nargs": "+", "default": [], "metavar": "LABEL"}, "Those that mean unsafe. Default: false."),
     "--votes": (
@@ -116,6 +119,8 @@ GROUP_FLAGS: Flags = {
 }
 UNIT_SECONDS = 24 * 3600.0
 """Documents wait that long for servers that are down."""
+CALL_SECONDS = 600.0
+"""For one attempt of a call whose answer is hundreds of tokens, beside many others."""
 VERDICT_FLAGS = (
     "--judge-temperature",
     "--judge-top-p",
@@ -165,7 +170,7 @@ def _add_label_flags(parser: argparse.ArgumentParser, title: str) -> None:
     group = parser.add_argument_group("the model that is asked")
     add_teacher_flags(group)
     add_flags(group, {name: JUDGE_FLAGS[name] for name in (*VERDICT_FLAGS, "--judge-cache")})
-    parser.set_defaults(judge_deadline=UNIT_SECONDS)
+    parser.set_defaults(judge_deadline=UNIT_SECONDS, teacher_timeout=CALL_SECONDS)
 
 
 def documents_work(args: argparse.Namespace) -> DocumentsWork:
@@ -220,6 +225,12 @@ def read_settings(args: argparse.Namespace) -> ReadSettings:
 def cut_settings(args: argparse.Namespace) -> CutSettings:
     """How documents are cut. Raises PrepareError without a tokenizer, ValueError for lengths that cannot be."""
     whole = args.no_cut or args.prefix_field is not None
+    label = getattr(args, "label_field", None)
+    if label is not None and not whole:
+        raise PrepareError(
+            f"--label-field {label}: it says what a whole text is, not a piece that is cut from it: give --no-cut, or "
+            "--prefix-field where records are cut already; or leave it out and let a judge vote (--teacher-url)"
+        )
     tokenizer = None if whole else args.tokenizer or args.hf_config
     if not whole and tokenizer is None:
         raise PrepareError("--tokenizer DIR (or --hf-config) is needed to cut documents; --no-cut takes them whole")

@@ -11,6 +11,8 @@ from megatron_sip.judge.thought_writer import ThoughtSettings
 from megatron_sip.prepare.settings import PrepareError
 from megatron_sip.prepare.thoughts import ThinkingSettings, ThoughtsWork
 
+CALL_SECONDS = 1800.0
+"""For one attempt of a call: 8192 tokens at 5 a second."""
 NOT_READ = ("--prefix-field",)
 """Of the flags about documents, those of other commands."""
 CHUNK_FLAGS: Flags = {
@@ -47,7 +49,8 @@ def add_thoughts_flags(parser: argparse.ArgumentParser) -> None:
     add_teacher_flags(group)
     add_flags(group, THINK_FLAGS)
     add_flags(group, {name: JUDGE_FLAGS[name] for name in ("--judge-deadline", "--judge-concurrency", "--judge-cache")})
-    parser.set_defaults(role="policy", judge_deadline=UNIT_SECONDS, prefix_field=None, format=["sip"])
+    parser.set_defaults(role="policy", judge_deadline=UNIT_SECONDS, teacher_timeout=CALL_SECONDS)
+    parser.set_defaults(prefix_field=None, format=["sip"])
 
 
 def thoughts_work(args: argparse.Namespace) -> ThoughtsWork:

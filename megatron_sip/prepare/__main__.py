@@ -5,7 +5,7 @@ python -m megatron_sip.prepare judgements --task quality --data-path 'web/*.json
     --corrupt shuffle numbers --out judgements/
 python -m megatron_sip.prepare judgements --task safety ... --teacher-url http://host:30000 --out safety/
 python -m megatron_sip.prepare judgements --task quality --from-groups runs/policy/groups --out refreshed/
-python -m megatron_sip.prepare rewrites ... --label-field toxic --safe-labels no --unsafe-labels yes --out rewrites/
+python -m megatron_sip.prepare rewrites ... --no-cut --label-field toxic --safe-labels no --unsafe-labels yes --out rewrites/
 python -m megatron_sip.prepare thoughts ... --teacher-url http://host:30000 --out thoughts/
 
 Stop and repeat a command at will: it goes on where it was. manifest.json says what went in and what was dropped, and why.

@@ -37,7 +37,10 @@ class Document:
 
 
 class DocumentReader:
-    """Iterates over the documents of a role behind `position`, which moves on with them, as do `counts` and the bar."""
+    """Iterates over the documents of a role behind `position`, which moves on with them, as do `counts` and the bar.
+
+    Role and split go by the text; of a record that is cut already by what stands before it, whose continuations stay together.
+    """
 
     def __init__(self, settings: ReadSettings, position: Place, counts: Counter[str], bar: tqdm[Any]) -> None:
         self.position = position
@@ -73,8 +76,9 @@ class DocumentReader:
         if not text.strip():
             self.counts["dropped/empty"] += 1
             return None
-        key = text_key(text)
-        role = settings.shares.role(key)
+        prefix = "" if settings.prefix_field is None else text_field_of(record, settings.prefix_field, where)
+        whose = text_key(prefix if prefix.strip() else text)
+        role = settings.shares.role(whose)
         self.counts[f"documents/by_role/{role}"] += 1
         if role != settings.role:
             return None
@@ -85,11 +89,10 @@ class DocumentReader:
                 self.counts["dropped/no-label"] += 1
                 return None
             safe = is_safe(label, settings, where)
-        prefix = "" if settings.prefix_field is None else text_field_of(record, settings.prefix_field, where)
         subset = stem_of(path)
         if settings.subset_field is not None:
             subset = valid_unicode(str(field_of(record, settings.subset_field, where)))
-        return Document(text, key, self.position, settings.shares.split(key), subset, prefix, safe)
+        return Document(text, text_key(text), self.position, settings.shares.split(whose), subset, prefix, safe)
 
 
 def _top_fields(settings: ReadSettings) -> list[str]:

@@ -101,6 +101,27 @@ def test_records_that_are_cut_already_keep_their_prefix(tmp_path: Path) -> None:
     assert [(r["prefix"], r["suffix"], r["safe"]) for r in made] == [(r["before"], r["after"], r["ok"]) for r in rows]
 
 
+def test_continuations_of_one_prefix_are_one_role_s_and_in_one_split(tmp_path: Path) -> None:
+    rows = [{"before": f"Beginning {i // 40} and", "after": f" end {i}.", "ok": True} for i in range(480)]
+    data = write_records(tmp_path / "cut.jsonl", rows)
+    fields = ("--text-field", "after", "--prefix-field", "before", "--label-field", "ok")
+    shares = ("--role-shares", "1,1,1", "--split", "1,1,1")
+    found = Counter[tuple[str, str, str]]()
+    for role in ("policy", "judge", "rewriter"):
+        run("rewrites", "--data-path", data, *fields, *shares, "--role", role, "--out", tmp_path / role)
+        made = read_lines(tmp_path / role / "rewrites.jsonl")
+        found += Counter((record["prefix"], role, record["split"]) for record in made)
+    assert list(found.values()) == [40] * 12
+
+
+def test_records_without_any_prefix_go_by_their_text(tmp_path: Path) -> None:
+    rows = [{"before": "", "after": f"Text {i}.", "ok": True} for i in range(60)]
+    data = write_records(tmp_path / "cut.jsonl", rows)
+    fields = ("--text-field", "after", "--prefix-field", "before", "--label-field", "ok")
+    manifest = run("rewrites", "--data-path", data, *fields, "--role-shares", "1,0,1", "--out", tmp_path / "out")
+    assert 15 < manifest["documents"]["used"] < 45
+
+
 def test_subsets_are_called_after_a_field_and_broken_characters_are_replaced(tmp_path: Path) -> None:
     """Fields inside objects too; half a surrogate pair, which JSON can spell, could not be written."""
     rows = [
@@ -144,6 +165,24 @@ def test_labels_that_say_nothing_are_named(tmp_path: Path, more: tuple[str, ...]
     words = ("rewrites", "--data-path", data, "--no-cut", "--role-shares", "0,0,1", *more, *balance)
     with pytest.raises(PrepareError, match=told):
         run(*words, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("command", [("rewrites",), ("judgements", "--task", "safety")])
+def test_a_label_is_no_piece_s(tmp_path: Path, command: tuple[str, ...]) -> None:
+    data = write_records(tmp_path / "texts.jsonl", texts(4))
+    words = (
+        *command,
+        "--data-path",
+        data,
+        "--tokenizer",
+        tmp_path,
+        "--label-field",
+        "toxic",
+        "--out",
+        tmp_path / "out",
+    )
+    with pytest.raises(PrepareError, match=r"--label-field toxic.*--no-cut, or --prefix-field"):
+        run(*words)
 
 
 async def test_a_teacher_s_spoilt_version_is_read_after_its_mark_or_counted(tmp_path: Path) -> None:
