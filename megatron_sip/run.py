@@ -33,6 +33,8 @@ from megatron_sip.hf.checkpoint_model import require_same_model
 from megatron_sip.hf.families import architecture
 from megatron_sip.hf.folder import HF_SUBFOLDER, write_model_files
 from megatron_sip.hf.weights import export_hf_weights
+from megatron_sip.judge.python_functions import check_functions
+from megatron_sip.judge.settings import function_of
 from megatron_sip.metrics import Metrics, flatten
 from megatron_sip.open_tasks import open_tasks
 from megatron_sip.records import Task
@@ -233,8 +235,10 @@ def set_up(settings: Settings, stack: contextlib.ExitStack) -> Run:
     rank = settings.run.rank
     exchange = LeaderExchange(timeout_seconds=EXCHANGE_SECONDS)
     open_run_folder(settings.run, exchange)
-    tokenizer = AutoTokenizer.from_pretrained(settings.run.hf_config)
     named = bool(settings.urls)  # a wrong URL must not show only after hours of tokenising
+    if rank == 0 and not named and settings.judge is not None:  # nor a wrong function, which else `open_leader` tells
+        check_functions(filter(None, map(function_of, settings.judge.criteria)))
+    tokenizer = AutoTokenizer.from_pretrained(settings.run.hf_config)
     if named and rank == 0 and settings.local_servers.count:
         check_servers(settings.clients(settings.urls))
     servers = start_local_servers(settings, stack) if named else None

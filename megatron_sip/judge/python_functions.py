@@ -14,16 +14,17 @@ import logging
 import math
 import multiprocessing
 import re
-import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from operator import attrgetter
 from typing import Any, Literal
 
 from megatron_sip.errors import UserError
+from megatron_sip.stop_signal import StopSignal
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,27 @@ def function_path(name: str) -> str | None:
     return name if _NAME.fullmatch(name) else None
 
 
-@cache
+def require_package(path: str) -> None:
+    """Raises FunctionError where a function's package is not installed; nothing is imported, which may load a model."""
+    package = re.split("[.:]", path)[0]
+    try:
+        found = find_spec(package) is not None
+    except ValueError:  # a module without a spec
+        found = False
+    if not found:
+        raise FunctionError(f"'{path}' cannot be imported: there is no module '{package}'")
+
+
+def check_functions(paths: Iterable[str]) -> None:
+    """Import each function in a process of its own, which then ends. Raises FunctionError that names it."""
+    for path in paths:
+        processes = FunctionProcesses(path, START_TIMEOUT_S, 1)
+        try:
+            asyncio.run(processes.start())
+        finally:
+            processes.close()
+
+
 def load_function(path: str) -> Function:
     """Import a function. Raises FunctionError that names it."""
     module, _, attribute = path.partition(":")
@@ -109,7 +130,10 @@ class FunctionProcesses:
 
     async def start(self) -> None:
         """Raises FunctionError when the function cannot be imported in a process of its own."""
-        await self.call([], "", "", START_TIMEOUT_S)
+        try:
+            await self.call([], "", "", START_TIMEOUT_S)
+        except CallFailedError as failure:
+            raise FunctionError(f"'{self._path}' cannot be imported: {failure}") from failure
 
     async def call(self, texts: list[str], prefix: str, reference: str, patience_s: float = math.inf) -> Numbers:
         """One number or None for each text. Without texts the function is not called.
@@ -176,7 +200,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a copy of a process with threads may hang
         pipe, theirs = context.Pipe()
         self._process, self._pipe = context.Process(target=_serve, args=(self._path, theirs), daemon=True), pipe
-        self._process.start()
+        with StopSignal.kept_from_children():  # the run ends its processes itself, once its step is done or given up
+            self._process.start()
         theirs.close()
         kind, answer = self._answer(pipe, START_TIMEOUT_S)
         if kind != "ready":
@@ -190,7 +215,8 @@ class _Worker:
                 kind, answer = pipe.recv()
                 return kind, answer
         except (EOFError, OSError) as error:
-            code = self._process.exitcode if self._process is not None else None
+            self._process.join(1.0)  # its end of the pipe is closed a moment before
+            code = self._process.exitcode
             self.kill()
             raise CallFailedError("crashed", f"its process ended (exit status {code})") from error
         self.kill()
@@ -208,7 +234,6 @@ class _Worker:
 
 def _serve(path: str, pipe: Connection) -> None:
     """What a process does: import the function, then answer calls until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run ends its processes itself
     try:
         function = load_function(path)
     except FunctionError as error:

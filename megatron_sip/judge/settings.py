@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_sip.errors import UserError
 from megatron_sip.judge.prompts import PromptError, builtin_names, builtin_prompt, find_prompt, read_prompt_file
-from megatron_sip.judge.python_functions import FunctionError, function_path, load_function, named_functions
+from megatron_sip.judge.python_functions import FunctionError, function_path, named_functions, require_package
 from megatron_sip.serving.http_reply import key_from_environment, shown_url, url_mistake
 from megatron_sip.serving.proxy import DIRECT, Proxy, proxy_for
 
@@ -290,7 +290,8 @@ def is_pairwise(criterion: str) -> bool:
 
 
 def check_criterion_name(name: str) -> None:
-    """Raises SettingsError unless `name` is a known criterion, a Python function, or the path of a usable prompt file."""
+    """Raises SettingsError unless `name` is a known criterion, the path of a usable prompt file, or a Python function, of which
+    only the package is looked for."""
     if name.endswith(".txt"):
         try:
             prompt = read_prompt_file(Path(name))
@@ -304,7 +305,7 @@ def check_criterion_name(name: str) -> None:
         return
     elif (path := function_of(name)) is not None:
         try:
-            load_function(path)
+            require_package(path)
         except FunctionError as error:
             raise SettingsError(f"--criteria {name}: {error}") from error
     else:

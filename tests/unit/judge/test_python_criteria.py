@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,8 +17,9 @@ from flag_cases import settings as run_settings
 from judge_cases import make_group, make_settings
 
 from megatron_sip.judge import Judge, JudgeSettings, SettingsError, parse_criteria
-from megatron_sip.judge.python_functions import FunctionError, named_functions
+from megatron_sip.judge.python_functions import FunctionError, FunctionProcesses, check_functions, named_functions
 from megatron_sip.records import Candidate, Group
+from megatron_sip.stop_signal import StopSignal
 
 QUALITY, OBEYS = "criterion_functions:quality", "criterion_functions:obeys"
 
@@ -93,17 +97,55 @@ async def test_an_answer_that_is_no_list_of_numbers_is_an_error_that_names_the_f
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_such_module:f", "'no_such_module:f' cannot be imported: ModuleNotFoundError"),
-        ("criterion_functions:nothing", "cannot be imported: AttributeError"),
-        ("criterion_functions:NOT_A_FUNCTION", "is no function but a int"),
+        ("no_such_module:f", "'no_such_module:f' cannot be imported: there is no module 'no_such_module'"),
+        ("no_such.module.f:g.h", "there is no module 'no_such'"),
         ("nicely", "or package.module:function"),
     ],
 )
-def test_what_cannot_be_imported_is_told_when_flags_are_read(name: str, message: str) -> None:
+def test_a_package_that_is_not_there_is_told_when_flags_are_read(name: str, message: str) -> None:
     with pytest.raises(SettingsError) as caught:
         parse_criteria([f"{name}=1"])
     assert str(caught.value).startswith("--criteria")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("criterion_functions.nothing:f", "cannot be imported: ModuleNotFoundError"),
+        ("criterion_functions:nothing", "cannot be imported: AttributeError"),
+        ("criterion_functions:NOT_A_FUNCTION", "is no function but a int"),
+    ],
+)
+def test_what_cannot_be_imported_is_told_by_a_process_that_tries(name: str, message: str) -> None:
+    """As a user error, before anything is trained."""
+    with pytest.raises(FunctionError, match=f"'{name}' {message}"):
+        check_functions([QUALITY, name])
+
+
+def test_flags_are_read_without_importing_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may load a model, or CUDA before Megatron is prepared; in each of a node's trainers."""
+    code = "import multiprocessing, os\nassert multiprocessing.parent_process() is not None\nos._exit(4)\n"
+    (tmp_path / "heavy_model.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run_settings("--criteria", "heavy_model:f=1", teacher_url=None).judge is not None
+    assert "heavy_model" not in sys.modules
+    with pytest.raises(FunctionError, match=r"'heavy_model:f' cannot be imported: its process ended \(exit status 4\)"):
+        check_functions(["heavy_model:f"])
+
+
+@pytest.mark.parametrize("number", StopSignal.SIGNALS)
+async def test_a_stop_is_the_run_s_and_not_its_processes(number: signal.Signals) -> None:
+    """SLURM, torchrun and terminals send it to all: a step under way is judged to its end."""
+    processes = FunctionProcesses(QUALITY, 60.0, 1)
+    try:
+        await processes.start()
+        process = processes._workers[0]._process
+        os.kill(process.pid, number)
+        assert await processes.call(["q=0.5"], "", "") == [0.5]
+        assert processes._workers[0]._process is process
+    finally:
+        processes.close()
 
 
 async def test_a_package_names_its_functions_by_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
