@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -25,6 +27,7 @@ from megatron_sip.prepare.settings import QualitySettings
 
 TEACHER = "teacher"
 """Stands among the rules for a post-trained model."""
+_SPACES = re.compile(r"(?<=\S)[^\S\n]{2,}(?=\S)")
 _RULE = 1  # separates the draws of a seed
 
 
@@ -52,7 +55,8 @@ class QualityMaker:
         for rule in rules_for(piece, self._settings):
             spoilt, problem = await self._spoilt(rule, piece)
             if not problem:
-                return pair_records(piece, spoilt, rule, self._settings)
+                shown = evenly_spaced(piece) if rule == TEACHER else piece
+                return pair_records(shown, spoilt, rule, self._settings)
             dropped[f"{rule}/{problem}"] += 1
         dropped["no-rule-applies"] += 1
         return []
@@ -66,8 +70,21 @@ class QualityMaker:
         spoilt, problem = await self._corruptor.corrupt(piece.prefix, piece.suffix)
         if problem:
             return "", problem
-        spoilt = self._cutter.cut_to_suffix(spoilt)
+        spoilt = spaced_as(self._cutter.cut_to_suffix(spoilt), piece.suffix)
         return (spoilt, "") if not same(spoilt, piece.suffix) else ("", "unchanged")
+
+
+def spaced_as(spoilt: str, original: str) -> str:
+    """A spoilt version with the white space around it that the original has, and single spaces inside its lines: a judge is
+    not to go by what a model that copies leaves out."""
+    body, bare = original.strip(), _SPACES.sub(" ", spoilt.strip())
+    before, _, behind = original.partition(body) if body else (original, "", "")
+    return before + bare + behind
+
+
+def evenly_spaced(piece: Piece) -> Piece:
+    """A piece whose suffix has single spaces inside its lines, as spoilt versions by a model have."""
+    return replace(piece, suffix=spaced_as(piece.suffix, piece.suffix))
 
 
 def place_seed(piece: Piece, seed: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import cycle
 from random import Random
 
 Rule = Callable[[str, str, Random], str | None]
@@ -81,18 +81,21 @@ def numbers(text: str, prefix: str, draws: Random) -> str | None:
 
 
 def repeat(text: str, prefix: str, draws: Random) -> str | None:
-    """From some place on one phrase again and again, as a model that has got stuck; as many words as before."""
+    """From some place on one phrase again and again, as a model that has got stuck; as many words as before, and white space
+    stays where it is."""
     pieces = pieces_of(text)
-    words = ["".join(pieces[a:b]) for a, b in _word_spans(pieces)]
+    places = [i for i, piece in enumerate(pieces) if not piece.isspace()]
+    words = [pieces[i] for i in places]
     shortest, longest = _LOOP_WORDS
     if len(words) < 2 * shortest:
         return None
     length = draws.randint(shortest, min(longest, len(words) // 2))
     start = draws.randint(0, len(words) - 2 * length)
     phrase = words[start : start + length]
-    rest = len(words) - start
-    looped = "".join([*words[:start], *(phrase * (rest // length + 1))[:rest]])
-    return looped if text[-1:].isspace() else looped.rstrip()
+    for place, word in zip(places[start:], cycle(phrase), strict=False):
+        pieces[place] = word
+    looped = "".join(pieces)
+    return looped if pieces_of(looped) == pieces else None  # words of two scripts that met would be one
 
 
 RULES: dict[str, Rule] = {
@@ -164,9 +167,3 @@ def _other_number(number: str, draws: Random) -> str:
     while other == digits:
         other = [draws.randint(1 if i == 0 and digits[0] and len(digits) > 1 else 0, 9) for i in range(len(digits))]
     return "".join(chr(ord(old) - value + new) for old, value, new in zip(number, digits, other, strict=True))
-
-
-def _word_spans(pieces: Sequence[str]) -> list[tuple[int, int]]:
-    """Begin and end of each word with the white space behind it, and before the first."""
-    begins = [i for i, piece in enumerate(pieces) if not piece.isspace()]
-    return list(pairwise([0, *begins[1:], len(pieces)])) if begins else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import MULTILINGUAL
 
+from megatron_sip.prepare.judgements import spaced_as
 from megatron_sip.prepare.rules import RULES, names_in, pieces_of, same, spoil
 
 PROSE = (
@@ -29,7 +31,6 @@ def test_a_rule_changes_more_than_white_space_or_says_that_it_cannot(
     assert spoilt == spoil(rule, text, prefix, seed)
     if spoilt is not None:
         assert not same(spoilt, text)
-        assert spoilt[:1].isspace() == text[:1].isspace() or rule in ("shuffle", "swap-sentences")
 
 
 @pytest.mark.parametrize("rule", ["shuffle", "swap-sentences"])
@@ -64,6 +65,36 @@ def test_a_loop_has_as_many_words_and_no_new_one(text: str, seed: int) -> None:
         words, looped = ([p for p in pieces_of(t) if not p.isspace()] for t in (text, spoilt))
         assert len(looped) == len(words)
         assert set(looped) <= set(words)
+
+
+def layout(text: str) -> tuple[str, str, Counter[str]]:
+    """White space before and behind a text, and the runs of more than one space inside."""
+    body = text.strip()
+    before, _, behind = text.partition(body)
+    return before, behind, Counter(re.findall(r"\s{2,}", body))
+
+
+SPACED = st.lists(st.sampled_from(["Anna ", "Paul  ", "met ", "30 ", "\n\n", " ", "end. ", "It ", "我", "x"])).map(
+    "".join
+)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(st.one_of(TEXTS, SPACED), SEEDS)
+def test_white_space_never_tells_which_text_is_spoilt(rule: str, text: str, seed: int) -> None:
+    spoilt = spoil(rule, text, "In spring the painter Zoe came.", seed)
+    assert spoilt is None or layout(spoilt) == layout(text)
+
+
+@given(st.one_of(TEXTS, SPACED), st.one_of(TEXTS, SPACED))
+def test_nor_does_it_tell_a_teacher_s_text(original: str, written: str) -> None:
+    shown, spoilt = spaced_as(original, original), spaced_as(written, original)
+    assert shown.split() == original.split()
+    assert spoilt.split() == written.split()
+    assert spaced_as(shown, original) == shown
+    if original.strip() and written.strip():
+        assert layout(spoilt)[:2] == layout(shown)[:2] == layout(original)[:2]
+        assert not any(re.search(r"\S[^\S\n]{2,}\S", text) for text in (shown, spoilt))
 
 
 @given(TEXTS)
