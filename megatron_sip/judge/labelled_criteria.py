@@ -26,19 +26,22 @@ from megatron_sip.records import CandidateKind, Judgement, Rewriting, Thinking
 
 def read_judgement(
     label: Judgement, text: str, style: ReasoningStyle = UNKNOWN, *, finished: bool, lost: Counter[str] | None = None
-) -> float | None:
-    """The value of the verdict in a judge's answer, as the run that it judges for would read it; None without a verdict.
+) -> str | None:
+    """The verdict in a judge's answer, one of its prompt's labels, as the run that it judges for would read it; None without.
 
     style: of the judge's reasoning. finished: the answer came to its own end. lost: counts unreadable ones by reason.
     """
     rule = judge_prompt(label.criterion).rule
     assert rule is not None
     lost = Counter() if lost is None else lost
-    if not label.forced:
-        return read_vote(Written(text, "finished" if finished else "cut", style), rule, lost)
-    value = _begun(rule, text)
-    lost["no-verdict"] += value is None
-    return value
+    # By their numbers, since two labels may be worth the same.
+    numbered = replace(rule, values={name: float(number) for number, name in enumerate(rule.labels)})
+    if label.forced:
+        number = _begun(numbered, text)
+        lost["no-verdict"] += number is None
+    else:
+        number = read_vote(Written(text, "finished" if finished else "cut", style), numbered, lost)
+    return None if number is None else rule.labels[int(number)]
 
 
 def _begun(rule: VerdictRule, text: str) -> float | None:
@@ -76,15 +79,15 @@ class LabelMatches:
         prompt = judge_prompt(label.criterion)
         assert prompt.rule is not None
         lost: Counter[str] = Counter()
-        verdicts: list[float | None] = []
+        given: list[str | None] = []
         for place, copies in enumerate(sheet.counts):
             own: Counter[str] = Counter()
-            verdicts.append(
+            given.append(
                 read_judgement(label, sheet.candidates[place], self.style, finished=place in sheet.ended, lost=own)
             )
             lost.update({reason: copies * count for reason, count in own.items()})
-        right = prompt.rule.values[label.verdict]
-        scores = tuple(float(verdict == right) for verdict in verdicts)
+        scores = tuple(float(verdict == label.verdict) for verdict in given)
+        verdicts = [None if verdict is None else prompt.rule.values[verdict] for verdict in given]
         found = [None if verdict is None else 1.0 for verdict in verdicts]
         notes: Metrics = {f"unreadable/{reason}": float(count) for reason, count in lost.items() if count}
         criterion = prompt.name if label.criterion.endswith(".txt") else label.criterion  # as scores are filed

@@ -68,7 +68,7 @@ def test_a_policy_whose_marks_are_special_tokens_is_read_as_the_judge_that_it_be
     label = writer.task(0, {**texts, "criterion": "quality", "verdict": "1"}).label
     assert isinstance(label, Judgement)
     tokenizer = encoder._tokenizer
-    for said, right in (("Conclusion: Option 1", 1.0), ("Conclusion: Option 2", 0.0)):
+    for said, right in (("Conclusion: Option 1", "1"), ("Conclusion: Option 2", "2")):
         ids = tokenizer.encode(thought + said + end, add_special_tokens=False)
         made = answer_to(tokenizer, label, Completion(ids, [0.0] * len(ids), "stop", "7"))
         assert (made.ids, made.text) == (ids, thought + said)

@@ -90,6 +90,17 @@ async def test_accuracies_by_a_prompt_file_are_filed_under_its_name(tmp_path: Pa
     assert judge.means()["label/accuracy/mood"].value == 0.5
 
 
+@pytest.mark.parametrize("forced", [False, True])
+async def test_a_label_is_not_another_one_that_is_worth_the_same(tmp_path: Path, forced: bool) -> None:
+    path = tmp_path / "looks.txt"
+    header = "name = 'looks'\nkind = 'pointwise'\npattern = 'LOOKS: (BAD|UGLY|GOOD)'\nstart = 'LOOKS: '\n"
+    path.write_text(f"+++\n{header}[values]\nBAD = 0\nUGLY = 0\nGOOD = 1\n+++\n{{{{candidate}}}}\n")
+    texts = [("" if forced else "LOOKS: ") + name for name in ("BAD", "UGLY", "GOOD")]
+    [judged], _ = await alone([group(Judgement(str(path), "BAD", forced=forced, pair="", subset=""), texts)])
+    assert judged.scores == [1.0, 0.0, 0.0]
+    assert judged.verdicts == {"label": [[0, 0.0], [1, 0.0], [2, 1.0]]}
+
+
 async def test_the_first_token_of_a_long_label_is_enough_where_it_is_one_label_s() -> None:
     label = Judgement("factuality", "Possible", forced=True, pair="", subset="")
     [judged], _ = await alone([group(label, ["Poss", "Def", "No", "Halluc", " poss"])])
