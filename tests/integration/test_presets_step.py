@@ -34,6 +34,9 @@ KINDS = (
 pivot."""
 HARD = ("quality-2", "factuality-2", "safety-suffix-1")
 AUDITED = "quality-pivot-8:audited"
+THINKING_SFT, THINKING_RL = "thinking-sft", "thinking-rl"
+END_MARK = "g"
+"""Of a thought: a text that a policy with made-up weights writes now and then."""
 SIZES = (
     *("--split", "70,0,30", "--seq-length", "56", "--suffix-length", "8"),
     *("--train-iters", "1", "--lr-warmup-iters", "0", "--logging-level", "40"),
@@ -68,6 +71,9 @@ def results(
     hard += ["--teacher-reasoning-tokens", "0"]
     cases = {preset: [*sizes(preset), *soft] for preset in KINDS}
     cases |= {f"{preset}:hard": [*sizes(preset), *hard] for preset in HARD}
+    thoughts = write_thoughts(corpus, work / "thoughts.jsonl")
+    cases[THINKING_SFT] = ["--global-batch-size", "4"]
+    cases[THINKING_RL] = ["--data-path", str(thoughts), "--global-batch-size", "2", "--num-rollouts", "8", *soft]
     cases[AUDITED] = [*sizes("quality-pivot-8"), "--num-rollouts", str(MOST_ROLLOUTS), *soft, "--judge-audit-rate", "1"]
     flags = [
         *("--hf-config", str(tiny_llama_dir), "--data-path", str(corpus), *SIZES),
@@ -77,6 +83,15 @@ def results(
     (work / "setup.json").write_text(json.dumps({"flags": flags, "cases": cases}))
     run_worker(WORKER, work / "setup.json", work / "results.jsonl", timeout=1800.0)
     return {result["preset"]: result for result in map(json.loads, (work / "results.jsonl").read_text().splitlines())}
+
+
+def write_thoughts(corpus: Path, path: Path) -> Path:
+    """A place in the middle of each document's first words."""
+    texts = [json.loads(line)["text"][:400] for line in corpus.read_text().splitlines()[:8]]
+    marks = {"start_mark": "(", "end_mark": END_MARK, "split": "train"}
+    records = [{"prefix": text[:200], "suffix": text[200:], **marks} for text in texts]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 @pytest.mark.parametrize("preset", KINDS)
@@ -117,6 +132,32 @@ def test_a_preset_asks_its_own_judge(results: dict[str, dict[str, Any]], preset:
         assert 0 < metrics["judge/latency-p50-s"] <= metrics["judge/latency-p95-s"] <= metrics["judge/latency-p99-s"]
     rewrites = [value for name, value in metrics.items() if name in ("rewriter/rewrites", "rewriter/copies")]
     assert (sum(rewrites) > 0) == ("rewrite" in kinds)
+
+
+def test_a_step_on_documents_with_thoughts(results: dict[str, dict[str, Any]]) -> None:
+    result = results[THINKING_SFT]
+    metrics = result["metrics"]
+    assert result["examples"] == [[["target"], ["suffix"]]] * 4
+    assert metrics["packing/tokens"] > 4 * 8  # whole pieces, not suffixes
+    assert metrics["loss"] == pytest.approx(metrics["nll"])
+    assert metrics["grad_norm"] > 0
+    assert not [name for name in metrics if name.startswith(("judge/", "rollout/"))]
+
+
+def test_a_step_of_thoughts_of_the_policy_s_own(results: dict[str, dict[str, Any]]) -> None:
+    """Rollouts of thought, mark and text; a real judge's probability that the text says what the true one says."""
+    result = results[THINKING_RL]
+    metrics = result["metrics"]
+    assert result["objective"] == "grpo"
+    assert result["examples"]
+    assert {role for roles, _ in result["examples"] for role in roles} == {"sampled"}
+    assert 0 < metrics["thought/ended"] <= 1
+    assert metrics["thought/ended"] == pytest.approx(1 - metrics["judge/similarity/no-end-mark"])
+    assert 1 <= metrics["thought/length"] <= 8  # tokens of a rollout
+    assert 0 < metrics["thought/reward"] < metrics["thought/ended"]  # one that never ends has said nothing
+    assert 0 < metrics["judge/verdicts/similarity"] <= 16
+    assert metrics["grad_norm"] > 0
+    assert result["changed"] > 0.9
 
 
 def test_a_run_logs_its_agreement_with_all_pairs(results: dict[str, dict[str, Any]]) -> None:
