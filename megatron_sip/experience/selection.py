@@ -212,10 +212,10 @@ def _choose(
     if settings.objective == "rf-nll":
         if len(contenders) == 1 and contenders[0].candidate.kind == "rollout":
             return LONE_ROLLOUT
-        if max(scores) - min(scores) <= TIE_TOLERANCE and all(c.candidate.kind == "rollout" for c in contenders):
-            return TIED  # none of them has won; they may all be wrong
         if settings.control is not None:
             return _controlled(group, usable, contenders, settings, settings.control)
+        if max(scores) - min(scores) <= TIE_TOLERANCE and all(c.candidate.kind == "rollout" for c in contenders):
+            return TIED  # none of them has won; they may all be wrong
         return _Choice(["target"], [_draw(group, best, settings, "target")])
     if len(usable) < 2:
         return TOO_FEW
