@@ -99,13 +99,14 @@ class PromptWriter(ABC):
         self._settings = settings
         self._encoder = encoder
         self._window = PrefixWindow(settings.prefix_chars, settings.max_prompt, lambda text: len(encoder.text(text)))
-        self._frames: dict[str, int] = {}  # tokens of a prompt without texts, by criterion
+        self._frames: dict[tuple[str, str], int] = {}  # tokens of a prompt without texts, by its wording and mode
         self.counts: Counter[str] = Counter()
 
     @property
     def identity(self) -> str:
-        """Settings and wording."""
-        return repr((self._settings, sorted(self._frames)))
+        """Wording, and of the settings what the prompts depend on."""
+        used = self._settings
+        return repr((used.kind, used.max_prompt, used.prefix_chars, used.seed, sorted(self._frames)))
 
     @abstractmethod
     def call(self, record: Record, prefix: str, code: str | None = None) -> Call:
@@ -115,15 +116,20 @@ class PromptWriter(ABC):
     def check(self, record: Record) -> PromptFile:
         """The prompt of a record. Raises ValueError for a field that is missing or wrong."""
 
+    def _mode(self, record: Record) -> str:
+        """What else than its wording a record's prompt depends on."""
+        return ""
+
     def fits(self, record: Record) -> bool:
         """Whether the prompt is short enough with the end of the prefix alone. Raises ValueError as `check` does."""
         prompt = self.check(record)
-        if prompt.identity not in self._frames:
-            self._frames[prompt.identity] = self._tokens({**record, **dict.fromkeys(TEXT_FIELDS, "")})
+        frame = prompt.identity, self._mode(record)
+        if frame not in self._frames:
+            self._frames[frame] = self._tokens({**record, **dict.fromkeys(TEXT_FIELDS, "")})
         texts = [record.get(name, "") for name in TEXT_FIELDS if name != "prefix"]
         # No tokenizer makes more tokens than there are bytes: few records have to be tokenised to know.
         most = sum(len(break_marks(valid_unicode(text)).encode()) for text in texts) + 3 * START_BYTES
-        taken = MARGIN_TOKENS + MIN_PREFIX_TOKENS + self._frames[prompt.identity]
+        taken = MARGIN_TOKENS + MIN_PREFIX_TOKENS + self._frames[frame]
         return most <= self._settings.max_prompt - taken or self._shown(record) is not None
 
     def _shown(self, record: Record) -> str | None:
@@ -168,6 +174,10 @@ class JudgementWriter(PromptWriter):
             self._encoder.choices(prompt.rule.start, prompt.rule.labels)
         return prompt
 
+    def _mode(self, record: Record) -> VerdictMode:
+        """Whether its answer is begun."""
+        return self._settings.mode(record["criterion"])
+
     def call(self, record: Record, prefix: str, code: str | None = None) -> Call:
         """The judgement that `criteria.judgement` asks for."""
         prompt = judge_prompt(record["criterion"])
@@ -201,6 +211,11 @@ class RewriteWriter(PromptWriter):
         self._tokenizer = tokenizer
         own = settings.rewrite_prompt
         self._prompt = builtin_prompt("rewrite") if own is None else read_rewrite_prompt(own)
+
+    @property
+    def identity(self) -> str:
+        """With the length that suffixes are cut to."""
+        return repr((super().identity, self._settings.max_answer))
 
     def check(self, record: Record) -> PromptFile:
         """The rewriter's prompt. Raises ValueError for a field that is missing or wrong."""
@@ -249,8 +264,8 @@ class ThoughtWriter:
 
     @property
     def identity(self) -> str:
-        """The settings."""
-        return repr(self._settings)
+        """Of the settings what the tasks depend on."""
+        return repr((self._settings.kind, self._settings.max_prompt, self._settings.begins_with))
 
     def fits(self, record: Record) -> bool:
         """Whether the start mark does, with some of the text. Raises ValueError for a field that is missing or wrong."""

@@ -24,10 +24,16 @@ LEARNING = (
 )
 """Arguments of which new values win."""
 TASKS = (
-    *("data_path", "split", "seq_length", "suffix_length", "task_mode", "min_prefix_length", "text_field"),
+    *("tasks", "data_path", "split", "seq_length", "suffix_length", "task_mode", "min_prefix_length", "text_field"),
     *("prepend_bos", "seed"),
 )
 """Arguments that decide which tasks there are and in which order."""
+LABELLED = {
+    "judgements": ("max_prompt_length", "judge_prefix_chars", "judge_verdict"),
+    "rewrites": ("max_prompt_length", "judge_prefix_chars", "rewrite_prompt"),
+    "thoughts": ("max_prompt_length",),
+}
+"""Those of labelled tasks, by --tasks; None says that one is not given."""
 OPTIMIZER = ("optimizer", "bf16", "fp16", "use_distributed_optimizer", "apply_wd_to_qk_layernorm")
 """Arguments that decide what an optimizer keeps, and where."""
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
@@ -45,20 +51,27 @@ def saved_run(save: Path) -> Namespace | None:
     return None if saved is None else Namespace(**{"prepend_bos": "off", **vars(saved), "iteration": step})
 
 
-def differences(saved: Namespace, present: Namespace, names: Iterable[str]) -> list[str]:
+def differences(
+    saved: Namespace, present: Namespace, names: Iterable[str], *, none_is_a_value: bool = False
+) -> list[str]:
     """The flags among `names` whose values are not the checkpoint's, as "--lr 0.0005 (was 0.001)".
 
-    What either side does not know is not a difference: Megatron fills some defaults only later.
+    What either side does not know is not a difference, nor is None: Megatron fills some defaults only later. Of flags of ours it
+    may be a value.
     """
     changed = []
     for name in names:
-        old, new = getattr(saved, name, None), getattr(present, name, None)
-        if old != new and old is not None and new is not None:
+        if not (hasattr(saved, name) and hasattr(present, name)):
+            continue
+        old, new = getattr(saved, name), getattr(present, name)
+        if old != new and (none_is_a_value or None not in (old, new)):
             changed.append(f"--{name.replace('_', '-')} {_words(new)} (was {_words(old)})")
     return changed
 
 
 def _words(value: object) -> str:
+    if value is None:
+        return "not given"
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -82,6 +95,7 @@ def require_resumable(saved: Namespace, present: Namespace, task_fingerprint: st
         )
     if getattr(saved, "task_fingerprint", task_fingerprint) != task_fingerprint:
         flags = differences(saved, present, TASKS)
+        flags += differences(saved, present, LABELLED.get(getattr(present, "tasks", ""), ()), none_is_a_value=True)
         what = (
             f"with {', '.join(flags)}"
             if flags

@@ -241,3 +241,46 @@ def test_a_policy_without_chat_template_is_refused(kind: Any) -> None:
     with pytest.raises(DataError, match="no chat template: start from a post-trained"):
         make_writer(LabelledSettings(kind, 2000, 64), tokenizer(None))
     make_writer(LabelledSettings("thoughts", 2000, 64), tokenizer(None))
+
+
+def identity_of(kind: Any, record: dict[str, Any], **settings: Any) -> str:
+    """Of the writer, once it has seen the record."""
+    writer = make_writer(LabelledSettings(kind, **({"max_prompt": 4000, "max_answer": 64} | settings)), MADE)
+    assert writer.fits(record)
+    return writer.identity
+
+
+def test_a_run_goes_on_where_its_tasks_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else was changed."""
+    (tmp_path / "own.txt").write_text("+++\nname = 'own'\nkind = 'text'\n+++\n{{continuation}} {{first_words}}\n")
+    (tmp_path / "other.txt").write_text("+++\nname = 'own'\nkind = 'text'\n+++\nDo {{continuation}} {{first_words}}\n")
+    monkeypatch.chdir(tmp_path)
+    rewrite = {"prefix": "some words", "suffix": " then it sleeps.", "safe": True}
+    thought = {"prefix": "some words", "suffix": " so", "start_mark": "<t>", "end_mark": "</t>"}
+    own = {"rewrite_prompt": Path("own.txt")}
+    found = {
+        "judge": identity_of("judgements", RECORDS["safety"]),
+        "rewriter": identity_of("rewrites", rewrite, **own),
+        "thinker": identity_of("thoughts", thought),
+    }
+    for same in ({"max_answer": 9}, {"begins_with": 1}, own, {"verdicts": {"quality": "hard"}}):
+        assert identity_of("judgements", RECORDS["safety"], **same) == found["judge"]
+    for same in (
+        {"rewrite_prompt": tmp_path / "own.txt"},
+        {**own, "default_verdict": "hard"},
+        {**own, "begins_with": 1},
+    ):
+        assert identity_of("rewrites", rewrite, **same) == found["rewriter"]
+    for same in ({"max_answer": 9}, own, {"default_verdict": "hard"}, {"prefix_chars": 7}, {"seed": 7}):
+        assert identity_of("thoughts", thought, **same) == found["thinker"]
+    changed = [
+        *(identity_of("judgements", RECORDS["safety"], **{"default_verdict": "hard"}), found["judge"]),
+        *(
+            identity_of("judgements", RECORDS["safety"], **{name: 3999})
+            for name in ("max_prompt", "prefix_chars", "seed")
+        ),
+        *(identity_of("rewrites", rewrite), identity_of("rewrites", rewrite, rewrite_prompt=Path("other.txt"))),
+        *(identity_of("rewrites", rewrite, **own, max_answer=9), found["rewriter"]),
+        *(identity_of("thoughts", thought, max_prompt=9 + 60), identity_of("thoughts", thought, begins_with=1)),
+    ]
+    assert len({*changed, found["thinker"]}) == len(changed) + 1

@@ -67,6 +67,30 @@ def test_a_run_that_has_nothing_left_to_learn_says_so_and_where_to_go_on() -> No
         ({}, {"task_fingerprint": "others", "seed": 99}, r"--seed 99 \(was 1\)"),
         ({}, {"task_fingerprint": "others", "data_path": ["b.jsonl"]}, r"--data-path b.jsonl \(was a.jsonl\)"),
         ({}, {"task_fingerprint": "others"}, "the files or the tokenizer have changed"),
+        ({}, {"task_fingerprint": "others", "judge_verdict": ["hard"]}, "the files or the tokenizer have changed"),
+        (
+            {"tasks": "judgements", "judge_verdict": ["soft"], "max_prompt_length": None},
+            {
+                "task_fingerprint": "o",
+                "tasks": "judgements",
+                "judge_verdict": ["hard", "a=soft"],
+                "max_prompt_length": 9,
+            },
+            r"--max-prompt-length 9 \(was not given\), --judge-verdict hard a=soft \(was soft\)",
+        ),
+        (
+            {"tasks": "rewrites", "rewrite_prompt": "a.txt", "judge_prefix_chars": 9, "judge_verdict": ["soft"]},
+            {
+                **{"task_fingerprint": "o", "tasks": "rewrites", "rewrite_prompt": None, "judge_prefix_chars": 8},
+                "judge_verdict": ["hard"],
+            },
+            r"\(with --judge-prefix-chars 8 \(was 9\), --rewrite-prompt not given \(was a.txt\)\)",
+        ),
+        (
+            {"tasks": "documents"},
+            {"task_fingerprint": "others", "tasks": "thoughts"},
+            r"--tasks thoughts \(was documents\)",
+        ),
     ],
 )
 def test_what_cannot_change_names_flag_both_values_and_the_way_out(
