@@ -10,15 +10,21 @@ The model plans its changes, then writes the spoilt version after a mark (judge/
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass
 
 from megatron_sip.judge.base import UNKNOWN_CODE, AsksTeacher
 from megatron_sip.judge.calls import Answer, GenerateCall
-from megatron_sip.judge.prompts import PromptFile, builtin_prompt, fence_code, valid_unicode
+from megatron_sip.judge.prompts import PromptFile, break_marks, builtin_prompt, fence_code, valid_unicode
 from megatron_sip.judge.refusals import is_refusal
 from megatron_sip.judge.settings import ClientSettings, SettingsError
 from megatron_sip.judge.teacher import CHECK_TIMEOUT_S, affinity_of
 
+_NOTE = re.compile(
+    r"^[^\w\n]*+(?:notes?|changes?(?: made)?|modifications?|explanations?|(?:factual )?errors?(?: introduced)?)[\s*_]*[:：]",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""Begins a line in which a model says what it has done."""
 LENGTHS = (0.5, 2.0)
 """Least and greatest length of a spoilt version, in lengths of the suffix: a judge is not to go by it."""
 
@@ -63,8 +69,10 @@ class Corruptor(AsksTeacher):
         if shown is None:
             return "", "context-too-short"
         deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
-        [answer] = await self._client.ask([self._call(shown, suffix)], affinity_of(prefix), deadline)
-        return read_corruption(answer, self._prompt, suffix)
+        code = fence_code(self._settings.seed, shown, [valid_unicode(suffix)])
+        call = self._call(shown, suffix, code)
+        [answer] = await self._client.ask([call], affinity_of(prefix), deadline)
+        return read_corruption(answer, self._prompt, suffix, code)
 
     def flush(self) -> None:
         """Commit what the cache waits with."""
@@ -75,10 +83,9 @@ class Corruptor(AsksTeacher):
         window = self._client.window(self._settings.prefix_chars)
         return window.shown(valid_unicode(prefix), lambda: self._client.request_tokens(bare))
 
-    def _call(self, prefix: str, suffix: str, code: str | None = None) -> GenerateCall:
+    def _call(self, prefix: str, suffix: str, code: str) -> GenerateCall:
         settings = self._settings
         texts = {"prefix": prefix, "continuation": valid_unicode(suffix)}
-        code = code or fence_code(settings.seed, prefix, [texts["continuation"]])
         return GenerateCall(
             self._prompt.identity,
             self._prompt.fill(texts, code),
@@ -89,8 +96,11 @@ class Corruptor(AsksTeacher):
         )
 
 
-def read_corruption(answer: Answer, prompt: PromptFile, suffix: str) -> tuple[str, str]:
-    """(spoilt suffix, "") or ("", why there is none): failed, unfinished, refused, no-mark, other-length, unchanged.
+def read_corruption(answer: Answer, prompt: PromptFile, suffix: str, code: str) -> tuple[str, str]:
+    """(spoilt suffix, "") or ("", why there is none).
+
+    failed, unfinished, refused, no-mark, other-length, unchanged; fenced: it repeats the marks around texts, with their `code`;
+    note: it speaks about itself.
 
     It begins with the suffix's own white space, so that it continues the prefix in the same way.
     """
@@ -103,7 +113,11 @@ def read_corruption(answer: Answer, prompt: PromptFile, suffix: str) -> tuple[st
         return "", "refused" if is_refusal(answer[0]) else "no-mark"
     if is_refusal(found) and not is_refusal(suffix):
         return "", "refused"
-    if found.split() == suffix.split():
+    if code in found:
+        return "", "fenced"
+    if _NOTE.search(found) and not _NOTE.search(suffix):
+        return "", "note"
+    if break_marks(found).split() == break_marks(suffix).split():  # template marks were shown broken, and may be mended
         return "", "unchanged"
     text = suffix[: len(suffix) - len(suffix.lstrip())] + found.strip()
     least, most = (share * len(suffix) for share in LENGTHS)
