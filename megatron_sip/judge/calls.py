@@ -72,15 +72,16 @@ class LikelihoodCall:
 Call = GenerateCall | ChoiceCall | LikelihoodCall
 
 
-def votes_that_came(call: Call, answer: Answer) -> Answer:
+def votes_that_came(call: Call, answer: Answer, *, failed: bool) -> Answer:
     """What of an answer may be kept: not its missing votes, which a later run shall ask for; None when nothing is left.
 
-    The answer of a call that was made for missing votes is kept whole or not at all, since none is made for it.
+    The answer of a call that was made for missing votes is kept whole or not at all, since none is made for it; and so is one
+    of which something `failed`, or what is missing would later seem to be answers that nobody can read.
     """
     if not isinstance(call, GenerateCall) or not isinstance(answer, list):
         return answer
     came = [vote for vote in answer if vote is not None]
-    return came if len(came) == call.n or (came and not call.again) else None  # type: ignore[return-value]
+    return came if len(came) == call.n or (came and not call.again and not failed) else None  # type: ignore[return-value]
 
 
 def cache_material(call: Call, model: str) -> bytes:

@@ -141,7 +141,7 @@ class TeacherClient:
     ) -> list[Answer]:
         """Answers in the order of `calls`; None for a call that failed or had not ended at `deadline` (loop time).
 
-        `failures`, when given, is where failed calls are also counted by kind.
+        `failures`, when given, is where failed calls, and what a server aborted, are also counted by kind.
         """
         failures = Counter() if failures is None else failures
         source = self._answer_source()
@@ -152,9 +152,14 @@ class TeacherClient:
         self.counts["calls"] += len(calls)
         self.counts["cached"] += len(calls) - len(open_calls)
         if open_calls:
-            fresh = await self._ask_servers(open_calls, affinity, deadline, failures)
+            failed: Counter[str] = Counter()
+            fresh = await self._ask_servers(open_calls, affinity, deadline, failed)
+            failures.update(failed)
             if self._cache is not None:
-                kept = ((key, votes_that_came(open_calls[key], answer)) for key, answer in fresh.items())
+                kept = (
+                    (key, votes_that_came(open_calls[key], answer, failed=bool(failed)))
+                    for key, answer in fresh.items()
+                )
                 self._cache.put_many((key, answer) for key, answer in kept if answer is not None)
             known |= fresh
         return [known.get(key) for key in keys]
@@ -192,7 +197,9 @@ class TeacherClient:
         def parse(response: Any) -> list[Answer]:
             nonlocal missing
             asked = sent[2].get("n", 1)  # less than the call's `n` where the server refuses that parameter
-            answers = self._parse(calls, response, asked)
+            answers, aborted = self._parse(calls, response, asked)
+            if aborted:
+                failures["aborted"] += aborted
             wanted = calls[0].n if not is_native and isinstance(calls[0], GenerateCall) else 0
             missing = max(0, wanted - min(asked, len(response["choices"]))) if wanted else 0
             return answers
@@ -260,7 +267,8 @@ class TeacherClient:
         assert not isinstance(calls[0], LikelihoodCall)
         return dialect.adapted(openai_body(calls[0], endpoint))
 
-    def _parse(self, calls: list[Call], response: Any, asked: int) -> list[Answer]:
+    def _parse(self, calls: list[Call], response: Any, asked: int) -> tuple[list[Answer], int]:
+        """The answers, and how many of their votes or texts the server did not give: those failed, they say nothing."""
         endpoint = self.settings.endpoint
         lost: Counter[str] = Counter()
         if endpoint.kind == "sglang":
@@ -276,7 +284,7 @@ class TeacherClient:
             self.counts[name] += count
             if self.counts[name] == count:  # the first of its kind is worth a line
                 log.warning("an answer of the judge or rewriter is not used: %s", UNREADABLE[reason])
-        return answers
+        return answers, lost["aborted"]
 
 
 def _only(answers: list[Answer] | None) -> Any:

@@ -100,6 +100,8 @@ def sglang_answers(
                 answers.append(read_written(call, [_sglang_written(call, encoder, one) for one in own], lost))
             elif finish_of(own[0].finish_reason) == "aborted":
                 answers.append(None)
+                if lost is not None:
+                    lost["aborted"] += 1
             elif isinstance(call, ChoiceCall):
                 _, label_ids = encoder.choices(call.rule.start, call.rule.labels)
                 answers.append(call.rule.expected_value(own[0].first_logprobs(label_ids)))
@@ -194,6 +196,8 @@ def _openai_choice(
     if not endpoint.prefill:
         return _generated_choice(call.rule, read_vote(written, call.rule, lost), tokens)
     if written.finish == "aborted":
+        if lost is not None:
+            lost["aborted"] += 1
         return None
     return _first_choice(call.rule, tokens) if tokens else call.rule.begun(written.text)
 
