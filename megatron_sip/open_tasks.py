@@ -56,9 +56,11 @@ def open_labelled_tasks(settings: Settings, tokenizer: Any) -> tuple[Tasks, Task
     if settings.run.rank == 0:
         say(f"data: reading and checking the {data.labelled.kind}")
     bos = DocumentEncoder.of(tokenizer, data.tokenizing).bos
-    writer = make_writer(replace(data.labelled, begins_with=bos), tokenizer)
+    labelled = replace(data.labelled, begins_with=bos)
+    writer = make_writer(labelled, tokenizer)
     records = open_records(data.paths, data.split, writer)
-    training = LabelledSource(records, "train", writer, data.labelled.seed)
+    training = LabelledSource(records, "train", writer, labelled.seed)
     if settings.run.rank != 0 or not settings.validation.interval:
         return training, None
-    return training, LabelledSource(records, "valid", writer, data.labelled.seed)
+    # With a writer of its own: what that counts is no step's.
+    return training, LabelledSource(records, "valid", make_writer(labelled, tokenizer), labelled.seed)

@@ -56,8 +56,8 @@ def differences(
 ) -> list[str]:
     """The flags among `names` whose values are not the checkpoint's, as "--lr 0.0005 (was 0.001)".
 
-    What either side does not know is not a difference, nor is None: Megatron fills some defaults only later. Of flags of ours it
-    may be a value.
+    What either side does not know is not a difference, nor is None: Megatron fills some defaults only later. Of our own flags
+    None may be a value.
     """
     changed = []
     for name in names:

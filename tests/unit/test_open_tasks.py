@@ -33,6 +33,21 @@ def test_labelled_records_are_opened_as_the_flags_say(tmp_path: Path, capsys: py
     assert training.fingerprint() == open_tasks(settings, tokenizer, FakeExchange())[0].fingerprint()  # type: ignore
 
 
+def test_what_happens_to_the_validation_s_records_is_not_counted_in_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [THOUGHT | {"prefix": "w " * 100, "split": "valid"}, THOUGHT | {"prefix": "words ", "split": "train"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ("--tasks", "thoughts", "--max-prompt-length", "60")
+    settings = unchecked_settings(*flags, data_path=[str(path)], seq_length=256, eval_interval=5)
+    training, held_out = open_tasks(settings, byte_level_tokenizer(), FakeExchange())  # type: ignore[arg-type]
+    assert training is not None
+    assert held_out is not None
+    held_out.tasks(0, 1)
+    training.tasks(0, 1)
+    assert not training.take_counts().get("tasks/prompts-cut")
+    assert held_out.take_counts() == {"tasks/prompts-cut": 1.0}
+
+
 def test_a_wrong_record_ends_the_run_before_anything_is_trained(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(THOUGHT) + "\n" + json.dumps(THOUGHT | {"end_mark": ""}) + "\n")
