@@ -37,7 +37,7 @@ def read_groups(folder: Path, step: int, tasks: Sequence[Task]) -> list[Group]:
     Raises:
         DataError: the step was not recorded, or not for these tasks; a file is cut short or holds something else.
     """
-    paths = sorted(folder.glob(f"step_{step:07d}.*.jsonl.zst"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    paths = sorted(folder.glob(f"step_{step:07d}.*.jsonl.zst"), key=age)
     if not paths:
         raise DataError(f"--replay-groups {folder}: no groups of step {step}; it was recorded with fewer steps")
     recorded: dict[int, Group] = {}
@@ -58,6 +58,16 @@ def read_groups(folder: Path, step: int, tasks: Sequence[Task]) -> list[Group]:
             )
         groups.append(recorded[task.index])
     return groups
+
+
+def age(path: Path) -> tuple[int, str]:
+    """Sorts files from the oldest to the newest one."""
+    return path.stat().st_mtime_ns, path.name
+
+
+def step_name(path: Path) -> str:
+    """Equal for the files of one step."""
+    return path.name.partition(".")[0]
 
 
 def group_files(folder: Path) -> list[Path]:

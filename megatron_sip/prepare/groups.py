@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_sip.data.ordering import hash64
 from megatron_sip.data.roles import text_key
-from megatron_sip.experience.recording import group_files, groups_in
+from megatron_sip.experience.recording import age, group_files, groups_in, step_name
 from megatron_sip.judge.judge import Judge
 from megatron_sip.prepare.documents import Place
 from megatron_sip.prepare.judgements import record_id
@@ -28,6 +28,10 @@ from megatron_sip.prepare.pipeline import Made, Source
 from megatron_sip.prepare.settings import GroupSettings
 from megatron_sip.records import Candidate, Group, Task
 
+ADVICE = (
+    "a run asks of most pairs one verdict in one order: give --teacher-url, the URL of a judge who is asked instead, or take "
+    "such verdicts with --one-order --min-votes 1; --agreement says how many must say the same"
+)
 JudgedTask = Literal["quality", "safety"]
 BEGINNING = 50
 """Characters by which a document is known again, whatever the cut."""
@@ -42,17 +46,33 @@ class Recorded:
 
 
 class GroupReader:
-    """Iterates over the groups of `files` behind `position`, of documents only."""
+    """Iterates over the groups of `files` behind `position`, of documents only.
+
+    Of a task that was recorded twice in a step, as after a resume with fewer replicas, the newest file's group counts.
+    """
 
     def __init__(self, files: Sequence[Path], position: Place, counts: Counter[str], bar: tqdm[Any]) -> None:
         self.position = position
         self.counts = counts
         self._files = files
         self._bar = bar
+        self._by_step: dict[str, list[Path]] = {}
+        for path in sorted(files, key=age):
+            self._by_step.setdefault(step_name(path), []).append(path)
+
+    def _newest(self, step: str) -> dict[int, Path]:
+        """The newest file with a group of each task."""
+        if len(self._by_step[step]) == 1:
+            return {}
+        return {group.task.index: path for path in self._by_step[step] for group in groups_in(path)}
 
     def __iter__(self) -> Iterator[Recorded]:
         first, skipped = self.position
+        step, newest = "", dict[int, Path]()
         for number, path in enumerate(self._files[first:], start=first):
+            if step_name(path) != step:
+                step = step_name(path)
+                newest = self._newest(step)
             for row, group in enumerate(groups_in(path), start=1):
                 if number == first and row <= skipped:
                     continue
@@ -60,6 +80,9 @@ class GroupReader:
                 self.counts["documents/read"] += 1
                 if group.task.label is not None:
                     self.counts["dropped/labelled-task"] += 1
+                    continue
+                if newest.get(group.task.index, path) != path:
+                    self.counts["dropped/recorded-again"] += 1
                     continue
                 self.counts["documents/used"] += 1
                 yield Recorded(group, self.position)
@@ -71,7 +94,7 @@ def group_source(settings: GroupSettings) -> Source[Recorded]:
     """The recorded groups of a folder. Raises DataError where there are none."""
     values = asdict(settings) | {"folder": str(settings.folder), "splits": list(map(str, settings.splits.splits))}
     files = tuple(group_files(settings.folder))
-    return Source(files, values, lambda *place: GroupReader(files, *place))
+    return Source(files, values, lambda *place: GroupReader(files, *place), ADVICE)
 
 
 class GroupMaker:

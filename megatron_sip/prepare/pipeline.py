@@ -49,11 +49,13 @@ class Reader[T](Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Source[T]:
-    """Files, and how they are read from a place on. identity: what else decides what is read, as JSON."""
+    """Files, and how they are read from a place on. identity: what else decides what is read, as JSON. advice: what to
+    do where nothing came of it."""
 
     files: tuple[Path, ...]
     identity: Mapping[str, Any]
     read: Callable[[Place, Counter[str], tqdm[Any]], Reader[T]]
+    advice: str = "name other files, another --role, or other flags"
 
 
 type Make[T] = Callable[[Sequence[T]], Awaitable[Sequence[Made]]]
@@ -133,7 +135,7 @@ def _manifest[T](source: Source[T], journal: Journal, kept: Mapping[str, Any]) -
     counts = journal.counts
     if not kept["total"]:
         dropped = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()) if count) or "no document"
-        raise PrepareError(f"no record was made ({dropped}): name other files, another --role, or other flags")
+        raise PrepareError(f"no record was made ({dropped}): {source.advice}")
     return {
         "inputs": [{"path": str(path), "sha256": _digest(path)} for path in source.files],
         "versions": {name: version(name) for name in VERSIONED},

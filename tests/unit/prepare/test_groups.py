@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from prepare_cases import prose, read_lines, run
 
 from megatron_sip.errors import DataError
 from megatron_sip.experience.recording import write_groups
+from megatron_sip.judge import ScheduleSettings
+from megatron_sip.prepare.settings import PrepareError
 from megatron_sip.records import Group, Rewriting
 
 QUALITIES = [0.2, 0.9, 0.5, 0.9]
@@ -104,6 +107,37 @@ async def test_a_stronger_judge_s_verdicts_take_the_place_of_the_recorded_ones(t
     records = read_lines(tmp_path / "out" / "judgements.jsonl")
     assert len(records) == 5 * 2 * 2
     assert all((quality_of(r["option_1"]) > quality_of(r["option_2"])) == (r["verdict"] == "1") for r in records)
+
+
+async def test_of_a_task_that_was_recorded_twice_the_newest_group_counts(tmp_path: Path) -> None:
+    """A resume with fewer replicas writes fewer files: those of the others stay."""
+    groups = await judged(4)
+    swapped = [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
+    stale = [replace(group, verdicts={"quality": swapped}) for group in groups]
+    folder = tmp_path / "groups"
+    old = [write_groups(folder, 7, replica, stale[2 * replica : 2 * replica + 2]) for replica in range(2)]
+    for path in old:
+        os.utime(path, (1, 1))
+    write_groups(folder, 7, 0, groups)
+    write_groups(folder, 8, 0, groups)  # another step's are others
+    words = ("judgements", "--task", "quality", "--from-groups", folder, "--out", tmp_path / "out")
+    manifest = await asyncio.to_thread(run, *words)
+    assert manifest["dropped"] == {"recorded-again": 2}
+    assert manifest["documents"]["used"] == 8
+    records = read_lines(tmp_path / "out" / "judgements.jsonl")
+    assert all((quality_of(r["option_1"]) > quality_of(r["option_2"])) == (r["verdict"] == "1") for r in records)
+
+
+async def test_where_a_default_run_s_verdicts_are_too_few_it_is_said_what_to_give(tmp_path: Path) -> None:
+    async with FakeJudge() as judge:
+        settings = make_settings(judge.url, schedule=ScheduleSettings())
+        made, _ = await score(settings, [make_group(i, [0.1 * place for place in range(9)]) for i in range(4)])
+    groups = record(tmp_path / "groups", made)
+    words = ("judgements", "--task", "quality", "--from-groups", groups)
+    with pytest.raises(PrepareError, match=r"--teacher-url, .* --one-order --min-votes 1"):
+        await asyncio.to_thread(run, *words, "--out", tmp_path / "none")
+    manifest = await asyncio.to_thread(run, *words, "--out", tmp_path / "out", "--one-order", "--min-votes", "1")
+    assert manifest["records"]["total"] > 0
 
 
 async def test_groups_of_labelled_tasks_are_no_documents_and_an_empty_folder_is_named(tmp_path: Path) -> None:
