@@ -12,7 +12,7 @@ from megatron_sip.data.labelled import LabelledSource, open_records
 from megatron_sip.data.shared_texts import count_shared_texts
 from megatron_sip.data.tasks import Tasks, TaskSource
 from megatron_sip.data.tokenization import DocumentEncoder
-from megatron_sip.judge.labelled_tasks import make_writer
+from megatron_sip.judge.labelled_tasks import JudgementWriter, make_writer
 from megatron_sip.training.leaders import LeaderExchange
 
 
@@ -59,6 +59,8 @@ def open_labelled_tasks(settings: Settings, tokenizer: Any) -> tuple[Tasks, Task
     labelled = replace(data.labelled, begins_with=bos)
     writer = make_writer(labelled, tokenizer)
     records = open_records(data.paths, data.split, writer)
+    if isinstance(writer, JudgementWriter):
+        writer.require_criteria()
     training = LabelledSource(records, "train", writer, labelled.seed)
     if settings.run.rank != 0 or not settings.validation.interval:
         return training, None

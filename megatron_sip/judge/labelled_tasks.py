@@ -157,10 +157,23 @@ class PromptWriter(ABC):
 class JudgementWriter(PromptWriter):
     """The judge's prompts, with the right label beside them (paper section 3.1)."""
 
+    def __init__(self, settings: LabelledSettings, encoder: ChatEncoder) -> None:
+        super().__init__(settings, encoder)
+        self._criteria: set[str] = set()
+
+    def require_criteria(self) -> None:
+        """Once all records have been seen: raises DataError for a criterion of --judge-verdict that none of them has."""
+        if unknown := sorted(set(self._settings.verdicts) - self._criteria):
+            raise DataError(
+                f"--judge-verdict of {', '.join(unknown)}: no record has such a criterion; there are: "
+                f"{', '.join(sorted(self._criteria))}"
+            )
+
     def check(self, record: Record) -> PromptFile:
         """The criterion's prompt. Raises ValueError for a field that is missing or wrong."""
         name = _text(record, "criterion")
         prompt = judge_prompt(name)
+        self._criteria.add(name)
         assert prompt.rule is not None
         if record.get("verdict") not in prompt.rule.labels:
             labels = ", ".join(f'"{label}"' for label in prompt.rule.labels)

@@ -54,3 +54,18 @@ def test_a_wrong_record_ends_the_run_before_anything_is_trained(tmp_path: Path) 
     settings = unchecked_settings("--tasks", "thoughts", data_path=[str(path)], seq_length=512)
     with pytest.raises(DataError, match=r'a\.jsonl:2: "end_mark" is empty'):
         open_tasks(settings, byte_level_tokenizer(), FakeExchange())  # type: ignore[arg-type]
+
+
+def test_a_verdict_mode_of_a_criterion_that_no_record_has_is_refused(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}\n"
+    path = tmp_path / "a.jsonl"
+    record = {"criterion": "safety", "verdict": "NO", "prefix": "words", "candidate": " bites"}
+    path.write_text("".join(json.dumps(record | {"id": number}) + "\n" for number in range(9)))
+    flags = ("--tasks", "judgements", "--judge-verdict", "soft")
+    given = {"data_path": [str(path)], "seq_length": 4096, "split": "1"}
+    message = "--judge-verdict of saftey: no record has such a criterion; there are: safety"
+    with pytest.raises(DataError, match=message):
+        open_tasks(unchecked_settings(*flags, "saftey=hard", **given), tokenizer, FakeExchange())  # type: ignore[arg-type]
+    training, _ = open_tasks(unchecked_settings(*flags, "safety=hard", **given), tokenizer, FakeExchange())  # type: ignore
+    assert training is not None
