@@ -20,7 +20,7 @@ _UNSPACED = (
     "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
 )
 _PIECE = re.compile(rf"\s+|[{_UNSPACED}]|[^\s{_UNSPACED}]+")
-_SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’»)\]]*(?=\s|$)|[。！？｡؟।]+[」』”’]*|(?=\n)|$)", re.DOTALL)
+_SENTENCE = re.compile(r".+?(?:(?<![.!?…])[.!?…]++[\"'”’»)\]]*+(?=\s|$)|[。！？｡؟।]+[」』”’]*|(?=\n)|$)", re.DOTALL)
 _NUMBER = re.compile(r"\d+")
 _NAME_WORD = re.compile(r"[^\W\d_][\w’'-]*")
 _SENTENCE_ENDS = ".!?:;\"'“”‘’«»(*#>-–—"
@@ -45,10 +45,11 @@ def swap_sentences(text: str, prefix: str, draws: Random) -> str | None:
     """Two different sentences in each other's place."""
     found = [match for match in _SENTENCE.finditer(text) if match[0].strip()]
     spans = [(m.start() + len(m[0]) - len(m[0].lstrip()), m.start() + len(m[0].rstrip())) for m in found]
-    pairs = [(a, b) for i, a in enumerate(spans) for b in spans[i + 1 :] if text[slice(*a)] != text[slice(*b)]]
-    if not pairs:
+    if len({text[a:b] for a, b in spans}) < 2:
         return None
-    (a, b), (c, d) = draws.choice(pairs)
+    one = draws.choice(spans)
+    others = [span for span in spans if text[slice(*span)] != text[slice(*one)]]
+    (a, b), (c, d) = sorted((one, draws.choice(others)))
     return text[:a] + text[c:d] + text[b:c] + text[a:b] + text[d:]
 
 
@@ -138,7 +139,10 @@ def names_in(text: str) -> list[str]:
     names: list[str] = []
     end = -1
     for match in _NAME_WORD.finditer(text):
-        word, before = match[0], text[: match.start()].rstrip(" ")[-1:]
+        word, place = match[0], match.start()
+        while place and text[place - 1] == " ":
+            place -= 1
+        before = text[place - 1 : place] if place else ""
         if not word[0].isupper() or len(word) < 2 or word[1] in "'’":
             continue
         if names and match.start() == end + 1 and text[end] == " ":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -128,6 +130,30 @@ def test_scripts_without_spaces_are_spoilt_by_character_and_sentence(rule: str) 
     spoilt = spoil(rule, CHINESE, "", 5)
     assert spoilt is not None
     assert len(spoilt) == len(CHINESE)
+
+
+@pytest.mark.parametrize(
+    "unit", ["The bridge at Norwick is {} years old. ", "It fell{}! ", "....x{}", '."""""x{} ', "Anna{} and "]
+)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_book_is_spoilt_in_linear_time_and_memory(rule: str, unit: str) -> None:
+    text = "".join(unit.format(i % 1000) for i in range(2_000))
+    began = time.process_time()
+    tracemalloc.start()
+    spoil(rule, text, text, 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 * (len(text) + 100_000)
+    assert time.process_time() - began < 4
+
+
+def test_different_sentences_are_found_among_many_that_are_equal() -> None:
+    text = "It is so. " * 500 + "It is not."
+    for seed in range(5):
+        spoilt = spoil("swap-sentences", text, "", seed)
+        assert spoilt is not None
+        assert spoilt.count("not") == 1
+        assert not spoilt.endswith("not.")
 
 
 def test_texts_without_anything_to_change_are_left_alone() -> None:
