@@ -38,9 +38,14 @@ def read_continuations(path: Path, candidate_field: str | None, limit: int | Non
 
 
 def questions(continuations: Sequence[Mapping[str, str]], criteria: Sequence[str]) -> list[Question]:
-    """Every criterion about every continuation, criterion by criterion. Raises DataError for one that compares pairs."""
+    """Every criterion about every continuation, criterion by criterion. Raises DataError for one that is none, or that
+    compares pairs."""
     for name in criteria:
-        if judge_prompt(name).kind != "pointwise":
+        try:
+            prompt = judge_prompt(name)
+        except (ValueError, OSError) as error:
+            raise DataError(f"--criteria {name}: {error}") from error
+        if prompt.kind != "pointwise":
             raise DataError(
                 f"--criteria {name}: labels are of single texts: name pointwise criteria, such as factuality:v4"
             )

@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     try:
         print(run[given.command]())
-    except (UserError, FileNotFoundError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -307,6 +307,8 @@ def judge_prompt(name: str) -> PromptFile:
         prompt = find_prompt(name)
     except FileNotFoundError:
         raise ValueError(f'"criterion" is {name!r}: there is no such prompt file') from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f'"criterion" is {name!r}: it cannot be read: {error}') from error
     if prompt.rule is None:
         raise ValueError(
             f'"criterion" is {name!r}, a prompt without verdicts: one of kind pointwise or pairwise is needed'

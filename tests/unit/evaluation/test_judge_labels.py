@@ -42,6 +42,9 @@ def test_labels_and_agreement_are_counted() -> None:
 
 
 def test_only_single_texts_have_labels() -> None:
+    for name in ("rewrite", "missing.txt", "nonsense"):
+        with pytest.raises(DataError, match=f"--criteria {name}: "):
+            questions(TEXTS, [name])
     with pytest.raises(DataError, match=r"--criteria quality: .* pointwise"):
         questions(TEXTS, ["quality"])
 
