@@ -54,7 +54,11 @@ READ_FLAGS: Flags = {
     "--seed": ({"type": int, "default": 1234}, "Of cuts, rules, and the balance of labels."),
 }
 CUT_FLAGS: Flags = {
-    "--tokenizer": ({"metavar": "DIR"}, "Tokenizer by whose tokens documents are cut: the policy's."),
+    "--tokenizer": (
+        {"metavar": "DIR"},
+        "Tokenizer by whose tokens documents are cut: the policy's. With --prefix-field: those that a model spoils, to their "
+        "suffix's length.",
+    ),
     "--hf-config": ({"metavar": "DIR"}, "The same, as the trainer names it."),
     "--no-cut": ({"action": "store_true"}, "Take each text whole, with nothing before it."),
     "--seq-length": ({"type": int, "default": 2048, "metavar": "N"}, "Tokens of prefix and suffix together, at most."),
@@ -231,11 +235,11 @@ def cut_settings(args: argparse.Namespace) -> CutSettings:
             f"--label-field {label}: it says what a whole text is, not a piece that is cut from it: give --no-cut, or "
             "--prefix-field where records are cut already; or leave it out and let a judge vote (--teacher-url)"
         )
-    tokenizer = None if whole else args.tokenizer or args.hf_config
+    tokenizer = None if args.no_cut else args.tokenizer or args.hf_config
     if not whole and tokenizer is None:
         raise PrepareError("--tokenizer DIR (or --hf-config) is needed to cut documents; --no-cut takes them whole")
     tasks = TaskSettings(args.seq_length, args.suffix_length, args.task_mode, args.seed, args.min_prefix_length)
-    return CutSettings(tasks, tokenizer)
+    return CutSettings(tasks, tokenizer, whole)
 
 
 def output_settings(args: argparse.Namespace, balance: str | None) -> OutputSettings:

@@ -70,7 +70,7 @@ class QualityMaker:
         spoilt, problem = await self._corruptor.corrupt(piece.prefix, piece.suffix)
         if problem:
             return "", problem
-        spoilt = spaced_as(self._cutter.cut_to_suffix(spoilt), piece.suffix)
+        spoilt = spaced_as(self._cutter.cut_to_suffix(spoilt, piece.suffix), piece.suffix)
         return (spoilt, "") if not same(spoilt, piece.suffix) else ("", "unchanged")
 
 

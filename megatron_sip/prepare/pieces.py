@@ -35,25 +35,28 @@ class Cutter:
     def __init__(self, settings: CutSettings) -> None:
         """Raises PrepareError, DataError for a tokenizer that cannot be used."""
         self._tasks = settings.tasks
+        self._whole = settings.whole or settings.tokenizer is None
         self.tokenizer = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer)
         plain = TokenizeSettings(append_eos=False, prepend_bos="off")
         self._backend = None if self.tokenizer is None else DocumentEncoder.of(self.tokenizer, plain).backend()
 
     def pieces(self, documents: Sequence[Document]) -> list[tuple[list[Piece], Counter[str]]]:
         """Of each document its pieces, and what was dropped of it."""
-        if self._backend is None or self.tokenizer is None:
+        if self._whole or self._backend is None:
             return [([Piece(document, 0, document.prefix, document.text)], Counter()) for document in documents]
         encodings = self._backend.encode_batch_fast([d.text for d in documents], add_special_tokens=False)
         return [self._cut(document, encoding.ids) for document, encoding in zip(documents, encodings, strict=True)]
 
-    def cut_to_suffix(self, text: str) -> str:
+    def cut_to_suffix(self, text: str, suffix: str) -> str:
         """At most as many tokens of a text as a suffix has, so that it breaks off as one; all of it without a tokenizer."""
         if self._backend is None or self.tokenizer is None:
             return text
         ids = self._backend.encode(text, add_special_tokens=False).ids
-        if len(ids) <= self._tasks.suffix_length:
-            return text
         end = self._tasks.suffix_length
+        if self._whole:
+            end = len(self._backend.encode(suffix, add_special_tokens=False).ids)
+        if len(ids) <= end:
+            return text
         return continuation_texts(self.tokenizer, ids[:end], ids[end : end + LOOKAHEAD])[0]
 
     def _cut(self, document: Document, ids: list[int]) -> tuple[list[Piece], Counter[str]]:

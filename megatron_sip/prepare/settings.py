@@ -46,10 +46,14 @@ class ReadSettings:
 @dataclass(frozen=True, slots=True)
 class CutSettings:
     """How documents become a prefix and a suffix: by tokens of `tokenizer` (a folder), as the trainer cuts them, or not at
-    all, where `tokenizer` is None: a document's text is then the suffix."""
+    all, where `whole`: a document's text is then the suffix.
+
+    A tokenizer of whole texts says how long the versions that a model spoils may be: as the text.
+    """
 
     tasks: TaskSettings
     tokenizer: str | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from fake_judge import FakeJudge, truthful_answer
-from prepare_cases import files_below, prose, read_lines, run, write_records
+from prepare_cases import files_below, prose, read_lines, run, tokenizer_folder, write_records
+from tiny_tokenizer import byte_level_tokenizer
 
 from megatron_sip.prepare.settings import PrepareError
 
@@ -215,6 +216,37 @@ async def test_a_teacher_s_spoilt_version_is_read_after_its_mark_or_counted(tmp_
     spoilt = [record["option_2"] for record in records if record["verdict"] == "1"]
     assert sum("Novel" in text for text in spoilt) == 4
     assert manifest["dropped"]["teacher"] == {"no-mark": 4, "unchanged": 4, "other-length": 4, "refused": 4}
+
+
+async def test_a_spoilt_version_breaks_off_where_a_continuation_does(tmp_path: Path) -> None:
+    rows = [{"before": f"Report {i} says:", "after": prose(i, 2)[:80]} for i in range(6)]
+    data = write_records(tmp_path / "cut.jsonl", rows)
+    tokenizer = tokenizer_folder(tmp_path / "tokenizer")
+
+    def answer(prompt: str) -> str:
+        original = prompt.split("[begin continuation")[1].split("\n")[1]
+        return f"MODIFIED CONTINUATION:\n{original.replace('e', 'o')} And so it goes on, to a good end."
+
+    async with FakeJudge(answer=answer) as judge:
+        fields = (
+            "--text-field",
+            "after",
+            "--prefix-field",
+            "before",
+            "--tokenizer",
+            tokenizer,
+            "--role-shares",
+            "0,1,0",
+        )
+        words = ("judgements", "--task", "quality", "--data-path", data, *fields, "--corrupt", "teacher")
+        await ask(judge, *words, "--out", tmp_path / "out")
+    lengths = [
+        [len(byte_level_tokenizer().encode(record[name])) for name in ("suffix", "option_2")]
+        for record in read_lines(tmp_path / "out" / "judgements.jsonl")
+        if record["verdict"] == "1"
+    ]
+    assert len(lengths) == 6
+    assert all(abs(spoilt - original) <= 2 for original, spoilt in lengths)
 
 
 async def test_what_the_judge_answered_is_not_asked_again_after_a_stop(tmp_path: Path) -> None:
