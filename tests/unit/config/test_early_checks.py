@@ -21,6 +21,7 @@ from megatron_sip.config.early_checks import (
 )
 from megatron_sip.config.presets import expand_presets, known_presets
 from megatron_sip.errors import ArgumentError
+from megatron_sip.judge.__main__ import command_line as judge_command_line
 from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.prepare.__main__ import command_line as prepare_command_line
 
@@ -181,11 +182,16 @@ def test_documentation_names_existing_flags_only(page: str) -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![\w*-])", text))
     ours = {name for action in early_parser()._actions for name in action.option_strings}
     tools = {flag for path in (REPO / "tools").glob("*.py") for flag in LITERAL_FLAG.findall(path.read_text())}
-    assert named - ours - tools - prepare_flags() - megatron_flag_names() - OTHER_PROGRAMS == set()
+    assert named - ours - tools - command_flags() - megatron_flag_names() - OTHER_PROGRAMS == set()
 
 
-def prepare_flags() -> set[str]:
-    """Of all commands of `megatron-sip-prepare`."""
-    [commands] = [action for action in prepare_command_line()._actions if action.dest == "command"]
-    assert isinstance(commands.choices, dict)
-    return {name for own in commands.choices.values() for action in own._actions for name in action.option_strings}
+def command_flags() -> set[str]:
+    """Of all commands of `megatron-sip-prepare` and of `python -m megatron_sip.judge`."""
+    names: set[str] = set()
+    for parser in (prepare_command_line(), judge_command_line()):
+        [commands] = [action for action in parser._actions if action.dest == "command"]
+        assert isinstance(commands.choices, dict)
+        names |= {
+            name for own in commands.choices.values() for action in own._actions for name in action.option_strings
+        }
+    return names

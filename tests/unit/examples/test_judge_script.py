@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.config.early_checks import check_flags
 from megatron_sip.config.presets import expand_presets
 from megatron_sip.judge.__main__ import command_line as judge_command_line
@@ -32,6 +33,9 @@ def shown_commands(folder: Path, *words: str, finished: bool = True) -> list[lis
     run.mkdir()
     if finished:
         (run / "summary.json").write_text("{}")
+        (run / TRACKER).write_text("200")
+        with (folder / "megatron-sip-convert").open("a") as stand_in:
+            stand_in.write(f"mkdir {run}/judge\n")
     command = ["bash", "examples/train_judge.sh", "--run-dir", str(run), "--", *words]
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
     subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=True)
