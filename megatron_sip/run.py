@@ -50,7 +50,7 @@ from megatron_sip.training.leaders import LeaderExchange
 from megatron_sip.training.metrics_writer import MetricsWriter
 from megatron_sip.training.reference_model import Reference, ReferenceStore, build_reference
 from megatron_sip.training.resume import require_resumable, saved_run, what_is_new
-from megatron_sip.training.trainer import PolicyTrainer, TrainerSettings
+from megatron_sip.training.trainer import PolicyTrainer, TrainerSettings, has_stepped
 
 EXCHANGE_SECONDS = 8 * 3600.0
 """Ranks wait for each other while rank 0 tokenises a corpus, and a leader for its judge; both have deadlines of their own."""
@@ -198,10 +198,12 @@ class Run:
                 self.reference_store.save(self.reference, self.unsaved_reference)
                 self.unsaved_reference = None
             self.state.write_into(get_args())  # which are part of the checkpoint
+            stepped = self.exchange.any_rank(has_stepped(trainer.optimizer))
+            get_args().optimizer_stepped = stepped
             save_checkpoint(
                 self.state.iteration,
                 trainer.model,
-                trainer.optimizer,
+                trainer.optimizer if stepped else None,  # Megatron cannot save one without a state, or load it
                 trainer.scheduler,
                 0,
                 checkpointing_context=trainer.checkpointing_context,
@@ -344,6 +346,7 @@ def load_policy(
     saved = saved_run(run.save)
     if saved is not None:
         require_resumable(saved, args, fingerprint)
+        args.no_load_optim = args.no_load_optim or not getattr(saved, "optimizer_stepped", True)
         if run.rank == 0:
             for line in what_is_new(saved, args):
                 say(line)

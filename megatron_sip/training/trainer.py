@@ -266,6 +266,11 @@ def take_fused_steps(param_groups: Sequence[dict[str, Any]]) -> None:
             group.update(fused=True, foreach=False)
 
 
+def has_stepped(optimizer: Any) -> bool:
+    """Whether a chained optimizer has made a step, and so has a state that a checkpoint can give back."""
+    return any(part.optimizer.state for part in optimizer.chained_optimizers if not part.is_stub_optimizer)
+
+
 def _forward_reference(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
     def kept(token_logprobs: Tensor, non_loss_data: bool = True) -> Tensor:
         return token_logprobs.clone()  # pipeline schedules may free what a stage has put out

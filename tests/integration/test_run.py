@@ -182,6 +182,26 @@ def test_recorded_groups_train_the_same_without_any_server(
     assert learnt(steps(tmp_path / "replayed")) == learnt(steps(two_steps))
 
 
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_run_saved_before_its_first_update_goes_on_as_one_that_begins(
+    corpus: Path, tiny_llama_dir: Path, tmp_path: Path, distributed: bool
+) -> None:
+    """Two steps without a usable group leave an optimizer that has not stepped: its checkpoint must be one all the same."""
+    common = ["--hf-config", str(tiny_llama_dir), "--data-path", str(corpus), "--save-interval", "1"]
+    common += ["--use-distributed-optimizer"] if distributed else []
+    learning = ["--objective", "sft", "--train-iters", "3"]
+    train(tmp_path / "groups_of", *common, *learning, "--save-groups", str(tmp_path / "unscored"))
+    unusable = ["--objective", "dpo", "--train-iters", "2", "--replay-groups", str(tmp_path / "unscored")]
+    train(tmp_path / "late", *common, *unusable)
+    assert [record["skipped_steps"] for record in steps(tmp_path / "late")] == [1, 1]
+    train(tmp_path / "late", *common, *learning)
+    [_, _, late] = steps(tmp_path / "late")
+    assert late["step"] == 3
+    assert late["grad_norm"] > 0
+    train(tmp_path / "late", *common, *learning, "--train-iters", "4")  # with the state of that first update
+    assert steps(tmp_path / "late")[3]["grad_norm"] > 0
+
+
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
     uninterrupted: Path, flags: tuple[str, ...], tmp_path: Path
 ) -> None:
