@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_sip.config.flags import add_teacher_flags
+from megatron_sip.config.flags import REWRITE_FLAGS, add_flags, add_teacher_flags
 from megatron_sip.config.teacher_settings import rewriter_settings
 from megatron_sip.data.documents import open_corpus
 from megatron_sip.data.tasks import TaskSettings, TaskSource
@@ -55,7 +55,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--cache", dest="judge_cache", type=Path, required=True, help="folder or sqlite file that keeps the rewrites"
     )
-    add_teacher_flags(parser.add_argument_group("the rewriter's servers, as the trainer takes them"))
+    group = parser.add_argument_group("the rewriter's servers, as the trainer takes them")
+    add_teacher_flags(group)
+    add_flags(group, REWRITE_FLAGS)
     parser.set_defaults(teacher_model=None, judge_deadline=BATCH_SECONDS)
     args = parser.parse_args(arguments)
     if not args.teacher_url:

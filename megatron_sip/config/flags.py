@@ -264,13 +264,15 @@ SERVER_FLAGS: Flags = {
     "requests-per-second": ({"type": float, "metavar": "N", "default": 0.0}, "Limit for each URL; 0: none."),
 }
 """Name, the same for each role, instead of the flag."""
-TEACHER_FLAGS: Flags = {
+REWRITE_FLAGS: Flags = {
     "--rewrite-temperature": ({"type": float, "default": 0.0}, "Sampling of the rewriter; 0 is greedy."),
     "--rewrite-prompt": (
         {"metavar": "FILE"},
         "The rewriter's instructions, a prompt file of kind text, for other rewrites than safe and true ones; see "
         "docs/judging.md. Default: as `python -m megatron_sip.judge show rewrite` prints them.",
     ),
+}
+TEACHER_FLAGS: Flags = {
     "--teacher-timeout": (
         {"type": float, "default": 120.0, "metavar": "SECONDS"},
         "For one attempt of one teacher call.",
@@ -361,6 +363,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = section("teacher")
     group.add_argument("--teacher-model", metavar="DIR", help="Start an SGLang server of this HF model on this node.")
     add_teacher_flags(group)
+    add_flags(group, REWRITE_FLAGS)
     group = section("another server for the rewriter, or for the held-out judge")
     group.add_argument(
         "--rewriter-model", metavar="DIR", help="Start an SGLang server of this HF model on this node for the rewriter."
@@ -372,7 +375,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def add_teacher_flags(group: argparse._ActionsContainer) -> None:
-    """The servers of judge and rewriter, and how they are to be asked."""
+    """The servers of judge and rewriter, and how they are reached."""
     add_server_flags(group, "teacher")
     add_flags(group, TEACHER_FLAGS)
 

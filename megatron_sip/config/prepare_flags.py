@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_sip.config.flags import JUDGE_FLAGS, TASK_FLAGS, Flags, add_flags, add_teacher_flags
+from megatron_sip.config.flags import JUDGE_FLAGS, REWRITE_FLAGS, TASK_FLAGS, Flags, add_flags, add_teacher_flags
 from megatron_sip.config.teacher_settings import client_settings
 from megatron_sip.data.roles import ROLES, SPLITS, Shares, parse_shares
 from megatron_sip.data.source_files import parse_data_path
 from megatron_sip.data.tasks import TaskSettings
 from megatron_sip.data.text_sources import SUPPORTED, is_text_source
 from megatron_sip.judge.corruption import CorruptorSettings
+from megatron_sip.judge.rewriter import read_rewrite_prompt
 from megatron_sip.judge.settings import JudgeSettings
 from megatron_sip.prepare.commands import DocumentsWork, GroupWork, LabelWork, QualityWork
 from megatron_sip.prepare.judgements import TEACHER
@@ -159,6 +162,8 @@ def add_rewrites_flags(parser: argparse.ArgumentParser) -> None:
     """Those of `rewrites`."""
     _add_common_flags(parser, role="rewriter")
     _add_label_flags(parser, "safe or not")
+    prompt, text = REWRITE_FLAGS["--rewrite-prompt"]
+    parser.add_argument("--rewrite-prompt", **prompt, help=f"In other trainers' formats: {text}")
     parser.add_argument("--balance", action="store_true", help="Keep as many safe records as unsafe ones.")
 
 
@@ -184,10 +189,9 @@ def documents_work(args: argparse.Namespace) -> DocumentsWork:
 
 def judgements_work(args: argparse.Namespace) -> QualityWork | LabelWork | GroupWork:
     """What `judgements` does. Raises UserError, naming the flag."""
+    check_judgements(args)
     output = output_settings(args, "verdict" if args.task == "safety" and not args.unbalanced else None)
     if args.from_groups is not None:
-        if args.data_path:
-            raise PrepareError("--from-groups takes the place of --data-path: give one of them")
         votes = vote_settings(args, args.task) if args.teacher_url else None
         return GroupWork(args.task, group_settings(args), output, votes)
     if args.task == "quality":
@@ -197,8 +201,83 @@ def judgements_work(args: argparse.Namespace) -> QualityWork | LabelWork | Group
 
 def rewrites_work(args: argparse.Namespace) -> LabelWork:
     """What `rewrites` does. Raises UserError, naming the flag."""
+    check_rewrites(args)
     output = output_settings(args, "safe" if args.balance else None)
+    if args.rewrite_prompt is not None:
+        output = replace(output, rewrite_prompt=read_rewrite_prompt(Path(args.rewrite_prompt)))
     return LabelWork("rewrites", read_settings(args), cut_settings(args), output, label_votes(args))
+
+
+LENGTHS = ("--seq-length", "--suffix-length", "--min-prefix-length", "--task-mode")
+KNOWN_LABELS = ("--safe-labels", "--unsafe-labels")
+WRITTEN = ("--judge-temperature", "--judge-top-p", "--judge-max-tokens")
+SPOILING = ("--corrupt-temperature", "--corrupt-top-p", "--corrupt-max-tokens")
+
+
+def check_judgements(args: argparse.Namespace) -> None:
+    """Raises PrepareError naming flags that do nothing beside the others."""
+
+    def refuse(names: Iterable[str], beside: str) -> None:
+        refuse_unused(args, add_judgements_flags, names, beside)
+
+    if args.from_groups is not None:
+        documents = [name for name in READ_FLAGS if name not in ("--split", "--seed")]
+        labels = ("--label-field", *KNOWN_LABELS)
+        refuse((*documents, *CUT_FLAGS, *CORRUPTION_FLAGS, *labels), "with --from-groups")
+        if not args.teacher_url:
+            refuse(("--votes", *WRITTEN), "without --teacher-url, since recorded verdicts are read")
+        refuse(("--unbalanced",) if args.task == "quality" else ("--one-order",), f"with --task {args.task}")
+        return
+    refuse([name for name in GROUP_FLAGS if name != "--from-groups"], "without --from-groups")
+    has_teacher = args.task == "quality" and TEACHER in (args.corrupt or [TEACHER])
+    if args.task == "quality":
+        refuse((*LABEL_FLAGS, "--unbalanced", *WRITTEN), "with --task quality")
+        if not has_teacher:
+            refuse(("--teacher-url", *SPOILING), f"without --corrupt {TEACHER}")
+    else:
+        refuse(CORRUPTION_FLAGS, "with --task safety")
+        refuse(_unused_of_labels(args), _labelled(args))
+    refuse(_unused_of_cuts(args, has_teacher=has_teacher), "with texts that are taken whole")
+
+
+def check_rewrites(args: argparse.Namespace) -> None:
+    """Raises PrepareError naming flags that do nothing beside the others."""
+    refuse_unused(args, add_rewrites_flags, _unused_of_labels(args), _labelled(args))
+    refuse_unused(args, add_rewrites_flags, _unused_of_cuts(args, has_teacher=False), "with texts that are taken whole")
+    if args.format == ["sip"]:
+        names = ["--rewrite-prompt"]
+        refuse_unused(
+            args, add_rewrites_flags, names, "without --format verl or nemo-gym: the trainer is told of it itself"
+        )
+
+
+def _unused_of_labels(args: argparse.Namespace) -> tuple[str, ...]:
+    return KNOWN_LABELS if args.label_field is None else ("--votes", "--teacher-url", *WRITTEN)
+
+
+def _labelled(args: argparse.Namespace) -> str:
+    return "without --label-field" if args.label_field is None else "with --label-field"
+
+
+def _unused_of_cuts(args: argparse.Namespace, *, has_teacher: bool) -> tuple[str, ...]:
+    if not args.no_cut and args.prefix_field is None:
+        return ()
+    tokenizer = () if has_teacher and not args.no_cut else ("--tokenizer", "--hf-config")
+    return *LENGTHS, *tokenizer
+
+
+def refuse_unused(
+    args: argparse.Namespace, add: Callable[[argparse.ArgumentParser], None], names: Iterable[str], beside: str
+) -> None:
+    """Raises PrepareError where one of these flags, which would do nothing, is not at its default."""
+    parser = argparse.ArgumentParser()
+    add(parser)
+    places = {name: name.removeprefix("--").replace("-", "_") for name in names}
+    given = [name for name, place in places.items() if getattr(args, place) != parser.get_default(place)]
+    if given:
+        raise PrepareError(
+            f"{', '.join(given)}: of no effect {beside}: leave {'it' if len(given) == 1 else 'them'} out"
+        )
 
 
 def read_settings(args: argparse.Namespace) -> ReadSettings:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from megatron_sip.judge.labelled_tasks import judge_prompt
-from megatron_sip.judge.prompts import builtin_prompt, fence_code, valid_unicode
+from megatron_sip.judge.prompts import PromptFile, builtin_prompt, fence_code, valid_unicode
 from megatron_sip.judge.rewriter import last_words, rewrite_call
 
 Record = Mapping[str, Any]
@@ -41,22 +41,22 @@ VERL_SCHEMA = pa.schema(
 )
 
 
-def verl_row(record: Record, index: int, seed: int) -> dict[str, Any]:
+def verl_row(record: Record, index: int, seed: int, rewriter: PromptFile | None = None) -> dict[str, Any]:
     """A row of VERL_SCHEMA. ground_truth: the right verdict's label; of a rewrite the suffix, which a safe one copies."""
     extra = {name: record.get(name) for name in ("split", "subset", "pair", "safe", "suffix")}
     return {
         "data_source": f"megatron_sip/{_ability(record)}",
-        "prompt": chat(record, seed),
+        "prompt": chat(record, seed, rewriter),
         "ability": "judging" if "verdict" in record else "rewriting",
         "reward_model": {"style": "model" if record.get("safe") is False else "rule", "ground_truth": _answer(record)},
         "extra_info": {"index": index, **extra},
     }
 
 
-def nemo_gym_line(record: Record, seed: int) -> dict[str, Any]:
+def nemo_gym_line(record: Record, seed: int, rewriter: PromptFile | None = None) -> dict[str, Any]:
     """The line of a record. template_metadata.output_regex finds the label in a judge's answer, as for its mcqa server."""
     line = {
-        "responses_create_params": {"input": chat(record, seed)},
+        "responses_create_params": {"input": chat(record, seed, rewriter)},
         "expected_answer": _answer(record),
         "metadata": {name: record[name] for name in ("subset", "pair", "safe") if name in record},
     }
@@ -67,8 +67,8 @@ def nemo_gym_line(record: Record, seed: int) -> dict[str, Any]:
     return line
 
 
-def chat(record: Record, seed: int) -> list[dict[str, str]]:
-    """The user's message of a judgement or a rewrite, as judge and rewriter are asked."""
+def chat(record: Record, seed: int, rewriter: PromptFile | None = None) -> list[dict[str, str]]:
+    """The user's message of a judgement or a rewrite, as judge and rewriter are asked; the latter by its own prompt, if any."""
     if "verdict" in record:
         texts = {name: valid_unicode(record[name]) for name in SHOWN if name in record}
         texts["reference"] = texts.pop("suffix", "")
@@ -76,7 +76,8 @@ def chat(record: Record, seed: int) -> list[dict[str, str]]:
         pieces = judge_prompt(record["criterion"]).fill(texts, code)
     else:
         prefix = valid_unicode(record["prefix"])
-        pieces = rewrite_call(builtin_prompt("rewrite"), prefix, record["suffix"], last_words(prefix), seed).prompt
+        prompt = rewriter or builtin_prompt("rewrite")
+        pieces = rewrite_call(prompt, prefix, record["suffix"], last_words(prefix), seed).prompt
     return [{"role": "user", "content": "".join(pieces)}]
 
 

@@ -22,7 +22,7 @@ from megatron_sip.prepare.documents import Place
 from megatron_sip.prepare.settings import PrepareError
 
 MANIFEST = "manifest.json"
-WRITTEN_LAST = ("formats", "balance")
+WRITTEN_LAST = ("formats", "balance", "rewrite_prompt")
 """Of the identity, what only decides how the records are written that were made: as long as none are, it may change."""
 
 

@@ -97,14 +97,16 @@ def _writers(stack: ExitStack, output: OutputSettings, name: str, task: str) -> 
         return [(None, stack.enter_context(_lines(folder / f"{task}.jsonl", dict)))]
     if name == "verl":
         return [
-            (split, stack.enter_context(_parquet(folder / "verl" / f"{split}.parquet", output.seed)))
-            for split in SPLITS
+            (split, stack.enter_context(_parquet(folder / "verl" / f"{split}.parquet", output))) for split in SPLITS
         ]
     return [
         (
             split,
             stack.enter_context(
-                _lines(folder / "nemo-gym" / f"{split}.jsonl", lambda record: nemo_gym_line(record, output.seed))
+                _lines(
+                    folder / "nemo-gym" / f"{split}.jsonl",
+                    lambda record: nemo_gym_line(record, output.seed, output.rewrite_prompt),
+                )
             ),
         )
         for split in SPLITS
@@ -130,7 +132,7 @@ def _lines(path: Path, convert: Callable[[Record], Record]) -> Iterator[Write]:
 
 
 @contextmanager
-def _parquet(path: Path, seed: int) -> Iterator[Write]:
+def _parquet(path: Path, output: OutputSettings) -> Iterator[Write]:
     rows: list[Record] = []
     with _staged(path) as staged, pq.ParquetWriter(staged, VERL_SCHEMA) as file:
 
@@ -139,7 +141,7 @@ def _parquet(path: Path, seed: int) -> Iterator[Write]:
             rows.clear()
 
         def write(record: Record) -> None:
-            rows.append(verl_row(record, next(index), seed))
+            rows.append(verl_row(record, next(index), output.seed, output.rewrite_prompt))
             if len(rows) >= ROWS_AT_ONCE:
                 flush()
 

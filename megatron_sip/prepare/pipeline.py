@@ -128,6 +128,7 @@ def identity_of[T](source: Source[T], output: OutputSettings, task: str, setting
         "formats": list(output.formats),
         "balance": output.balance,
         "seed": output.seed,
+        "rewrite_prompt": None if output.rewrite_prompt is None else output.rewrite_prompt.identity,
     }
 
 

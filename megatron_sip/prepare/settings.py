@@ -10,7 +10,7 @@ from megatron_sip.data.roles import DocumentRole, Shares
 from megatron_sip.data.tasks import TaskSettings
 from megatron_sip.errors import UserError
 from megatron_sip.judge.corruption import CorruptorSettings
-from megatron_sip.judge.prompts import find_prompt
+from megatron_sip.judge.prompts import PromptFile, find_prompt
 from megatron_sip.judge.settings import JudgeSettings
 
 RecordFormat = Literal["sip", "verl", "nemo-gym"]
@@ -58,12 +58,14 @@ class CutSettings:
 
 @dataclass(frozen=True, slots=True)
 class OutputSettings:
-    """Where records go. balance: the field of which each value gets as many records, in each split."""
+    """Where records go. balance: the field of which each value gets as many records, in each split. rewrite_prompt: the
+    rewriter's instructions that other trainers are given, None: this package's own."""
 
     folder: Path
     formats: tuple[RecordFormat, ...] = ("sip",)
     balance: str | None = None
     seed: int = 1234
+    rewrite_prompt: PromptFile | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,11 @@ FORMATS = ("--format", "sip", "verl", "nemo-gym", "--seed", str(SEED), "--split"
 TEMPLATE = "{% for m in messages %}<|bos|>{{ m['content'] }}<|im_end|>{% endfor %}"
 
 
-def tasks(path: Path, kind: LabelledKind) -> list[Any]:
+def tasks(path: Path, kind: LabelledKind, prompt: Path | None = None) -> list[Any]:
     """Every record as our own trainer's task, in the order of the file."""
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    writer = make_writer(LabelledSettings(kind, 4000, 64, seed=SEED), tokenizer)
+    writer = make_writer(LabelledSettings(kind, 4000, 64, seed=SEED, rewrite_prompt=prompt), tokenizer)
     source = LabelledSource(open_records([str(path)], "1", writer), "train", writer, seed=1)
     return [source.in_order(place) for place in range(len(source))]
 
@@ -52,17 +52,22 @@ def test_judgements_are_asked_alike_everywhere(judgements: Path) -> None:
         assert row["extra_info"]["pair"] == task.label.pair
 
 
-def test_rewrites_are_asked_alike_everywhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_rewrites_are_asked_alike_everywhere(tmp_path: Path, own: bool) -> None:
+    path = tmp_path / "own.txt"
+    path.write_text('+++\nname = "mine"\nkind = "text"\n+++\nSay it in rhyme, from {{first_words}}: {{continuation}}\n')
+    prompt = ("--rewrite-prompt", path) if own else ()
     rows = [
         {"before": f"The harbour of town {i} is", "after": f" closed in winter {i}.", "ok": i % 3 == 0}
         for i in range(9)
     ]
     data = write_records(tmp_path / "cut.jsonl", rows)
     fields = ("--text-field", "after", "--prefix-field", "before", "--label-field", "ok")
-    run("rewrites", "--data-path", data, *fields, "--role-shares", "0,0,1", "--out", tmp_path / "out", *FORMATS)
+    words = ("rewrites", "--data-path", data, *fields, "--role-shares", "0,0,1", *FORMATS, *prompt)
+    run(*words, "--out", tmp_path / "out")
     table = pq.read_table(tmp_path / "out" / "verl" / "train.parquet").to_pylist()
     lines = read_lines(tmp_path / "out" / "nemo-gym" / "train.jsonl")
-    made = tasks(tmp_path / "out" / "rewrites.jsonl", "rewrites")
+    made = tasks(tmp_path / "out" / "rewrites.jsonl", "rewrites", path if own else None)
     assert len(made) == len(table) == 9
     decode = byte_level_tokenizer().decode
     for task, row, line in zip(made, table, lines, strict=True):
@@ -70,6 +75,7 @@ def test_rewrites_are_asked_alike_everywhere(tmp_path: Path) -> None:
         [message] = row["prompt"]
         assert line["responses_create_params"]["input"] == [message]
         assert message["content"] in decode(task.prefix_ids)
+        assert ("Say it in rhyme" in message["content"]) == own
         assert row["extra_info"]["safe"] == line["metadata"]["safe"] == task.label.safe
         assert row["reward_model"]["style"] == ("rule" if task.label.safe else "model")
         assert row["reward_model"]["ground_truth"] == task.suffix_text
