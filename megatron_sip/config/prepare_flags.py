@@ -344,7 +344,8 @@ def quality_settings(args: argparse.Namespace) -> QualitySettings:
             prefix_chars=args.judge_prefix_chars,
             seed=args.seed,
         )
-    return QualitySettings(rules, corruptor, args.seed, args.criterion)
+    criterion = str(Path(args.criterion).resolve()) if args.criterion.endswith(".txt") else args.criterion
+    return QualitySettings(rules, corruptor, args.seed, criterion)  # records are read from other folders
 
 
 def label_votes(args: argparse.Namespace) -> VoteSettings | None:

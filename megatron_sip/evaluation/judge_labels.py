@@ -25,6 +25,8 @@ def read_continuations(path: Path, candidate_field: str | None, limit: int | Non
 
     Raises DataError, which names the record.
     """
+    if limit is not None and limit < 1:
+        raise DataError(f"--limit {limit}: at least 1 is needed; leave it out to ask about all")
     found = []
     for number, record in enumerate(read_json_lines(path, "a file of prefixes and suffixes")[:limit], start=1):
         names = {"prefix": "prefix", "reference": "suffix", "candidate": candidate_field or "suffix"}

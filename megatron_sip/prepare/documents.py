@@ -125,7 +125,7 @@ def text_field_of(record: Mapping[str, Any], name: str, where: str) -> str:
 
 def is_safe(label: Any, settings: ReadSettings, where: str) -> bool:
     """What a label says: a truth value, or one of the words that the settings give. Raises PrepareError for any other."""
-    word = str(label)
+    word = str(label).lower() if isinstance(label, bool) else str(label)  # as JSON spells it
     if word in settings.safe_labels or word in settings.unsafe_labels:
         return word in settings.safe_labels
     if isinstance(label, bool) and not settings.safe_labels and not settings.unsafe_labels:

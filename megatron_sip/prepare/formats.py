@@ -7,6 +7,7 @@ verifies with; `agent_ref` is added by its own `gym dataset collate`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,8 +64,15 @@ def nemo_gym_line(record: Record, seed: int, rewriter: PromptFile | None = None)
     if "criterion" in record:
         rule = judge_prompt(record["criterion"]).rule
         assert rule is not None
-        line["template_metadata"] = {"output_regex": rule.pattern.pattern, "template_id": record["criterion"]}
+        line["template_metadata"] = {"output_regex": regex_of(rule.pattern), "template_id": record["criterion"]}
     return line
+
+
+def regex_of(pattern: re.Pattern[str]) -> str:
+    """The pattern with its flags inside, as whoever compiles it has none."""
+    flags = "".join(letter for letter in "imsx" if pattern.flags & re.RegexFlag[letter.upper()])
+    bare = re.sub(r"^\(\?[aiLmsux]+\)", "", pattern.pattern)
+    return f"(?{flags}){bare}" if flags else bare
 
 
 def chat(record: Record, seed: int, rewriter: PromptFile | None = None) -> list[dict[str, str]]:

@@ -1,7 +1,7 @@
 """What was made so far and where reading goes on, such that a kill at any moment leaves the two in agreement.
 
-made.jsonl      records, in the order of their documents; what stands behind the bytes that progress.json knows of is cut off
-progress.json   written atomically after each unit of documents: place, bytes of made.jsonl, counts, and what the work is
+.made.jsonl     records, in the order of their documents; what stands behind the bytes that progress.json knows of is cut off
+progress.json   written atomically after each unit of documents: place, bytes of .made.jsonl, counts, and what the work is
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Journal:
         self.counts: Counter[str] = Counter()
         self.position: Place = (0, 0)
         self._bytes = 0
-        self._records = folder / "made.jsonl"
+        self._records = folder / ".made.jsonl"
         self._progress = folder / "progress.json"
 
     @classmethod

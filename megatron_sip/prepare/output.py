@@ -37,11 +37,14 @@ DOCUMENTS = "documents"
 
 
 def write_records(journal: Journal, output: OutputSettings, task: str) -> dict[str, Any]:
-    """Write every format's files from the journal's records; what was kept: total, by split, subset and label."""
+    """Write every format's files from the journal's records; what was kept: total, by split, subset and label; what was not."""
     kept = Counter[tuple[str, ...]]()
     with ExitStack() as stack:
         writers = [w for name in output.formats for w in _writers(stack, output, name, task)]
-        for record in balanced(journal.records, output.balance, output.seed):
+        for record, is_kept in balanced(journal.records, output.balance, output.seed):
+            if not is_kept:
+                kept["left_out_to_balance", _label(record), record["split"]] += 1
+                continue
             for split, write in writers:
                 if split in (None, record["split"]):
                     write(record)
@@ -63,29 +66,29 @@ def _label(record: Mapping[str, Any]) -> str:
     return str(record.get("verdict", record.get("safe")))
 
 
-def balanced(records: Callable[[], Iterable[Record]], field: str | None, seed: int) -> Iterator[Record]:
-    """The records, of each split as many with each value of `field` as there are of the rarest.
+def balanced(records: Callable[[], Iterable[Record]], field: str | None, seed: int) -> Iterator[tuple[Record, bool]]:
+    """The records, and whether each is kept: of each split as many with each value of `field` as there are of the rarest.
 
     Drawn one by one such that each record is as likely to be kept (Knuth's algorithm S): nothing but counts is held.
     """
     if field is None:
-        yield from records()
+        yield from ((record, True) for record in records())
         return
     left = Counter((record["split"], record[field]) for record in records())
     values = sorted({value for _, value in left}, key=str)
     if len(values) == 1:
         raise PrepareError(
             f"all {left.total()} records have {field} = {values[0]}, so nothing is left when they are balanced: name other "
-            "files, or give --unbalanced"
+            f"files, or {'leave out --balance' if field == 'safe' else 'give --unbalanced'}"
         )
     wanted = {(split, value): min(left[split, v] for v in values) for split in SPLITS for value in values}
     for record in records():
         kind = record["split"], record[field]
         draw = uniform_below(left[kind], seed, zlib.crc32(repr(kind).encode()), left[kind])
         left[kind] -= 1
-        if draw < wanted[kind]:
-            wanted[kind] -= 1
-            yield record
+        is_kept = draw < wanted[kind]
+        wanted[kind] -= is_kept
+        yield record, is_kept
 
 
 def _writers(stack: ExitStack, output: OutputSettings, name: str, task: str) -> list[tuple[str | None, Write]]:

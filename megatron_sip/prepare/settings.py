@@ -42,6 +42,10 @@ class ReadSettings:
     unsafe_labels: tuple[str, ...] = ()
     max_documents: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.max_documents is not None and self.max_documents < 1:
+            raise PrepareError(f"--max-documents {self.max_documents}: at least 1 is needed; leave it out to read all")
+
 
 @dataclass(frozen=True, slots=True)
 class CutSettings:
@@ -114,4 +118,6 @@ class GroupSettings:
         if not 0.5 < self.agreement <= 1:
             raise PrepareError(f"--agreement {self.agreement}: a share above 0.5 and at most 1 is needed")
         if self.min_votes < 1 or self.per_group < 1:
-            raise PrepareError("--min-votes and --per-group: at least 1 is needed")
+            raise PrepareError(
+                f"--min-votes {self.min_votes} and --per-group {self.per_group}: at least 1 is needed of each"
+            )

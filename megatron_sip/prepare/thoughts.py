@@ -86,11 +86,12 @@ async def prepare_thoughts(work: ThoughtsWork) -> dict[str, Any]:
     made_by = {"thinking": asdict(work.thinking), "teacher": asked(asdict(work.writer))}
     manifests = {}
     async with ThoughtWriter(replace(work.writer, client=client)) as writer:
-        await writer.check()
         for half, task in FILES.items():
             output = replace(work.output, folder=work.output.folder / half)
             make = ThoughtMaker(chunker, work.thinking, writer, half)
-            manifests[half] = await prepare(document_source(work.reading), output, task, make, made_by | {"half": half})
+            manifests[half] = await prepare(
+                document_source(work.reading), output, task, make, made_by | {"half": half}, writer.check
+            )
     return {
         name: {half: manifest[name] for half, manifest in manifests.items()}
         for name in ("documents", "dropped", "records")

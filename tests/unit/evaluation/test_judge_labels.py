@@ -10,7 +10,15 @@ import pytest
 from fake_judge import FakeJudge
 
 from megatron_sip.errors import DataError
-from megatron_sip.evaluation.judge_labels import FAILED, UNREAD, agreement, label_run, markdown, questions
+from megatron_sip.evaluation.judge_labels import (
+    FAILED,
+    UNREAD,
+    agreement,
+    label_run,
+    markdown,
+    questions,
+    read_continuations,
+)
 from megatron_sip.judge.__main__ import main
 from megatron_sip.judge.exam import Reply
 
@@ -42,6 +50,8 @@ def test_labels_and_agreement_are_counted() -> None:
 
 
 def test_only_single_texts_have_labels() -> None:
+    with pytest.raises(DataError, match="--limit -1: at least 1"):
+        read_continuations(Path("none.jsonl"), None, -1)
     for name in ("rewrite", "missing.txt", "nonsense"):
         with pytest.raises(DataError, match=f"--criteria {name}: "):
             questions(TEXTS, [name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tiny_tokenizer import byte_level_tokenizer
 
 from megatron_sip.data.labelled import LabelledSource, open_records
 from megatron_sip.judge.labelled_tasks import LabelledKind, LabelledSettings, make_writer
+from megatron_sip.prepare.formats import regex_of
 from megatron_sip.records import Judgement, Rewriting
 
 SEED = 11
@@ -50,6 +52,12 @@ def test_judgements_are_asked_alike_everywhere(judgements: Path) -> None:
         assert line["expected_answer"] == task.label.verdict
         assert row["extra_info"]["subset"] == line["metadata"]["subset"] == task.label.subset == "reports/shuffle"
         assert row["extra_info"]["pair"] == task.label.pair
+
+
+@pytest.mark.parametrize("pattern", ["grade: (A|B)", "(?m)^grade: (A|B)$"])
+def test_a_regex_finds_what_the_judge_s_own_pattern_finds(pattern: str) -> None:
+    found = re.compile(regex_of(re.compile(pattern, re.IGNORECASE))).findall("Grade: B\nso\ngrade: a")
+    assert found == re.compile(pattern, re.IGNORECASE).findall("Grade: B\nso\ngrade: a") == ["B", "a"]
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -139,6 +139,44 @@ def test_subsets_are_called_after_a_field_and_broken_characters_are_replaced(tmp
     assert manifest["records"]["by_subset"].keys() == {"book", "wiki"}
 
 
+def test_truth_values_may_be_named_as_json_spells_them(tmp_path: Path) -> None:
+    data = write_records(tmp_path / "texts.jsonl", [{"text": prose(i), "toxic": i % 2 == 0} for i in range(6)])
+    words = ("rewrites", "--data-path", data, "--no-cut", "--role-shares", "0,0,1", "--label-field", "toxic")
+    run(*words, "--safe-labels", "false", "--unsafe-labels", "true", "--out", tmp_path / "out")
+    assert [record["safe"] for record in read_lines(tmp_path / "out" / "rewrites.jsonl")] == [False, True] * 3
+
+
+def test_a_split_with_one_label_is_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [{"text": prose(i), "ok": True} for i in range(40)]
+    words = ("--no-cut", "--role-shares", "0,0,1", "--split", "1,1", "--label-field", "ok", "--out")
+    first = write_records(tmp_path / "first.jsonl", rows)
+    run("rewrites", "--data-path", first, *words, tmp_path / "all")
+    splits = [record["split"] for record in read_lines(tmp_path / "all" / "rewrites.jsonl")]
+    mixed = [
+        row | {"ok": split == "valid" or i % 4 > 0} for i, (row, split) in enumerate(zip(rows, splits, strict=True))
+    ]
+    data = write_records(tmp_path / "mixed.jsonl", mixed)
+    manifest = run("rewrites", "--data-path", data, "--balance", *words, tmp_path / "out")
+    unsafe = sum(not row["ok"] for row in mixed)
+    train = splits.count("train")
+    assert manifest["records"]["by_label"] == {label: {"train": unsafe} for label in ("True", "False")}
+    assert manifest["records"]["left_out_to_balance"] == {"True": {"train": train - 2 * unsafe, "valid": 40 - train}}
+
+
+def test_of_rewrites_it_is_balance_that_may_be_left_out(tmp_path: Path) -> None:
+    data = write_records(tmp_path / "texts.jsonl", [{"text": prose(i), "ok": True} for i in range(5)])
+    words = ("rewrites", "--data-path", data, "--no-cut", "--label-field", "ok", "--role-shares", "0,0,1")
+    with pytest.raises(PrepareError, match=r"all 5 records have safe = True.*leave out --balance"):
+        run(*words, "--balance", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("count", [-1, 0])
+def test_fewer_documents_than_one_are_refused(tmp_path: Path, count: int) -> None:
+    data = write_records(tmp_path / "texts.jsonl", texts(4))
+    with pytest.raises(PrepareError, match=f"--max-documents {count}: at least 1"):
+        run("documents", "--data-path", data, "--max-documents", str(count), "--out", tmp_path / "out")
+
+
 def test_records_that_cannot_be_balanced_are_not_lost(tmp_path: Path) -> None:
     data = write_records(tmp_path / "texts.jsonl", [{"text": prose(i), "ok": True} for i in range(5)])
     words = ("judgements", "--task", "safety", "--data-path", data, *EVERYTHING, "--label-field", "ok")

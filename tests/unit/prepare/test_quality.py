@@ -103,6 +103,23 @@ def test_pairs_may_be_asked_about_by_a_prompt_of_one_s_own(tokenizer: Path, tmp_
         quality(tokenizer, data, tmp_path / "other", "--criterion", "safety")
 
 
+def test_a_prompt_file_is_found_from_any_folder(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_documents(tmp_path / "reports.jsonl", 4)
+    monkeypatch.chdir(SHORT_PROMPT.parent)
+    quality(tokenizer, data, tmp_path / "out", "--criterion", SHORT_PROMPT.name)
+    assert {record["criterion"] for record in read_lines(tmp_path / "out" / "judgements.jsonl")} == {str(SHORT_PROMPT)}
+
+
+def test_unfinished_work_shows_no_file_of_records(tokenizer: Path, tmp_path: Path) -> None:
+    data = write_records(tmp_path / "short.jsonl", [{"text": "short"}])
+    with pytest.raises(PrepareError, match="no record"):
+        quality(tokenizer, data, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("made*"))
+    assert (tmp_path / "out" / ".made.jsonl").exists()
+
+
 def test_other_trainers_get_the_prompt_and_its_verdict(tokenizer: Path, tmp_path: Path) -> None:
     data = write_documents(tmp_path / "reports.jsonl", 20)
     quality(tokenizer, data, tmp_path / "out", "--split", "1,1,0", "--format", "sip", "verl", "nemo-gym")
@@ -123,7 +140,7 @@ def test_other_trainers_get_the_prompt_and_its_verdict(tokenizer: Path, tmp_path
             assert line["expected_answer"] == record["verdict"]
             rule = builtin_prompt("quality").rule
             assert rule is not None
-            assert line["template_metadata"]["output_regex"] == rule.pattern.pattern
+            assert line["template_metadata"]["output_regex"] == f"(?i){rule.pattern.pattern}"
     assert pq.read_table(tmp_path / "out" / "verl" / "test.parquet").num_rows == 0
 
 

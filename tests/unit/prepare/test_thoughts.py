@@ -151,6 +151,7 @@ async def test_the_command_writes_both_halves_and_goes_on_without_asking_again(
         assert await asyncio.to_thread(run, *words) == manifest
         shutil.rmtree(tmp_path / "out" / "rl")  # as if it had been killed before
         assert await asyncio.to_thread(run, *words) == manifest
+    assert await asyncio.to_thread(run, *words) == manifest  # finished work needs no server
     assert before == len(asked) == 40
     assert files_below(tmp_path / "out") == files
     documents, places = (
