@@ -12,6 +12,10 @@ from label_task import SEQ_LENGTH, save_undecided_policy, write_records
 from training import kill_when, last_step, lines, output, steps, tracked, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_sip.data.labelled import LabelledSource, open_records
+from megatron_sip.experience.recording import write_groups
+from megatron_sip.judge.labelled_tasks import LabelledSettings, make_writer
+from megatron_sip.records import Candidate, Group
 from megatron_sip.serving.launch import LocalServer
 
 pytestmark = pytest.mark.slow
@@ -134,3 +138,29 @@ def task_indices(folder: Path, step: int, round_index: int) -> list[int]:
     name = f"step_{step:07d}" + (f".round_{round_index}" if round_index else "")
     text = zstandard.decompress((folder / f"{name}.replica_0.jsonl.zst").read_bytes()).decode()
     return [json.loads(line)["task"]["index"] for line in text.split("\n") if line]
+
+
+def test_a_run_with_nothing_left_to_learn_is_a_finished_run_that_the_same_command_leaves_as_it_is(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """From groups that were made up, without servers: those of the first step have a spread, no later ones have."""
+    records = write_records(tmp_path, 200)
+    settings = LabelledSettings("judgements", max_prompt=SEQ_LENGTH - 1, max_answer=1)
+    writer = make_writer(settings, AutoTokenizer.from_pretrained(tiny_llama_dir))
+    source = LabelledSource(open_records((str(records),), "70,0,30", writer), "train", writer, settings.seed)
+    for step in range(11):
+        scores = [1.0, 0.0] if step == 0 else [1.0, 1.0]
+        rollouts = [Candidate("rollout", [token], "", [-0.7], str(step)) for token in (5, 6)]
+        write_groups(
+            tmp_path / "groups", step, 0, [Group(task, rollouts, scores) for task in source.tasks(4 * step, 4)]
+        )
+    flags = ("--tasks", "judgements", "--suffix-length", "1", "--seq-length", str(SEQ_LENGTH), "--objective", "grpo")
+    flags += ("--num-rollouts", "2", "--train-iters", "100", "--hf-config", str(tiny_llama_dir))
+    flags += ("--data-path", str(records), "--replay-groups", str(tmp_path / "groups"))
+    run = tmp_path / "run"
+    assert "nothing left to learn: in 10 steps in a row" in train(run, *flags)
+    assert (tracked(run), last_step(run), (run / "report.html").exists()) == (11, 11, True)
+    assert json.loads((run / "summary.json").read_text())["steps"] == 11
+    (run / "summary.json").unlink()
+    assert "nothing left to learn: " + str(run) + " ended so at step 11" in train(run, *flags)
+    assert (tracked(run), last_step(run), (run / "summary.json").exists()) == (11, 11, True)
