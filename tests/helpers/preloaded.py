@@ -33,7 +33,8 @@ IMPORTED = (
     *("megatron.training.training", "megatron.training.initialize"),
 )
 """No program itself, which must be run and not be there already."""
-NOT_PROGRAM_S = {"PYTEST_CURRENT_TEST"}
+NOT_PROGRAM_S = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
+"""Of the environment: what pytest, and torch in a test that compiles, set for themselves."""
 NUMBER = struct.Struct("i")
 MESSAGE_BYTES = 1 << 16
 

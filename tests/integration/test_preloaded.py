@@ -52,7 +52,7 @@ def read(line: str) -> dict[str, Any]:
     assert found["leads"]
     assert found["threads"] == 1
     found["environment"] = {
-        name: value for name, value in found["environment"].items() if name != "PYTEST_CURRENT_TEST"
+        name: value for name, value in found["environment"].items() if name not in preloaded.NOT_PROGRAM_S
     }
     return found
 
