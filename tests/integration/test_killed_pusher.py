@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -18,11 +19,24 @@ from megatron_sip.rollout.sampling import Failure, SamplingSettings
 from megatron_sip.rollout.sync_disk import DiskWeightSync
 from megatron_sip.rollout.sync_distributed import DistributedWeightSync
 from megatron_sip.rollout.weight_sync import WeightSync, WeightSyncError
+from megatron_sip.serving.blocking_call import call
+from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.launch import LocalServer
 
 pytestmark = pytest.mark.slow
 
 KILLS = {"distributed": 14, "disk": 6}
+
+
+@pytest.fixture
+def engine(tiny_engine: LocalServer) -> Iterator[LocalServer]:
+    """The session's engine; one that is left hanging, whatever the test says of it, is started anew for the other tests."""
+    yield tiny_engine
+    try:
+        call(tiny_engine.url, "GET", "/health_generate", timeout_s=20.0)
+    except RequestError:
+        kill_server(tiny_engine)
+        tiny_engine.start()
 
 
 def connected(sync: WeightSync) -> bool:
@@ -38,9 +52,9 @@ def connected(sync: WeightSync) -> bool:
 
 @pytest.mark.parametrize("kind", sorted(KILLS))
 async def test_after_a_kill_at_any_moment_of_a_push_the_next_client_pushes_and_the_engine_generates(
-    kind: str, tiny_engine: LocalServer, tiny_llama_dir: Path, tmp_path: Path
+    kind: str, engine: LocalServer, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    url = tiny_engine.url  # a restart keeps it
+    url = engine.url  # a restart keeps it
     tensors = load_file(tiny_llama_dir / "model.safetensors")
     processes = multiprocessing.get_context("forkserver")
     # Not push_worker itself, which Python 3.12.1 would not find: its server of forks has no path of pytest's.
@@ -67,8 +81,8 @@ async def test_after_a_kill_at_any_moment_of_a_push_the_next_client_pushes_and_t
             if not connected(sync):
                 assert kind == "distributed"
                 assert not joined
-                kill_server(tiny_engine)
-                tiny_engine.start()
+                kill_server(engine)
+                engine.start()
                 sync.connect()
             sync.push(tensors.items(), version=f"{kind} {number}")
         async with SGLangPool([url]) as pool:
