@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sip.data.labelled import LabelledSource, open_records
 from megatron_sip.experience.recording import write_groups
+from megatron_sip.hf.converted import converted_checkpoint
 from megatron_sip.judge.labelled_tasks import LabelledSettings, make_writer
 from megatron_sip.records import Candidate, Group
 from megatron_sip.serving.launch import LocalServer
@@ -78,7 +79,7 @@ def test_killed_and_continued_it_trains_on_the_same_groups_to_the_same_numbers(
         assert [after[name] for name in TRAINED] == [before[name] for name in TRAINED]
 
 
-LABEL_STEPS = 40
+LABEL_STEPS = 32
 LABELS = (
     *("--tasks", "judgements", "--judge-verdict", "soft", "--suffix-length", "1", "--seq-length", str(SEQ_LENGTH)),
     *(
@@ -93,7 +94,7 @@ LABELS = (
         "--lr",
         "3e-3",
     ),
-    *("--lr-warmup-iters", "5", "--train-iters", str(LABEL_STEPS), "--save-interval", "4"),
+    *("--lr-warmup-iters", "5", "--train-iters", str(LABEL_STEPS), "--save-interval", "6"),
 )
 
 
@@ -106,14 +107,14 @@ def test_a_tiny_model_learns_a_label_though_killed_in_between(
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     before = save_undecided_policy(tmp_path / "policy", model, tokenizer, records)
     assert 0.45 <= before <= 0.55
-    run = tmp_path / "run"
-    flags = (*LABELS, "--data-path", str(records), "--pretrained-checkpoint", str(tmp_path / "policy"))
+    initial, run = converted_checkpoint(tmp_path / "policy", tmp_path / "converted"), tmp_path / "run"
+    flags = (*LABELS, "--data-path", str(records), "--pretrained-checkpoint", str(initial))
     flags = (*flags, "--rollout-url", tiny_engine.url, "--save-groups", str(tmp_path / "groups"))
-    kill_when(run, lambda: last_step(run) >= 6 and tracked(run) == 4, *flags)
-    four = lines(run)[:4]
+    kill_when(run, lambda: last_step(run) >= 7 and tracked(run) == 6, *flags)
+    six = lines(run)[:6]
     told = train(run, *flags)
-    assert lines(run)[:4] == four
-    assert "at iteration 4" in told
+    assert lines(run)[:6] == six
+    assert "at iteration 6" in told
     found = steps(run)
     assert [record["step"] for record in found] == list(range(1, LABEL_STEPS + 1))
     assert found[0]["grpo/reward"] == pytest.approx(before, abs=0.2)  # 128 samples
