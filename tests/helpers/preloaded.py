@@ -96,11 +96,15 @@ def _environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"}
 
 
+ENVIRONMENT = _environment()
+"""The session's, before any test has one of its own."""
+
+
 class _Preloaded:
     """The process with the imports, from this side. It ends with this one, which holds the other end of its socket."""
 
     def __init__(self) -> None:
-        self.environment = _environment()
+        self.environment = ENVIRONMENT
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._shown = tempfile.TemporaryFile()  # noqa: SIM115 (it is open as long as the process)
         with theirs:
