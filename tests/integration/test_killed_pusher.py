@@ -40,7 +40,10 @@ def engine(tiny_engine: LocalServer) -> Iterator[LocalServer]:
 
 
 def connected(sync: WeightSync) -> bool:
-    """False when the kill has left the engine waiting in a first push: docs/slurm.md says to restart it."""
+    """False when the kill came while a bucket was on its way and the engine waits for the rest: docs/slurm.md says to restart it.
+
+    gloo tells a receiver that its sender is gone only when no message has begun; one whose header has come waits for its time-out.
+    """
     try:
         sync.connect()
     except WeightSyncError as error:
@@ -83,7 +86,6 @@ async def test_after_a_kill_at_any_moment_of_a_push_the_next_client_pushes_and_t
         with closing(open_sync(kind, url, tiny_llama_dir, tmp_path)) as sync:
             if not connected(sync):
                 assert kind == "distributed"
-                assert "ended" not in said  # its first push
                 kill_server(engine)
                 engine.start()
                 sync.connect()
