@@ -15,7 +15,7 @@ PACKAGE = ROOT / "megatron_sip"
 ROOMS = [
     *("errors", "console", "files", "stop_signal", "records", "metrics"),
     *("checkpoints", "kernels", "data", "platform", "model", "serving", "hf", "judge", "rollout"),
-    *("experience", "training", "prepare", "config", "evaluation", "one_node", "open_tasks", "run", "train"),
+    *("experience", "training", "corpus", "prepare", "config", "evaluation", "one_node", "open_tasks", "run", "train"),
     *("evaluate", "__main__"),
 ]
 """Bottom to top: a room imports only rooms before it. Files beside the rooms count as rooms of their own, and a room's
@@ -31,6 +31,7 @@ PURE = [
         "judge",
         "rollout",
         "experience",
+        "corpus",
         "prepare",
         "evaluation",
     ),
