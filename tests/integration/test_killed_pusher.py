@@ -40,9 +40,9 @@ def engine(tiny_engine: LocalServer) -> Iterator[LocalServer]:
 
 
 def connected(sync: WeightSync) -> bool:
-    """False when the kill came while a bucket was on its way and the engine waits for the rest: docs/slurm.md says to restart it.
+    """False when the kill came while a bucket was on its way and the engine waits for the rest: docs/slurm.md says to restart.
 
-    gloo tells a receiver that its sender is gone only when no message has begun; one whose header has come waits for its time-out.
+    gloo tells a receiver that its sender is gone only between messages; one whose header has come waits for its time-out.
     """
     try:
         sync.connect()

@@ -10,7 +10,8 @@ import pytest
 from fake_judge import FakeJudge, truthful_answer
 
 from megatron_sip.config.teacher_settings import judge_settings
-from megatron_sip.evaluate import command_line, compared, main
+from megatron_sip.evaluate import command_line, main
+from megatron_sip.evaluation.commands.compare import compared
 from megatron_sip.evaluation.generation import ENDED, FORMAT, Generation
 from megatron_sip.evaluation.win_rate import WinRate
 
