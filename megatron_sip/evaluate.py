@@ -4,6 +4,7 @@
     megatron-sip-evaluate generate --model RUN_DIR/checkpoints --data-path 'text/*.jsonl' --samples 1000 --output trained.jsonl
     megatron-sip-evaluate compare base.jsonl trained.jsonl --criteria quality --teacher-url http://host:30000
     megatron-sip-evaluate diversity trained.jsonl
+    megatron-sip-evaluate table base=results/base trained=results/trained
 
 generate can be repeated after a kill and goes on where it was; compare asks nothing again that --judge-cache has kept.
 `COMMAND --help` lists the flags.
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_sip.errors import UserError
-from megatron_sip.evaluation.commands import compare, diversity, generate
+from megatron_sip.evaluation.commands import compare, diversity, generate, table
 
 PROGRAM = "megatron-sip-evaluate"
 
@@ -35,6 +36,7 @@ COMMANDS = {
     "generate": Command(generate.ABOUT, generate.add_flags, generate.run),
     "compare": Command(compare.ABOUT, compare.add_flags, compare.run),
     "diversity": Command(diversity.ABOUT, diversity.add_flags, diversity.run),
+    "table": Command(table.ABOUT, table.add_flags, table.run),
 }
 
 

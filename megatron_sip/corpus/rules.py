@@ -1,7 +1,7 @@
 """Which documents stay in a corpus: each rule says of a document why it goes, and the first that does is counted.
 
-    rules: Sequence[Rule] = (GopherText(settings), Contamination.of(sets))
-    if (reason := first_reason(rules, document)) is None: ...     # keep it; else counts[f"dropped/{reason}"] += 1
+rules: Sequence[Rule] = (GopherText(settings), Contamination.of(sets))
+if (reason := first_reason(rules, document)) is None: ...     # keep it; else counts[f"dropped/{reason}"] += 1
 """
 
 from __future__ import annotations

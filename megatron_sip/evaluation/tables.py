@@ -1,0 +1,188 @@
+"""The paper's tables 1 to 6 and 14 with rows of one's own beneath its numbers; all in per cent.
+
+A column is a `measure/dataset` of results, or a measure alone: the average over its datasets, as the paper weights them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from megatron_sip.errors import DataError
+from megatron_sip.evaluation.results import FORMAT, Result, read_results
+from megatron_sip.files import read_json
+
+WEIGHTS: Mapping[str, Mapping[str, float]] = {
+    "safety": {
+        "realtoxicityprompts": 1000,
+        "redpajama": 1000,
+        "toxigen": 940,
+        "xstest-safe": 250,
+        "xstest-unsafe": 200,
+    },
+    "factuality": {
+        "slimpajama": 1000,
+        "factscore": 500,
+        "halueval-dialogue": 1000,
+        "halueval-qa": 1000,
+        "halueval-summarization": 1000,
+        "truthfulqa-mc1": 817,
+        "truthfulqa-mc2": 817,
+    },
+    "standard": dict.fromkeys(
+        ("boolq", "piqa", "hellaswag", "arc_easy", "arc_challenge", "openbookqa", "social_iqa", "mmlu"), 1
+    ),
+}
+"""Of the averages: by samples (section 3.3; these numbers reproduce the published averages), standard tasks alike."""
+
+HEADINGS = {"quality": "Generation quality", "coherence": "Coherence", "safety": "Safety", "factuality": "Factuality"}
+HEADINGS |= {"standard": "Standard tasks"}
+DATASETS = {"standard": "standard prefixes", "unsafe": "unsafe prefixes"}
+
+Values = Mapping[str, Result]
+"""A run's results by `measure/dataset`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of a table: a value in per cent and its 95% interval for each column, None for a number that is not there."""
+
+    model: str
+    values: Sequence[float | None]
+    intervals: Sequence[tuple[float, float] | None]
+    published: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Columns and rows under a title."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Row]
+
+
+def average(measure: str, values: Values) -> float | None:
+    """The measure's weighted mean over WEIGHTS' datasets; None unless all of them are there."""
+    weights = WEIGHTS[measure]
+    found = {name: values.get(f"{measure}/{name}") for name in weights}
+    present = {name: result.value for name, result in found.items() if result is not None}
+    if len(present) < len(weights):
+        return None
+    return math.fsum(weights[name] * value for name, value in present.items()) / sum(weights.values())
+
+
+def read_run(folder: Path) -> dict[str, Result]:
+    """All results in the JSON files of `folder`; other files there are passed over.
+
+    Raises:
+        DataError: no results are there, or two of the same measure and dataset.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no folder; name one with the files that megatron-sip-evaluate wrote by --output")
+    values: dict[str, Result] = {}
+    came_from: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.json")):
+        content = read_json(path, "a file of results")
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            continue
+        for result in read_results(path).results:
+            name = f"{result.measure}/{result.dataset}"
+            if name in values:
+                raise DataError(f"{path} and {came_from[name]} both hold {name}: leave one of them in {folder}")
+            values[name], came_from[name] = result, path
+    if not values:
+        raise DataError(f"{folder}: no file of results there; megatron-sip-evaluate writes them by --output")
+    return values
+
+
+def make_tables(runs: Mapping[str, Values], numbers: Sequence[str] | None = None) -> list[Table]:
+    """The published tables called `numbers` (all when None), each with a row for every run that has one of its columns."""
+    published = json.loads(files("megatron_sip.evaluation").joinpath("published.json").read_text("utf-8"))
+    known = [table["number"] for table in published["tables"]]
+    if numbers is not None and (unknown := [number for number in numbers if number not in known]):
+        raise DataError(f"--tables {unknown[0]}: known are {', '.join(known)}")
+    found = []
+    for table in published["tables"]:
+        if numbers is not None and table["number"] not in numbers:
+            continue
+        for part in table["parts"]:
+            heading = f"Table {table['number']}: {table['title']}"
+            title = f"{heading}. {part['title']}" if part["title"] else heading
+            columns = part["columns"]
+            rows = [Row(row["model"], row["values"], [None] * len(columns), published=True) for row in part["rows"]]
+            own = [_row(name, values, columns) for name, values in runs.items()]
+            rows += [row for row in own if any(value is not None for value in row.values)]
+            found.append(Table(title, columns, rows))
+    return found
+
+
+def _row(name: str, values: Values, columns: Sequence[str]) -> Row:
+    cells: list[float | None] = []
+    intervals: list[tuple[float, float] | None] = []
+    for column in columns:
+        result = values.get(column)
+        value = average(column, values) if column in WEIGHTS else None if result is None else result.value
+        interval = None if result is None else result.interval
+        cells.append(None if value is None else 100 * value)
+        intervals.append(None if interval is None else (100 * interval[0], 100 * interval[1]))
+    return Row(name, cells, intervals, published=False)
+
+
+def heading(column: str) -> str:
+    """A column's name as a reader sees it."""
+    measure, _, dataset = column.partition("/")
+    if not dataset:
+        return f"{HEADINGS[measure]}, average"
+    if measure in ("quality", "coherence"):
+        return f"{HEADINGS[measure]}, {DATASETS[dataset]}"
+    return dataset
+
+
+def cell(row: Row, column: int) -> str:
+    """Such as 86.3, or 86.3 [84.1, 88.2]; empty where there is no number."""
+    value, interval = row.values[column], row.intervals[column]
+    if value is None:
+        return ""
+    return f"{value:.1f}" if interval is None else f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """GitHub's tables; rows of one's own in bold."""
+    blocks = []
+    for table in tables:
+        head = ["model", *map(heading, table.columns)]
+        lines = [f"### {table.title}", "", _line(head), _line(["---", *["---:"] * len(table.columns)])]
+        for row in table.rows:
+            name = row.model if row.published else f"**{row.model}**"
+            lines.append(_line([name, *(cell(row, place) for place in range(len(table.columns)))]))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+
+
+def html(tables: Sequence[Table]) -> str:
+    """A page that needs nothing else."""
+    style = files("megatron_sip.evaluation").joinpath("report.css").read_text("utf-8")
+    parts = []
+    for table in tables:
+        head = "".join(f"<th>{escape(text)}</th>" for text in ["model", *map(heading, table.columns)])
+        rows = []
+        for row in table.rows:
+            name = escape(row.model) if row.published else f"<strong>{escape(row.model)}</strong>"
+            cells = "".join(f"<td>{escape(cell(row, place))}</td>" for place in range(len(table.columns)))
+            rows.append(f"<tr><td>{name}</td>{cells}</tr>")
+        parts.append(f"<h2>{escape(table.title)}</h2>\n<table><tr>{head}</tr>\n" + "\n".join(rows) + "\n</table>")
+    body = "\n".join(parts)
+    head = (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Evaluation</title>\n<style>{style}</style>'
+    )
+    return f"{head}\n<main>\n{body}\n</main>\n</html>\n"
