@@ -1,8 +1,4 @@
-"""Which documents stay in a corpus: each rule says of a document why it goes, and the first that does is counted.
-
-rules: Sequence[Rule] = (GopherText(settings), Contamination.of(sets))
-if (reason := first_reason(rules, document)) is None: ...     # keep it; else counts[f"dropped/{reason}"] += 1
-"""
+"""Which documents stay in a corpus: each rule says of a document why it goes, and the first that does is counted."""
 
 from __future__ import annotations
 
@@ -16,7 +12,8 @@ class Document:
     """A document as a shard has it.
 
     id: unique in its corpus, as far as its makers kept that. subset: what it is counted under. signals: the quality signals
-    that came with it, by name (RedPajama-V2's lists of [start, end, score]); None for corpora that have none.
+    that came with it, by name (RedPajama-V2's lists of [start, end, score]; empty where its row is lacking); None for corpora
+    that have none.
     """
 
     id: str
@@ -33,7 +30,7 @@ class Rule(Protocol):
         """What its drops are counted under."""
 
     def reason(self, document: Document) -> str | None:
-        """Why the document goes, one of a few words (`word_count/low`, or the name of a set that it overlaps); None keeps it."""
+        """Why the document goes, one of a few words (`word_count/low`, the name of a set that it overlaps); None keeps it."""
 
 
 def first_reason(rules: Sequence[Rule], document: Document) -> str | None:

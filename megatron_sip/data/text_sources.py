@@ -80,7 +80,6 @@ def read_records(path: Path, text_field: str, others: Sequence[str] = ()) -> Ite
     found = (_parquet_records if is_parquet else _json_records)(path, text_field, others)
     records: list[dict[str, Any]] = []
     characters = position = 0
-    _refuse_pointer(path)
     for record, position in found:
         records.append(record)
         characters += len(record[text_field])
@@ -102,7 +101,12 @@ def _refuse_pointer(path: Path) -> None:
             raise DataError(f"{path}: a pointer to the file, not the file itself; fetch it with {command}")
 
 
-def _json_records(path: Path, text_field: str, others: Sequence[str]) -> Iterator[tuple[dict[str, Any], int]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
+    """Every line of a file of JSON lines that is not blank: its number, from 1, its bytes, and how far the file has been read.
+
+    Raises `DataError` for what stands in for a file that was not fetched, a line that is too long, a file that is cut short.
+    """
+    _refuse_pointer(path)
     with path.open("rb") as raw:
         line_number = 0
         try:
@@ -113,14 +117,19 @@ def _json_records(path: Path, text_field: str, others: Sequence[str]) -> Iterato
                         "must be one object, and a document this large is better cut into several"
                     )
                 if line.strip():
-                    record = _record_of_line(line, path, line_number, text_field)
-                    yield {name: record[name] for name in (text_field, *others) if name in record}, raw.tell()
+                    yield line_number, line, raw.tell()
         except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
             raise DataError(
                 f"{path}: cannot be decompressed after line {line_number} ({error}); the file is cut short or damaged"
             ) from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read after line {line_number} ({error.strerror})") from error
+
+
+def _json_records(path: Path, text_field: str, others: Sequence[str]) -> Iterator[tuple[dict[str, Any], int]]:
+    for line_number, line, position in numbered_lines(path):
+        record = _record_of_line(line, path, line_number, text_field)
+        yield {name: record[name] for name in (text_field, *others) if name in record}, position
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes]:
@@ -216,6 +225,7 @@ def _parquet_records(path: Path, text_field: str, others: Sequence[str]) -> Iter
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    _refuse_pointer(path)
     row = 0
     try:
         # Read piece by piece: by default all of a row group is held.
