@@ -6,8 +6,6 @@ suffix, the document it is cut from, and the continuation. `compare` reads two o
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +14,7 @@ from typing import Any, Protocol
 
 from megatron_sip.data.continuation_text import rollout_texts
 from megatron_sip.errors import DataError, UserError
+from megatron_sip.evaluation.growing_file import append, begin
 from megatron_sip.files import described, read_json_lines
 from megatron_sip.records import Candidate, Task
 from megatron_sip.rollout.pool import SGLangPool
@@ -35,8 +34,8 @@ class DrawsTasks(Protocol):
 
     def tasks(self, start: int, count: int) -> list[Task]: ...
 
-    def document(self, index: int) -> tuple[int, int]:
-        """(source, document) that task `index` is cut from."""
+    def document(self, index: int) -> tuple[int | str, ...]:
+        """What task `index` is of, such as (source, document); equal for tasks that are not independent."""
         ...
 
 
@@ -105,13 +104,13 @@ async def generate(
         DataError: `path` holds something else, or generations of another model, other tasks or another sampling.
         GenerationError: the engines did not answer.
     """
-    done = _begin(path, {"format": FORMAT, **header, "sampling": asdict(sampling)})
+    done = begin(path, {"format": FORMAT, **header, "sampling": asdict(sampling)}, "file of generations")
     progress(min(done, samples))
     while done < samples:
         drawn = tasks.tasks(done, min(batch, samples - done))
         documents = [":".join(map(str, tasks.document(task.index))) for task in drawn]
         made = await continue_tasks(engines, drawn, documents, tokenizer, sampling)
-        _append(path, [json.dumps(asdict(line), ensure_ascii=False) for line in made])
+        append(path, [asdict(line) for line in made])
         done += len(made)
         progress(len(made))
     return read_generations(path)
@@ -137,35 +136,3 @@ async def continue_tasks(
         ids, finish = list(completion.ids), completion.finish_reason
         lines.append(Generation(task.index, document, task.prefix_text, task.suffix_text, text, ids, finish))
     return lines
-
-
-def _begin(path: Path, header: dict[str, Any]) -> int:
-    """Make `path`, or cut off a line that a kill left half written; the generations that it then holds."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _append(path, [json.dumps(header, ensure_ascii=False)])
-        return 0
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    if not whole:  # killed in its first line
-        _append(path, [json.dumps(header, ensure_ascii=False)])
-        return 0
-    found = read_generations(path)
-    expected = json.loads(json.dumps(header))
-    differing = [name for name in sorted({*expected, *found.header}) if expected.get(name) != found.header.get(name)]
-    if differing:
-        name = differing[0]
-        raise DataError(
-            f"{path} holds generations with {name} {found.header.get(name)!r}, not {expected.get(name)!r}: name another file, "
-            "or remove it"
-        )
-    return len(found.lines)
-
-
-def _append(path: Path, lines: Sequence[str]) -> None:
-    with path.open("ab") as file:
-        file.write("".join(line + "\n" for line in lines).encode("utf-8", "replace"))
-        file.flush()
-        os.fsync(file.fileno())

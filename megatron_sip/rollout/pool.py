@@ -15,15 +15,23 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import orjson
 
 from megatron_sip.rollout.handshake import ModelContract, check_engine
-from megatron_sip.rollout.sampling import Completion, Failure, SamplingSettings, read_completions, sampling_body
+from megatron_sip.rollout.sampling import (
+    Completion,
+    Failure,
+    SamplingSettings,
+    logprobs_body,
+    read_completions,
+    read_logprobs,
+    sampling_body,
+)
 from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.http import HttpPool, Request
 from megatron_sip.serving.http_reply import shown_url, url_mistake
@@ -31,6 +39,7 @@ from megatron_sip.serving.server import RetryPolicy, Server
 from megatron_sip.serving.sglang_wire import GENERATE_PATH
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,25 +159,40 @@ class SGLangPool:
         await self._admit(weight_version)
         given = [None] * len(prefixes) if seeds is None else seeds
         bodies = (sampling_body(prefix, settings, seed) for prefix, seed in zip(prefixes, given, strict=True))
-        return await asyncio.gather(*(self._request(body, settings, weight_version) for body in bodies))
-
-    async def _request(
-        self, body: dict[str, Any], settings: SamplingSettings, weight_version: str | None
-    ) -> list[Completion] | Failure:
-        data = orjson.dumps(body)
         read = partial(
             read_completions, settings=settings, vocab_size=self.settings.vocab_size, weight_version=weight_version
         )
+        return await asyncio.gather(*(self._request(body, read) for body in bodies))
+
+    async def logprobs(
+        self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+    ) -> list[list[float] | Failure]:
+        """The model's log-probs (natural log) of each continuation's tokens after its prefix; one entry per pair, in order.
+
+        Prefixes that several share are computed once: what is in the engine's cache of them is used. Raises ValueError for an
+        empty prefix or continuation.
+        """
+        pairs = list(zip(prefixes, continuations, strict=True))
+        if any(not prefix or not continuation for prefix, continuation in pairs):
+            raise ValueError("a prefix and a continuation need at least one token each (for example BOS)")
+        requests = ((logprobs_body(*pair), partial(read_logprobs, continuation=pair[1])) for pair in pairs)
+        return await asyncio.gather(*(self._request(body, read) for body, read in requests))
+
+    async def _request(
+        self, body: dict[str, Any], read: Callable[[Any], tuple[list[T], tuple[int, int, int]]]
+    ) -> list[T] | Failure:
+        """What `read` makes of the reply to a /generate request, its tokens counted."""
+        data = orjson.dumps(body)
         request = Request(None, GENERATE_PATH, lambda _: data, read)
         deadline = asyncio.get_running_loop().time() + self.settings.deadline_s
         try:
-            completions, (prompt, cached, completion) = await self._http.send(request, deadline)
+            found, (prompt, cached, completion) = await self._http.send(request, deadline)
         except RequestError as error:
             return self._failed(error)
         self._tokens.prompt_tokens += prompt
         self._tokens.cached_tokens += cached
         self._tokens.completion_tokens += completion
-        return list(completions)
+        return list(found)
 
     def _failed(self, error: RequestError) -> Failure:
         kind = counted_as(error)

@@ -77,6 +77,26 @@ def sampling_body(prefix: Sequence[int], settings: SamplingSettings, seed: int |
     return generate_body([list(prefix)] * settings.n, one_each, logprobs=True)
 
 
+def logprobs_body(prefix: Sequence[int], continuation: Sequence[int]) -> dict[str, Any]:
+    """The /generate request for the log-probs of `continuation` after `prefix`; nothing is generated.
+
+    Log-probs are asked for from the prefix's last token on: what comes before may be taken from the engine's cache.
+    """
+    sampling = {"max_new_tokens": 0, "temperature": 0.0}
+    return generate_body([[*prefix, *continuation]], sampling, logprobs_from=[len(prefix) - 1])
+
+
+def read_logprobs(reply: Any, continuation: Sequence[int]) -> tuple[list[float], tuple[int, int, int]]:
+    """The log-probs in a reply to `logprobs_body`, one a token; (prompt, cached, completion) tokens. Raises BadResponseError."""
+    with readable():
+        [result] = read_results(reply, 1)
+        _require_whole(result)
+        found = result.prompt_logprobs(continuation)
+        if None in found:
+            raise BadResponseError("no log-prob of the first token")
+        return [value for value in found if value is not None], result.token_counts()
+
+
 def drawn_seed(*numbers: int) -> int:
     """A seed from 0 to 2**63 - 1 that is a fixed function of `numbers`, and unrelated for others."""
     digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
@@ -93,15 +113,19 @@ def read_completions(
     with readable():
         results = read_results(reply, settings.n)
         for result in results:
-            if (result.finish_reason or {}).get("type") == "abort":
-                why = result.finish_reason.get("message", "no reason")
-                raise BadResponseError(f"the engine aborted the request: {why}", "aborted")
+            _require_whole(result)
         completions = [_completion(result, settings, vocab_size) for result in results]
         versions = set().union(*(result.weight_versions() for result in results))
         prompt, cached, completion = map(sum, zip(*(result.token_counts() for result in results), strict=True))
     if weight_version is not None and versions != {weight_version}:
         raise BadResponseError(f"generated with weights {sorted(versions)}, not {weight_version!r}", "stale-weights")
     return completions, (prompt, cached, completion)
+
+
+def _require_whole(result: Result) -> None:
+    if (result.finish_reason or {}).get("type") == "abort":
+        why = result.finish_reason.get("message", "no reason")
+        raise BadResponseError(f"the engine aborted the request: {why}", "aborted")
 
 
 def _completion(result: Result, settings: SamplingSettings, vocab_size: int | None) -> Completion:

@@ -74,6 +74,19 @@ async def test_greedy_ids_and_their_logprobs_equal_transformers(tiny_llama_serve
         assert completions[0].logprobs == pytest.approx(logprobs_of(reference, prefix, completions[0].ids), abs=1e-4)
 
 
+async def test_logprobs_of_given_tokens_equal_transformers_and_leave_a_shared_prefix_in_the_cache(
+    tiny_llama_server: LocalServer, reference: Any
+) -> None:
+    prefix = [23 + i % 211 for i in range(150)]
+    continuations = [[5, 6, 7], [8], [300 + i for i in range(40)]]
+    async with SGLangPool([tiny_llama_server.url]) as pool:
+        first = await pool.logprobs([prefix], continuations[:1])
+        others = await pool.logprobs([prefix] * 2, continuations[1:])
+        assert pool.counters.cached_tokens >= 2 * 148
+    for continuation, found in zip(continuations, first + others, strict=True):
+        assert found == pytest.approx(logprobs_of(reference, prefix, continuation), abs=1e-4)
+
+
 def test_what_a_judge_s_prompts_share_is_computed_once(tiny_llama_server: LocalServer) -> None:
     """8 groups of 5 candidates with log-probs, as likelihood asks for them: 5,120 tokens, 2,048 different ones."""
     ids = torch.randint(3, 300, (8, 6, 96), generator=torch.Generator().manual_seed(5)).tolist()

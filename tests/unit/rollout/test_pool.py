@@ -346,6 +346,27 @@ async def test_nonsense_is_a_failure_and_never_a_completion(name: str) -> None:
     assert message in lost.reason
 
 
+async def test_logprobs_are_those_of_the_continuation_and_of_nothing_else() -> None:
+    """Asked for from the prefix's last token on; an answer about other tokens, or without one, is a failure."""
+
+    async def answer(body: dict[str, Any]) -> Any:
+        [ids], [start] = body["input_ids"], body["logprob_start_len"]
+        entries = [[None if place == start else -0.5 * place, token, None] for place, token in enumerate(ids)][start:]
+        return [{"meta_info": {"input_token_logprobs": entries}}]
+
+    async def other(body: dict[str, Any]) -> Any:
+        return [{"meta_info": {"input_token_logprobs": [[None, 1, None], [-1.0, 4, None]]}}]
+
+    async with engines(answer) as (fake,), SGLangPool([fake.url], FAST) as pool:
+        assert await pool.logprobs([[1, 2, 3], [4]], [[5, 6], [7]]) == [[-1.5, -2.0], [-0.5]]
+        with pytest.raises(ValueError, match="at least one token"):
+            await pool.logprobs([[1]], [[]])
+    async with engines(other) as (fake,), SGLangPool([fake.url], FAST) as pool:
+        [lost] = await pool.logprobs([[1]], [[5]])
+    assert isinstance(lost, Failure)
+    assert "other tokens" in lost.reason
+
+
 def test_a_completion_that_ends_early_keeps_its_eos_token() -> None:
     reply = [result([9, 2], finish="stop")]
     [completion], _ = read_completions(reply, SamplingSettings(max_new_tokens=8), None, None)
