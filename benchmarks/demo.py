@@ -50,7 +50,10 @@ def report_of(run_dir: Path, seconds: float) -> dict[str, Any]:
         "step_seconds": {
             phase: round(statistics.median(step[f"seconds/{phase}"] for step in steps[1:]), 2) for phase in PHASES
         },
-        **{name: summary[name] for name in ("win_rate", "win_rate_ci95", "prompts", "documents")},
+        **{
+            name: summary[name]
+            for name in ("win_rate", "win_rate_ci95", "control", "distinct_3", "prompts", "documents")
+        },
         "curves": {name: [round(step[name], 4) for step in steps] for name in CURVES},
     }
 

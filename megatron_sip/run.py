@@ -25,8 +25,8 @@ from megatron_sip.config.settings import RunSettings, Settings
 from megatron_sip.console import say
 from megatron_sip.data.labelled import LabelledSource
 from megatron_sip.data.tasks import Tasks
+from megatron_sip.evaluation.held_out import HeldOutComparison
 from megatron_sip.evaluation.validation import Validation
-from megatron_sip.evaluation.win_rate import HeldOutComparison
 from megatron_sip.experience.leader import Leader, check_servers, rotated_urls
 from megatron_sip.experience.maker import Experience
 from megatron_sip.hf.checkpoint_model import require_same_model

@@ -31,8 +31,8 @@ from megatron_sip.config.presets import expand_presets
 from megatron_sip.config.settings import Settings
 from megatron_sip.console import quiet, say
 from megatron_sip.errors import ArgumentError, UserError
+from megatron_sip.evaluation.held_out import HeldOutOutcome
 from megatron_sip.evaluation.run_record import run_record, write_run_record
-from megatron_sip.evaluation.win_rate import Comparison, WinRate
 from megatron_sip.experience.maker import Experience
 from megatron_sip.experience.rounds import StepExperience, is_enough, step_experience
 from megatron_sip.experience.selection import ALL_ALIKE
@@ -206,8 +206,7 @@ def conclude(run: Run, stop: StopSignal) -> None:
     run.exchange.barrier()  # the last metrics are written
     if run.settings.run.rank != 0:
         return
-    win_rate: WinRate | None = None
-    comparisons: list[Comparison] = []
+    held_out: HeldOutOutcome | None = None
     leader = run.leader
     if (
         run.comparison is not None
@@ -217,14 +216,13 @@ def conclude(run: Run, stop: StopSignal) -> None:
     ):
         version = str(run.state.iteration)
         say("comparison: the trained policy continues the same held-out prefixes, then both are judged")
-        compared = leader.run(stop.run(run.comparison.finish(leader.engines, leader.eval_judge, version)))
-        if compared is None:
+        held_out = leader.run(stop.run(run.comparison.finish(leader.engines, leader.eval_judge, version)))
+        if held_out is None:
             say("stopped on request: all steps are saved, the same command makes the comparison")
             return
-        win_rate, comparisons = compared
     run_dir = run.settings.run.run_dir
     try:
-        say(outcome_line(run_dir, write_outcome(run_dir, win_rate, comparisons)))
+        say(outcome_line(run_dir, write_outcome(run_dir, held_out)))
     except OSError as error:
         raise DiskError(f"all steps are saved, but not the report, which the same command writes: {error}") from error
 

@@ -154,7 +154,7 @@ def result_rows(
                 f"{summary['win_rate']:.1%} (95% interval {low:.1%} to {high:.1%}, {summary['prompts']:,} held-out prefixes)",
             )
         )
-        rows += [("What the interval covers", COVERED)]
+        rows += [("What the interval covers", COVERED), *honesty_rows(summary)]
         parts = summary.get("win_rate_by_criterion") or {}
         if len(parts) > 1:
             rows.append(("Win rate by criterion", ", ".join(f"{name} {value:.1%}" for name, value in parts.items())))
@@ -185,6 +185,22 @@ def result_rows(
     examples = sum(step.get("examples", 0.0) for step in steps)
     if examples:
         rows.append(("Training examples", f"{examples:,.0f} of {total(steps, 'groups'):,.0f} prompts"))
+    return rows
+
+
+def honesty_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What stands beside a win rate: the control and the diversity; runs of earlier versions have none."""
+    rows = []
+    if (control := summary.get("control")) is not None:
+        low, high = control["win_rate_ci95"]
+        rows.append(
+            (
+                f"Control: the initial policy at temperature {control['temperature']:g} over itself",
+                f"{control['win_rate']:.1%} (95% interval {low:.1%} to {high:.1%})",
+            )
+        )
+    if (varied := summary.get("distinct_3")) is not None:
+        rows.append(("Distinct 3-grams, initial and trained policy", f"{varied[0]:.1%} and {varied[1]:.1%}"))
     return rows
 
 

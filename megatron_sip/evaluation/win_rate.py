@@ -1,4 +1,4 @@
-"""Held-out comparison of two policies: continuations of the same prefixes, judged (paper section 3.3).
+"""How far one policy is preferred over another: continuations of the same prefixes, judged (paper section 3.3).
 
 The prefixes come from documents that training never saw. What counts of a prefix is the mean of its judgements, never a
 threshold on it: two options that the judge prefers with 0.4 and 0.6 count 0.6, not a win. Several prefixes may be cut
@@ -7,21 +7,17 @@ from one document and are then not independent: the interval is a bootstrap over
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from megatron_sip.data.continuation_text import rollout_texts
-from megatron_sip.errors import DataError
 from megatron_sip.experience.maker import ScoresGroups
 from megatron_sip.experience.selection import TIE_TOLERANCE
-from megatron_sip.files import described, write_atomically
 from megatron_sip.judge.settings import LIKELIHOOD
 from megatron_sip.records import Candidate, Group, Task
 from megatron_sip.rollout.pool import SGLangPool
@@ -82,17 +78,6 @@ async def continue_prefixes(
     return continuations
 
 
-def save_continuations(path: Path, continuations: Sequence[Candidate | None]) -> None:
-    """Write continuations as JSON; the file appears only when it is complete."""
-    write_atomically(path, json.dumps([asdict(c) if c is not None else None for c in continuations]))
-
-
-def load_continuations(path: Path) -> list[Candidate | None]:
-    """Inverse of `save_continuations`."""
-    with described(path, "the initial policy's continuations"):
-        return [Candidate(**c) if c is not None else None for c in json.loads(path.read_bytes())]
-
-
 async def compare(
     judge: ScoresGroups,
     tasks: Sequence[Task],
@@ -143,54 +128,6 @@ def preference(criterion: str, group: Group) -> float:
     if criterion == LIKELIHOOD:
         return 0.5 if abs(after - before) <= TIE_TOLERANCE else float(after > before)
     return (1.0 + after - before) / 2  # of a pair the two scores add up to 1, and this is the second one
-
-
-class HeldOutComparison:
-    """The trained policy against the initial one on fixed held-out prefixes, through the same engines and judge."""
-
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        documents: Sequence[Hashable],
-        sampling: SamplingSettings,
-        tokenizer: Any,
-        initial: Path,
-        seed: int,
-    ) -> None:
-        self._tasks = tasks
-        self._documents = documents
-        self._sampling = sampling
-        self._tokenizer = tokenizer
-        self._initial = initial
-        self._seed = seed
-
-    async def record_initial(self, engines: SGLangPool) -> None:
-        """Write the initial policy's continuations, before the first step."""
-        save_continuations(self._initial, await self._continue(engines, version="0"))
-
-    def check_initial(self) -> None:
-        """Before training: is there something to compare with at its end?
-
-        Raises:
-            DataError: the initial continuations are gone, or are of another number of prefixes.
-        """
-        if not self._initial.exists():
-            raise DataError(
-                f"{self._initial}: the initial policy's continuations are written at step 0, and are not there; continue "
-                "with --win-rate-prompts 0, or with the --run-dir of the run's start"
-            )
-        recorded = len(load_continuations(self._initial))
-        if recorded != len(self._tasks):
-            raise DataError(f"{self._initial} holds {recorded} prefixes: continue with --win-rate-prompts {recorded}")
-
-    async def finish(self, engines: SGLangPool, judge: ScoresGroups, version: str) -> tuple[WinRate, list[Comparison]]:
-        """Continue with the weights of `version` and judge against the initial continuations."""
-        before = load_continuations(self._initial)
-        after = await self._continue(engines, version)
-        return await compare(judge, self._tasks, self._documents, before, after, self._seed)
-
-    async def _continue(self, engines: SGLangPool, version: str) -> list[Candidate | None]:
-        return await continue_prefixes(engines, self._tasks, self._sampling, self._tokenizer, version)
 
 
 def as_comparison(group: Group) -> Comparison:

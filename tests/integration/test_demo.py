@@ -110,6 +110,9 @@ def test_summary_compares_the_policies(demo: Path) -> None:
     assert summary["prompts"] == PROMPTS
     low, high = summary["win_rate_ci95"]
     assert 0 <= low <= summary["win_rate"] <= high <= 1
+    assert summary["control"]["temperature"] == 0.7
+    assert 0 <= summary["control"]["win_rate"] <= 1
+    assert all(0 < share <= 1 for share in summary["distinct_3"])
     assert 0 <= summary["final_rollout_chosen_rate"] <= 1
 
 

@@ -16,10 +16,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from megatron_sip.errors import DataError
+from megatron_sip.evaluation.held_out import HeldOutOutcome
 from megatron_sip.evaluation.outcome import write_outcome
 from megatron_sip.evaluation.plots import LIGHT, MAX_BARS, available_plots, binned_seconds, moving_average, series
 from megatron_sip.evaluation.report import dropped_counts, read_comparisons, result_rows, write_report
-from megatron_sip.evaluation.win_rate import Comparison
+from megatron_sip.evaluation.win_rate import Comparison, WinRate
 
 ALL_PLOTS = {"rollout_chosen_rate", "scores", "preferences", "log_ratio", "loss", "seconds", "engine_difference"}
 HOSTILE = '<script>alert("x")</script> & <img src=http://evil.example/a.png> \'"'
@@ -125,7 +126,9 @@ def test_line_separators_inside_texts_do_not_end_a_line(tmp_path: Path) -> None:
     make_run(tmp_path, [make_step(0)])
     separators = ("\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r", "\r\n")
     texts = [f"one{separator}two" for separator in separators] + ["b"]
-    write_outcome(tmp_path, None, [Comparison(text, text, text, 0.25, 0.75) for text in texts])
+    win_rate = WinRate(0.5, (0.4, 0.6), 8, 8, 0, (0.25, 0.75), {"quality": 0.5})
+    comparisons = [Comparison(text, text, text, 0.25, 0.75) for text in texts]
+    write_outcome(tmp_path, HeldOutOutcome(win_rate, comparisons, None, (0.5, 0.5)))
     assert [line["before"] for line in read_comparisons(tmp_path)] == texts
 
 

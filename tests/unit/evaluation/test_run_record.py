@@ -75,7 +75,7 @@ def test_under_torchrun_the_command_starts_with_it() -> None:
 def test_random_weights_stand_in_summary_and_report(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     write_run_record(tmp_path, run_record(COMPLETE, check_flags(COMPLETE), {}))
-    summary = write_outcome(tmp_path, None, [])
+    summary = write_outcome(tmp_path, None)
     assert summary["initial_weights"] == "random"
     assert str(tmp_path / "report.html") in outcome_line(tmp_path, summary)
     page = (tmp_path / "report.html").read_text()

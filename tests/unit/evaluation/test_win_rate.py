@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,14 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import metaspace_tokenizer
 
-from megatron_sip.errors import DataError
 from megatron_sip.evaluation.win_rate import (
-    HeldOutComparison,
     WinRate,
     bootstrap_interval,
     compare,
     continue_prefixes,
-    save_continuations,
     wilson_interval,
 )
 from megatron_sip.metrics import Mean
@@ -161,19 +157,6 @@ def test_the_interval_widens_when_prefixes_share_documents() -> None:
     shared = bootstrap_interval(outcomes, np.repeat(np.arange(20), 10).tolist(), seed=1)
     assert shared[1] - shared[0] > 2 * (alone[1] - alone[0])  # 10 copies of one verdict are one observation
     assert shared[0] <= outcomes.mean() <= shared[1]
-
-
-def test_a_comparison_that_cannot_end_is_refused_before_training(tmp_path: Path) -> None:
-    initial = tmp_path / "initial_continuations.json"
-    tasks = [Task(0, [1], [2], "text", "")]
-    comparison = HeldOutComparison(tasks, [0], SamplingSettings(8), None, initial, 0)
-    with pytest.raises(DataError, match="--win-rate-prompts 0"):
-        comparison.check_initial()
-    save_continuations(initial, [continuation("a"), None])
-    with pytest.raises(DataError, match="--win-rate-prompts 2"):
-        comparison.check_initial()
-    save_continuations(initial, [None])
-    comparison.check_initial()
 
 
 def test_a_bootstrap_in_blocks_draws_what_one_in_a_piece_does(monkeypatch: pytest.MonkeyPatch) -> None:
