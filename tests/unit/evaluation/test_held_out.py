@@ -15,7 +15,7 @@ from megatron_sip.evaluation.held_out import HeldOutComparison, HeldOutOutcome, 
 from megatron_sip.evaluation.outcome import held_out_summary, outcome_line
 from megatron_sip.evaluation.report import result_rows
 from megatron_sip.metrics import Mean
-from megatron_sip.records import Group, Task
+from megatron_sip.records import Candidate, Group, Task
 from megatron_sip.rollout.sampling import Completion, SamplingSettings
 
 TOKENIZER = metaspace_tokenizer()
