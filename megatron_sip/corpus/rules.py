@@ -34,7 +34,7 @@ class Rule(Protocol):
 
 
 def first_reason(rules: Sequence[Rule], document: Document) -> str | None:
-    """`NAME/REASON` of the first rule that drops the document; slashes become objects of the manifest. None: all keep it."""
+    """`NAME/REASON` of the first rule that drops the document, as it is counted; None: all keep it."""
     for rule in rules:
         if (reason := rule.reason(document)) is not None:
             return f"{rule.name}/{reason}"

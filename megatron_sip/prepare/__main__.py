@@ -1,5 +1,6 @@
-"""Make records to train on from documents.
+"""Make a corpus of raw shards, and records to train on of its documents.
 
+python -m megatron_sip.prepare redpajama --keep unsafe --data-path 'rp/documents/**/*.json.gz' --out corpus/
 python -m megatron_sip.prepare documents --role policy --data-path 'web/*.jsonl.zst' --out policy/
 python -m megatron_sip.prepare judgements --task quality --data-path 'web/*.jsonl.zst' --tokenizer HF_DIR \\
     --corrupt shuffle numbers --out judgements/
@@ -22,6 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sip.config.corpus_flags import CORPORA, add_corpus_flags, corpus_command
 from megatron_sip.config.prepare_flags import (
     add_documents_flags,
     add_judgements_flags,
@@ -76,6 +78,7 @@ def run_thoughts(given: argparse.Namespace) -> dict[str, Any]:
 
 
 COMMANDS = {
+    **{name: Command(corpus.about, add_corpus_flags(name), corpus_command(name)) for name, corpus in CORPORA.items()},
     "documents": Command("the documents of a role, a file for each split", add_documents_flags, run_documents),
     "judgements": Command("what a judge learns from: prompts and right verdicts", add_judgements_flags, run_judgements),
     "rewrites": Command("what a rewriter learns from: suffixes, safe or not", add_rewrites_flags, run_rewrites),
@@ -83,6 +86,10 @@ COMMANDS = {
         "documents with a teacher's thoughts, and places for a policy's own", add_thoughts_flags, run_thoughts
     ),
 }
+
+
+SHOWN = ("documents", "dropped", "broken_shards", "broken", "records")
+"""Of a manifest, on the screen."""
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -112,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
-    print(json.dumps({name: manifest[name] for name in ("documents", "dropped", "records")}, indent=1))
+    print(json.dumps({name: manifest[name] for name in SHOWN if name in manifest}, indent=1))
 
 
 if __name__ == "__main__":
