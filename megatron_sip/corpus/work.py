@@ -8,31 +8,22 @@ matter which process makes it, nor when.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from megatron_sip.console import bars
 from megatron_sip.corpus.folder import CorpusError, CorpusFolder, digest, writing_documents
 from megatron_sip.corpus.rules import Document, Rule, first_reason
 from megatron_sip.corpus.shards import Fields, Row, Shard, read_shard
+from megatron_sip.corpus.workers import Tick, work_on
 from megatron_sip.errors import DataError
 from megatron_sip.files import described
 
-TICK = 500
-"""Documents between two reports of a worker."""
-POLL_SECONDS = 0.3
+REPORTED = 200
+"""Documents between two moves of the bar."""
 BROKEN_SHOWN = 10
 """Messages of a shard that the manifest quotes."""
 
@@ -61,24 +52,6 @@ class CorpusWork:
         }
 
 
-class Progress:
-    """Bytes of input and documents, told by the workers as they go; with a lock, since several of them tell."""
-
-    def __init__(self, context: multiprocessing.context.BaseContext) -> None:
-        self._told = context.Array("q", 2)
-
-    def add(self, bytes_read: int, documents: int) -> None:
-        """A worker's report."""
-        with self._told.get_lock():
-            self._told[0] += bytes_read
-            self._told[1] += documents
-
-    def totals(self) -> tuple[int, int]:
-        """Bytes and documents so far."""
-        with self._told.get_lock():
-            return self._told[0], self._told[1]
-
-
 def make_corpus(work: CorpusWork, out: Path, workers: int) -> dict[str, Any]:
     """The manifest of the corpus in `out`, whose shards are made first as far as they are not there.
 
@@ -86,75 +59,12 @@ def make_corpus(work: CorpusWork, out: Path, workers: int) -> dict[str, Any]:
     """
     with CorpusFolder.open(out, work.identity()) as folder:
         missing = [shard for shard in work.shards if folder.mark(shard.name) is None]
-        if missing:
-            _make_shards(work, folder, missing, workers)
+        total = sum(shard.path.stat().st_size for shard in missing)
+        work_on(missing, partial(make_shard, work, folder), workers, total, work.name)
         return folder.finish(_manifest(work, folder))
 
 
-def _make_shards(work: CorpusWork, folder: CorpusFolder, missing: list[Shard], workers: int) -> None:
-    context = multiprocessing.get_context("spawn")
-    progress = Progress(context)
-    total = sum(shard.path.stat().st_size for shard in work.shards)
-    done = total - sum(shard.path.stat().st_size for shard in missing)
-    with (
-        tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=work.name, file=bars()) as bar,
-        _pool(min(workers, len(missing)), context, (work, folder.path, progress)) as pool,
-    ):
-        waiting: set[Future[None]] = {pool.submit(_make_shard, shard) for shard in missing}
-        while waiting:
-            finished, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
-            bytes_read, documents = progress.totals()
-            rate = documents / max(0.1, bar.format_dict["elapsed"])
-            bar.set_postfix_str(f"{documents} documents, {rate:.0f}/s", refresh=False)
-            bar.update(done + bytes_read - bar.n)
-            for future in finished:
-                future.result()
-
-
-@contextmanager
-def _pool(workers: int, context: Any, values: tuple[Any, ...]) -> Iterator[ProcessPoolExecutor]:
-    """Workers that end at once with an error, an interrupt, or this process, however it ends."""
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=values)
-    try:
-        yield pool
-    except BrokenProcessPool:
-        raise CorpusError(
-            "a worker was killed, perhaps for lack of memory: the same command goes on from here"
-        ) from None
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_work: tuple[CorpusWork, Path, Progress] | None = None
-"""Of a worker process, sent once."""
-
-
-def _begin(work: CorpusWork, folder: Path, progress: Progress) -> None:
-    global _work
-    _work = work, folder, progress
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and kills
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _make_shard(shard: Shard) -> None:
-    assert _work is not None
-    work, folder, progress = _work
-    make_shard(work, CorpusFolder(folder), shard, progress)
-
-
-def make_shard(work: CorpusWork, folder: CorpusFolder, shard: Shard, progress: Progress) -> None:
+def make_shard(work: CorpusWork, folder: CorpusFolder, shard: Shard, tick: Tick) -> None:
     """Write a shard's documents, and then its mark. Raises DataError for what cannot be read, unless it is to be counted."""
     counts: Counter[str] = Counter()
     broken: list[str] = []
@@ -163,11 +73,12 @@ def make_shard(work: CorpusWork, folder: CorpusFolder, shard: Shard, progress: P
         if not work.drop_broken:
             raise error
         counts[what] += 1
-        broken.append(str(error))
+        if len(broken) < BROKEN_SHOWN:
+            broken.append(str(error))
 
     with writing_documents(folder.documents(shard.name)) as write:
         try:
-            for row in _told(read_shard(shard, work.fields), shard, progress):
+            for row in _told(read_shard(shard, work.fields), shard, tick):
                 counts["documents/read"] += 1
                 try:
                     document, reason = _sorted(row, work.rules, shard)
@@ -184,21 +95,19 @@ def make_shard(work: CorpusWork, folder: CorpusFolder, shard: Shard, progress: P
             count_broken("broken_shards", error)
     inputs = [{"path": str(path), "bytes": path.stat().st_size, "sha256": digest(path)} for path in shard.inputs]
     output = {"documents": counts["documents/kept"], "sha256": digest(folder.documents(shard.name))}
-    folder.mark_done(
-        shard.name, {"inputs": inputs, "output": output, "counts": counts, "broken": broken[:BROKEN_SHOWN]}
-    )
+    folder.mark_done(shard.name, {"inputs": inputs, "output": output, "counts": counts, "broken": broken})
 
 
-def _told(rows: Iterator[Row], shard: Shard, progress: Progress) -> Iterator[Row]:
-    """The rows, while progress is told of them."""
+def _told(rows: Iterator[Row], shard: Shard, tick: Tick) -> Iterator[Row]:
+    """The rows, while the bar is told of them."""
     told = count = 0
     for row in rows:
         count += 1
-        if count == TICK:
-            progress.add(row.position - told, count)
+        if count == REPORTED:
+            tick(count, row.position - told)
             told, count = row.position, 0
         yield row
-    progress.add(shard.path.stat().st_size - told, count)
+    tick(count, shard.path.stat().st_size - told)
 
 
 def _sorted(row: Row, rules: Sequence[Rule], shard: Shard) -> tuple[Document, str | None]:

@@ -61,7 +61,7 @@ def _in_processes[T](shards: Sequence[T], work: Work[T], processes: int, show: T
                     future.result()
         except BrokenProcessPool as error:
             raise CorpusError(
-                f"a process died (out of memory?): give the command again, with fewer --processes than {processes}"
+                f"a process died (out of memory?): give the command again, with fewer --workers than {processes}"
             ) from error
         finally:
             if waiting:

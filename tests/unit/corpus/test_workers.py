@@ -36,7 +36,7 @@ def test_every_shard_is_worked_on_once_and_counted(
 
 
 @pytest.mark.parametrize(
-    ("shard", "error", "says"), [("die", CorpusError, "--processes"), ("fail", DataError, "broken")]
+    ("shard", "error", "says"), [("die", CorpusError, "--workers"), ("fail", DataError, "broken")]
 )
 def test_an_error_in_a_process_ends_all_and_is_told(
     shard: str, error: type[Exception], says: str, tmp_path: Path
