@@ -1,12 +1,15 @@
-"""Numbers about a model: continuations of held-out prefixes, compared by a judge.
+"""Numbers about a model: continuations of prefixes and public prompts, judged; likelihoods; tables (docs/evaluation.md).
 
     megatron-sip-evaluate generate --model HF_DIR --data-path 'text/*.jsonl' --samples 1000 --output base.jsonl
     megatron-sip-evaluate generate --model RUN_DIR/checkpoints --data-path 'text/*.jsonl' --samples 1000 --output trained.jsonl
     megatron-sip-evaluate compare base.jsonl trained.jsonl --criteria quality --teacher-url http://host:30000
+    megatron-sip-evaluate generate --model HF_DIR --set xstest-safe=xstest_prompts.csv --output xstest.jsonl
+    megatron-sip-evaluate rate xstest.jsonl --criteria safety --teacher-url http://host:30000
+    megatron-sip-evaluate nll --model HF_DIR --data-path 'text/*.jsonl' --samples 1000 --output results/nll.json
     megatron-sip-evaluate diversity trained.jsonl
     megatron-sip-evaluate table base=results/base trained=results/trained
 
-generate can be repeated after a kill and goes on where it was; compare asks nothing again that --judge-cache has kept.
+generate and nll can be repeated after a kill and go on where they were; compare and rate with --output ask nothing again.
 `COMMAND --help` lists the flags.
 """
 
@@ -18,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_sip.errors import UserError
-from megatron_sip.evaluation.commands import compare, diversity, generate, table
+from megatron_sip.evaluation.commands import compare, diversity, generate, nll, rate, sets, table
 
 PROGRAM = "megatron-sip-evaluate"
 
@@ -35,6 +38,9 @@ class Command:
 COMMANDS = {
     "generate": Command(generate.ABOUT, generate.add_flags, generate.run),
     "compare": Command(compare.ABOUT, compare.add_flags, compare.run),
+    "rate": Command(rate.ABOUT, rate.add_flags, rate.run),
+    "nll": Command(nll.ABOUT, nll.add_flags, nll.run),
+    "sets": Command(sets.ABOUT, sets.add_flags, sets.run),
     "diversity": Command(diversity.ABOUT, diversity.add_flags, diversity.run),
     "table": Command(table.ABOUT, table.add_flags, table.run),
 }

@@ -73,6 +73,11 @@ class Generations:
     header: dict[str, Any]
     lines: list[Generation]
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What results about them say of the model."""
+        return {name: self.header[name] for name in ("model", "step") if name in self.header}
+
 
 def read_generations(path: Path) -> Generations:
     """A file that `generate` wrote. Raises DataError, which names the line; OSError."""

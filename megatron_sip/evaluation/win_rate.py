@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,13 +94,15 @@ async def compare(
     everything = zip(tasks, documents, before, after, strict=True)
     pairs = [(t, d, b, a) for t, d, b, a in everything if b is not None and a is not None]
     judged = await judge.score([Group(task, [b, a]) for task, _, b, a in pairs], objective="pair")
-    verdicts = [(group, pair[1]) for group, pair in zip(judged, pairs, strict=True) if group.scores is not None]
+    verdicts = [
+        (group, pair[1]) for group, pair in zip(judged, pairs, strict=True) if is_compared(group, judge.weights)
+    ]
     if not verdicts:
         raise RuntimeError(f"none of the {len(tasks)} held-out prefixes got a verdict: is the teacher reachable?")
     judged_documents = [document for _, document in verdicts]
     if (count := len(set(judged_documents))) < FEW_DOCUMENTS:
         log.warning("held-out comparison: %d documents say little, %d or more are needed", count, FEW_DOCUMENTS)
-    parts = {name: np.array([preference(name, group) for group, _ in verdicts]) for name in judge.weights}
+    parts = {name: np.array([preference(name, group) for group, _ in verdicts], float) for name in judge.weights}
     outcomes = np.average(np.stack(list(parts.values())), axis=0, weights=list(judge.weights.values()))
     before_mean, after_mean = np.array([group.scores for group, _ in verdicts], dtype=np.float64).mean(axis=0)
     return (
@@ -117,17 +119,30 @@ async def compare(
     )
 
 
-def preference(criterion: str, group: Group) -> float:
+def is_compared(group: Group, criteria: Iterable[str]) -> bool:
+    """Whether each of the criteria has found how far it prefers the second candidate."""
+    return group.scores is not None and all(preference(name, group) is not None for name in criteria)
+
+
+def preference(criterion: str, group: Group) -> float | None:
     """How far a criterion prefers the second candidate of a judged pair, 0 .. 1; 0.5: not at all.
 
-    Pairwise: the mean of the judgements in both orders. Pointwise: (1 + difference of the mean scores) / 2; of verdicts that
-    are 0 or 1 that is the share of comparisons between one about each that it wins, ties half. Likelihood is one measurement,
-    and wins, ties or loses.
+    Pairwise: the mean of the judgements in each order, and of the two orders; None without a judgement in one of them, which
+    would be the judge's taste for places. Pointwise: (1 + difference of the mean scores) / 2; of verdicts that are 0 or 1 that
+    is the share of comparisons between one about each that it wins, ties half. Likelihood is one measurement, and wins, ties or
+    loses.
     """
     before, after = group.criterion_scores[criterion]
     if criterion == LIKELIHOOD:
         return 0.5 if abs(after - before) <= TIE_TOLERANCE else float(after > before)
-    return (1.0 + after - before) / 2  # of a pair the two scores add up to 1, and this is the second one
+    pairs = [verdict for verdict in group.verdicts.get(criterion, ()) if len(verdict) == 3]
+    if not pairs:
+        return (1.0 + after - before) / 2  # two equal texts tie, and are not shown
+    in_order = [[outcome for first, _, outcome in pairs if first == place] for place in (0, 1)]
+    if not all(in_order):
+        return None
+    before_first, after_first = (sum(own) / len(own) for own in in_order)
+    return (1.0 - before_first + after_first) / 2
 
 
 def as_comparison(group: Group) -> Comparison:
@@ -159,11 +174,17 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def bootstrap_interval(outcomes: np.ndarray, documents: Sequence[Hashable], seed: int) -> tuple[float, float]:
-    """95% percentile interval of the mean of `outcomes` [n], resampling whole documents ([n], which one each is of)."""
+def bootstrap_interval(
+    outcomes: np.ndarray, documents: Sequence[Hashable], seed: int, weights: np.ndarray | None = None
+) -> tuple[float, float]:
+    """95% percentile interval of the mean of `outcomes` [n], resampling whole documents ([n], which one each is of).
+
+    weights: [n], of a weighted mean.
+    """
     number = {document: index for index, document in enumerate(dict.fromkeys(documents))}
     place = np.array([number[document] for document in documents])
-    totals, counts = np.bincount(place, weights=outcomes), np.bincount(place)
+    weights = np.ones(len(outcomes)) if weights is None else weights
+    totals, counts = np.bincount(place, weights=outcomes * weights), np.bincount(place, weights=weights)
     rng, at_once, means = np.random.default_rng(seed), max(1, DRAWS_AT_ONCE // len(number)), []
     for first in range(0, RESAMPLES, at_once):
         draws = rng.integers(0, len(number), size=(min(at_once, RESAMPLES - first), len(number)))

@@ -23,6 +23,11 @@ class AsksTeacher:
         self._counts: Counter[str] = Counter()
 
     @property
+    def model(self) -> str | None:
+        """The name of the model that answers, known after `check`; None where nobody is asked."""
+        return None if self._teacher is None else self._teacher.model
+
+    @property
     def _client(self) -> TeacherClient:
         assert self._teacher is not None, "settings without servers ask nobody"
         return self._teacher

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -103,8 +103,14 @@ class Judge(AsksTeacher):
             if mode == "hard" or (mode == "soft" and not endpoint.continues_answers):
                 self._check_reasoning(f"criterion {item.setting}")
 
-    async def score(self, groups: Sequence[Group], *, objective: Objective = "dpo") -> list[Group]:
-        """The groups in order, scored or dropped, within the settings' `deadline_s`.
+    async def score(
+        self,
+        groups: Sequence[Group],
+        *,
+        objective: Objective = "dpo",
+        progress: Callable[[int], object] = lambda done: None,
+    ) -> list[Group]:
+        """The groups in order, scored or dropped, within the settings' `deadline_s`; `progress` is told of each that is done.
 
         Groups that arrive dropped stay so. Candidates that are all the same text tie without being compared. With the
         objective "pair" two candidates are compared directly, whatever the schedule.
@@ -115,7 +121,9 @@ class Judge(AsksTeacher):
 
         async def bounded(group: Group) -> Group:
             async with gate:
-                return await self._score_group(group, objective, deadline)
+                scored = await self._score_group(group, objective, deadline)
+            progress(1)
+            return scored
 
         judged = list(await asyncio.gather(*map(bounded, groups)))
         if client is not None:

@@ -267,7 +267,7 @@ class JudgeSettings:
 
 def known_criteria() -> list[str]:
     """The names that `--criteria` accepts besides paths of prompt files."""
-    scored = [name for name in builtin_names() if builtin_prompt(name).kind != "text" and name != "coherence"]
+    scored = [name for name in builtin_names() if builtin_prompt(name).kind != "text"]
     return sorted({LIKELIHOOD, "factuality", "factuality-noref", *scored, *LABELLED_CRITERIA})
 
 

@@ -87,7 +87,7 @@ def logprobs_body(prefix: Sequence[int], continuation: Sequence[int]) -> dict[st
 
 
 def read_logprobs(reply: Any, continuation: Sequence[int]) -> tuple[list[float], tuple[int, int, int]]:
-    """The log-probs in a reply to `logprobs_body`, one a token; (prompt, cached, completion) tokens. Raises BadResponseError."""
+    """Log-probs in a reply to `logprobs_body`, one a token; (prompt, cached, completion) tokens. Raises BadResponseError."""
     with readable():
         [result] = read_results(reply, 1)
         _require_whole(result)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sip.evaluate import main
 from megatron_sip.evaluation.generation import read_generations
+from megatron_sip.evaluation.results import read_results
 from megatron_sip.serving.launch import LocalServer
 
 LENGTHS = ("--seq-length", "64", "--suffix-length", "16", "--split", "0,0,1")
@@ -72,7 +73,7 @@ def test_a_model_ties_with_itself_and_beats_noise(
     results = {}
     for name, base in (("itself", greedy), ("noise", noise)):
         main(["compare", str(base), str(greedy), *judge, "--output", str(tmp_path / f"{name}.json")])
-        results[name] = json.loads((tmp_path / f"{name}.json").read_text())
-    assert results["itself"]["win_rate"] == 0.5
-    assert results["noise"]["win_rate"] > 0.9
-    assert results["noise"]["prompts"] == 12
+        [results[name]] = read_results(tmp_path / f"{name}.json").results
+    assert results["itself"].value == 0.5
+    assert results["noise"].value > 0.9
+    assert results["noise"].samples == 12

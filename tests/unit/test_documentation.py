@@ -15,6 +15,7 @@ from flag_cases import dry_run_settings
 from megatron_sip.config.dry_run import describe, prompt_cost
 from megatron_sip.config.early_checks import check_flags, early_parser, megatron_flag_names, words_by_flag
 from megatron_sip.config.presets import expand_presets, known_presets
+from megatron_sip.evaluate import command_line as evaluate_command_line
 from megatron_sip.hf.convert import command_line as converter_command_line
 from megatron_sip.hf.families import FAMILIES
 from megatron_sip.judge.settings import SCHEDULE_NAMES, known_criteria
@@ -79,6 +80,8 @@ def test_what_a_page_links_to_and_runs_exists(name: str) -> None:
         converter_command_line().parse_args(words)
     for words in commands(text, "megatron-sip-prepare"):
         prepare_command_line().parse_args(words)
+    for words in commands(text, "megatron-sip-evaluate"):
+        evaluate_command_line().parse_args(words)
 
 
 def test_the_hops_of_architecture_md_are_ten_files_and_its_rooms_are_all_folders() -> None:

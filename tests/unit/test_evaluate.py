@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fake_judge import FakeJudge, truthful_answer
+from fake_judge import FakeJudge, quality_of
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megatron_sip.config.teacher_settings import judge_settings
 from megatron_sip.evaluate import command_line, main
 from megatron_sip.evaluation.commands.compare import compared
-from megatron_sip.evaluation.generation import ENDED, FORMAT, Generation
-from megatron_sip.evaluation.win_rate import WinRate
+from megatron_sip.evaluation.commands.rate import majority, rated, temperature
+from megatron_sip.evaluation.generation import ENDED, FORMAT, Generation, read_generations
+from megatron_sip.evaluation.judging import Judged, JudgingError, settings_of
+from megatron_sip.evaluation.results import Result, read_results
 
 
 def write(path: Path, texts: list[str], finish: str = "length", **header: str) -> Path:
@@ -33,34 +39,131 @@ def write(path: Path, texts: list[str], finish: str = "length", **header: str) -
     return path
 
 
-def compare_files(base: Path, model: Path, judge: FakeJudge, *flags: str) -> WinRate:
-    """What `compare` finds with its own defaults, but for the server's kind."""
+async def judge_files(judge: FakeJudge, words: list[str]) -> list[Judged]:
+    """What the command of `words` finds with its own defaults, but for the server's kind."""
+    async with judge as server:
+        given = command_line().parse_args(
+            [*words, "--teacher-url", server.url, "--teacher-api", "openai", "--teacher-name", "fake"]
+        )
+        if given.command == "compare":
+            files = read_generations(given.base), read_generations(given.model)
+            return [await compared(one, *files) for one in settings_of(given, lambda _: 0.7)]
+        return [await rated(one, read_generations(given.generations)) for one in settings_of(given, temperature)]
 
-    async def work() -> WinRate:
-        async with judge as server:
-            words = ["compare", str(base), str(model), "--teacher-url", server.url, "--teacher-api", "openai"]
-            given = command_line().parse_args([*words, "--teacher-name", "fake", *flags])
-            return await compared(judge_settings(given), base, model, given.seed)
 
-    return asyncio.run(work())
+def compare_files(base: Path, model: Path, judge: FakeJudge, *flags: str) -> Result:
+    [judged] = asyncio.run(judge_files(judge, ["compare", str(base), str(model), *flags]))
+    return judged.result(read_generations(model), seed=0)
+
+
+def rate_file(path: Path, judge: FakeJudge, *flags: str) -> tuple[Judged, Result]:
+    [judged] = asyncio.run(judge_files(judge, ["rate", str(path), *flags]))
+    return judged, judged.result(read_generations(path), seed=0)
 
 
 def test_eight_judgements_four_in_each_order_and_a_judge_of_places_decides_nothing(tmp_path: Path) -> None:
     base = write(tmp_path / "base.jsonl", ["q=0.1", "q=0.2"])
-    model = write(tmp_path / "model.jsonl", ["q=0.8", "q=0.9"])
+    model = write(tmp_path / "model.jsonl", ["q=0.8", "q=0.9"], dataset="standard")
     first = FakeJudge(answer=lambda prompt: "Conclusion: Option 1")
     found = compare_files(base, model, first)
-    assert found.win_rate == 0.5
+    assert (found.measure, found.dataset, found.value) == ("quality", "standard", 0.5)
     assert [body["n"] for body in first.bodies] == [4] * 4  # two pairs in both orders
     assert {body["temperature"] for body in first.bodies} == {0.7}
+    assert {body.get("top_p", 1) for body in first.bodies} == {1}
     assert len({prompt.split("[begin option 1")[1] for prompt in first.prompts}) == 4
 
 
-def test_the_better_model_wins_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("criterion", "verdict"),
+    [
+        ("quality", "Conclusion: Option {}"),
+        ("coherence", "ANSWER: {}"),
+        ("factscore", '{{"reasoning": "it is so", "label": "{}"}}'),
+        ("halueval", '{{"reasoning": "it is so", "label": "{}"}}'),
+    ],
+)
+def test_the_better_model_wins_all(tmp_path: Path, criterion: str, verdict: str) -> None:
     base, model = write(tmp_path / "base.jsonl", ["q=0.1"] * 3), write(tmp_path / "model.jsonl", ["q=0.8"] * 3)
-    found = compare_files(base, model, FakeJudge(answer=truthful_answer))
-    assert (found.win_rate, found.prompts, found.documents, found.failed) == (1.0, 3, 3, 0)
-    assert compare_files(model, base, FakeJudge(answer=truthful_answer)).win_rate == 0.0
+    labels = "12" if criterion == "quality" else "AB"
+
+    def answer(prompt: str) -> str:
+        one, other = (quality_of(prompt.split(f"[begin option {place} ")[1]) for place in (1, 2))
+        return verdict.format(labels[int(one < other)])
+
+    found = compare_files(base, model, FakeJudge(answer=answer), "--criteria", criterion)
+    assert (found.value, found.samples, found.failed) == (1.0, 3, 0)
+    assert found.measure == ("factuality" if criterion in ("factscore", "halueval") else criterion)
+    assert compare_files(model, base, FakeJudge(answer=answer), "--criteria", criterion).value == 0.0
+    if criterion != "quality":
+        tie = FakeJudge(answer=lambda _: verdict.format("TIE"))
+        assert compare_files(base, model, tie, "--criteria", criterion).value == 0.5
+
+
+def test_a_pair_judged_in_one_order_alone_is_no_preference(tmp_path: Path) -> None:
+    """The judge answers only where the better one comes first: with a shrunken fit that would be a win."""
+    base, model = (
+        write(tmp_path / "base.jsonl", ["q=0.1", "q=0.9"]),
+        write(tmp_path / "model.jsonl", ["q=0.8", "q=0.9"]),
+    )
+
+    def answer(prompt: str) -> str:
+        return "Conclusion: Option 1" if quality_of(prompt.split("[begin option 1 ")[1]) > 0.5 else "I cannot say."
+
+    [judged] = asyncio.run(judge_files(FakeJudge(answer=answer), ["compare", str(base), str(model)]))
+    assert judged.values == [None, 0.5]  # the second texts are equal, and tie unasked
+    assert judged.about["judgements missing"] == 4
+    assert judged.result(read_generations(model), seed=0).failed == 1
+    with pytest.raises(JudgingError, match="none of 2 generations got a verdict"):
+        replace(judged, values=[None, None]).result(read_generations(model), seed=0)
+
+
+def test_safety_is_what_most_votes_say_and_a_missing_vote_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "g.jsonl", ["v=YYYNN", "v=NNNNY", "v=YYN??", "v=YN???", "v=Y????"], dataset="toxigen")
+
+    def edits(body: dict[str, Any], reply: dict[str, Any]) -> dict[str, Any]:
+        """Five votes as the text says; what is missing is missing again when it is asked for once more."""
+        votes = body["messages"][0]["content"].split("v=")[1][:5]
+        said = [{"Y": "YES", "N": "NO"}.get(vote, "unclear") for vote in votes if body["n"] == 5 or vote == "?"]
+        choices = [{"message": {"content": f"FINAL DECISION: {word}"}} for word in said]
+        return reply | {"choices": choices}
+
+    judged, found = rate_file(path, FakeJudge(answer=lambda _: "", edits=edits))
+    assert judged.values == [1.0, 0.0, 1.0, None, None]  # of the last two less than half the votes are there
+    assert (found.measure, found.dataset, found.samples, found.failed) == ("safety", "toxigen", 3, 2)
+    assert found.value == pytest.approx(2 / 3)
+    assert judged.about["judgements missing"] == 2 + 3 + 4
+    assert (judged.about["votes"], judged.about["temperature"], judged.about["top_p"]) == (5, 1.0, 1.0)
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1))
+def test_a_majority_is_more_than_half_and_a_tie_counts_half(votes: list[float]) -> None:
+    share = Fraction(int(sum(votes)), len(votes))
+    assert majority(votes) == (0.5 if share == Fraction(1, 2) else float(share > Fraction(1, 2)))
+
+
+def test_factuality_is_the_mean_of_its_labels(tmp_path: Path) -> None:
+    path = write(tmp_path / "g.jsonl", ["Definite", "Possible", "No", "No"])
+
+    def answer(prompt: str) -> str:
+        word = prompt.split("[begin candidate ")[1].split("\n")[1]
+        return json.dumps({"reasoning": "so", "label": f"{word} Hallucination"})
+
+    judged, found = rate_file(path, FakeJudge(answer=answer), "--criteria", "factuality:v4", "--judge-votes", "3")
+    assert judged.values == [0.0, 0.5, 1.0, 1.0]
+    assert (found.measure, found.value, found.failed) == ("factuality", 0.625, 0)
+    assert judged.about["temperature"] == 0.7
+
+
+def test_a_python_function_rates_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "g.jsonl", ["q=0.25", "q=0.75", "nothing"], model="m", step="7")
+    output = tmp_path / "results" / "rate.json"
+    main(["rate", str(path), "--criteria", "criterion_functions:quality", "--output", str(output)])
+    found = read_results(output)
+    assert (found.about["model"], found.about["step"]) == ("m", "7")
+    [one] = found.results
+    assert (one.measure, one.dataset) == ("criterion_functions:quality", "documents")
+    assert (one.value, one.samples, one.failed) == (0.5, 2, 1)
+    assert "2 generations, 1 without a verdict" in capsys.readouterr().out
 
 
 def test_a_continuation_that_ended_is_judged_with_its_end_whatever_its_model_calls_it() -> None:
@@ -68,6 +171,16 @@ def test_a_continuation_that_ended_is_judged_with_its_end_whatever_its_model_cal
     assert ended.ids[-1] == ENDED
     assert cut.ids[-1] != ENDED
     assert (ended.truncated, cut.truncated) == (False, True)
+
+
+def test_judging_needs_a_judge_and_a_criterion_of_continuations(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "g.jsonl", ["a"]))
+    for words, message in (
+        ([], "--teacher-url"),
+        (["--criteria", "label=1"], "--criteria label: .*--tasks judgements"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["compare", path, path, *words])
 
 
 def test_other_tasks_are_refused(tmp_path: Path) -> None:
@@ -93,8 +206,10 @@ def test_other_tasks_are_refused(tmp_path: Path) -> None:
         ),
         (["generate", "--model", "x", "--data-path", "x", "--output", "y", "--samples", "0"], "--samples 0"),
         (["diversity", "nowhere.jsonl"], r"nowhere\.jsonl"),
-        (["compare", "a", "b"], "--teacher-url"),
-        (["compare", "a", "b", "--criteria", "label=1"], "--criteria label: .*--tasks judgements"),
+        (["rate", "a", "--criteria", "quality"], "--criteria quality: .*compare asks that"),
+        (["rate", "a", "--criteria", "likelihood"], "nll measures that"),
+        (["nll", "--model", "x", "--data-path", "x", "--output", "y"], "--samples: how many"),
+        (["generate", "--model", "x", "--data-path", "x", "--output", "y"], "--samples: how many"),
     ],
 )
 def test_mistakes_name_what_would_be_right(words: list[str], message: str) -> None:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-from dataclasses import asdict
 from pathlib import Path
 
-from megatron_sip.config import flags
-from megatron_sip.config.needs import has_served_criteria
-from megatron_sip.config.teacher_settings import judge_settings
 from megatron_sip.errors import DataError
-from megatron_sip.evaluation.generation import ENDED, Generations, read_generations
-from megatron_sip.evaluation.win_rate import WinRate, compare
-from megatron_sip.files import write_atomically
-from megatron_sip.judge import Judge
-from megatron_sip.judge.settings import LABELLED_CRITERIA, JudgeSettings, parse_criteria
+from megatron_sip.evaluation.generation import Generations, read_generations
+from megatron_sip.evaluation.judging import Judged, add_judge_flags, ask, note_few_documents, report, settings_of
+from megatron_sip.evaluation.win_rate import preference
+from megatron_sip.judge.settings import JudgeSettings
+from megatron_sip.records import Group
 
 ABOUT = "judge one model's continuations against another's"
 JUDGEMENTS, TEMPERATURE = 8, 0.7
@@ -27,52 +22,30 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Two files of generations, and the judge."""
     parser.add_argument("base", type=Path, help="generations of the model that is compared with")
     parser.add_argument("model", type=Path, help="generations of the model in question, of the same tasks")
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
-    parser.add_argument("--seed", type=int, default=1234, help="of the draws and of the interval's resampling")
-    flags.add_teacher_flags(parser.add_argument_group("the judge's servers, as the trainer takes them"))
-    flags.add_flags(parser.add_argument_group("the judge, as the trainer takes it"), flags.JUDGE_FLAGS)
-    parser.set_defaults(
-        criteria=["quality=1"], judge_verdict=["hard"], judge_votes=JUDGEMENTS, judge_temperature=TEMPERATURE
-    )
-    parser.set_defaults(tasks="documents", teacher_model=None, judge_audit_rate=0.0, judge_deadline=24 * 3600.0)
+    add_judge_flags(parser, "quality", JUDGEMENTS)
 
 
 def run(given: argparse.Namespace) -> None:
-    """The share of the judgements that prefer the second model, with its interval by document."""
-    for name in parse_criteria(given.criteria):
-        if name in LABELLED_CRITERIA:
-            raise DataError(
-                f"--criteria {name}: it scores answers to --tasks {LABELLED_CRITERIA[name]}, not continuations"
-            )
-    if has_served_criteria(given) and not given.teacher_url:
-        raise DataError("compare needs --teacher-url, the judge's servers")
-    result = asyncio.run(compared(judge_settings(given), given.base, given.model, given.seed))
-    text = json.dumps({"base": str(given.base), "model": str(given.model), **asdict(result)}, indent=2)
-    if given.output is not None:
-        write_atomically(given.output, text + "\n")
-    print(text)
+    """By criterion how far the judgements prefer the second model, with an interval by document."""
+    before, after = read_generations(given.base), read_generations(given.model)
+    require_same_tasks(given.base, before, given.model, after)
+    settings = list(settings_of(given, lambda _: TEMPERATURE))
+    judged = [asyncio.run(compared(one, before, after)) for one in settings]
+    of_base = {"base": before.header.get("model"), "base generations": str(given.base)}
+    note_few_documents(after)
+    report(
+        given.output,
+        {**after.about, **of_base, "generations": str(given.model)},
+        judged,
+        [one.result(after, given.seed) for one in judged],
+    )
 
 
-async def compared(settings: JudgeSettings, base: Path, model: Path, seed: int) -> WinRate:
-    """Judge the continuations in `model` against those in `base`.
-
-    Raises:
-        DataError: they are not of the same tasks.
-    """
-    before, after = read_generations(base), read_generations(model)
-    require_same_tasks(base, before, model, after)
-    async with Judge(settings, document_end=ENDED) as judge:
-        await judge.check()
-        tasks, documents = [line.task for line in after.lines], [line.document for line in after.lines]
-        found, _ = await compare(
-            judge,
-            tasks,
-            documents,
-            [line.candidate for line in before.lines],
-            [line.candidate for line in after.lines],
-            seed,
-        )
-        return found
+async def compared(settings: JudgeSettings, before: Generations, after: Generations) -> Judged:
+    """How far the settings' one criterion prefers each continuation of `after` to that of the same task in `before`."""
+    lines = zip(before.lines, after.lines, strict=True)
+    groups = [Group(line.task, [base.candidate, line.candidate]) for base, line in lines]
+    return await ask(settings, groups, "pair", preference)
 
 
 def require_same_tasks(base: Path, before: Generations, model: Path, after: Generations) -> None:

@@ -1,4 +1,4 @@
-"""Continue held-out prefixes by a model, into a file that comparisons read."""
+"""Continue held-out prefixes, or the prompts of a public set, by a model, into a file that comparisons read."""
 
 from __future__ import annotations
 
@@ -6,71 +6,137 @@ import argparse
 import asyncio
 import contextlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from megatron_sip.config.settings import task_settings
 from megatron_sip.console import bars
-from megatron_sip.data.documents import SPLITS, open_corpus
+from megatron_sip.data.documents import SPLITS, Corpus, open_corpus
 from megatron_sip.data.tasks import TaskSource
 from megatron_sip.data.tokenization import TokenizeSettings
 from megatron_sip.errors import DataError
 from megatron_sip.evaluation.diversity import diversity
-from megatron_sip.evaluation.generation import Generations, generate
+from megatron_sip.evaluation.generation import DrawsTasks, Generations, generate
 from megatron_sip.evaluation.served_model import add_model_flags, engines_of, open_model, pool_settings
+from megatron_sip.evaluation.suites.prompt_sets import read_prompts
+from megatron_sip.evaluation.suites.prompt_tasks import PromptTasks
 from megatron_sip.rollout.pool import SGLangPool
 from megatron_sip.rollout.sampling import SamplingSettings
 
-ABOUT = "continue held-out prefixes"
+ABOUT = "continue held-out prefixes, or prompts of a public set"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Model, tasks, sampling."""
     add_model_flags(parser)
     parser.add_argument("--output", type=Path, required=True, help="JSON lines; continued when it is there")
-    add_task_flags(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--set", metavar="NAME=FILE", help="a set of prompts: `megatron-sip-evaluate sets` lists them")
+    add_task_flags(parser, source)
+    parser.add_argument("--wikipedia", type=Path, help="database of pages that --set factscore needs beside its FILE")
+    parser.add_argument("--dataset", help="what results call these tasks; default: the set's NAME, or documents")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampling")
 
 
-def add_task_flags(parser: argparse.ArgumentParser) -> None:
-    """Which documents are cut, and how."""
-    parser.add_argument("--data-path", nargs="+", required=True, help="sources, as the trainer takes them")
+def add_task_flags(parser: argparse.ArgumentParser, source: Any) -> None:
+    """Which documents are cut, and how; --data-path stands in `source`."""
+    source.add_argument("--data-path", nargs="+", required=source is parser, help="sources, as the trainer takes them")
     parser.add_argument("--text-field", default="text", help="field of jsonl and parquet records that holds the text")
     parser.add_argument("--prepend-bos", choices=("auto", "on", "off"), default="auto", help="as the trainer's")
     parser.add_argument("--split", default="969,30,1", help="shares of train, valid and test, as the trainer was told")
     parser.add_argument("--subset", choices=SPLITS, default="test", help="whose documents are cut")
-    parser.add_argument("--samples", type=int, required=True, help="number of prefixes")
+    parser.add_argument("--samples", "--limit", type=int, help="number of tasks; of a --set all unless given")
     parser.add_argument("--seq-length", type=int, default=2048, help="most tokens of a prefix and its suffix together")
     parser.add_argument("--suffix-length", type=int, default=128, help="tokens of a continuation")
-    parser.add_argument("--min-prefix-length", type=int, default=16, help="shortest prefix")
+    parser.add_argument("--min-prefix-length", type=int, default=16, help="shortest prefix of a document")
     parser.add_argument("--task-mode", choices=("random", "stream"), default="random", help="as the trainer's")
-    parser.add_argument("--seed", type=int, default=1234, help="of the cuts, and of a served model's sampling")
+    parser.add_argument("--seed", type=int, default=1234, help="of the cuts, of a set's order, of a model's sampling")
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The tasks that are asked for. header: what the file of generations says of them."""
+
+    tasks: DrawsTasks
+    samples: int
+    vocab_size: int
+    header: dict[str, str]
 
 
 def run(given: argparse.Namespace) -> None:
     """Serve the model if need be, open its tasks, continue them."""
-    if given.samples < 1:
-        raise DataError(f"--samples {given.samples}: at least 1 is needed")
-    settings = task_settings(given)
     sampling = SamplingSettings(given.suffix_length, given.temperature, given.top_p)
+    task_settings(given)  # lengths are refused before anything is read
+    check_samples(given)
     model = open_model(given, given.output)
-    how = TokenizeSettings(text_field=given.text_field, prepend_bos=given.prepend_bos)
-    corpus = open_corpus(given.data_path, model.tokenizer, how).split(given.split)[given.subset]
-    tasks = TaskSource(corpus, model.tokenizer, settings)
-    header = {**model.header(), "subset": given.subset, "tasks": tasks.fingerprint()}
-    pool = pool_settings(given, corpus.vocab_size)
+    drawn = set_tasks(given, model.tokenizer) if given.set else document_tasks(given, model.tokenizer)
+    pool = pool_settings(given, drawn.vocab_size)
     with contextlib.ExitStack() as stack:
         urls = stack.enter_context(engines_of(model, given, given.output, given.seq_length))
-        bar = stack.enter_context(tqdm(total=given.samples, desc="prefixes", unit="prefix", file=bars()))
+        bar = stack.enter_context(tqdm(total=drawn.samples, desc="prefixes", unit="prefix", file=bars()))
 
         async def work() -> Generations:
+            header = {**model.header(), **drawn.header}
             async with SGLangPool(urls, pool) as engines:
                 await engines.wait_ready()
                 return await generate(
-                    given.output, header, engines, tasks, model.tokenizer, sampling, given.samples, progress=bar.update
+                    given.output,
+                    header,
+                    engines,
+                    drawn.tasks,
+                    model.tokenizer,
+                    sampling,
+                    drawn.samples,
+                    progress=bar.update,
                 )
 
         made = asyncio.run(work())
     print(json.dumps({"generations": len(made.lines), **diversity([line.text for line in made.lines])}, indent=2))
+
+
+def check_samples(given: argparse.Namespace) -> None:
+    """Raises DataError unless --samples is a number of tasks, or is left out beside --set."""
+    if given.samples is None and given.data_path:
+        raise DataError("--samples: how many prefixes of --data-path?")
+    if given.samples is not None and given.samples < 1:
+        raise DataError(f"--samples {given.samples}: at least 1 is needed")
+
+
+def open_split(given: argparse.Namespace, tokenizer: Any) -> Corpus:
+    """The documents that the flags name."""
+    how = TokenizeSettings(text_field=given.text_field, prepend_bos=given.prepend_bos)
+    return open_corpus(given.data_path, tokenizer, how).split(given.split)[given.subset]
+
+
+def document_tasks(given: argparse.Namespace, tokenizer: Any) -> Drawn:
+    """Prefixes of held-out documents."""
+    corpus = open_split(given, tokenizer)
+    tasks = TaskSource(corpus, tokenizer, task_settings(given))
+    header = {"dataset": given.dataset or "documents", "subset": given.subset, "tasks": tasks.fingerprint()}
+    return Drawn(tasks, given.samples, corpus.vocab_size, header)
+
+
+def set_tasks(given: argparse.Namespace, tokenizer: Any) -> Drawn:
+    """Prompts of a public set. Raises DataError."""
+    name, found, file = given.set.partition("=")
+    if not found or not file:
+        raise DataError(f"--set {given.set}: write NAME=FILE; `megatron-sip-evaluate sets` lists the names")
+    prompts = read_prompts(name, Path(file), given.wikipedia)
+    tasks = PromptTasks(
+        prompts,
+        tokenizer,
+        samples=given.samples,
+        room=given.seq_length - given.suffix_length,
+        prepend_bos=given.prepend_bos,
+        seed=given.seed,
+    )
+    told = f"{tasks.samples} of the {len(prompts)} prompts in {file}"
+    if tasks.cut:
+        told += f"; the model sees only the end of {tasks.cut}, which are longer than {tasks.room} tokens: raise --seq-length"
+    print(told)
+    header = {"dataset": given.dataset or name, "tasks": tasks.fingerprint()}
+    return Drawn(tasks, tasks.samples, tasks.vocab_size, header)

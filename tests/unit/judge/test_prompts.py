@@ -47,7 +47,7 @@ def test_every_builtin_prompt_parses_and_has_its_marker_in_its_own_pattern() -> 
         assert prompt.name == name
         if prompt.rule is not None:
             for label, value in prompt.rule.values.items():
-                closing = ' Hallucination"' if name.startswith("factuality") else ""
+                closing = ' Hallucination"' if name.startswith("factuality") else '"' * (prompt.rule.start[-1:] == '"')
                 assert prompt.rule.parse(prompt.rule.start + label + closing) == value
 
 

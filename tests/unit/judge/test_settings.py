@@ -30,7 +30,7 @@ def test_weights_are_parsed() -> None:
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        (["niceness=1"], "unknown criterion 'niceness'; known criteria: copy, factuality"),
+        (["niceness=1"], "unknown criterion 'niceness'; known criteria: coherence, copy, factscore"),
         (["quality=much"], "'much' is no number; write NAME=WEIGHT"),
         (["quality=0"], "must be a finite number above 0"),
         (["quality=inf"], "must be a finite number above 0"),
@@ -49,7 +49,8 @@ def test_bad_criteria_say_what_would_be_right(items: list[str], message: str) ->
 
 def test_all_of_the_papers_criteria_are_known() -> None:
     versions = {f"factuality:v{v}" for v in range(1, 6)} | {f"factuality-noref:v{v}" for v in range(1, 5)}
-    of_the_policy = {"quality", "safety", "likelihood", "factuality", "factuality-noref", *versions}
+    pairwise = {"quality", "coherence", "factscore", "halueval"}
+    of_the_policy = pairwise | versions | {"safety", "likelihood", "factuality", "factuality-noref"}
     assert of_the_policy == set(known_criteria()) - set(LABELLED_CRITERIA)
 
 

@@ -1,0 +1,150 @@
+"""Numbers that a judge gives about files of generations: `compare` and `rate` ask, and count what they are told."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_sip.config import flags
+from megatron_sip.config.needs import has_served_criteria
+from megatron_sip.config.teacher_settings import judge_settings
+from megatron_sip.console import bars
+from megatron_sip.errors import DataError, UserError
+from megatron_sip.evaluation.generation import ENDED, Generations
+from megatron_sip.evaluation.results import Result, write_results
+from megatron_sip.evaluation.win_rate import FEW_DOCUMENTS, interval
+from megatron_sip.judge import Judge
+from megatron_sip.judge.settings import LABELLED_CRITERIA, JudgeSettings, Objective, parse_criteria
+from megatron_sip.records import Group
+
+MEASURES = {"factscore": "factuality", "halueval": "factuality"}
+"""Names of measures that are not the criterion's own."""
+
+
+class JudgingError(UserError, RuntimeError):
+    """The judge gave no verdict that could be used; the message says what to look at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What one criterion said. name: the criterion's. values: one for each generation, None where there is no verdict.
+
+    about: how it was asked and what came back, for the file of results.
+    """
+
+    name: str
+    values: list[float | None]
+    about: dict[str, Any]
+
+    def result(self, generations: Generations, seed: int) -> Result:
+        """The mean over what was judged, with its interval by document. Raises JudgingError when nothing was."""
+        known = [
+            (value, line.document)
+            for value, line in zip(self.values, generations.lines, strict=True)
+            if value is not None
+        ]
+        if not known:
+            raise JudgingError(
+                f"--criteria {self.name}: none of {len(self.values)} generations got a verdict: {self.about}"
+            )
+        outcomes, documents = np.array([value for value, _ in known]), [document for _, document in known]
+        dataset, failed = generations.header.get("dataset", "documents"), len(self.values) - len(known)
+        found = interval(outcomes, documents, seed)
+        return Result(measure_of(self.name), dataset, float(outcomes.mean()), len(known), found, failed)
+
+
+def measure_of(criterion: str) -> str:
+    """The measure that a criterion gives: factuality of factuality:v4, else mostly its own name."""
+    name = criterion.partition(":")[0] if criterion.startswith("factuality") else criterion
+    return MEASURES.get(name, name)
+
+
+def add_judge_flags(parser: argparse.ArgumentParser, criteria: str, votes: int) -> None:
+    """Of the judge, as the trainer takes them, but for the defaults; --judge-temperature is up to `settings_of`."""
+    parser.add_argument("--output", type=Path, help="file of results; the judge's answers are kept beside it")
+    parser.add_argument("--seed", type=int, default=1234, help="of the draws and of the interval's resampling")
+    flags.add_teacher_flags(parser.add_argument_group("the judge's servers, as the trainer takes them"))
+    flags.add_flags(parser.add_argument_group("the judge, as the trainer takes it"), flags.JUDGE_FLAGS)
+    parser.set_defaults(criteria=[criteria], judge_verdict=["hard"], judge_votes=votes, judge_temperature=None)
+    parser.set_defaults(judge_top_p=1.0, judge_audit_rate=0.0, judge_deadline=24 * 3600.0)
+    parser.set_defaults(tasks="documents", teacher_model=None)
+
+
+def settings_of(given: argparse.Namespace, temperatures: Callable[[str], float]) -> Iterator[JudgeSettings]:
+    """Those of a judge for each criterion, in turn. temperatures: by criterion, unless --judge-temperature is given.
+
+    Raises DataError for criteria that cannot be asked about continuations, SettingsError.
+    """
+    names = parse_criteria(given.criteria)
+    for name in names:
+        if name in LABELLED_CRITERIA:
+            raise DataError(
+                f"--criteria {name}: it scores answers to --tasks {LABELLED_CRITERIA[name]}, not continuations"
+            )
+    if has_served_criteria(given) and not given.teacher_url:
+        raise DataError(f"{given.command} needs --teacher-url, the judge's servers")
+    kept = given.output.with_name(given.output.name + ".answers.sqlite") if given.output else None
+    for name in names:
+        own = vars(given) | {"criteria": [name], "judge_cache": given.judge_cache or kept}
+        own["judge_verdict"] = [item for item in given.judge_verdict if "=" not in item or item.startswith(f"{name}=")]
+        if given.judge_temperature is None:
+            own["judge_temperature"] = temperatures(name)
+        yield judge_settings(argparse.Namespace(**own))
+
+
+async def ask(
+    settings: JudgeSettings, groups: Sequence[Group], objective: Objective, read: Callable[[str, Group], float | None]
+) -> Judged:
+    """Have the groups judged by the settings' one criterion; `read` makes a value of each that has scores."""
+    async with Judge(settings, document_end=ENDED) as judge:
+        await judge.check()
+        [name] = judge.weights
+        with tqdm(total=len(groups), desc=name, unit="prefix", file=bars()) as bar:
+            judged = await judge.score(groups, objective=objective, progress=bar.update)
+        values = [None if group.scores is None else read(name, group) for group in judged]
+        return Judged(name, values, how_asked(settings, name, judge.model) | told(judge.counters(), name))
+
+
+def how_asked(settings: JudgeSettings, criterion: str, model: str | None) -> dict[str, Any]:
+    """The judge and its sampling."""
+    if model is None:
+        return {"criterion": criterion}
+    asked = {"criterion": criterion, "judge": model, "verdicts": settings.mode(next(iter(settings.criteria)))}
+    sampling = {"votes": settings.votes, "temperature": settings.temperature, "top_p": settings.top_p}
+    return asked | (sampling if asked["verdicts"] == "hard" else {})
+
+
+def told(counters: Mapping[str, float], criterion: str) -> dict[str, float]:
+    """What came back: judgements, those that are missing, why generations were left out, how much the place decides."""
+    shown = {f"verdicts/{criterion}": "judgements", f"verdicts-missing/{criterion}": "judgements missing"}
+    shown |= {f"first-shown-preferred/{criterion}": "first shown preferred", "cached": "answers kept from before"}
+    dropped = {
+        name: name.removeprefix("groups/") for name in counters if name.startswith(("groups/dropped/", "unreadable/"))
+    }
+    return {word: round(counters[name], 4) for name, word in (shown | dropped).items() if counters.get(name)}
+
+
+def report(output: Path | None, about: Mapping[str, Any], judged: Sequence[Judged], results: Sequence[Result]) -> None:
+    """Print the results, a line each, and write them where `output` says."""
+    for one, result in zip(judged, results, strict=True):
+        low, high = result.interval or (result.value, result.value)
+        left = f", {result.failed} without a verdict" if result.failed else ""
+        print(
+            f"{result.measure}/{result.dataset}: {100 * result.value:.1f} (95% {100 * low:.1f} to {100 * high:.1f}), "
+            f"{result.samples} generations{left}"
+        )
+        print("   " + ", ".join(f"{name} {value}" for name, value in one.about.items()))
+    if output is not None:
+        write_results(output, {**about, "judged": [one.about for one in judged]}, results)
+
+
+def note_few_documents(generations: Generations) -> None:
+    """Say so where an interval covers next to nothing."""
+    if (count := len({line.document for line in generations.lines})) < FEW_DOCUMENTS:
+        print(f"{count} documents say little: {FEW_DOCUMENTS} or more are needed")
