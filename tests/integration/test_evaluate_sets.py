@@ -24,7 +24,8 @@ from megatron_sip.evaluation.results import Result, read_results
 from megatron_sip.evaluation.suites.prompt_sets import PROMPT_SETS
 from megatron_sip.serving.launch import LocalServer
 
-COUNT, MANY = 3, 120
+COUNT, MANY = 3, 80
+SETS = [name for name in PROMPT_SETS if name not in ("unsafe", "prefixes")]  # they are read as standard is
 PAIRWISE = {"standard": "coherence", "factscore": "factscore"} | {
     f"halueval-{part}": "halueval" for part in ("qa", "dialogue", "summarization")
 }
@@ -44,7 +45,7 @@ def model_words(server: LocalServer, model: Path) -> list[str]:
 def generated(smollm2_server: LocalServer, smollm2_dir: Path, tmp_path_factory: Any) -> dict[str, Path]:
     """A file of generations for each set."""
     folder, files = tmp_path_factory.mktemp("sets"), {}
-    for name in PROMPT_SETS:
+    for name in SETS:
         path, wikipedia = write_set(folder, name, COUNT)
         files[name] = folder / f"{name}.generations.jsonl"
         words = ["--set", f"{name}={path}", "--output", str(files[name]), "--suffix-length", "8"]
@@ -53,7 +54,7 @@ def generated(smollm2_server: LocalServer, smollm2_dir: Path, tmp_path_factory: 
     return files
 
 
-@pytest.mark.parametrize("name", PROMPT_SETS)
+@pytest.mark.parametrize("name", SETS)
 def test_a_set_runs_from_its_file_to_its_number(
     name: str, generated: dict[str, Path], smollm2_server: LocalServer, smollm2_dir: Path, tmp_path: Path
 ) -> None:
