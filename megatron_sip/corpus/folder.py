@@ -32,6 +32,7 @@ SUFFIX = ".jsonl.zst"
 VERSIONED = ("megatron_sip", "orjson", "pyarrow", "zstandard")
 LEVEL = 3
 """Of zstd: its default, about 400 MB of text a second."""
+DOCUMENTS_A_TICK = 256
 
 
 class CorpusError(UserError, ValueError):
@@ -68,9 +69,9 @@ class CorpusFolder:
                 )
         elif others := sorted(path.name for path in self.path.iterdir() if not path.name.startswith(".")):
             raise CorpusError(f"--out {self.path} already holds {', '.join(others[:3])}: name a new folder")
+        write_atomically(place, _json(identity))  # first: what is in the folder is then known to be of this work
         for name in ("documents", "shards"):
             (self.path / name).mkdir(exist_ok=True)
-        write_atomically(place, _json(identity))
         self._clean()
 
     def _clean(self) -> None:
@@ -112,12 +113,19 @@ def shards_of(folder: Path) -> list[Path]:
     return sorted((folder / "documents").glob(f"*{SUFFIX}"))
 
 
-def read_documents(path: Path) -> Iterator[Document]:
-    """The documents of a shard, in order. Raises DataError."""
-    for number, line, _ in numbered_lines(path):
+def read_documents(path: Path, tick: Callable[[int, int], object] = lambda documents, size: None) -> Iterator[Document]:
+    """The documents of a shard, in order; `tick` is told of how many more documents and bytes. Raises DataError."""
+    documents = told = position = 0
+    for number, line, position in numbered_lines(path):
         with described(f"{path}:{number}", "a document of a corpus"):
             record = orjson.loads(line)
-            yield Document(record["id"], record["text"], record["subset"])
+            document = Document(record["id"], record["text"], record["subset"])
+        yield document
+        documents += 1
+        if documents == DOCUMENTS_A_TICK:
+            tick(documents, position - told)
+            documents, told = 0, position
+    tick(documents, path.stat().st_size - told)
 
 
 @contextmanager

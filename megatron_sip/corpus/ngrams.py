@@ -31,7 +31,7 @@ def normalised_words(text: str) -> list[str]:
     return _PUNCTUATION.sub("", unicodedata.normalize("NFC", text.lower())).split()
 
 
-def digest(words: list[str]) -> bytes:
+def words_digest(words: list[str]) -> bytes:
     """16 bytes, equal for texts of equal words."""
     return hashlib.blake2b(" ".join(words).encode(errors="surrogatepass"), digest_size=16).digest()
 

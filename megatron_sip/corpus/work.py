@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_sip.corpus.folder import CorpusError, CorpusFolder, digest, writing_documents
+from megatron_sip.corpus.counting import mark_of, summed
+from megatron_sip.corpus.folder import CorpusError, CorpusFolder, writing_documents
 from megatron_sip.corpus.rules import Document, Rule, first_reason
 from megatron_sip.corpus.shards import Fields, Row, Shard, read_shard
 from megatron_sip.corpus.workers import Tick, work_on
@@ -93,9 +94,8 @@ def make_shard(work: CorpusWork, folder: CorpusFolder, shard: Shard, tick: Tick)
                 write(document)
         except DataError as error:
             count_broken("broken_shards", error)
-    inputs = [{"path": str(path), "bytes": path.stat().st_size, "sha256": digest(path)} for path in shard.inputs]
-    output = {"documents": counts["documents/kept"], "sha256": digest(folder.documents(shard.name))}
-    folder.mark_done(shard.name, {"inputs": inputs, "output": output, "counts": counts, "broken": broken})
+    mark = mark_of(shard.inputs, [folder.documents(shard.name)], counts)
+    folder.mark_done(shard.name, {**mark, "broken": broken})
 
 
 def _told(rows: Iterator[Row], shard: Shard, tick: Tick) -> Iterator[Row]:
@@ -121,24 +121,16 @@ def _sorted(row: Row, rules: Sequence[Rule], shard: Shard) -> tuple[Document, st
 
 
 def _manifest(work: CorpusWork, folder: CorpusFolder) -> dict[str, Any]:
-    marks = {shard.name: folder.mark(shard.name) or {} for shard in work.shards}
-    counts: Counter[str] = Counter()
-    for mark in marks.values():
-        counts.update(mark["counts"])
-
-    def under(prefix: str) -> dict[str, int]:
-        return {name.removeprefix(prefix): count for name, count in counts.items() if name.startswith(prefix)}
-
+    names = [shard.name for shard in work.shards]
+    found, counts = summed(folder, names)
     if not counts["documents/kept"]:
         raise CorpusError(
-            f"--out {folder.path}: no document was kept of {counts['documents/read']}: {under('dropped/')}"
+            f"--out {folder.path}: no document was kept of {counts['documents/read']}: {found['dropped']}"
         )
     return {
         "command": work.name,
         "settings": dict(work.settings),
-        "shards": [{"name": name, "inputs": mark["inputs"], "output": mark["output"]} for name, mark in marks.items()],
-        "documents": {**under("documents/"), "by_subset": under("by_subset/")},
-        "dropped": under("dropped/"),
+        **found,
         "broken_shards": counts["broken_shards"],
-        "broken": [message for mark in marks.values() for message in mark["broken"]],
+        "broken": [message for name in names for message in (folder.mark(name) or {})["broken"]],
     }

@@ -18,6 +18,8 @@ from megatron_sip.corpus.folder import CorpusError
 from megatron_sip.serving.guard import kill_with_parent
 
 _POLL_S = 0.2
+_BYTES_PER_PROCESS = 1 << 22
+"""Of input, at least: a process takes a second to start."""
 
 Tick = Callable[[int, int], object]
 """Called with how many more documents, and bytes of input, are behind."""
@@ -26,7 +28,7 @@ type Work[T] = Callable[[T, Tick], object]
 
 
 def work_on[T](shards: Sequence[T], work: Work[T], processes: int, total: int, title: str) -> None:
-    """Call `work` on each shard, in `processes` processes; the first error ends all of them. total: bytes, for the bar.
+    """Call `work` on each shard, in up to `processes` processes; the first error ends all of them. total: bytes of input.
 
     Raises CorpusError where a process dies, and what `work` raises.
     """
@@ -40,11 +42,12 @@ def work_on[T](shards: Sequence[T], work: Work[T], processes: int, total: int, t
             bar.set_postfix(documents=shown, per_s=rate, refresh=False)
             bar.update(size)
 
-        if processes == 1 or len(shards) < 2:
+        processes = min(processes, len(shards), -(-total // _BYTES_PER_PROCESS))
+        if processes > 1:
+            _in_processes(shards, work, processes, show)
+        else:
             for shard in shards:
                 work(shard, show)
-        else:
-            _in_processes(shards, work, min(processes, len(shards)), show)
 
 
 def _in_processes[T](shards: Sequence[T], work: Work[T], processes: int, show: Tick) -> None:

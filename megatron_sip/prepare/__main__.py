@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sip.config.corpus_flags import CORPORA, add_corpus_flags, corpus_command
+from megatron_sip.config.dedup_flags import add_dedup_flags, dedup_work
 from megatron_sip.config.prepare_flags import (
     add_documents_flags,
     add_judgements_flags,
@@ -33,6 +34,7 @@ from megatron_sip.config.prepare_flags import (
     rewrites_work,
 )
 from megatron_sip.config.thoughts_flags import add_thoughts_flags, thoughts_work
+from megatron_sip.corpus.dedup import dedup
 from megatron_sip.errors import UserError
 from megatron_sip.prepare.commands import (
     GroupWork,
@@ -77,8 +79,13 @@ def run_thoughts(given: argparse.Namespace) -> dict[str, Any]:
     return asyncio.run(prepare_thoughts(thoughts_work(given)))
 
 
+def run_dedup(given: argparse.Namespace) -> dict[str, Any]:
+    return dedup(dedup_work(given))
+
+
 COMMANDS = {
     **{name: Command(corpus.about, add_corpus_flags(name), corpus_command(name)) for name, corpus in CORPORA.items()},
+    "dedup": Command("a corpus without the documents that repeat an earlier one", add_dedup_flags, run_dedup),
     "documents": Command("the documents of a role, a file for each split", add_documents_flags, run_documents),
     "judgements": Command("what a judge learns from: prompts and right verdicts", add_judgements_flags, run_judgements),
     "rewrites": Command("what a rewriter learns from: suffixes, safe or not", add_rewrites_flags, run_rewrites),

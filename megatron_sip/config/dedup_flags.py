@@ -1,0 +1,74 @@
+"""The flags of `python -m megatron_sip.prepare dedup`, and what it is told by them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_sip.config.corpus_flags import SHARD_FLAGS
+from megatron_sip.config.flags import Flags, add_flags
+from megatron_sip.corpus.dedup import DedupWork
+from megatron_sip.corpus.folder import CorpusError
+from megatron_sip.corpus.minhash import DedupError, NearSettings
+from megatron_sip.corpus.ngrams import NGRAM
+from megatron_sip.data.source_files import parse_data_path
+
+CORPUS_FLAGS: Flags = {
+    "--data-path": (
+        {"required": True, "metavar": "DIR", "type": Path},
+        "Corpus that redpajama, slimpajama, text or dedup finished.",
+    ),
+    "--out": ({"required": True, "metavar": "DIR", "type": Path}, "Folder of the new corpus and its manifest.json."),
+    "--workers": SHARD_FLAGS["--workers"],
+}
+DEDUP_FLAGS: Flags = {
+    "--similarity": (
+        {"type": float, "default": 0.8},
+        "Texts whose sets of word n-grams are at least so alike (Jaccard) are near-duplicates.",
+    ),
+    "--ngram": ({"type": int, "default": NGRAM, "metavar": "WORDS"}, "Length of these n-grams."),
+    "--exact-only": (
+        {"action": "store_true"},
+        "Only texts of the same words (without case and punctuation) are repetitions.",
+    ),
+    "--signatures": (
+        {"nargs": "+", "metavar": "FILE"},
+        "RedPajama-V2's minhash/*.parquet of the documents, in place of signatures made here: texts that share a band of "
+        "signature_sim0.8 (or --similarity 0.7, 0.9, 1.0) are near-duplicates.",
+    ),
+}
+MEMORY = (
+    "Memory: 100 bytes a document, 200 for each band that it shares with another, and 300 MB a process; with --signatures 100 "
+    "bytes a row of those files more. Disk, until it is finished: 0.8 KB a document."
+)
+
+
+def add_dedup_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of `dedup`."""
+    add_flags(parser, CORPUS_FLAGS)
+    add_flags(parser.add_argument_group("what repeats another document"), DEDUP_FLAGS)
+    parser.epilog = MEMORY
+
+
+def dedup_work(args: argparse.Namespace) -> DedupWork:
+    """What `dedup` does. Raises UserError, naming the flag."""
+    given = {"--similarity": args.similarity != 0.8, "--ngram": args.ngram != NGRAM, "--signatures": args.signatures}
+    unused = [flag for flag, is_given in given.items() if args.exact_only and is_given]
+    unused += ["--ngram"] if args.signatures and args.ngram != NGRAM and not args.exact_only else []
+    if unused:
+        beside = "--exact-only" if args.exact_only else "--signatures"
+        raise DedupError(f"{', '.join(unused)}: of no effect with {beside}: leave out one or the other")
+    near = None if args.exact_only else NearSettings(args.similarity, args.ngram)
+    paths = (
+        [path for spec in parse_data_path(args.signatures, "--signatures") for path in spec.paths]
+        if args.signatures
+        else ()
+    )
+    require_workers(args.workers)
+    return DedupWork(args.data_path, args.out, near, tuple(paths), args.workers)
+
+
+def require_workers(workers: int) -> None:
+    """Raises CorpusError for fewer than one."""
+    if workers < 1:
+        raise CorpusError(f"--workers {workers}: at least 1 is needed")
