@@ -7,9 +7,10 @@
     megatron-sip-evaluate rate xstest.jsonl --criteria safety --teacher-url http://host:30000
     megatron-sip-evaluate nll --model HF_DIR --data-path 'text/*.jsonl' --samples 1000 --output results/nll.json
     megatron-sip-evaluate diversity trained.jsonl
+    megatron-sip-evaluate tasks --model HF_DIR --tasks standard --output results/trained/standard.json
     megatron-sip-evaluate table base=results/base trained=results/trained
 
-generate and nll can be repeated after a kill and go on where they were; compare and rate with --output ask nothing again.
+generate, nll, tasks can be repeated after a kill and go on where they were; compare and rate with --output ask nothing again.
 `COMMAND --help` lists the flags.
 """
 
@@ -21,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_sip.errors import UserError
-from megatron_sip.evaluation.commands import compare, diversity, generate, nll, rate, sets, table
+from megatron_sip.evaluation.commands import compare, diversity, generate, nll, rate, sets, table, tasks
 
 PROGRAM = "megatron-sip-evaluate"
 
@@ -42,6 +43,7 @@ COMMANDS = {
     "nll": Command(nll.ABOUT, nll.add_flags, nll.run),
     "sets": Command(sets.ABOUT, sets.add_flags, sets.run),
     "diversity": Command(diversity.ABOUT, diversity.add_flags, diversity.run),
+    "tasks": Command(tasks.ABOUT, tasks.add_flags, tasks.run),
     "table": Command(table.ABOUT, table.add_flags, table.run),
 }
 

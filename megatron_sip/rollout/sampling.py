@@ -90,7 +90,7 @@ def read_logprobs(reply: Any, continuation: Sequence[int]) -> tuple[list[float],
     """Log-probs in a reply to `logprobs_body`, one a token; (prompt, cached, completion) tokens. Raises BadResponseError."""
     with readable():
         [result] = read_results(reply, 1)
-        _require_whole(result)
+        result.require_whole()
         found = result.prompt_logprobs(continuation)
         if None in found:
             raise BadResponseError("no log-prob of the first token")
@@ -113,19 +113,13 @@ def read_completions(
     with readable():
         results = read_results(reply, settings.n)
         for result in results:
-            _require_whole(result)
+            result.require_whole()
         completions = [_completion(result, settings, vocab_size) for result in results]
         versions = set().union(*(result.weight_versions() for result in results))
         prompt, cached, completion = map(sum, zip(*(result.token_counts() for result in results), strict=True))
     if weight_version is not None and versions != {weight_version}:
         raise BadResponseError(f"generated with weights {sorted(versions)}, not {weight_version!r}", "stale-weights")
     return completions, (prompt, cached, completion)
-
-
-def _require_whole(result: Result) -> None:
-    if (result.finish_reason or {}).get("type") == "abort":
-        why = result.finish_reason.get("message", "no reason")
-        raise BadResponseError(f"the engine aborted the request: {why}", "aborted")
 
 
 def _completion(result: Result, settings: SamplingSettings, vocab_size: int | None) -> Completion:

@@ -21,13 +21,15 @@ def generate_body(
     sampling: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     *,
     logprobs: bool = False,
-    logprobs_from: Sequence[int] | None = None,
+    logprobs_from: int | Sequence[int] | None = None,
     logprobs_of: Sequence[Any] | None = None,
+    top_logprobs: int = 0,
 ) -> dict[str, Any]:
     """A request for one prompt (token ids), or for several (lists of them), with `sampling` for all of them or for each.
 
     logprobs: with those of the output's tokens. logprobs_from: and those of each prompt's own tokens from this place on.
-    logprobs_of: and those of these tokens (of several prompts a list for each) at each place of the output.
+    logprobs_of: and those of these tokens (of several prompts a list for each) at each place of the output. top_logprobs: and
+    of so many of the likeliest tokens at each place that log-probs are asked for.
     """
     body: dict[str, Any] = {"input_ids": prompts, "sampling_params": sampling}
     if logprobs or logprobs_from is not None or logprobs_of is not None:
@@ -36,6 +38,8 @@ def generate_body(
         body["logprob_start_len"] = logprobs_from
     if logprobs_of is not None:
         body["token_ids_logprob"] = logprobs_of
+    if top_logprobs:
+        body["top_logprobs_num"] = top_logprobs
     return body
 
 
@@ -72,6 +76,19 @@ class Result:
         """The log-probs of the prompt's last tokens, which are to be `ids`; None for a text's first, which follows nothing."""
         entries = _entries_of(self.meta["input_token_logprobs"][-len(ids) :] if ids else [], ids)
         return [None if value is None and not place else logprob(value) for place, (value, *_) in enumerate(entries)]
+
+    def prompt_top_ids(self, count: int) -> list[int]:
+        """The likeliest token at each of the prompt's last `count` places."""
+        top = self.meta["input_top_logprobs"][-count:]
+        if len(top) != count:
+            raise BadResponseError(f"{len(top)} likeliest tokens for {count} places")
+        return [int(entries[0][1]) for entries in top]
+
+    def require_whole(self) -> None:
+        """Raises BadResponseError for what the engine gave up."""
+        if (self.finish_reason or {}).get("type") == "abort":
+            why = self.finish_reason.get("message", "no reason")
+            raise BadResponseError(f"the engine aborted the request: {why}", "aborted")
 
     def first_logprobs(self, ids: Sequence[int]) -> list[float]:
         """The log-probs of the tokens `ids` at the output's first place."""

@@ -1,0 +1,101 @@
+"""Standard tasks of a model, by lm-eval on our own engines."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_sip.errors import DataError
+from megatron_sip.evaluation.results import write_results
+from megatron_sip.evaluation.served_model import Model, add_model_flags, engines_of, open_model, pool_settings
+from megatron_sip.judge.cache import AnswerCache
+from megatron_sip.serving.blocking_call import call
+from megatron_sip.serving.local_servers import ENGINE_MARGIN
+
+ABOUT = "standard tasks by lm-eval: BoolQ, PIQA, MMLU, TruthfulQA and whatever else it has"
+CALL_S = 60.0
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Model, tasks, output."""
+    add_model_flags(parser)
+    parser.add_argument(
+        "--tasks", nargs="+", required=True, help="lm-eval's names, or standard (the paper's eight), truthfulqa"
+    )
+    parser.add_argument("--include-path", nargs="+", type=Path, default=[], help="folders of task files, which win")
+    parser.add_argument("--num-fewshot", type=int, help="examples before a question; default: 5 for mmlu, else none")
+    parser.add_argument("--limit", type=int, help="most questions of a task, from its first one on")
+    parser.add_argument("--max-length", type=int, help="most tokens that the model sees; default: what it can")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of results; answers are kept beside it")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Load the tasks, serve the model if need be, ask, write the results."""
+    for flag in ("limit", "max_length"):
+        if (value := getattr(given, flag)) is not None and value < 1:
+            raise DataError(f"--{flag.replace('_', '-')} {value}: at least 1 is needed")
+    # lm-eval takes two seconds to import, which no other command needs to wait for.
+    from megatron_sip.evaluation.lm_eval_engine import EngineLM
+    from megatron_sip.evaluation.lm_eval_tasks import as_results, load_tasks, run_tasks
+
+    tasks = load_tasks(given.tasks, given.include_path, given.num_fewshot)
+    model = open_model(given, given.output)
+    known = given.max_length or (model_length(model) if model.folder is not None else 0)
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        urls = stack.enter_context(engines_of(model, given, given.output, known + 1))
+        length = known or min(map(engine_length, urls))
+        answers = AnswerCache(given.output.with_name(given.output.name + ".answers.sqlite"), pending_limit=64)
+        stack.enter_context(contextlib.closing(answers))
+        engine = EngineLM(
+            urls,
+            model.tokenizer,
+            length,
+            pool_settings(given, len(model.tokenizer)),
+            answers,
+            orjson.dumps([identity(model, urls), given.dtype, length]),
+        )
+        found = run_tasks(engine, tasks, given.limit)
+    results, metrics = as_results(tasks, found)
+    about = model.header() | {
+        "tasks": "lm-eval",
+        "few_shot": {task: found["n-shot"][task] for task in found["n-shot"]},
+        "metrics": metrics,
+        "requests": dict(engine.counts),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    write_results(given.output, about, results)
+    print(json.dumps({"metrics": metrics, "requests": dict(engine.counts)}, indent=2))
+
+
+def model_length(model: Model) -> int:
+    """Tokens that the model was made for. Raises DataError."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model.folder).get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    if length is None:
+        raise DataError(f"{model.folder}: its config does not say how long texts may be: give --max-length")
+    return int(length)
+
+
+def engine_length(url: str) -> int:
+    """Tokens that a running engine takes at most, of context and continuation. Raises RequestError."""
+    models: Any = call(url.rstrip("/"), "GET", "/v1/models", timeout_s=CALL_S)
+    return int(models["data"][0]["max_model_len"]) - ENGINE_MARGIN - 1
+
+
+def identity(model: Model, urls: list[str]) -> list[Any]:
+    """What must be the same for an answer to be kept: the model's files, or what running engines say that they serve."""
+    known: list[Any] = [model.name, str(model.tokenizer.name_or_path)]
+    if model.folder is not None:
+        files = [(path, path.stat()) for path in sorted(model.folder.iterdir()) if path.is_file()]
+        return known + [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in files]
+    infos: list[Any] = [call(url.rstrip("/"), "GET", "/model_info", timeout_s=CALL_S) for url in urls]
+    return known + [[info["model_path"], info["weight_version"]] for info in infos]
