@@ -1,0 +1,171 @@
+"""Shards as they are published: both of RedPajama's layouts, SlimPajama, others; what is wrong in them is named by row."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from raw_corpus_cases import GOOD, redpajama_rows, text_of, write_lines, write_redpajama
+
+from megatron_sip.corpus.folder import CorpusError
+from megatron_sip.corpus.rules import Document
+from megatron_sip.corpus.shards import Fields, read_shard, shards_in
+from megatron_sip.errors import DataError
+
+PLACE = "2023-06/0003/en_head.json.gz"
+REDPAJAMA = Fields("raw_content", signals=True)
+SCORES = [GOOD | {"rps_doc_word_count": 100.0 + i} for i in range(6)]
+
+
+def read(path: Path, fields: Fields = REDPAJAMA) -> list[Document | DataError]:
+    [shard] = shards_in((path,), fields)
+    return [row.found for row in read_shard(shard, fields)]
+
+
+def test_two_files_side_by_side_and_records_of_the_hub_are_the_same_documents(tmp_path: Path) -> None:
+    beside = read(write_redpajama(tmp_path, PLACE, SCORES))
+    documents, signals = redpajama_rows(PLACE, SCORES)
+    hub = [
+        {
+            "raw_content": document["raw_content"],
+            "doc_id": row["id"],
+            "meta": json.dumps(row["metadata"]),
+            "quality_signals": json.dumps(row["quality_signals"]),
+        }
+        for document, row in zip(documents, signals, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(hub), tmp_path / "hub.parquet")
+    assert read(write_lines(tmp_path / "hub.jsonl", hub)) == read(tmp_path / "hub.parquet") == beside
+    assert beside == [
+        Document(f"{PLACE}/{i}", text_of(i), "en_head", row["quality_signals"]) for i, row in enumerate(signals)
+    ]
+    assert read(tmp_path / "documents" / PLACE, replace(REDPAJAMA, signals=False)) == [
+        replace(document, signals=None) for document in beside if isinstance(document, Document)
+    ]
+
+
+def edited(tmp_path: Path, edit: Any) -> Path:
+    """A shard of two files whose records `edit` changes."""
+    documents, signals = redpajama_rows(PLACE, SCORES)
+    edit(documents, signals)
+    write_lines(tmp_path / "quality_signals/2023-06/0003/en_head.signals.json.gz", signals)
+    return write_lines(tmp_path / "documents" / PLACE, documents)
+
+
+def test_a_row_without_signals_and_one_that_is_no_record_move_no_others(tmp_path: Path) -> None:
+    def edit(documents: list[Any], signals: list[Any]) -> None:
+        documents[1] = '{"raw_content": "half a rec'
+        documents[5] = {"raw_content": None}
+        del signals[3], signals[1]  # RedPajama's program could not read the row, either
+
+    found = read(edited(tmp_path, edit))
+    assert isinstance(found[1], DataError)
+    assert f"{PLACE}:2" in str(found[1])
+    assert isinstance(found[5], DataError)
+    assert "'raw_content' holds no text: NoneType" in str(found[5])
+    counts = {i: each.signals for i, each in enumerate(found) if isinstance(each, Document)}
+    assert counts[3] == {}
+    assert {i: signals["rps_doc_word_count"][0][2] for i, signals in counts.items() if signals} == {
+        0: 100,
+        2: 102,
+        4: 104,
+    }
+
+
+def swap(documents: list[Any], signals: list[Any]) -> None:
+    signals[2], signals[3] = signals[3], signals[2]
+
+
+def other_file(documents: list[Any], signals: list[Any]) -> None:
+    signals[2]["id"] = "2023-06/0004/en_head.json.gz/2"
+
+
+def other_page(documents: list[Any], signals: list[Any]) -> None:
+    documents[2]["url"] = "https://example.org/other"
+
+
+def shifted(documents: list[Any], signals: list[Any]) -> None:
+    del documents[2]
+
+
+def fewer_signals(documents: list[Any], signals: list[Any]) -> None:
+    del signals[2:]
+
+
+def fewer_documents(documents: list[Any], signals: list[Any]) -> None:
+    del documents[2:]
+
+
+def no_number(documents: list[Any], signals: list[Any]) -> None:
+    signals[2]["id"] = "2023-06/0003/en_head.json.gz/two"
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (swap, "not of each other"),
+        (other_file, r"signals.json.gz:3: the id '2023-06/0004/en_head.json.gz/2' is of another file"),
+        (other_page, r"en_head.json.gz:3 \(.*/2 there, https://example.org/other here\)"),
+        (shifted, "not of each other"),
+        (fewer_signals, r"signals.json.gz: ends before the signals of .*en_head.json.gz:3"),
+        (fewer_documents, r"en_head.json.gz: ends before the document of the signals '.*/2'"),
+        (no_number, r"signals.json.gz:3 is not a row of quality signals"),
+    ],
+)
+def test_two_files_that_are_not_of_each_other_are_named_with_the_row(edit: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=says):
+        read(edited(tmp_path, edit))
+
+
+@pytest.mark.parametrize("cut", ["documents", "quality_signals"])
+def test_a_shard_that_is_cut_short_is_named(cut: str, tmp_path: Path) -> None:
+    path = write_redpajama(tmp_path, PLACE, SCORES * 100)
+    [broken] = (tmp_path / cut).rglob("*.gz")
+    broken.write_bytes(broken.read_bytes()[:-200])
+    with pytest.raises(DataError, match=rf"{broken.name}: cannot be decompressed after line \d+"):
+        read(path)
+
+
+def test_documents_without_signals_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    path = write_redpajama(tmp_path, PLACE, SCORES)
+    signals = tmp_path / "quality_signals/2023-06/0003/en_head.signals.json.gz"
+    signals.unlink()
+    with pytest.raises(CorpusError, match=rf"neither a file {signals} nor a field 'quality_signals'.*--keep all"):
+        shards_in((path,), REDPAJAMA)
+
+
+def test_a_hub_record_whose_signals_are_null_or_no_json(tmp_path: Path) -> None:
+    records = [{"raw_content": "a", "quality_signals": "{}"}, {"raw_content": "b", "quality_signals": None}]
+    records.append({"raw_content": "c", "quality_signals": "{"})
+    found = read(write_lines(tmp_path / "hub.jsonl", records))
+    assert [each.signals for each in found[:2] if isinstance(each, Document)] == [{}, {}]
+    assert "hub.jsonl:3 is not a record with 'quality_signals'" in str(found[2])
+
+
+@pytest.mark.parametrize("name", ["chunk.jsonl.zst", "chunk.jsonl.gz", "chunk.parquet"])
+def test_slimpajama_counts_by_its_set(name: str, tmp_path: Path) -> None:
+    records = [
+        {"text": text_of(i), "meta": {"redpajama_set_name": f"RedPajama{'C4' if i % 2 else 'Wiki'}"}} for i in (0, 1)
+    ]
+    path = tmp_path / "train" / name
+    path.parent.mkdir()
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(records), path)
+    else:
+        write_lines(path, records)
+    assert read(path, Fields("text", subset="meta.redpajama_set_name")) == [
+        Document(f"train/{name}/0", text_of(0), "RedPajamaWiki"),
+        Document(f"train/{name}/1", text_of(1), "RedPajamaC4"),
+    ]
+
+
+def test_fields_of_one_s_own(tmp_path: Path) -> None:
+    records: list[Any] = [{"body": {"text": "a"}, "key": 7, "src": "x"}, "", {"body": {"text": "b"}, "src": "y"}]
+    found = read(write_lines(tmp_path / "a.jsonl", records), Fields("body.text", "key", "src"))
+    assert found[0] == Document("7", "a", "x")
+    assert "a.jsonl:3 is not a record with the field 'key'; it has body, src" in str(found[1])
