@@ -11,11 +11,14 @@ from typing import Any
 
 from megatron_sip.config.flags import Flags, add_flags
 from megatron_sip.config.prepare_flags import refuse_unused
+from megatron_sip.corpus.contamination import Contamination, EvaluationFile
 from megatron_sip.corpus.folder import CorpusError
+from megatron_sip.corpus.ngrams import NGRAM
 from megatron_sip.corpus.quality import QualitySettings
 from megatron_sip.corpus.rules import Rule
 from megatron_sip.corpus.shards import Fields, shards_in
 from megatron_sip.corpus.work import CorpusWork, make_corpus
+from megatron_sip.data.rows import ENDINGS
 from megatron_sip.data.source_files import parse_data_path
 from megatron_sip.data.text_sources import SUPPORTED, is_text_source
 
@@ -39,6 +42,13 @@ FIELD_FLAGS: Flags = {
     "--text-field": ({"default": "text", "metavar": "NAME"}, "Field that holds the text; dots lead into objects."),
     "--id-field": ({"metavar": "NAME"}, "Field that holds the id. Default: file and row."),
     "--subset-field": ({"metavar": "NAME"}, "Field after which documents are counted. Default: the file's name."),
+}
+DECONTAMINATE_FLAGS: Flags = {
+    "--decontaminate": (
+        {"nargs": "+", "default": [], "metavar": "SET=FILE"},
+        f"Drop documents that share {NGRAM} words in a row with an evaluation set, counted by set. A file ({ENDINGS}; or .txt, "
+        "a text a line) counts with all of its texts, SET=FILE:FIELD with one field. Several files may be of one set.",
+    ),
 }
 BOUND_FLAGS: Flags = {
     "--min-words": ({"type": float, "default": 50}, "Fewest words."),
@@ -108,6 +118,7 @@ def add_corpus_flags(name: str) -> Callable[[argparse.ArgumentParser], None]:
             help="gopher: the rules of quality (of signals, where there are some). unsafe: the paper's filter for unsafe "
             "documents. all: every document that is not empty.",
         )
+        add_flags(group, DECONTAMINATE_FLAGS)
         add_flags(group, BOUND_FLAGS)
         add_flags(parser.add_argument_group("--keep gopher"), GOPHER_FLAGS)
         if "unsafe" in corpus.filters:
@@ -134,6 +145,9 @@ def corpus_work(name: str, args: argparse.Namespace) -> CorpusWork:
     where = Fields(args.text_field, args.id_field, args.subset_field, name == "redpajama" and quality.keep != "all")
     rules: tuple[Rule, ...] = quality.rules()
     settings = {"fields": asdict(where), "quality": asdict(quality), "on_broken": args.on_broken}
+    if args.decontaminate:
+        contamination = Contamination.of([EvaluationFile.parse(given) for given in args.decontaminate])
+        rules, settings = (*rules, contamination), {**settings, "decontaminate": contamination.summary}
     return CorpusWork(
         name, shards_in(text_files(args.data_path), where), where, rules, settings, args.on_broken == "drop"
     )

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sip.data.rows import ENDINGS, read_rows
 from megatron_sip.errors import DataError
-from megatron_sip.evaluation.suites.rows import ENDINGS, read_rows
 
 PASSAGE_SEPARATOR = "####SPECIAL####SEPARATOR####"
 """Between the passages of a page in FActScore's database."""
