@@ -35,14 +35,14 @@ def open_tasks(settings: Settings, tokenizer: Any, exchange: LeaderExchange) -> 
 
 
 def open_document_tasks(settings: Settings, tokenizer: Any) -> tuple[Tasks, Tasks | None]:
-    """Documents, cut; held-out ones on rank 0, where a comparison is to be made."""
+    """Documents, cut; held-out ones on rank 0, where something is to be measured on them."""
     data, rank = settings.data, settings.run.rank
     if rank == 0:
         say(f"data: opening it; text is tokenised once and kept in {data.tokenizing.cache_dir}")
     corpus = open_corpus(data.paths, tokenizer, data.tokenizing, vocab_size=data.vocab_size)
     splits = corpus.split(data.split)
     training = TaskSource(splits["train"], tokenizer, data.tasks)
-    if rank != 0 or not settings.held_out.prompts:
+    if rank != 0 or not (settings.held_out.prompts or settings.validation.interval):
         return training, None
     around = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     say(f"data: {count_shared_texts(splits['train'], splits['test'], around, data.tokenizing.cache_dir)}")

@@ -23,9 +23,9 @@ from megatron_sip.checkpoints.checksums import ChecksumWriter
 from megatron_sip.checkpoints.folder import TRACKER, mend_checkpoint_folder, require_checkpoint
 from megatron_sip.config.settings import RunSettings, Settings
 from megatron_sip.console import say
-from megatron_sip.data.labelled import LabelledSource
 from megatron_sip.data.tasks import Tasks
 from megatron_sip.evaluation.held_out import HeldOutComparison
+from megatron_sip.evaluation.suite_validation import SuiteValidation
 from megatron_sip.evaluation.validation import Validation
 from megatron_sip.experience.leader import Leader, check_servers, rotated_urls
 from megatron_sip.experience.maker import Experience
@@ -36,6 +36,7 @@ from megatron_sip.hf.weights import export_hf_weights
 from megatron_sip.judge.python_functions import check_functions
 from megatron_sip.judge.settings import function_of
 from megatron_sip.metrics import Metrics, flatten
+from megatron_sip.open_measurements import open_comparison, open_suites, open_validation
 from megatron_sip.open_tasks import open_tasks
 from megatron_sip.records import Task
 from megatron_sip.rollout.handshake import WeightSyncError
@@ -111,7 +112,7 @@ class Run:
     hf_config: Any
     writer: MetricsWriter | None
     comparison: HeldOutComparison | None
-    validation: Validation | None
+    validation: Validation | SuiteValidation | None
     checksums: ChecksumWriter
     troubles: list[str] = field(default_factory=list)
     """What ends the run, once its present step is saved; empty where another rank says it."""
@@ -150,10 +151,14 @@ class Run:
         """What validation finds of the present weights; None on other ranks than the first, and when a stop was requested."""
         if self.validation is None or self.leader is None:
             return None
-        engines, judge = self.leader.engines, self.leader.judge
+        engines, version = self.leader.engines, str(self.state.iteration)
         assert engines is not None
-        assert judge is not None
-        return self.leader.uncounted(stop.run(self.validation.measure(engines, judge, str(self.state.iteration))))
+        if isinstance(self.validation, SuiteValidation):
+            work = self.validation.measure(engines, self.leader.eval_judge, version)
+        else:
+            assert self.leader.judge is not None
+            work = self.validation.measure(engines, self.leader.judge, version)
+        return self.leader.uncounted(stop.run(work))
 
     def refresh_reference(self) -> None:
         """Copy the policy into the reference when --ref-update-interval says so; the next checkpoint keeps it."""
@@ -268,7 +273,7 @@ def set_up(settings: Settings, stack: contextlib.ExitStack) -> Run:
         hf_config=AutoConfig.from_pretrained(settings.run.hf_config),
         writer=open_writer(settings.run, state.iteration, stack),
         comparison=open_comparison(settings, held_out, tokenizer),
-        validation=open_validation(settings, held_out, tokenizer),
+        validation=open_suites(settings, held_out, tokenizer) or open_validation(settings, held_out, tokenizer),
         checksums=ChecksumWriter(rank),
     )
     run.push_weights(require_all=True)  # a wrong URL must not be taken for an engine that died
@@ -417,27 +422,3 @@ def open_writer(run: RunSettings, iteration: int, stack: contextlib.ExitStack) -
     writer = MetricsWriter(run.run_dir, iteration, run.steps, get_tensorboard_writer(), get_wandb_writer())
     stack.callback(writer.close)
     return writer
-
-
-def open_comparison(settings: Settings, held_out: Tasks | None, tokenizer: Any) -> HeldOutComparison | None:
-    """The comparison with the initial policy, on rank 0 when --win-rate-prompts asks for it."""
-    prompts = settings.held_out.prompts
-    if held_out is None or not prompts:
-        return None
-    return HeldOutComparison(
-        tasks=held_out.tasks(0, prompts),
-        documents=[held_out.document(index) for index in range(prompts)],
-        sampling=settings.held_out.sampling,
-        tokenizer=tokenizer,
-        initial=settings.run.run_dir / "initial_continuations.json",
-        seed=settings.run.seed,
-    )
-
-
-def open_validation(settings: Settings, held_out: Tasks | None, tokenizer: Any) -> Validation | None:
-    """What labelled tasks are measured by, on rank 0 when --eval-interval asks for it."""
-    if not isinstance(held_out, LabelledSource):
-        return None
-    count = min(settings.validation.records, len(held_out))
-    say(f"validation: {count:,} of {len(held_out):,} held-out records every {settings.validation.interval} steps")
-    return Validation(held_out.tasks(0, count), tokenizer, settings.experience.sampling.max_new_tokens)

@@ -47,7 +47,7 @@ MEGATRON_FLAGS: dict[str, dict[str, Any]] = {
     "--eval-interval": {
         "type": int,
         "metavar": "STEPS",
-        "help": "Of labelled tasks: steps between two validations on held-out records; none unless given.",
+        "help": "Steps between two measurements on held-out records or documents (--eval-suites); none unless given.",
     },
     "--lr": {"type": float, "help": "Learning rate."},
     "--min-lr": {"type": float, "help": "Where its decay ends."},

@@ -43,7 +43,16 @@ RUN_FLAGS: Flags = {
     "--replay-groups": ({"metavar": "DIR"}, "Train from groups written by --save-groups, without engines and teacher."),
     "--eval-records": (
         {"type": int, "default": 256, "metavar": "N"},
-        "Of labelled tasks: held-out records that are answered every --eval-interval steps.",
+        "Held-out records or prefixes that are measured every --eval-interval steps.",
+    ),
+    "--eval-suites": (
+        {"nargs": "+", "metavar": "SUITE"},
+        "Of documents, what --eval-interval measures on held-out prefixes: nll (of their suffixes), diversity (of "
+        "continuations), win-rate (over the initial policy, by the --eval-judge servers). Default: nll diversity.",
+    ),
+    "--eval-by-training-judge": (
+        {"action": "store_true"},
+        "Let the win rate of --eval-suites be judged by the judge that the policy is trained to please.",
     ),
     "--win-rate-prompts": (
         {"type": int, "default": 0, "metavar": "N"},

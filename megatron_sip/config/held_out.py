@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from megatron_sip.rollout.sampling import SamplingSettings
+
+Suite = Literal["nll", "diversity", "win-rate"]
+SUITES: tuple[Suite, ...] = get_args(Suite)
+DEFAULT_SUITES: tuple[Suite, ...] = ("nll", "diversity")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +23,15 @@ class HeldOutSettings:
 
 @dataclass(frozen=True, slots=True)
 class ValidationSettings:
-    """On how many held-out records labelled tasks are measured, before the first step and every `interval` steps; 0: never."""
+    """On how many held-out records or prefixes a run is measured, before the first step and every `interval` steps; 0: never.
+
+    suites: of documents, what is measured. sampling: of the continuations that some of them are about.
+    """
 
     interval: int
     records: int
+    suites: tuple[Suite, ...]
+    sampling: SamplingSettings
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether the weights of `step`, 0 being the initial ones, are to be measured in a run of `steps`."""
@@ -39,5 +49,12 @@ def held_out_sampling(args: argparse.Namespace) -> SamplingSettings:
 
 
 def validation_settings(args: argparse.Namespace) -> ValidationSettings:
-    """The validation of labelled tasks."""
-    return ValidationSettings(args.eval_interval or 0, args.eval_records)
+    """The measurements in the course of a run. Raises ValueError."""
+    return ValidationSettings(args.eval_interval or 0, args.eval_records, suites_of(args), held_out_sampling(args))
+
+
+def suites_of(args: argparse.Namespace) -> tuple[Suite, ...]:
+    """--eval-suites, or what it is unless given; none of labelled tasks, which are measured by their own answers."""
+    if args.eval_interval is None or args.tasks != "documents":
+        return ()
+    return tuple(dict.fromkeys(args.eval_suites or DEFAULT_SUITES))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from megatron_sip.config.flags import Role
+from megatron_sip.config.held_out import suites_of
 from megatron_sip.judge.settings import ScheduleSettings, asks_server, split_criterion
 from megatron_sip.records import CANDIDATE_KINDS, CandidateKind
 
@@ -24,9 +25,9 @@ DEFAULT_CRITERIA = {
 class Needs:
     """kinds: candidates to make, in canonical order. scores: selection needs them: not for SFT, nor for fixed roles.
 
-    served: a criterion asks a judge's servers. replays: groups are read, not made. compares: a held-out comparison ends the
-    run. own_rewriter, own_eval_judge: these have servers of their own, running or to be started; otherwise both are the
-    teacher's work.
+    served: a criterion asks a judge's servers. replays: groups are read, not made. compares: the policy is compared with the
+    initial one, at the end or on the way. measures: held-out text is measured on the way. own_rewriter, own_eval_judge: these
+    have servers of their own, running or to be started; otherwise both are the teacher's work.
     """
 
     kinds: tuple[CandidateKind, ...]
@@ -34,6 +35,7 @@ class Needs:
     served: bool
     replays: bool
     compares: bool
+    measures: bool
     own_rewriter: bool
     own_eval_judge: bool
 
@@ -47,7 +49,8 @@ class Needs:
             scores=args.objective != "sft" and args.dpo_pair is None,
             served=has_served_criteria(args),
             replays=args.replay_groups is not None,
-            compares=args.win_rate_prompts > 0,
+            compares=args.win_rate_prompts > 0 or "win-rate" in suites_of(args),
+            measures=bool(suites_of(args)),
             own_rewriter=has_servers(args, "rewriter"),
             own_eval_judge=has_servers(args, "eval_judge"),
         )
@@ -79,8 +82,8 @@ class Needs:
 
     @property
     def engines(self) -> bool:
-        """Whether the policy is sampled."""
-        return (not self.replays and "rollout" in self.kinds) or self.compares
+        """Whether the policy is sampled or measured."""
+        return (not self.replays and "rollout" in self.kinds) or self.compares or self.measures
 
 
 def criteria_of(args: argparse.Namespace) -> list[str]:

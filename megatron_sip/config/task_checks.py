@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from megatron_sip.config.needs import candidates_of, criteria_of
+from megatron_sip.config.held_out import DEFAULT_SUITES, SUITES
+from megatron_sip.config.needs import candidates_of, criteria_of, has_servers
 from megatron_sip.judge.settings import LABELLED_CRITERIA, asks_server, known_criteria, split_criterion
 
 _OF_DOCUMENTS = {"task_mode": "random", "text_field": "text", "prepend_bos": "auto"}
@@ -41,16 +42,36 @@ def check_tasks(args: argparse.Namespace) -> Iterator[str]:
 
 def _check_validation(args: argparse.Namespace) -> Iterator[str]:
     if args.eval_interval is None:
+        for name in ("eval_suites", "eval_by_training_judge"):
+            if getattr(args, name):
+                yield f"--{name.replace('_', '-')}: of no effect without --eval-interval; give that too"
         return
-    if args.tasks == "documents":
-        yield (
-            "--eval-interval: labelled tasks are validated; remove it, --win-rate-prompts compares the trained policy with the "
-            "initial one on held-out text"
-        )
+    yield from _check_suites(args)
     if args.eval_interval < 1 or args.eval_records < 1:
         yield f"--eval-interval {args.eval_interval}, --eval-records {args.eval_records}: both must be at least 1"
     if args.replay_groups is not None:
         yield "--eval-interval: --replay-groups asks no engine, and validation needs answers; remove one of them"
+
+
+def _check_suites(args: argparse.Namespace) -> Iterator[str]:
+    if args.tasks != "documents":
+        if args.eval_suites:
+            yield f"--eval-suites: of documents; --tasks {args.tasks} are measured by their own answers; remove it"
+        return
+    suites = args.eval_suites or DEFAULT_SUITES
+    for name in suites:
+        if name not in SUITES:
+            yield f"--eval-suites {name}: known are {', '.join(SUITES)}"
+    if args.task_mode == "whole":
+        yield "--eval-interval: it measures prefixes and their suffixes, of which --task-mode whole cuts none; use random"
+    if "win-rate" not in suites:
+        if args.eval_by_training_judge:
+            yield "--eval-by-training-judge: of no effect without win-rate among --eval-suites; remove it"
+    elif args.eval_by_training_judge == has_servers(args, "eval_judge"):
+        yield (
+            "--eval-suites win-rate: a judge that the policy is trained to please says little; give another one by "
+            "--eval-judge-url or --eval-judge-model, or say --eval-by-training-judge (one of the two)"
+        )
 
 
 def _check_objective(args: argparse.Namespace) -> Iterator[str]:

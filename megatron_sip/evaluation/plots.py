@@ -173,7 +173,9 @@ def _line(axis: Axes, steps: Steps, name: str, color: str, label: str | None = N
     axis.plot(x, moving_average(y, average_window(len(x))), color=color, linewidth=1.8, label=label)
 
 
-def _validated(steps: Steps, axis: Axes, theme: Theme, names: Sequence[str], label: str) -> None:
+def _validated(
+    steps: Steps, axis: Axes, theme: Theme, names: Sequence[str], label: str, *, shares: bool = True
+) -> None:
     """Metrics of validations, which come every so many steps: each is a marker, named by the end of its name."""
     found = _present(steps, names)
     for number, name in enumerate(found):
@@ -181,7 +183,8 @@ def _validated(steps: Steps, axis: Axes, theme: Theme, names: Sequence[str], lab
         color = theme.colors[number % len(theme.colors)]
         axis.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=4, label=name.rpartition("/")[2])
     _label(axis, label, theme)
-    _as_share(axis)
+    if shares:
+        _as_share(axis)
     _legend(axis, theme, min(4, len(found)))
 
 
@@ -316,7 +319,32 @@ def _validation_plot(name: str, title: str, caption: str, panels: Sequence[tuple
     return Plot(name, title, caption, tuple(names for names, _ in drawn), _validation(*drawn))
 
 
+WIN_RATES = (("validation/win-rate/", "preferred"),)
+
+
+def _held_out_texts(steps: Steps, axes: Sequence[Axes], theme: Theme) -> None:
+    """Negative log-prob of true suffixes, and how varied continuations are."""
+    _validated(steps, axes[0], theme, ["validation/nll/suffix"], "nats a token", shares=False)
+    names = ["validation/diversity/distinct-3", "validation/diversity/repetition"]
+    _validated(steps, axes[1], theme, names, "share")
+
+
 PLOTS = (
+    _validation_plot(
+        "validation_win_rate",
+        "Win rate over the initial policy",
+        "How far the evaluation judge prefers the policy's continuations of held-out prefixes to the initial policy's; at a "
+        "half it prefers neither.",
+        WIN_RATES,
+    ),
+    Plot(
+        "validation_text",
+        "Held-out text",
+        "Above, the policy's negative log-prob of the true suffixes: it rises where a policy leaves human text behind. Below, "
+        "of its continuations, different 3-grams per 3-gram and the share of 4-grams that repeat an earlier one.",
+        (("validation/nll/suffix",), ("validation/diversity/distinct-3", "validation/diversity/repetition")),
+        _held_out_texts,
+    ),
     _validation_plot(
         "validation_accuracy",
         "Judge on held-out records",

@@ -18,6 +18,7 @@ import torch
 import torch.distributed
 from torch.distributed import HashStore
 
+from megatron_sip.platform.hidden_packages import UNUSED, hide_packages
 from megatron_sip.platform.megatron_cpu import import_megatron_for_cpu, stand_in_for_cuda
 from megatron_sip.platform.megatron_fixes import mend_megatron
 
@@ -29,6 +30,7 @@ def prepare_megatron() -> None:
     Must run before Megatron is initialised and before a model is built, in every process of the run; on a CPU in the thread
     that builds and runs models.
     """
+    hide_packages(*UNUSED)
     if torch.cuda.is_available():
         mend_megatron()
         return

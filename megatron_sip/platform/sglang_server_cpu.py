@@ -11,9 +11,9 @@ from __future__ import annotations
 import multiprocessing
 import runpy
 
-from megatron_sip.platform.hidden_packages import GPU_KERNELS, hide_packages
+from megatron_sip.platform.hidden_packages import GPU_KERNELS, UNUSED, hide_packages
 
-hide_packages(*GPU_KERNELS, "megatron.core")
+hide_packages(*GPU_KERNELS, *UNUSED, "megatron.core")
 
 
 def fork_processes() -> None:

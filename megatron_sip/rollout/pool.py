@@ -165,17 +165,23 @@ class SGLangPool:
         return await asyncio.gather(*(self._request(body, read) for body in bodies))
 
     async def logprobs(
-        self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+        self,
+        prefixes: Sequence[Sequence[int]],
+        continuations: Sequence[Sequence[int]],
+        *,
+        weight_version: str | None = None,
     ) -> list[list[float] | Failure]:
         """The model's log-probs (natural log) of each continuation's tokens after its prefix; one entry per pair, in order.
 
-        Prefixes that several share are computed once: what is in the engine's cache of them is used. Raises ValueError for an
-        empty prefix or continuation.
+        Prefixes that several share are computed once: what is in the engine's cache of them is used. `weight_version` as for
+        `generate`. Raises ValueError for an empty prefix or continuation.
         """
         pairs = list(zip(prefixes, continuations, strict=True))
         if any(not prefix or not continuation for prefix, continuation in pairs):
             raise ValueError("a prefix and a continuation need at least one token each (for example BOS)")
-        requests = ((logprobs_body(*pair), partial(read_logprobs, continuation=pair[1])) for pair in pairs)
+        await self._admit(weight_version)
+        read = partial(read_logprobs, weight_version=weight_version)
+        requests = ((logprobs_body(*pair), partial(read, continuation=pair[1])) for pair in pairs)
         return await asyncio.gather(*(self._request(body, read) for body, read in requests))
 
     async def _request(

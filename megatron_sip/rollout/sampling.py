@@ -86,15 +86,23 @@ def logprobs_body(prefix: Sequence[int], continuation: Sequence[int]) -> dict[st
     return generate_body([[*prefix, *continuation]], sampling, logprobs_from=[len(prefix) - 1])
 
 
-def read_logprobs(reply: Any, continuation: Sequence[int]) -> tuple[list[float], tuple[int, int, int]]:
-    """Log-probs in a reply to `logprobs_body`, one a token; (prompt, cached, completion) tokens. Raises BadResponseError."""
+def read_logprobs(
+    reply: Any, continuation: Sequence[int], weight_version: str | None = None
+) -> tuple[list[float], tuple[int, int, int]]:
+    """The log-probs in a reply to `logprobs_body`, one a token; (prompt, cached, completion) tokens.
+
+    Raises BadResponseError, as `read_completions`.
+    """
     with readable():
         [result] = read_results(reply, 1)
         result.require_whole()
         found = result.prompt_logprobs(continuation)
         if None in found:
             raise BadResponseError("no log-prob of the first token")
-        return [value for value in found if value is not None], result.token_counts()
+        versions = set() if weight_version is None else result.weight_versions()
+        counts = result.token_counts()
+    _require_version(versions, weight_version)
+    return [value for value in found if value is not None], counts
 
 
 def drawn_seed(*numbers: int) -> int:
@@ -117,9 +125,13 @@ def read_completions(
         completions = [_completion(result, settings, vocab_size) for result in results]
         versions = set().union(*(result.weight_versions() for result in results))
         prompt, cached, completion = map(sum, zip(*(result.token_counts() for result in results), strict=True))
-    if weight_version is not None and versions != {weight_version}:
-        raise BadResponseError(f"generated with weights {sorted(versions)}, not {weight_version!r}", "stale-weights")
+    _require_version(versions, weight_version)
     return completions, (prompt, cached, completion)
+
+
+def _require_version(versions: set[str], wanted: str | None) -> None:
+    if wanted is not None and versions != {wanted}:
+        raise BadResponseError(f"generated with weights {sorted(versions)}, not {wanted!r}", "stale-weights")
 
 
 def _completion(result: Result, settings: SamplingSettings, vocab_size: int | None) -> Completion:

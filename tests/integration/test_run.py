@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,9 @@ from training import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from workers import run_program
 
+from megatron_sip.data.documents import open_corpus
+from megatron_sip.data.tasks import TaskSettings, TaskSource
+from megatron_sip.data.tokenization import TokenizeSettings
 from megatron_sip.experience.leader import CONNECT_SECONDS
 from megatron_sip.serving.blocking_call import call
 from megatron_sip.serving.launch import LocalServer, free_port
@@ -41,6 +45,13 @@ TOKENISING = "tokenise "
 MODEL_BUILT = "number of parameters on"
 """In Megatron's line about the model that it has built."""
 TOTAL_STEPS = 6
+HELD_OUT_PREFIXES = 6
+"""Of the 30% of the documents that `COMMON` holds out."""
+HELD_OUT = (
+    *("--eval-interval", "2", "--eval-records", str(HELD_OUT_PREFIXES)),
+    *("--eval-suites", "nll", "diversity", "win-rate", "--eval-by-training-judge"),
+)
+NLL, WIN_RATE = "validation/nll/suffix", "validation/win-rate/initial"
 
 
 @pytest.fixture(scope="module")
@@ -252,11 +263,32 @@ def test_parallel_runs_do_the_same_steps(
         assert after == pytest.approx(before, rel=1e-3, abs=1e-4)
 
 
-def test_the_engine_serves_what_was_trained(
-    uninterrupted: Path, flags: tuple[str, ...], tiny_engine: LocalServer, tmp_path: Path
+def nll_by_transformers(model: Any, folder: Path, corpus: Path) -> float:
+    """Nats a token of the suffixes that `HELD_OUT` measures."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    documents = open_corpus([str(corpus)], tokenizer, TokenizeSettings()).split("70,0,30")["test"]
+    tasks = TaskSource(documents, tokenizer, TaskSettings(seq_length=96, suffix_length=24)).tasks(0, HELD_OUT_PREFIXES)
+    total = 0.0
+    for task in tasks:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*task.prefix_ids, *task.suffix_ids]])).logits[0]
+        about = logits[len(task.prefix_ids) - 1 : -1].log_softmax(-1)
+        total -= float(about[torch.arange(len(task.suffix_ids)), torch.tensor(task.suffix_ids)].sum())
+    return total / sum(len(task.suffix_ids) for task in tasks)
+
+
+def test_the_engine_serves_what_was_trained_and_measures_it_on_held_out_text(
+    uninterrupted: Path, flags: tuple[str, ...], corpus: Path, tiny_engine: LocalServer, tmp_path: Path
 ) -> None:
-    """After a run the engine's greedy continuation is that of the exported checkpoint in transformers."""
-    train(tmp_path / "run", *flags, "--train-iters", "2", "--weight-sync", "disk")
+    """After a run the engine's greedy continuation, and the last held-out NLL, are those of the exported checkpoint in
+    transformers."""
+    train(tmp_path / "run", *flags, *HELD_OUT, "--train-iters", "2", "--weight-sync", "disk")
+    measured = {step["step"]: step for step in map(json.loads, lines(tmp_path / "run")) if NLL in step}
+    assert list(measured) == [0, 2]
+    assert 0 < measured[2]["validation/diversity/distinct-3"] <= 1
+    assert WIN_RATE not in measured[0]
+    assert 0 <= measured[2][WIN_RATE] <= 1
+    assert "validation_text.png" in {path.name for path in (tmp_path / "run" / "plots").iterdir()}
     exported = tmp_path / "hf"
     converter = ("-m", "megatron_sip.hf.convert", "megatron-to-hf")
     done = run_program(*converter, "--load", str(tmp_path / "run"), "--save", str(exported))
@@ -264,6 +296,7 @@ def test_the_engine_serves_what_was_trained(
     assert AutoConfig.from_pretrained(exported).vocab_size == 49152
     assert load_file(exported / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    assert measured[2][NLL] == pytest.approx(nll_by_transformers(model, exported, corpus), rel=1e-4)
     prompt = AutoTokenizer.from_pretrained(exported).encode("The with statement wraps the execution of a block")
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
     body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 12, "temperature": 0}}

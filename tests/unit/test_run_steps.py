@@ -23,6 +23,7 @@ from megatron_sip.metrics import Metrics
 from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.records import Branch, Example
 from megatron_sip.rollout.handshake import WeightSyncError
+from megatron_sip.rollout.sampling import SamplingSettings
 from megatron_sip.stop_signal import StopSignal
 from megatron_sip.train import MAX_EMPTY_STEPS, TrainingError, run_steps
 from megatron_sip.training.checkpoints import saving_explained
@@ -372,7 +373,7 @@ class ValidatedRun(FakeRun):
 
     def __init__(self, steps: int, iteration: int = 0) -> None:
         super().__init__([True] * steps, save_interval=100, iteration=iteration)
-        self.settings = replace(self.settings, validation=ValidationSettings(interval=2, records=8))
+        self.settings = replace(self.settings, validation=ValidationSettings(2, 8, (), SamplingSettings(1)))
         self.written: list[tuple[str, int]] = []
         self.stop = StopSignal()
         self.stop_at: int | None = None

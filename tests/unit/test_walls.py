@@ -15,7 +15,19 @@ PACKAGE = ROOT / "megatron_sip"
 ROOMS = [
     *("errors", "console", "files", "stop_signal", "records", "metrics"),
     *("checkpoints", "kernels", "data", "platform", "model", "serving", "hf", "judge", "rollout"),
-    *("experience", "training", "corpus", "prepare", "config", "evaluation", "one_node", "open_tasks", "run", "train"),
+    *(
+        "experience",
+        "training",
+        "corpus",
+        "prepare",
+        "config",
+        "evaluation",
+        "one_node",
+        "open_measurements",
+        "open_tasks",
+        "run",
+        "train",
+    ),
     *("evaluate", "__main__"),
 ]
 """Bottom to top: a room imports only rooms before it. Files beside the rooms count as rooms of their own, and a room's

@@ -277,7 +277,6 @@ def test_contradictions(flags: tuple[str, ...], named: str) -> None:
         ({"finetune": True}, "--pretrained-checkpoint"),
         ({"ckpt_step": 5}, "run/latest_checkpointed_iteration.txt"),
         ({"override_ckpt_iteration": 5}, "run/latest_checkpointed_iteration.txt"),
-        ({"eval_interval": 10}, "--win-rate-prompts"),
         ({"eval_iters": 10}, "--win-rate-prompts"),
         ({"lr_warmup_iters": 10}, "--lr-warmup-iters"),
         ({"load": "elsewhere"}, "--pretrained-checkpoint"),

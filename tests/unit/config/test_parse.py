@@ -137,7 +137,6 @@ def test_a_required_flag_is_named(parse: Parse, flag: str) -> None:
         (("--ckpt-step", "2"), "--ckpt-step"),
         (("--use-checkpoint-opt-param-scheduler",), "--use-checkpoint-opt-param-scheduler: a run that continues takes"),
         (("--lr-warmup-iters", "2", "--lr-decay-iters", "2"), "--lr-warmup-iters 2 must be below --lr-decay-iters 2"),
-        (("--eval-interval", "10"), "--win-rate-prompts"),
         (("--eval-iters", "10"), "--win-rate-prompts"),
         (("--yaml-cfg", __file__), "--yaml-cfg: flags come from the command line"),
     ],

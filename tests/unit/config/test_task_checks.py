@@ -112,11 +112,39 @@ def test_thoughts_are_scored_by_similarity() -> None:
         (JUDGEMENTS, 0, "--eval-interval 0, --eval-records 256: both must be at least 1"),
         ((*JUDGEMENTS, "--eval-records", "0"), 5, "--eval-interval 5, --eval-records 0: both must be at least 1"),
         ((*JUDGEMENTS, "--replay-groups", "."), 5, "--eval-interval: --replay-groups asks no engine"),
-        ((), 5, "--eval-interval: labelled tasks are validated; remove it, --win-rate-prompts compares"),
+        (
+            (*JUDGEMENTS, "--eval-suites", "nll"),
+            5,
+            "--eval-suites: of documents; --tasks judgements are measured by their",
+        ),
+        (("--eval-suites", "nl"), 5, "--eval-suites nl: known are nll, diversity, win-rate"),
+        (("--eval-suites", "nll"), None, "--eval-suites: of no effect without --eval-interval"),
+        (("--eval-by-training-judge",), 5, "--eval-by-training-judge: of no effect without win-rate"),
+        (("--eval-suites", "win-rate"), 5, "--eval-suites win-rate: a judge that the policy is trained to please"),
+        (
+            ("--eval-suites", "win-rate", "--eval-by-training-judge", "--eval-judge-url", "http://other"),
+            5,
+            "say --eval-by-training-judge (one of the two)",
+        ),
+        (("--task-mode", "whole", "--objective", "sft", "--sft-target", "document"), 5, "--task-mode whole cuts none"),
     ],
 )
-def test_a_validation_that_cannot_be_is_refused(flags: tuple[str, ...], interval: int, message: str) -> None:
+def test_a_validation_that_cannot_be_is_refused(flags: tuple[str, ...], interval: int | None, message: str) -> None:
     assert message in refusal(*flags, eval_interval=interval)
+
+
+def test_held_out_text_is_measured_by_its_likelihood_and_the_diversity_of_continuations_unless_told_otherwise() -> None:
+    made = settings("--objective", "sft", eval_interval=5)
+    assert made.validation.suites == ("nll", "diversity")
+    assert (made.needs.engines, made.needs.judge, made.needs.eval_judge) == (True, False, False)
+    judged = settings("--eval-suites", "win-rate", "--eval-judge-url", "http://other", eval_interval=5)
+    assert judged.needs.eval_judge
+    assert judged.eval_judge is not None
+    by_teacher = settings(
+        "--objective", "sft", "--eval-suites", "win-rate", "--eval-by-training-judge", eval_interval=5
+    )
+    assert (by_teacher.needs.judge, by_teacher.needs.eval_judge) == (True, False)
+    assert settings(*JUDGEMENTS, eval_interval=5, **NO_TEACHER).validation.suites == ()
 
 
 def test_validations_are_of_the_initial_weights_of_every_so_many_steps_and_of_the_last() -> None:

@@ -1,0 +1,54 @@
+"""What a run measures on held-out data, on rank 0: as its settings say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_sip.config.settings import Settings
+from megatron_sip.console import say
+from megatron_sip.data.labelled import LabelledSource
+from megatron_sip.data.tasks import Tasks
+from megatron_sip.evaluation.held_out import HeldOutComparison
+from megatron_sip.evaluation.suite_validation import SuiteValidation
+from megatron_sip.evaluation.validation import Validation
+
+
+def open_comparison(settings: Settings, held_out: Tasks | None, tokenizer: Any) -> HeldOutComparison | None:
+    """The comparison with the initial policy, on rank 0 when --win-rate-prompts asks for it."""
+    prompts = settings.held_out.prompts
+    if held_out is None or not prompts:
+        return None
+    return HeldOutComparison(
+        tasks=held_out.tasks(0, prompts),
+        documents=[held_out.document(index) for index in range(prompts)],
+        sampling=settings.held_out.sampling,
+        tokenizer=tokenizer,
+        initial=settings.run.run_dir / "initial_continuations.json",
+        seed=settings.run.seed,
+    )
+
+
+def open_suites(settings: Settings, held_out: Tasks | None, tokenizer: Any) -> SuiteValidation | None:
+    """What documents are measured by, on rank 0 when --eval-interval asks for it."""
+    how, run = settings.validation, settings.run
+    if held_out is None or not how.suites:
+        return None
+    say(f"validation: {', '.join(how.suites)} of {how.records:,} held-out prefixes every {how.interval} steps")
+    return SuiteValidation(
+        suites=how.suites,
+        tasks=held_out.tasks(0, how.records),
+        documents=[held_out.document(index) for index in range(how.records)],
+        sampling=how.sampling,
+        tokenizer=tokenizer,
+        initial=run.run_dir / "initial_evaluation.json",
+        seed=run.seed,
+    )
+
+
+def open_validation(settings: Settings, held_out: Tasks | None, tokenizer: Any) -> Validation | None:
+    """What labelled tasks are measured by, on rank 0 when --eval-interval asks for it."""
+    if not isinstance(held_out, LabelledSource):
+        return None
+    count = min(settings.validation.records, len(held_out))
+    say(f"validation: {count:,} of {len(held_out):,} held-out records every {settings.validation.interval} steps")
+    return Validation(held_out.tasks(0, count), tokenizer, settings.experience.sampling.max_new_tokens)
