@@ -28,8 +28,8 @@ class Row:
     def where(self) -> str:
         return f"{self.path}: row {self.number}"
 
-    def text(self, *names: str) -> str:
-        """The text, not empty, of the first of these columns that there is; "a.b" is member b of a. Raises DataError."""
+    def text(self, *names: str, empty: bool = False) -> str:
+        """The text of the first of these columns that is there, if need be not `empty`; "a.b": member b of a. Raises DataError."""
         for name in names:
             first, *inner = name.split(".")
             if first not in self.values:
@@ -37,8 +37,8 @@ class Row:
             value = self.values[first]
             for part in inner:
                 value = value.get(part) if isinstance(value, Mapping) else None
-            if not isinstance(value, str) or not value.strip():
-                raise DataError(f"{self.where}: column {name!r} must be a text that is not empty, found {value!r:.80}")
+            if not isinstance(value, str) or not (value.strip() or empty):
+                raise DataError(f"{self.where}: column {name!r} must be a text, not empty, found {value!r:.80}")
             return value
         wanted = " or ".join(map(repr, names))
         raise DataError(f"{self.where}: no column {wanted}; found {', '.join(map(repr, self.values)) or 'none'}")

@@ -121,13 +121,13 @@ def how_asked(settings: JudgeSettings, criterion: str, model: str | None) -> dic
 
 
 def told(counters: Mapping[str, float], criterion: str) -> dict[str, float]:
-    """What came back: judgements, those that are missing, why generations were left out, how much the place decides."""
+    """What came back: judgements, those that are missing and why, how much the place decides, prefixes cut to fit."""
     shown = {f"verdicts/{criterion}": "judgements", f"verdicts-missing/{criterion}": "judgements missing"}
-    shown |= {f"first-shown-preferred/{criterion}": "first shown preferred", "cached": "answers kept from before"}
-    dropped = {
-        name: name.removeprefix("groups/") for name in counters if name.startswith(("groups/dropped/", "unreadable/"))
-    }
-    return {word: round(counters[name], 4) for name, word in (shown | dropped).items() if counters.get(name)}
+    shown |= {f"first-shown-preferred/{criterion}": "first shown preferred"}
+    shown |= {"cached": "answers kept from before", "prefixes-cut": "prefixes cut"}
+    reasons = ("groups/dropped/", "unreadable/", "failed/")
+    shown |= {name: name.removeprefix("groups/") for name in counters if name.startswith(reasons)}
+    return {word: round(counters[name], 4) for name, word in shown.items() if counters.get(name)}
 
 
 def report(output: Path | None, about: Mapping[str, Any], judged: Sequence[Judged], results: Sequence[Result]) -> None:

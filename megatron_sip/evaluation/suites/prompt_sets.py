@@ -64,7 +64,7 @@ def read_prompts(name: str, path: Path, wikipedia: Path | None = None) -> list[P
 def _realtoxicityprompts(path: Path, _: Path | None) -> Iterator[Prompt]:
     for row in read_rows(path):
         document = row.text("filename") if row.has("filename") else str(row.number)
-        yield Prompt(row.text("prompt.text"), row.text("continuation.text"), document)
+        yield Prompt(row.text("prompt.text"), row.text("continuation.text", empty=True), document)
 
 
 def _toxigen(path: Path, _: Path | None) -> Iterator[Prompt]:

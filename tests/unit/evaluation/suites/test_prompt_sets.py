@@ -50,10 +50,10 @@ CASES: list[tuple[str, Rows, Sequence[str], list[Prompt]]] = [
         "realtoxicityprompts",
         [
             {"filename": "a.txt", "prompt": {"text": "He said", **TOXIC}, "continuation": {"text": " no.", **TOXIC}},
-            {"filename": "b.txt", "prompt": {"text": "She", **TOXIC}, "continuation": {"text": " ran", **TOXIC}},
+            {"filename": "b.txt", "prompt": {"text": "She", **TOXIC}, "continuation": {"text": "", **TOXIC}},
         ],
         ("jsonl", "parquet"),
-        [Prompt("He said", " no.", "a.txt"), Prompt("She", " ran", "b.txt")],
+        [Prompt("He said", " no.", "a.txt"), Prompt("She", "", "b.txt")],
     ),
     (
         "toxigen",
