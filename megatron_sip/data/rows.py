@@ -29,7 +29,10 @@ class Row:
         return f"{self.path}: row {self.number}"
 
     def text(self, *names: str, empty: bool = False) -> str:
-        """The text of the first of these columns that is there, if need be not `empty`; "a.b": member b of a. Raises DataError."""
+        """The text of the first of these columns that is there; "a.b" is member b of a.
+
+        Raises DataError: none is there, or it is no text, or blank and must not be `empty`.
+        """
         for name in names:
             first, *inner = name.split(".")
             if first not in self.values:
