@@ -114,3 +114,13 @@ def test_the_demo_in_the_readme_is_the_one_that_was_measured() -> None:
     assert f"{demo['win_rate']:.0%} of {demo['prompts']} held-out prefixes" in text
     assert f"95% interval {low:.0%} to {high:.0%}" in text
     assert low > 0.5
+
+
+def test_evaluation_md_s_figures_of_sets_are_those_that_were_measured() -> None:
+    text = (REPO / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for result in json.loads((RESULTS / "evaluation_sets_smollm2.json").read_text())["results"]:
+        nats = result["measure"] == "nll"
+        value, *ends = (f"{v:.3f}" if nats else f"{100 * v:.1f}" for v in (result["value"], *result["interval"]))
+        [line] = [line for line in text.splitlines() if line.startswith("| ") and f"| {value} |" in line]
+        assert line.endswith(f"| {' to '.join(ends)} |")
+        assert f" {result['samples']} " in line
