@@ -267,7 +267,8 @@ def nll_by_transformers(model: Any, folder: Path, corpus: Path) -> float:
     """Nats a token of the suffixes that `HELD_OUT` measures."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     documents = open_corpus([str(corpus)], tokenizer, TokenizeSettings()).split("70,0,30")["test"]
-    tasks = TaskSource(documents, tokenizer, TaskSettings(seq_length=96, suffix_length=24)).tasks(0, HELD_OUT_PREFIXES)
+    how = TaskSettings(seq_length=96, suffix_length=24, min_prefix_length=16)
+    tasks = TaskSource(documents, tokenizer, how).tasks(0, HELD_OUT_PREFIXES)
     total = 0.0
     for task in tasks:
         with torch.no_grad():
