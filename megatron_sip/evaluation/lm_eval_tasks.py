@@ -98,13 +98,14 @@ def run_tasks(model: LM, tasks: Tasks, limit: int | None, *, log_samples: bool =
     """lm-eval's results of the first `limit` questions of each task; of a group, of its tasks in equal parts."""
     random.seed(DEFAULT_RANDOM_SEED)  # as lm-eval's own command begins
     np.random.seed(DEFAULT_OTHER_SEED)
-    samples = None if limit is None else _first_questions(tasks, limit)
+    samples = None if limit is None else first_questions(tasks, limit)
     found = evaluate(model, tasks.loaded, samples=samples, bootstrap_iters=0, log_samples=log_samples)
     assert found is not None
     return dict(found)
 
 
-def _first_questions(tasks: Tasks, limit: int) -> dict[str, list[int]]:
+def first_questions(tasks: Tasks, limit: int) -> dict[str, list[int]]:
+    """The places of the questions that are asked, by leaf task."""
     chosen = {}
     for leaves in tasks.groups.values():
         for name in leaves:

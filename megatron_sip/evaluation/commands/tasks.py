@@ -16,6 +16,7 @@ from megatron_sip.evaluation.results import write_results
 from megatron_sip.evaluation.served_model import Model, add_model_flags, engines_of, open_model, pool_settings
 from megatron_sip.judge.cache import AnswerCache
 from megatron_sip.serving.blocking_call import call
+from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.local_servers import ENGINE_MARGIN
 
 ABOUT = "standard tasks by lm-eval: BoolQ, PIQA, MMLU, TruthfulQA and whatever else it has"
@@ -61,7 +62,11 @@ def run(given: argparse.Namespace) -> None:
             answers,
             orjson.dumps([identity(model, urls), given.dtype, length]),
         )
-        found = run_tasks(engine, tasks, given.limit)
+        try:
+            found = run_tasks(engine, tasks, given.limit)
+        except RequestError as error:
+            told = f"{error.detail}. What was answered is kept: once the engine answers, the same command goes on"
+            raise RequestError(error.kind, told) from error
     results, metrics = as_results(tasks, found)
     about = model.header() | {
         "tasks": "lm-eval",

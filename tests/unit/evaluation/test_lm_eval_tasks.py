@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tiny_tokenizer import byte_level_tokenizer
 
 from megatron_sip.evaluate import main
 from megatron_sip.evaluation.lm_eval_engine import EngineLM
-from megatron_sip.evaluation.lm_eval_tasks import FEW_SHOT, PRESETS, Tasks, as_results, load_tasks
+from megatron_sip.evaluation.lm_eval_tasks import FEW_SHOT, PRESETS, Tasks, as_results, first_questions, load_tasks
 from megatron_sip.evaluation.results import Result
 from megatron_sip.evaluation.tables import WEIGHTS
 from megatron_sip.evaluation.win_rate import wilson_interval
@@ -114,6 +115,14 @@ def test_few_shot_is_the_task_s_own_the_flag_s_or_none(tmp_path: Path) -> None:
     for flag, expected in ((None, 0), (2, 2)):
         loaded = load_tasks([CHOICE, WRITTEN], [files], flag).loaded["tasks"]
         assert [loaded[name].config.num_fewshot for name in (CHOICE, WRITTEN)] == [expected, 0]
+
+
+def test_a_limit_is_divided_over_a_group_s_tasks() -> None:
+    sizes = {"piqa": 9, "mmlu_a": 5, "mmlu_b": 1}
+    loaded = {"tasks": {name: SimpleNamespace(eval_docs=range(size)) for name, size in sizes.items()}}
+    found = first_questions(Tasks({"piqa": ["piqa"], "mmlu": ["mmlu_a", "mmlu_b"]}, loaded), 5)
+    assert {name: len(places) for name, places in found.items()} == {"piqa": 5, "mmlu_a": 3, "mmlu_b": 1}
+    assert found["mmlu_a"] == [0, 1, 2]
 
 
 def test_a_group_is_a_result_by_accuracy_over_all_its_questions_and_perplexity_is_none() -> None:
