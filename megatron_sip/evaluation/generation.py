@@ -109,7 +109,7 @@ async def generate(
         DataError: `path` holds something else, or generations of another model, other tasks or another sampling.
         GenerationError: the engines did not answer.
     """
-    done = begin(path, {"format": FORMAT, **header, "sampling": asdict(sampling)}, "file of generations")
+    done = begin(path, {"format": FORMAT, **header, "sampling": asdict(sampling)}, "a file of generations")
     progress(min(done, samples))
     while done < samples:
         drawn = tasks.tasks(done, min(batch, samples - done))

@@ -9,40 +9,41 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sip.errors import DataError
-from megatron_sip.files import read_json_lines
+from megatron_sip.files import described
 
 
 def begin(path: Path, header: Mapping[str, Any], what: str) -> int:
     """Make `path`, or cut off a line that a kill left half written; returns how many lines follow its header.
 
-    header: with "format". Raises DataError when `path` is not `what`, or of another header.
+    header: with "format". Raises DataError when `path` is not `what`, or of another header; it is then as it was.
     """
-    content = path.read_bytes() if path.exists() else b""
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    if not whole:  # new, or killed in its first line
+    content, first = path.read_bytes() if path.exists() else b"", _line(header)
+    if first.startswith(content) and content != first:  # new, or killed in its first line
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
         append(path, [header])
         return 0
-    values = read_json_lines(path, what)
-    found, expected = values[0], json.loads(json.dumps(dict(header)))
+    with described(path, what):
+        found, expected = json.loads(content.partition(b"\n")[0]), json.loads(first)
     if not isinstance(found, dict) or found.get("format") != header["format"]:
-        raise DataError(f"{path}: no {what}; name another file")
+        raise DataError(f"{path} is not {what}: name another file")
     differing = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
     if differing:
         name = differing[0]
         raise DataError(
-            f"{path}, {what}, was made with {name} {found.get(name)!r}, not {expected.get(name)!r}: name another file, or "
-            "remove it"
+            f"{path} is {what} with {name} {found.get(name)!r}, not {expected.get(name)!r}: name another file, or remove it"
         )
-    return len(values) - 1
+    os.truncate(path, content.rfind(b"\n") + 1)
+    return content.count(b"\n") - 1
 
 
 def append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Add lines, and make them outlast a power cut."""
     with path.open("ab") as file:
-        lines = (json.dumps(dict(record), ensure_ascii=False) + "\n" for record in records)
-        file.write("".join(lines).encode("utf-8", "replace"))
+        file.write(b"".join(map(_line, records)))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(dict(record), ensure_ascii=False) + "\n").encode("utf-8", "replace")

@@ -24,7 +24,7 @@ from megatron_sip.rollout.pool import SGLangPool
 from megatron_sip.rollout.sampling import Failure
 
 FORMAT = "megatron-sip nll 1"
-WHAT = "file of negative log-likelihoods"
+WHAT = "a file of negative log-likelihoods"
 
 
 class MeasuringError(UserError, RuntimeError):

@@ -27,9 +27,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """By criterion how far the judgements prefer the second model, with an interval by document."""
+    settings = list(settings_of(given, lambda _: TEMPERATURE))
     before, after = read_generations(given.base), read_generations(given.model)
     require_same_tasks(given.base, before, given.model, after)
-    settings = list(settings_of(given, lambda _: TEMPERATURE))
     judged = [asyncio.run(compared(one, before, after)) for one in settings]
     of_base = {"base": before.header.get("model"), "base generations": str(given.base)}
     note_few_documents(after)

@@ -32,10 +32,10 @@ def run(given: argparse.Namespace) -> None:
         if name == LIKELIHOOD or is_pairwise(name):
             better = "nll measures that" if name == LIKELIHOOD else "compare asks that"
             raise DataError(f"--criteria {name}: no score from 0 to 1 of a single continuation; {better}")
+    settings = list(settings_of(given, temperature))
     generations = read_generations(given.generations)
     if not generations.lines:
         raise DataError(f"{given.generations}: no generation")
-    settings = list(settings_of(given, temperature))
     judged = [asyncio.run(rated(one, generations)) for one in settings]
     note_few_documents(generations)
     about = {**generations.about, "generations": str(given.generations)}

@@ -105,7 +105,9 @@ def test_another_models_file_is_refused(tmp_path: Path) -> None:
         make(tmp_path / "g.jsonl", 2, model="other")
 
 
-def test_another_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "g.jsonl").write_text('{"text": "a document"}\n')
-    with pytest.raises(DataError, match="no file of generations"):
+@pytest.mark.parametrize("content", ['{"text": "a document"}\n', '{"text": "a document"}', "a text\nand no end"])
+def test_another_file_is_refused_and_left_as_it_is(tmp_path: Path, content: str) -> None:
+    (tmp_path / "g.jsonl").write_text(content)
+    with pytest.raises(DataError, match="is not a file of generations"):
         make(tmp_path / "g.jsonl", 2)
+    assert (tmp_path / "g.jsonl").read_text() == content

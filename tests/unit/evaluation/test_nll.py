@@ -87,7 +87,7 @@ def test_a_failure_ends_it_and_keeps_what_was_measured(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="model 'm', not 'other'"):
         make(path, 5, model="other")
     (tmp_path / "text.jsonl").write_text('{"text": "a document"}\n')
-    with pytest.raises(DataError, match="no file of negative"):
+    with pytest.raises(DataError, match="is not a file of negative"):
         make(tmp_path / "text.jsonl", 5)
 
 
