@@ -7,8 +7,9 @@ from typing import Any
 
 from megatron_sip.config.settings import Settings
 from megatron_sip.console import say
-from megatron_sip.data.documents import open_corpus
+from megatron_sip.data.documents import open_splits
 from megatron_sip.data.labelled import LabelledSource, open_records
+from megatron_sip.data.roles import Split
 from megatron_sip.data.shared_texts import count_shared_texts
 from megatron_sip.data.tasks import Tasks, TaskSource
 from megatron_sip.data.tokenization import DocumentEncoder
@@ -39,10 +40,12 @@ def open_document_tasks(settings: Settings, tokenizer: Any) -> tuple[Tasks, Task
     data, rank = settings.data, settings.run.rank
     if rank == 0:
         say(f"data: opening it; text is tokenised once and kept in {data.tokenizing.cache_dir}")
-    corpus = open_corpus(data.paths, tokenizer, data.tokenizing, vocab_size=data.vocab_size)
-    splits = corpus.split(data.split)
+    measured = rank == 0 and bool(settings.held_out.prompts or settings.validation.interval)
+    names: list[Split] = ["train", "test"] if measured else ["train"]
+    split = data.split if data.subset is None else None
+    splits = open_splits(names, data.paths, split, data.subset, tokenizer, data.tokenizing, vocab_size=data.vocab_size)
     training = TaskSource(splits["train"], tokenizer, data.tasks)
-    if rank != 0 or not (settings.held_out.prompts or settings.validation.interval):
+    if not measured:
         return training, None
     around = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     say(f"data: {count_shared_texts(splits['train'], splits['test'], around, data.tokenizing.cache_dir)}")

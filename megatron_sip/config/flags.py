@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, Literal
 
+from megatron_sip.data.roles import ROLES as DOCUMENT_ROLES
 from megatron_sip.judge.settings import SCHEDULE_NAMES
 from megatron_sip.records import CANDIDATE_KINDS
 
@@ -70,6 +71,11 @@ TASK_FLAGS: Flags = {
         {"choices": TASK_KINDS, "default": "documents"},
         "What --data-path holds. documents: text, cut into prefix and suffix. judgements, rewrites, thoughts: labelled records "
         "in JSON lines, which train a judge, a rewriter, a thinker (docs/labelled_tasks.md).",
+    ),
+    "--subset": (
+        {"choices": DOCUMENT_ROLES},
+        "Of corpora that `megatron-sip-prepare roles` made, whose folders --data-path then names: the documents of this role; "
+        "train, valid and test are the corpus's own.",
     ),
     "--max-prompt-length": (
         {"type": int, "metavar": "TOKENS"},

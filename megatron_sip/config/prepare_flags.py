@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_sip.config.flags import JUDGE_FLAGS, REWRITE_FLAGS, TASK_FLAGS, Flags, add_flags, add_teacher_flags
 from megatron_sip.config.teacher_settings import client_settings
+from megatron_sip.data.role_corpus import files_of
+from megatron_sip.data.role_corpus import shares_of as corpus_shares
 from megatron_sip.data.roles import ROLES, SPLITS, Shares, parse_shares
 from megatron_sip.data.source_files import parse_data_path
 from megatron_sip.data.tasks import TaskSettings
@@ -16,7 +18,7 @@ from megatron_sip.data.text_sources import SUPPORTED, is_text_source
 from megatron_sip.judge.corruption import CorruptorSettings
 from megatron_sip.judge.rewriter import read_rewrite_prompt
 from megatron_sip.judge.settings import JudgeSettings
-from megatron_sip.prepare.commands import DocumentsWork, GroupWork, LabelWork, QualityWork
+from megatron_sip.prepare.commands import GroupWork, LabelWork, QualityWork
 from megatron_sip.prepare.judgements import TEACHER
 from megatron_sip.prepare.rules import RULES
 from megatron_sip.prepare.settings import (
@@ -33,7 +35,7 @@ from megatron_sip.prepare.settings import (
 READ_FLAGS: Flags = {
     "--data-path": (
         {"nargs": "+", "metavar": "FILE"},
-        f"Text files or globs, read in this order: {SUPPORTED}.",
+        f"Text files or globs, read in this order: {SUPPORTED}. Or the folder of a corpus that `roles` made.",
     ),
     "--text-field": ({"default": "text"}, "Field that holds the text; of records that are cut already, the suffix."),
     "--prefix-field": (
@@ -44,7 +46,7 @@ READ_FLAGS: Flags = {
         {"metavar": "NAME"},
         "Field after which subsets are called, such as meta.redpajama_set_name. Default: the file's name.",
     ),
-    "--role": ({"choices": ROLES}, "Whose documents are read, by a hash of their text."),
+    "--role": ({"choices": ROLES}, "Whose documents are read, by a hash of their text, or as a corpus has them."),
     "--role-shares": (
         {"default": "90,5,5", "metavar": "P,J,R"},
         "Of the documents: for the policy, the judge, the rewriter. The same in every command about one corpus.",
@@ -138,14 +140,6 @@ VERDICT_FLAGS = (
 """Of the trainer's flags about judges, those that also matter here."""
 
 
-def add_documents_flags(parser: argparse.ArgumentParser) -> None:
-    """Those of `documents`."""
-    reading = {name: flag for name, flag in READ_FLAGS.items() if name != "--prefix-field"}
-    add_flags(parser.add_argument_group("documents"), reading)
-    add_flags(parser.add_argument_group("output"), {"--out": OUTPUT_FLAGS["--out"]})
-    parser.set_defaults(role="policy", prefix_field=None, format=["sip"])
-
-
 def add_judgements_flags(parser: argparse.ArgumentParser) -> None:
     """Those of `judgements`."""
     parser.add_argument(
@@ -180,11 +174,6 @@ def _add_label_flags(parser: argparse.ArgumentParser, title: str) -> None:
     add_teacher_flags(group)
     add_flags(group, {name: JUDGE_FLAGS[name] for name in (*VERDICT_FLAGS, "--judge-cache")})
     parser.set_defaults(judge_deadline=UNIT_SECONDS, teacher_timeout=CALL_SECONDS)
-
-
-def documents_work(args: argparse.Namespace) -> DocumentsWork:
-    """What `documents` does. Raises UserError, naming the flag."""
-    return DocumentsWork(read_settings(args), output_settings(args, None))
 
 
 def judgements_work(args: argparse.Namespace) -> QualityWork | LabelWork | GroupWork:
@@ -284,6 +273,9 @@ def read_settings(args: argparse.Namespace) -> ReadSettings:
     """Which documents are read. Raises DataError, PrepareError."""
     if not args.data_path:
         raise PrepareError("--data-path: name the text files")
+    folders = [entry for entry in args.data_path if Path(entry).is_dir()]
+    if folders:
+        return corpus_settings(args, folders)
     specs = parse_data_path(args.data_path)
     if specs[0].weight is not None:
         raise PrepareError("--data-path: every document is read, so that weights mean nothing: leave them out")
@@ -301,6 +293,29 @@ def read_settings(args: argparse.Namespace) -> ReadSettings:
         label_field=getattr(args, "label_field", None),
         safe_labels=tuple(getattr(args, "safe_labels", ())),
         unsafe_labels=tuple(getattr(args, "unsafe_labels", ())),
+        max_documents=args.max_documents,
+    )
+
+
+OWN_OF_A_CORPUS = ("--role-shares", "--split", "--text-field", "--subset-field", "--prefix-field", "--label-field")
+
+
+def corpus_settings(args: argparse.Namespace, folders: Sequence[str]) -> ReadSettings:
+    """Of a corpus with roles: the documents of --role, in the splits that it has. Raises DataError, PrepareError."""
+    if len(args.data_path) > 1:
+        raise PrepareError(f"--data-path {folders[0]}: a corpus is read by itself; name nothing beside it")
+    defaults = {name: READ_FLAGS[name][0].get("default") for name in OWN_OF_A_CORPUS if name in READ_FLAGS}
+    given = vars(args)
+    own = [name for name in OWN_OF_A_CORPUS if given.get(name[2:].replace("-", "_")) != defaults.get(name)]
+    if own:
+        raise PrepareError(f"{', '.join(own)}: of no effect with a corpus folder, which says it itself: leave it out")
+    folder = Path(folders[0])
+    return ReadSettings(
+        paths=files_of(folder, args.role, "--role"),
+        role=args.role,
+        shares=corpus_shares(folder, "--role"),
+        seed=args.seed,
+        subset_field="subset",
         max_documents=args.max_documents,
     )
 

@@ -10,6 +10,7 @@ from typing import Literal
 from megatron_sip.config.held_out import HeldOutSettings, ValidationSettings, held_out_settings, validation_settings
 from megatron_sip.config.needs import Needs, criteria_of
 from megatron_sip.config.teacher_settings import judge_settings, rewriter_settings
+from megatron_sip.data.roles import DocumentRole
 from megatron_sip.data.tasks import TaskSettings
 from megatron_sip.data.tokenization import DEFAULT_CACHE, TokenizeSettings
 from megatron_sip.experience.control import Control
@@ -62,7 +63,8 @@ class RunSettings:
 class DataSettings:
     """paths: sources, with weights. split: shares of train, valid and test. vocab_size: all token ids are below it.
 
-    labelled: how labelled records become tasks, None for documents.
+    labelled: how labelled records become tasks, None for documents. subset: whose documents of corpora with roles, which have
+    splits of their own; None for other sources.
     """
 
     paths: tuple[str, ...]
@@ -71,6 +73,7 @@ class DataSettings:
     tasks: TaskSettings
     tokenizing: TokenizeSettings
     labelled: LabelledSettings | None = None
+    subset: DocumentRole | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,7 @@ class Settings:
                 tasks,
                 tokenize_settings(args),
                 labelled_settings(args) if args.tasks != "documents" else None,
+                args.subset,
             ),
             objective=objective_settings(args),
             reference=ReferenceSettings(args.ref_update_interval, args.ref_offload),

@@ -9,7 +9,7 @@ from megatron_sip.config.held_out import DEFAULT_SUITES, SUITES
 from megatron_sip.config.needs import candidates_of, criteria_of, has_servers
 from megatron_sip.judge.settings import LABELLED_CRITERIA, asks_server, known_criteria, split_criterion
 
-_OF_DOCUMENTS = {"task_mode": "random", "text_field": "text", "prepend_bos": "auto"}
+_OF_DOCUMENTS = {"task_mode": "random", "text_field": "text", "prepend_bos": "auto", "subset": None}
 """Flags that say how documents are read and cut, with their defaults."""
 
 

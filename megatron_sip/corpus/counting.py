@@ -12,11 +12,14 @@ from megatron_sip.corpus.folder import CorpusFolder, digest
 KEPT_BY = ("by_subset", "by_role")
 
 
-def mark_of(inputs: Iterable[Path], outputs: Iterable[Path], counts: Mapping[str, int]) -> dict[str, Any]:
-    """What is said of a shard that is done: of which files it was made, which it became, and its counts by `documents/...`,
-    `by_subset/...`, `dropped/...`."""
+def mark_of(
+    folder: CorpusFolder, inputs: Iterable[Path], outputs: Iterable[Path], counts: Mapping[str, int]
+) -> dict[str, Any]:
+    """What is said of a shard that is done: of which files it was made, which of the folder's it became, and its counts by
+    `documents/...`, `by_subset/...`, `dropped/...`."""
     read = [{"path": str(path), "bytes": path.stat().st_size, "sha256": digest(path)} for path in inputs]
-    return {"inputs": read, "outputs": {path.name: digest(path) for path in outputs}, "counts": dict(counts)}
+    made = {str(path.relative_to(folder.path)): digest(path) for path in outputs}
+    return {"inputs": read, "outputs": made, "counts": dict(counts)}
 
 
 def summed(folder: CorpusFolder, names: Iterable[str]) -> tuple[dict[str, Any], Counter[str]]:

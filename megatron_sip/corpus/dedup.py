@@ -21,9 +21,10 @@ import numpy.typing as npt
 from megatron_sip.corpus.counting import mark_of, summed
 from megatron_sip.corpus.folder import (
     MANIFEST,
-    SUFFIX,
     CorpusFolder,
     digest,
+    made_of,
+    name_of,
     read_documents,
     shards_of,
     writing_documents,
@@ -68,7 +69,7 @@ def dedup(work: DedupWork) -> dict[str, Any]:
         "near": None if work.near is None else asdict(work.near),
         "signatures": [{"path": str(path), "sha256": digest(path)} for path in work.signatures],
     }
-    made_from = {"path": str(work.corpus), "manifest_sha256": digest(work.corpus / MANIFEST)}
+    made_from = made_of(work.corpus)
     with CorpusFolder.open(work.out, {"command": "dedup", "made_from": made_from, **settings}) as folder:
         if not (work.out / MANIFEST).exists():
             sketches = [Sketch(work.out / ".sketches" / name_of(path)) for path in paths]
@@ -78,11 +79,6 @@ def dedup(work: DedupWork) -> dict[str, Any]:
             folder.finish({"command": "dedup", "settings": settings, "made_from": made_from, **found})
         shutil.rmtree(work.out / ".sketches", ignore_errors=True)
         return folder.manifest()
-
-
-def name_of(path: Path) -> str:
-    """Of a shard, from its file of documents."""
-    return path.name.removesuffix(SUFFIX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +153,7 @@ def write_kept(folder: CorpusFolder, shard: tuple[Path, Fates], tick: Tick) -> N
             counts["documents/kept"] += 1
             counts[f"by_subset/{document.subset}"] += 1
             write(document)
-    folder.mark_done(name, mark_of([path], [folder.documents(name)], counts))
+    folder.mark_done(name, mark_of(folder, [path], [folder.documents(name)], counts))
 
 
 def fates_of(sketches: Sequence[Sketch], work: DedupWork) -> list[Fates]:

@@ -79,9 +79,9 @@ class CorpusFolder:
         for path in self.path.rglob(".*.partial"):
             path.unlink(missing_ok=True)
 
-    def documents(self, shard: str) -> Path:
-        """The file of a shard's documents."""
-        return self.path / "documents" / f"{shard}{SUFFIX}"
+    def documents(self, shard: str, part: str = "") -> Path:
+        """The file of a shard's documents, or of a part of them that has a folder of its own."""
+        return self.path / "documents" / part / f"{shard}{SUFFIX}"
 
     def mark(self, shard: str) -> dict[str, Any] | None:
         """What was said of a shard that is done, None before."""
@@ -113,6 +113,16 @@ def shards_of(folder: Path) -> list[Path]:
     return sorted((folder / "documents").glob(f"*{SUFFIX}"))
 
 
+def made_of(folder: Path) -> dict[str, str]:
+    """What a corpus is made of that is made of a finished one."""
+    return {"path": str(folder.resolve()), "manifest_sha256": digest(folder / MANIFEST)}
+
+
+def name_of(path: Path) -> str:
+    """Of a shard, from its file of documents."""
+    return path.name.removesuffix(SUFFIX)
+
+
 def read_documents(path: Path, tick: Callable[[int, int], object] = lambda documents, size: None) -> Iterator[Document]:
     """The documents of a shard, in order; `tick` is told of how many more documents and bytes. Raises DataError."""
     documents = told = position = 0
@@ -131,6 +141,7 @@ def read_documents(path: Path, tick: Callable[[int, int], object] = lambda docum
 @contextmanager
 def writing_documents(path: Path) -> Iterator[Callable[[Document], None]]:
     """A function that adds a document to a shard, which gets its name when all are written; nothing is left of a failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with staged.open("wb") as raw, zstandard.ZstdCompressor(LEVEL).stream_writer(raw, closefd=False) as packed:

@@ -94,7 +94,7 @@ def make_shard(work: CorpusWork, folder: CorpusFolder, shard: Shard, tick: Tick)
                 write(document)
         except DataError as error:
             count_broken("broken_shards", error)
-    mark = mark_of(shard.inputs, [folder.documents(shard.name)], counts)
+    mark = mark_of(folder, shard.inputs, [folder.documents(shard.name)], counts)
     folder.mark_done(shard.name, {**mark, "broken": broken})
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_sip.data.ordering import Permutation
-from megatron_sip.data.roles import SPLITS, parse_shares
+from megatron_sip.data.role_corpus import role_paths
+from megatron_sip.data.roles import SPLITS, DocumentRole, Split, parse_shares
 from megatron_sip.data.source_files import SourceSpec, parse_data_path
 from megatron_sip.data.text_sources import is_text_source
 from megatron_sip.data.token_store import TokenStore
@@ -26,6 +27,8 @@ from megatron_sip.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+DEFAULT_SPLIT = "969,30,1"
+OWN_SPLITS = "--split {split}: with --subset the corpus has splits of its own: remove it"
 _SPLIT_SEED = 20260121  # fixed: the held-out documents must not move when a run changes its seed
 _OPEN_STORES = 128  # two file descriptors each
 
@@ -144,6 +147,25 @@ def open_corpus(
     known = known if vocab_size is None else min(known, vocab_size)
     sources = tuple(_open_source(spec, encoder, settings, known) for spec in specs)
     return Corpus(sources, tuple(spec.weight or Fraction(1) for spec in specs), known)
+
+
+def open_splits(
+    names: Sequence[Split],
+    data_path: Sequence[str],
+    split: str | None,
+    subset: DocumentRole | None,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TokenizeSettings | None = None,
+    vocab_size: int | None = None,
+) -> dict[str, Corpus]:
+    """The splits `names` of what --data-path names, each as `open_corpus` opens it: by weights (None: DEFAULT_SPLIT), or of
+    corpora with roles (`subset` is one) their own. Raises `DataError`, also for weights of these."""
+    if subset is None:
+        return open_corpus(data_path, tokenizer, settings, vocab_size).split(split or DEFAULT_SPLIT)
+    if split is not None:
+        raise DataError(OWN_SPLITS.format(split=split))
+    opened = {name: open_corpus(role_paths(data_path, subset, name), tokenizer, settings, vocab_size) for name in names}
+    return {name: replace(corpus, split_name=name) for name, corpus in opened.items()}
 
 
 def _open_source(

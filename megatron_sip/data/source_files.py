@@ -91,6 +91,11 @@ def _expand(entry: str, flag: str) -> tuple[Path, ...]:
     if any(character in entry for character in "*?["):
         return _glob(entry, path, flag)
     _refuse_dangling(path, flag)
+    if (path / "manifest.json").is_file():
+        raise DataError(
+            f"{flag}: {entry!r} is a corpus; name its files, '{path}/documents/*.jsonl.zst', or with --subset, where it has "
+            "roles, one of them"
+        )
     if path.is_dir():
         raise DataError(f"{flag}: {entry!r} is a folder; name its files, e.g. '{path}/*.jsonl'")
     if path.exists():

@@ -1,8 +1,9 @@
 """Make a corpus of raw shards, and records to train on of its documents.
 
 python -m megatron_sip.prepare redpajama --keep unsafe --data-path 'rp/documents/**/*.json.gz' --out corpus/
-python -m megatron_sip.prepare documents --role policy --data-path 'web/*.jsonl.zst' --out policy/
-python -m megatron_sip.prepare judgements --task quality --data-path 'web/*.jsonl.zst' --tokenizer HF_DIR \\
+python -m megatron_sip.prepare dedup --data-path corpus/ --out unique/
+python -m megatron_sip.prepare roles --data-path unique/ --out roles/
+python -m megatron_sip.prepare judgements --task quality --data-path roles/ --tokenizer HF_DIR \\
     --corrupt shuffle numbers --out judgements/
 python -m megatron_sip.prepare judgements --task safety ... --teacher-url http://host:30000 --out safety/
 python -m megatron_sip.prepare judgements --task quality --from-groups runs/policy/groups --out refreshed/
@@ -24,23 +25,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sip.config.corpus_flags import CORPORA, add_corpus_flags, corpus_command
-from megatron_sip.config.dedup_flags import add_dedup_flags, dedup_work
+from megatron_sip.config.corpus_folder_flags import add_dedup_flags, add_roles_flags, dedup_work, roles_work
 from megatron_sip.config.prepare_flags import (
-    add_documents_flags,
     add_judgements_flags,
     add_rewrites_flags,
-    documents_work,
     judgements_work,
     rewrites_work,
 )
 from megatron_sip.config.thoughts_flags import add_thoughts_flags, thoughts_work
 from megatron_sip.corpus.dedup import dedup
+from megatron_sip.corpus.roles import divide
 from megatron_sip.errors import UserError
 from megatron_sip.prepare.commands import (
     GroupWork,
     LabelWork,
     QualityWork,
-    prepare_documents,
     prepare_groups,
     prepare_labels,
     prepare_quality,
@@ -55,10 +54,6 @@ class Command:
     about: str
     add_flags: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], Mapping[str, Any]]
-
-
-def run_documents(given: argparse.Namespace) -> dict[str, Any]:
-    return asyncio.run(prepare_documents(documents_work(given)))
 
 
 def run_judgements(given: argparse.Namespace) -> dict[str, Any]:
@@ -83,10 +78,14 @@ def run_dedup(given: argparse.Namespace) -> dict[str, Any]:
     return dedup(dedup_work(given))
 
 
+def run_roles(given: argparse.Namespace) -> dict[str, Any]:
+    return divide(roles_work(given))
+
+
 COMMANDS = {
     **{name: Command(corpus.about, add_corpus_flags(name), corpus_command(name)) for name, corpus in CORPORA.items()},
     "dedup": Command("a corpus without the documents that repeat an earlier one", add_dedup_flags, run_dedup),
-    "documents": Command("the documents of a role, a file for each split", add_documents_flags, run_documents),
+    "roles": Command("a corpus whose every document is for one role and one split", add_roles_flags, run_roles),
     "judgements": Command("what a judge learns from: prompts and right verdicts", add_judgements_flags, run_judgements),
     "rewrites": Command("what a rewriter learns from: suffixes, safe or not", add_rewrites_flags, run_rewrites),
     "thoughts": Command(

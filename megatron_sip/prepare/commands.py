@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -10,7 +9,6 @@ from typing import Any, Literal
 from megatron_sip.judge.corruption import Corruptor
 from megatron_sip.judge.judge import Judge
 from megatron_sip.judge.settings import ClientSettings
-from megatron_sip.prepare.documents import Document
 from megatron_sip.prepare.groups import GroupMaker, JudgedTask, group_source
 from megatron_sip.prepare.judgements import QualityMaker
 from megatron_sip.prepare.labels import (
@@ -22,9 +20,8 @@ from megatron_sip.prepare.labels import (
     rewrite_record,
     safety_record,
 )
-from megatron_sip.prepare.output import DOCUMENTS
 from megatron_sip.prepare.pieces import Cutter
-from megatron_sip.prepare.pipeline import Made, document_source, prepare
+from megatron_sip.prepare.pipeline import document_source, prepare
 from megatron_sip.prepare.settings import (
     CutSettings,
     GroupSettings,
@@ -33,14 +30,6 @@ from megatron_sip.prepare.settings import (
     ReadSettings,
     VoteSettings,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentsWork:
-    """The documents of a role, as they are."""
-
-    reading: ReadSettings
-    output: OutputSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +61,6 @@ class GroupWork:
     groups: GroupSettings
     output: OutputSettings
     votes: VoteSettings | None
-
-
-async def prepare_documents(work: DocumentsWork) -> dict[str, Any]:
-    """The manifest. Raises PrepareError, DataError."""
-    return await prepare(document_source(work.reading), work.output, DOCUMENTS, whole_documents, {})
-
-
-async def whole_documents(documents: Sequence[Document]) -> list[Made]:
-    """Each as a record."""
-    return [Made([{"text": each.text, "subset": each.subset, "split": each.split}]) for each in documents]
 
 
 async def prepare_quality(work: QualityWork) -> dict[str, Any]:

@@ -25,7 +25,7 @@ LEARNING = (
 """Arguments of which new values win."""
 TASKS = (
     *("tasks", "data_path", "split", "seq_length", "suffix_length", "task_mode", "min_prefix_length", "text_field"),
-    *("prepend_bos", "seed"),
+    *("prepend_bos", "seed", "subset"),
 )
 """Arguments that decide which tasks there are and in which order."""
 LABELLED = {

@@ -58,5 +58,5 @@ def require_same_tasks(base: Path, before: Generations, model: Path, after: Gene
         if (one.prefix, one.suffix) != (other.prefix, other.suffix):
             raise DataError(
                 f"{base} and {model}: task {one.index} has another prefix in each; generate both with the same --data-path, "
-                "--split, --subset, --seed and lengths"
+                "--split, --subset, --part, --seed and lengths"
             )

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from megatron_sip.config.settings import task_settings
 from megatron_sip.console import bars
-from megatron_sip.data.documents import SPLITS, Corpus, open_corpus
+from megatron_sip.data.documents import DEFAULT_SPLIT, Corpus, open_splits
+from megatron_sip.data.roles import ROLES, SPLITS
 from megatron_sip.data.tasks import TaskSource
 from megatron_sip.data.tokenization import TokenizeSettings
 from megatron_sip.errors import DataError
@@ -47,8 +48,11 @@ def add_task_flags(parser: argparse.ArgumentParser, source: Any) -> None:
     source.add_argument("--data-path", nargs="+", required=source is parser, help="sources, as the trainer takes them")
     parser.add_argument("--text-field", default="text", help="field of jsonl and parquet records that holds the text")
     parser.add_argument("--prepend-bos", choices=("auto", "on", "off"), default="auto", help="as the trainer's")
-    parser.add_argument("--split", default="969,30,1", help="shares of train, valid and test, as the trainer was told")
-    parser.add_argument("--subset", choices=SPLITS, default="test", help="whose documents are cut")
+    parser.add_argument("--split", help=f"shares of train, valid and test, as the trainer was told; {DEFAULT_SPLIT}")
+    parser.add_argument(
+        "--subset", choices=ROLES, help="of corpora with roles and splits of their own, as the trainer's"
+    )
+    parser.add_argument("--part", choices=SPLITS, default="test", help="split whose documents are cut")
     parser.add_argument("--samples", "--limit", type=int, help="number of tasks; of a --set all unless given")
     parser.add_argument("--seq-length", type=int, default=2048, help="most tokens of a prefix and its suffix together")
     parser.add_argument("--suffix-length", type=int, default=128, help="tokens of a continuation")
@@ -107,16 +111,17 @@ def check_samples(given: argparse.Namespace) -> None:
 
 
 def open_split(given: argparse.Namespace, tokenizer: Any) -> Corpus:
-    """The documents that the flags name."""
+    """The documents that the flags name. Raises DataError."""
     how = TokenizeSettings(text_field=given.text_field, prepend_bos=given.prepend_bos)
-    return open_corpus(given.data_path, tokenizer, how).split(given.split)[given.subset]
+    splits = open_splits([given.part], given.data_path, given.split, given.subset, tokenizer, how)
+    return splits[given.part]
 
 
 def document_tasks(given: argparse.Namespace, tokenizer: Any) -> Drawn:
     """Prefixes of held-out documents."""
     corpus = open_split(given, tokenizer)
     tasks = TaskSource(corpus, tokenizer, task_settings(given))
-    header = {"dataset": given.dataset or "documents", "subset": given.subset, "tasks": tasks.fingerprint()}
+    header = {"dataset": given.dataset or "documents", "part": given.part, "tasks": tasks.fingerprint()}
     return Drawn(tasks, given.samples, corpus.vocab_size, header)
 
 

@@ -58,7 +58,7 @@ def run(given: argparse.Namespace) -> None:
             f"nll/{result.dataset}: {result.value:.4f} nats a token (95% {low:.4f} to {high:.4f}), perplexity "
             f"{math.exp(result.value):.3f}, {tokens[f'{result.dataset} tokens']} tokens of {result.samples} tasks"
         )
-    write_results(given.output, {**model.header(), "data": given.data_path, "subset": given.subset, **tokens}, results)
+    write_results(given.output, {**model.header(), "data": given.data_path, "part": given.part, **tokens}, results)
 
 
 async def measured(
@@ -67,7 +67,7 @@ async def measured(
     """The lines of one kind; of documents no more than there are in an epoch."""
     samples = given.samples if of == SUFFIX else min(given.samples, sum(tasks.tasks_per_epoch))
     if not samples:
-        raise DataError(f"--subset {given.subset}: no document")
+        raise DataError(f"--part {given.part}: no document")
     path = given.output.with_name(f"{given.output.name}.{of}.jsonl")
     header = {**model.header(), "tasks": tasks.fingerprint()}
     with contextlib.ExitStack() as stack:

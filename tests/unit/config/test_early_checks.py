@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,8 @@ from megatron_sip.config.early_checks import (
     words_by_flag,
 )
 from megatron_sip.config.presets import expand_presets, known_presets
+from megatron_sip.data.role_corpus import shares_json
+from megatron_sip.data.roles import Shares
 from megatron_sip.errors import ArgumentError
 from megatron_sip.judge.__main__ import command_line as judge_command_line
 from megatron_sip.platform.megatron import prepare_megatron
@@ -117,6 +121,26 @@ def test_files_that_are_not_there_are_named_with_the_rest() -> None:
     for part in ("nowhere/config.json does not exist", "none/*.jsonl", "--num-rollots"):
         assert part in str(caught.value)
     check_flags([*COMPLETE, "--data-path", "none/*.jsonl", "--dry-run"])  # only the cost is asked for
+
+
+def test_a_corpus_is_read_by_the_documents_of_a_role_in_its_own_splits(tmp_path: Path) -> None:
+    manifest = {"command": "roles", "documents": {"by_role": {"policy/train": 1}}}
+    manifest["settings"] = shares_json(Shares((Fraction(1), Fraction(0), Fraction(0)), (Fraction(1),) * 3))
+    part = tmp_path / "corpus" / "documents" / "policy" / "train"
+    part.mkdir(parents=True)
+    (part / "0.jsonl.zst").touch()
+    (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(manifest))
+    corpus = (*COMPLETE, "--data-path", "corpus")
+    assert check_flags([*corpus, "--subset", "policy"]).subset == "policy"
+    for flags, says in (
+        ((), r"'corpus' is a corpus; name its files, 'corpus/documents/\*\.jsonl\.zst', or with --subset"),
+        (("--subset", "judge"), "corpus: no document for judge/train; it has policy/train 1"),
+        (("--subset", "policy", "--split", "9,1"), "--split 9,1: with --subset the corpus has splits of its own"),
+        (("--subset", "policy", "--data-path", "a.jsonl"), "--data-path a.jsonl: no such folder"),
+        (("--subset", "policy", "--tasks", "judgements"), "--subset: it is for --tasks documents; remove it"),
+    ):
+        with pytest.raises(ArgumentError, match=says):
+            check_flags([*corpus, *flags])
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_a_line(tmp_path: Path) -> None:

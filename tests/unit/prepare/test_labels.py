@@ -174,7 +174,7 @@ def test_of_rewrites_it_is_balance_that_may_be_left_out(tmp_path: Path) -> None:
 def test_fewer_documents_than_one_are_refused(tmp_path: Path, count: int) -> None:
     data = write_records(tmp_path / "texts.jsonl", texts(4))
     with pytest.raises(PrepareError, match=f"--max-documents {count}: at least 1"):
-        run("documents", "--data-path", data, "--max-documents", str(count), "--out", tmp_path / "out")
+        run("rewrites", "--no-cut", "--data-path", data, "--max-documents", str(count), "--out", tmp_path / "out")
 
 
 def test_records_that_cannot_be_balanced_are_not_lost(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The flags of `python -m megatron_sip.prepare dedup`, and what it is told by them."""
+"""The flags of `dedup` and `roles`, the commands that make a corpus of a corpus, and what they are told by them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 
 from megatron_sip.config.corpus_flags import SHARD_FLAGS
 from megatron_sip.config.flags import Flags, add_flags
+from megatron_sip.config.prepare_flags import READ_FLAGS, shares_of
 from megatron_sip.corpus.dedup import DedupWork
 from megatron_sip.corpus.folder import CorpusError
 from megatron_sip.corpus.minhash import DedupError, NearSettings
 from megatron_sip.corpus.ngrams import NGRAM
+from megatron_sip.corpus.roles import RolesWork
 from megatron_sip.data.source_files import parse_data_path
 
 CORPUS_FLAGS: Flags = {
@@ -41,6 +43,18 @@ MEMORY = (
     "Memory: 100 bytes a document, 200 for each band that it shares with another, and 300 MB a process; with --signatures 100 "
     "bytes a row of those files more. Disk, until it is finished: 0.8 KB a document."
 )
+
+
+def add_roles_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of `roles`."""
+    add_flags(parser, CORPUS_FLAGS)
+    add_flags(parser, {name: READ_FLAGS[name] for name in ("--role-shares", "--split")})
+
+
+def roles_work(args: argparse.Namespace) -> RolesWork:
+    """What `roles` does. Raises UserError, naming the flag."""
+    require_workers(args.workers)
+    return RolesWork(args.data_path, args.out, shares_of(args), args.workers)
 
 
 def add_dedup_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,62 @@
+"""`roles`: a corpus whose every document is for one role and one split, by a hash of its text (data/roles.py)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_sip.corpus.counting import mark_of, summed
+from megatron_sip.corpus.folder import CorpusFolder, made_of, name_of, read_documents, shards_of, writing_documents
+from megatron_sip.corpus.workers import Tick, work_on
+from megatron_sip.data.role_corpus import COMMAND, shares_json
+from megatron_sip.data.roles import ROLES, SPLITS, Shares, text_key
+
+PARTS = tuple((role, split) for role in ROLES for split in SPLITS)
+
+
+@dataclass(frozen=True, slots=True)
+class RolesWork:
+    """corpus: folder of the documents. shares: what each role, and each split of it, gets."""
+
+    corpus: Path
+    out: Path
+    shares: Shares
+    workers: int = 1
+
+
+def divide(work: RolesWork) -> dict[str, Any]:
+    """The manifest of the corpus with roles. Raises CorpusError, DataError."""
+    shards = shards_of(work.corpus)
+    about = {
+        "command": COMMAND,
+        "settings": shares_json(work.shares),
+        "made_from": made_of(work.corpus),
+    }
+    with CorpusFolder.open(work.out, about) as folder:
+        left = [path for path in shards if folder.mark(name_of(path)) is None]
+        size = sum(path.stat().st_size for path in left)
+        work_on(left, partial(divide_shard, folder, work.shares), work.workers, size, COMMAND)
+        found, _ = summed(folder, map(name_of, shards))
+        return folder.finish({**about, **found})
+
+
+def divide_shard(folder: CorpusFolder, shares: Shares, path: Path, tick: Tick) -> None:
+    """Write each document of a shard to the file of its role and split, and then the shard's mark."""
+    name = name_of(path)
+    counts: Counter[str] = Counter()
+    paths = {part: folder.documents(name, "/".join(part)) for part in PARTS}
+    with ExitStack() as stack:
+        writers = {part: stack.enter_context(writing_documents(path)) for part, path in paths.items()}
+        for document in read_documents(path, tick):
+            key = text_key(document.text)
+            part = shares.role(key), shares.split(key)
+            writers[part](document)
+            counts["documents/read"] += 1
+            counts["documents/kept"] += 1
+            counts[f"by_subset/{document.subset}"] += 1
+            counts[f"by_role/{'/'.join(part)}"] += 1
+    folder.mark_done(name, mark_of(folder, [path], paths.values(), counts))
