@@ -42,7 +42,7 @@ MEMORY_MB = 600
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of the command. megabytes: of the input, uncompressed. peak_mb: resident memory of all processes, summed."""
+    """One run of the command. documents_a_core_s: by seconds of processor time. peak_mb: resident memory of all processes, summed."""
 
     command: str
     workers: int
@@ -51,7 +51,6 @@ class Run:
     seconds: float
     processor_s: float
     documents_a_core_s: float
-    megabytes_a_core_s: float
     peak_mb: float
 
 
@@ -140,7 +139,7 @@ def started(words: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "megatron_sip.prepare", *words], stdout=subprocess.DEVNULL)
 
 
-def measured(words: list[str], out: Path, workers: int, megabytes: float) -> Run:
+def measured(words: list[str], out: Path, workers: int) -> Run:
     """One run of the command line, which must end well."""
     before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0.0
     process = started([*words, "--out", str(out), "--workers", str(workers)])
@@ -159,7 +158,6 @@ def measured(words: list[str], out: Path, workers: int, megabytes: float) -> Run
         seconds=round(seconds, 1),
         processor_s=round(spent, 1),
         documents_a_core_s=round(documents["read"] / spent),
-        megabytes_a_core_s=round(megabytes / spent, 1),
         peak_mb=round(peak),
     )
 
@@ -196,12 +194,11 @@ def main() -> None:
         make_shards(root, round(given.gigabytes * 1e9))
         data = ["--data-path", f"{root}/documents/**/*.json.gz"]
         unsafe = ["redpajama", *data, "--keep", "unsafe"]
-        megabytes = given.gigabytes * 1000
         runs = [
-            measured(unsafe, root / "unsafe", 2, megabytes),
-            measured(unsafe, root / "unsafe-1", 1, megabytes),
-            measured(["redpajama", *data, "--keep", "gopher"], root / "gopher", 2, megabytes),
-            measured(["text", *data, "--text-field", "raw_content", "--keep", "gopher"], root / "text", 2, megabytes),
+            measured(unsafe, root / "unsafe", 2),
+            measured(unsafe, root / "unsafe-1", 1),
+            measured(["redpajama", *data, "--keep", "gopher"], root / "gopher", 2),
+            measured(["text", *data, "--text-field", "raw_content", "--keep", "gopher"], root / "text", 2),
         ]
         kills = killed_and_continued(unsafe, root / "killed", 2)
         same = digests(root / "killed") == digests(root / "unsafe") == digests(root / "unsafe-1")
