@@ -9,6 +9,7 @@ python -m megatron_sip.prepare judgements --task safety ... --teacher-url http:/
 python -m megatron_sip.prepare judgements --task quality --from-groups runs/policy/groups --out refreshed/
 python -m megatron_sip.prepare rewrites ... --no-cut --label-field toxic --safe-labels no --unsafe-labels yes --out rewrites/
 python -m megatron_sip.prepare thoughts ... --teacher-url http://host:30000 --out thoughts/
+python -m megatron_sip.prepare prefixes --keep unsafe --samples 1000 --data-path roles/ ... --teacher-url ... --out unsafe/
 
 Stop and repeat a command at will: it goes on where it was. manifest.json says what went in and what was dropped, and why.
 COMMAND --help explains each flag.
@@ -26,6 +27,7 @@ from typing import Any
 
 from megatron_sip.config.corpus_flags import CORPORA, add_corpus_flags, corpus_command
 from megatron_sip.config.corpus_folder_flags import add_dedup_flags, add_roles_flags, dedup_work, roles_work
+from megatron_sip.config.prefixes_flags import add_prefixes_flags, prefixes_work
 from megatron_sip.config.prepare_flags import (
     add_judgements_flags,
     add_rewrites_flags,
@@ -44,6 +46,7 @@ from megatron_sip.prepare.commands import (
     prepare_labels,
     prepare_quality,
 )
+from megatron_sip.prepare.prefixes import prepare_prefixes
 from megatron_sip.prepare.thoughts import prepare_thoughts
 
 
@@ -74,6 +77,10 @@ def run_thoughts(given: argparse.Namespace) -> dict[str, Any]:
     return asyncio.run(prepare_thoughts(thoughts_work(given)))
 
 
+def run_prefixes(given: argparse.Namespace) -> dict[str, Any]:
+    return asyncio.run(prepare_prefixes(prefixes_work(given)))
+
+
 def run_dedup(given: argparse.Namespace) -> dict[str, Any]:
     return dedup(dedup_work(given))
 
@@ -90,6 +97,9 @@ COMMANDS = {
     "rewrites": Command("what a rewriter learns from: suffixes, safe or not", add_rewrites_flags, run_rewrites),
     "thoughts": Command(
         "documents with a teacher's thoughts, and places for a policy's own", add_thoughts_flags, run_thoughts
+    ),
+    "prefixes": Command(
+        "evaluation's tasks: prefixes that all votes call unsafe, or safe", add_prefixes_flags, run_prefixes
     ),
 }
 

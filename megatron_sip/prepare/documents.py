@@ -80,7 +80,8 @@ class DocumentReader:
         whose = text_key(prefix if prefix.strip() else text)
         role = settings.shares.role(whose)
         self.counts[f"documents/by_role/{role}"] += 1
-        if role != settings.role:
+        split = settings.shares.split(whose)
+        if role != settings.role or settings.split not in (None, split):
             return None
         safe = None
         if settings.label_field is not None:
@@ -92,7 +93,7 @@ class DocumentReader:
         subset = stem_of(path)
         if settings.subset_field is not None:
             subset = valid_unicode(str(field_of(record, settings.subset_field, where)))
-        return Document(text, text_key(text), self.position, settings.shares.split(whose), subset, prefix, safe)
+        return Document(text, text_key(text), self.position, split, subset, prefix, safe)
 
 
 def _top_fields(settings: ReadSettings) -> list[str]:

@@ -76,24 +76,25 @@ async def prepare[T](
     make: Make[T],
     settings: Mapping[str, Any],
     check: Callable[[], Awaitable[None]] | None = None,
+    enough: int | None = None,
 ) -> dict[str, Any]:
     """The manifest of the records in `output.folder`, which are made first as far as they are not there.
 
     task: judgements, rewrites, ...; names the files. settings: what else the records depend on. check: called before anything
-    is made, as whether a server answers; finished work needs none.
+    is made, as whether a server answers; finished work needs none. enough: stop when there are so many records.
     Raises PrepareError, DataError.
     """
     with Journal.open(output.folder, identity_of(source, output, task, settings)) as journal:
         if not journal.finished:
             if check is not None:
                 await check()
-            await _make_all(source, journal, make)
+            await _make_all(source, journal, make, enough)
             kept = write_records(journal, output, task)
             journal.finish(_manifest(source, journal, kept))
         return journal.manifest()
 
 
-async def _make_all[T](source: Source[T], journal: Journal, make: Make[T]) -> None:
+async def _make_all[T](source: Source[T], journal: Journal, make: Make[T], enough: int | None) -> None:
     total = sum(path.stat().st_size for path in source.files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="prepare", file=bars()) as bar:
         bar.update(sum(path.stat().st_size for path in source.files[: journal.position[0]]))
@@ -105,15 +106,21 @@ async def _make_all[T](source: Source[T], journal: Journal, make: Make[T]) -> No
             for each in made:
                 reader.counts.update({f"dropped/{reason}": count for reason, count in each.dropped.items()})
             records = [record for each in made for record in each.records]
+            if enough is not None:
+                room = enough - reader.counts["records/made"]
+                reader.counts["dropped/beyond-enough"] += len(records[room:])
+                records = records[:room]
             reader.counts["records/made"] += len(records)
             journal.commit(records, reader.position, reader.counts)
             bar.set_postfix(used=reader.counts["documents/used"], records=reader.counts["records/made"])
             unit.clear()
 
-        for item in reader:
+        for item in reader if reader.counts["records/made"] != enough else ():
             unit.append(item)
             if len(unit) == UNIT:
                 await keep()
+                if reader.counts["records/made"] == enough:
+                    break
         await keep()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_sip.data.roles import DocumentRole, Shares
+from megatron_sip.data.roles import DocumentRole, Shares, Split
 from megatron_sip.data.tasks import TaskSettings
 from megatron_sip.errors import UserError
 from megatron_sip.judge.corruption import CorruptorSettings
@@ -23,7 +23,8 @@ class PrepareError(UserError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ReadSettings:
-    """Which documents are read: those of `role`, by a hash of their text (data/roles.py), `max_documents` of them at most.
+    """Which documents are read: those of `role`, and of `split` unless that is None, by a hash of their text (data/roles.py),
+    `max_documents` of them at most.
 
     paths: text files, in this order. subset_field: what a record's subset is called after; fields inside objects as
     "meta.source"; None: the file's name. label_field: says whether a record's text is safe, by `safe_labels` and
@@ -41,6 +42,7 @@ class ReadSettings:
     safe_labels: tuple[str, ...] = ()
     unsafe_labels: tuple[str, ...] = ()
     max_documents: int | None = None
+    split: Split | None = None
 
     def __post_init__(self) -> None:
         if self.max_documents is not None and self.max_documents < 1:

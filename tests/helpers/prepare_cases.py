@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fake_judge import FakeJudge
 from tiny_tokenizer import byte_level_tokenizer
 
 from megatron_sip.prepare.__main__ import COMMANDS, command_line
@@ -47,6 +49,12 @@ def run(*words: str | Path) -> dict[str, Any]:
     """The manifest of a command line."""
     given = command_line().parse_args([str(word) for word in words])
     return dict(COMMANDS[given.command].run(given))
+
+
+async def ask(judge: FakeJudge, *words: str | Path) -> dict[str, Any]:
+    """The manifest of a command line that asks `judge`, which answers on this thread meanwhile."""
+    client = ("--teacher-url", judge.url, "--teacher-api", "openai", "--judge-deadline", "20")
+    return await asyncio.to_thread(run, *words, *client)
 
 
 def files_below(folder: Path) -> dict[str, bytes]:

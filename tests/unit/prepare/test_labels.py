@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 from collections import Counter
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from fake_judge import FakeJudge, truthful_answer
-from prepare_cases import files_below, prose, read_lines, run, tokenizer_folder, write_records
+from prepare_cases import ask, files_below, prose, read_lines, run, tokenizer_folder, write_records
 from tiny_tokenizer import byte_level_tokenizer
 
 from megatron_sip.prepare.settings import PrepareError
@@ -23,12 +22,6 @@ def texts(count: int, unsafe_every: int = 4) -> list[dict[str, Any]]:
     """Every so many is unsafe, by its text and by its label."""
     marks = [i % unsafe_every == 0 for i in range(count)]
     return [{"text": prose(i, 2) + " unsafe" * bad, "toxic": "yes" if bad else "no"} for i, bad in enumerate(marks)]
-
-
-async def ask(judge: FakeJudge, *words: str | Path) -> dict[str, Any]:
-    """The manifest of a command line that asks `judge`, which answers on this thread meanwhile."""
-    client = ("--teacher-url", judge.url, "--teacher-api", "openai", "--judge-deadline", "20")
-    return await asyncio.to_thread(run, *words, *client)
 
 
 async def test_eight_of_eight_votes_label_a_text_and_labels_are_balanced(tmp_path: Path) -> None:
