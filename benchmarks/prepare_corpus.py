@@ -42,7 +42,7 @@ MEMORY_MB = 600
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of the command. documents_a_core_s: by seconds of processor time. peak_mb: resident memory of all processes, summed."""
+    """One run. documents_a_core_s: by seconds of processor time. peak_mb: resident memory of all processes, summed."""
 
     command: str
     workers: int

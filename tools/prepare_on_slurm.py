@@ -11,6 +11,7 @@ folders that all nodes share. Needs the extra `cluster-data`.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def main() -> None:
         job_name=f"corpus-{out.name}",
         logging_dir=given.logs or f"{out}-logs",
     ).run()
-    print(f"afterwards: megatron-sip-prepare {' '.join(words)}")
+    print(f"afterwards: megatron-sip-prepare {shlex.join(words)}")
 
 
 if __name__ == "__main__":

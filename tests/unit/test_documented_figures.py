@@ -124,3 +124,19 @@ def test_evaluation_md_s_figures_of_sets_are_those_that_were_measured() -> None:
         [line] = [line for line in text.splitlines() if line.startswith("| ") and f"| {value} |" in line]
         assert line.endswith(f"| {' to '.join(ends)} |")
         assert f" {result['samples']} " in line
+
+
+def test_figures_of_making_a_corpus_are_those_that_were_measured() -> None:
+    report = measured("prepare_corpus_cpu.json")
+    rates = {(run["command"].split()[0], run["workers"]): run["documents_a_core_s"] for run in report["runs"][::-1]}
+    text = (REPO / "docs" / "data.md").read_text(encoding="utf-8")
+    [(fast, slow, memory)] = re.findall(
+        r"takes ([\d,]+) documents a second of a Zen 5 core,\n`text --keep gopher`, which measures the texts, ([\d,]+); "
+        r"all processes together held at most (\d+) MB",
+        text,
+    )
+    assert report["gigabytes"] == 1
+    assert report["same_bytes_after_kills"]
+    assert int(fast.replace(",", "")) == round(rates["redpajama", 2], -3)
+    assert int(slow.replace(",", "")) == round(rates["text", 2], -2)
+    assert max(run["peak_mb"] for run in report["runs"]) <= int(memory) < 600

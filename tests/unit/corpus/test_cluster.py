@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_tasks_of_slurm_and_one_node_make_the_same_corpus(tmp_path: Path) -> Non
     manifest = whole.pop("manifest.json")
     assert made == whole
     [*_, last] = said.stdout.splitlines()
-    assert last == "afterwards: megatron-sip-prepare " + " ".join((*words, "--out", str(tmp_path / "many")))
+    assert last == "afterwards: megatron-sip-prepare " + shlex.join((*words, "--out", str(tmp_path / "many")))
     run(*words, "--out", tmp_path / "many")
     assert files_below(tmp_path / "many") == whole | {"manifest.json": manifest}
     refused = on_slurm(tmp_path, *words, "--unsafe-tags", "or", "--out", str(tmp_path / "many"))
