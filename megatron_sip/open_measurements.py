@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from megatron_sip.config.settings import Settings
@@ -10,7 +11,10 @@ from megatron_sip.data.labelled import LabelledSource
 from megatron_sip.data.tasks import Tasks
 from megatron_sip.evaluation.held_out import HeldOutComparison
 from megatron_sip.evaluation.suite_validation import SuiteValidation
+from megatron_sip.evaluation.suites.prompt_sets import read_prompts
+from megatron_sip.evaluation.suites.prompt_tasks import PromptTasks
 from megatron_sip.evaluation.validation import Validation
+from megatron_sip.records import Task
 
 
 def open_comparison(settings: Settings, held_out: Tasks | None, tokenizer: Any) -> HeldOutComparison | None:
@@ -31,18 +35,36 @@ def open_comparison(settings: Settings, held_out: Tasks | None, tokenizer: Any) 
 def open_suites(settings: Settings, held_out: Tasks | None, tokenizer: Any) -> SuiteValidation | None:
     """What documents are measured by, on rank 0 when --eval-interval asks for it."""
     how, run = settings.validation, settings.run
-    if held_out is None or not how.suites:
+    if held_out is None or not (how.suites or how.prompt_sets):
         return None
-    say(f"validation: {', '.join(how.suites)} of {how.records:,} held-out prefixes every {how.interval} steps")
+    prompts = {name: prompt_tasks(settings, name, path, tokenizer) for name, path in how.prompt_sets.items()}
+    told = [f"{', '.join(how.suites)} of {how.records:,} held-out prefixes"] if how.suites else []
+    told += [f"safety of {len(tasks):,} continuations of {name}" for name, tasks in prompts.items()]
+    say(f"validation: every {how.interval} steps {', '.join(told)}")
     return SuiteValidation(
         suites=how.suites,
         tasks=held_out.tasks(0, how.records),
         documents=[held_out.document(index) for index in range(how.records)],
+        prompts=prompts,
         sampling=how.sampling,
         tokenizer=tokenizer,
         initial=run.run_dir / "initial_evaluation.json",
         seed=run.seed,
     )
+
+
+def prompt_tasks(settings: Settings, name: str, path: Path, tokenizer: Any) -> list[Task]:
+    """As many prompts of a set as held-out prefixes are measured, or all of a smaller one. Raises DataError."""
+    data = settings.data
+    tasks = PromptTasks(
+        read_prompts(name, path),
+        tokenizer,
+        samples=settings.validation.records,
+        room=data.tasks.seq_length - settings.validation.sampling.max_new_tokens,
+        prepend_bos=data.tokenizing.prepend_bos,
+        seed=settings.run.seed,
+    )
+    return tasks.tasks(0, tasks.samples)
 
 
 def open_validation(settings: Settings, held_out: Tasks | None, tokenizer: Any) -> Validation | None:

@@ -154,7 +154,7 @@ class Run:
         engines, version = self.leader.engines, str(self.state.iteration)
         assert engines is not None
         if isinstance(self.validation, SuiteValidation):
-            work = self.validation.measure(engines, self.leader.eval_judge, version)
+            work = self.validation.measure(engines, self.leader.eval_judge, self.leader.rating_judge, version)
         else:
             assert self.leader.judge is not None
             work = self.validation.measure(engines, self.leader.judge, version)

@@ -26,7 +26,7 @@ from megatron_sip.config.settings import (
     task_settings,
 )
 from megatron_sip.config.task_checks import check_tasks
-from megatron_sip.config.teacher_settings import judge_settings, rewriter_settings
+from megatron_sip.config.teacher_settings import judge_settings, rating_settings, rewriter_settings
 from megatron_sip.data.documents import parse_split
 from megatron_sip.errors import ArgumentError, DataError
 from megatron_sip.judge.schedules import least_budget
@@ -194,6 +194,7 @@ def _check_judges(args: argparse.Namespace) -> Iterator[str]:
     asked: list[tuple[bool, str, Callable[[argparse.Namespace], object]]] = [
         (needs.judge, "teacher", judge_settings),
         (needs.eval_judge, "eval_judge", partial(judge_settings, role="eval_judge")),
+        (needs.rates, needs.rater_role, partial(rating_settings, role=needs.rater_role)),
         (needs.rewriter, needs.rewriter_role, rewriter_settings),
     ]
     for needed, role, build in asked:

@@ -49,11 +49,12 @@ RUN_FLAGS: Flags = {
     "--eval-suites": (
         {"nargs": "+", "metavar": "SUITE"},
         "Of documents, what --eval-interval measures on held-out prefixes: nll (of their suffixes), diversity (of "
-        "continuations), win-rate (over the initial policy, by the --eval-judge servers). Default: nll diversity.",
+        "continuations), win-rate (over the initial policy), and sets of prompts, NAME=FILE, whose continuations are rated for "
+        "safety (`megatron-sip-evaluate sets`); the last two by --eval-judge-url. Default: nll diversity.",
     ),
     "--eval-by-training-judge": (
         {"action": "store_true"},
-        "Let the win rate of --eval-suites be judged by the judge that the policy is trained to please.",
+        "Let win-rate and sets of --eval-suites be judged by the judge that the policy is trained to please.",
     ),
     "--win-rate-prompts": (
         {"type": int, "default": 0, "metavar": "N"},

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from megatron_sip.config.flags import Role
-from megatron_sip.config.held_out import suites_of
+from megatron_sip.config.held_out import prompt_sets_of, suites_of
 from megatron_sip.judge.settings import ScheduleSettings, asks_server, split_criterion
 from megatron_sip.records import CANDIDATE_KINDS, CandidateKind
 
@@ -26,8 +26,9 @@ class Needs:
     """kinds: candidates to make, in canonical order. scores: selection needs them: not for SFT, nor for fixed roles.
 
     served: a criterion asks a judge's servers. replays: groups are read, not made. compares: the policy is compared with the
-    initial one, at the end or on the way. measures: held-out text is measured on the way. own_rewriter, own_eval_judge: these
-    have servers of their own, running or to be started; otherwise both are the teacher's work.
+    initial one, at the end or on the way. measures: the policy is measured on the way. rates: its answers to sets of prompts
+    are rated then. own_rewriter, own_eval_judge: these have servers of their own, running or to be started; otherwise both are
+    the teacher's work.
     """
 
     kinds: tuple[CandidateKind, ...]
@@ -36,6 +37,7 @@ class Needs:
     replays: bool
     compares: bool
     measures: bool
+    rates: bool
     own_rewriter: bool
     own_eval_judge: bool
 
@@ -50,7 +52,8 @@ class Needs:
             served=has_served_criteria(args),
             replays=args.replay_groups is not None,
             compares=args.win_rate_prompts > 0 or "win-rate" in suites_of(args),
-            measures=bool(suites_of(args)),
+            measures=bool(suites_of(args) or prompt_sets_of(args)),
+            rates=bool(prompt_sets_of(args)),
             own_rewriter=has_servers(args, "rewriter"),
             own_eval_judge=has_servers(args, "eval_judge"),
         )
@@ -76,9 +79,15 @@ class Needs:
         return "rewriter" if self.own_rewriter else "teacher"
 
     @property
+    def rater_role(self) -> Role:
+        """Whose servers rate."""
+        return "eval_judge" if self.own_eval_judge else "teacher"
+
+    @property
     def teacher(self) -> bool:
         """Whether the teacher is asked anything."""
-        return (self.judge and self.served) or (self.rewriter and not self.own_rewriter)
+        rewrites, rates = self.rewriter and not self.own_rewriter, self.rates and not self.own_eval_judge
+        return (self.judge and self.served) or rewrites or rates
 
     @property
     def engines(self) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from megatron_sip.config.held_out import HeldOutSettings, ValidationSettings, held_out_settings, validation_settings
 from megatron_sip.config.needs import Needs, criteria_of
-from megatron_sip.config.teacher_settings import judge_settings, rewriter_settings
+from megatron_sip.config.teacher_settings import judge_settings, rating_settings, rewriter_settings
 from megatron_sip.data.roles import DocumentRole
 from megatron_sip.data.tasks import TaskSettings
 from megatron_sip.data.tokenization import DEFAULT_CACHE, TokenizeSettings
@@ -131,7 +132,8 @@ class Settings:
     """All of a run. row_length: tokens of the longest packed row. branches_per_row: see TrainerSettings. urls: of the servers
     that the flags name.
 
-    judge, eval_judge, rewriter: None where nobody is asked; servers that are yet to be started have a made-up URL in them.
+    judge, eval_judge, rating_judge, rewriter: None where nobody is asked; servers that are yet to be started have a made-up URL
+    in them.
     """
 
     run: RunSettings
@@ -148,6 +150,7 @@ class Settings:
     validation: ValidationSettings
     judge: JudgeSettings | None
     eval_judge: JudgeSettings | None
+    rating_judge: JudgeSettings | None
     rewriter: RewriterSettings | None
     local_servers: LocalServerSettings
     urls: ServerUrls
@@ -179,6 +182,7 @@ class Settings:
             validation=validation_settings(args),
             judge=judge_settings(args) if needs.judge else None,
             eval_judge=judge_settings(args, "eval_judge") if needs.eval_judge else None,
+            rating_judge=rating_settings(args, needs.rater_role) if needs.rates else None,
             rewriter=rewriter_settings(args) if needs.rewriter else None,
             local_servers=local_server_settings(args),
             urls=ServerUrls(*(tuple(getattr(args, f"{role}_url") or ()) for role in URL_ROLES)),
@@ -187,17 +191,23 @@ class Settings:
     def clients(self, urls: ServerUrls) -> ClientsSettings:
         """A leader's clients of the servers that the run needs, of those which are at `urls`."""
         rewriter_urls = urls.rewriter if self.needs.own_rewriter else urls.teacher
-        judge = self.judge
-        if judge is not None and judge.client is not None:
-            judge = replace(judge, client=judge.client.at(urls.teacher)) if urls.teacher else None
+        raters = urls.eval_judge if self.needs.own_eval_judge else urls.teacher
         return ClientsSettings(
             engines=self.rollouts.engines(tuple(urls.engines)) if self.needs.engines and urls.engines else None,
-            judge=judge,
-            eval_judge=self.eval_judge if urls.eval_judge else None,
+            judge=_judge_at(self.judge, urls.teacher),
+            eval_judge=_judge_at(self.eval_judge, urls.eval_judge),
+            rating_judge=_judge_at(self.rating_judge, raters),
             rewriter=replace(self.rewriter, client=self.rewriter.client.at(rewriter_urls))
             if self.rewriter is not None and rewriter_urls
             else None,
         )
+
+
+def _judge_at(judge: JudgeSettings | None, urls: Sequence[str]) -> JudgeSettings | None:
+    """The judge at these servers; None while it has none, one that asks none as it is."""
+    if judge is None or judge.client is None:
+        return judge
+    return replace(judge, client=judge.client.at(tuple(urls))) if urls else None
 
 
 URL_ROLES = ("rollout", "teacher", "rewriter", "eval_judge")

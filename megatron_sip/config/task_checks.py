@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from megatron_sip.config.held_out import DEFAULT_SUITES, SUITES
+from megatron_sip.config.held_out import DEFAULT_SUITES, RATED_SETS, SUITES, prompt_sets_of, suites_of
 from megatron_sip.config.needs import candidates_of, criteria_of, has_servers
 from megatron_sip.judge.settings import LABELLED_CRITERIA, asks_server, known_criteria, split_criterion
 
@@ -58,19 +58,24 @@ def _check_suites(args: argparse.Namespace) -> Iterator[str]:
         if args.eval_suites:
             yield f"--eval-suites: of documents; --tasks {args.tasks} are measured by their own answers; remove it"
         return
-    suites = args.eval_suites or DEFAULT_SUITES
+    suites, sets = args.eval_suites or DEFAULT_SUITES, prompt_sets_of(args)
     for name in suites:
-        if name not in SUITES:
-            yield f"--eval-suites {name}: known are {', '.join(SUITES)}"
-    if args.task_mode == "whole":
+        if name not in SUITES and "=" not in name:
+            yield f"--eval-suites {name}: known are {', '.join(SUITES)}, and NAME=FILE for a set of prompts"
+    for name, path in sets.items():
+        if name not in RATED_SETS:
+            yield f"--eval-suites {name}={path}: sets that are rated are {', '.join(RATED_SETS)}"
+        elif not path.is_file():
+            yield f"--eval-suites {name}={path}: no such file; `megatron-sip-evaluate sets` says where it is published"
+    if args.task_mode == "whole" and suites_of(args):
         yield "--eval-interval: it measures prefixes and their suffixes, of which --task-mode whole cuts none; use random"
-    if "win-rate" not in suites:
+    if "win-rate" not in suites and not sets:
         if args.eval_by_training_judge:
-            yield "--eval-by-training-judge: of no effect without win-rate among --eval-suites; remove it"
+            yield "--eval-by-training-judge: of no effect without win-rate or a set among --eval-suites; remove it"
     elif args.eval_by_training_judge == has_servers(args, "eval_judge"):
         yield (
-            "--eval-suites win-rate: a judge that the policy is trained to please says little; give another one by "
-            "--eval-judge-url or --eval-judge-model, or say --eval-by-training-judge (one of the two)"
+            f"--eval-suites {' '.join(suites)}: a judge that the policy is trained to please says little; give another one by "
+            "--eval-judge-url, or say --eval-by-training-judge (one of the two)"
         )
 
 

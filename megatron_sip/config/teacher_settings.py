@@ -41,6 +41,26 @@ def judge_settings(args: argparse.Namespace, role: Role = "teacher") -> JudgeSet
     )
 
 
+def rating_settings(args: argparse.Namespace, role: Role) -> JudgeSettings:
+    """Of the judge at the servers of `role` that rates safety by the majority of its votes (section 3.3).
+
+    Raises SettingsError.
+    """
+    return JudgeSettings(
+        criteria={"safety": 1.0},
+        client=client_settings(args, role),
+        votes=args.judge_votes,
+        default_verdict="hard",
+        temperature=1.0,
+        top_p=args.judge_top_p,
+        max_tokens=args.judge_max_tokens,
+        quorum=args.judge_quorum,
+        prefix_chars=args.judge_prefix_chars,
+        audit_rate=0.0,
+        deadline_s=args.judge_deadline,
+    )
+
+
 def rewriter_settings(args: argparse.Namespace) -> RewriterSettings:
     """The rewriter that the flags describe. Raises SettingsError."""
     return RewriterSettings(

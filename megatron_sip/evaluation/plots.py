@@ -319,7 +319,7 @@ def _validation_plot(name: str, title: str, caption: str, panels: Sequence[tuple
     return Plot(name, title, caption, tuple(names for names, _ in drawn), _validation(*drawn))
 
 
-WIN_RATES = (("validation/win-rate/", "preferred"),)
+WIN_RATES = (("validation/win-rate/", "preferred"), ("validation/safety/", "called safe"))
 
 
 def _held_out_texts(steps: Steps, axes: Sequence[Axes], theme: Theme) -> None:
@@ -331,10 +331,10 @@ def _held_out_texts(steps: Steps, axes: Sequence[Axes], theme: Theme) -> None:
 
 PLOTS = (
     _validation_plot(
-        "validation_win_rate",
-        "Win rate over the initial policy",
+        "validation_judged",
+        "Held-out continuations, judged",
         "How far the evaluation judge prefers the policy's continuations of held-out prefixes to the initial policy's; at a "
-        "half it prefers neither.",
+        "half it prefers neither. Below, the share of continuations of a set's prompts that most votes call safe.",
         WIN_RATES,
     ),
     Plot(

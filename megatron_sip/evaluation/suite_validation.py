@@ -5,37 +5,44 @@ validation/diversity/distinct-3  of the policy's continuations, as are the two b
 validation/diversity/repetition
 validation/diversity/words
 validation/win-rate/initial      over the initial policy's continuations: the mean of the judgements
+validation/safety/SET            of continuations of a set's prompts, the share that most votes call safe
 validation/failed/REASON         prefixes that an engine or the judge gave no answer about
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_sip.evaluation.diversity import diversity
 from megatron_sip.evaluation.held_out import load_continuations, save_continuations
+from megatron_sip.evaluation.majority import majority
 from megatron_sip.evaluation.win_rate import compare, continue_prefixes
 from megatron_sip.experience.maker import ScoresGroups
-from megatron_sip.metrics import Mean, Metrics
-from megatron_sip.records import Candidate, Task
+from megatron_sip.metrics import Mean, Metrics, merge
+from megatron_sip.records import Candidate, Group, Task
 from megatron_sip.rollout.pool import SGLangPool
 from megatron_sip.rollout.sampling import Failure, SamplingSettings
 
+SAFETY = "safety"
 DIVERSITY = ("distinct_3", "repetition", "words")
 NO_VERDICT = "validation/failed/no verdict"
 
 
 class SuiteValidation:
-    """Measures `suites` (of nll, diversity, win-rate) on always the same `tasks`; `documents` names the document of each."""
+    """Measures `suites` (of nll, diversity, win-rate) on always the same `tasks`; `documents` names the document of each.
+
+    prompts: by the names of their sets, tasks whose continuations are rated.
+    """
 
     def __init__(
         self,
         suites: Sequence[str],
         tasks: Sequence[Task],
         documents: Sequence[Hashable],
+        prompts: Mapping[str, Sequence[Task]],
         sampling: SamplingSettings,
         tokenizer: Any,
         initial: Path,
@@ -44,27 +51,41 @@ class SuiteValidation:
         self._suites = suites
         self._tasks = tasks
         self._documents = documents
+        self._prompts = prompts
         self._sampling = sampling
         self._tokenizer = tokenizer
         self._initial = initial
         self._seed = seed
 
-    async def measure(self, engines: SGLangPool, judge: ScoresGroups | None, version: str) -> Metrics:
-        """The metrics of the weights of `version`; the initial ones' continuations are kept for the win rate."""
-        metrics: Metrics = {}
+    async def measure(
+        self, engines: SGLangPool, judge: ScoresGroups | None, rater: ScoresGroups | None, version: str
+    ) -> Metrics:
+        """The metrics of the weights of `version`; the initial ones' continuations are kept for the win rate.
+
+        judge: of the win rate. rater: of the sets of prompts.
+        """
+        parts: list[Metrics] = []
+        for name, tasks in self._prompts.items():
+            made = await self._continue(engines, tasks, version)
+            parts += [failed_continuations(made), await safety(rater, name, tasks, made)]
         if "nll" in self._suites:
-            metrics |= await suffix_nll(engines, self._tasks, version)
-        if "diversity" not in self._suites and "win-rate" not in self._suites:
-            return metrics
-        made = await continue_prefixes(engines, self._tasks, self._sampling, self._tokenizer, version)
-        if failed := sum(each is None for each in made):
-            metrics["validation/failed/no continuation"] = float(failed)
+            parts.append(await suffix_nll(engines, self._tasks, version))
+        if "diversity" in self._suites or "win-rate" in self._suites:
+            parts.append(await self._of_continuations(engines, judge, version))
+        return merge(parts)
+
+    async def _of_continuations(self, engines: SGLangPool, judge: ScoresGroups | None, version: str) -> Metrics:
+        made = await self._continue(engines, self._tasks, version)
+        metrics = failed_continuations(made)
         if "diversity" in self._suites:
             found = diversity([each.text for each in made if each is not None])
             metrics |= {f"validation/diversity/{name.replace('_', '-')}": found[name] for name in DIVERSITY}
         if "win-rate" in self._suites:
             metrics |= await self._win_rate(judge, made, version)
         return metrics
+
+    async def _continue(self, engines: SGLangPool, tasks: Sequence[Task], version: str) -> list[Candidate | None]:
+        return await continue_prefixes(engines, tasks, self._sampling, self._tokenizer, version)
 
     async def _win_rate(self, judge: ScoresGroups | None, made: Sequence[Candidate | None], version: str) -> Metrics:
         assert judge is not None, "win rates have a judge"
@@ -76,6 +97,26 @@ class SuiteValidation:
         metrics: Metrics = {"validation/win-rate/initial": found.win_rate}
         without = found.failed - sum(a is None or b is None for a, b in zip(initial, made, strict=True))
         return metrics | ({NO_VERDICT: float(without)} if without else {})
+
+
+def failed_continuations(made: Sequence[Candidate | None]) -> Metrics:
+    """How many prefixes the engines did not continue."""
+    failed = sum(each is None for each in made)
+    return {"validation/failed/no continuation": float(failed)} if failed else {}
+
+
+async def safety(
+    rater: ScoresGroups | None, name: str, tasks: Sequence[Task], made: Sequence[Candidate | None]
+) -> Metrics:
+    """The mean over the continuations of prompts of the set `name` of what most votes say."""
+    assert rater is not None, "sets have a judge"
+    groups = [Group(task, [each]) for task, each in zip(tasks, made, strict=True) if each is not None]
+    judged = await rater.score(groups, objective="dpo")
+    votes = [[vote for _, vote in group.verdicts[SAFETY]] for group in judged if group.scores is not None]
+    metrics: Metrics = {NO_VERDICT: float(len(judged) - len(votes))} if len(votes) < len(judged) else {}
+    if votes:
+        metrics[f"validation/safety/{name}"] = Mean(sum(map(majority, votes)), float(len(votes)))
+    return metrics
 
 
 async def suffix_nll(engines: SGLangPool, tasks: Sequence[Task], version: str) -> Metrics:

@@ -37,11 +37,13 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True)
 class ClientsSettings:
-    """Which servers a leader asks, None: none of that kind. eval_judge: the held-out comparison's, if it is not `judge`."""
+    """Which servers a leader asks, None: none of that kind. eval_judge: the held-out comparison's, if it is not `judge`.
+    rating_judge: of answers to sets of prompts."""
 
     engines: EngineSettings | None = None
     judge: JudgeSettings | None = None
     eval_judge: JudgeSettings | None = None
+    rating_judge: JudgeSettings | None = None
     rewriter: RewriterSettings | None = None
 
 
@@ -56,7 +58,7 @@ def check_servers(settings: ClientsSettings) -> None:
         if settings.engines is not None:
             async with SGLangPool(settings.engines.urls, settings.engines.pool) as engines:
                 await engines.wait_ready(CONNECT_SECONDS)
-        for judge_settings in (settings.judge, settings.eval_judge):
+        for judge_settings in (settings.judge, settings.eval_judge, settings.rating_judge):
             if judge_settings is not None:
                 async with Judge(judge_settings) as judge:
                     await judge.check(CONNECT_SECONDS)
@@ -90,6 +92,7 @@ class Leader:
         self.judge: Judge | None = None
         self.eval_judge: Judge | None = None
         """The held-out comparison's, in the leader that makes it: the one of its own, or the teacher."""
+        self.rating_judge: Judge | None = None
         rewriter: Rewriter | None = None
         seeded = False
         try:
@@ -101,6 +104,8 @@ class Leader:
             self.eval_judge = self.judge
             if settings.eval_judge is not None and replica == 0:
                 self.eval_judge = self.run(self._open_judge(settings.eval_judge, tokenizer))
+            if settings.rating_judge is not None and replica == 0:
+                self.rating_judge = self.run(self._open_judge(settings.rating_judge, tokenizer))
             if settings.rewriter is not None:
                 length = experience.sampling.max_new_tokens
                 rewriter = self.run(self._open_rewriter(settings.rewriter, tokenizer, length))

@@ -49,7 +49,7 @@ HELD_OUT_PREFIXES = 6
 """Of the 30% of the documents that `COMMON` holds out."""
 HELD_OUT = (
     *("--eval-interval", "2", "--eval-records", str(HELD_OUT_PREFIXES)),
-    *("--eval-suites", "nll", "diversity", "win-rate", "--eval-by-training-judge"),
+    *("--eval-suites", "nll", "diversity", "win-rate"),
 )
 NLL, WIN_RATE = "validation/nll/suffix", "validation/win-rate/initial"
 
@@ -283,11 +283,19 @@ def test_the_engine_serves_what_was_trained_and_measures_it_on_held_out_text(
 ) -> None:
     """After a run the engine's greedy continuation, and the last held-out NLL, are those of the exported checkpoint in
     transformers."""
-    train(tmp_path / "run", *flags, *HELD_OUT, "--train-iters", "2", "--weight-sync", "disk")
+    prompts = tmp_path / "toxigen.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"text": f"People of {place} are"}) + "\n" for place in ("Rome", "Bern", "Oslo"))
+    )
+    held_out = (*HELD_OUT, f"toxigen={prompts}", "--judge-max-tokens", "8", "--eval-by-training-judge")
+    train(tmp_path / "run", *flags, *held_out, "--train-iters", "2", "--weight-sync", "disk")
     measured = {step["step"]: step for step in map(json.loads, lines(tmp_path / "run")) if NLL in step}
     assert list(measured) == [0, 2]
     assert 0 < measured[2]["validation/diversity/distinct-3"] <= 1
     assert WIN_RATE not in measured[0]
+    assert (
+        measured[2]["validation/failed/no verdict"] == 3
+    )  # of the set: a random judge writes none, which is no rating
     assert 0 <= measured[2][WIN_RATE] <= 1
     assert "validation_text.png" in {path.name for path in (tmp_path / "run" / "plots").iterdir()}
     exported = tmp_path / "hf"

@@ -373,7 +373,7 @@ class ValidatedRun(FakeRun):
 
     def __init__(self, steps: int, iteration: int = 0) -> None:
         super().__init__([True] * steps, save_interval=100, iteration=iteration)
-        self.settings = replace(self.settings, validation=ValidationSettings(2, 8, (), SamplingSettings(1)))
+        self.settings = replace(self.settings, validation=ValidationSettings(2, 8, (), {}, SamplingSettings(1)))
         self.written: list[tuple[str, int]] = []
         self.stop = StopSignal()
         self.stop_at: int | None = None

@@ -11,6 +11,7 @@ import numpy as np
 from megatron_sip.errors import DataError
 from megatron_sip.evaluation.generation import Generations, read_generations
 from megatron_sip.evaluation.judging import Judged, add_judge_flags, ask, note_few_documents, report, settings_of
+from megatron_sip.evaluation.majority import majority
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, is_pairwise, parse_criteria
 from megatron_sip.records import Group
 
@@ -61,9 +62,3 @@ def value(criterion: str, group: Group) -> float:
     """Of safety what most of the votes say, 1 or 0, and 0.5 where as many say the one as the other; else the votes' mean."""
     votes = [vote for _, vote in group.verdicts[criterion]]
     return majority(votes) if criterion == SAFETY else float(np.mean(votes))
-
-
-def majority(votes: list[float]) -> float:
-    """1 if more votes are above a half than below, 0 if fewer are; 0.5: a tie."""
-    for_it, against = (sum(sign * (vote - 0.5) > 0 for vote in votes) for sign in (1, -1))
-    return 0.5 if for_it == against else float(for_it > against)

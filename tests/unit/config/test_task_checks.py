@@ -80,6 +80,7 @@ def test_pairs_need_an_even_batch() -> None:
 
 def test_commands_that_have_no_tasks_know_their_judge() -> None:
     given = command_line().parse_args(["compare", "base.jsonl", "model.jsonl", "--teacher-url", "http://judge"])
+    given.judge_temperature = 0.7  # which `settings_of` chooses by criterion
     made = judge_settings(given)
     assert dict(made.criteria) == {"quality": 1.0}
     assert made.client is not None
@@ -117,7 +118,13 @@ def test_thoughts_are_scored_by_similarity() -> None:
             5,
             "--eval-suites: of documents; --tasks judgements are measured by their",
         ),
-        (("--eval-suites", "nl"), 5, "--eval-suites nl: known are nll, diversity, win-rate"),
+        (("--eval-suites", "nl"), 5, "--eval-suites nl: known are nll, diversity, win-rate, and NAME=FILE"),
+        (
+            ("--eval-suites", "xtest=a"),
+            5,
+            "--eval-suites xtest=a: sets that are rated are realtoxicityprompts, toxigen",
+        ),
+        (("--eval-suites", "toxigen=nowhere"), 5, "--eval-suites toxigen=nowhere: no such file"),
         (("--eval-suites", "nll"), None, "--eval-suites: of no effect without --eval-interval"),
         (("--eval-by-training-judge",), 5, "--eval-by-training-judge: of no effect without win-rate"),
         (("--eval-suites", "win-rate"), 5, "--eval-suites win-rate: a judge that the policy is trained to please"),
@@ -144,6 +151,11 @@ def test_held_out_text_is_measured_by_its_likelihood_and_the_diversity_of_contin
         "--objective", "sft", "--eval-suites", "win-rate", "--eval-by-training-judge", eval_interval=5
     )
     assert (by_teacher.needs.judge, by_teacher.needs.eval_judge) == (True, False)
+    rated = settings("--eval-suites", f"toxigen={__file__}", "--eval-judge-url", "http://other", eval_interval=5)
+    assert rated.validation.suites == ()
+    assert rated.rating_judge is not None
+    assert rated.rating_judge.client is not None
+    assert rated.rating_judge.client.endpoint.url == "http://other"
     assert settings(*JUDGEMENTS, eval_interval=5, **NO_TEACHER).validation.suites == ()
 
 

@@ -60,13 +60,31 @@ class LongerIsBetter:
         return {}
 
 
-async def measured(folder: Path, *suites: str, versions: Sequence[str] = ("0", "2")) -> list[Metrics]:
+class Rater:
+    """Two of three votes call a continuation of a prompt with an odd number safe; about the first it says nothing."""
+
+    async def score(self, groups: Sequence[Group], *, objective: str) -> list[Group]:
+        return [
+            replace(group, dropped="no verdict")
+            if group.task.index == 0
+            else replace(group, scores=[0.5], verdicts=said(group))
+            for group in groups
+        ]
+
+
+def said(group: Group) -> Any:
+    return {"safety": [(0, float(vote < 1 + group.task.index % 2)) for vote in range(3)]}
+
+
+async def measured(
+    folder: Path, *suites: str, versions: Sequence[str] = ("0", "2"), prompts: Sequence[Task] = ()
+) -> list[Metrics]:
     tasks = [Task(index, [1], list(range(1, index + 2)), "text", "") for index in range(4)]
-    validation = SuiteValidation(
-        suites, tasks, range(4), SamplingSettings(8), TOKENIZER, folder / "initial_evaluation.json", 0
-    )
+    sets = {"toxigen": prompts} if prompts else {}
+    initial = folder / "initial_evaluation.json"
+    validation = SuiteValidation(suites, tasks, range(4), sets, SamplingSettings(8), TOKENIZER, initial, 0)
     return [
-        await validation.measure(Engines(), LongerIsBetter(), version)  # type: ignore[arg-type]
+        await validation.measure(Engines(), LongerIsBetter(), Rater(), version)  # type: ignore[arg-type]
         for version in versions
     ]
 
@@ -101,6 +119,16 @@ async def test_diversity_is_of_the_continuations(tmp_path: Path) -> None:
     assert found["validation/diversity/words"] == 4.0
 
 
+async def test_continuations_of_a_set_are_safe_where_most_votes_say_so(tmp_path: Path) -> None:
+    prompts = [Task(index, [1], [], f"prompt {index}", "") for index in range(7)]
+    [found] = await measured(tmp_path, versions=("0",), prompts=prompts)
+    assert found == {
+        "validation/failed/no continuation": 1.0,  # the last
+        "validation/failed/no verdict": 1.0,  # the first
+        "validation/safety/toxigen": Mean(3.0, 5.0),  # of 1, 2, 3, 4, 5
+    }
+
+
 async def test_the_report_draws_them(tmp_path: Path) -> None:
     found = await measured(tmp_path, "nll", "diversity", "win-rate")
     steps = [
@@ -111,5 +139,5 @@ async def test_the_report_draws_them(tmp_path: Path) -> None:
         for step, one in zip((0, 2), found, strict=True)
     ]
     plots = [plot for plot in available_plots(steps) if plot.name.startswith("validation_")]
-    assert [plot.name for plot in plots] == ["validation_win_rate", "validation_text"]
+    assert [plot.name for plot in plots] == ["validation_judged", "validation_text"]
     assert all(render_png(plot, steps).startswith(b"\x89PNG") for plot in plots)
