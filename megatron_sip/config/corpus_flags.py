@@ -50,30 +50,37 @@ DECONTAMINATE_FLAGS: Flags = {
         "a text a line) counts with all of its texts, SET=FILE:FIELD with one field. Several files may be of one set.",
     ),
 }
-BOUND_FLAGS: Flags = {
-    "--min-words": ({"type": float, "default": 50}, "Fewest words."),
-    "--max-words": (
-        {"type": float, "default": 100_000},
-        "Most words: what the paper's code has; a comment in it says 10000.",
-    ),
-    "--min-word-length": ({"type": float, "default": 3}, "Least mean length of words, in characters."),
-    "--max-word-length": ({"type": float, "default": 10}, "Greatest mean length of words."),
-    "--max-symbol-ratio": ({"type": float, "default": 0.1}, "Most hash signs and ellipses for each word."),
-    "--max-bullet-lines": ({"type": float, "default": 0.9}, "Greatest share of lines that begin with a bullet point."),
-    "--max-top-2gram": (
-        {"type": float, "default": 0.2},
-        "Greatest share of characters in the most frequent pair of words.",
-    ),
-}
-GOPHER_FLAGS: Flags = {
-    "--max-ellipsis-lines": ({"type": float, "default": 0.3}, "Greatest share of lines that end with an ellipsis."),
-    "--max-words-without-letters": ({"type": float, "default": 0.2}, "Greatest share of words without a letter."),
-    "--min-stop-words": ({"type": float, "default": 2}, "Fewest stop words; 0 for languages other than English."),
-}
+PAPER = QualitySettings("unsafe")
+
+
+def _bounds(helps: dict[str, str]) -> Flags:
+    """Flags for fields of QualitySettings, whose defaults are theirs."""
+    places = {flag: flag.removeprefix("--").replace("-", "_") for flag in helps}
+    return {flag: ({"type": float, "default": getattr(PAPER, places[flag])}, text) for flag, text in helps.items()}
+
+
+BOUND_FLAGS = _bounds(
+    {
+        "--min-words": "Fewest words.",
+        "--max-words": "Most words: as the paper's code has it; a comment in it says 10000.",
+        "--min-word-length": "Least mean length of words, in characters.",
+        "--max-word-length": "Greatest mean length of words.",
+        "--max-symbol-ratio": "Most hash signs and ellipses for each word.",
+        "--max-bullet-lines": "Greatest share of lines that begin with a bullet point.",
+        "--max-top-2gram": "Greatest share of characters in the most frequent pair of words.",
+    }
+)
+GOPHER_FLAGS = _bounds(
+    {
+        "--max-ellipsis-lines": "Greatest share of lines that end with an ellipsis.",
+        "--max-words-without-letters": "Greatest share of words without a letter.",
+        "--min-stop-words": "Fewest stop words; 0 for languages other than English.",
+    }
+)
 UNSAFE_FLAGS: Flags = {
-    "--min-unsafe-words": ({"type": float, "default": 5}, "Fewest words of the list LDNOOBW."),
+    **_bounds({"--min-unsafe-words": "Fewest words of the list LDNOOBW."}),
     "--unsafe-tags": (
-        {"choices": ["and", "or"], "default": "and"},
+        {"choices": ["and", "or"], "default": PAPER.unsafe_tags},
         "These words and a domain on UT1's blacklist, as the paper's code says; or either, as its prose says.",
     ),
 }
@@ -144,7 +151,7 @@ def corpus_work(name: str, args: argparse.Namespace) -> CorpusWork:
     quality = quality_settings(name, args)
     where = Fields(args.text_field, args.id_field, args.subset_field, name == "redpajama" and quality.keep != "all")
     rules: tuple[Rule, ...] = quality.rules()
-    settings = {"fields": asdict(where), "quality": asdict(quality), "on_broken": args.on_broken}
+    settings: dict[str, Any] = {"fields": asdict(where), "quality": asdict(quality)}
     if args.decontaminate:
         contamination = Contamination.of([EvaluationFile.parse(given) for given in args.decontaminate])
         rules, settings = (*rules, contamination), {**settings, "decontaminate": contamination.summary}

@@ -83,14 +83,18 @@ class CorpusFolder:
         """The file of a shard's documents, or of a part of them that has a folder of its own."""
         return self.path / "documents" / part / f"{shard}{SUFFIX}"
 
+    def mark_path(self, shard: str) -> Path:
+        """The file that says that a shard is done."""
+        return self.path / "shards" / f"{shard}.json"
+
     def mark(self, shard: str) -> dict[str, Any] | None:
         """What was said of a shard that is done, None before."""
-        path = self.path / "shards" / f"{shard}.json"
+        path = self.mark_path(shard)
         return read_json(path, "what was counted of a shard") if path.exists() else None
 
     def mark_done(self, shard: str, mark: Mapping[str, Any]) -> None:
         """Say that a shard's documents are all there."""
-        write_atomically(self.path / "shards" / f"{shard}.json", _json(mark))
+        write_atomically(self.mark_path(shard), _json(mark))
 
     def finish(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Write the manifest, with the versions of what made the corpus, the last of all files. Returns it as read back."""

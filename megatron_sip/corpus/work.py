@@ -43,12 +43,9 @@ class CorpusWork:
 
     def identity(self) -> dict[str, Any]:
         """What the corpus depends on, as JSON."""
-        stats = [(path, path.stat()) for shard in self.shards for path in shard.inputs]
         return {
             "command": self.name,
-            "files": [
-                {"path": str(path), "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns} for path, stat in stats
-            ],
+            "files": [str(path) for shard in self.shards for path in shard.inputs],
             "settings": dict(self.settings),
         }
 
@@ -59,10 +56,22 @@ def make_corpus(work: CorpusWork, out: Path, workers: int) -> dict[str, Any]:
     Raises CorpusError, DataError (naming file and row), OSError where a disk is full.
     """
     with CorpusFolder.open(out, work.identity()) as folder:
-        missing = [shard for shard in work.shards if folder.mark(shard.name) is None]
+        missing = [shard for shard in work.shards if not _is_done(folder, shard)]
         total = sum(shard.path.stat().st_size for shard in missing)
         work_on(missing, partial(make_shard, work, folder), workers, total, work.name)
         return folder.finish(_manifest(work, folder))
+
+
+def _is_done(folder: CorpusFolder, shard: Shard) -> bool:
+    """Raises CorpusError where a file has changed since; one of a shard that is still to be made may be mended."""
+    if (mark := folder.mark(shard.name)) is None:
+        return False
+    place = folder.mark_path(shard.name)
+    for path, known in zip(shard.inputs, mark["inputs"], strict=True):
+        now = path.stat()
+        if now.st_size != known["bytes"] or now.st_mtime_ns > place.stat().st_mtime_ns:
+            raise CorpusError(f"{path} has changed since its shard was made: remove {place} to make it anew")
+    return True
 
 
 def make_shard(work: CorpusWork, folder: CorpusFolder, shard: Shard, tick: Tick) -> None:

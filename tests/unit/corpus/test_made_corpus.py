@@ -130,10 +130,10 @@ def test_what_is_broken_ends_the_command_or_is_counted(tmp_path: Path) -> None:
     shards = broken_shards(tmp_path)
     with pytest.raises(DataError, match=r"0000/en_head.json.gz:2 is not a JSON object"):
         unsafe(shards, tmp_path / "stop")
-    manifest = unsafe(shards, tmp_path / "drop", "--on-broken", "drop")
+    manifest = unsafe(shards, tmp_path / "stop", "--on-broken", "drop")  # goes on where it stopped
     assert (manifest["dropped"], manifest["broken_shards"]) == ({"broken_row": 2}, 1)
     read, kept = manifest["documents"]["read"], manifest["documents"]["kept"]
-    cut = json.loads((tmp_path / "drop/shards/1-en_head.json").read_bytes())["counts"]
+    cut = json.loads((tmp_path / "stop/shards/1-en_head.json").read_bytes())["counts"]
     assert (read, cut["broken_shards"]) == (kept + 2, 1)
     assert 0 < cut["documents/kept"] == cut["documents/read"] == read - 6 - 4
     row, score, rest = manifest["broken"]
@@ -141,6 +141,22 @@ def test_what_is_broken_ends_the_command_or_is_counted(tmp_path: Path) -> None:
     assert "document 2023-06/0000/en_head.json.gz/2" in score
     assert "found 'many'" in score
     assert "0001/en_head.json.gz: cannot be decompressed after line" in rest
+
+
+def test_a_shard_may_be_mended_until_it_is_done(tmp_path: Path) -> None:
+    shards = broken_shards(tmp_path)
+    with pytest.raises(DataError, match=r"0000/en_head.json.gz:2"):
+        unsafe(shards, tmp_path / "out")
+    write_redpajama(tmp_path, "2023-06/0000/en_head.json.gz", [GOOD] * 6)
+    with pytest.raises(DataError, match=r"0001/en_head.json.gz: cannot be decompressed"):
+        unsafe(shards, tmp_path / "out")
+    write_redpajama(tmp_path, "2023-06/0001/en_head.json.gz", [GOOD] * 3)
+    assert unsafe(shards, tmp_path / "out")["documents"]["kept"] == 13
+    write_redpajama(tmp_path, "2023-06/0001/en_head.json.gz", [GOOD] * 4)
+    with pytest.raises(CorpusError, match=r"0001/en_head.json.gz has changed since .*remove .*shards/1-en_head.json"):
+        unsafe(shards, tmp_path / "out")
+    (tmp_path / "out/shards/1-en_head.json").unlink()
+    assert unsafe(shards, tmp_path / "out")["documents"]["kept"] == 14
 
 
 def test_nothing_kept_is_an_error_that_says_why(shards: Path, tmp_path: Path) -> None:
