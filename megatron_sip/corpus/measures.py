@@ -58,7 +58,8 @@ class Measured(Protocol):
 
     @property
     def stop_words(self) -> float | None:
-        """Number of stop words: of RedPajama's list of the language in signals, of Gopher's eight in a text."""
+        """Number of stop words: in a text of Gopher's eight; of signals an estimate, RedPajama's share times the words (that
+        share is of pieces, which are more)."""
 
 
 def score(signals: Mapping[str, Any], name: str) -> float | None:
