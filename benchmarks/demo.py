@@ -52,7 +52,7 @@ def report_of(run_dir: Path, seconds: float) -> dict[str, Any]:
         },
         **{
             name: summary[name]
-            for name in ("win_rate", "win_rate_ci95", "control", "distinct_3", "prompts", "documents")
+            for name in ("win_rate", "win_rate_ci95", "control", "distinct_3", "suffix_nll", "prompts", "documents")
         },
         "curves": {name: [round(step[name], 4) for step in steps] for name in CURVES},
     }

@@ -14,9 +14,10 @@ from typing import Any
 
 from megatron_sip.errors import DataError
 from megatron_sip.evaluation.diversity import diversity
+from megatron_sip.evaluation.nll import suffix_nll
 from megatron_sip.evaluation.win_rate import Comparison, WinRate, compare, continue_prefixes
 from megatron_sip.experience.maker import ScoresGroups
-from megatron_sip.files import described, write_atomically
+from megatron_sip.files import described, read_json, write_atomically
 from megatron_sip.records import Candidate, Task
 from megatron_sip.rollout.pool import SGLangPool
 from megatron_sip.rollout.sampling import SamplingSettings
@@ -37,13 +38,15 @@ class Control:
 class HeldOutOutcome:
     """What the comparison found. control: None where continuations are greedy, or the run began without one.
 
-    distinct_3: of the initial and the trained policy's continuations, see `diversity`.
+    distinct_3: of the initial and the trained policy's continuations, see `diversity`. suffix_nll: of both, nats a token of the
+    true suffixes; None where the engines gave none, or the run began without.
     """
 
     win_rate: WinRate
     comparisons: list[Comparison]
     control: Control | None
     distinct_3: tuple[float, float]
+    suffix_nll: tuple[float | None, float | None]
 
 
 def save_continuations(path: Path, continuations: Sequence[Candidate | None]) -> None:
@@ -75,10 +78,12 @@ class HeldOutComparison:
         self._tokenizer = tokenizer
         self._initial = initial
         self._control = initial.with_name("control_continuations.json")
+        self._initial_nll = initial.with_name("initial_nll.json")
         self._seed = seed
 
     async def record_initial(self, engines: SGLangPool) -> None:
-        """Write the initial policy's continuations, and the control's, before the first step."""
+        """Write the initial policy's continuations, the control's and the NLL of the suffixes, before the first step."""
+        write_atomically(self._initial_nll, json.dumps(await self._nll(engines, "0")))
         if self._sampling.temperature > 0:
             save_continuations(self._control, await self._continue(engines, "0", self._control_sampling()))
         save_continuations(self._initial, await self._continue(engines, "0", self._sampling))
@@ -108,7 +113,14 @@ class HeldOutComparison:
             found, _ = await self._compare(judge, before, load_continuations(self._control))
             control = Control(self._control_sampling().temperature, found)
         varied = [diversity([c.text for c in texts if c is not None])["distinct_3"] for texts in (before, after)]
-        return HeldOutOutcome(win_rate, comparisons, control, (varied[0], varied[1]))
+        recorded = self._initial_nll
+        initial_nll = read_json(recorded, "the initial policy's NLL") if recorded.exists() else None
+        nll = (initial_nll, await self._nll(engines, version))
+        return HeldOutOutcome(win_rate, comparisons, control, (varied[0], varied[1]), nll)
+
+    async def _nll(self, engines: SGLangPool, version: str) -> float | None:
+        mean, _ = await suffix_nll(engines, self._tasks, version)
+        return mean.value if mean.weight else None
 
     def _control_sampling(self) -> SamplingSettings:
         return replace(self._sampling, temperature=CONTROL_SHARE * self._sampling.temperature)

@@ -6,6 +6,7 @@ the sum over these tokens in nats.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ from megatron_sip.evaluation.growing_file import append, begin
 from megatron_sip.evaluation.results import Result
 from megatron_sip.evaluation.win_rate import bootstrap_interval
 from megatron_sip.files import described, read_json_lines
+from megatron_sip.metrics import Mean
+from megatron_sip.records import Task
 from megatron_sip.rollout.pool import SGLangPool
 from megatron_sip.rollout.sampling import Failure
 
@@ -81,6 +84,15 @@ def _lost(found: Sequence[list[float] | Failure], first: Failure) -> str:
         f"{kinds.total()} of {len(found)} tasks got no log-probs ({', '.join(map(str, kinds))}), as: {first.reason}. What was "
         "measured before is kept: once the engine answers, the same command goes on"
     )
+
+
+async def suffix_nll(engines: SGLangPool, tasks: Sequence[Task], version: str) -> tuple[Mean, Counter[str]]:
+    """Nats a token of all suffixes' tokens, under the weights of `version`; and how many tasks failed, by kind."""
+    prefixes, suffixes = [task.prefix_ids for task in tasks], [task.suffix_ids for task in tasks]
+    answers = await engines.logprobs(prefixes, suffixes, weight_version=version)
+    read = [answer for answer in answers if not isinstance(answer, Failure)]
+    failed = Counter(answer.kind for answer in answers if isinstance(answer, Failure))
+    return Mean(-math.fsum(map(math.fsum, read)), float(sum(map(len, read)))), failed
 
 
 def nll_result(lines: Sequence[Measured], dataset: str, seed: int) -> Result:

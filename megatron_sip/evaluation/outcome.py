@@ -50,6 +50,7 @@ def held_out_summary(held_out: HeldOutOutcome | None) -> dict[str, Any]:
             "win_rate_ci95": list(control.win_rate.win_rate_ci95),
         },
         "distinct_3": list(held_out.distinct_3),
+        "suffix_nll": list(held_out.suffix_nll),
     }
 
 

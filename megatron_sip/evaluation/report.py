@@ -201,6 +201,8 @@ def honesty_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     if (varied := summary.get("distinct_3")) is not None:
         rows.append(("Distinct 3-grams, initial and trained policy", f"{varied[0]:.1%} and {varied[1]:.1%}"))
+    if None not in (nll := summary.get("suffix_nll") or [None]):
+        rows.append(("Held-out suffixes, nats a token, initial and trained policy", f"{nll[0]:.3f} and {nll[1]:.3f}"))
     return rows
 
 

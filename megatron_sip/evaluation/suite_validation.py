@@ -11,7 +11,6 @@ validation/failed/REASON         prefixes that an engine or the judge gave no an
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from typing import Any
 from megatron_sip.evaluation.diversity import diversity
 from megatron_sip.evaluation.held_out import load_continuations, save_continuations
 from megatron_sip.evaluation.majority import majority
+from megatron_sip.evaluation.nll import suffix_nll
 from megatron_sip.evaluation.win_rate import compare, continue_prefixes
 from megatron_sip.experience.maker import ScoresGroups
 from megatron_sip.metrics import Mean, Metrics, merge
 from megatron_sip.records import Candidate, Group, Task
 from megatron_sip.rollout.pool import SGLangPool
-from megatron_sip.rollout.sampling import Failure, SamplingSettings
+from megatron_sip.rollout.sampling import SamplingSettings
 
 SAFETY = "safety"
 DIVERSITY = ("distinct_3", "repetition", "words")
@@ -69,7 +69,9 @@ class SuiteValidation:
             made = await self._continue(engines, tasks, version)
             parts += [failed_continuations(made), await safety(rater, name, tasks, made)]
         if "nll" in self._suites:
-            parts.append(await suffix_nll(engines, self._tasks, version))
+            mean, failed = await suffix_nll(engines, self._tasks, version)
+            parts.append({f"validation/failed/nll {kind}": float(count) for kind, count in failed.items()})
+            parts += [{"validation/nll/suffix": mean}] if mean.weight else []
         if "diversity" in self._suites or "win-rate" in self._suites:
             parts.append(await self._of_continuations(engines, judge, version))
         return merge(parts)
@@ -116,17 +118,4 @@ async def safety(
     metrics: Metrics = {NO_VERDICT: float(len(judged) - len(votes))} if len(votes) < len(judged) else {}
     if votes:
         metrics[f"validation/safety/{name}"] = Mean(sum(map(majority, votes)), float(len(votes)))
-    return metrics
-
-
-async def suffix_nll(engines: SGLangPool, tasks: Sequence[Task], version: str) -> Metrics:
-    """The mean over all suffixes' tokens of their negative log-prob under the weights of `version`."""
-    answers = await engines.logprobs(
-        [task.prefix_ids for task in tasks], [task.suffix_ids for task in tasks], weight_version=version
-    )
-    read = [answer for answer in answers if not isinstance(answer, Failure)]
-    kinds = Counter(answer.kind for answer in answers if isinstance(answer, Failure))
-    metrics: Metrics = {f"validation/failed/nll {kind}": float(count) for kind, count in kinds.items()}
-    if read:
-        metrics["validation/nll/suffix"] = Mean(-sum(map(sum, read)), float(sum(map(len, read))))
     return metrics

@@ -113,6 +113,7 @@ def test_summary_compares_the_policies(demo: Path) -> None:
     assert summary["control"]["temperature"] == 0.7
     assert 0 <= summary["control"]["win_rate"] <= 1
     assert all(0 < share <= 1 for share in summary["distinct_3"])
+    assert all(0 < nats < 5 for nats in summary["suffix_nll"])
     assert 0 <= summary["final_rollout_chosen_rate"] <= 1
 
 

@@ -16,7 +16,7 @@ from megatron_sip.evaluation.outcome import held_out_summary, outcome_line
 from megatron_sip.evaluation.report import result_rows
 from megatron_sip.metrics import Mean
 from megatron_sip.records import Candidate, Group, Task
-from megatron_sip.rollout.sampling import Completion, SamplingSettings
+from megatron_sip.rollout.sampling import Completion, Failure, SamplingSettings
 
 TOKENIZER = metaspace_tokenizer()
 
@@ -52,6 +52,12 @@ class Engines:
         ids = TOKENIZER.encode("The quick" if weight_version != "0" else words, add_special_tokens=False)
         return [[Completion(ids, [-1.0] * len(ids), "length", weight_version)] for _ in prefixes]
 
+    async def logprobs(
+        self, prefixes: Sequence[Any], continuations: Sequence[Sequence[int]], *, weight_version: str
+    ) -> list[Any]:
+        lost = Failure("timeout", "no answer")
+        return [lost, *([-1.0 - float(weight_version)] * len(ids) for ids in continuations[1:])]
+
 
 def comparison(folder: Path, temperature: float) -> HeldOutComparison:
     tasks = [Task(index, [1], [2], "text", "") for index in range(30)]
@@ -72,6 +78,7 @@ async def test_sampled_continuations_have_a_control_at_a_lower_temperature(tmp_p
     assert found.win_rate.win_rate == 1.0
     assert found.control is not None
     assert (found.control.temperature, found.control.win_rate.win_rate) == (0.7, 1.0)
+    assert found.suffix_nll == (1.0, 8.0)
     assert found.distinct_3 == (2 / 60, 0.0)  # 30 times the same four words; two have no 3-gram
 
 
@@ -88,6 +95,7 @@ async def test_the_control_stands_beside_the_win_rate(tmp_path: Path) -> None:
     rows = dict(result_rows([], summary))
     assert rows["Control: the initial policy at temperature 0.7 over itself"].startswith("100.0%")
     assert rows["Distinct 3-grams, initial and trained policy"] == "3.3% and 0.0%"
+    assert rows["Held-out suffixes, nats a token, initial and trained policy"] == "1.000 and 8.000"
 
 
 async def test_a_run_that_began_without_a_control_ends_without(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_line_separators_inside_texts_do_not_end_a_line(tmp_path: Path) -> None:
     texts = [f"one{separator}two" for separator in separators] + ["b"]
     win_rate = WinRate(0.5, (0.4, 0.6), 8, 8, 0, (0.25, 0.75), {"quality": 0.5})
     comparisons = [Comparison(text, text, text, 0.25, 0.75) for text in texts]
-    write_outcome(tmp_path, HeldOutOutcome(win_rate, comparisons, None, (0.5, 0.5)))
+    write_outcome(tmp_path, HeldOutOutcome(win_rate, comparisons, None, (0.5, 0.5), (None, 3.0)))
     assert [line["before"] for line in read_comparisons(tmp_path)] == texts
 
 
