@@ -25,6 +25,7 @@ from megatron_sip.config.presets import expand_presets, known_presets
 from megatron_sip.data.role_corpus import shares_json
 from megatron_sip.data.roles import Shares
 from megatron_sip.errors import ArgumentError
+from megatron_sip.evaluate import command_line as evaluate_command_line
 from megatron_sip.judge.__main__ import command_line as judge_command_line
 from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.prepare.__main__ import command_line as prepare_command_line
@@ -210,9 +211,9 @@ def test_documentation_names_existing_flags_only(page: str) -> None:
 
 
 def command_flags() -> set[str]:
-    """Of all commands of `megatron-sip-prepare` and of `python -m megatron_sip.judge`."""
+    """Of all commands of `megatron-sip-prepare`, `megatron-sip-evaluate` and `python -m megatron_sip.judge`."""
     names: set[str] = set()
-    for parser in (prepare_command_line(), judge_command_line()):
+    for parser in (prepare_command_line(), evaluate_command_line(), judge_command_line()):
         [commands] = [action for action in parser._actions if action.dest == "command"]
         assert isinstance(commands.choices, dict)
         names |= {
