@@ -12,10 +12,10 @@ ENGINE_FLAGS="--mem-fraction-static=0.85"  # further SGLang flags, separated by 
 TEACHER_FLAGS="--mem-fraction-static=0.85"
 REWRITER_FLAGS="--mem-fraction-static=0.85"
 SERVER_ADDRESS= # where servers listen; empty: at their node's name. 0.0.0.0 (all networks) if a node takes its own name for loopback
-TRAINER_PORT=29500
-ENGINE_PORT=30000
-TEACHER_PORT=31000
-REWRITER_PORT=32000
+TRAINER_PORT= # empty ports: of this job alone, by its id, so that jobs that share a host do not meet
+ENGINE_PORT=
+TEACHER_PORT=
+REWRITER_PORT=
 START_MINUTES=30 # for the servers to load
 SAVE_SECONDS=800 # for the trainer's last step and checkpoint; less than --signal=B:TERM@SECONDS of the job
 MAX_RESTARTS=3   # requeues of a job that comes no further than its last checkpoint
@@ -71,7 +71,17 @@ REWRITER_FLAGS SERVER_ADDRESS $COUNTS $NUMBERS "
         esac
         shift
     done
+    set_ports
     check_numbers
+}
+
+# Ports that were not given: of each role 20 from one on that the job's id decides, below those that systems give to clients.
+set_ports() {
+    local name port=$((10000 + 80 * (${SLURM_JOB_ID:-0} % 280)))
+    for name in TRAINER_PORT ENGINE_PORT TEACHER_PORT REWRITER_PORT; do
+        [[ -n ${!name} ]] || printf -v "$name" '%s' "$port"
+        port=$((port + 20))
+    done
 }
 
 # require NAME...: settings that must not be empty; a dry run shows their names instead.
@@ -152,6 +162,16 @@ keep_serving() {
     done
 }
 
+# require_free HOST PORT: nobody listens there; one of an earlier start of this job may still be ending.
+require_free() {
+    local seconds=0
+    # shellcheck disable=SC2016  # for the inner shell
+    while timeout 5 bash -c 'exec 3<> "/dev/tcp/$0/$1"' "$1" "$2" 2> /dev/null; do
+        ((seconds++ < 30)) || fail "port $2 of $1 belongs to another program: set ENGINE_PORT, TEACHER_PORT or REWRITER_PORT"
+        sleep 1
+    done
+}
+
 # start_servers ROLE FIRST_HOST NODES TP PORT WORDS...: SGLang servers filling the GPUs of NODES hosts; sets server_urls.
 start_servers() {
     local role=$1 first=$2 nodes=$3 tp=$4 port=$5 host slot log
@@ -169,6 +189,7 @@ start_servers() {
                 --random-seed=$((1 + ${#server_urls[@]})) "$@")
             server_urls+=("http://$host:$((port + slot))")
             log=$RUN_DIR/logs/$role-$host-$slot.log
+            ((dry_run)) || require_free "$host" $((port + slot)) # or this run would train on another's server
             if ((dry_run)); then
                 echo "$(show "${command[@]}") >> $(printf '%q' "$log") 2>&1 &"
             else
@@ -180,9 +201,18 @@ start_servers() {
     done
 }
 
+# require_servers: all that were started are still there.
+require_servers() {
+    local index
+    for index in "${!server_pids[@]}"; do
+        kill -0 "${server_pids[index]}" 2> /dev/null || give_up "a server ended while starting, see \
+${server_logs[index]}, which ends with:" "$(tail -n 20 "${server_logs[index]}" 2>&1)"
+    done
+}
+
 # wait_healthy URL...: until all answer; gives up when a server has ended or START_MINUTES have passed.
 wait_healthy() {
-    local url index deadline=$((SECONDS + 60 * START_MINUTES))
+    local url deadline=$((SECONDS + 60 * START_MINUTES))
     for url; do
         if ((dry_run)); then
             echo "# wait until $url/health answers"
@@ -190,14 +220,12 @@ wait_healthy() {
         fi
         until curl --silent --fail --noproxy '*' --max-time 25 --output /dev/null "$url/health"; do
             ((stop_requested == 0)) || finish 0
-            for index in "${!server_pids[@]}"; do
-                kill -0 "${server_pids[index]}" 2> /dev/null || give_up "a server ended while starting, see \
-${server_logs[index]}, which ends with:" "$(tail -n 20 "${server_logs[index]}" 2>&1)"
-            done
+            require_servers
             ((SECONDS < deadline)) || give_up "$url was not healthy within $START_MINUTES minutes, see $RUN_DIR/logs"
             sleep 2
         done
     done
+    ((dry_run)) || require_servers # what answered may not have been ours
     ((dry_run)) || touch "$RUN_DIR/logs/servers_ready"
 }
 
@@ -208,8 +236,12 @@ train() {
     step "$nodelist" "$TRAINER_NODES"
     # torchrun passes on the signals that it handles; then the workers have SAVE_SECONDS to finish a step and save it. Its
     # own status is then 1, also after a good save.
+    # shellcheck disable=SC2016  # for the shell on each node
     local command=("${step_words[@]}" --kill-on-bad-exit=1
         env CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=8
+        # torchrun would guess by the host's name who hosts the rendezvous; where a node is called otherwise, nobody would.
+        bash -c '[[ ${SLURMD_NODENAME:-} == "$0" ]] && host=1 || host=0; exec "$1" --rdzv-conf="is_host=$host" "${@:2}"'
+        "${hosts[0]}"
         "$VENV/bin/torchrun" --nnodes="$TRAINER_NODES" --nproc-per-node="$GPUS_PER_NODE" --shutdown-timeout="$SAVE_SECONDS"
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
         --rdzv-backend=c10d --rdzv-id="${SLURM_JOB_ID:-0}" --rdzv-endpoint="${hosts[0]}:$TRAINER_PORT"

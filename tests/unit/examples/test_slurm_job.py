@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -195,6 +196,16 @@ def test_finished_job_stops_its_servers(job: Job) -> None:
     assert process.wait(60) == 0
     assert job.servers_stopped()
     assert job.requeues() == 0
+
+
+def test_another_program_s_port_is_not_taken_for_a_server_of_the_job(job: Job) -> None:
+    with socket.create_server(("127.0.0.1", job.ports[1])):
+        process = job.start("finish")
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"port {job.ports[1]} of localhost belongs to another program" in output
+    assert "trainer started" not in job.events()
+    assert f"server {job.ports[0]} stopped" in job.events()
 
 
 def test_trainer_that_fails_before_its_first_step_fails_the_job(job: Job) -> None:

@@ -92,7 +92,7 @@ def test_every_server_has_its_own_gpus_port_and_seed_on_nodes_of_its_role(script
     assert [host_of(words) for words in teachers] == ["node005"]
     options = [server_options(words) for words in engines]
     assert [o["base-gpu-id"] for o in options] == ["0", "2", "4", "6"] * 2
-    assert [o["port"] for o in options] == ["30000", "30001", "30002", "30003"] * 2
+    assert [o["port"] for o in options] == ["10020", "10021", "10022", "10023"] * 2
     assert len({o["random-seed"] for o in options}) == 8
     assert {o["tp-size"] for o in options} == {"2"}
     assert {o["load-format"] for o in options} == {"dummy"}
@@ -123,9 +123,39 @@ def test_sglang_and_torchrun_know_their_flags(script: str) -> None:
     parsed = get_args_parser().parse_args(trainer[launcher + 1 :])
     [nodes] = re.findall(r"^TRAINER_NODES=(\d+)", (REPO / "examples" / script).read_text(), re.MULTILINE)
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.training_script) == (nodes, "8", "megatron_sip.train")
-    assert parsed.rdzv_endpoint == "node001:29500"
+    assert parsed.rdzv_endpoint == "node001:10000"
     assert parsed.shutdown_timeout == 800
     assert {server_options(words)["log-level-http"] for words in servers} == {"warning"}
+
+
+def test_jobs_have_ports_of_their_own_below_those_of_clients() -> None:
+    found = {}
+    for job in (*range(1, 281), 4_000_001):
+        done = bash(
+            "-c", "source examples/slurm_job.sh; set_ports; echo $TRAINER_PORT $REWRITER_PORT", SLURM_JOB_ID=str(job)
+        )
+        found[job] = tuple(map(int, done.stdout.split()))
+    assert len({first for first, _ in found.values()}) == 280  # the last has those of another of long ago
+    assert all(first >= 10_000 and last + 20 < 32_768 for first, last in found.values())
+    given = bash(
+        "-c",
+        "source examples/slurm_job.sh; ENGINE_PORT=7; set_ports; echo $ENGINE_PORT $TEACHER_PORT",
+        SLURM_JOB_ID="1",
+    )
+    assert given.stdout == "7 10120\n"
+
+
+@pytest.mark.parametrize("node", ["node001", "node002"])
+def test_the_rendezvous_is_hosted_by_the_node_that_the_endpoint_names(node: str, tmp_path: Path) -> None:
+    trainer = dry_run("train_continual.sbatch", "TRAINER_NODES=2", "TEACHER_NODES=1", "ENGINE_NODES=1")[-1]
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text("#!/bin/bash\nprintf '%s\\n' \"$@\"\n")
+    torchrun.chmod(0o755)
+    start = trainer.index("bash")
+    words = [str(torchrun) if word.endswith("/torchrun") else word for word in trainer[start:]]
+    done = bash(*words[1:], SLURMD_NODENAME=node)
+    assert done.stdout.splitlines()[0] == f"--rdzv-conf=is_host={int(node == 'node001')}"
+    assert done.stdout.splitlines()[1:] == words[words.index(str(torchrun)) + 1 :]
 
 
 def test_torchrun_lets_a_worker_save_after_sigusr1(tmp_path: Path) -> None:
@@ -268,7 +298,7 @@ def test_mistakes_are_named(arguments: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["", "x", "-1", "1.5", "08", " 1", "1 ", "1\n2", "a[$(touch hacked)]", "1" * 20])
-@pytest.mark.parametrize("name", ["TRAINER_NODES", "TEACHER_NODES", "SEQ_LENGTH", "ENGINE_PORT", "SAVE_SECONDS"])
+@pytest.mark.parametrize("name", ["TRAINER_NODES", "TEACHER_NODES", "SEQ_LENGTH", "GPUS_PER_NODE", "SAVE_SECONDS"])
 def test_numbers_are_checked_before_arithmetic_sees_them(name: str, value: str) -> None:
     done = bash("examples/train_continual.sbatch", "--dry-run", f"{name}={value}")
     assert (done.returncode, done.stdout) == (1, "")
