@@ -48,7 +48,6 @@ def run(given: argparse.Namespace) -> None:
     tasks = load_tasks(given.tasks, given.include_path, given.num_fewshot)
     model = open_model(given, given.output)
     known = given.max_length or (model_length(model) if model.folder is not None else 0)
-    started = time.monotonic()
     with contextlib.ExitStack() as stack:
         urls = stack.enter_context(engines_of(model, given, given.output, known + 1))
         length = known or min(map(engine_length, urls))
@@ -62,18 +61,20 @@ def run(given: argparse.Namespace) -> None:
             answers,
             orjson.dumps([identity(model, urls), given.dtype, length]),
         )
+        started = time.monotonic()
         try:
             found = run_tasks(engine, tasks, given.limit)
         except RequestError as error:
             told = f"{error.detail}. What was answered is kept: once the engine answers, the same command goes on"
             raise RequestError(error.kind, told) from error
+        seconds = round(time.monotonic() - started, 1)
     results, metrics = as_results(tasks, found)
     about = model.header() | {
         "tasks": "lm-eval",
-        "few_shot": {task: found["n-shot"][task] for task in found["n-shot"]},
+        "few_shot": {name: found["n-shot"].get(name) for name in tasks.groups},
         "metrics": metrics,
         "requests": dict(engine.counts),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": seconds,
     }
     write_results(given.output, about, results)
     print(json.dumps({"metrics": metrics, "requests": dict(engine.counts)}, indent=2))
