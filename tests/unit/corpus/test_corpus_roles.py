@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from megatron_sip.data.roles import ROLES, SPLITS, DocumentRole
 from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.data.tokenization import TokenizeSettings
 from megatron_sip.errors import DataError
+from megatron_sip.evaluate import command_line
+from megatron_sip.evaluation.commands.generate import open_split
 from megatron_sip.prepare.settings import PrepareError
 
 SHARES = ("--role-shares", "2,1,1", "--split", "2,1,1")
@@ -106,6 +109,25 @@ def test_a_corpus_that_grew_is_another_one_for_a_run_that_goes_on(divided: Path,
     assert opened(divided, tmp_path / "cache")["train"].fingerprint() == before
     assert opened(tmp_path / "out", tmp_path / "cache")["train"].fingerprint() != before
     assert opened(divided, tmp_path / "cache", "judge")["train"].fingerprint() != before
+
+
+def test_evaluation_reads_the_same_parts(divided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TokenizeSettings, "__init__", partialmethod(TokenizeSettings.__init__, cache_dir=tmp_path))
+    words = [
+        "nll",
+        "--model",
+        "m",
+        "--output",
+        "o",
+        "--data-path",
+        str(divided),
+        "--subset",
+        "judge",
+        "--part",
+        "valid",
+    ]
+    given = command_line().parse_args(words)
+    assert len(open_split(given, TOKENIZER).sources[0]) == len(texts(divided)["judge", "valid"])
 
 
 def test_weights_stand_before_folders(divided: Path, tmp_path: Path) -> None:
