@@ -179,12 +179,17 @@ def _near_by_signatures(sketches: Sequence[Sketch], near: NearSettings, candidat
     signatures = [sketch.array("signatures") for sketch in sketches]
     starts = np.cumsum([0, *map(len, signatures)])
 
-    def signature(document: int) -> npt.NDArray[np.uint32]:
-        shard = int(np.searchsorted(starts, document, side="right")) - 1
-        return signatures[shard][document - starts[shard]]
+    def rows(documents: Documents) -> npt.NDArray[np.uint32]:
+        shards = np.searchsorted(starts, documents, side="right") - 1
+        found = np.empty((len(documents), PLACES), np.uint32)
+        for shard in np.unique(shards):
+            own = shards == shard
+            found[own] = signatures[shard][documents[own] - starts[shard]]
+        return found
 
     def alike(document: int, others: Documents) -> npt.NDArray[np.bool_]:
-        return similarity(signature(document), np.stack([signature(int(other)) for other in others])) >= near.similarity
+        found = rows(np.append(document, others))
+        return similarity(found[0], found[1:]) >= near.similarity
 
     bands = range(len(keys[0]))
     return originals((np.concatenate([own[band] for own in keys]) for band in bands), candidates, alike)
