@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,13 @@ from megatron_sip.errors import ArgumentError, UserError
 from megatron_sip.evaluation.held_out import HeldOutOutcome
 from megatron_sip.evaluation.run_record import run_record, write_run_record
 from megatron_sip.experience.maker import Experience
-from megatron_sip.experience.rounds import StepExperience, is_enough, step_experience
+from megatron_sip.experience.rounds import (
+    StepExperience,
+    is_enough,
+    is_representative,
+    lost_groups,
+    step_experience,
+)
 from megatron_sip.experience.selection import ALL_ALIKE
 from megatron_sip.files import DiskError
 from megatron_sip.metrics import Metrics, merge
@@ -183,7 +190,16 @@ def gather_experience(run: Run, stop: StopSignal) -> StepExperience | None:
         if any(part is None for part in shared):
             return None
         rounds.append(shared)
-    return step_experience(rounds, settings.prompts, settings.oversample)
+    made = step_experience(rounds, settings.prompts, settings.oversample)
+    if is_representative(made.metrics, settings.min_usable_share):
+        return made
+    if settings.rank == 0:
+        lost = ", ".join(f"{why} {count:.0f}" for why, count in lost_groups(made.metrics).items())
+        say(
+            f"step {run.state.iteration + 1}: no update, since more than {1 - settings.min_usable_share:.0%} of its groups are "
+            f"lost ({lost}); --min-usable-share says how many may be"
+        )
+    return replace(made, examples=[])
 
 
 def validate(run: Run, stop: StopSignal, *, last: bool = False) -> float:

@@ -174,6 +174,11 @@ OBJECTIVE_FLAGS: Flags = {
         {"type": int, "default": 1, "metavar": "N"},
         "Ask up to N rounds of --global-batch-size tasks a step, until so many groups have a spread to learn from.",
     ),
+    "--min-usable-share": (
+        {"type": float, "default": 0.5, "metavar": "SHARE"},
+        "Of a step's groups: where fewer came back whole and judged, the step makes no update and says why, so that an "
+        "overloaded judge or dying engines do not train on what happens to be left.",
+    ),
     "--truncated-answers": (
         {"choices": ["score", "mask", "zero"], "default": "score"},
         "GRPO's rollouts that were cut at --suffix-length. score: as judged. mask: left out, of the mean too. zero: score 0.",

@@ -62,6 +62,8 @@ def _check_grpo(args: argparse.Namespace) -> Iterator[str]:
         yield f"--num-rollouts {args.num_rollouts}: --objective grpo compares a group's rollouts, it needs at least 2"
     if args.rollout_temperature == 0:
         yield "--rollout-temperature 0: greedy rollouts of a prefix are all the same; --objective grpo needs it above 0"
+    if not 0 <= args.min_usable_share <= 1:
+        yield f"--min-usable-share {args.min_usable_share}: a share, from 0 to 1"
     if args.grpo_oversample < 1:
         yield f"--grpo-oversample {args.grpo_oversample}: must be at least 1, the round that every step asks for"
     if args.branches_per_row is not None and args.branches_per_row < 1:

@@ -45,6 +45,7 @@ class RunSettings:
     save: its checkpoints. run_dir: all else that it writes. hf_config: the policy's config and tokenizer.
     pretrained_checkpoint: its initial weights, None for random ones. prompts: of a step, of all replicas together.
     oversample: the most rounds of so many tasks that a step may ask for. save_interval: in steps. rank: this process's number.
+    min_usable_share: of a step's groups, see `is_representative`.
     """
 
     save: Path
@@ -58,6 +59,7 @@ class RunSettings:
     rank: int
     load_last_whole: bool = False
     oversample: int = 1
+    min_usable_share: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +230,7 @@ def run_settings(args: argparse.Namespace) -> RunSettings:
         rank=args.rank,
         load_last_whole=args.load_last_whole,
         oversample=args.grpo_oversample,
+        min_usable_share=args.min_usable_share,
     )
 
 

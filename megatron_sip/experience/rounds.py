@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sip.experience.maker import Experience
+from megatron_sip.experience.selection import ALL_ALIKE
 from megatron_sip.metrics import Metrics, merge
 from megatron_sip.records import Example
 
@@ -23,6 +24,18 @@ class StepExperience:
 def is_enough(rounds: Sequence[Sequence[Experience]], prompts: int, most: int) -> bool:
     """Whether a step has an example for each of `prompts` tasks, or has asked for `most` rounds of them."""
     return len(rounds) >= most or sum(len(part.examples) for shared in rounds for part in shared) >= prompts
+
+
+def lost_groups(metrics: Metrics) -> dict[str, float]:
+    """A step's groups that are no experience, by reason: not those that are whole and judged, and teach nothing."""
+    dropped = {name.removeprefix("dropped/"): value for name, value in metrics.items() if name.startswith("dropped/")}
+    return {why: float(n) for why, n in dropped.items() if why not in ALL_ALIKE and isinstance(n, float) and n}
+
+
+def is_representative(metrics: Metrics, least: float) -> bool:
+    """Whether at least the share `least` of a step's groups came back whole and judged."""
+    groups = metrics.get("groups", 0.0)
+    return not isinstance(groups, float) or sum(lost_groups(metrics).values()) <= (1 - least) * groups
 
 
 def step_experience(rounds: Sequence[Sequence[Experience]], prompts: int, most: int) -> StepExperience:

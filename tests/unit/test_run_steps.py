@@ -157,6 +157,27 @@ def test_a_run_that_never_learnt_anything_is_no_finished_one() -> None:
     assert run.saved == []
 
 
+class OverloadedRun(FakeRun):
+    """Of whose four groups a step, in the first two steps three find no judge."""
+
+    def make_experience(self, stop: StopSignal, round_index: int = 0) -> Experience:
+        lost = 3.0 if self.state.iteration < 2 else 1.0
+        return Experience([EXAMPLE], {"groups": 4.0, "dropped/judge timeout": lost})
+
+    def train_step(self, examples: Sequence[Example], reference: None, iteration: int) -> Metrics:
+        self.trained = [*getattr(self, "trained", []), len(examples)]
+        return {}
+
+
+def test_a_step_most_of_whose_groups_are_lost_makes_no_update_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    run = OverloadedRun([True] * 4, save_interval=100)
+    assert run_steps(run, StopSignal())
+    assert run.trained == [0, 0, 1, 1]
+    shown = capsys.readouterr().out
+    assert "step 2: no update, since more than 50% of its groups are lost (judge timeout 3)" in shown
+    assert "step 3: no update" not in shown
+
+
 def test_a_checkpoint_that_is_due_at_an_empty_step_comes_after_the_next_usable_one() -> None:
     run = FakeRun([True, False, False, True, True, False], save_interval=2)
     assert run_steps(run, StopSignal())

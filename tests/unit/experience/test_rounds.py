@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sip.experience.maker import Experience
-from megatron_sip.experience.rounds import is_enough, step_experience
-from megatron_sip.metrics import Mean, flatten
+from megatron_sip.experience.rounds import is_enough, is_representative, lost_groups, step_experience
+from megatron_sip.metrics import Mean, Metrics, flatten
 from megatron_sip.records import Branch, Example
 
 
@@ -32,6 +33,25 @@ def test_without_oversampling_nothing_is_cut_or_logged() -> None:
     assert len(made.examples) == 5  # a task may have given two
     assert made.unrecorded == ["full"]
     assert not [name for name in made.metrics if name.startswith("grpo/")]
+
+
+@pytest.mark.parametrize(
+    ("dropped", "representative"),
+    [
+        ({}, True),
+        ({"judge timeout": 5.0}, True),
+        ({"judge timeout": 3.0, "rollout timeout": 3.0}, False),
+        ({"no spread": 9.0, "judge timeout": 1.0}, True),  # those are whole, and judged
+        ({"tied": 4.0, "judge timeout": 6.0}, False),
+    ],
+)
+def test_a_step_of_which_more_than_half_is_lost_is_not_representative(
+    dropped: dict[str, float], representative: bool
+) -> None:
+    metrics: Metrics = {"groups": 10.0, **{f"dropped/{reason}": count for reason, count in dropped.items()}}
+    assert is_representative(metrics, 0.5) is representative
+    assert is_representative(metrics, 0.0)
+    assert is_representative(metrics, 1.0) is (lost_groups(metrics) == {})
 
 
 @given(st.lists(st.integers(0, 4), min_size=9, max_size=9), st.integers(1, 5), st.integers(1, 8))
