@@ -311,7 +311,7 @@ def corpus_settings(args: argparse.Namespace, folders: Sequence[str]) -> ReadSet
         raise PrepareError(f"{', '.join(own)}: of no effect with a corpus folder, which says it itself: leave it out")
     folder = Path(folders[0])
     return ReadSettings(
-        paths=files_of(folder, args.role, "--role"),
+        paths=files_of(folder, args.role, "--role", [args.part] if "part" in args else SPLITS),
         role=args.role,
         shares=corpus_shares(folder, "--role"),
         seed=args.seed,

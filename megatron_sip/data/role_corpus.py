@@ -44,13 +44,14 @@ def shares_of(folder: Path, flag: str) -> Shares:
     return _manifest(folder, flag)[0]
 
 
-def files_of(folder: Path, role: DocumentRole, flag: str) -> tuple[Path, ...]:
-    """All of a role's files. Raises DataError where it has no document."""
+def files_of(folder: Path, role: DocumentRole, flag: str, splits: Sequence[Split] = SPLITS) -> tuple[Path, ...]:
+    """A role's files, of these splits. Raises DataError where it has no document there."""
     counts = _manifest(folder, flag)[1]
-    splits = [split for split in SPLITS if counts.get(f"{role}/{split}")]
-    if not splits:
-        raise DataError(f"--data-path {folder}: no document for {role}; it has {', '.join(sorted(counts)) or 'none'}")
-    return tuple(path for split in splits for path in sorted((folder / DOCUMENTS / role / split).glob("*.jsonl.zst")))
+    own = [split for split in splits if counts.get(f"{role}/{split}")]
+    if not own:
+        wanted = role if len(splits) > 1 else f"{role}/{splits[0]}"
+        raise DataError(f"--data-path {folder}: no document for {wanted}; it has {', '.join(sorted(counts)) or 'none'}")
+    return tuple(path for split in own for path in sorted((folder / DOCUMENTS / role / split).glob("*.jsonl.zst")))
 
 
 def _manifest(folder: Path, flag: str) -> tuple[Shares, dict[str, int]]:

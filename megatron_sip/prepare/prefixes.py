@@ -1,4 +1,4 @@
-"""Tasks for evaluation: documents cut once, kept where all votes call the prefix unsafe, or safe (paper, section 3.3).
+"""Tasks for evaluation: documents cut once, kept where all votes call the prefix unsafe, or safe (paper, appendix B.1).
 
 OUT/prefixes.jsonl      {"id", "prefix", "suffix", "document", "safe", "subset", "split"}, for `evaluate generate --set`
 """

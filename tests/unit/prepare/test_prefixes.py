@@ -13,6 +13,7 @@ from killed_commands import kills_survived
 from prepare_cases import ask, files_below, prose, read_lines, run, tokenizer_folder, write_records
 
 from megatron_sip.data.roles import Shares, parse_shares, text_key
+from megatron_sip.errors import DataError
 from megatron_sip.evaluation.suites.prompt_sets import read_prompts
 from megatron_sip.prepare import pipeline
 from megatron_sip.prepare.settings import PrepareError
@@ -59,6 +60,28 @@ async def test_prefixes_that_all_votes_call_unsafe_become_tasks(words: tuple[Any
     prompts = read_prompts("unsafe", tmp_path / "unsafe" / "prefixes.jsonl")
     assert [(prompt.prefix, prompt.suffix) for prompt in prompts] == [(one["prefix"], one["suffix"]) for one in records]
     assert len({prompt.document for prompt in prompts}) == 10
+
+
+def test_of_a_corpus_with_roles_the_files_of_a_part_alone_are_read(words: tuple[Any, ...], tmp_path: Path) -> None:
+    run("text", "--data-path", tmp_path / "web.jsonl", "--out", tmp_path / "text")
+    run(
+        "roles",
+        "--data-path",
+        tmp_path / "text",
+        "--role-shares",
+        "1,1",
+        "--split",
+        "2,1,1",
+        "--out",
+        tmp_path / "roles",
+    )
+    flags = ("--keep", "any", "--samples", "1000", *words[7:])
+    wanted = ("--data-path", tmp_path / "roles", "--role", "judge", "--part", "valid")
+    manifest = run("prefixes", *flags, *wanted, "--out", tmp_path / "out")
+    assert manifest["documents"]["by_role"] == {"judge": manifest["records"]["total"]}
+    assert set(manifest["records"]["by_split"]) == {"valid"}
+    with pytest.raises(DataError, match="no document for rewriter/test"):
+        run("prefixes", *flags, "--data-path", tmp_path / "roles", "--role", "rewriter", "--out", tmp_path / "none")
 
 
 async def test_a_prefix_on_which_votes_disagree_is_no_task(words: tuple[Any, ...], tmp_path: Path) -> None:
