@@ -394,7 +394,8 @@ def open_weight_sync(
     rank = SyncRank(
         source=parallel_state.get_tensor_model_parallel_rank() == 0,
         lead=exchange.is_leader,
-        name=f"stage{parallel_state.get_pipeline_model_parallel_rank()}",
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
+        stages=parallel_state.get_pipeline_model_parallel_world_size(),
         exchange=exchange.all_gather_in_replica,
     )
     rollouts = settings.rollouts

@@ -51,30 +51,29 @@ def _unwrapped(model_chunks: Sequence[torch.nn.Module]) -> Iterator[Any]:
 
 
 def export_hf_weights(model_chunks: Sequence[torch.nn.Module], hf_config: Any) -> Iterator[tuple[str, Tensor | None]]:
-    """Yield the model's HF tensors, whole and unpadded, in the order of the forward pass.
+    """The model's HF tensors, whole and unpadded, in the order of the forward pass.
 
-    Collective over all tensor and pipeline parallel ranks: each must iterate to the end, and each sees every name. The
-    tensor comes on the source rank: tensor-parallel rank 0 of data-parallel rank 0 of the stage that owns it; others
-    get None. Stages take turns: one starts when the ranks of the one before have consumed their last tensor. A tensor
-    is a contiguous copy or a view of the parameter: use it before the next optimizer step.
+    Collective: the call over all tensor and pipeline parallel ranks, the iterator over the tensor-parallel ranks of a stage,
+    each of which must iterate to the end; so stages may take turns. Each rank sees every name. The tensor comes on the
+    source rank: tensor-parallel rank 0 of data-parallel rank 0 of the stage that owns it; others get None. A tensor is a
+    contiguous copy or a view of the parameter: use it before the next optimizer step.
 
     Raises:
         ValueError: the model's parameters are not those of the config's architecture.
     """
     _check_vocabulary(model_chunks, hf_config)
     parameters = named_parameters(model_chunks)
-    maps = tensor_maps(hf_config)
-    owners = _owning_stages(parameters, hf_config)
-    stages = parallel_state.get_pipeline_model_parallel_group()
+    return _exported(parameters, _owning_stages(parameters, hf_config), hf_config)
+
+
+def _exported(
+    parameters: Mapping[str, torch.nn.Parameter], owners: Mapping[str, int], hf_config: Any
+) -> Iterator[tuple[str, Tensor | None]]:
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     is_source = parallel_state.get_data_parallel_rank() == 0
-    previous = owners[maps[0].megatron]
-    for entry in maps:
-        owner = owners[entry.megatron]
-        if owner != previous:
-            dist.barrier(group=stages)
-        previous = owner
+    for entry in tensor_maps(hf_config):
         tensors: Sequence[Tensor | None] = [None] * len(entry.hf)
-        if owner == stages.rank() and is_source:
+        if owners[entry.megatron] == stage and is_source:
             shards = _gather_shards(entry, parameters[entry.megatron].detach())
             if shards is not None:
                 tensors = from_shards(entry.layout, shards, attention_shape(hf_config), hf_config.vocab_size)

@@ -3,11 +3,16 @@
 Each source sends its tensors to every engine itself: one group for each (source, engine) pair, because relaying all stages
 through one rank would cost another copy over the network (`weight_group` says what this costs). An engine whose group is
 lost, or that is another process than before (its start-up time differs), is joined again by the next push.
+
+Sources take turns, one pipeline stage after the other, and an engine hears of one of them at a time. Groups are made one
+after the other, and so is the first broadcast in each, in which NCCL makes its communicator: two that are made at once,
+in an order that each side chooses for itself, can wait for each other for ever. (That broadcast carries a stage's first
+bucket and no probe, since an engine takes none outside an update, and no tensor that its model does not know.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -15,7 +20,7 @@ import torch
 from megatron_sip.hf.shards import NamedTensors, buckets
 from megatron_sip.rollout.handshake import WeightSyncError
 from megatron_sip.rollout.weight_group import EngineGroup, SyncSettings, make_bucket
-from megatron_sip.rollout.weight_sync import SyncRank, WeightSync, drained
+from megatron_sip.rollout.weight_sync import SyncRank, WeightSync, drained, reason
 from megatron_sip.serving.failures import RequestError
 
 REOPEN_S = 5.0
@@ -33,19 +38,15 @@ class DistributedWeightSync(WeightSync):
 
     def connect(self) -> None:
         failed = self._on_engines(self._recover, {}, self.rank.lead)
-        failed = self._on_engines(lambda url: self._groups[url].ensure_joined(), failed, self.rank.source)
+        failed = self._join(failed)
         if failed:
             raise WeightSyncError("; ".join(failed.values()))
 
     def push(self, named_tensors: NamedTensors, version: str, *, require_all: bool = True) -> dict[str, str]:
+        iterator = iter(named_tensors)
         failed = self._on_engines(self._open, {}, self.rank.lead)
-        failed = self._on_engines(lambda url: self._groups[url].ensure_joined(), failed, self.rank.source)
-        error: BaseException | None = None
-        try:
-            failed = self._stream(named_tensors, failed)
-        except Exception as raised:
-            error = raised
-        failed = self._agree(failed)
+        failed = self._join(failed)
+        failed, error = self._in_turns(lambda failed: self._stream(iterator, failed), failed)
         # Engines that failed, or all when the export broke, are closed too, but without the new version.
         broken = self.rank.exchange(error is not None)
         complete = not any(broken)
@@ -60,17 +61,30 @@ class DistributedWeightSync(WeightSync):
         for group in self._groups.values():
             group.leave()
 
-    def _stream(self, named_tensors: NamedTensors, failed: dict[str, str]) -> dict[str, str]:
+    def _join(self, failed: dict[str, str]) -> dict[str, str]:
+        failed = self._on_engines(lambda url: self._groups[url].check(), failed, self.rank.source)
+        failed, _ = self._in_turns(self._join_missing, failed)
+        return failed
+
+    def _join_missing(self, failed: dict[str, str]) -> dict[str, str]:
+        for url, group in self._groups.items():
+            if self.rank.source and url not in failed and not group.joined:
+                try:
+                    group.join()
+                except Exception as error:
+                    failed = {**failed, url: reason(error)}
+        return failed
+
+    def _stream(self, iterator: Iterator[tuple[str, torch.Tensor | None]], failed: dict[str, str]) -> dict[str, str]:
         """Send this rank's tensors; returns the engines that failed by now."""
-        iterator = iter(named_tensors)
         with ThreadPoolExecutor(len(self.urls), thread_name_prefix="weight-sync") as threads, drained(iterator):
             for tensors in buckets(iterator, self.settings.bucket_bytes):
                 bucket = make_bucket(tensors, self._device)
                 live = [url for url in self.urls if url not in failed]
-                for url, future in [(url, threads.submit(self._groups[url].broadcast, bucket)) for url in live]:
-                    problem = future.exception()
-                    if problem is not None:
-                        failed = {**failed, url: str(problem)}
+                unused = [url for url in live if not self._groups[url].used]
+                for together in [*([url] for url in unused), [url for url in live if url not in unused]]:
+                    sent = [(url, threads.submit(self._groups[url].broadcast, bucket)) for url in together]
+                    failed = failed | {url: str(error) for url, future in sent if (error := future.exception())}
         return failed
 
     def _open(self, url: str) -> None:

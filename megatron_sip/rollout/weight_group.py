@@ -99,22 +99,25 @@ class EngineGroup:
         self._settings = settings
         self._name: str | None = None
         self._group: Any = None
+        self._ranks = 0  # of the engine
         self._startup_time: Any = None
+        self.used = False
+        """Whether a broadcast went through: NCCL has its communicator."""
         # A broken gloo group waits for its pending work when it is freed; it must not do so in the training loop.
         self._broken: list[Any] = []
 
-    def ensure_joined(self) -> bool:
-        """Join unless we are joined with this very process of the engine. True when a join was needed."""
+    @property
+    def joined(self) -> bool:
+        return self._group is not None
+
+    def check(self) -> None:
+        """Ask the engine how many ranks it has, and leave the group that was joined with a process that is no more."""
         info = call(self.url, "GET", "/server_info", timeout_s=self._settings.call_timeout_s, key=self._settings.key)
         if not isinstance(info, dict) or type(ranks := info.get("tp_size", 1)) is not int:
             raise RequestError("bad-response", f"{self.url}/server_info is none: {str(info)[:200]}")
-        startup_time = info.get("startup_time")
-        if self._group is not None and startup_time == self._startup_time:
-            return False
-        self.leave(tell_engine=startup_time == self._startup_time)
-        self._join(ranks)
-        self._startup_time = startup_time
-        return True
+        if info.get("startup_time") != self._startup_time:
+            self.leave(tell_engine=False)
+        self._ranks, self._startup_time = ranks, info.get("startup_time")
 
     def broadcast(self, bucket: Bucket) -> None:
         """Have the engine load a bucket. Raises RequestError, after which the group is gone and must be joined anew."""
@@ -135,6 +138,7 @@ class EngineGroup:
             entry = in_daemon_thread(partial(self._group.broadcast, [bucket.data], options), "weight-sync-broadcast")
             self._await(entry, request, deadline)
             request.result(timeout=max(1.0, deadline - time.monotonic()))
+            self.used = True
         except Exception as error:
             self._abandon()
             if isinstance(error, RequestError):
@@ -156,7 +160,9 @@ class EngineGroup:
             except RequestError:
                 return  # an engine that is gone has no group either
 
-    def _join(self, engine_ranks: int) -> None:
+    def join(self) -> None:
+        """Make the group, after `check`. Raises RequestError."""
+        engine_ranks = self._ranks
         timeout = timedelta(seconds=self._settings.timeout_s)
         store = listening_store(self._settings.address, timeout)
         name = f"sip-{self._source}-{uuid.uuid4().hex[:8]}"
@@ -211,6 +217,7 @@ class EngineGroup:
             wait([in_daemon_thread(self._group.abort, "weight-sync-abort")], timeout=ABORT_S)
             self._broken.append(self._group)
         self._group = self._name = None
+        self.used = False
 
 
 def listening_store(address: str, timeout: timedelta) -> dist.TCPStore:

@@ -41,15 +41,20 @@ def only_rank(value: Any) -> list[Any]:
 class SyncRank:
     """This trainer rank's part in a push.
 
-    Exactly one rank is `lead`; `source` are those whose iterators yield tensors. `name` is unique among the sources
-    (for example "stage0"). `exchange` gives every rank the list of all ranks' values (all_gather_object); it must be
-    called by all ranks together.
+    Exactly one rank is `lead`; `source` are those whose iterators yield tensors, one in each of the pipeline's `stages`.
+    `exchange` gives every rank the list of all ranks' values (all_gather_object); it must be called by all ranks together.
     """
 
     source: bool = True
     lead: bool = True
-    name: str = "stage0"
+    stage: int = 0
+    stages: int = 1
     exchange: Callable[[Any], list[Any]] = only_rank
+
+    @property
+    def name(self) -> str:
+        """Unique among the sources."""
+        return f"stage{self.stage}"
 
 
 class WeightSync(ABC):
@@ -94,12 +99,27 @@ class WeightSync(ABC):
         if urls:
             with ThreadPoolExecutor(len(urls), thread_name_prefix="weight-sync") as threads:
                 for url, future in [(url, threads.submit(action, url)) for url in urls]:
-                    error = future.exception()
-                    if error is not None and not isinstance(error, RequestError):
-                        found[url] = f"{type(error).__name__}: {error}"
-                    elif error is not None:
-                        found[url] = str(error)
+                    if error := future.exception():
+                        found[url] = reason(error)
         return self._agree({**failed, **found})
+
+    def _in_turns(
+        self, action: Callable[[dict[str, str]], dict[str, str]], failed: dict[str, str]
+    ) -> tuple[dict[str, str], Exception | None]:
+        """Run `action` on the ranks of one pipeline stage after the other; also what it raised on this rank.
+
+        It gets the engines that failed (url: reason) by what all stages before said, and returns those that failed by now:
+        an engine that one stage gave up on may still be busy with it, and gets nothing from the next.
+        """
+        error: Exception | None = None
+        for stage in range(self.rank.stages):
+            if stage == self.rank.stage:
+                try:
+                    failed = action(failed)
+                except Exception as raised:
+                    error = raised
+            failed = self._agree(failed)
+        return failed, error
 
     def _agree(self, failed: Mapping[str, str]) -> dict[str, str]:
         merged: dict[str, str] = {}
@@ -154,6 +174,11 @@ class WeightSync(ABC):
         found = info.get("weight_version") if isinstance(info, dict) else None
         if found != version:
             raise RequestError("stale-weights", f"{url}: reports weight version {found!r} after a push of {version!r}")
+
+
+def reason(error: BaseException) -> str:
+    """Why an engine is left out, for people."""
+    return str(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager

@@ -27,6 +27,8 @@ class FakeEngine:
         self.calls: list[tuple[str, Any]] = []
         self.answers: dict[str, Answer] = {}
         self.silent: set[str] = set()
+        self.spans: list[tuple[str, str, float, float]] = []
+        self.delay_s = 0.0
         self.key: str | None = None
         self._released = threading.Event()
         self._server: ThreadingHTTPServer | None = None
@@ -81,10 +83,14 @@ class FakeEngine:
             self.updating = not self.updating
         elif path in ("/pause_generation", "/continue_generation"):
             self.paused = path.startswith("/pause")
-        elif path == "/init_weights_update_group":
-            self.groups[body["group_name"]] = joined_group(body)
-        elif path == "/update_weights_from_distributed":
-            self.weights |= received(self.groups[body["group_name"]], body)
+        elif path in ("/init_weights_update_group", "/update_weights_from_distributed"):
+            begin = time.monotonic()
+            if path.startswith("/init"):
+                self.groups[body["group_name"]] = joined_group(body)
+            else:
+                self.weights |= received(self.groups[body["group_name"]], body)
+            time.sleep(self.delay_s)
+            self.spans.append((path, body["group_name"], begin, time.monotonic()))
         elif path == "/update_weights_from_disk":
             self.version = body["weight_version"]
         elif path == "/update_weight_version":

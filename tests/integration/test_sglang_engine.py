@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from thread_exchange import ThreadExchange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workers import kill_server
 
@@ -294,12 +295,12 @@ async def test_an_engine_that_restarts_with_made_up_weights_is_left_out_and_rejo
 def test_two_sources_each_send_their_pipeline_stage(tiny_llama_server: LocalServer, reference: Any) -> None:
     url = tiny_llama_server.url
     changed = scaled(reference, 1.01)
-    board = _Exchange(2)
+    board = ThreadExchange(2)
     reports: list[Any] = [None, None]
     names = list(changed.state_dict())
 
     def stage(index: int) -> None:
-        rank = SyncRank(source=True, lead=index == 0, name=f"stage{index}", exchange=lambda v: board(index, v))
+        rank = SyncRank(source=True, lead=index == 0, stage=index, stages=2, exchange=lambda v: board(index, v))
         sync = DistributedWeightSync([url], rank, SETTINGS)
         sync.connect()
         own = [
@@ -335,18 +336,3 @@ def test_a_failing_export_raises_and_leaves_the_engine_usable(tiny_llama_server:
     sync.push(named_tensors(reference), version="mended")
     assert call(url, "GET", "/model_info", timeout_s=20)["weight_version"] == "mended"
     sync.close()
-
-
-class _Exchange:
-    """all_gather_object among threads."""
-
-    def __init__(self, size: int) -> None:
-        self._barrier = threading.Barrier(size)
-        self._values: list[Any] = [None] * size
-
-    def __call__(self, index: int, value: Any) -> list[Any]:
-        self._values[index] = value
-        self._barrier.wait(60)
-        gathered = list(self._values)
-        self._barrier.wait(60)
-        return gathered

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from fake_engine import FakeEngine
+from thread_exchange import ThreadExchange
 
 from megatron_sip.hf.shards import write_parts
 from megatron_sip.rollout import sync_disk, weight_group
@@ -87,13 +88,91 @@ def test_a_broadcast_that_is_never_entered_ends_with_the_requests_error_or_at_th
     group = EngineGroup(engine.url, "stage0", SyncSettings(timeout_s=timeout_s, control_timeout_s=1.0))
     monkeypatch.setattr(weight_group, "backend_group", lambda *_: blocked)
     engine.answers["/init_weights_update_group"] = 200, {"success": True}
-    group.ensure_joined()
+    group.check()
+    group.join()
     started = time.monotonic()
     with pytest.raises(RequestError, match=expected):
         group.broadcast(make_bucket(list(tensors(1.0).items()), CPU))
     assert time.monotonic() - started < 8.0
-    assert group.ensure_joined()  # the next push makes another group
+    assert not group.joined  # the next push makes another group
     blocked.released.set()
+
+
+def two_stages(urls: list[str], settings: SyncSettings, versions: Sequence[int | Callable[[], None]]) -> list[Any]:
+    """Two sources connect and push `versions` (or call what stands between them); the last push's failures, of each."""
+    exchange = ThreadExchange(2)
+
+    def run(stage: int) -> dict[str, str]:
+        rank = SyncRank(lead=stage == 0, stage=stage, stages=2, exchange=partial(exchange, stage))
+        failed: dict[str, str] = {}
+        with closing(DistributedWeightSync(urls, rank, settings)) as sync:
+            sync.connect()
+            for version in versions:
+                if isinstance(version, int):
+                    failed = sync.push(stage_tensors(stage, version), str(version), require_all=False)
+                elif exchange(stage, None) and stage == 0:
+                    version()
+        return failed
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(run, range(2)))
+
+
+def stage_tensors(stage: int, version: int) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Four tensors of each stage; a stage has its own."""
+    for owner in range(2):
+        for number in range(4):
+            yield f"{owner}.{number}", torch.full((4,), version + number / 8) if owner == stage else None
+
+
+def at_once(spans: list[tuple[str, str, float, float]]) -> list[tuple[str, str]]:
+    """The groups of each two spans that overlap in time."""
+    ordered = sorted(spans, key=lambda span: span[2])
+    return [(a[1], b[1]) for i, a in enumerate(ordered) for b in ordered[i + 1 :] if b[2] < a[3]]
+
+
+def test_stages_take_turns_and_communicators_are_made_one_after_the_other() -> None:
+    with ExitStack() as stack:
+        engines = [stack.enter_context(FakeEngine()) for _ in range(3)]
+        for engine in engines:
+            engine.delay_s = 0.03
+
+        def restart_two() -> None:
+            for engine in engines[:2]:
+                engine.die()
+                engine.start()
+
+        settings = SyncSettings(timeout_s=10.0, bucket_bytes=32)  # two tensors a bucket
+        assert two_stages([engine.url for engine in engines], settings, [1, 2, restart_two, 3]) == [{}, {}]
+        spans = [span for engine in engines for span in engine.spans]
+        joins = [span for span in spans if span[0] == "/init_weights_update_group"]
+        sent = [span for span in spans if span[0] == "/update_weights_from_distributed"]
+        assert (len(joins), len(sent)) == (2 * (3 + 2), 2 * 3 * 3 * 2)
+        assert at_once(joins) == []
+        stage = {group: group.split("-")[1] for _, group, _, _ in spans}
+        pairs = at_once(sent)
+        assert [pair for pair in pairs if len({stage[group] for group in pair}) > 1] == []
+        firsts = [min((span for span in sent if span[1] == group), key=lambda span: span[2]) for group in stage]
+        assert at_once(firsts) == []
+        assert pairs  # what is not first goes to all engines together
+        expected = {f"{owner}.{number}": [3 + number / 8] * 4 for owner in range(2) for number in range(4)}
+        for engine in engines:
+            assert {name: tensor.tolist() for name, tensor in engine.weights.items()} == expected
+            assert engine.version == "3"
+
+
+def test_an_engine_that_one_stage_gave_up_on_gets_nothing_from_the_next(engines: list[FakeEngine]) -> None:
+    live, hung = engines
+
+    def hang() -> None:
+        hung.silent.add("/update_weights_from_distributed")
+
+    settings = SyncSettings(timeout_s=1.0, bucket_bytes=32)
+    failures = two_stages([engine.url for engine in engines], settings, [1, hang, 2])
+    assert [list(failed) for failed in failures] == [[hung.url]] * 2
+    assert (live.version, hung.version) == ("2", "1")
+    sent = [body["names"] for path, body in hung.calls if path == "/update_weights_from_distributed"]
+    assert sent[4:] == [["0.0", "0.1"]]
 
 
 def test_a_call_that_never_returns_does_not_keep_the_process_alive() -> None:
@@ -126,25 +205,17 @@ def test_a_disk_that_fails_the_lead_ends_the_push_on_every_rank(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sync_disk, broken, full)
-    ranks = threading.Barrier(2, timeout=20)
-    said: list[Any] = [None, None]
-
-    def exchange(rank: int, value: Any) -> list[Any]:
-        said[rank] = value
-        ranks.wait()
-        values = list(said)
-        ranks.wait()
-        return values
+    exchange = ThreadExchange(2)
 
     def pushed(rank: int) -> str:
-        place = SyncRank(lead=rank == 0, name=f"stage{rank}", exchange=partial(exchange, rank))
+        place = SyncRank(lead=rank == 0, stage=rank, stages=2, exchange=partial(exchange, rank))
         sync = DiskWeightSync(["http://127.0.0.1:9"], place, QUICK, folder=tmp_path / "weights", template=template)
         try:
             push(sync, 1)
         except (OSError, WeightSyncError) as error:
             return str(error)
         finally:
-            ranks.wait()  # both are out: nobody waits in an exchange
+            exchange(rank, None)  # both are out: nobody waits in an exchange
         return "no error"
 
     with ThreadPoolExecutor(2) as threads:
