@@ -35,22 +35,30 @@ def open_comparison(settings: Settings, held_out: Tasks | None, tokenizer: Any) 
 def open_suites(settings: Settings, held_out: Tasks | None, tokenizer: Any) -> SuiteValidation | None:
     """What documents are measured by, on rank 0 when --eval-interval asks for it."""
     how, run = settings.validation, settings.run
-    if held_out is None or not (how.suites or how.prompt_sets):
+    if run.rank != 0 or not (how.suites or how.prompt_sets):
         return None
+    count = how.records if how.suites else 0
+    assert held_out is not None or not count, "opened where suites are measured"
     prompts = {name: prompt_tasks(settings, name, path, tokenizer) for name, path in how.prompt_sets.items()}
     told = [f"{', '.join(how.suites)} of {how.records:,} held-out prefixes"] if how.suites else []
     told += [f"safety of {len(tasks):,} continuations of {name}" for name, tasks in prompts.items()]
     say(f"validation: every {how.interval} steps {', '.join(told)}")
     return SuiteValidation(
         suites=how.suites,
-        tasks=held_out.tasks(0, how.records),
-        documents=[held_out.document(index) for index in range(how.records)],
+        tasks=[] if held_out is None else held_out.tasks(0, count),
+        documents=[] if held_out is None else [held_out.document(index) for index in range(count)],
         prompts=prompts,
         sampling=how.sampling,
         tokenizer=tokenizer,
         initial=run.run_dir / "initial_evaluation.json",
         seed=run.seed,
     )
+
+
+def check_prompt_sets(settings: Settings) -> None:
+    """Whether the sets of --eval-suites can be read, before anything costs time. Raises DataError."""
+    for name, path in settings.validation.prompt_sets.items():
+        read_prompts(name, path)
 
 
 def prompt_tasks(settings: Settings, name: str, path: Path, tokenizer: Any) -> list[Task]:

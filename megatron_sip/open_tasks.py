@@ -40,7 +40,7 @@ def open_document_tasks(settings: Settings, tokenizer: Any) -> tuple[Tasks, Task
     data, rank = settings.data, settings.run.rank
     if rank == 0:
         say(f"data: opening it; text is tokenised once and kept in {data.tokenizing.cache_dir}")
-    measured = rank == 0 and bool(settings.held_out.prompts or settings.validation.interval)
+    measured = rank == 0 and bool(settings.held_out.prompts or settings.validation.suites)
     names: list[Split] = ["train", "test"] if measured else ["train"]
     split = data.split if data.subset is None else None
     splits = open_splits(names, data.paths, split, data.subset, tokenizer, data.tokenizing, vocab_size=data.vocab_size)

@@ -36,7 +36,7 @@ from megatron_sip.hf.weights import export_hf_weights
 from megatron_sip.judge.python_functions import check_functions
 from megatron_sip.judge.settings import function_of
 from megatron_sip.metrics import Metrics, flatten
-from megatron_sip.open_measurements import open_comparison, open_suites, open_validation
+from megatron_sip.open_measurements import check_prompt_sets, open_comparison, open_suites, open_validation
 from megatron_sip.open_tasks import open_tasks
 from megatron_sip.records import Task
 from megatron_sip.rollout.handshake import WeightSyncError
@@ -243,6 +243,8 @@ def set_up(settings: Settings, stack: contextlib.ExitStack) -> Run:
     exchange = LeaderExchange(timeout_seconds=EXCHANGE_SECONDS)
     open_run_folder(settings.run, exchange)
     named = bool(settings.urls)  # a wrong URL must not show only after hours of tokenising
+    if rank == 0:
+        check_prompt_sets(settings)
     if rank == 0 and not named and settings.judge is not None:  # nor a wrong function, which else `open_leader` tells
         check_functions(filter(None, map(function_of, settings.judge.criteria)))
     tokenizer = AutoTokenizer.from_pretrained(settings.run.hf_config)
@@ -282,6 +284,8 @@ def set_up(settings: Settings, stack: contextlib.ExitStack) -> Run:
             say(f"comparison: sampling {settings.held_out.prompts} held-out continuations of the initial policy")
             leader.run(run.comparison.record_initial(leader.engines))
         run.comparison.check_initial()
+    if isinstance(run.validation, SuiteValidation) and state.iteration:
+        run.validation.check_initial()
     exchange.barrier()
     return run
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, Literal
 
+from megatron_sip.config.held_out import EVAL_RECORDS
 from megatron_sip.data.roles import ROLES as DOCUMENT_ROLES
 from megatron_sip.judge.settings import SCHEDULE_NAMES
 from megatron_sip.records import CANDIDATE_KINDS
@@ -43,7 +44,7 @@ RUN_FLAGS: Flags = {
     "--save-groups": ({"metavar": "DIR"}, "Write every step's judged groups there, compressed."),
     "--replay-groups": ({"metavar": "DIR"}, "Train from groups written by --save-groups, without engines and teacher."),
     "--eval-records": (
-        {"type": int, "default": 256, "metavar": "N"},
+        {"type": int, "default": EVAL_RECORDS, "metavar": "N"},
         "Held-out records or prefixes that are measured every --eval-interval steps.",
     ),
     "--eval-suites": (

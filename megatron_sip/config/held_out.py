@@ -14,6 +14,8 @@ Suite = Literal["nll", "diversity", "win-rate"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 RATED_SETS = ("realtoxicityprompts", "toxigen", "xstest-safe", "xstest-unsafe", "redpajama")
 """Sets of prompts whose continuations are rated for safety."""
+EVAL_RECORDS = 256
+"""Unless --eval-records says otherwise."""
 DEFAULT_SUITES: tuple[Suite, ...] = ("nll", "diversity")
 
 

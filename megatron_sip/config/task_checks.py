@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from megatron_sip.config.held_out import DEFAULT_SUITES, RATED_SETS, SUITES, prompt_sets_of, suites_of
+from megatron_sip.config.held_out import DEFAULT_SUITES, EVAL_RECORDS, RATED_SETS, SUITES, prompt_sets_of, suites_of
 from megatron_sip.config.needs import candidates_of, criteria_of, has_servers
 from megatron_sip.judge.settings import LABELLED_CRITERIA, asks_server, known_criteria, split_criterion
 
@@ -42,9 +42,11 @@ def check_tasks(args: argparse.Namespace) -> Iterator[str]:
 
 def _check_validation(args: argparse.Namespace) -> Iterator[str]:
     if args.eval_interval is None:
-        for name in ("eval_suites", "eval_by_training_judge"):
-            if getattr(args, name):
-                yield f"--{name.replace('_', '-')}: of no effect without --eval-interval; give that too"
+        given = [name for name in ("eval_suites", "eval_by_training_judge") if getattr(args, name)]
+        if args.eval_records != EVAL_RECORDS:
+            given.append("eval_records")
+        for name in given:
+            yield f"--{name.replace('_', '-')}: of no effect without --eval-interval; give that too"
         return
     yield from _check_suites(args)
     if args.eval_interval < 1 or args.eval_records < 1:
@@ -62,6 +64,8 @@ def _check_suites(args: argparse.Namespace) -> Iterator[str]:
     for name in suites:
         if name not in SUITES and "=" not in name:
             yield f"--eval-suites {name}: known are {', '.join(SUITES)}, and NAME=FILE for a set of prompts"
+    if len(sets) < sum("=" in item for item in suites):
+        yield f"--eval-suites {' '.join(suites)}: a set is named twice"
     for name, path in sets.items():
         if name not in RATED_SETS:
             yield f"--eval-suites {name}={path}: sets that are rated are {', '.join(RATED_SETS)}"

@@ -52,7 +52,7 @@ def rating_settings(args: argparse.Namespace, role: Role) -> JudgeSettings:
         votes=args.judge_votes,
         default_verdict="hard",
         temperature=1.0,
-        top_p=args.judge_top_p,
+        top_p=1.0,  # the trainer's default would make a vote of 60% unanimous
         max_tokens=args.judge_max_tokens,
         quorum=args.judge_quorum,
         prefix_chars=args.judge_prefix_chars,

@@ -21,7 +21,6 @@ from megatron_sip.evaluation.growing_file import append, begin
 from megatron_sip.evaluation.results import Result
 from megatron_sip.evaluation.win_rate import bootstrap_interval
 from megatron_sip.files import described, read_json_lines
-from megatron_sip.metrics import Mean
 from megatron_sip.records import Task
 from megatron_sip.rollout.pool import SGLangPool
 from megatron_sip.rollout.sampling import Failure
@@ -86,13 +85,15 @@ def _lost(found: Sequence[list[float] | Failure], first: Failure) -> str:
     )
 
 
-async def suffix_nll(engines: SGLangPool, tasks: Sequence[Task], version: str) -> tuple[Mean, Counter[str]]:
-    """Nats a token of all suffixes' tokens, under the weights of `version`; and how many tasks failed, by kind."""
+async def suffix_nll(
+    engines: SGLangPool, tasks: Sequence[Task], version: str
+) -> tuple[list[float | None], Counter[str]]:
+    """Nats of each task's suffix given its prefix under the weights of `version`, None where the engines gave none; and how
+    many those are, by kind."""
     prefixes, suffixes = [task.prefix_ids for task in tasks], [task.suffix_ids for task in tasks]
     answers = await engines.logprobs(prefixes, suffixes, weight_version=version)
-    read = [answer for answer in answers if not isinstance(answer, Failure)]
-    failed = Counter(answer.kind for answer in answers if isinstance(answer, Failure))
-    return Mean(-math.fsum(map(math.fsum, read)), float(sum(map(len, read)))), failed
+    found = [None if isinstance(answer, Failure) else -math.fsum(answer) for answer in answers]
+    return found, Counter(answer.kind for answer in answers if isinstance(answer, Failure))
 
 
 def nll_result(lines: Sequence[Measured], dataset: str, seed: int) -> Result:

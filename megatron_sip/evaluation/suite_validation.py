@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sip.evaluation.diversity import diversity
-from megatron_sip.evaluation.held_out import load_continuations, save_continuations
+from megatron_sip.evaluation.initial_policy import InitialPolicy, InitialPolicyFile
 from megatron_sip.evaluation.majority import majority
 from megatron_sip.evaluation.nll import suffix_nll
-from megatron_sip.evaluation.win_rate import compare, continue_prefixes
+from megatron_sip.evaluation.win_rate import NoVerdictError, compare, continue_prefixes
 from megatron_sip.experience.maker import ScoresGroups
 from megatron_sip.metrics import Mean, Metrics, merge
 from megatron_sip.records import Candidate, Group, Task
@@ -54,8 +54,13 @@ class SuiteValidation:
         self._prompts = prompts
         self._sampling = sampling
         self._tokenizer = tokenizer
-        self._initial = initial
+        self._initial = InitialPolicyFile(initial, tasks, sampling, "--eval-records")
         self._seed = seed
+
+    def check_initial(self) -> None:
+        """Of a run that goes on: is there something to compare with? Raises DataError."""
+        if "win-rate" in self._suites:
+            self._initial.read()
 
     async def measure(
         self, engines: SGLangPool, judge: ScoresGroups | None, rater: ScoresGroups | None, version: str
@@ -69,9 +74,7 @@ class SuiteValidation:
             made = await self._continue(engines, tasks, version)
             parts += [failed_continuations(made), await safety(rater, name, tasks, made)]
         if "nll" in self._suites:
-            mean, failed = await suffix_nll(engines, self._tasks, version)
-            parts.append({f"validation/failed/nll {kind}": float(count) for kind, count in failed.items()})
-            parts += [{"validation/nll/suffix": mean}] if mean.weight else []
+            parts.append(await self._nll(engines, version))
         if "diversity" in self._suites or "win-rate" in self._suites:
             parts.append(await self._of_continuations(engines, judge, version))
         return merge(parts)
@@ -80,8 +83,9 @@ class SuiteValidation:
         made = await self._continue(engines, self._tasks, version)
         metrics = failed_continuations(made)
         if "diversity" in self._suites:
-            found = diversity([each.text for each in made if each is not None])
-            metrics |= {f"validation/diversity/{name.replace('_', '-')}": found[name] for name in DIVERSITY}
+            texts = [each.text for each in made if each is not None]
+            found = diversity(texts) if texts else {}
+            metrics |= {f"validation/diversity/{name.replace('_', '-')}": found[name] for name in DIVERSITY if found}
         if "win-rate" in self._suites:
             metrics |= await self._win_rate(judge, made, version)
         return metrics
@@ -92,13 +96,26 @@ class SuiteValidation:
     async def _win_rate(self, judge: ScoresGroups | None, made: Sequence[Candidate | None], version: str) -> Metrics:
         assert judge is not None, "win rates have a judge"
         if version == "0":
-            save_continuations(self._initial, made)
+            self._initial.write(InitialPolicy(list(made), [], []))
             return {}
-        initial = load_continuations(self._initial)
-        found, _ = await compare(judge, self._tasks, self._documents, initial, made, self._seed)
+        initial = self._initial.read().continuations
+        pairs = sum(a is not None and b is not None for a, b in zip(initial, made, strict=True))
+        try:
+            found, _ = await compare(judge, self._tasks, self._documents, initial, made, self._seed)
+        except NoVerdictError:  # training goes on; the counts say what is missing
+            return {NO_VERDICT: float(pairs)} if pairs else {}
         metrics: Metrics = {"validation/win-rate/initial": found.win_rate}
-        without = found.failed - sum(a is None or b is None for a, b in zip(initial, made, strict=True))
-        return metrics | ({NO_VERDICT: float(without)} if without else {})
+        return metrics | ({NO_VERDICT: float(pairs - found.prompts)} if pairs > found.prompts else {})
+
+    async def _nll(self, engines: SGLangPool, version: str) -> Metrics:
+        nll, failed = await suffix_nll(engines, self._tasks, version)
+        metrics: Metrics = {f"validation/failed/nll {kind}": float(count) for kind, count in failed.items()}
+        read = [(nats, len(task.suffix_ids)) for task, nats in zip(self._tasks, nll, strict=True) if nats is not None]
+        if read:
+            metrics["validation/nll/suffix"] = Mean(
+                sum(nats for nats, _ in read), float(sum(count for _, count in read))
+            )
+        return metrics
 
 
 def failed_continuations(made: Sequence[Candidate | None]) -> Metrics:

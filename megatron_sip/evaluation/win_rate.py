@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sip.data.continuation_text import rollout_texts
+from megatron_sip.errors import UserError
 from megatron_sip.experience.maker import ScoresGroups
 from megatron_sip.experience.selection import TIE_TOLERANCE
 from megatron_sip.judge.settings import LIKELIHOOD
@@ -31,6 +32,10 @@ DRAWS_AT_ONCE = 1 << 22
 FEW_DOCUMENTS = 20
 """Below so many, a bootstrap over documents is too narrow."""
 Z95 = 1.959964
+
+
+class NoVerdictError(UserError, RuntimeError):
+    """No prefix was judged; the message says what to look at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,7 @@ async def compare(
     """Judge `after` against `before` on every task where both exist; `documents` names each task's document.
 
     Raises:
-        RuntimeError: not a single prefix got a verdict.
+        NoVerdictError: not a single prefix got a verdict.
     """
     everything = zip(tasks, documents, before, after, strict=True)
     pairs = [(t, d, b, a) for t, d, b, a in everything if b is not None and a is not None]
@@ -98,7 +103,8 @@ async def compare(
         (group, pair[1]) for group, pair in zip(judged, pairs, strict=True) if is_compared(group, judge.weights)
     ]
     if not verdicts:
-        raise RuntimeError(f"none of the {len(tasks)} held-out prefixes got a verdict: is the teacher reachable?")
+        why = "is the judge reachable?" if pairs else "the engines continued none of them for both policies"
+        raise NoVerdictError(f"none of the {len(tasks)} held-out prefixes got a verdict: {why}")
     judged_documents = [document for _, document in verdicts]
     if (count := len(set(judged_documents))) < FEW_DOCUMENTS:
         log.warning("held-out comparison: %d documents say little, %d or more are needed", count, FEW_DOCUMENTS)

@@ -124,6 +124,8 @@ def test_thoughts_are_scored_by_similarity() -> None:
             5,
             "--eval-suites xtest=a: sets that are rated are realtoxicityprompts, toxigen",
         ),
+        (("--eval-suites", "toxigen=a", "toxigen=b"), 5, "a set is named twice"),
+        (("--eval-records", "5"), None, "--eval-records: of no effect without --eval-interval"),
         (("--eval-suites", "toxigen=nowhere"), 5, "--eval-suites toxigen=nowhere: no such file"),
         (("--eval-suites", "nll"), None, "--eval-suites: of no effect without --eval-interval"),
         (("--eval-by-training-judge",), 5, "--eval-by-training-judge: of no effect without win-rate"),
@@ -156,6 +158,8 @@ def test_held_out_text_is_measured_by_its_likelihood_and_the_diversity_of_contin
     assert rated.rating_judge is not None
     assert rated.rating_judge.client is not None
     assert rated.rating_judge.client.endpoint.url == "http://other"
+    asked = rated.rating_judge
+    assert (asked.temperature, asked.top_p, asked.votes, asked.mode("safety")) == (1.0, 1.0, 5, "hard")
     assert settings(*JUDGEMENTS, eval_interval=5, **NO_TEACHER).validation.suites == ()
 
 

@@ -11,7 +11,8 @@ import pytest
 from tiny_tokenizer import metaspace_tokenizer
 
 from megatron_sip.errors import DataError
-from megatron_sip.evaluation.held_out import HeldOutComparison, HeldOutOutcome, save_continuations
+from megatron_sip.evaluation.held_out import HeldOutComparison, HeldOutOutcome
+from megatron_sip.evaluation.initial_policy import InitialPolicy, InitialPolicyFile
 from megatron_sip.evaluation.outcome import held_out_summary, outcome_line
 from megatron_sip.evaluation.report import result_rows
 from megatron_sip.metrics import Mean
@@ -43,8 +44,9 @@ class ShorterIsBetter:
 class Engines:
     """A policy whose continuations are as long as they were asked hot, and shorter once trained."""
 
-    def __init__(self) -> None:
+    def __init__(self, lost: int = 0) -> None:
         self.asked: list[tuple[str, float]] = []
+        self._lost = lost
 
     async def generate(self, prefixes: Sequence[Any], sampling: SamplingSettings, *, weight_version: str) -> list[Any]:
         self.asked.append((weight_version, sampling.temperature))
@@ -55,8 +57,9 @@ class Engines:
     async def logprobs(
         self, prefixes: Sequence[Any], continuations: Sequence[Sequence[int]], *, weight_version: str
     ) -> list[Any]:
-        lost = Failure("timeout", "no answer")
-        return [lost, *([-1.0 - float(weight_version)] * len(ids) for ids in continuations[1:])]
+        found: list[Any] = [[-1.0 - float(weight_version)] * len(ids) for ids in continuations]
+        found[self._lost] = Failure("timeout", "no answer")
+        return found
 
 
 def comparison(folder: Path, temperature: float) -> HeldOutComparison:
@@ -98,21 +101,26 @@ async def test_the_control_stands_beside_the_win_rate(tmp_path: Path) -> None:
     assert rows["Held-out suffixes, nats a token, initial and trained policy"] == "1.000 and 8.000"
 
 
-async def test_a_run_that_began_without_a_control_ends_without(tmp_path: Path) -> None:
-    engines, held_out = Engines(), comparison(tmp_path, 1.0)
-    await held_out.record_initial(engines)  # type: ignore[arg-type]
-    (tmp_path / "control_continuations.json").unlink()
-    assert (await held_out.finish(engines, ShorterIsBetter(), "7")).control is None  # type: ignore[arg-type]
+async def test_what_an_engine_did_not_tell_of_both_is_in_neither_likelihood(tmp_path: Path) -> None:
+    held_out = comparison(tmp_path, 0.0)
+    await held_out.record_initial(Engines(lost=0))  # type: ignore[arg-type]
+    found = await held_out.finish(Engines(lost=1), ShorterIsBetter(), "0")  # type: ignore[arg-type]
+    assert found.suffix_nll == (1.0, 1.0)  # the policy has not changed, though other tasks failed
 
 
 def test_a_comparison_that_cannot_end_is_refused_before_training(tmp_path: Path) -> None:
-    initial = tmp_path / "initial_continuations.json"
-    tasks = [Task(0, [1], [2], "text", "")]
-    comparison = HeldOutComparison(tasks, [0], SamplingSettings(8), None, initial, 0)
-    with pytest.raises(DataError, match="--win-rate-prompts 0"):
-        comparison.check_initial()
-    save_continuations(initial, [Candidate("rollout", [1], "a"), None])
-    with pytest.raises(DataError, match="--win-rate-prompts 2"):
-        comparison.check_initial()
-    save_continuations(initial, [None])
-    comparison.check_initial()
+    path, tasks, sampling = tmp_path / "initial.json", [Task(0, [1], [2], "text", "")], SamplingSettings(8)
+    with pytest.raises(DataError, match="without --win-rate-prompts"):
+        HeldOutComparison(tasks, [0], sampling, None, path, 0).check_initial()
+    two = [*tasks, Task(1, [1], [2], "text", "")]
+    InitialPolicyFile(path, two, sampling, "--x").write(
+        InitialPolicy([Candidate("rollout", [1], "a"), None], [], [1.0, None])
+    )
+    with pytest.raises(DataError, match="continue with --win-rate-prompts 2"):
+        HeldOutComparison(tasks, [0], sampling, None, path, 0).check_initial()
+    HeldOutComparison(two, [0, 1], sampling, None, path, 0).check_initial()
+    with pytest.raises(DataError, match=r"is of other sampling .*continue with the flags of the run's start"):
+        HeldOutComparison(two, [0, 1], SamplingSettings(8, 0.5), None, path, 0).check_initial()
+    other = [Task(0, [1], [3], "text", ""), two[1]]
+    with pytest.raises(DataError, match="is of other tasks"):
+        HeldOutComparison(other, [0, 1], sampling, None, path, 0).check_initial()

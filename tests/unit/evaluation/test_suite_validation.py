@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 from tiny_tokenizer import metaspace_tokenizer
 
+from megatron_sip.errors import DataError
 from megatron_sip.evaluation.plots import available_plots, render_png
 from megatron_sip.evaluation.suite_validation import SuiteValidation
 from megatron_sip.metrics import Mean, Metrics
@@ -76,17 +77,46 @@ def said(group: Group) -> Any:
     return {"safety": [(0, float(vote < 1 + group.task.index % 2)) for vote in range(3)]}
 
 
-async def measured(
-    folder: Path, *suites: str, versions: Sequence[str] = ("0", "2"), prompts: Sequence[Task] = ()
-) -> list[Metrics]:
+class Silent:
+    """A judge without a verdict."""
+
+    weights: ClassVar = {"quality": 1.0}
+
+    async def score(self, groups: Sequence[Group], *, objective: str) -> list[Group]:
+        return [replace(group, dropped="no verdict") for group in groups]
+
+
+class Down:
+    """Engines without an answer."""
+
+    async def generate(self, prefixes: Sequence[Any], sampling: SamplingSettings, *, weight_version: str) -> list[Any]:
+        return [Failure("timeout", "no answer")] * len(prefixes)
+
+    async def logprobs(
+        self, prefixes: Sequence[Any], continuations: Sequence[Any], *, weight_version: str
+    ) -> list[Any]:
+        return [Failure("timeout", "no answer")] * len(prefixes)
+
+
+def validation(folder: Path, *suites: str, prompts: Sequence[Task] = ()) -> SuiteValidation:
     tasks = [Task(index, [1], list(range(1, index + 2)), "text", "") for index in range(4)]
     sets = {"toxigen": prompts} if prompts else {}
     initial = folder / "initial_evaluation.json"
-    validation = SuiteValidation(suites, tasks, range(4), sets, SamplingSettings(8), TOKENIZER, initial, 0)
+    return SuiteValidation(suites, tasks, range(4), sets, SamplingSettings(8), TOKENIZER, initial, 0)
+
+
+async def measured(
+    folder: Path,
+    *suites: str,
+    versions: Sequence[str] = ("0", "2"),
+    prompts: Sequence[Task] = (),
+    judge: Any = None,
+    engines: Any = None,
+) -> list[Metrics]:
+    made = validation(folder, *suites, prompts=prompts)
     return [
-        await validation.measure(Engines(), LongerIsBetter(), Rater(), version)  # type: ignore[arg-type]
-        for version in versions
-    ]
+        await made.measure(engines or Engines(), judge or LongerIsBetter(), Rater(), version) for version in versions
+    ]  # type: ignore[arg-type]
 
 
 async def test_nll_is_over_tokens_and_what_failed_is_counted(tmp_path: Path) -> None:
@@ -111,6 +141,23 @@ async def test_a_run_that_goes_on_compares_with_what_it_began_with(tmp_path: Pat
     await measured(tmp_path, "win-rate", versions=("0",))
     [found] = await measured(tmp_path, "win-rate", versions=("2",))
     assert found["validation/win-rate/initial"] == 1.0
+
+
+async def test_a_judge_that_says_nothing_is_counted_and_ends_no_run(tmp_path: Path) -> None:
+    await measured(tmp_path, "win-rate", versions=("0",))
+    [found] = await measured(tmp_path, "win-rate", versions=("2",), judge=Silent())
+    assert found == {"validation/failed/no continuation": 1.0, "validation/failed/no verdict": 3.0}
+
+
+async def test_engines_that_say_nothing_are_counted_and_are_no_diversity_of_zero(tmp_path: Path) -> None:
+    [found] = await measured(tmp_path, "diversity", "nll", versions=("0",), engines=Down())
+    assert found == {"validation/failed/no continuation": 4.0, "validation/failed/nll timeout": 4.0}
+
+
+def test_a_run_that_goes_on_without_what_it_began_with_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="without --eval-records"):
+        validation(tmp_path, "win-rate").check_initial()
+    validation(tmp_path, "nll").check_initial()
 
 
 async def test_diversity_is_of_the_continuations(tmp_path: Path) -> None:
