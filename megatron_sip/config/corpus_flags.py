@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sip.config.flags import Flags, add_flags
-from megatron_sip.config.prepare_flags import refuse_unused
+from megatron_sip.config.unused_flags import refuse_unused
 from megatron_sip.corpus.contamination import Contamination, EvaluationFile
 from megatron_sip.corpus.folder import CorpusError
 from megatron_sip.corpus.ngrams import NGRAM
@@ -161,7 +161,7 @@ def corpus_work(name: str, args: argparse.Namespace) -> CorpusWork:
 
 
 def quality_settings(name: str, args: argparse.Namespace) -> QualitySettings:
-    """What is kept. Raises PrepareError for flags of another filter."""
+    """What is kept. Raises DataError for flags of another filter."""
     unused = {
         "all": (*BOUND_FLAGS, *GOPHER_FLAGS, *UNSAFE_FLAGS),
         "gopher": tuple(UNSAFE_FLAGS),

@@ -18,9 +18,9 @@ from megatron_sip.config.prepare_flags import (
     cut_settings,
     output_settings,
     read_settings,
-    refuse_unused,
     vote_settings,
 )
+from megatron_sip.config.unused_flags import refuse_unused
 from megatron_sip.data.roles import SPLITS
 from megatron_sip.prepare.prefixes import KEEPS, PrefixesWork
 from megatron_sip.prepare.settings import PrepareError

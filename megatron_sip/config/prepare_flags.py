@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_sip.config.flags import JUDGE_FLAGS, REWRITE_FLAGS, TASK_FLAGS, Flags, add_flags, add_teacher_flags
 from megatron_sip.config.teacher_settings import client_settings
+from megatron_sip.config.unused_flags import refuse_unused
 from megatron_sip.data.role_corpus import files_of
 from megatron_sip.data.role_corpus import shares_of as corpus_shares
 from megatron_sip.data.roles import ROLES, SPLITS, Shares, parse_shares
@@ -204,7 +205,7 @@ SPOILING = ("--corrupt-temperature", "--corrupt-top-p", "--corrupt-max-tokens")
 
 
 def check_judgements(args: argparse.Namespace) -> None:
-    """Raises PrepareError naming flags that do nothing beside the others."""
+    """Raises DataError naming flags that do nothing beside the others."""
 
     def refuse(names: Iterable[str], beside: str) -> None:
         refuse_unused(args, add_judgements_flags, names, beside)
@@ -230,7 +231,7 @@ def check_judgements(args: argparse.Namespace) -> None:
 
 
 def check_rewrites(args: argparse.Namespace) -> None:
-    """Raises PrepareError naming flags that do nothing beside the others."""
+    """Raises DataError naming flags that do nothing beside the others."""
     refuse_unused(args, add_rewrites_flags, _unused_of_labels(args), _labelled(args))
     refuse_unused(args, add_rewrites_flags, _unused_of_cuts(args, has_teacher=False), "with texts that are taken whole")
     if args.format == ["sip"]:
@@ -253,20 +254,6 @@ def _unused_of_cuts(args: argparse.Namespace, *, has_teacher: bool) -> tuple[str
         return ()
     tokenizer = () if has_teacher and not args.no_cut else ("--tokenizer", "--hf-config")
     return *LENGTHS, *tokenizer
-
-
-def refuse_unused(
-    args: argparse.Namespace, add: Callable[[argparse.ArgumentParser], None], names: Iterable[str], beside: str
-) -> None:
-    """Raises PrepareError where one of these flags, which would do nothing, is not at its default."""
-    parser = argparse.ArgumentParser()
-    add(parser)
-    places = {name: name.removeprefix("--").replace("-", "_") for name in names}
-    given = [name for name, place in places.items() if getattr(args, place) != parser.get_default(place)]
-    if given:
-        raise PrepareError(
-            f"{', '.join(given)}: of no effect {beside}: leave {'it' if len(given) == 1 else 'them'} out"
-        )
 
 
 def read_settings(args: argparse.Namespace) -> ReadSettings:

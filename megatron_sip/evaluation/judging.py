@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,47 @@ from tqdm import tqdm
 from megatron_sip.config import flags
 from megatron_sip.config.needs import has_served_criteria
 from megatron_sip.config.teacher_settings import judge_settings
+from megatron_sip.config.unused_flags import refuse_unused
 from megatron_sip.console import bars
 from megatron_sip.errors import DataError, UserError
 from megatron_sip.evaluation.generation import ENDED, Generations
 from megatron_sip.evaluation.results import Result, write_results
 from megatron_sip.evaluation.win_rate import FEW_DOCUMENTS, interval
 from megatron_sip.judge import Judge
-from megatron_sip.judge.settings import LABELLED_CRITERIA, JudgeSettings, Objective, parse_criteria
+from megatron_sip.judge.settings import (
+    LABELLED_CRITERIA,
+    LIKELIHOOD,
+    JudgeSettings,
+    Objective,
+    VerdictMode,
+    asks_server,
+    function_of,
+    is_pairwise,
+    parse_criteria,
+    parse_verdicts,
+)
 from megatron_sip.records import Group
 
 MEASURES = {"factscore": "factuality", "halueval": "factuality"}
 """Names of measures that are not the criterion's own."""
+SAMPLING_FLAGS = ("--judge-votes", "--judge-temperature", "--judge-top-p", "--judge-max-tokens")
+JUDGE_FLAGS = (
+    *("--criteria", "--criteria-timeout", "--criteria-processes", "--judge-verdict", *SAMPLING_FLAGS, "--judge-quorum"),
+    *("--judge-deadline", "--judge-concurrency", "--judge-cache"),
+)
+"""Of the trainer's: a schedule has nothing to choose of a pair, nor of single texts."""
 
 
 class JudgingError(UserError, RuntimeError):
     """The judge gave no verdict that could be used; the message says what to look at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Verdicts that are asked for about a pair, half in each order, or a text; and their sampling."""
+
+    votes: int
+    temperature: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,37 +91,83 @@ def measure_of(criterion: str) -> str:
     return MEASURES.get(name, name)
 
 
-def add_judge_flags(parser: argparse.ArgumentParser, criteria: str, votes: int) -> None:
-    """Of the judge, as the trainer takes them, but for the defaults; --judge-temperature is up to `settings_of`."""
+def add_judge_flags(parser: argparse.ArgumentParser, criteria: str, defaults: str) -> None:
+    """Of the judge, as the trainer takes them, those that act on single texts and pairs.
+
+    defaults: of --judge-votes, for --help. --judge-votes and --judge-temperature are up to `settings_of`.
+    """
     parser.add_argument("--output", type=Path, help="file of results; the judge's answers are kept beside it")
     parser.add_argument("--seed", type=int, default=1234, help="of the draws and of the interval's resampling")
     flags.add_teacher_flags(parser.add_argument_group("the judge's servers, as the trainer takes them"))
-    flags.add_flags(parser.add_argument_group("the judge, as the trainer takes it"), flags.JUDGE_FLAGS)
-    parser.set_defaults(criteria=[criteria], judge_verdict=["hard"], judge_votes=votes, judge_temperature=None)
-    parser.set_defaults(judge_top_p=1.0, judge_audit_rate=0.0, judge_deadline=24 * 3600.0)
-    parser.set_defaults(tasks="documents", teacher_model=None)
+    own: flags.Flags = {name: flags.JUDGE_FLAGS[name] for name in JUDGE_FLAGS}
+    own["--judge-votes"] = ({"type": int}, f"Verdicts that the judge writes. Default: {defaults}.")
+    own["--judge-temperature"] = ({"type": float}, "Sampling of verdicts. Default: the paper's (section 3.3).")
+    flags.add_flags(parser.add_argument_group("the judge, as the trainer takes it"), own)
+    everything = argparse.ArgumentParser()
+    flags.add_flags(everything, {name: how for name, how in flags.JUDGE_FLAGS.items() if name not in JUDGE_FLAGS})
+    parser.set_defaults(**vars(everything.parse_args([])))
+    parser.set_defaults(criteria=[criteria], judge_verdict=["hard"], judge_top_p=1.0, judge_audit_rate=0.0)
+    parser.set_defaults(judge_deadline=24 * 3600.0, tasks="documents", teacher_model=None)
 
 
-def settings_of(given: argparse.Namespace, temperatures: Callable[[str], float]) -> Iterator[JudgeSettings]:
-    """Those of a judge for each criterion, in turn. temperatures: by criterion, unless --judge-temperature is given.
+def settings_of(
+    given: argparse.Namespace, asked: Callable[[str], Asked], add: Callable[[argparse.ArgumentParser], None]
+) -> list[JudgeSettings]:
+    """Those of a judge for each criterion. asked: votes and temperature by criterion, unless the flags say; add: the flags.
 
-    Raises DataError for criteria that cannot be asked about continuations, SettingsError.
+    Raises DataError for criteria that cannot be asked about continuations, or not together, and for flags that would do
+    nothing; SettingsError.
     """
-    names = parse_criteria(given.criteria)
-    for name in names:
+    weights = parse_criteria(given.criteria)
+    modes = _modes(given, weights)
+    _check_criteria(given, weights)
+    written = [name for name in weights if asks_server(name) and name != LIKELIHOOD and modes[name] == "hard"]
+    if not has_served_criteria(given):
+        refuse_unused(given, add, ("--teacher-url", "--judge-verdict"), "with Python functions alone")
+    elif not given.teacher_url:
+        raise DataError(f"{given.command} needs --teacher-url, the judge's servers")
+    if not written:
+        refuse_unused(given, add, SAMPLING_FLAGS, "where no verdict is written")
+    if all(function_of(name) is None for name in weights):
+        refuse_unused(given, add, ("--criteria-timeout", "--criteria-processes"), "without a Python function")
+    kept = given.output.with_name(given.output.name + ".answers.sqlite") if given.output else None
+    settings = []
+    for name in weights:
+        usual = asked(name)
+        own = vars(given) | {"criteria": [name], "judge_verdict": [modes[name]]}
+        own["judge_cache"] = given.judge_cache or kept
+        own["judge_votes"] = usual.votes if given.judge_votes is None else given.judge_votes
+        own["judge_temperature"] = usual.temperature if given.judge_temperature is None else given.judge_temperature
+        settings.append(judge_settings(argparse.Namespace(**own)))
+    return settings
+
+
+def _modes(given: argparse.Namespace, names: Collection[str]) -> dict[str, VerdictMode]:
+    """Whether the verdicts of each criterion are read (hard, unless told) or their probabilities (soft)."""
+    named_all = any("=" not in item for item in given.judge_verdict)
+    default, own = parse_verdicts(given.judge_verdict if named_all else ["hard", *given.judge_verdict])
+    if unknown := sorted(own.keys() - set(names)):
+        raise DataError(f"--judge-verdict {unknown[0]}={own[unknown[0]]}: --criteria names {', '.join(names)}")
+    return {name: own.get(name, default) for name in names}
+
+
+def _check_criteria(given: argparse.Namespace, weights: Mapping[str, float]) -> None:
+    measures: dict[str, str] = {}
+    for name, weight in weights.items():
         if name in LABELLED_CRITERIA:
             raise DataError(
                 f"--criteria {name}: it scores answers to --tasks {LABELLED_CRITERIA[name]}, not continuations"
             )
-    if has_served_criteria(given) and not given.teacher_url:
-        raise DataError(f"{given.command} needs --teacher-url, the judge's servers")
-    kept = given.output.with_name(given.output.name + ".answers.sqlite") if given.output else None
-    for name in names:
-        own = vars(given) | {"criteria": [name], "judge_cache": given.judge_cache or kept}
-        own["judge_verdict"] = [item for item in given.judge_verdict if "=" not in item or item.startswith(f"{name}=")]
-        if given.judge_temperature is None:
-            own["judge_temperature"] = temperatures(name)
-        yield judge_settings(argparse.Namespace(**own))
+        if weight != 1:
+            raise DataError(
+                f"--criteria {name}={weight:g}: each criterion is a number of its own: leave the weight out"
+            )
+        other = measures.setdefault(measure_of(name), name)
+        if other != name:
+            raise DataError(
+                f"--criteria {other} {name}: both are results called {measure_of(name)}: give {given.command} one at a time, "
+                "each with an --output of its own"
+            )
 
 
 async def ask(
@@ -115,8 +187,10 @@ def how_asked(settings: JudgeSettings, criterion: str, model: str | None) -> dic
     """The judge and its sampling."""
     if model is None:
         return {"criterion": criterion}
-    asked = {"criterion": criterion, "judge": model, "verdicts": settings.mode(next(iter(settings.criteria)))}
-    sampling = {"votes": settings.votes, "temperature": settings.temperature, "top_p": settings.top_p}
+    [setting] = settings.criteria
+    asked = {"criterion": criterion, "judge": model, "verdicts": settings.mode(setting)}
+    orders = {"in each order": settings.votes // 2} if is_pairwise(setting) else {}
+    sampling = {"votes": settings.votes, **orders, "temperature": settings.temperature, "top_p": settings.top_p}
     return asked | (sampling if asked["verdicts"] == "hard" else {})
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+SAFETY = "safety"
+"""The criterion whose verdicts are put to the vote."""
+
 
 def majority(votes: list[float]) -> float:
     """1 if more votes are above a half than below, 0 if fewer are; 0.5: a tie."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from fake_judge import FakeJudge, quality_of
@@ -15,14 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sip.evaluate import command_line, main
-from megatron_sip.evaluation.commands.compare import compared
-from megatron_sip.evaluation.commands.rate import majority, rated, temperature
+from megatron_sip.evaluation import judging
+from megatron_sip.evaluation.commands.compare import compare_settings, compared
+from megatron_sip.evaluation.commands.rate import rate_settings, rated
 from megatron_sip.evaluation.generation import ENDED, FORMAT, Generation, read_generations
-from megatron_sip.evaluation.judging import Judged, JudgingError, settings_of
+from megatron_sip.evaluation.judging import Judged, JudgingError
+from megatron_sip.evaluation.majority import majority
 from megatron_sip.evaluation.results import Result, read_results
+from megatron_sip.records import Group
 
 
-def write(path: Path, texts: list[str], finish: str = "length", **header: str) -> Path:
+def write(path: Path, texts: list[str], finish: str = "length", **header: Any) -> Path:
     lines = [
         {
             "index": i,
@@ -47,8 +51,8 @@ async def judge_files(judge: FakeJudge, words: list[str]) -> list[Judged]:
         )
         if given.command == "compare":
             files = read_generations(given.base), read_generations(given.model)
-            return [await compared(one, *files) for one in settings_of(given, lambda _: 0.7)]
-        return [await rated(one, read_generations(given.generations)) for one in settings_of(given, temperature)]
+            return [await compared(one, *files) for one in compare_settings(given)]
+        return [await rated(one, read_generations(given.generations)) for one in rate_settings(given)]
 
 
 def compare_files(base: Path, model: Path, judge: FakeJudge, *flags: str) -> Result:
@@ -62,7 +66,7 @@ def rate_file(path: Path, judge: FakeJudge, *flags: str) -> tuple[Judged, Result
 
 
 def test_eight_judgements_four_in_each_order_and_a_judge_of_places_decides_nothing(tmp_path: Path) -> None:
-    base = write(tmp_path / "base.jsonl", ["q=0.1", "q=0.2"])
+    base = write(tmp_path / "base.jsonl", ["q=0.1", "q=0.2"], dataset="standard")
     model = write(tmp_path / "model.jsonl", ["q=0.8", "q=0.9"], dataset="standard")
     first = FakeJudge(answer=lambda prompt: "Conclusion: Option 1")
     found = compare_files(base, model, first)
@@ -151,7 +155,56 @@ def test_factuality_is_the_mean_of_its_labels(tmp_path: Path) -> None:
     judged, found = rate_file(path, FakeJudge(answer=answer), "--criteria", "factuality:v4", "--judge-votes", "3")
     assert judged.values == [0.0, 0.5, 1.0, 1.0]
     assert (found.measure, found.value, found.failed) == ("factuality", 0.625, 0)
-    assert judged.about["temperature"] == 0.7
+    assert (judged.about["votes"], judged.about["temperature"]) == (3, 0.7)
+    judged, _ = rate_file(path, FakeJudge(answer=answer), "--criteria", "factuality:v4")
+    assert judged.about["votes"] == 8  # section 3.3
+
+
+def test_what_results_say_of_the_judgements_is_what_was_asked(tmp_path: Path) -> None:
+    path = write(tmp_path / "g.jsonl", ["q=0.1"])
+    other = write(tmp_path / "other.jsonl", ["q=0.2"])
+    for votes in (2, 6):
+        judge = FakeJudge(answer=lambda prompt: "Conclusion: Option 1")
+        [judged] = asyncio.run(judge_files(judge, ["compare", str(path), str(other), "--judge-votes", str(votes)]))
+        assert (judged.about["votes"], judged.about["in each order"]) == (votes, votes // 2)
+        assert [body.get("n", 1) for body in judge.bodies] == [votes // 2] * 2
+
+
+def test_one_criterion_s_way_of_judging_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    words = ["compare", "a", "b", "--criteria", "quality", "coherence", "--teacher-url", "http://127.0.0.1:1"]
+    given = command_line().parse_args([*words, "--judge-verdict", "coherence=soft"])
+    quality, coherence = compare_settings(given)
+    assert (quality.mode("quality"), coherence.mode("coherence")) == ("hard", "soft")
+    given = command_line().parse_args([*words, "--judge-verdict", "soft", "coherence=hard"])
+    assert [one.default_verdict for one in compare_settings(given)] == ["soft", "hard"]
+
+
+def test_soft_safety_is_a_probability_and_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "g.jsonl", ["v"])
+    words = ["rate", str(path), "--judge-verdict", "soft", "--teacher-url", "http://127.0.0.1:1"]
+    [settings] = rate_settings(command_line().parse_args(words))
+
+    class Soft:
+        def __init__(self, *_: object, **__: object) -> None:
+            self.weights, self.model = {"safety": 1.0}, "m"
+
+        async def __aenter__(self) -> Any:
+            return self
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+        async def check(self) -> None: ...
+
+        def counters(self) -> dict[str, float]:
+            return {}
+
+        async def score(self, groups: list[Group], **_: object) -> list[Group]:
+            return [replace(group, scores=[0.55], verdicts={"safety": [[0, 0.55]]}) for group in groups]
+
+    with patch.object(judging, "Judge", Soft):
+        found = asyncio.run(rated(settings, read_generations(path)))
+    assert found.values == [0.55]
+    assert found.about["value"] == "mean probability, no majority"
 
 
 def test_a_python_function_rates_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,6 +247,23 @@ def test_other_tasks_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"dataset": "toxigen"}, "dataset standard, .* toxigen: .*--dataset"),
+        ({"sampling": {"max_new_tokens": 64}}, "max_new_tokens': 128.* 64.*--suffix-length"),
+        ({"sampling": {"max_new_tokens": 128, "temperature": 1.0}}, "temperature': 1.0.*--temperature"),
+    ],
+)
+def test_generations_that_were_made_otherwise_are_not_compared(
+    tmp_path: Path, header: dict[str, Any], message: str
+) -> None:
+    own = {"dataset": "standard", "sampling": {"max_new_tokens": 128}}
+    base, model = write(tmp_path / "b.jsonl", ["a"], **own), write(tmp_path / "m.jsonl", ["b"], **(own | header))
+    with pytest.raises(SystemExit, match=message):
+        main(["compare", str(base), str(model), "--teacher-url", "http://127.0.0.1:1"])
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (
@@ -206,6 +276,24 @@ def test_other_tasks_are_refused(tmp_path: Path) -> None:
         ),
         (["generate", "--model", "x", "--data-path", "x", "--output", "y", "--samples", "0"], "--samples 0"),
         (["diversity", "nowhere.jsonl"], r"nowhere\.jsonl"),
+        (["compare", "a", "b", "--criteria", "safety"], "--criteria safety: .*`rate` does that"),
+        (["compare", "a", "b", "--criteria", "factuality:v4"], "--criteria factuality:v4: .*`rate` does that"),
+        (["compare", "a", "b", "--criteria", "criterion_functions:quality"], "`rate` does that"),
+        (["compare", "a", "b", "--criteria", "factscore", "halueval"], "both are results called factuality"),
+        (["rate", "a", "--criteria", "factuality:v4", "factuality:v3"], "both are results called factuality"),
+        (["compare", "a", "b", "--criteria", "quality=7"], "quality=7: .*leave the weight out"),
+        (["compare", "a", "b", "--judge-votes", "3"], "--judge-votes 3: .*even number"),
+        (["compare", "a", "b", "--judge-verdict", "qualiti=soft"], "--judge-verdict qualiti=soft: .*names quality"),
+        (["rate", "a", "--judge-verdict", "factuality:v4=hard"], "factuality:v4=hard: --criteria names safety"),
+        (
+            ["rate", "a", "--judge-verdict", "soft", "--judge-votes", "3", "--teacher-url", "http://x"],
+            "--judge-votes: of no effect where no verdict is written",
+        ),
+        (
+            ["rate", "a", "--criteria", "criterion_functions:quality", "--teacher-url", "http://x"],
+            "--teacher-url: of no effect with Python functions",
+        ),
+        (["rate", "a", "--criteria-timeout", "3", "--teacher-url", "http://x"], "--criteria-timeout: of no effect"),
         (["rate", "a", "--criteria", "quality"], "--criteria quality: .*compare asks that"),
         (["rate", "a", "--criteria", "likelihood"], "nll measures that"),
         (["nll", "--model", "x", "--data-path", "x", "--output", "y"], "--samples: how many"),
@@ -215,3 +303,16 @@ def test_other_tasks_are_refused(tmp_path: Path) -> None:
 def test_mistakes_name_what_would_be_right(words: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         main(words)
+
+
+@pytest.mark.parametrize("command", ["compare", "rate"])
+def test_flags_that_choose_pairs_are_no_flags_of_an_evaluation(command: str) -> None:
+    texts = ["a", "b"] if command == "compare" else ["a"]
+    for flag in (
+        ["--judge-schedule", "pivot"],
+        ["--judge-both-orders"],
+        ["--judge-degree", "2"],
+        ["--judge-audit-rate", "1"],
+    ):
+        with pytest.raises(SystemExit):
+            command_line().parse_args([command, *texts, *flag])

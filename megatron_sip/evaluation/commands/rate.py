@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from megatron_sip.errors import DataError
 from megatron_sip.evaluation.generation import Generations, read_generations
-from megatron_sip.evaluation.judging import Judged, add_judge_flags, ask, note_few_documents, report, settings_of
-from megatron_sip.evaluation.majority import majority
+from megatron_sip.evaluation.judging import Asked, Judged, add_judge_flags, ask, note_few_documents, report, settings_of
+from megatron_sip.evaluation.majority import SAFETY, majority
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, is_pairwise, parse_criteria
 from megatron_sip.records import Group
 
 ABOUT = "judge continuations one by one"
-JUDGEMENTS = 5
-"""The paper does not say how many; an odd number of votes has a majority."""
-SAFETY = "safety"
+SAFETY_ASKED, OTHERS_ASKED = Asked(votes=5, temperature=1.0), Asked(votes=8, temperature=0.7)
+"""The paper (section 3.3) asks 8 times, at 0.7; of safety "N" times, at 1: an odd number has a majority."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """A file of generations, and the judge."""
     parser.add_argument("generations", type=Path, help="a file that generate wrote")
-    add_judge_flags(parser, SAFETY, JUDGEMENTS)
+    add_judge_flags(parser, SAFETY, f"{OTHERS_ASKED.votes}, of safety {SAFETY_ASKED.votes}")
 
 
 def run(given: argparse.Namespace) -> None:
     """By criterion the mean of the generations' values, with an interval by document."""
-    for name in parse_criteria(given.criteria):
-        if name == LIKELIHOOD or is_pairwise(name):
-            better = "nll measures that" if name == LIKELIHOOD else "compare asks that"
-            raise DataError(f"--criteria {name}: no score from 0 to 1 of a single continuation; {better}")
-    settings = list(settings_of(given, temperature))
+    settings = rate_settings(given)
     generations = read_generations(given.generations)
     if not generations.lines:
         raise DataError(f"{given.generations}: no generation")
@@ -43,22 +39,39 @@ def run(given: argparse.Namespace) -> None:
     report(given.output, about, judged, [one.result(generations, given.seed) for one in judged])
 
 
-def temperature(criterion: str) -> float:
-    """The paper's, of verdicts about single texts."""
-    return 1.0 if criterion == SAFETY else 0.7
+def rate_settings(given: argparse.Namespace) -> list[JudgeSettings]:
+    """A judge for each criterion. Raises DataError, SettingsError."""
+    for name in parse_criteria(given.criteria):
+        if name == LIKELIHOOD or is_pairwise(name):
+            better = "nll measures that" if name == LIKELIHOOD else "compare asks that"
+            raise DataError(f"--criteria {name}: no score from 0 to 1 of a single continuation; {better}")
+    return settings_of(given, lambda name: SAFETY_ASKED if name == SAFETY else OTHERS_ASKED, add_flags)
 
 
 async def rated(settings: JudgeSettings, generations: Generations) -> Judged:
-    """The value that the settings' one criterion gives to each continuation."""
+    """The value that the settings' one criterion gives to each continuation.
+
+    Of safety what most of the votes say, 1 or 0, and 0.5 where as many say the one as the other; of all else, and of soft
+    verdicts, which are no votes, the mean.
+    """
+    [name] = settings.criteria
+    votes_decide = name == SAFETY and settings.mode(name) == "hard"
     groups = [Group(line.task, [line.candidate]) for line in generations.lines]
-    found = await ask(settings, groups, "dpo", value)
-    if found.name != SAFETY:
+    found = await ask(settings, groups, "dpo", by_majority if votes_decide else by_mean)
+    if name != SAFETY:
         return found
     ties = sum(one == 0.5 for one in found.values)
-    return Judged(found.name, found.values, found.about | ({"ties": ties} if ties else {}))
+    how = {"ties": ties} if ties else {}
+    return replace(found, about=found.about | (how if votes_decide else {"value": "mean probability, no majority"}))
 
 
-def value(criterion: str, group: Group) -> float:
-    """Of safety what most of the votes say, 1 or 0, and 0.5 where as many say the one as the other; else the votes' mean."""
-    votes = [vote for _, vote in group.verdicts[criterion]]
-    return majority(votes) if criterion == SAFETY else float(np.mean(votes))
+def by_majority(criterion: str, group: Group) -> float:
+    return majority(_votes(criterion, group))
+
+
+def by_mean(criterion: str, group: Group) -> float:
+    return float(np.mean(_votes(criterion, group)))
+
+
+def _votes(criterion: str, group: Group) -> list[float]:
+    return [vote for _, vote in group.verdicts[criterion]]

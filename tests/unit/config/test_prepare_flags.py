@@ -16,8 +16,8 @@ from megatron_sip.config.prepare_flags import (
     rewrites_work,
 )
 from megatron_sip.config.thoughts_flags import add_thoughts_flags
+from megatron_sip.errors import DataError
 from megatron_sip.prepare.__main__ import command_line
-from megatron_sip.prepare.settings import PrepareError
 
 AddFlags = Callable[[argparse.ArgumentParser], None]
 
@@ -88,7 +88,7 @@ LABELLED = ("--no-cut", "--label-field", "toxic")
 def test_flags_that_would_do_nothing_are_named(words: tuple[str, ...], named: str) -> None:
     given = command_line().parse_args(words)
     work = rewrites_work if given.command == "rewrites" else judgements_work
-    with pytest.raises(PrepareError, match=f"^{named}: of no effect with"):
+    with pytest.raises(DataError, match=f"^{named}: of no effect with"):
         work(given)
 
 

@@ -13,10 +13,9 @@ from killed_commands import kills_survived
 from prepare_cases import ask, files_below, prose, read_lines, run, tokenizer_folder, write_records
 
 from megatron_sip.data.roles import Shares, parse_shares, text_key
-from megatron_sip.errors import DataError
+from megatron_sip.errors import DataError, UserError
 from megatron_sip.evaluation.suites.prompt_sets import read_prompts
 from megatron_sip.prepare import pipeline
-from megatron_sip.prepare.settings import PrepareError
 
 SHARES = ("--role-shares", "1", "--split", "1,0,1")
 TEST = Shares(parse_shares("1", "", ()), parse_shares("1,0,1", "", ()))
@@ -149,5 +148,5 @@ def test_when_there_are_enough_a_command_that_goes_on_reads_no_more(
 def test_flags_that_cannot_be_are_named(
     flags: tuple[str, ...], says: str, words: tuple[Any, ...], tmp_path: Path
 ) -> None:
-    with pytest.raises(PrepareError, match=says):
+    with pytest.raises(UserError, match=says):
         run(*words, *flags, "--out", tmp_path / "out")
