@@ -22,7 +22,7 @@ from machine import describe_machine, write_report
 from megatron_sip.judge.calls import ChoiceCall, LikelihoodCall
 from megatron_sip.judge.prompts import builtin_prompt, fence_code
 from megatron_sip.judge.settings import ClientSettings, Endpoint
-from megatron_sip.judge.teacher import TeacherClient, affinity_of
+from megatron_sip.judge.teacher import TeacherClient
 from megatron_sip.serving.launch import LocalServer, ServerSettings
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,7 +65,7 @@ async def verdict_matrix(client: TeacherClient, prefix: str, texts: list[str], d
         )
         for i, j in pairs
     ]
-    answers = await client.ask(calls, affinity_of(prefix), deadline)
+    answers = await client.ask(calls, 0, deadline)
     if any(not isinstance(answer, float) for answer in answers):
         raise RuntimeError("a verdict is missing; run again")
     matrix = np.full((len(texts), len(texts)), 0.5)
@@ -86,7 +86,7 @@ async def measure_teacher(url: str, args: argparse.Namespace, save: Callable[[di
         for prefix in prefixes(args.groups, args.seed):
             texts = await continuations(url, prefix, args.candidates)
             calls = [LikelihoodCall("benchmark", (prefix, text)) for text in texts]
-            answers = await client.ask(calls, affinity_of(prefix), deadline)
+            answers = await client.ask(calls, 0, deadline)
             likelihoods.append([round(float(answer), 6) for answer in answers if isinstance(answer, float)])
             sampled.append((prefix, texts))
             save({"mean_logprobs": likelihoods, "first_preferred": matrices})

@@ -51,6 +51,7 @@ class EngineLM(LM):
         identity: bytes,
     ) -> None:
         super().__init__()
+        self._contexts: dict[bytes, int] = {}  # their numbers, in the order of their first requests
         self.counts: Counter[str] = Counter(asked=0, kept=0, prompt_tokens=0, cached_tokens=0)
         self._urls, self._tokenizer, self._max_length = list(urls), tokenizer, max_length
         self._settings, self._kept, self._identity = settings, answers, identity
@@ -124,9 +125,9 @@ class EngineLM(LM):
                 return read(result), result.token_counts()
 
         data = orjson.dumps(body)
-        affinity = int.from_bytes(cache_key(orjson.dumps(list(context)))[:8])
+        number = self._contexts.setdefault(cache_key(orjson.dumps(list(context))), len(self._contexts))
         deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
-        answer, (prompt, cached, _) = await pool.send(Request(affinity, GENERATE_PATH, lambda _: data, parse), deadline)
+        answer, (prompt, cached, _) = await pool.send(Request(number, GENERATE_PATH, lambda _: data, parse), deadline)
         self.counts.update(asked=1, prompt_tokens=prompt, cached_tokens=cached)
         return answer
 

@@ -18,7 +18,7 @@ from megatron_sip.judge.calls import Answer, GenerateCall
 from megatron_sip.judge.prompts import PromptFile, break_marks, builtin_prompt, fence_code, valid_unicode
 from megatron_sip.judge.refusals import is_refusal
 from megatron_sip.judge.settings import ClientSettings, SettingsError
-from megatron_sip.judge.teacher import CHECK_TIMEOUT_S, affinity_of
+from megatron_sip.judge.teacher import CHECK_TIMEOUT_S
 
 _NOTE = re.compile(
     r"^[^\w\n]*+(?:notes?|changes?(?: made)?|modifications?|explanations?|(?:factual )?errors?(?: introduced)?)[\s*_]*[:：]",
@@ -71,7 +71,7 @@ class Corruptor(AsksTeacher):
         deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
         code = fence_code(self._settings.seed, shown, [valid_unicode(suffix)])
         call = self._call(shown, suffix, code)
-        [answer] = await self._client.ask([call], affinity_of(prefix), deadline)
+        [answer] = await self._client.ask([call], None, deadline)
         return read_corruption(answer, self._prompt, suffix, code)
 
     def flush(self) -> None:

@@ -53,7 +53,8 @@ class Sheet:
     ended: the places of the candidates whose document ends with them; of equal texts one may have ended and one been cut.
     pivot: the place of the text that all others meet, if that was chosen beforehand; apart: it stands last and is compared
     only, without a score of its own. copies: how many candidates have each text. label: of a labelled task, of which `ended`
-    are the candidates that came to their own end. deadline: loop time at which answers come too late.
+    are the candidates that came to their own end. number: the task's, which chooses the server. deadline: loop time at which
+    answers come too late.
     """
 
     prefix: str
@@ -68,6 +69,7 @@ class Sheet:
     apart: bool = False
     copies: tuple[int, ...] = ()
     label: Label | None = None
+    number: int = 0
     deadline: float = math.inf
 
     @property

@@ -17,7 +17,7 @@ from megatron_sip.judge.criteria import Sampling, check_encodable, judgement
 from megatron_sip.judge.labelled_tasks import judge_prompt
 from megatron_sip.judge.prompts import PromptFile, fence_code, find_prompt, valid_unicode
 from megatron_sip.judge.settings import ClientSettings, SettingsError, VerdictMode
-from megatron_sip.judge.teacher import CHECK_TIMEOUT_S, affinity_of
+from megatron_sip.judge.teacher import CHECK_TIMEOUT_S
 from megatron_sip.judge.verdicts import VerdictRule
 
 
@@ -91,17 +91,25 @@ class Exam(AsksTeacher):
         """The judge's reply to each question, in order. progress: called after each."""
         gate = asyncio.Semaphore(self._settings.client.concurrency)
 
-        async def one(question: Question) -> Reply:
+        numbers: dict[
+            str | int, int
+        ] = {}  # of prefixes, whose questions share a server, or of questions that have none
+        prompts = [
+            numbers.setdefault(question.texts.get("prefix") or place, len(numbers))
+            for place, question in enumerate(questions)
+        ]
+
+        async def one(question: Question, number: int) -> Reply:
             async with gate:
-                reply = await self._ask(question)
+                reply = await self._ask(question, number)
                 progress()
                 return reply
 
-        replies = list(await asyncio.gather(*map(one, questions)))
+        replies = list(await asyncio.gather(*map(one, questions, prompts)))
         self._client.flush()
         return replies
 
-    async def _ask(self, question: Question) -> Reply:
+    async def _ask(self, question: Question, number: int) -> Reply:
         texts = {name: valid_unicode(text) for name, text in question.texts.items()}
         window = self._client.window(self._settings.prefix_chars)
         bare = self._call(question, {**texts, "prefix": ""}, UNKNOWN_CODE)
@@ -114,7 +122,7 @@ class Exam(AsksTeacher):
         call = self._call(question, {**texts, "prefix": prefix}, code)
         failures: Counter[str] = Counter()
         deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
-        [answer] = await self._client.ask([call], affinity_of(prefix), deadline, failures)
+        [answer] = await self._client.ask([call], number, deadline, failures)
         return _reply(answer, failures, 1 if self._settings.mode == "soft" else self._settings.votes)
 
     def _call(self, question: Question, texts: dict[str, str], code: str) -> Call:

@@ -35,7 +35,7 @@ from megatron_sip.judge.prompts import fence_code, valid_unicode
 from megatron_sip.judge.python_criterion import PythonCriterion
 from megatron_sip.judge.schedules import AllPairs
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, Objective
-from megatron_sip.judge.teacher import CHECK_TIMEOUT_S, affinity_of
+from megatron_sip.judge.teacher import CHECK_TIMEOUT_S
 from megatron_sip.metrics import Mean
 from megatron_sip.records import Candidate, CandidateKind, Group
 
@@ -202,11 +202,10 @@ class Judge(AsksTeacher):
         self, criterion: Criterion, setting: str, sheet: Sheet, deadline: float
     ) -> CriterionScores:
         """The criterion's scores; what is missing is put down to the most frequent kind of failure, if calls failed."""
-        affinity = affinity_of(sheet.prefix)
         failures: Counter[str] = Counter()
 
         async def ask(calls: Sequence[Call]) -> list[Answer]:
-            return await self._client.ask(calls, affinity, deadline, failures)
+            return await self._client.ask(calls, sheet.number, deadline, failures)
 
         seed = (*sheet.seed, zlib.crc32(setting.encode()))
         result = await criterion.score(replace(sheet, seed=seed, deadline=deadline), ask)
@@ -241,6 +240,7 @@ class Judge(AsksTeacher):
             kinds=tuple(places),
             code=UNKNOWN_CODE,
             seed=seed,
+            number=group.task.index,
             objective=objective,
             ended=ended,
             pivot=pivot,

@@ -33,7 +33,7 @@ from megatron_sip.judge.prompts import (
 )
 from megatron_sip.judge.refusals import is_refusal
 from megatron_sip.judge.settings import ClientSettings, SettingsError
-from megatron_sip.judge.teacher import CHECK_TIMEOUT_S, affinity_of
+from megatron_sip.judge.teacher import CHECK_TIMEOUT_S
 from megatron_sip.records import Candidate, Task
 
 REWRITE_NEEDS = {"continuation", "first_words"}
@@ -118,7 +118,7 @@ class Rewriter(AsksTeacher):
             self._counts["dropped/context-too-short"] += 1
             return None
         call = self._call(task, words, prefix)
-        [answer] = await self._client.ask([call], affinity_of(task.prefix_text), deadline)
+        [answer] = await self._client.ask([call], task.index, deadline)
         forced = self._settings.client.endpoint.continues_answers
         text, problem = read_rewrite(answer, task.prefix_text, task.suffix_text, words, start_required=not forced)
         if problem:

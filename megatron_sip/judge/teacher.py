@@ -9,7 +9,6 @@ A failed call's answer is None, and is counted by kind. Nothing but a server's r
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -137,10 +136,11 @@ class TeacherClient:
         return self._encoder
 
     async def ask(
-        self, calls: Sequence[Call], affinity: int, deadline: float, failures: Counter[str] | None = None
+        self, calls: Sequence[Call], affinity: int | None, deadline: float, failures: Counter[str] | None = None
     ) -> list[Answer]:
         """Answers in the order of `calls`; None for a call that failed or had not ended at `deadline` (loop time).
 
+        affinity: the number of the prompt whose calls share a server (`serving.http`), for one that has several; else None.
         `failures`, when given, is where failed calls, and what a server aborted, are also counted by kind.
         """
         failures = Counter() if failures is None else failures
@@ -169,7 +169,7 @@ class TeacherClient:
             self._cache.flush()
 
     async def _ask_servers(
-        self, calls: dict[bytes, Call], affinity: int, deadline: float, failures: Counter[str]
+        self, calls: dict[bytes, Call], affinity: int | None, deadline: float, failures: Counter[str]
     ) -> dict[bytes, Answer]:
         one_each = self.settings.endpoint.kind == "openai"  # chat completions take no more
         batches = [[key] for key in calls] if one_each else _batches(calls)
@@ -183,7 +183,7 @@ class TeacherClient:
         return answers
 
     async def _send(
-        self, calls: list[Call], affinity: int, deadline: float, failures: Counter[str]
+        self, calls: list[Call], affinity: int | None, deadline: float, failures: Counter[str]
     ) -> list[Answer] | None:
         sent: tuple[str, Dialect, dict[str, Any]] = ("", Dialect(), {})
         missing = 0  # answers of the `n` that were asked for
@@ -307,8 +307,3 @@ def _batches(calls: dict[bytes, Call]) -> list[list[bytes]]:
         size = GENERATE_BATCH if isinstance(calls[keys[0]], GenerateCall) else PREFILL_BATCH
         batches += [keys[begin : begin + size] for begin in range(0, len(keys), size)]
     return batches
-
-
-def affinity_of(prefix: str) -> int:
-    """The routing key of a prompt: equal prefixes, equal servers."""
-    return int.from_bytes(hashlib.blake2b(prefix.encode(errors="surrogatepass"), digest_size=8).digest())

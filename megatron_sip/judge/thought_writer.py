@@ -22,7 +22,7 @@ from megatron_sip.judge.calls import Answer, GenerateCall
 from megatron_sip.judge.prompts import break_marks, builtin_prompt, fence_code, valid_unicode
 from megatron_sip.judge.refusals import is_refusal
 from megatron_sip.judge.settings import ClientSettings, SettingsError
-from megatron_sip.judge.teacher import CHECK_TIMEOUT_S, affinity_of
+from megatron_sip.judge.teacher import CHECK_TIMEOUT_S
 
 _THOUGHT = re.compile(r"\[\[thought\]\](.*?)\[\[/thought\]\]", re.DOTALL)
 _MARK = re.compile(r"\[\[/?thought\]\]")
@@ -77,7 +77,7 @@ class ThoughtWriter(AsksTeacher):
         if room is not None and self._client.request_tokens(call) > room:
             return [], "context-too-short"
         deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
-        [answer] = await self._client.ask([call], affinity_of(text), deadline)
+        [answer] = await self._client.ask([call], None, deadline)
         return read_thoughts(answer, text)
 
     def flush(self) -> None:

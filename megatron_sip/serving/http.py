@@ -4,8 +4,9 @@
     async with pool:
         result = await pool.send(Request(affinity, path, body, parse), deadline=loop.time() + 60)
 
-A request goes to the server that its affinity selects (all requests of one prompt to one server, whose prefix cache
-then has it) or, without one, to the server with the fewest requests; to another one when that fails. A server that fails
+A request goes to the server of its prompt's number (all requests of one prompt to one server, whose prefix cache then has
+it, and prompts to the servers in turn) or, without one, to the server with the fewest requests; to another one when that
+fails. A server that fails
 repeatedly is left alone for a while (circuit breaker) and then probed, by one request or by the pool's `check`; so is one
 that names a time in Retry-After. A refused connection and such a time cost no attempt: the request goes elsewhere, and
 only when there is no server left waits, up to its deadline. Every failure ends in RequestError with a kind to count,
@@ -15,7 +16,6 @@ never in a result.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -39,7 +39,7 @@ KEEP_ALIVE_S = 4.0
 class Request:
     """What to send: `body` may depend on the chosen server. `parse` gets the JSON value of the response.
 
-    affinity: equal ones go to the same server; None: to the one with the fewest requests in flight, of equal ones the first.
+    affinity: the prompt's number, see `dealt`; None: to the server with the fewest requests in flight, of equal ones the first.
     """
 
     affinity: int | None
@@ -100,11 +100,11 @@ class HttpPool:
 
     async def send(self, request: Request, deadline: float) -> Any:
         """The parsed response. `deadline` in the event loop's time. Raises RequestError."""
-        order, tried = self._order(request.affinity), Counter[str]()
+        tried = Counter[str]()
         last = RequestError("deadline", "no attempt was possible before the deadline")
         attempts = 0
         while True:
-            server, probes = await self._acquire(request, order, tried, deadline, last)
+            server, probes = await self._acquire(request, tried, deadline, last)
             try:
                 return await self._attempt(request, server, probes, deadline)
             except RequestError as error:
@@ -145,13 +145,14 @@ class HttpPool:
         return [task for task, worth in zip(started, reached, strict=True) if worth]
 
     async def _acquire(
-        self, request: Request, order: Sequence[Server], tried: Counter[str], deadline: float, last: RequestError
+        self, request: Request, tried: Counter[str], deadline: float, last: RequestError
     ) -> tuple[Server, bool]:
         """A slot, the server to ask in it, and whether as its probe; once breaker and rate limit let a request through.
 
         Raises RequestError at the deadline, or when waiting is in vain.
         """
         loop = asyncio.get_running_loop()
+        home = self.servers[(request.affinity or 0) % len(self.servers)]
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
@@ -159,17 +160,17 @@ class HttpPool:
             except TimeoutError:
                 raise RequestError("deadline", f"other requests took all the time; last failure: {last}") from None
             now = loop.time()
-            server = self._choose(request, order, tried, now)
+            server = self._choose(request, tried, now)
             delay = server.available_in(now) or server.bucket.wait_s(now)
             if delay <= 0.0 and now < deadline:
                 server.probing = probes = server.open_until != 0.0
-                self.counts["failovers"] += server is not order[0]
+                self.counts["failovers"] += server is not home
                 return server, probes
             self._slots.release()
-            if all(server.stale for server in order):
-                raise RequestError("stale-weights", "; ".join(server.stale for server in order))
+            if all(server.stale for server in self.servers):
+                raise RequestError("stale-weights", "; ".join(server.stale for server in self.servers))
             if now + delay >= deadline:
-                limited = last.kind == "rate-limited" or all(other.closed_until > now for other in order)
+                limited = last.kind == "rate-limited" or all(other.closed_until > now for other in self.servers)
                 raise RequestError("rate-limited" if limited else "deadline", f"last failure: {last}")
             await asyncio.sleep(delay)
 
@@ -246,20 +247,17 @@ class HttpPool:
         elif error.kind != "rejected" and server.failed(now, self._policy, error):
             self.counts["breaker-opened"] += 1
 
-    def _choose(self, request: Request, order: Sequence[Server], tried: Counter[str], now: float) -> Server:
-        """Of the servers that are available first, the least tried one that has the fewest requests or comes first."""
+    def _choose(self, request: Request, tried: Counter[str], now: float) -> Server:
+        """Of the servers that are available first and least tried the one that is the prompt's or has the fewest requests."""
         if self._check is not None:
             for server in self.servers:
                 if server.open_until and not server.probing and not server.available_in(now):
                     self._start_check(server)
-        if len(order) == 1:
-            return order[0]
-        fewest = request.affinity is None
-
-        def rank(server: Server) -> tuple[float, int, int]:
-            return server.available_in(now), tried[server.url], server.in_flight if fewest else 0
-
-        return min(order, key=rank)
+        ranks = [(server.available_in(now), tried[server.url]) for server in self.servers]
+        ready = [place for place, rank in enumerate(ranks) if rank == min(ranks)]
+        if request.affinity is None:
+            return min((self.servers[place] for place in ready), key=attrgetter("in_flight"))
+        return self.servers[dealt(request.affinity, ready, len(self.servers))]
 
     def _start_check(self, server: Server) -> asyncio.Task[None]:
         if server.check is not None:
@@ -278,16 +276,20 @@ class HttpPool:
         else:
             server.succeeded()
 
-    def _order(self, affinity: int | None) -> list[Server]:
-        """Servers by rendezvous hashing: the order changes little when a server is added or removed."""
-        if affinity is None or len(self.servers) == 1:
-            return self.servers
-        return sorted(self.servers, key=lambda server: _hash(f"{server.url}\x00{affinity}"))
-
     def _backoff(self, tries: int) -> float:
         longest = min(self._policy.longest_s, self._policy.first_s * 2 ** min(tries - 1, 30))
         return self._random.uniform(0.0, longest)
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+def dealt(number: int, ready: Sequence[int], count: int) -> int:
+    """The place, of those that are `ready` of `count` servers, for prompt `number`: its own, or one of the others.
+
+    Consecutive numbers go to the servers in turn. Those whose server is not ready are counted, and go to the ready ones in
+    turn, until it is back: whatever fails, shares differ by two prompts at most. It needs no memory, so that the clients of
+    several processes, which have consecutive numbers together, fill the servers evenly together.
+    """
+    turn, home = divmod(number, count)
+    if home in ready:
+        return home
+    away = [place for place in range(count) if place not in ready]
+    return ready[(turn * len(away) + away.index(home)) % len(ready)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,17 @@ async def test_all_pairs_scores_are_win_rates() -> None:
         assert group.votes == {"quality": [3, 3, 3, 3]}
         assert group.dropped is None
         assert server.requests == counters["calls"] == counters["verdicts/quality"] == 6
+
+
+async def test_prompts_of_two_leaders_fill_all_servers_evenly_and_each_stays_on_one() -> None:
+    async with FakeJudge() as a, FakeJudge() as b, FakeJudge() as c, FakeJudge() as d:
+        judges = [a, b, c, d]
+        settings = make_settings(*(judge.url for judge in judges))
+        for leader in range(2):
+            await score(settings, [make_group(8 + 6 * leader + number, [0.4, 0.9, 0.1]) for number in range(6)])
+    shown = [Counter(re.findall(r"Document (\d+) begins", "".join(judge.prompts))) for judge in judges]
+    assert sorted(int(prompt) for counts in shown for prompt in counts) == list(range(8, 20))
+    assert [len(counts) for counts in shown] == [3, 3, 3, 3]
 
 
 async def test_criteria_are_summed_with_their_weights() -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sip.serving.failures import BadResponseError, RequestError, retry_after
-from megatron_sip.serving.http import HttpPool, Request
+from megatron_sip.serving.http import HttpPool, Request, dealt
 from megatron_sip.serving.server import RetryPolicy, Server, TokenBucket
 
 QUICK = RetryPolicy(attempts=4, first_s=0.01, longest_s=0.05, breaker_failures=3, breaker_first_s=0.2)
@@ -180,7 +180,59 @@ async def test_requests_of_a_prompt_go_to_one_server_and_prompts_spread() -> Non
             await asyncio.gather(*(send(pool, ask(affinity)) for affinity in range(60) for _ in range(3)))
         homes = [Counter(server.affinities) for server in (a, b, c)]
         assert all(count == 3 for home in homes for count in home.values())
-        assert all(len(home) >= 8 for home in homes)
+        assert [len(home) for home in homes] == [20, 20, 20]
+
+
+async def test_prompts_of_a_dead_server_are_dealt_to_the_others_and_come_back() -> None:
+    broken = [False]
+
+    def handler(index: int) -> web.Response:
+        return web.Response(status=500) if broken[0] else fine(index)
+
+    policy = replace(QUICK, breaker_failures=1, breaker_first_s=0.3, breaker_longest_s=0.3)
+    async with Loopback(handler) as mortal, Loopback(fine) as a, Loopback(fine) as b, Loopback(fine) as c:
+        servers = [mortal, a, b, c]
+        async with HttpPool([Server(server.url) for server in servers], concurrency=16, policy=policy) as pool:
+
+            async def homes() -> list[set[int]]:
+                for server in servers:
+                    server.affinities.clear()
+                await asyncio.gather(*(send(pool, ask(prompt)) for prompt in range(48) for _ in range(2)))
+                return [set(server.affinities) for server in servers]
+
+            own = await homes()
+            broken[0] = True
+            with pytest.raises(RequestError):
+                await pool.call(pool.servers[0], "POST", "/ask", 0, timeout_s=5.0)
+            assert await send(pool, ask(0)) is True  # opens the breaker
+            dead = await homes()
+            broken[0] = False
+            await asyncio.sleep(0.5)
+            assert await send(pool, ask(0)) is True  # the probe
+            back = await homes()
+    assert own == back == [set(range(place, 48, 4)) for place in range(4)]
+    assert [len(home) for home in dead[1:]] == [16, 16, 16]
+
+
+@given(st.integers(1, 40), st.data())
+def test_shares_differ_by_two_prompts_at_most_whatever_servers_are_ready(count: int, data: st.DataObject) -> None:
+    ready = sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=1)))
+    first, prompts = data.draw(st.integers(0, 10_000)), data.draw(st.integers(1, 300))
+    places = [dealt(number, ready, count) for number in range(first, first + prompts)]
+    loads = [places.count(place) for place in ready]
+    assert sum(loads) == prompts
+    assert max(loads) - min(loads) <= (1 if len(ready) == count else 2)
+    assert all(
+        place == number % count
+        for number, place in zip(range(first, first + prompts), places, strict=True)
+        if number % count in ready
+    )
+
+
+def test_256_prompts_fill_32_servers_with_eight_each_and_a_lost_node_s_prompts_the_other_24() -> None:
+    assert Counter(dealt(number, range(32), 32) for number in range(256)) == Counter(dict.fromkeys(range(32), 8))
+    loads = Counter(dealt(number, range(8, 32), 32) for number in range(256)).values()
+    assert (len(loads), max(loads), min(loads)) == (24, 11, 10)  # the mean is 10.7
 
 
 async def test_a_failing_server_is_left_alone_and_probed_later() -> None:
