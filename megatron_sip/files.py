@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,26 @@ class DiskError(UserError, RuntimeError):
     """A disk did not take what a run must write; the message says where, and which step is safe."""
 
 
+def staged_beside(path: Path) -> Path:
+    """Where this process writes what becomes `path`; the name tells its machine, too, since nodes share folders."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+
+
+def sweep_staged(folder: Path, whole: bool = False) -> None:
+    """Remove what processes of this machine that are dead left half-written below `folder`; with `whole` what any left."""
+    for path in folder.rglob(".*.partial"):
+        of, _, process = path.name.removesuffix(".partial").rpartition(".")
+        dead = of.endswith(f".{socket.gethostname()}") and process.isdigit() and not Path("/proc", process).exists()
+        if whole or dead:
+            path.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write `content` (text as UTF-8) to `path`: after a kill or a power cut it holds the old content or the new, never a part.
 
     Raises OSError; `path` is then as it was.
     """
-    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    staged = staged_beside(path)
     try:
         with staged.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,7 @@ def corpus_command(name: str) -> Callable[[argparse.Namespace], dict[str, Any]]:
 def corpus_work(name: str, args: argparse.Namespace) -> CorpusWork:
     """What is to be made. Raises CorpusError, DataError, PrepareError, which name the flag or file."""
     quality = quality_settings(name, args)
+    refuse_own_output(args.data_path, Path(args.out))
     where = Fields(args.text_field, args.id_field, args.subset_field, name == "redpajama" and quality.keep != "all")
     rules: tuple[Rule, ...] = quality.rules()
     settings: dict[str, Any] = {"fields": asdict(where), "quality": asdict(quality)}
@@ -171,6 +173,23 @@ def quality_settings(name: str, args: argparse.Namespace) -> QualitySettings:
     refuse_unused(args, add_corpus_flags(name), known, f"with --keep {args.keep}")
     given = vars(args)
     return QualitySettings(**{each.name: given[each.name] for each in fields(QualitySettings) if each.name in given})
+
+
+def refuse_own_output(data_path: list[str], out: Path) -> None:
+    """Raises CorpusError where a pattern would name what is written: the same command would then be given other files."""
+    written = [(out / name).absolute().parts for name in ("documents/0.jsonl.zst", "shards/0.json", "manifest.json")]
+    for entry in data_path:
+        pattern = Path(entry).expanduser().absolute().parts
+        if any(_matches(parts, pattern) for parts in written):
+            raise CorpusError(f"--out {out}: --data-path {entry!r} names the files in it, too: name another folder")
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern or (not parts and pattern[0] != "**"):
+        return not parts and not pattern
+    if pattern[0] == "**":
+        return any(_matches(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
+    return fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def text_files(data_path: list[str]) -> tuple[Path, ...]:

@@ -17,9 +17,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_sip.corpus.folder import CorpusError, digest
+from megatron_sip.corpus.folder import CorpusError
 from megatron_sip.corpus.ngrams import NGRAM, Hashes, ngram_hashes, normalised_words
 from megatron_sip.corpus.rules import Document
+from megatron_sip.data.corpus_files import digest
 from megatron_sip.data.rows import ENDINGS, read_rows
 from megatron_sip.errors import DataError
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sip.corpus.folder import CorpusFolder, digest
+from megatron_sip.corpus.folder import CorpusFolder
+from megatron_sip.data.corpus_files import CorpusFile
 
 KEPT_BY = ("by_subset", "by_role")
 
@@ -17,9 +18,14 @@ def mark_of(
 ) -> dict[str, Any]:
     """What is said of a shard that is done: of which files it was made, which of the folder's it became, and its counts by
     `documents/...`, `by_subset/...`, `dropped/...`."""
-    read = [{"path": str(path), "bytes": path.stat().st_size, "sha256": digest(path)} for path in inputs]
-    made = {str(path.relative_to(folder.path)): digest(path) for path in outputs}
+    read = [{"path": str(path), **_content(path)} for path in inputs]
+    made = {str(path.relative_to(folder.path)): _content(path) for path in outputs}
     return {"inputs": read, "outputs": made, "counts": dict(counts)}
+
+
+def _content(path: Path) -> dict[str, Any]:
+    found = CorpusFile.of(path)
+    return {"bytes": found.bytes, "sha256": found.sha256}
 
 
 def summed(folder: CorpusFolder, names: Iterable[str]) -> tuple[dict[str, Any], Counter[str]]:

@@ -20,9 +20,7 @@ import numpy.typing as npt
 
 from megatron_sip.corpus.counting import mark_of, summed
 from megatron_sip.corpus.folder import (
-    MANIFEST,
     CorpusFolder,
-    digest,
     made_of,
     name_of,
     read_documents,
@@ -34,6 +32,7 @@ from megatron_sip.corpus.near_duplicates import Documents, originals
 from megatron_sip.corpus.ngrams import Hashes, normalised_words, words_digest
 from megatron_sip.corpus.redpajama_signatures import SignatureTable, column_of, id_hash, read_signatures
 from megatron_sip.corpus.workers import Tick, work_on
+from megatron_sip.data.corpus_files import CorpusFile, digest
 from megatron_sip.files import move_into_place
 
 KEPT, EXACT, NEAR = range(3)
@@ -60,22 +59,19 @@ class DedupWork:
 
 def dedup(work: DedupWork) -> dict[str, Any]:
     """The manifest of the corpus without repetitions. Raises CorpusError, DedupError, DataError."""
-    paths = shards_of(work.corpus)
-    if not paths:
-        raise DedupError(
-            f"{work.corpus}: no shard in its documents/: repetitions are removed before documents get roles"
-        )
+    shards = shards_of(work.corpus)
     settings = {
         "near": None if work.near is None else asdict(work.near),
         "signatures": [{"path": str(path), "sha256": digest(path)} for path in work.signatures],
     }
     made_from = made_of(work.corpus)
     with CorpusFolder.open(work.out, {"command": "dedup", "made_from": made_from, **settings}) as folder:
-        if not (work.out / MANIFEST).exists():
-            sketches = [Sketch(work.out / ".sketches" / name_of(path)) for path in paths]
-            make_sketches(paths, sketches, work)
-            write_shards(paths, fates_of(sketches, work), folder, work.workers)
-            found, _ = summed(folder, map(name_of, paths))
+        if not folder.is_finished():
+            names = [name_of(shard.path) for shard in shards]
+            sketches = [Sketch(work.out / ".sketches" / name) for name in names]
+            make_sketches(shards, sketches, work)
+            write_shards(shards, fates_of(sketches, work), folder, work.workers)
+            found, _ = summed(folder, names)
             folder.finish({"command": "dedup", "settings": settings, "made_from": made_from, **found})
         shutil.rmtree(work.out / ".sketches", ignore_errors=True)
         return folder.manifest()
@@ -105,20 +101,21 @@ class Sketch:
         move_into_place(staged, self.folder)
 
 
-def make_sketches(paths: Sequence[Path], sketches: Sequence[Sketch], work: DedupWork) -> None:
+def make_sketches(shards: Sequence[CorpusFile], sketches: Sequence[Sketch], work: DedupWork) -> None:
     """Sketch the shards that have none yet."""
-    missing = [(path, sketch) for path, sketch in zip(paths, sketches, strict=True) if not sketch.folder.exists()]
+    missing = [(shard, sketch) for shard, sketch in zip(shards, sketches, strict=True) if not sketch.folder.exists()]
     near = None if work.signatures else work.near
-    size = sum(path.stat().st_size for path, _ in missing)
+    size = sum(shard.bytes for shard, _ in missing)
     work_on(missing, partial(make_sketch, near), work.workers, size, "sketch")
 
 
-def make_sketch(near: NearSettings | None, shard: tuple[Path, Sketch], tick: Tick) -> None:
-    """Sketch the documents of a shard, with signatures where `near` is given."""
-    path, sketch = shard
+def make_sketch(near: NearSettings | None, shard: tuple[CorpusFile, Sketch], tick: Tick) -> None:
+    """Sketch the documents of a shard, with signatures where `near` is given. Raises DataError."""
+    file, sketch = shard
+    file.check()
     signer = None if near is None else Signer(near)
     exact, ids, signatures = bytearray(), [], bytearray()
-    for document in read_documents(path, tick):
+    for document in read_documents(file.path, tick):
         words = normalised_words(document.text)
         exact += words_digest(words)
         ids.append(id_hash(document.id))
@@ -134,26 +131,28 @@ def make_sketch(near: NearSettings | None, shard: tuple[Path, Sketch], tick: Tic
     sketch.write(arrays)
 
 
-def write_shards(paths: Sequence[Path], fates: Sequence[Fates], folder: CorpusFolder, workers: int) -> None:
+def write_shards(shards: Sequence[CorpusFile], fates: Sequence[Fates], folder: CorpusFolder, workers: int) -> None:
     """Write the shards that are not done yet."""
-    left = [(path, fate) for path, fate in zip(paths, fates, strict=True) if folder.mark(name_of(path)) is None]
-    work_on(left, partial(write_kept, folder), workers, sum(path.stat().st_size for path, _ in left), "write")
+    both = zip(shards, fates, strict=True)
+    left = [(shard, fate) for shard, fate in both if folder.mark(name_of(shard.path)) is None]
+    work_on(left, partial(write_kept, folder), workers, sum(shard.bytes for shard, _ in left), "write")
 
 
-def write_kept(folder: CorpusFolder, shard: tuple[Path, Fates], tick: Tick) -> None:
-    """Write the documents of a shard that stay, and then its mark."""
-    path, fates = shard
-    name = name_of(path)
+def write_kept(folder: CorpusFolder, shard: tuple[CorpusFile, Fates], tick: Tick) -> None:
+    """Write the documents of a shard that stay, and then its mark. Raises DataError."""
+    file, fates = shard
+    file.check()  # the corpus may have changed since it was sketched
+    name = name_of(file.path)
     counts: Counter[str] = Counter({"documents/read": len(fates)})
     with writing_documents(folder.documents(name)) as write:
-        for document, fate in zip(read_documents(path, tick), fates, strict=True):
+        for document, fate in zip(read_documents(file.path, tick), fates, strict=True):
             if fate != KEPT:
                 counts[f"dropped/{REASONS[fate]}"] += 1
                 continue
             counts["documents/kept"] += 1
             counts[f"by_subset/{document.subset}"] += 1
             write(document)
-    folder.mark_done(name, mark_of(folder, [path], [folder.documents(name)], counts))
+    folder.mark_done(name, mark_of(folder, [file.path], [folder.documents(name)], counts))
 
 
 def fates_of(sketches: Sequence[Sketch], work: DedupWork) -> list[Fates]:

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_sip.corpus.counting import mark_of, summed
 from megatron_sip.corpus.folder import CorpusFolder, made_of, name_of, read_documents, shards_of, writing_documents
 from megatron_sip.corpus.workers import Tick, work_on
+from megatron_sip.data.corpus_files import CorpusFile
 from megatron_sip.data.role_corpus import COMMAND, shares_json
 from megatron_sip.data.roles import ROLES, SPLITS, Shares, text_key
 
@@ -37,21 +38,25 @@ def divide(work: RolesWork) -> dict[str, Any]:
         "made_from": made_of(work.corpus),
     }
     with CorpusFolder.open(work.out, about) as folder:
-        left = [path for path in shards if folder.mark(name_of(path)) is None]
-        size = sum(path.stat().st_size for path in left)
-        work_on(left, partial(divide_shard, folder, work.shares), work.workers, size, COMMAND)
-        found, _ = summed(folder, map(name_of, shards))
+        left = [shard for shard in shards if folder.mark(name_of(shard.path)) is None]
+        if not left and folder.is_finished():
+            return folder.manifest()
+        work_on(
+            left, partial(divide_shard, folder, work.shares), work.workers, sum(each.bytes for each in left), COMMAND
+        )
+        found, _ = summed(folder, (name_of(shard.path) for shard in shards))
         return folder.finish({**about, **found})
 
 
-def divide_shard(folder: CorpusFolder, shares: Shares, path: Path, tick: Tick) -> None:
-    """Write each document of a shard to the file of its role and split, and then the shard's mark."""
-    name = name_of(path)
+def divide_shard(folder: CorpusFolder, shares: Shares, shard: CorpusFile, tick: Tick) -> None:
+    """Write each document of a shard to the file of its role and split, and then the shard's mark. Raises DataError."""
+    shard.check()
+    name = name_of(shard.path)
     counts: Counter[str] = Counter()
     paths = {part: folder.documents(name, "/".join(part)) for part in PARTS}
     with ExitStack() as stack:
         writers = {part: stack.enter_context(writing_documents(path)) for part, path in paths.items()}
-        for document in read_documents(path, tick):
+        for document in read_documents(shard.path, tick):
             key = text_key(document.text)
             part = shares.role(key), shares.split(key)
             writers[part](document)
@@ -59,4 +64,4 @@ def divide_shard(folder: CorpusFolder, shares: Shares, path: Path, tick: Tick) -
             counts["documents/kept"] += 1
             counts[f"by_subset/{document.subset}"] += 1
             counts[f"by_role/{'/'.join(part)}"] += 1
-    folder.mark_done(name, mark_of(folder, [path], paths.values(), counts))
+    folder.mark_done(name, mark_of(folder, [shard.path], paths.values(), counts))

@@ -20,6 +20,7 @@ from megatron_sip.corpus.folder import CorpusError, CorpusFolder, writing_docume
 from megatron_sip.corpus.rules import Document, Rule, first_reason
 from megatron_sip.corpus.shards import Fields, Row, Shard, read_shard
 from megatron_sip.corpus.workers import Tick, work_on
+from megatron_sip.data.corpus_files import digest
 from megatron_sip.errors import DataError
 from megatron_sip.files import described
 
@@ -57,19 +58,21 @@ def make_corpus(work: CorpusWork, out: Path, workers: int) -> dict[str, Any]:
     """
     with CorpusFolder.open(out, work.identity()) as folder:
         missing = [shard for shard in work.shards if not _is_done(folder, shard)]
+        if not missing and folder.is_finished():
+            return folder.manifest()
         total = sum(shard.path.stat().st_size for shard in missing)
         work_on(missing, partial(make_shard, work, folder), workers, total, work.name)
         return folder.finish(_manifest(work, folder))
 
 
 def _is_done(folder: CorpusFolder, shard: Shard) -> bool:
-    """Raises CorpusError where a file has changed since; one of a shard that is still to be made may be mended."""
+    """Raises CorpusError where a file's content has changed since; one of a shard that is still to be made may be mended."""
     if (mark := folder.mark(shard.name)) is None:
         return False
     place = folder.mark_path(shard.name)
     for path, known in zip(shard.inputs, mark["inputs"], strict=True):
-        now = path.stat()
-        if now.st_size != known["bytes"] or now.st_mtime_ns > place.stat().st_mtime_ns:
+        now, then = path.stat(), place.stat().st_mtime_ns
+        if now.st_size != known["bytes"] or (now.st_mtime_ns > then and digest(path) != known["sha256"]):
             raise CorpusError(f"{path} has changed since its shard was made: remove {place} to make it anew")
     return True
 

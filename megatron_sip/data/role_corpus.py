@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
+from megatron_sip.data.corpus_files import DOCUMENTS, MANIFEST, listed_files
 from megatron_sip.data.roles import ROLES, SPLITS, DocumentRole, Shares, Split
 from megatron_sip.errors import DataError
 from megatron_sip.files import described, read_json
 
-MANIFEST, DOCUMENTS, COMMAND = "manifest.json", "documents", "roles"
+COMMAND = "roles"
 MADE_BY = "megatron-sip-prepare roles"
 NO_CORPUS = "--data-path {entry}: {problem}: with {flag} name folders that {made_by} finished"
 
@@ -35,6 +36,7 @@ def role_paths(data_path: Sequence[str], role: DocumentRole, split: Split, flag:
         if not counts.get(f"{role}/{split}"):
             have = ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"
             raise DataError(f"--data-path {entry}: no document for {role}/{split}; it has {have}")
+        listed_files(folder, read_json(folder / MANIFEST, "the manifest of a corpus"), f"{role}/{split}")
         entries.append(str(Path(glob.escape(str(folder))) / DOCUMENTS / role / split / "*.jsonl.zst"))
     return entries
 
@@ -51,7 +53,8 @@ def files_of(folder: Path, role: DocumentRole, flag: str, splits: Sequence[Split
     if not own:
         wanted = role if len(splits) > 1 else f"{role}/{splits[0]}"
         raise DataError(f"--data-path {folder}: no document for {wanted}; it has {', '.join(sorted(counts)) or 'none'}")
-    return tuple(path for split in own for path in sorted((folder / DOCUMENTS / role / split).glob("*.jsonl.zst")))
+    manifest = read_json(folder / MANIFEST, "the manifest of a corpus")
+    return tuple(each.path for split in own for each in listed_files(folder, manifest, f"{role}/{split}"))
 
 
 def _manifest(folder: Path, flag: str) -> tuple[Shares, dict[str, int]]:

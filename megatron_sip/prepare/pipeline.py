@@ -9,7 +9,6 @@ was killed (where a server answers, as far as its answers are in the cache or th
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from megatron_sip.console import bars
+from megatron_sip.data.corpus_files import digest
 from megatron_sip.prepare.documents import Document, DocumentReader, Place
 from megatron_sip.prepare.journal import Journal
 from megatron_sip.prepare.output import write_records
@@ -145,7 +145,7 @@ def _manifest[T](source: Source[T], journal: Journal, kept: Mapping[str, Any]) -
         dropped = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()) if count) or "no document"
         raise PrepareError(f"no record was made ({dropped}): {source.advice}")
     return {
-        "inputs": [{"path": str(path), "sha256": _digest(path)} for path in source.files],
+        "inputs": [{"path": str(path), "sha256": digest(path)} for path in source.files],
         "versions": {name: version(name) for name in VERSIONED},
         "documents": nested(counts, "documents"),
         "dropped": nested(counts, "dropped"),
@@ -164,8 +164,3 @@ def nested(counts: Mapping[str, int], name: str) -> dict[str, Any]:
                 place = place.setdefault(part, {})
             place[last] = count
     return found
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

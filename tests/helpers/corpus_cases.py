@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_sip.corpus.counting import mark_of, summed
 from megatron_sip.corpus.folder import SUFFIX, CorpusFolder, read_documents, writing_documents
 from megatron_sip.corpus.rules import Document
 
@@ -16,8 +17,8 @@ def write_corpus(folder: Path, shards: Mapping[str, Sequence[str]]) -> Path:
             with writing_documents(corpus.documents(name)) as write:
                 for number, text in enumerate(texts):
                     write(Document(f"{name}/{number}", text, f"{name}-subset"))
-            corpus.mark_done(name, {"counts": {"documents/kept": len(texts)}})
-        corpus.finish({"documents": sum(map(len, shards.values()))})
+            corpus.mark_done(name, mark_of(corpus, [], [corpus.documents(name)], {"documents/kept": len(texts)}))
+        corpus.finish({"command": "text", **summed(corpus, shards)[0]})
     return folder
 
 
