@@ -23,12 +23,13 @@ ROOMS = [
         "config",
         "evaluation",
         "one_node",
+        "planning",
         "open_measurements",
         "open_tasks",
         "run",
         "train",
     ),
-    *("evaluate", "__main__"),
+    *("evaluate", "plan", "__main__"),
 ]
 """Bottom to top: a room imports only rooms before it. Files beside the rooms count as rooms of their own, and a room's
 `__main__`, which is a command line, stands with the package's own."""
@@ -46,6 +47,7 @@ PURE = [
         "corpus",
         "prepare",
         "evaluation",
+        "planning",
     ),
     *("training.objectives", "model.packing", "model.tensor_parallel"),
 ]

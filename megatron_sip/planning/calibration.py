@@ -1,0 +1,36 @@
+"""What a run's metrics say of the formulas: a factor for each phase."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from statistics import median
+
+from megatron_sip.errors import ArgumentError
+from megatron_sip.planning.devices import Factors
+from megatron_sip.planning.timing import Cluster, Machine, phases
+from megatron_sip.planning.work import Work
+
+PHASES = tuple(field.name for field in fields(Factors))
+
+
+def measured_seconds(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Medians of a metrics.jsonl's seconds by phase, `total` too; without the first step, in which much is set up.
+
+    Raises:
+        ArgumentError: there are fewer than two steps.
+    """
+    later = [step for step in steps if "seconds/total" in step][1:]
+    if not later:
+        raise ArgumentError("--from-run: metrics.jsonl has fewer than two steps, and the first one sets much up")
+    return {name: median([step.get(f"seconds/{name}", 0.0) for step in later]) for name in (*PHASES, "total")}
+
+
+def factors_of(seconds: Mapping[str, float], work: Work, machine: Machine, cluster: Cluster) -> Factors:
+    """Measured `seconds` of a run's phases over those of the formulas for the same work; 1 where either is nothing."""
+    foreseen = phases(work, replace(machine, factors=Factors()), cluster)
+    found = {}
+    for name in PHASES:
+        expected, measured = getattr(foreseen, name), seconds.get(name, 0.0)
+        found[name] = measured / expected if expected and measured else 1.0
+    return Factors(**found)

@@ -1,0 +1,284 @@
+"""The planner against tensors that exist, memory and steps that were measured, and the jobs whose defaults it justifies."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from megatron_sip import plan as planner
+from megatron_sip.config.dry_run import prompt_cost, step_cost
+from megatron_sip.errors import ArgumentError
+from megatron_sip.hf.families import tensor_maps, tensor_shape
+from megatron_sip.one_node.layout import TRAINING_COPIES
+from megatron_sip.planning.calibration import factors_of, measured_seconds
+from megatron_sip.planning.devices import DEVICES, Efficiency
+from megatron_sip.planning.memory import Parallel, activation_bytes, rank_parameters, server_capacity, trainer_memory
+from megatron_sip.planning.settings import Planable, read_command
+from megatron_sip.planning.shapes import MODELS, read_shape, shape_of
+from megatron_sip.planning.split import Search, best_split, plan_split, splits
+from megatron_sip.planning.tables import describe
+from megatron_sip.planning.timing import Cluster, Machine, Phases, Servers, phases
+from megatron_sip.planning.work import Work, step_work
+from megatron_sip.training.metrics_writer import read_metrics
+
+REPO = Path(__file__).parents[3]
+RESULTS = REPO / "benchmarks" / "results"
+SAFETY = ("--policy", "llama-1.4b", "--judge", "llama-3.1-8b", "--preset", "safety", "--use-distributed-optimizer")
+WITHIN = 0.3
+
+
+def product_of(sizes: dict[str, int]) -> int:
+    count = 1
+    for size in sizes.values():
+        count *= size
+    return count
+
+
+@pytest.mark.parametrize("name", ["llama-1.4b", "llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b", "smollm2-135m"])
+def test_parameters_are_those_of_the_converter_s_tensors(name: str) -> None:
+    config, shape = AutoConfig.from_pretrained(MODELS / name), read_shape(MODELS / name)
+    tensors = [tensor_shape(tensor, config) for entry in tensor_maps(config) for tensor in entry.hf]
+    norms = sum(product_of(sizes) for sizes in tensors if len(sizes) == 1)
+    assert shape.parameters + norms == sum(map(product_of, tensors))
+
+
+def test_an_expert_model_reads_few_experts_for_one_token_and_all_for_many() -> None:
+    shape = read_shape(MODELS / "gpt-oss-120b")
+    assert shape.parameters == pytest.approx(117e9, rel=0.02)  # as published, 5.1 billion of them active
+    assert shape.forward_flops(1, 0, 1) / 2 == pytest.approx(5.1e9, rel=0.1)
+    assert shape.read_bytes(1) < 0.1 * shape.read_bytes(1000)
+    assert shape.read_bytes(1000) == pytest.approx(shape.served_bytes, rel=0.02)
+
+
+def test_a_broken_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    with pytest.raises(ArgumentError, match=r"config\.json.*num_attention_heads"):
+        read_shape(tmp_path)
+
+
+def test_a_resting_trainer_takes_what_was_measured() -> None:
+    """Of SmolLM2 with its reference and one replica: `resting_gb` of the benchmark, which has the process itself in it."""
+    shape = read_shape(MODELS / "smollm2-135m")
+    work = command("--hf-config", str(MODELS / "smollm2-135m"))[1].training
+    memory = trainer_memory(shape, work, Parallel(), 1)
+    resting = sum(memory[part] for part in ("weights", "gradients", "optimizer", "reference"))
+    assert resting == TRAINING_COPIES * 2 * shape.parameters
+    report = json.loads((RESULTS / "train_step_cpu.json").read_text())
+    measured = next(row["resting_gb"] for row in report["rows"] if row["name"] == "dpo_packed") * 1e9
+    assert 0.85 * measured < resting < measured
+
+
+def test_ranks_hold_their_part_and_recomputation_keeps_less() -> None:
+    shape = read_shape(MODELS / "llama-3.1-8b")
+    whole = rank_parameters(shape, Parallel())
+    assert whole == shape.parameters
+    for tensor, pipeline in product((1, 2, 4), (1, 2, 4)):
+        parallel = Parallel(tensor, pipeline, sequence=True)
+        ranks = tensor * pipeline
+        assert whole / ranks <= rank_parameters(shape, parallel) <= whole / ranks + shape.table_parameters / tensor
+        assert activation_bytes(shape, parallel, 2048, 64) == pytest.approx(
+            activation_bytes(shape, Parallel(), 2048, 1) / tensor
+        )
+    assert activation_bytes(shape, Parallel(recompute=True), 2048, 1) < 0.15 * activation_bytes(
+        shape, Parallel(), 2048, 1
+    )
+    work = command("--hf-config", str(MODELS / "llama-3.1-8b"), "--preset", "safety")[1].training
+    alone, spread = (
+        trainer_memory(shape, work, Parallel(data=8, distributed=d), 1)["optimizer"] for d in (False, True)
+    )
+    assert alone == 8 * spread
+
+
+def command(*flags: str) -> tuple[Planable, Work]:
+    planable = read_command(flags)
+    return planable, step_work(planable.settings, 1.0)
+
+
+def test_the_counts_are_the_dry_run_s() -> None:
+    planable, work = command("--hf-config", str(MODELS / "llama-1.4b"), "--preset", "safety")
+    assert work.counts == step_cost(planable.settings, prompt_cost(planable.settings))
+    assert (work.rollouts.sequences, work.rollouts.length) == (256 * 16, 128)
+    assert work.judge.sequences == 256 * (680 + 85)
+    assert work.judge.length == 512
+    assert work.training.examples * (work.training.prefix + 2 * work.training.suffix) == 256 * (1920 + 2 * 128)
+
+
+def demo(*flags: str) -> tuple[Work, Machine, Cluster]:
+    """The demo's settings on one computer without a GPU, with whatever flags come behind."""
+    folder = str(MODELS / "smollm2-135m")
+    planable, work = command("--preset", str(REPO / "examples/demo.args"), "--hf-config", folder, *flags)
+    cluster = Cluster(DEVICES["cpu"], planable.parallel, Servers(1), Servers(1))
+    return work, Machine(planable.policy, planable.policy), cluster
+
+
+def test_from_one_phase_of_the_demo_the_formulas_foresee_its_step() -> None:
+    """Of the measured step only the reference's pass, a tenth of it, goes in, as a rate of arithmetic; a decode step is that of
+    docs/log.md, not measured in the demo. What comes out are the other phases and the whole."""
+    work, machine, cluster = demo()
+    real = json.loads((RESULTS / "demo_avx2.json").read_text())["step_seconds"]
+    rate = machine.efficiency.train * phases(work, machine, cluster).reference / real["reference"]
+    assert f"{DEVICES['cpu'].decode_step_s} s" in (REPO / "docs/log.md").read_text()
+    foreseen = phases(work, replace(machine, efficiency=Efficiency(train=rate, prefill=rate)), cluster)
+    assert foreseen.step("in turn") == pytest.approx(real["total"], rel=WITHIN)
+    for phase in ("rollout", "judge", "train"):
+        assert getattr(foreseen, phase) == pytest.approx(real[phase], rel=WITHIN)
+
+
+PLANNED = json.loads((RESULTS / "plan_demo.json").read_text())
+
+
+@pytest.mark.parametrize(("seen", "planned"), [("small", "demo"), ("demo", "small")])
+def test_from_one_run_s_metrics_the_step_of_another_is_foreseen(seen: str, planned: str) -> None:
+    """Two runs with other lengths, rollouts and batch on one computer: rates of one, the other's step."""
+    work, machine, cluster = demo(*PLANNED["runs"][seen]["flags"])
+    factors = factors_of(measured_seconds(PLANNED["runs"][seen]["steps"]), work, machine, cluster)
+    other, _, _ = demo(*PLANNED["runs"][planned]["flags"])
+    foreseen = phases(other, replace(machine, factors=factors), cluster).step("in turn")
+    real = measured_seconds(PLANNED["runs"][planned]["steps"])["total"]
+    assert foreseen == pytest.approx(real, rel=WITHIN)
+    assert abs(measured_seconds(PLANNED["runs"][seen]["steps"])["total"] - real) > WITHIN * real  # they do differ
+
+
+def test_from_run_reads_a_folder_and_its_own_step_comes_out(tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", {"--preset": "safety", "--pretrained-checkpoint": str(MODELS / "smollm2-135m")}
+    run.mkdir()
+    record = {
+        "command": "torchrun --nproc-per-node 2 -m megatron_sip.train",
+        "settings": settings,
+        "initial_weights": "random",
+    }
+    (run / "run.json").write_text(json.dumps(record))
+    seconds = {"rollout": 3.0, "judge": 20.0, "reference": 0.5, "train": 2.0, "sync": 0.5}
+    steps = [
+        {"step": n, "seconds/total": 26.0, **{f"seconds/{name}": s for name, s in seconds.items()}} for n in (1, 2, 3)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert measured_seconds(read_metrics(run / "metrics.jsonl"))["total"] == 26.0
+    flags = ("--policy", "smollm2-135m", "--preset", "safety", "--gpus", "8", "--roles", "2", "2", "4")
+    report = planner.plan(
+        [*flags, "--from-run", str(run), "--run-roles", "2", "2", "4", "--json", str(tmp_path / "a.json")]
+    )
+    assert report["given"]["seconds"] == pytest.approx(seconds)
+    assert report["given"]["step"]["in turn"] == pytest.approx(26.0)
+    assert json.loads((tmp_path / "a.json").read_text()) == report
+    (run / "metrics.jsonl").write_text("no step\n")
+    with pytest.raises(ArgumentError, match=r"--from-run.*no line is a step"):
+        planner.plan([*flags, "--from-run", str(run)])
+    (run / "run.json").unlink()
+    with pytest.raises(ArgumentError, match=r"--from-run.*no run\.json"):
+        planner.plan([*flags, "--from-run", str(run)])
+
+
+def test_one_step_is_no_measurement() -> None:
+    with pytest.raises(ArgumentError, match="fewer than two steps"):
+        measured_seconds([{"step": 1, "seconds/total": 3.0}])
+
+
+def test_orders_and_idle_shares_by_hand() -> None:
+    times = Phases(rollout=2, judge=5, rewrite=1, reference=1, train=3, sync=1)
+    assert [times.step(order) for order in ("in turn", "on arrival", "one step ahead")] == [12, 11, 7]
+    assert times.idle("one step ahead") == pytest.approx({"trainer": 2 / 7, "engines": 4 / 7, "judge": 1 / 7})
+
+
+def test_the_best_split_is_the_best_of_all() -> None:
+    planable, work = command("--hf-config", str(MODELS / "llama-1.4b"), "--preset", "safety")
+    machine = Machine(planable.policy, read_shape(MODELS / "llama-3.1-8b"))
+    search = Search(7, DEVICES["H100"], planable.parallel)
+    all_splits = [(t, e, 7 - t - e) for t in range(1, 6) for e in range(1, 7 - t)]
+    assert sorted(splits(work, search)) == sorted(all_splits)
+    steps = [
+        found.phases.step("in turn") for s in all_splits if (found := plan_split(work, machine, search, s, "in turn"))
+    ]
+    assert len(steps) > 5
+    assert best_split(work, machine, search, "in turn").phases.step("in turn") == min(steps)
+    with pytest.raises(ArgumentError, match="--gpus 2: the models do not fit"):
+        best_split(work, machine, replace(search, gpus=2), "in turn")
+
+
+def test_a_server_holds_as_many_sequences_as_its_memory_without_the_weights() -> None:
+    shape = shape_of(
+        {"num_attention_heads": 2, "hidden_size": 4, "num_hidden_layers": 3, "intermediate_size": 8, "vocab_size": 16}
+    )
+    assert shape.kv_bytes == 2 * 2 * 3 * 2 * 2
+    assert server_capacity(shape, shape.served_bytes + 5 * 10 * shape.kv_bytes, 10) == 5
+    assert server_capacity(shape, shape.served_bytes - 1, 10) == 0
+
+
+JOBS = {
+    "train_continual.sbatch": ["--policy", "llama-1.4b", "--preset", "safety"],
+    "train_from_scratch.sbatch": ["--policy", "llama-1.4b", "--preset", "from-scratch"],
+    "train_judge.sbatch": ["--policy", "llama-3.1-8b", "--preset", "judge"],
+    "train_rewriter.sbatch": ["--policy", "llama-3.1-8b", "--preset", "rewriter"],
+}
+
+
+@pytest.mark.parametrize("script", JOBS)
+def test_the_jobs_divide_their_nodes_nearly_as_well_as_the_best_split_and_plan_md_says_so(script: str) -> None:
+    text = (REPO / "examples" / script).read_text()
+    job = {name: int(count) for name, count in re.findall(r"^([A-Z_]+)=(\d+)", text, re.MULTILINE)}
+    calls = re.findall(r"(--judge-concurrency) (\d+)", text)
+    nodes = [job[f"{role}_NODES"] for role in ("TRAINER", "ENGINE", "TEACHER")]
+    words = ["--judge", "llama-3.1-8b", "--seq-length", str(job["SEQ_LENGTH"]), "--use-distributed-optimizer"]
+    words += ["--tensor-model-parallel-size", str(job["TENSOR_PARALLEL"]), *(word for flag in calls for word in flag)]
+    words += ["--sequence-parallel"] if job["TENSOR_PARALLEL"] > 1 else []
+    gpus = [8 * count for count in nodes]
+    report = planner.plan([*JOBS[script], *words, "--gpus", str(sum(gpus)), "--roles", *map(str, gpus)])
+    best, given = report["best"]["step"]["in turn"], report["given"]["step"]["in turn"]
+    assert best <= given < 1.05 * best
+    idle, days = report["given"]["idle"]["trainer"], report["given"]["days"]["in turn"]
+    row = f"| `{script}` | {', '.join(map(str, nodes))} | {given:.1f} s | {days:.1f} | {idle:.0%} |"
+    assert row in (REPO / "docs/plan.md").read_text()
+
+
+def test_plan_md_s_command_and_figures_of_runs_are_the_planner_s() -> None:
+    page = (REPO / "docs/plan.md").read_text()
+    [command_line] = re.findall(r"^python -m megatron_sip\.plan (.*)$", page, re.MULTILINE)
+    shown = describe(planner.plan(command_line.split()))
+    for line in (
+        "GPUs: trainer",
+        "GB a rank: optimizer",
+        "a step, one step ahead",
+        "idle, in turn: judge",
+        "2,000 steps, in turn",
+    ):
+        assert re.search(rf"^  {re.escape(line)} .* \S+", shown, re.MULTILINE), line
+    work, machine, cluster = demo(*PLANNED["runs"]["demo"]["flags"])
+    assert "15 s for 18, and the other way round 11 s for 9" in page
+    for seen, planned, said in (("small", "demo", (15, 18)), ("demo", "small", (11, 9))):
+        work, machine, cluster = demo(*PLANNED["runs"][seen]["flags"])
+        factors = factors_of(measured_seconds(PLANNED["runs"][seen]["steps"]), work, machine, cluster)
+        other = demo(*PLANNED["runs"][planned]["flags"])[0]
+        foreseen = phases(other, replace(machine, factors=factors), cluster).step("in turn")
+        assert (round(foreseen), round(measured_seconds(PLANNED["runs"][planned]["steps"])["total"])) == said
+
+
+def test_what_cannot_be_planned_is_named() -> None:
+    for flags, message in (
+        (["--policy", "llama-9b"], "llama-9b: no folder with a config.json, nor a known size; known are gpt-oss-120b"),
+        (["--policy", "llama-1.4b", "--answer-share", "0"], "answer share 0.0: a share is above 0"),
+        (
+            ["--policy", "llama-1.4b", "--preset", "safety", "--roles", "1", "1", "1"],
+            "--roles 1 1 1: 3 GPUs, --gpus says 8",
+        ),
+        (
+            ["--policy", "llama-3.1-8b", "--preset", "safety", "--roles", "1", "1", "6"],
+            "--roles 1 1 6: a model does not fit",
+        ),
+        (["--policy", "llama-1.4b", "--num-rollout", "3"], "is --num-rollouts meant"),
+    ):
+        with pytest.raises(ArgumentError, match=re.escape(message)):
+            planner.plan(["--gpus", "8", *flags])
+
+
+def test_more_calls_in_flight_fill_servers_until_they_are_full() -> None:
+    steps = []
+    for calls in (64, 256, 1024, 1 << 20, 1 << 21):
+        report = planner.plan([*SAFETY, "--gpus", "64", "--roles", "8", "8", "48", "--judge-concurrency", str(calls)])
+        steps.append(report["given"]["seconds"]["judge"])
+    assert steps[0] > steps[1] > steps[2] > steps[3] == steps[4]
