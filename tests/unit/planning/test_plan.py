@@ -126,6 +126,8 @@ def test_from_one_phase_of_the_demo_the_formulas_foresee_its_step() -> None:
     assert f"{DEVICES['cpu'].decode_step_s} s" in (REPO / "docs/log.md").read_text()
     foreseen = phases(work, replace(machine, efficiency=Efficiency(train=rate, prefill=rate)), cluster)
     assert foreseen.step("in turn") == pytest.approx(real["total"], rel=WITHIN)
+    said = f"is {foreseen.step('in turn'):.0f} s for the step's {real['total']:.0f}"
+    assert said in (REPO / "docs/plan.md").read_text()
     for phase in ("rollout", "judge", "train"):
         assert getattr(foreseen, phase) == pytest.approx(real[phase], rel=WITHIN)
 
@@ -249,6 +251,10 @@ def test_plan_md_s_command_and_figures_of_runs_are_the_planner_s() -> None:
     ):
         assert re.search(rf"^  {re.escape(line)} .* \S+", shown, re.MULTILINE), line
     work, machine, cluster = demo(*PLANNED["runs"]["demo"]["flags"])
+    cheap = planner.plan([*SAFETY, "--gpus", "16", "--judge-schedule", "circulant_bt", "--judge-verdict", "soft"])[
+        "best"
+    ]
+    assert f"16 GPUs make the continued\npretraining's step in {cheap['step']['in turn']:.0f} s." in page
     assert "15 s for 18, and the other way round 11 s for 9" in page
     for seen, planned, said in (("small", "demo", (15, 18)), ("demo", "small", (11, 9))):
         work, machine, cluster = demo(*PLANNED["runs"][seen]["flags"])
