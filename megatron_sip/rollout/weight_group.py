@@ -3,8 +3,8 @@
 The group stands beside torch.distributed's default group, which belongs to Megatron: it is a bare gloo or NCCL
 backend on a store of its own, registered nowhere. One group per engine rather than one for all: an engine that hangs
 or dies then spoils only its own group. The price is that the weights leave the trainer once for each engine: 32
-engines of an 8B model in bf16 (16 GB) are 512 GB per push, 10 s through a network card of 400 Gbit/s, and the sources
-(one per pipeline stage) share it only when their stages lie on different nodes.
+engines of an 8B model in bf16 (16 GB) are 512 GB per push, 10 s through a network card of 400 Gbit/s; the sources (one
+per pipeline stage) take turns.
 
 NCCL makes a group's communicator in its first broadcast, which blocks, without any time-out, until the engine has
 entered it too. So every call that can block for ever runs in a daemon thread, and is given up at the deadline.
@@ -12,12 +12,14 @@ entered it too. So every call that can block for ever runs in a daemon thread, a
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 import urllib.parse
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -34,6 +36,7 @@ from megatron_sip.serving.failures import RequestError
 Backend = Literal["gloo", "nccl"]
 POLL_S = 0.001
 ABORT_S = 5.0
+NCCL_WITHOUT_WATCHDOG = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +211,8 @@ class EngineGroup:
             if time.monotonic() > deadline:
                 raise RequestError("timeout", f"{self.url}: took no weights within {self._settings.timeout_s:g} s")
             time.sleep(POLL_S)
-        entry.result().wait()
+        # Raises what NCCL found, and aborts the communicator first, which may block.
+        in_daemon_thread(entry.result().wait, "weight-sync-end").result(timeout=max(1.0, deadline - time.monotonic()))
 
     def _abandon(self) -> None:
         if self._group is not None:
@@ -241,9 +245,28 @@ def backend_group(store: dist.TCPStore, name: str, backend: Backend, world_size:
     if backend == "gloo":
         return dist.ProcessGroupGloo(prefixed, 0, world_size, timeout)
     options = dist.ProcessGroupNCCL.Options()
-    # We give up ourselves, earlier; NCCL's own watchdog would end the whole trainer.
-    options._timeout = timeout * 10
-    return dist.ProcessGroupNCCL(prefixed, 0, world_size, options)
+    options._timeout = timeout * 10  # we give up ourselves, earlier
+    with errors_returned():
+        return dist.ProcessGroupNCCL(prefixed, 0, world_size, options)
+
+
+@contextmanager
+def errors_returned() -> Iterator[None]:
+    """Make NCCL groups without a watchdog: `is_completed` then finds a failed broadcast, and `wait` raises it.
+
+    The watchdog's thread ends the process when an engine dies, by its own exception or, where that is switched off (by
+    TORCH_NCCL_ASYNC_ERROR_HANDLING=2), minutes later by the monitor of the default group, which one flag tells of any
+    group's error. ProcessGroupNCCL reads the environment while it is made, and has no option for it; Megatron's groups keep
+    their watchdogs.
+    """
+    before = os.environ.get(NCCL_WITHOUT_WATCHDOG)
+    os.environ[NCCL_WITHOUT_WATCHDOG] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(NCCL_WITHOUT_WATCHDOG)
+        if before is not None:
+            os.environ[NCCL_WITHOUT_WATCHDOG] = before
 
 
 def address_for(urls: Sequence[str]) -> str:

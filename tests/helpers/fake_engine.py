@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
 from typing import Any, Self
 
 import torch
@@ -23,7 +26,7 @@ class FakeEngine:
     an update that is not open, or to open a second one, and lets generations wait while it is paused.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.calls: list[tuple[str, Any]] = []
         self.answers: dict[str, Answer] = {}
         self.silent: set[str] = set()
@@ -32,7 +35,7 @@ class FakeEngine:
         self.key: str | None = None
         self._released = threading.Event()
         self._server: ThreadingHTTPServer | None = None
-        self._port = 0
+        self._port = port
         self.start()
 
     @property
@@ -121,6 +124,20 @@ class FakeEngine:
                 pass
 
         return Handler
+
+
+def serve(port: int, asked: Connection) -> None:
+    """An engine in a process of its own, to be killed; whatever comes through `asked` is answered with what it has."""
+    with FakeEngine(port) as engine:
+        asked.send(engine.url)
+        while True:
+            asked.recv()
+            asked.send((engine.version, digests(engine.weights)))
+
+
+def digests(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Of each tensor's bytes."""
+    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in weights.items()}
 
 
 def joined_group(body: dict[str, Any]) -> dist.ProcessGroupGloo:
