@@ -5,7 +5,7 @@
         redpajama --keep unsafe --data-path '/data/rp/documents/**/*.json.gz' --out /data/unsafe
 
 When the job is over, the same command of megatron-sip-prepare writes the manifest, and makes what a failed task left out. Give
-folders that all nodes share. Needs the extra `cluster-data`.
+folders that all nodes share; OUT/.slurm has datatrove's logs. Needs the extra `cluster-data`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,6 @@ def main() -> None:
     parser.add_argument(
         "--env-command", default="", help="What a task needs first: 'source /shared/.venv/bin/activate'."
     )
-    parser.add_argument(
-        "--logs", help="Folder of datatrove's logs and statistics. Default: --out with -logs behind it."
-    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command of megatron-sip-prepare.")
     given = parser.parse_args()
     words = [word for word in given.command if word != "--"]
@@ -58,7 +55,8 @@ def main() -> None:
         mem_per_cpu_gb=given.memory_gb,
         env_command=given.env_command or None,
         job_name=f"corpus-{out.name}",
-        logging_dir=given.logs or f"{out}-logs",
+        logging_dir=str(out / ".slurm"),
+        skip_completed=False,  # a task sees by itself which of its shards are there
     ).run()
     print(f"afterwards: megatron-sip-prepare {shlex.join(words)}")
 

@@ -74,8 +74,9 @@ BOUND_FLAGS = _bounds(
 GOPHER_FLAGS = _bounds(
     {
         "--max-ellipsis-lines": "Greatest share of lines that end with an ellipsis.",
-        "--max-words-without-letters": "Greatest share of words without a letter.",
-        "--min-stop-words": "Fewest stop words; 0 for languages other than English.",
+        "--max-words-without-letters": "Greatest share of words without a letter from a to z.",
+        "--min-stop-words": "Fewest stop words; 0 for languages other than English, and in other scripts also "
+        "--max-words-without-letters 1.",
     }
 )
 UNSAFE_FLAGS: Flags = {
@@ -151,7 +152,10 @@ def corpus_work(name: str, args: argparse.Namespace) -> CorpusWork:
     """What is to be made. Raises CorpusError, DataError, PrepareError, which name the flag or file."""
     quality = quality_settings(name, args)
     refuse_own_output(args.data_path, Path(args.out))
-    where = Fields(args.text_field, args.id_field, args.subset_field, name == "redpajama" and quality.keep != "all")
+    is_redpajama = name == "redpajama"
+    where = Fields(
+        args.text_field, args.id_field, args.subset_field, is_redpajama and quality.keep != "all", is_redpajama
+    )
     rules: tuple[Rule, ...] = quality.rules()
     settings: dict[str, Any] = {"fields": asdict(where), "quality": asdict(quality)}
     if args.decontaminate:

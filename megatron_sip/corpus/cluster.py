@@ -35,6 +35,6 @@ class MakeShards(PipelineStep):
         for shard in self.work.shards[rank::world_size]:
             if folder.mark(shard.name) is None:
                 make_shard(self.work, folder, shard, lambda documents, size: None)
-            for name, count in (folder.mark(shard.name) or {})["counts"].items():
+            for name, count in (folder.mark(shard.name) or {"counts": {}})["counts"].items():
                 self.stat_update(name, value=count)
         yield from ()

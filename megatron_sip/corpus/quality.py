@@ -7,10 +7,11 @@ where the code has 100,000 words: the code is what is done here by default, the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import inf
+from dataclasses import dataclass, fields
+from math import inf, isfinite
 from typing import Literal
 
+from megatron_sip.corpus.folder import CorpusError
 from megatron_sip.corpus.measures import OfSignals, OfText, score
 from megatron_sip.corpus.rules import Document, Rule
 
@@ -86,6 +87,17 @@ class QualitySettings:
     min_unsafe_words: float = 5
     unsafe_tags: Join = "and"
 
+    def __post_init__(self) -> None:
+        """Raises CorpusError for a bound that no number, or no document, is within."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, float) and not isfinite(value):
+                raise CorpusError(f"{_flag(each.name)} {value}: a number is needed")
+        for low, high in (("min_words", "max_words"), ("min_word_length", "max_word_length")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least > most:
+                raise CorpusError(f"{_flag(low)} {least} is above {_flag(high)} {most}: no document is between them")
+
     def rules(self) -> tuple[Rule, ...]:
         """In the order in which they are asked."""
         if self.keep == "all":
@@ -105,3 +117,7 @@ class QualitySettings:
             Bound("stop_words", self.min_stop_words),
         )
         return (Quality((*bounds, *prose)),)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -18,7 +18,7 @@ from typing import Any
 from megatron_sip.corpus.counting import mark_of, summed
 from megatron_sip.corpus.folder import CorpusError, CorpusFolder, writing_documents
 from megatron_sip.corpus.rules import Document, Rule, first_reason
-from megatron_sip.corpus.shards import Fields, Row, Shard, read_shard
+from megatron_sip.corpus.shards import Fields, RestOfShardError, Row, Shard, read_shard
 from megatron_sip.corpus.workers import Tick, work_on
 from megatron_sip.data.corpus_files import digest
 from megatron_sip.errors import DataError
@@ -95,6 +95,11 @@ def make_shard(work: CorpusWork, folder: CorpusFolder, shard: Shard, tick: Tick)
                 counts["documents/read"] += 1
                 try:
                     document, reason = _sorted(row, work.rules, shard)
+                except RestOfShardError as error:
+                    counts["dropped/rest_of_broken_shard"] += 1
+                    if counts["dropped/rest_of_broken_shard"] == 1:
+                        count_broken("broken_shards", error)
+                    continue
                 except DataError as error:
                     count_broken("dropped/broken_row", error)
                     continue

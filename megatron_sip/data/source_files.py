@@ -136,8 +136,8 @@ def _is_source(path: Path) -> bool:
 
 
 def _named(path: Path) -> Path:
-    """The absolute path with its last part, which tells format and name, as given; of a pair, the prefix."""
-    path = path.parent.resolve() / path.name
+    """The absolute path as given, whose parts tell format, name and what lies beside it; of a pair, the prefix."""
+    path = path.absolute()
     return path.with_suffix("") if path.suffix in _STORE_SUFFIXES else path
 
 

@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -58,6 +58,11 @@ def source_suffix(path: Path) -> str:
     compression = next((suffix for suffix in COMPRESSION_SUFFIXES if name.endswith(suffix)), "")
     name = name.removesuffix(compression)
     return next((suffix + compression for suffix in JSON_SUFFIXES if name.endswith(suffix)), "")
+
+
+def stem_of(path: Path) -> str:
+    """A file's name without what tells its format."""
+    return path.name[: len(path.name) - len(source_suffix(path))]
 
 
 def is_text_source(path: Path) -> bool:
@@ -222,6 +227,26 @@ def _names(names: list[str]) -> str:
 
 
 def _parquet_records(path: Path, text_field: str, others: Sequence[str]) -> Iterator[tuple[dict[str, Any], int]]:
+    def columns(schema: Any) -> list[str]:
+        _check_column(path, schema, text_field)
+        return [text_field, *(name for name in others if name != text_field and name in schema.names)]
+
+    row = 0
+    for batch, position in parquet_batches(path, columns):
+        names = batch.schema.names
+        texts = batch.column(names.index(text_field))
+        beside = {name: batch.column(names.index(name)) for name in names if name != text_field}
+        for place, value in enumerate(texts):
+            row += 1
+            text = _text_of_value(value, path, row, text_field)
+            yield {text_field: text, **{name: column[place].as_py() for name, column in beside.items()}}, position
+
+
+def parquet_batches(path: Path, columns: Callable[[Any], list[str]]) -> Iterator[tuple[Any, int]]:
+    """Record batches of those columns that are chosen from a file's schema, and how far the file has been read.
+
+    Raises DataError for a file that cannot be read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -230,16 +255,11 @@ def _parquet_records(path: Path, text_field: str, others: Sequence[str]) -> Iter
     try:
         # Read piece by piece: by default all of a row group is held.
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 20) as table:
-            _check_column(path, table.schema_arrow, text_field)
+            names = columns(table.schema_arrow)
             rows, size = table.metadata.num_rows, path.stat().st_size
-            beside = [name for name in others if name != text_field and name in table.schema_arrow.names]
-            for batch in table.iter_batches(batch_size=256, columns=[text_field, *beside]):
-                columns = [batch.column(batch.schema.get_field_index(name)) for name in (text_field, *beside)]
-                for value, *more in zip(*columns, strict=True):
-                    row += 1
-                    text = _text_of_value(value, path, row, text_field)
-                    fields = {name: cell.as_py() for name, cell in zip(beside, more, strict=True)}
-                    yield {text_field: text, **fields}, size * row // max(1, rows)
+            for batch in table.iter_batches(batch_size=256, columns=names):
+                row += batch.num_rows
+                yield batch, size * row // max(1, rows)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last for a column's name
         after = f" after row {row}" if row else ""
         raise DataError(f"{path}: cannot be read as parquet{after} ({error})") from error

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_sip.data.roles import Split, text_key
-from megatron_sip.data.text_sources import read_records, source_suffix
+from megatron_sip.data.text_sources import read_records, stem_of
 from megatron_sip.judge.prompts import valid_unicode
 from megatron_sip.prepare.settings import PrepareError, ReadSettings
 
@@ -99,11 +99,6 @@ class DocumentReader:
 def _top_fields(settings: ReadSettings) -> list[str]:
     named = (settings.prefix_field, settings.subset_field, settings.label_field)
     return [name.split(".")[0] for name in named if name is not None]
-
-
-def stem_of(path: Path) -> str:
-    """A file's name without what tells its format."""
-    return path.name[: len(path.name) - len(source_suffix(path))]
 
 
 def field_of(record: Mapping[str, Any], name: str, where: str = "") -> Any:

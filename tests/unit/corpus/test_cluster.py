@@ -45,6 +45,11 @@ def on_slurm(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
 
 
+def corpus_files(folder: Path) -> dict[str, bytes]:
+    """Without datatrove's logs."""
+    return {name: content for name, content in files_below(folder).items() if not name.startswith(".slurm/")}
+
+
 def test_tasks_of_slurm_and_one_node_make_the_same_corpus(tmp_path: Path) -> None:
     for number in range(3):
         scores = [GOOD | {"rps_doc_ldnoobw_words": float(i + number)} for i in range(9)]
@@ -53,15 +58,18 @@ def test_tasks_of_slurm_and_one_node_make_the_same_corpus(tmp_path: Path) -> Non
     run(*words, "--out", tmp_path / "one")
     said = on_slurm(tmp_path, *words, "--out", str(tmp_path / "many"))
     assert said.returncode == 0, said.stderr
-    assert sorted(path.name for path in (tmp_path / "many-logs/completions").iterdir()) == ["00000", "00001"]
-    made = files_below(tmp_path / "many")
+    assert sorted(path.name for path in (tmp_path / "many/.slurm/completions").iterdir()) == ["00000", "00001"]
+    made = corpus_files(tmp_path / "many")
     whole = files_below(tmp_path / "one")
     manifest = whole.pop("manifest.json")
     assert made == whole
+    (tmp_path / "many/documents/1-en_head.jsonl.zst").unlink()
+    assert on_slurm(tmp_path, *words, "--out", str(tmp_path / "many")).returncode == 0
+    assert corpus_files(tmp_path / "many") == whole
     [*_, last] = said.stdout.splitlines()
     assert last == "afterwards: megatron-sip-prepare " + shlex.join((*words, "--out", str(tmp_path / "many")))
     run(*words, "--out", tmp_path / "many")
-    assert files_below(tmp_path / "many") == whole | {"manifest.json": manifest}
+    assert corpus_files(tmp_path / "many") == whole | {"manifest.json": manifest}
     refused = on_slurm(tmp_path, *words, "--unsafe-tags", "or", "--out", str(tmp_path / "many"))
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1].startswith(f"error: --out {tmp_path / 'many'} holds other work")

@@ -18,7 +18,6 @@ from raw_corpus_cases import GOOD, read_kept, redpajama_rows, text_of, write_lin
 from megatron_sip.corpus.folder import CorpusError, CorpusFolder, read_documents, shards_of
 from megatron_sip.data.text_sources import read_texts
 from megatron_sip.errors import DataError
-from megatron_sip.prepare.settings import PrepareError
 
 PLACES = [f"2023-06/{number:04d}/en_{bucket}.json.gz" for number in (0, 1) for bucket in ("head", "middle")]
 SCORES = [
@@ -143,6 +142,18 @@ def test_what_is_broken_ends_the_command_or_is_counted(tmp_path: Path) -> None:
     assert "0001/en_head.json.gz: cannot be decompressed after line" in rest
 
 
+def test_what_is_left_of_a_shard_whose_signals_are_of_others_is_counted(tmp_path: Path) -> None:
+    documents, signals = redpajama_rows("2023-06/0000/en_head.json.gz", [GOOD] * 6)
+    del documents[2]
+    write_lines(tmp_path / "quality_signals/2023-06/0000/en_head.signals.json.gz", signals)
+    write_lines(tmp_path / "documents/2023-06/0000/en_head.json.gz", documents)
+    with pytest.raises(DataError, match="not of each other"):
+        unsafe(tmp_path / "documents", tmp_path / "out")
+    manifest = unsafe(tmp_path / "documents", tmp_path / "out", "--on-broken", "drop")
+    assert manifest["documents"] == {"read": 5, "kept": 2, "by_subset": {"en_head": 2}}
+    assert (manifest["dropped"], manifest["broken_shards"]) == ({"rest_of_broken_shard": 3}, 1)
+
+
 def test_a_shard_may_be_mended_until_it_is_done(tmp_path: Path) -> None:
     shards = broken_shards(tmp_path)
     with pytest.raises(DataError, match=r"0000/en_head.json.gz:2"):
@@ -161,7 +172,7 @@ def test_a_shard_may_be_mended_until_it_is_done(tmp_path: Path) -> None:
 
 def test_nothing_kept_is_an_error_that_says_why(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"no document was kept of 20: .*'quality/word_count/high': "):
-        unsafe(shards, tmp_path / "out", "--max-words", "20")
+        unsafe(shards, tmp_path / "out", "--max-words", "60")
 
 
 def test_slimpajama_and_text_by_gopher_s_rules(tmp_path: Path) -> None:
@@ -186,7 +197,7 @@ def test_slimpajama_and_text_by_gopher_s_rules(tmp_path: Path) -> None:
 )
 def test_flags_that_do_nothing_are_refused(words: tuple[str, ...], says: str, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
-    with pytest.raises((CorpusError, PrepareError), match=says):
+    with pytest.raises((CorpusError, DataError), match=says):
         run(*words, "--data-path", path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

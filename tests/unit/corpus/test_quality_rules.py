@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 from raw_corpus_cases import GOOD, as_signals
 
+from megatron_sip.corpus.folder import CorpusError
 from megatron_sip.corpus.measures import OfSignals, OfText
 from megatron_sip.corpus.quality import QualitySettings
 from megatron_sip.corpus.rules import Document, first_reason
@@ -174,3 +175,17 @@ def test_gopher_s_rules_on_texts(change: str, reason: str | None) -> None:
         "letters": " ".join(f"{a} {b} the" for a in "abcdefghijk" for b in "lmnopqrstuv"),
     }[change]
     assert first_reason(QualitySettings("gopher").rules(), Document("0", text, "s")) == reason
+
+
+@pytest.mark.parametrize(
+    ("bounds", "says"),
+    [
+        ({"min_words": math.nan}, "--min-words nan: a number is needed"),
+        ({"max_words": math.inf}, "--max-words inf"),
+        ({"min_words": 100.0, "max_words": 50.0}, "--min-words 100.0 is above --max-words 50.0"),
+        ({"min_word_length": 11}, "--min-word-length 11 is above --max-word-length 10"),
+    ],
+)
+def test_bounds_that_nothing_is_within_are_named(bounds: dict[str, Any], says: str) -> None:
+    with pytest.raises(CorpusError, match=says):
+        QualitySettings("gopher", **bounds)
