@@ -140,3 +140,27 @@ def test_figures_of_making_a_corpus_are_those_that_were_measured() -> None:
     assert int(fast.replace(",", "")) == round(rates["redpajama", 2], -3)
     assert int(slow.replace(",", "")) == round(rates["text", 2], -2)
     assert max(run["peak_mb"] for run in report["runs"]) <= int(memory) < 600
+
+
+def test_evaluation_md_s_figures_of_standard_tasks_are_those_that_were_measured() -> None:
+    rows, report = rows_of("docs/evaluation.md", 6), measured("standard_tasks_smollm2.json")
+    for name, task in report["tasks"].items():
+        low, high = (f"{100 * end:.1f}" for end in task["interval"])
+        same = task["compared"]
+        told = [str(task["questions"]), f"{100 * task['score']:.1f}", f"{low} to {high}"]
+        assert rows[name] == [*told, f"{same['equal']} of {same['questions']}", f"{same['largest_gap']:.0e}"], name
+        assert same["equal"] + same["ties"] == same["questions"]
+
+
+def test_evaluation_md_s_figures_of_the_adapter_are_those_that_were_measured() -> None:
+    report = measured("lm_eval_engine_cpu.json")
+    few, none = report["5-shot"], report["0-shot"]
+    text = " ".join((REPO / "docs" / "evaluation.md").read_text(encoding="utf-8").split())
+    assert f"{few['times_as_fast']:.1f} times as many questions a second" in text
+    assert (
+        f"with {few['megatron_sip']['cached_share']:.0%} of the prompts' tokens from the cache in place of none" in text
+    )
+    assert few["sglang-generate"]["cached_share"] == 0.0
+    for part in (few, none):
+        assert part["megatron_sip"]["scores"] == part["sglang-generate"]["scores"]
+        assert part["largest_log_likelihood_gap"] < 1e-5
