@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_sip.checkpoints.folder import TRACKER
+from megatron_sip.config.unused_flags import refuse_unused
+from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings
 from megatron_sip.errors import DataError
-from megatron_sip.files import move_into_place
+from megatron_sip.hf.converted import Export, exported_model, is_hf_folder, weights_key
 from megatron_sip.hf.folder import HF_SUBFOLDER
 from megatron_sip.rollout.pool import PoolSettings
-from megatron_sip.serving.guard import own_environment
+from megatron_sip.serving.blocking_call import call
 from megatron_sip.serving.launch import LocalServer, ServerSettings
 from megatron_sip.serving.local_servers import ENGINE_MARGIN
+
+CALL_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model before it is served. folder: its weights, None where running engines have them. step: of a run's checkpoint."""
+    """A model before it is served. folder: its weights, None where running engines have them. step: of a run's checkpoint.
+
+    identity: what must be the same for its answers to be the same: weights, dtype and whatever else is known, in words.
+    """
 
     name: str
     tokenizer: Any
     folder: Path | None
     step: str | None = None
+    identity: Mapping[str, str] = field(default_factory=dict)
 
     def header(self) -> dict[str, str]:
         """What a file of its generations, and of results about it, says of it."""
-        return {"model": self.name} | ({} if self.step is None else {"step": self.step})
+        return {"model": self.name} | ({} if self.step is None else {"step": self.step}) | dict(self.identity)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,15 +52,48 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concurrency", type=int, default=64, help="calls in flight for each engine")
 
 
-def open_model(given: argparse.Namespace, output: Path) -> Model:
-    """The model that `add_model_flags` describes; a run's checkpoint is exported beside `output`. Raises DataError."""
-    if given.url and not given.tokenizer:
-        raise DataError("--url needs --tokenizer, the HF folder of the model that the engines serve")
+def open_model(given: argparse.Namespace) -> Model:
+    """The model that `add_model_flags` describes; a run's checkpoint is exported once (`exported_model`).
+
+    Raises DataError; RequestError when an engine does not answer.
+    """
     if given.model is None:
-        return Model(given.url[0], load_tokenizer(given.tokenizer), None)
-    folder = hf_folder(given.model, output)
-    step = folder.name.rpartition("_")[2] if folder != given.model else None
-    return Model(str(given.model), load_tokenizer(given.tokenizer or str(folder)), folder, step)
+        refuse_unused(given, add_model_flags, ("--dtype",), "with --url")
+        if not given.tokenizer:
+            raise DataError("--url needs --tokenizer, the HF folder of the model that the engines serve")
+        tokenizer = load_tokenizer(given.tokenizer)
+        name, identity = served_identity(given.url)
+        return Model(name, tokenizer, None, identity=identity | {"tokenizer": tokenizer_key(tokenizer)})
+    if is_hf_folder(given.model):
+        folder, step, key = given.model, None, weights_key(given.model)
+    else:
+        export = exported(given.model)
+        folder, step, key = export.folder, export.step, export.key
+    tokenizer = load_tokenizer(given.tokenizer or str(folder))
+    identity = {"weights": key, "dtype": given.dtype, "tokenizer": tokenizer_key(tokenizer)}
+    return Model(str(given.model), tokenizer, folder, step, identity)
+
+
+def served_identity(urls: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """(path, identity) of the model that running engines say they serve, wherever they listen.
+
+    Raises DataError when they serve different ones; RequestError.
+    """
+    found = []
+    for url in urls:
+        model: Any = call(url.rstrip("/"), "GET", "/model_info", timeout_s=CALL_S)
+        server: Any = call(url.rstrip("/"), "GET", "/server_info", timeout_s=CALL_S)
+        if not isinstance(model, dict) or not isinstance(server, dict) or "model_path" not in model:
+            raise DataError(f"--url {url}: no SGLang engine, its /model_info has no model_path")
+        path = str(model["model_path"])
+        files = weights_key(Path(path)) if Path(path).is_dir() else "files elsewhere"
+        identity = {"weights": f"{path}, {model.get('weight_version')}, {files}"}
+        identity |= {name: str(server.get(name)) for name in ("dtype", "quantization", "kv_cache_dtype")}
+        found.append((path, identity))
+    for url, one in zip(urls, found, strict=True):
+        if one != found[0]:
+            raise DataError(f"--url {urls[0]} serves {found[0][1]}, {url} {one[1]}: name engines of one model")
+    return found[0]
 
 
 @contextlib.contextmanager
@@ -64,6 +102,7 @@ def engines_of(model: Model, given: argparse.Namespace, output: Path, context: i
     if model.folder is None:
         yield given.url
         return
+    output.parent.mkdir(parents=True, exist_ok=True)
     log = output.with_name(output.name + ".server.log")
     seed = getattr(given, "seed", 0)
     settings = ServerSettings(
@@ -84,40 +123,28 @@ def pool_settings(given: argparse.Namespace, vocab_size: int) -> PoolSettings:
 
 
 def load_tokenizer(folder: str) -> Any:
+    """Raises DataError."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: no tokenizer there: {error}") from error
 
 
-def hf_folder(model: Path, output: Path) -> Path:
-    """`model` itself where it is an HF folder; of a run's latest checkpoint an HF export beside `output`, made once.
+def tokenizer_key(tokenizer: Any) -> str:
+    """Equal for tokenizers that make the same ids of texts."""
+    return DocumentEncoder.of(tokenizer, TokenizeSettings(append_eos=False)).fingerprint()[:20]
 
-    Raises:
-        DataError: neither of the two, or the checkpoint cannot be converted.
-    """
+
+def exported(model: Path) -> Export:
+    """The HF export of a run's latest checkpoint. Raises DataError: it is no checkpoint folder, or cannot be converted."""
     if not (model / TRACKER).is_file():
-        if (model / "config.json").is_file():
-            return model
         raise DataError(
             f"--model {model}: neither an HF folder (config.json) nor a checkpoint folder ({TRACKER}); a run's checkpoints lie "
             f"in its --save folder, its exported model in {HF_SUBFOLDER}/"
         )
-    step = (model / TRACKER).read_text().strip()
-    exported = output.with_name(f"{output.name}.hf_{step}")
-    if exported.exists():
-        return exported
-    staged = exported.with_name(f".{exported.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)  # of a process that was killed
-    staged.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "megatron_sip.hf.convert", "megatron-to-hf", "--load", str(model)]
-    done = subprocess.run(
-        [*command, "--save", str(staged)], env=own_environment(), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise DataError(f"--model {model}: {(done.stderr or done.stdout).strip()[-2000:]}")
-    if (model / TRACKER).read_text().strip() != step:
-        raise DataError(
-            f"--model {model}: its run saved another step meanwhile: give the command again when it has ended"
-        )
-    move_into_place(staged, exported)
-    return exported
+    try:
+        return exported_model(model)
+    except ValueError as error:
+        raise DataError(f"--model {model}: {error}") from error

@@ -1,6 +1,7 @@
-"""A Hugging Face folder as a Megatron checkpoint, converted once and kept: the next start finds it.
+"""A Hugging Face folder as a Megatron checkpoint, and a checkpoint as such a folder, converted once and kept.
 
     checkpoint = converted_checkpoint(Path("Llama-3.2-1B"))      # minutes the first time, then milliseconds
+    export = exported_model(Path("runs/Llama-3.2-1B"))
 
 Many processes may ask at once: one converts, the others wait. An entry of the cache appears when it is complete.
 """
@@ -16,17 +17,20 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
 
-from megatron_sip.checkpoints.folder import TRACKER
+from megatron_sip.checkpoints.folder import TRACKER, weights_folder
 from megatron_sip.console import say
 from megatron_sip.errors import UserError
 from megatron_sip.files import move_into_place
+from megatron_sip.hf.folder import HF_SUBFOLDER
 from megatron_sip.serving.guard import kill_with_parent, own_environment
 
 DEFAULT_CACHE = Path("~/.cache/megatron_sip/checkpoints")  # expanded where it is used: a container may have no home
+EXPORTS = Path("~/.cache/megatron_sip/exports")
 CACHE_VERSION = 1
 KEY_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken")
 """Of the files that an entry of the cache belongs to; other suffixes here would be other keys."""
@@ -55,21 +59,63 @@ def converted_checkpoint(hf_dir: Path, cache: Path = DEFAULT_CACHE) -> Path:
         OSError: the folder cannot be read, or the cache not written.
     """
     entry = cache.expanduser() / f"{hf_dir.resolve().name[:60]}-{folder_key(hf_dir)}"
-    if _complete(entry):
-        return entry
-    _check(hf_dir)
+    if not _complete(entry):
+        _check(hf_dir)
+        _convert_once(hf_dir, entry, "hf-to-megatron")
+    return entry
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A checkpoint of step `step` (or "release") as the HF folder `folder`. key: tells its weights from all others."""
+
+    folder: Path
+    step: str
+    key: str
+
+
+def exported_model(checkpoint: Path, cache: Path = EXPORTS) -> Export:
+    """The HF folder of the latest checkpoint in `checkpoint`, from the cache or exported now; whoever asks shares it.
+
+    An entry belongs to the checkpoint's files as they are: a run that was trained anew in its folder has another one.
+
+    Raises:
+        ConversionFailedError: the converter failed, or the run saved another step meanwhile.
+        OSError: the folder cannot be read, or the cache not written.
+    """
+    step, key = (checkpoint / TRACKER).read_text().strip(), checkpoint_key(checkpoint)
+    entry = cache.expanduser() / f"{checkpoint.resolve().name[:40]}-{step}-{key}"
+    if not _is_whole_model(entry):
+        shutil.rmtree(entry, ignore_errors=True)
+        _convert_once(checkpoint, entry, "megatron-to-hf")
+        if checkpoint_key(checkpoint) != key:
+            shutil.rmtree(entry, ignore_errors=True)  # nobody knows of which step it is
+            raise ConversionFailedError(
+                f"{checkpoint}: its run saved another step meanwhile: give the command again when it has ended"
+            )
+    return Export(entry, step, key)
+
+
+def _is_whole_model(folder: Path) -> bool:
+    try:
+        _check(folder)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _convert_once(source: Path, entry: Path, direction: str) -> None:
     entry.parent.mkdir(parents=True, exist_ok=True)
     lock = entry.with_name(entry.name + ".lock")
     try:
         with filelock.FileLock(lock, timeout=LOCK_TIMEOUT_S):
             if not _complete(entry):
-                say(f"converting {hf_dir} into {entry}")
-                _fill(entry, hf_dir)
+                say(f"converting {source} into {entry}")
+                _fill(entry, source, direction)
     except filelock.Timeout:
         raise ConversionFailedError(
-            f"{hf_dir}: another process has been converting it for {LOCK_TIMEOUT_S:.0f} s (lock {lock}): wait for it, or end it"
+            f"{source}: another process has been converting it for {LOCK_TIMEOUT_S:.0f} s (lock {lock}): wait for it, or end it"
         ) from None
-    return entry
 
 
 def _check(hf_dir: Path) -> None:
@@ -80,18 +126,38 @@ def _check(hf_dir: Path) -> None:
 
 
 def folder_key(hf_dir: Path) -> str:
-    """What tells the folder's present state from others."""
+    """What tells the folder's present state from others, as a checkpoint of this machine."""
     from megatron_sip.platform.megatron import machine_arguments  # imports torch, with CUDA Megatron
 
     # Transformer Engine's layers keep more in a checkpoint than those that a machine without it has.
-    identity: list[object] = [CACHE_VERSION, str(hf_dir.resolve()), machine_arguments()]
-    for file in sorted(hf_dir.iterdir()):
-        if file.suffix in KEY_SUFFIXES and file.is_file():
+    return _key([str(hf_dir.resolve()), machine_arguments(), *_files(hf_dir, KEY_SUFFIXES)])
+
+
+def weights_key(hf_dir: Path) -> str:
+    """What tells the model in an HF folder, as its files are now, from others."""
+    return _key(_files(hf_dir, KEY_SUFFIXES))
+
+
+def checkpoint_key(checkpoint: Path) -> str:
+    """The same of the latest checkpoint in a folder of Megatron's: its step, its files, and the config beside them."""
+    step, files = (checkpoint / TRACKER).read_text().strip(), _files(weights_folder(checkpoint))
+    return _key([step, *files, *_files(checkpoint / HF_SUBFOLDER, KEY_SUFFIXES)])
+
+
+def _key(identity: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps([CACHE_VERSION, *identity]).encode()).hexdigest()[:20]
+
+
+def _files(folder: Path, suffixes: Sequence[str] | None = None) -> list[list[object]]:
+    """Name, place, size, time stamp and samples of each file; without suffixes of all but checksums, which come later."""
+    found: list[list[object]] = []
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        wanted = file.suffix in suffixes if suffixes else not file.match("checksums_*") and ".partial" not in file.name
+        if wanted and file.is_file():
             stat = file.stat()
-            identity.append(
-                [file.name, str(file.resolve()), stat.st_size, stat.st_mtime_ns, _samples(file, stat.st_size)]
-            )
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
+            samples = _samples(file, stat.st_size)
+            found.append([file.name, str(file.resolve()), stat.st_size, stat.st_mtime_ns, samples])
+    return found
 
 
 def _samples(file: Path, size: int) -> str:
@@ -104,16 +170,17 @@ def _samples(file: Path, size: int) -> str:
 
 
 def _complete(entry: Path) -> bool:
-    return (entry / TRACKER).is_file()
+    """Whether it holds what a converter writes last."""
+    return (entry / TRACKER).is_file() or (entry / "config.json").is_file()
 
 
-def _fill(entry: Path, hf_dir: Path) -> None:
+def _fill(entry: Path, source: Path, direction: str) -> None:
     own = f".{entry.name}-{socket.gethostname()}-"
     for stale in entry.parent.glob(f"{own}*"):  # of a process of this machine that was killed: we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=own, dir=entry.parent, ignore_cleanup_errors=True) as work:
-        staged = Path(work) / "checkpoint"
-        _convert(hf_dir, staged)
+        staged = Path(work) / "converted"
+        _convert(source, staged, direction)
         # Where locks do not reach across nodes, another one may have finished first: its entry is equal, ours goes.
         with suppress(OSError):
             move_into_place(staged, entry)
@@ -122,9 +189,9 @@ def _fill(entry: Path, hf_dir: Path) -> None:
             move_into_place(staged, entry)
 
 
-def _convert(hf_dir: Path, target: Path) -> None:
+def _convert(source: Path, target: Path, direction: str) -> None:
     """In a process of its own: Megatron has one state per process, and this one's is the caller's."""
-    command = [sys.executable, "-m", "megatron_sip.hf.convert", "hf-to-megatron", "--load", str(hf_dir)]
+    command = [sys.executable, "-m", "megatron_sip.hf.convert", direction, "--load", str(source)]
     done = subprocess.run(
         [*command, "--save", str(target)],
         env=own_environment(),

@@ -76,7 +76,7 @@ def run(given: argparse.Namespace) -> None:
     sampling = SamplingSettings(given.suffix_length, given.temperature, given.top_p)
     task_settings(given)  # lengths are refused before anything is read
     check_samples(given)
-    model = open_model(given, given.output)
+    model = open_model(given)
     drawn = set_tasks(given, model.tokenizer) if given.set else document_tasks(given, model.tokenizer)
     pool = pool_settings(given, drawn.vocab_size)
     with contextlib.ExitStack() as stack:

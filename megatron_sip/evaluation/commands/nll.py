@@ -44,7 +44,7 @@ def run(given: argparse.Namespace) -> None:
     """Serve the model if need be, measure, write results."""
     check_samples(given)
     settings = {SUFFIX: task_settings(given), DOCUMENT: TaskSettings.whole(given.seq_length, given.seed)}
-    model = open_model(given, given.output)
+    model = open_model(given)
     corpus = open_split(given, model.tokenizer)
     sources = {of: TaskSource(corpus, model.tokenizer, settings[of]) for of in dict.fromkeys(given.of)}
     with engines_of(model, given, given.output, given.seq_length + PROMPT_MARGIN) as urls:

@@ -46,7 +46,7 @@ def run(given: argparse.Namespace) -> None:
     from megatron_sip.evaluation.lm_eval_tasks import as_results, load_tasks, run_tasks
 
     tasks = load_tasks(given.tasks, given.include_path, given.num_fewshot)
-    model = open_model(given, given.output)
+    model = open_model(given)
     known = given.max_length or (model_length(model) if model.folder is not None else 0)
     with contextlib.ExitStack() as stack:
         urls = stack.enter_context(engines_of(model, given, given.output, known + 1))

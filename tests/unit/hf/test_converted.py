@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 import time
@@ -17,7 +18,13 @@ from transformers import LlamaConfig
 
 from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.hf import converted as room
-from megatron_sip.hf.converted import ConversionFailedError, converted_checkpoint, folder_key, is_hf_folder
+from megatron_sip.hf.converted import (
+    ConversionFailedError,
+    converted_checkpoint,
+    exported_model,
+    folder_key,
+    is_hf_folder,
+)
 from megatron_sip.hf.families import tensor_maps, tensor_shape
 
 
@@ -38,7 +45,8 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders that were converted; the checkpoint is a stand-in that takes a moment to write."""
     done: list[Path] = []
 
-    def convert(hf_dir: Path, target: Path) -> None:
+    def convert(hf_dir: Path, target: Path, direction: str) -> None:
+        assert direction == "hf-to-megatron"
         done.append(hf_dir)
         target.mkdir()
         time.sleep(0.1)
@@ -102,7 +110,7 @@ def test_two_folders_of_one_content_are_two_models(model: Path) -> None:
 
 
 def test_a_conversion_that_fails_leaves_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Path, target: Path) -> None:
+    def fail(_: Path, target: Path, direction: str) -> None:
         target.mkdir()
         (target / "half").write_text("written")
         raise ConversionFailedError("no space left")
@@ -156,3 +164,69 @@ def test_a_hugging_face_folder_is_told_from_a_checkpoint(model: Path, tmp_path: 
     assert not is_hf_folder(tmp_path)
     (model / TRACKER).write_text("release")
     assert not is_hf_folder(model)
+
+
+def checkpoint(folder: Path, content: bytes, step: int = 100) -> Path:
+    """As a run leaves it: the tracker, a step's files, the config; sums come later."""
+    files = folder / f"iter_{step:07d}"
+    files.mkdir(parents=True, exist_ok=True)
+    (files / "__0_0.distcp").write_bytes(content)
+    (files / ".metadata").write_bytes(b"m")
+    (folder / TRACKER).write_text(str(step))
+    return folder
+
+
+@pytest.fixture
+def exports(model: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The checkpoints that were exported; the export is the model, and holds what the checkpoint held."""
+    done: list[Path] = []
+
+    def convert(source: Path, target: Path, direction: str) -> None:
+        assert direction == "megatron-to-hf"
+        done.append(source)
+        shutil.copytree(model, target)
+        shutil.copy(source / f"iter_{int((source / TRACKER).read_text()):07d}" / "__0_0.distcp", target / "was")
+
+    monkeypatch.setattr(room, "_convert", convert)
+    return done
+
+
+def test_each_checkpoint_has_one_export_that_all_share(tmp_path: Path, exports: list[Path]) -> None:
+    """Two runs at one step, and a run that is trained anew in its folder, are other models."""
+    cache = tmp_path / "cache"
+    runs = [checkpoint(tmp_path / name / "checkpoints", name.encode()) for name in "AB"]
+    found = [exported_model(run, cache) for run in (*runs, *runs)]
+    assert [(one.folder / "was").read_text() for one in found] == ["A", "B", "A", "B"]
+    assert exports == runs
+    (runs[0] / "iter_0000100" / "checksums_00000.json").write_text("{}")  # comes while training goes on
+    assert exported_model(runs[0], cache) == found[0]
+    checkpoint(runs[0], b"C")
+    anew = exported_model(runs[0], cache)
+    assert (anew.step, (anew.folder / "was").read_text()) == ("100", "C")
+    assert anew.key != found[0].key
+
+
+def test_an_export_that_was_damaged_is_made_again(tmp_path: Path, exports: list[Path]) -> None:
+    run = checkpoint(tmp_path / "run", b"A")
+    weights = exported_model(run, tmp_path / "cache").folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    whole = exported_model(run, tmp_path / "cache").folder / "model.safetensors"
+    assert whole == weights
+    assert len(exports) == 2
+    assert exported_model(run, tmp_path / "cache").folder == weights.parent
+    assert len(exports) == 2
+
+
+def test_a_run_that_saves_meanwhile_leaves_no_export(
+    tmp_path: Path, exports: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, convert = checkpoint(tmp_path / "run", b"A"), room._convert
+
+    def slow(source: Path, target: Path, direction: str) -> None:
+        checkpoint(run, b"B", step=200)
+        convert(source, target, direction)
+
+    monkeypatch.setattr(room, "_convert", slow)
+    with pytest.raises(ConversionFailedError, match="saved another step meanwhile"):
+        exported_model(run, tmp_path / "cache")
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
