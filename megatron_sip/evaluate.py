@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Protocol
 
 from megatron_sip.errors import UserError
 from megatron_sip.evaluation.commands import compare, diversity, generate, nll, rate, sets, table, tasks
@@ -27,24 +27,25 @@ from megatron_sip.evaluation.commands import compare, diversity, generate, nll, 
 PROGRAM = "megatron-sip-evaluate"
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """What a module in evaluation/commands/ offers. about: a line of help."""
+class Command(Protocol):
+    """What a module in evaluation/commands/ offers. ABOUT: a line of help."""
 
-    about: str
-    add_flags: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+    ABOUT: str
+
+    def add_flags(self, parser: argparse.ArgumentParser, /) -> None: ...
+
+    def run(self, given: argparse.Namespace, /) -> None: ...
 
 
-COMMANDS = {
-    "generate": Command(generate.ABOUT, generate.add_flags, generate.run),
-    "compare": Command(compare.ABOUT, compare.add_flags, compare.run),
-    "rate": Command(rate.ABOUT, rate.add_flags, rate.run),
-    "nll": Command(nll.ABOUT, nll.add_flags, nll.run),
-    "sets": Command(sets.ABOUT, sets.add_flags, sets.run),
-    "diversity": Command(diversity.ABOUT, diversity.add_flags, diversity.run),
-    "tasks": Command(tasks.ABOUT, tasks.add_flags, tasks.run),
-    "table": Command(table.ABOUT, table.add_flags, table.run),
+COMMANDS: dict[str, Command] = {
+    "generate": generate,
+    "compare": compare,
+    "rate": rate,
+    "nll": nll,
+    "sets": sets,
+    "diversity": diversity,
+    "tasks": tasks,
+    "table": table,
 }
 
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = command_line().parse_args(argv)
     try:
         COMMANDS[given.command].run(given)
-    except (UserError, OSError, ValueError, RuntimeError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"{PROGRAM}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -66,7 +67,7 @@ def command_line() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
-        command.add_flags(commands.add_parser(name, help=command.about, description=command.about))
+        command.add_flags(commands.add_parser(name, help=command.ABOUT, description=command.ABOUT))
     return parser
 
 

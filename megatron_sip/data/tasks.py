@@ -37,7 +37,7 @@ class TaskSettings:
     whole: no suffixes, but a document in pieces of up to `seq_length` tokens, each behind one token of the piece before, so
     that all its tokens but the first are predicted once an epoch (see `whole`); for next-token loss on all of them.
     The suffix has exactly `suffix_length` tokens, the prefix the most recent seq_length - suffix_length tokens before
-    it or fewer, but at least `min_prefix_length`. Raises ValueError for impossible lengths.
+    it or fewer, but at least `min_prefix_length`. Raises DataError for impossible lengths.
     """
 
     seq_length: int
@@ -48,23 +48,23 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         if self.suffix_length < 1:
-            raise ValueError(f"--suffix-length must be at least 1, got {self.suffix_length}")
+            raise DataError(f"--suffix-length must be at least 1, got {self.suffix_length}")
         if self.min_prefix_length < 1:
-            raise ValueError(f"--min-prefix-length must be at least 1, got {self.min_prefix_length}")
+            raise DataError(f"--min-prefix-length must be at least 1, got {self.min_prefix_length}")
         if self.suffix_length + self.min_prefix_length > self.seq_length:
-            raise ValueError(
+            raise DataError(
                 f"--suffix-length {self.suffix_length} leaves {self.seq_length - self.suffix_length} tokens of "
                 f"--seq-length {self.seq_length} for the prefix, which needs at "
                 f"least {self.min_prefix_length}; shorten the suffix"
             )
         if self.mode not in ("random", "stream", "whole"):
-            raise ValueError(f"--task-mode must be random, stream or whole, got {self.mode!r}")
+            raise DataError(f"--task-mode must be random, stream or whole, got {self.mode!r}")
 
     @classmethod
     def whole(cls, seq_length: int, seed: int) -> TaskSettings:
-        """Of mode whole: a prefix of one token, and the rest of the piece as its suffix. Raises ValueError."""
+        """Of mode whole: a prefix of one token, and the rest of the piece as its suffix. Raises DataError."""
         if seq_length < 2:
-            raise ValueError(f"--seq-length {seq_length}: must be at least 2")
+            raise DataError(f"--seq-length {seq_length}: must be at least 2")
         return cls(seq_length, seq_length - 1, "whole", seed)
 
     def first_cut(self, bos: bool) -> int:

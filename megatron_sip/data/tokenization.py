@@ -33,7 +33,7 @@ from megatron_sip.console import bars
 from megatron_sip.data.shared_texts import hash_documents, hash_path
 from megatron_sip.data.text_sources import TextBatch, read_texts, source_suffix
 from megatron_sip.data.token_store import TokenStore, TokenStoreWriter, token_dtype
-from megatron_sip.errors import DataError
+from megatron_sip.errors import DataError, UserError
 from megatron_sip.files import move_into_place
 
 if TYPE_CHECKING:
@@ -73,6 +73,10 @@ class TokenizeReport:
     documents: int
     empty_documents: int
     tokens: int
+
+
+class TokenizationError(UserError, RuntimeError):
+    """The machine could not tokenise a file; the message says what to try."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +185,7 @@ def _encode_all(batches: Iterator[TextBatch], encoder: DocumentEncoder, workers:
             while pending:
                 yield pending.popleft().result(_BATCH_TIMEOUT_S)
         except (BrokenProcessPool, TimeoutError) as error:
-            raise RuntimeError(
+            raise TokenizationError(
                 f"a tokenising process died (out of memory?) or took over {_BATCH_TIMEOUT_S:.0f} s for one batch; "
                 f"try again with fewer than {workers} workers"
             ) from error

@@ -10,6 +10,10 @@ LOOP = 4
 """Words of an n-gram that no text repeats often by itself."""
 
 
+SHARES = ("distinct_1", "distinct_2", "distinct_3", "repetition", "empty")
+"""Of what `diversity` finds, those from 0 to 1."""
+
+
 def words_of(text: str) -> list[str]:
     """Lower-case words and punctuation marks."""
     return _WORD.findall(text.lower())

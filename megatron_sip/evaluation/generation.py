@@ -97,7 +97,7 @@ async def generate(
     sampling: SamplingSettings,
     samples: int,
     *,
-    batch: int = 256,
+    batch: int,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Generations:
     """Continue the first `samples` tasks and add them to `path`, behind the ones that it holds; returns all of them.

@@ -50,7 +50,7 @@ async def measure(
     tasks: DrawsTasks,
     samples: int,
     *,
-    batch: int = 64,
+    batch: int,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Measured]:
     """The NLL of the first `samples` tasks' suffixes given their prefixes, added to `path` behind those that it holds.

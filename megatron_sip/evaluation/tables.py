@@ -44,6 +44,9 @@ HEADINGS = {"quality": "Generation quality", "coherence": "Coherence", "safety":
 HEADINGS |= {"standard": "Standard tasks"}
 DATASETS = {"standard": "standard prefixes", "unsafe": "unsafe prefixes"}
 
+ABOUT_A_RUN = ("model", "step")
+"""What must be the same in all files of a row."""
+
 Values = Mapping[str, Result]
 """A run's results by `measure/dataset`."""
 
@@ -81,17 +84,26 @@ def read_run(folder: Path) -> dict[str, Result]:
     """All results in the JSON files of `folder`; other files there are passed over.
 
     Raises:
-        DataError: no results are there, or two of the same measure and dataset.
+        DataError: no results are there, two of the same measure and dataset, or some of another model or step.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no folder; name one with the files that megatron-sip-evaluate wrote by --output")
     values: dict[str, Result] = {}
     came_from: dict[str, Path] = {}
+    about: dict[str, tuple[str, Path]] = {}
     for path in sorted(folder.glob("*.json")):
         content = read_json(path, "a file of results")
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             continue
-        for result in read_results(path).results:
+        found = read_results(path)
+        for what in ABOUT_A_RUN:
+            own = str(found.about.get(what, "none"))
+            known, other = about.setdefault(what, (own, path))
+            if own != known:
+                raise DataError(
+                    f"{path} is of {what} {own}, {other} of {known}: a folder holds the results of one model"
+                )
+        for result in found.results:
             name = f"{result.measure}/{result.dataset}"
             if name in values:
                 raise DataError(f"{path} and {came_from[name]} both hold {name}: leave one of them in {folder}")

@@ -22,6 +22,7 @@ from typing import Any, Self, TypeVar
 
 import orjson
 
+from megatron_sip.errors import DataError
 from megatron_sip.rollout.handshake import ModelContract, check_engine
 from megatron_sip.rollout.sampling import (
     Completion,
@@ -94,10 +95,10 @@ class SGLangPool:
 
     def __init__(self, urls: Sequence[str], settings: PoolSettings | None = None) -> None:
         if not urls:
-            raise ValueError("an SGLang pool needs at least one engine URL, for example http://127.0.0.1:30000")
+            raise DataError("an SGLang pool needs at least one engine URL, for example http://127.0.0.1:30000")
         for url in urls:
             if mistake := url_mistake(url):
-                raise ValueError(f"engine URL {shown_url(url)}: {mistake}")
+                raise DataError(f"engine URL {shown_url(url)}: {mistake}")
         self.settings = settings or PoolSettings()
         self._http = HttpPool(
             [Server(url, self.settings.key) for url in urls],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_sip.errors import DataError
 from megatron_sip.serving.failures import BadResponseError, readable
 from megatron_sip.serving.sglang_wire import Result, generate_body, read_results
 
@@ -46,16 +47,16 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+            raise DataError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if self.n < 1:
-            raise ValueError(f"n must be at least 1, not {self.n}")
+            raise DataError(f"n must be at least 1, not {self.n}")
         if self.temperature < 0:
-            raise ValueError(
+            raise DataError(
                 "--rollout-temperature, --win-rate-temperature: temperature must not be negative, not "
                 f"{self.temperature}"
             )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"--rollout-top-p: top_p must be in (0, 1], not {self.top_p}")
+            raise DataError(f"--rollout-top-p: top_p must be in (0, 1], not {self.top_p}")
 
 
 def sampling_body(prefix: Sequence[int], settings: SamplingSettings, seed: int | None = None) -> dict[str, Any]:

@@ -48,18 +48,28 @@ def test_greedy_generations_are_transformers_own(greedy: Path, smollm2_dir: Path
 def test_killed_anywhere_it_goes_on_to_the_same_file(
     greedy: Path, smollm2_server: LocalServer, smollm2_dir: Path, corpus: Path, tmp_path: Path
 ) -> None:
+    """By one call at a time: a batch is four tasks, and the kill comes after the first."""
     output = tmp_path / "again.jsonl"
-    words = generate_words(smollm2_server, smollm2_dir, corpus, output, 12)
+    words = [*generate_words(smollm2_server, smollm2_dir, corpus, output, 12), "--concurrency", "1"]
     process = subprocess.Popen([sys.executable, "-m", "megatron_sip.evaluate", *words])
     deadline = time.monotonic() + 120
-    while not output.exists() and time.monotonic() < deadline and process.poll() is None:
+    while not 0 < made(output) < 12 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait(30)
+    before = made(output)
+    assert 0 < before < 12
+    kept = output.read_bytes().rpartition(b"\n")[0]
     main(words)
     assert [line.ids for line in read_generations(output).lines] == [
         line.ids for line in read_generations(greedy).lines
     ]
+    assert output.read_bytes().startswith(kept)
+
+
+def made(output: Path) -> int:
+    """Whole generations in a file."""
+    return max(0, output.read_bytes().count(b"\n") - 1) if output.exists() else 0
 
 
 def test_a_model_ties_with_itself_and_beats_noise(

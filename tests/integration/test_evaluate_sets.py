@@ -82,7 +82,7 @@ def test_a_set_runs_from_its_file_to_its_number(
     assert result.interval is not None
     assert 0 <= result.interval[0] <= result.value <= result.interval[1] <= 1
     about = read_results(output).about
-    assert about["model"] == smollm2_server.url
+    assert about["model"] == str(smollm2_dir)  # as the engine says
     assert about["judged"][0]["judgements"] == (2 if name in PAIRWISE else 1) * COUNT
 
 

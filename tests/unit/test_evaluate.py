@@ -316,3 +316,43 @@ def test_flags_that_choose_pairs_are_no_flags_of_an_evaluation(command: str) -> 
     ):
         with pytest.raises(SystemExit):
             command_line().parse_args([command, *texts, *flag])
+
+
+GENERATE = ("generate", "--model", "x", "--output", "y")
+OF_SET = (*GENERATE, "--set", "toxigen=f")
+OF_DOCUMENTS = (*GENERATE, "--data-path", "d", "--samples", "1")
+NLL = ("nll", "--model", "x", "--output", "y", "--data-path", "d", "--samples", "1")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ((*OF_SET, "--split", "1,1,1", "--part", "valid"), "--split, --part"),
+        ((*OF_SET, "--subset", "policy"), "--subset"),
+        ((*OF_SET, "--text-field", "t", "--min-prefix-length", "3"), "--text-field, --min-prefix-length"),
+        ((*OF_SET, "--task-mode", "stream"), "--task-mode"),
+        ((*OF_SET, "--wikipedia", "w"), "--wikipedia"),
+        ((*OF_SET, "--top-p", "0.9"), "--top-p"),
+        ((*OF_DOCUMENTS, "--wikipedia", "w"), "--wikipedia"),
+        ((*NLL, "--of", "document", "--suffix-length", "9"), "--suffix-length"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(words: tuple[str, ...], named: str) -> None:
+    with pytest.raises(SystemExit, match=f"{named}: of no effect with"):
+        main(words)
+
+
+@pytest.mark.parametrize("words", [(*OF_DOCUMENTS, "--seq-length", "20"), (*OF_SET, "--suffix-length", "0")])
+def test_impossible_lengths_are_told_in_a_line(words: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit, match=r"--suffix-length|max_new_tokens"):
+        main(words)
+
+
+@pytest.mark.parametrize("fault", [ValueError("ours"), RuntimeError("ours")])
+def test_a_fault_of_our_own_is_no_mistake_of_the_user_s(fault: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("megatron_sip.evaluation.commands.sets.run", fails)
+    with pytest.raises(type(fault), match="ours"):
+        main(["sets"])

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_sip.config.settings import task_settings
+from megatron_sip.config.unused_flags import refuse_unused
 from megatron_sip.console import bars
 from megatron_sip.data.documents import DEFAULT_SPLIT, Corpus, open_splits
 from megatron_sip.data.roles import ROLES, SPLITS
@@ -22,12 +23,14 @@ from megatron_sip.errors import DataError
 from megatron_sip.evaluation.diversity import diversity
 from megatron_sip.evaluation.generation import DrawsTasks, Generations, generate
 from megatron_sip.evaluation.served_model import add_model_flags, engines_of, open_model, pool_settings
-from megatron_sip.evaluation.suites.prompt_sets import read_prompts
-from megatron_sip.evaluation.suites.prompt_tasks import PromptTasks
+from megatron_sip.evaluation.suites.prompt_tasks import set_tasks
 from megatron_sip.rollout.pool import SGLangPool
 from megatron_sip.rollout.sampling import SamplingSettings
 
 ABOUT = "continue held-out prefixes, or prompts of a public set"
+OF_DOCUMENTS = ("--text-field", "--split", "--subset", "--part", "--min-prefix-length", "--task-mode")
+BATCHES_IN_FLIGHT = 4
+"""Tasks of a batch, which is written when it is done, for each call in flight: few engines wait for a batch's last ones."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -74,10 +77,9 @@ class Drawn:
 def run(given: argparse.Namespace) -> None:
     """Serve the model if need be, open its tasks, continue them."""
     sampling = SamplingSettings(given.suffix_length, given.temperature, given.top_p)
-    task_settings(given)  # lengths are refused before anything is read
-    check_samples(given)
+    check_flags(given)
     model = open_model(given)
-    drawn = set_tasks(given, model.tokenizer) if given.set else document_tasks(given, model.tokenizer)
+    drawn = tasks_of_set(given, model.tokenizer) if given.set else document_tasks(given, model.tokenizer)
     pool = pool_settings(given, drawn.vocab_size)
     with contextlib.ExitStack() as stack:
         urls = stack.enter_context(engines_of(model, given, given.output, given.seq_length))
@@ -95,11 +97,27 @@ def run(given: argparse.Namespace) -> None:
                     model.tokenizer,
                     sampling,
                     drawn.samples,
+                    batch=BATCHES_IN_FLIGHT * given.concurrency * len(urls),
                     progress=bar.update,
                 )
 
         made = asyncio.run(work())
     print(json.dumps({"generations": len(made.lines), **diversity([line.text for line in made.lines])}, indent=2))
+
+
+def check_flags(given: argparse.Namespace) -> None:
+    """Raises DataError for impossible lengths and samples, and for flags that do nothing beside the others."""
+    check_samples(given)
+    if given.temperature == 0:
+        refuse_unused(given, add_flags, ("--top-p",), "with --temperature 0, which is greedy")
+    if not given.set:
+        task_settings(given)
+        refuse_unused(given, add_flags, ("--wikipedia",), "with --data-path")
+        return
+    refuse_unused(given, add_flags, OF_DOCUMENTS, "with --set")
+    name, _ = set_of(given)
+    if name != "factscore":
+        refuse_unused(given, add_flags, ("--wikipedia",), f"with --set {name}")
 
 
 def check_samples(given: argparse.Namespace) -> None:
@@ -125,23 +143,30 @@ def document_tasks(given: argparse.Namespace, tokenizer: Any) -> Drawn:
     return Drawn(tasks, given.samples, corpus.vocab_size, header)
 
 
-def set_tasks(given: argparse.Namespace, tokenizer: Any) -> Drawn:
+def tasks_of_set(given: argparse.Namespace, tokenizer: Any) -> Drawn:
     """Prompts of a public set. Raises DataError."""
-    name, found, file = given.set.partition("=")
-    if not found or not file:
-        raise DataError(f"--set {given.set}: write NAME=FILE; `megatron-sip-evaluate sets` lists the names")
-    prompts = read_prompts(name, Path(file), given.wikipedia)
-    tasks = PromptTasks(
-        prompts,
+    name, file = set_of(given)
+    tasks = set_tasks(
+        name,
+        file,
         tokenizer,
         samples=given.samples,
         room=given.seq_length - given.suffix_length,
         prepend_bos=given.prepend_bos,
         seed=given.seed,
+        wikipedia=given.wikipedia,
     )
-    told = f"{tasks.samples} of the {len(prompts)} prompts in {file}"
+    told = f"{tasks.samples} of the {tasks.prompts} prompts in {file}"
     if tasks.cut:
         told += f"; the model sees only the end of {tasks.cut}, which are longer than {tasks.room} tokens: raise --seq-length"
     print(told)
     header = {"dataset": given.dataset or name, "tasks": tasks.fingerprint()}
     return Drawn(tasks, tasks.samples, tasks.vocab_size, header)
+
+
+def set_of(given: argparse.Namespace) -> tuple[str, Path]:
+    """Name and file of --set. Raises DataError."""
+    name, _, file = given.set.partition("=")
+    if not file:
+        raise DataError(f"--set {given.set}: write NAME=FILE; `megatron-sip-evaluate sets` lists the names")
+    return name, Path(file)

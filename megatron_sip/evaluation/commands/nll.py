@@ -12,10 +12,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_sip.config.settings import task_settings
+from megatron_sip.config.unused_flags import refuse_unused
 from megatron_sip.console import bars
 from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.errors import DataError
-from megatron_sip.evaluation.commands.generate import add_task_flags, check_samples, open_split
+from megatron_sip.evaluation.commands.generate import BATCHES_IN_FLIGHT, add_task_flags, check_samples, open_split
 from megatron_sip.evaluation.nll import Measured, measure, nll_result
 from megatron_sip.evaluation.results import write_results
 from megatron_sip.evaluation.served_model import Model, add_model_flags, engines_of, open_model, pool_settings
@@ -43,6 +44,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     """Serve the model if need be, measure, write results."""
     check_samples(given)
+    if SUFFIX not in given.of:
+        refuse_unused(
+            given, add_flags, ("--suffix-length", "--min-prefix-length", "--task-mode"), f"with --of {DOCUMENT}"
+        )
     settings = {SUFFIX: task_settings(given), DOCUMENT: TaskSettings.whole(given.seq_length, given.seed)}
     model = open_model(given)
     corpus = open_split(given, model.tokenizer)
@@ -74,4 +79,5 @@ async def measured(
         bar = stack.enter_context(tqdm(total=samples, desc=of, unit="task", file=bars()))
         async with SGLangPool(urls, pool) as engines:
             await engines.wait_ready()
-            return await measure(path, header, engines, tasks, samples, progress=bar.update)
+            batch = BATCHES_IN_FLIGHT * given.concurrency * len(urls)
+            return await measure(path, header, engines, tasks, samples, batch=batch, progress=bar.update)

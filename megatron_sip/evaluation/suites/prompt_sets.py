@@ -5,6 +5,7 @@ A `Prompt` is what the model continues and, where the set has one, what its answ
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import re
 import sqlite3
@@ -69,7 +70,17 @@ def _realtoxicityprompts(path: Path, _: Path | None) -> Iterator[Prompt]:
 
 def _toxigen(path: Path, _: Path | None) -> Iterator[Prompt]:
     for row in read_rows(path):
-        yield Prompt(row.text("text", "prompt"), "", str(row.number))
+        yield Prompt(without_bytes_mark(row.text("text", "prompt")), "", str(row.number))
+
+
+def without_bytes_mark(text: str) -> str:
+    """Of what Python writes of bytes, as annotated_train.csv has its texts, the text; anything else as it is."""
+    if not re.fullmatch(r"b(['\"]).*\1", text, flags=re.DOTALL):
+        return text
+    try:
+        return str(ast.literal_eval(text).decode(errors="replace"))
+    except (SyntaxError, ValueError):
+        return text
 
 
 def _xstest(safe: bool) -> Callable[[Path, Path | None], Iterator[Prompt]]:

@@ -133,3 +133,20 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     write_results(tmp_path / "r" / "b.json", {}, [Result("nll", "suffix", 3.1, 1)])
     with pytest.raises(DataError, match=r"b\.json and .*a\.json both hold nll/suffix"):
         read_run(tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"model": "b", "step": "1"}, "of model b, .*a.json of a"),
+        ({"model": "a", "step": "2"}, "of step 2, .*of 1"),
+        ({"model": "a"}, "step none"),
+    ],
+)
+def test_a_row_is_one_model_at_one_step(tmp_path: Path, other: dict[str, str], message: str) -> None:
+    write_results(tmp_path / "a.json", {"model": "a", "step": "1"}, [Result("nll", "suffix", 3.0, 1)])
+    write_results(tmp_path / "b.json", {"model": "a", "step": "1"}, [Result("nll", "document", 3.0, 1)])
+    assert len(read_run(tmp_path)) == 2
+    write_results(tmp_path / "c.json", other, [Result("safety", "toxigen", 0.5, 1)])
+    with pytest.raises(DataError, match=message):
+        read_run(tmp_path)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from set_files import write_page_database, write_set
-from tiny_tokenizer import metaspace_tokenizer
+from tiny_tokenizer import byte_level_tokenizer, metaspace_tokenizer
 
 from megatron_sip.errors import DataError
 from megatron_sip.evaluate import main
@@ -191,6 +191,26 @@ def test_of_a_long_prompt_the_model_gets_the_end_and_the_judge_all() -> None:
     assert len(cut.prefix_ids) == 5
     assert cut.prefix_ids[-3:] == whole.prefix_ids[-3:]
     assert cut.prefix_text == whole.prefix_text == prompts[0].prefix
+
+
+def test_another_tokenizer_makes_other_tasks_and_a_prompt_needs_room() -> None:
+    """The fingerprint is what a file of generations is continued by."""
+    prompts = [Prompt("The quick brown fox", "", "1")]
+    how = {"samples": None, "room": 16, "prepend_bos": "off", "seed": 1}
+    one, other = (PromptTasks(prompts, each, **how) for each in (TOKENIZER, byte_level_tokenizer()))  # type: ignore[arg-type]
+    assert one.tasks(0, 1)[0].prefix_ids != other.tasks(0, 1)[0].prefix_ids
+    assert one.fingerprint() != other.fingerprint()
+    assert len(PromptTasks(prompts, TOKENIZER, **how | {"room": 1}).tasks(0, 1)[0].prefix_ids) == 1  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="leaves 1 tokens, BOS included, and none for a prompt"):
+        PromptTasks(prompts, TOKENIZER, **how | {"room": 1, "prepend_bos": "on"})  # type: ignore[arg-type]
+
+
+def test_toxigen_s_bytes_are_texts(tmp_path: Path) -> None:
+    """As annotated_train.csv has them; a text that only begins like one stays."""
+    texts = ["they are n\u00efce", "it's", "plain", "b'cause they're 'nice'"]
+    written = [repr(texts[0].encode()), repr(texts[1].encode()), *texts[2:]]
+    path = write_rows(tmp_path / "annotated_train.csv", [{"text": text, "target_group": "x"} for text in written])
+    assert [prompt.prefix for prompt in read_prompts("toxigen", path)] == texts
 
 
 def test_sets_lists_every_set_with_its_file_and_where_it_is_published(capsys: pytest.CaptureFixture[str]) -> None:
