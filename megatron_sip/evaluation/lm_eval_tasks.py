@@ -48,14 +48,15 @@ def load_tasks(names: Sequence[str], include_path: Sequence[Path], num_fewshot: 
     num_fewshot: examples before each question, but for tasks whose own files forbid them.
 
     Raises:
-        DataError: a name that is not known, or a task whose data cannot be had.
+        DataError: a name that is not known, a task whose data cannot be had, or one that two names hold: with the examples of
+            the one and the questions of the other it would be neither's.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a line for each task that local files replace
     datasets.disable_progress_bars()
     for folder in include_path:
         if not any(folder.glob("**/*.yaml")):
             raise DataError(f"--include-path {folder}: no folder with task files (*.yaml) of lm-eval")
-    wanted = [part for name in names for part in PRESETS.get(name, (name,))]
+    wanted = list(dict.fromkeys(part for name in names for part in PRESETS.get(name, (name,))))
     manager = _task_files(wanted, list(include_path))
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     groups: dict[str, list[str]] = {}
@@ -75,7 +76,19 @@ def load_tasks(names: Sequence[str], include_path: Sequence[Path], num_fewshot: 
         groups |= {name: list(found["tasks"])} if name in found["groups"] else {task: [task] for task in found["tasks"]}
         for part, values in found.items():
             loaded[part] |= values
+    _refuse_shared(groups)
     return Tasks(groups, loaded)
+
+
+def _refuse_shared(groups: Mapping[str, Sequence[str]]) -> None:
+    holder: dict[str, str] = {}
+    for name, leaves in groups.items():
+        for leaf in leaves:
+            other = holder.setdefault(leaf, name)
+            if other != name:
+                raise DataError(
+                    f"--tasks {other} {name}: both ask {leaf}: evaluate one of them by a command and an --output of its own"
+                )
 
 
 def _task_files(names: Sequence[str], include_path: list[Path]) -> TaskManager:

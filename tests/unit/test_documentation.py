@@ -15,6 +15,7 @@ from flag_cases import dry_run_settings
 from megatron_sip.config.dry_run import describe, prompt_cost
 from megatron_sip.config.early_checks import check_flags, early_parser, megatron_flag_names, words_by_flag
 from megatron_sip.config.presets import expand_presets, known_presets
+from megatron_sip.evaluate import COMMANDS
 from megatron_sip.evaluate import command_line as evaluate_command_line
 from megatron_sip.hf.convert import command_line as converter_command_line
 from megatron_sip.hf.families import FAMILIES
@@ -82,6 +83,22 @@ def test_what_a_page_links_to_and_runs_exists(name: str) -> None:
         prepare_command_line().parse_args(words)
     for words in commands(text, "megatron-sip-evaluate"):
         evaluate_command_line().parse_args(words)
+
+
+def test_evaluation_md_s_commands_read_what_those_before_them_wrote() -> None:
+    words = commands(page("docs/evaluation.md"), "megatron-sip-evaluate")
+    written: list[Path] = []
+    for given in map(evaluate_command_line().parse_args, words):
+        read = {"compare": ("base", "model"), "rate": ("generations",), "diversity": ("generations",)}.get(
+            given.command, ()
+        )
+        for name in read:
+            found = getattr(given, name)
+            assert {Path(path) for path in (found if isinstance(found, list) else [found])} <= set(written)
+        if given.command == "table":
+            assert {str(path.parent) for path in written if path.suffix == ".json"} >= set(given.runs)
+        written += [given.output] if getattr(given, "output", None) else []
+    assert {given[0] for given in words} == COMMANDS.keys()
 
 
 def test_the_hops_of_architecture_md_are_ten_files_and_its_rooms_are_all_folders() -> None:

