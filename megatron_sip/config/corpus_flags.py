@@ -141,11 +141,16 @@ def corpus_command(name: str) -> Callable[[argparse.Namespace], dict[str, Any]]:
     """What makes the corpus that the flags of the command `name` tell of, down to its manifest."""
 
     def run(given: argparse.Namespace) -> dict[str, Any]:
-        if given.workers < 1:
-            raise CorpusError(f"--workers {given.workers}: at least 1 is needed")
+        require_workers(given.workers)
         return make_corpus(corpus_work(name, given), Path(given.out), given.workers)
 
     return run
+
+
+def require_workers(workers: int) -> None:
+    """Raises CorpusError for fewer than one."""
+    if workers < 1:
+        raise CorpusError(f"--workers {workers}: at least 1 is needed")
 
 
 def corpus_work(name: str, args: argparse.Namespace) -> CorpusWork:

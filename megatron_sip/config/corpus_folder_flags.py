@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_sip.config.corpus_flags import SHARD_FLAGS
+from megatron_sip.config.corpus_flags import SHARD_FLAGS, require_workers
 from megatron_sip.config.flags import Flags, add_flags
 from megatron_sip.config.prepare_flags import READ_FLAGS, shares_of
 from megatron_sip.corpus.dedup import DedupWork
-from megatron_sip.corpus.folder import CorpusError
 from megatron_sip.corpus.minhash import DedupError, NearSettings
 from megatron_sip.corpus.ngrams import NGRAM
 from megatron_sip.corpus.roles import RolesWork
@@ -25,7 +24,7 @@ CORPUS_FLAGS: Flags = {
 }
 DEDUP_FLAGS: Flags = {
     "--similarity": (
-        {"type": float, "default": 0.8},
+        {"type": float, "default": NearSettings().similarity},
         "Texts whose sets of word n-grams are at least so alike (Jaccard) are near-duplicates.",
     ),
     "--ngram": ({"type": int, "default": NGRAM, "metavar": "WORDS"}, "Length of these n-grams."),
@@ -66,7 +65,11 @@ def add_dedup_flags(parser: argparse.ArgumentParser) -> None:
 
 def dedup_work(args: argparse.Namespace) -> DedupWork:
     """What `dedup` does. Raises UserError, naming the flag."""
-    given = {"--similarity": args.similarity != 0.8, "--ngram": args.ngram != NGRAM, "--signatures": args.signatures}
+    given = {
+        "--similarity": args.similarity != NearSettings().similarity,
+        "--ngram": args.ngram != NGRAM,
+        "--signatures": args.signatures,
+    }
     unused = [flag for flag, is_given in given.items() if args.exact_only and is_given]
     unused += ["--ngram"] if args.signatures and args.ngram != NGRAM and not args.exact_only else []
     if unused:
@@ -80,9 +83,3 @@ def dedup_work(args: argparse.Namespace) -> DedupWork:
     )
     require_workers(args.workers)
     return DedupWork(args.data_path, args.out, near, tuple(paths), args.workers)
-
-
-def require_workers(workers: int) -> None:
-    """Raises CorpusError for fewer than one."""
-    if workers < 1:
-        raise CorpusError(f"--workers {workers}: at least 1 is needed")

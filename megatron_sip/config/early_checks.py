@@ -20,9 +20,11 @@ from typing import Any
 from megatron_sip.checkpoints.folder import TRACKER, require_checkpoint
 from megatron_sip.config.checks import missing_flags, problems_of_ours, refuse
 from megatron_sip.config.flags import add_arguments
+from megatron_sip.config.held_out import suites_of
 from megatron_sip.config.parse import SAVE_INTERVAL, StrictParser, find_hf_config
 from megatron_sip.data.documents import OWN_SPLITS
 from megatron_sip.data.role_corpus import role_paths
+from megatron_sip.data.roles import Split
 from megatron_sip.data.source_files import parse_data_path
 from megatron_sip.errors import ArgumentError, DataError
 from megatron_sip.hf.converted import is_hf_folder
@@ -109,8 +111,10 @@ def missing_files(args: argparse.Namespace) -> Iterator[str]:
         yield str(error)
     try:
         if args.data_path and not args.dry_run:
-            paths = args.data_path if args.subset is None else role_paths(args.data_path, args.subset, "train")
-            parse_data_path(paths)
+            splits: tuple[Split, ...] = ("train", "test") if args.win_rate_prompts or suites_of(args) else ("train",)
+            for split in splits if args.subset is not None else ("train",):
+                paths = args.data_path if args.subset is None else role_paths(args.data_path, args.subset, split)
+                parse_data_path(paths)
     except DataError as error:
         yield str(error)
     if args.subset is not None and args.split is not None:

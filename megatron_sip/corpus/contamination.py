@@ -8,6 +8,7 @@ Texts of a set with fewer words have no such n-gram, and nothing is dropped for 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from megatron_sip.corpus.rules import Document
 from megatron_sip.data.corpus_files import digest
 from megatron_sip.data.rows import ENDINGS, read_rows
 from megatron_sip.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,11 @@ class Contamination:
             if counts["too_short"] == counts["texts"]:
                 raise DataError(
                     f"--decontaminate {name}: none of its {counts['texts']} texts has {NGRAM} words: name another field or file"
+                )
+            if counts["too_short"]:
+                log.warning(
+                    "--decontaminate %s: %d of its %d texts have fewer than %d words: no document goes for them",
+                    *(name, counts["too_short"], counts["texts"], NGRAM),
                 )
             hashes.append(np.unique(np.concatenate(found)))
             read = [{"path": str(file.path), "field": file.field, "sha256": digest(file.path)} for file in own]

@@ -116,7 +116,7 @@ def make_sketch(near: NearSettings | None, shard: tuple[CorpusFile, Sketch], tic
     signer = None if near is None else Signer(near)
     exact, ids, signatures = bytearray(), [], bytearray()
     for document in read_documents(file.path, tick):
-        words = normalised_words(document.text)
+        words = normalised_words(document.text) or [document.text.strip()]
         exact += words_digest(words)
         ids.append(id_hash(document.id))
         if signer is not None:

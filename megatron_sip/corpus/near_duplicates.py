@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
+from megatron_sip.console import bars
 from megatron_sip.corpus.ngrams import Hashes
 
 Documents = npt.NDArray[np.int64]
@@ -29,7 +31,8 @@ def originals(columns: Iterable[Hashes], candidates: npt.NDArray[np.bool_], alik
     members, groups = _groups(columns, np.flatnonzero(candidates))
     kept: dict[int, list[int]] = defaultdict(list)
     begins = np.flatnonzero(np.diff(members, prepend=-1))
-    for begin, end in zip(begins, [*begins[1:], len(members)], strict=False):
+    spans = zip(begins, [*begins[1:], len(members)], strict=False)
+    for begin, end in tqdm(spans, "compare", len(begins), file=bars(), unit="documents"):
         document, own = int(members[begin]), groups[begin:end].tolist()
         others = np.array(sorted({other for group in own for other in kept[group]}), np.int64)
         same = others[alike(document, others)] if len(others) else others

@@ -20,14 +20,15 @@ NGRAM = 13
 Hashes = npt.NDArray[np.uint64]
 
 _PUNCTUATION = re.compile(
-    r"[!-/:-@\[-`{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u2010-\u205e\u3001-\u3011]"
-)  # no vowel signs of any script
+    r"[!-/:-@\[-`{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u2010-\u205e\u3001-\u3011"  # no vowel signs of any script
+    r"\u00ad\u061c\u180e\u200b-\u200f\u2060-\u206f\ufeff]"  # nor what is not seen (Unicode's category Cf)
+)
 _WEIGHTS = np.array([hash64(place, 0x6E6772616D) | 1 for place in range(64)], np.uint64)  # odd: a word's hash is kept
 MAX_NGRAM = len(_WEIGHTS)
 
 
 def normalised_words(text: str) -> list[str]:
-    """The words of a text, without what two copies of it often differ in."""
+    """The words of a text, without what two copies of it often differ in; none of a text of signs alone."""
     return _PUNCTUATION.sub("", unicodedata.normalize("NFC", text.lower())).split()
 
 

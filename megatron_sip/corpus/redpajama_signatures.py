@@ -66,8 +66,15 @@ def read_signatures(paths: Sequence[Path], similarity: float) -> SignatureTable:
     present: list[npt.NDArray[np.bool_]] = []
     widths: set[int] = set()
     for path in paths:
+        first = 1
         for batch in _batches(path, column):
             names, signatures = batch.columns
+            if names.null_count or signatures.flatten().null_count:
+                raise DataError(
+                    f"{path}: {names.null_count} ids and {signatures.flatten().null_count} bands of rows {first} to "
+                    f"{first + len(names) - 1} are null: not RedPajama-V2's signatures"
+                )
+            first += len(names)
             widths.update(pc.list_value_length(signatures.drop_null()).to_pylist())
             if len(widths) > 1:
                 raise DataError(f"{path}: the lists in {column!r} differ in length: not RedPajama-V2's signatures")

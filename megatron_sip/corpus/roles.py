@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from megatron_sip.corpus.workers import Tick, work_on
 from megatron_sip.data.corpus_files import CorpusFile
 from megatron_sip.data.role_corpus import COMMAND, shares_json
 from megatron_sip.data.roles import ROLES, SPLITS, Shares, text_key
+
+log = logging.getLogger(__name__)
 
 PARTS = tuple((role, split) for role in ROLES for split in SPLITS)
 
@@ -32,6 +35,12 @@ class RolesWork:
 def divide(work: RolesWork) -> dict[str, Any]:
     """The manifest of the corpus with roles. Raises CorpusError, DataError."""
     shards = shards_of(work.corpus)
+    if (made_by := CorpusFolder(work.corpus).manifest()["command"]) != "dedup":
+        log.warning(
+            "--data-path %s: %s made it, not dedup: nearly the same text may be in several roles and splits",
+            work.corpus,
+            made_by,
+        )
     about = {
         "command": COMMAND,
         "settings": shares_json(work.shares),

@@ -7,6 +7,7 @@ DIR/manifest.json       the shares that the roles and splits were drawn by, and 
 from __future__ import annotations
 
 import glob
+import logging
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +17,8 @@ from megatron_sip.data.roles import ROLES, SPLITS, DocumentRole, Shares, Split
 from megatron_sip.errors import DataError
 from megatron_sip.files import described, read_json
 
+log = logging.getLogger(__name__)
+
 COMMAND = "roles"
 MADE_BY = "megatron-sip-prepare roles"
 NO_CORPUS = "--data-path {entry}: {problem}: with {flag} name folders that {made_by} finished"
@@ -24,21 +27,32 @@ NO_CORPUS = "--data-path {entry}: {problem}: with {flag} name folders that {made
 def role_paths(data_path: Sequence[str], role: DocumentRole, split: Split, flag: str = "--subset") -> list[str]:
     """Entries of --data-path, weights among them, with each folder replaced by a pattern of its files of the role and split.
 
-    Raises DataError, which names the entry, for one that is no finished corpus with roles, or has no such document.
+    A folder without a held-out document is left out with its weight, and that is said, unless none has one.
+
+    Raises DataError, which names the entry, for one that is no finished corpus with roles, has no document to train on, or
+    other files than its manifest says.
     """
-    entries = []
+    entries: list[str] = []
+    weight: list[str] = []
+    without: list[str] = []
     for entry in data_path:
         if _is_weight(entry):
-            entries.append(entry)
+            weight.append(entry)
             continue
         folder = Path(entry).expanduser()
         counts = _manifest(folder, flag)[1]
-        if not counts.get(f"{role}/{split}"):
+        if counts.get(f"{role}/{split}"):
+            listed_files(folder, read_json(folder / MANIFEST, "the manifest of a corpus"), f"{role}/{split}")
+            entries += [*weight, str(Path(glob.escape(str(folder))) / DOCUMENTS / role / split / "*.jsonl.zst")]
+        else:
             have = ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"
-            raise DataError(f"--data-path {entry}: no document for {role}/{split}; it has {have}")
-        listed_files(folder, read_json(folder / MANIFEST, "the manifest of a corpus"), f"{role}/{split}")
-        entries.append(str(Path(glob.escape(str(folder))) / DOCUMENTS / role / split / "*.jsonl.zst"))
-    return entries
+            without.append(f"--data-path {entry}: no document for {role}/{split}; it has {have}")
+        weight = []
+    if without and (split == "train" or not entries):
+        raise DataError(without[0])
+    for problem in without:
+        log.warning("%s: left out there", problem)
+    return entries + weight
 
 
 def shares_of(folder: Path, flag: str) -> Shares:

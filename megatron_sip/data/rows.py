@@ -70,13 +70,18 @@ def read_rows(path: Path) -> Iterator[Row]:
 def _csv(path: Path) -> Iterator[Mapping[str, Any]]:
     csv.field_size_limit(LONGEST_CELL)
     with described(path, "a csv file with a header"), path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
         try:
-            yield from csv.DictReader(file, strict=True)
+            yield from rows
         except csv.Error as error:
-            raise DataError(f"{path}: not a csv file with a header: {error}") from error
+            raise DataError(f"{path}: not a csv file with a header after line {rows.line_num}: {error}") from error
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
+    with path.open("rb") as file:
+        start = file.read(64).lstrip()
+    if start.startswith(b"["):
+        raise DataError(f"{path}: a JSON array: write each of its objects in a line of its own, without the brackets")
     yield from read_json_lines(path, "a JSON object")
 
 

@@ -125,7 +125,8 @@ def test_files_that_are_not_there_are_named_with_the_rest() -> None:
 
 
 def test_a_corpus_is_read_by_the_documents_of_a_role_in_its_own_splits(tmp_path: Path) -> None:
-    manifest = {"command": "roles", "documents": {"by_role": {"policy/train": 1}}}
+    outputs = {"documents/policy/train/0.jsonl.zst": {"bytes": 0, "sha256": ""}}
+    manifest = {"command": "roles", "documents": {"by_role": {"policy/train": 1}}, "shards": [{"outputs": outputs}]}
     manifest["settings"] = shares_json(Shares((Fraction(1), Fraction(0), Fraction(0)), (Fraction(1),) * 3))
     part = tmp_path / "corpus" / "documents" / "policy" / "train"
     part.mkdir(parents=True)
@@ -136,6 +137,10 @@ def test_a_corpus_is_read_by_the_documents_of_a_role_in_its_own_splits(tmp_path:
     for flags, says in (
         ((), r"'corpus' is a corpus; name its files, 'corpus/documents/\*\.jsonl\.zst', or with --subset"),
         (("--subset", "judge"), "corpus: no document for judge/train; it has policy/train 1"),
+        (
+            ("--subset", "policy", "--win-rate-prompts", "8"),
+            "corpus: no document for policy/test; it has policy/train 1",
+        ),
         (("--subset", "policy", "--split", "9,1"), "--split 9,1: with --subset the corpus has splits of its own"),
         (("--subset", "policy", "--data-path", "a.jsonl"), "--data-path a.jsonl: no such folder"),
         (("--subset", "policy", "--tasks", "judgements"), "--subset: it is for --tasks documents; remove it"),

@@ -50,6 +50,13 @@ def test_a_document_goes_by_the_first_set_that_it_shares_13_words_with(
     assert pickle.loads(pickle.dumps(made)).reason(document("Y, " * 13)) == "second"
 
 
+def test_texts_that_are_too_short_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rule(tmp_path, quiz=[QUESTION, "how long?", "why?"], other=[QUESTION])
+    assert caplog.messages == [
+        "--decontaminate quiz: 2 of its 3 texts have fewer than 13 words: no document goes for them"
+    ]
+
+
 def test_case_and_punctuation_do_not_hide_an_overlap_and_fewer_words_are_none(tmp_path: Path) -> None:
     made = rule(tmp_path, quiz=[QUESTION, "", "how long?"])
     assert made.reason(document(f"They asked: {QUESTION.upper()}?")) == "quiz"
@@ -84,6 +91,12 @@ def test_what_is_no_evaluation_set_is_named(tmp_path: Path) -> None:
             EvaluationFile.parse(given_text)
     with pytest.raises(DataError, match="row 1: no column 'answer'; found 'question'"):
         Contamination.of([EvaluationFile.parse(f"quiz={path}:answer")])
+    (tmp_path / "list.json").write_text('[\n {"question": "why?"}\n]')
+    with pytest.raises(DataError, match=r"list\.json: a JSON array: write each of its objects in a line of its own"):
+        Contamination.of([EvaluationFile.parse(f"quiz={tmp_path / 'list.json'}")])
+    (tmp_path / "half.csv").write_text('q,a\n"one two",3\n"oops,4\n')
+    with pytest.raises(DataError, match=r"half\.csv: not a csv file with a header after line 2: "):
+        Contamination.of([EvaluationFile.parse(f"quiz={tmp_path / 'half.csv'}")])
     with pytest.raises(DataError, match="quiz: none of its 1 texts has 13 words"):
         Contamination.of([EvaluationFile.parse(f"quiz={path}")])
 

@@ -141,6 +141,31 @@ def test_weights_stand_before_folders(divided: Path, tmp_path: Path) -> None:
         open_splits(["train"], paths, None, "policy", TOKENIZER, settings)
 
 
+def test_a_side_source_without_held_out_documents_is_left_out_of_what_is_measured(
+    divided: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("roles", "--data-path", write_corpus(tmp_path / "c", {"a": ["x", "y"]}), "--role-shares", "1", "--split", "1,0,0",
+        "--out", tmp_path / "side")  # fmt: skip
+    caplog.clear()
+    paths = ["0.9", str(divided), "0.1", str(tmp_path / "side")]
+    assert len(role_paths(paths, "policy", "train")) == 4
+    assert role_paths(paths, "policy", "test") == role_paths(paths[:2], "policy", "test")
+    assert caplog.messages == [
+        f"--data-path {tmp_path / 'side'}: no document for policy/test; it has policy/train 2: left out there"
+    ]
+    with pytest.raises(DataError, match="no document for judge/train"):
+        role_paths(paths, "judge", "train")
+
+
+def test_roles_of_a_corpus_with_repetitions_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = write_corpus(tmp_path / "plain", {"a": ["x", "y"]})
+    run("dedup", "--data-path", plain, "--out", tmp_path / "unique")
+    run("roles", "--data-path", tmp_path / "unique", "--out", tmp_path / "one")
+    assert not caplog.messages
+    run("roles", "--data-path", plain, "--out", tmp_path / "two")
+    assert "text made it, not dedup: nearly the same text may be in several roles" in caplog.text
+
+
 def test_what_is_no_corpus_with_roles_is_named(divided: Path, tmp_path: Path) -> None:
     plain = divided.parent / "corpus"
     (plain / "manifest.json").write_text(json.dumps({"command": "dedup"}))

@@ -71,6 +71,13 @@ def test_only_the_same_words_are_repetitions_where_that_is_asked_for(corpus: Pat
     assert manifest["dropped"] == {"exact": 4}
 
 
+def test_texts_of_signs_alone_are_compared_as_they_are(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "c", {"a": ["!!!", "??? ...", " !!!\n", "---"]})
+    for name, flags in (("exact", ["--exact-only"]), ("near", [])):
+        run("dedup", "--data-path", corpus, "--out", tmp_path / name, *flags)
+        assert kept(tmp_path / name) == {"a": ["a/0", "a/1", "a/3"]}
+
+
 def test_killed_anywhere_it_ends_with_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     words = ("dedup", "--data-path", corpus, "--out")
     run(*words, tmp_path / "whole")
@@ -131,6 +138,14 @@ def test_signatures_that_are_no_answer_are_refused(tmp_path: Path) -> None:
     refused(DedupError, "no row for 1 of the 2 documents of a, as for number 2", write_signatures(tmp_path / "1", rows))
     refused(DataError, "differ in length", write_signatures(tmp_path / "2", rows | {"a/1": [b"1"]}))
     refused(DataError, "no column 'signature_sim0.8'; it has id, sim", write_signatures(tmp_path / "3", rows, "sim"))
+    null = pa.table({"id": ["a/0"], "signature_sim0.8": pa.array([[b"1", None]], pa.list_(pa.binary()))})
+    pq.write_table(null, tmp_path / "6")
+    refused(DataError, r"6: 0 ids and 1 bands of rows 1 to 1 are null", tmp_path / "6")
+    ids = pa.table(
+        {"id": pa.array(["a/0", None]), "signature_sim0.8": pa.array([[b"1"], [b"2"]], pa.list_(pa.binary()))}
+    )
+    pq.write_table(ids, tmp_path / "7")
+    refused(DataError, r"7: 1 ids and 0 bands of rows 1 to 2 are null", tmp_path / "7")
     refused(DataError, "no signature", write_signatures(tmp_path / "4", {"a/0": None, "a/1": None}))
     refused(DedupError, r"of 0\.7, 0\.8, 0\.9, 1\.0", tmp_path / "1", 0.75)
     (tmp_path / "5").write_text("x")

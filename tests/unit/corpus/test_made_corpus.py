@@ -15,6 +15,7 @@ import pytest
 from prepare_cases import files_below, run
 from raw_corpus_cases import GOOD, read_kept, redpajama_rows, text_of, write_lines, write_redpajama
 
+from megatron_sip.corpus import workers
 from megatron_sip.corpus.folder import CorpusError, CorpusFolder, read_documents, shards_of
 from megatron_sip.data.text_sources import read_texts
 from megatron_sip.errors import DataError
@@ -35,6 +36,13 @@ DROPPED = {
 }
 
 
+TWO_PROCESSES = """from megatron_sip.corpus import workers
+from megatron_sip.prepare.__main__ import main
+workers._BYTES_PER_PROCESS = 1  # the shards are small
+main()
+"""
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("redpajama")
@@ -48,8 +56,11 @@ def unsafe(shards: Path, out: Path, *more: str | Path) -> dict[str, Any]:
     return run("redpajama", *words, *more)
 
 
-def test_what_is_kept_and_dropped_adds_up_in_any_number_of_processes(shards: Path, tmp_path: Path) -> None:
+def test_what_is_kept_and_dropped_adds_up_in_any_number_of_processes(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = unsafe(shards, tmp_path / "one")
+    monkeypatch.setattr(workers, "_BYTES_PER_PROCESS", 1)
     unsafe(shards, tmp_path / "two", "--workers", "2")
     assert files_below(tmp_path / "one") == files_below(tmp_path / "two")
     assert manifest["dropped"] == DROPPED
@@ -86,7 +97,7 @@ def test_killed_between_and_within_shards_it_ends_with_the_same_bytes(tmp_path: 
         return len(list(killed.glob("shards/[!.]*")))
 
     for wanted in (1, 5):  # a kill while others are being written, then none
-        process = subprocess.Popen([sys.executable, "-m", "megatron_sip.prepare", *words], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, *words], stdout=subprocess.DEVNULL)
         while process.poll() is None and done() < wanted:
             time.sleep(0.002)
         process.kill()

@@ -91,3 +91,13 @@ def test_ngrams_are_equal_where_their_words_are(words: list[str], ngram: int) ->
 def test_settings_that_cannot_be_are_named(similar: float, ngram: int, says: str) -> None:
     with pytest.raises(DedupError, match=says):
         NearSettings(similar, ngram)
+
+
+def test_what_is_not_seen_does_not_count() -> None:
+    texts = ("hello wor\u00adld", "\ufeffhello world", "hello\u200b world", "hel\u2060lo\u200e world", "Hello, world")
+    assert {tuple(normalised_words(text)) for text in texts} == {("hello", "world")}
+
+
+def test_a_bar_counts_what_is_compared(capfd: pytest.CaptureFixture[str]) -> None:
+    originals([np.zeros(40, np.uint64)], np.ones(40, bool), lambda _, others: np.zeros(len(others), bool))
+    assert "40/40" in capfd.readouterr().err
