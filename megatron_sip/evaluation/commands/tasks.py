@@ -71,7 +71,7 @@ def run(given: argparse.Namespace) -> None:
     results, metrics = as_results(tasks, found)
     about = model.header() | {
         "tasks": "lm-eval",
-        "few_shot": {name: found["n-shot"].get(name) for name in tasks.groups},
+        "few_shot": {name: found["n-shot"][leaves[0]] for name, leaves in tasks.groups.items()},
         "metrics": metrics,
         "requests": dict(engine.counts),
         "seconds": seconds,
