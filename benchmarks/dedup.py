@@ -28,6 +28,7 @@ from prepare_corpus import measured, resident_mb
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 from duplicate_cases import jaccard, planted_pair, vocabulary
 
+from megatron_sip.corpus.counting import mark_of, summed
 from megatron_sip.corpus.folder import CorpusFolder, read_documents, shards_of, writing_documents
 from megatron_sip.corpus.minhash import PLACES, NearSettings, Signer, band_keys, similarity
 from megatron_sip.corpus.near_duplicates import originals
@@ -66,13 +67,14 @@ def make_corpus(folder: Path, count: int) -> dict[str, float]:
             with writing_documents(corpus.documents(str(shard))) as write:
                 for number, (name, text) in enumerate(documents[shard * size : (shard + 1) * size]):
                     write(Document(name or f"{shard}/{number}", text, str(shard)))
-        corpus.finish({"documents": len(documents)})
+            corpus.mark_done(str(shard), mark_of(corpus, [], [corpus.documents(str(shard))], {}))
+        corpus.finish({"command": "text", **summed(corpus, map(str, range(SHARDS)))[0]})
     return alike
 
 
 def found(out: Path, alike: dict[str, float], documents: int) -> dict[str, Any]:
     """Which partners went, by similarity; recall and precision of those that should have."""
-    kept = {document.id for path in shards_of(out) for document in read_documents(path)}
+    kept = {document.id for file in shards_of(out) for document in read_documents(file.path)}
     gone = {name for name in alike if name not in kept}
     planted = Counter(name.rpartition("-")[0] for name in alike)
     shares = {kind: sum(name.startswith(f"{kind}-") for name in gone) / count for kind, count in planted.items()}

@@ -83,7 +83,7 @@ def read_signatures(paths: Sequence[Path], similarity: float) -> SignatureTable:
                 np.array([xxhash.xxh3_64_intdigest(band) for band in signatures.flatten().to_pylist()], np.uint64)
             )
             present.append(np.array(signatures.is_valid(), bool))
-    if not widths:
+    if not any(widths):
         raise DataError(f"{paths[0]}: no signature in {column!r}, nor in the other files")
     has, order = np.concatenate(present), np.argsort(np.concatenate(ids), kind="stable")
     keys = np.zeros((len(has), *widths), np.uint64)

@@ -146,6 +146,7 @@ def test_signatures_that_are_no_answer_are_refused(tmp_path: Path) -> None:
     )
     pq.write_table(ids, tmp_path / "7")
     refused(DataError, r"7: 1 ids and 0 bands of rows 1 to 2 are null", tmp_path / "7")
+    refused(DataError, "no signature", write_signatures(tmp_path / "8", {"a/0": [], "a/1": []}))
     refused(DataError, "no signature", write_signatures(tmp_path / "4", {"a/0": None, "a/1": None}))
     refused(DedupError, r"of 0\.7, 0\.8, 0\.9, 1\.0", tmp_path / "1", 0.75)
     (tmp_path / "5").write_text("x")
