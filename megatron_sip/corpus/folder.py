@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -127,6 +128,9 @@ def differences(known: Mapping[str, Any], given: Mapping[str, Any], under: str =
         there, here = known.get(name), given.get(name)
         if isinstance(there, Mapping) and isinstance(here, Mapping):
             found += differences(there, here, f"{under}{name}.")
+        elif isinstance(there, list) and isinstance(here, list) and there != here:
+            first = next(one or other for one, other in zip_longest(here, there) if one != other)
+            found.append(f"{under}{name} ({len(there)} there, {len(here)} here, the first other one {first!r})")
         elif there != here:
             found.append(f"{under}{name} ({there!r:.60} there, {here!r:.60} here)")
     return found

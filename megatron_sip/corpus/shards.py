@@ -19,7 +19,14 @@ import orjson
 
 from megatron_sip.corpus.folder import CorpusError
 from megatron_sip.corpus.rules import Document
-from megatron_sip.data.text_sources import PARQUET_SUFFIX, numbered_lines, parquet_batches, source_suffix, stem_of
+from megatron_sip.data.text_sources import (
+    MAX_DOCUMENT_BYTES,
+    PARQUET_SUFFIX,
+    numbered_lines,
+    parquet_batches,
+    source_suffix,
+    stem_of,
+)
 from megatron_sip.errors import DataError
 from megatron_sip.files import described
 
@@ -265,6 +272,8 @@ def _document(
         text = _value(record, fields.text, where)
         if not isinstance(text, str):
             raise DataError(f"{where}: the field {fields.text!r} holds no text: {type(text).__name__}")
+        if len(text) > MAX_DOCUMENT_BYTES:
+            raise DataError(f"{where}: {len(text)} characters; a document this large is better cut into several")
         own = record.get(DOC_ID) if beside is None and fields.redpajama else beside and beside.id
         name = _word(record, fields.id, where) if fields.id else str(own or f"{shard.place}/{number}")
         file = Path(name).parent

@@ -12,6 +12,7 @@ from corpus_cases import read_corpus, write_corpus
 from prepare_cases import files_below, run, write_records
 
 from megatron_sip.corpus import folder as corpus_folder
+from megatron_sip.corpus import workers
 from megatron_sip.corpus.dedup import Sketch
 from megatron_sip.corpus.folder import CorpusError, CorpusFolder, writing_documents
 from megatron_sip.corpus.rules import Document
@@ -148,6 +149,9 @@ def test_other_work_is_told_by_the_setting_that_differs(tmp_path: Path) -> None:
     run(*words, "--out", tmp_path / "out")
     with pytest.raises(CorpusError, match=r"differs in settings\.quality\.min_words \(1\.0 there, 2\.0 here\): give"):
         run(*words, "--min-words", "2", "--out", tmp_path / "out")
+    more = write_records(tmp_path / "raw/c.jsonl", [{"text": "c"}])
+    with pytest.raises(CorpusError, match=rf"differs in files \(2 there, 3 here, the first other one '{more}'\): give"):
+        run(*words[:4], more, *words[4:], "--out", tmp_path / "out")
 
 
 def test_documents_get_roles_once(tmp_path: Path) -> None:
@@ -156,6 +160,15 @@ def test_documents_get_roles_once(tmp_path: Path) -> None:
     for command in ("roles", "dedup"):
         with pytest.raises(CorpusError, match="its documents have roles already"):
             run(command, "--data-path", tmp_path / "roles", "--out", tmp_path / "again")
+
+
+@pytest.mark.parametrize("command", ["dedup", "roles"])
+def test_two_processes_make_what_one_makes(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = write_corpus(tmp_path / "corpus", {**SHARDS, "2-c": SHARDS["0-a"]})
+    run(command, "--data-path", corpus, "--out", tmp_path / "one", "--workers", "1")
+    monkeypatch.setattr(workers, "_BYTES_PER_PROCESS", 1)
+    run(command, "--data-path", corpus, "--out", tmp_path / "two", "--workers", "2")
+    assert files_below(tmp_path / "one") == files_below(tmp_path / "two")
 
 
 @pytest.mark.parametrize("pattern", ["**/*.jsonl*", "*/*/*.zst", "**/*.json"])

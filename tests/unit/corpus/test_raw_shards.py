@@ -13,6 +13,7 @@ import pytest
 from raw_corpus_cases import GOOD, as_signals, redpajama_rows, text_of, write_lines, write_redpajama
 
 from megatron_sip.config.corpus_flags import text_files
+from megatron_sip.corpus import shards
 from megatron_sip.corpus.folder import CorpusError
 from megatron_sip.corpus.quality import QualitySettings
 from megatron_sip.corpus.rules import Document
@@ -260,3 +261,13 @@ def test_fields_of_one_s_own(tmp_path: Path) -> None:
     found = read(write_lines(tmp_path / "a.jsonl", records), Fields("body.text", "key", "src"))
     assert found[0] == Document("7", "a", "x")
     assert "a.jsonl:3 is not a record with the field 'key'; it has body, src" in str(found[1])
+
+
+def test_a_text_that_no_later_command_would_read_is_a_broken_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "MAX_DOCUMENT_BYTES", 100)
+    pq.write_table(pa.table({"text": ["a", "b" * 101, "c" * 100]}), tmp_path / "a.parquet")
+    found = read(tmp_path / "a.parquet", Fields("text"))
+    assert [type(each) for each in found] == [Document, DataError, Document]
+    assert "a.parquet:2: 101 characters; a document this large" in str(found[1])
