@@ -51,6 +51,11 @@ class Generation:
     ids: list[int]
     finish_reason: str
 
+    def __post_init__(self) -> None:
+        texts = (self.document, self.prefix, self.suffix, self.text, self.finish_reason)
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"generation {self.index}: document, prefix, suffix, text and finish_reason are texts")
+
     @property
     def task(self) -> Task:
         """The task as a judge is shown it: texts alone."""
@@ -82,7 +87,7 @@ class Generations:
 def read_generations(path: Path) -> Generations:
     """A file that `generate` wrote. Raises DataError, which names the line; OSError."""
     values = read_json_lines(path, "a generation")
-    if not values or values[0].get("format") != FORMAT:
+    if not values or not isinstance(values[0], dict) or values[0].get("format") != FORMAT:
         raise DataError(f"{path}: no file of generations; `megatron-sip-evaluate generate` writes one")
     with described(path, "a file of generations"):
         return Generations(values[0], [Generation(**value) for value in values[1:]])

@@ -54,7 +54,7 @@ def read_results(path: Path) -> Results:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path}: no file of results; megatron-sip-evaluate writes one with --output")
     with described(path, "a file of results"):
-        return Results(content["about"], [_result(value) for value in content["results"]])
+        return Results({**content["about"]}, [_result(value) for value in content["results"]])
 
 
 def _result(value: Mapping[str, Any]) -> Result:

@@ -356,3 +356,37 @@ def test_a_fault_of_our_own_is_no_mistake_of_the_user_s(fault: Exception, monkey
     monkeypatch.setattr("megatron_sip.evaluation.commands.sets.run", fails)
     with pytest.raises(type(fault), match="ours"):
         main(["sets"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "g.jsonl:1 is not a generation"),
+        (b"[]\n", "no file of generations"),
+        (b'{"format": "%b"}\n{"text": "a"}\n' % FORMAT.encode(), "missing"),
+        (
+            b'{"format": "%b"}\n{"index": 0, "document": 1, "prefix": "", "suffix": "", "text": 5, "ids": [], '
+            % FORMAT.encode()
+            + b'"finish_reason": "stop"}\n',
+            "generation 0: .*are texts",
+        ),
+    ],
+)
+def test_a_file_that_is_none_of_ours_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "g.jsonl").write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        main(["diversity", str(tmp_path / "g.jsonl")])
+
+
+@pytest.mark.parametrize("about", ["[]", "7", "null"])
+def test_results_about_nothing_are_named(tmp_path: Path, about: str) -> None:
+    (tmp_path / "a.json").write_text(f'{{"format": "megatron-sip results 1", "about": {about}, "results": []}}')
+    with pytest.raises(SystemExit, match=r"a\.json is not a file of results"):
+        main(["table", str(tmp_path)])
+
+
+def test_documents_need_no_room_for_a_suffix(tmp_path: Path) -> None:
+    """--suffix-length says nothing of whole documents: the model is what is asked for next."""
+    for length, message in (("64", "neither an HF folder"), ("1", "--seq-length 1: must be at least 2")):
+        with pytest.raises(SystemExit, match=message):
+            main([*NLL, "--of", "document", "--seq-length", length])

@@ -48,10 +48,11 @@ def run(given: argparse.Namespace) -> None:
         refuse_unused(
             given, add_flags, ("--suffix-length", "--min-prefix-length", "--task-mode"), f"with --of {DOCUMENT}"
         )
-    settings = {SUFFIX: task_settings(given), DOCUMENT: TaskSettings.whole(given.seq_length, given.seed)}
+    make = {SUFFIX: lambda: task_settings(given), DOCUMENT: lambda: TaskSettings.whole(given.seq_length, given.seed)}
+    settings = {of: make[of]() for of in given.of}
     model = open_model(given)
     corpus = open_split(given, model.tokenizer)
-    sources = {of: TaskSource(corpus, model.tokenizer, settings[of]) for of in dict.fromkeys(given.of)}
+    sources = {of: TaskSource(corpus, model.tokenizer, how) for of, how in settings.items()}
     with engines_of(model, given, given.output, given.seq_length + PROMPT_MARGIN) as urls:
         pool = pool_settings(given, corpus.vocab_size)
         found = {of: asyncio.run(measured(given, model, of, tasks, urls, pool)) for of, tasks in sources.items()}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_sip.data.rows import ENDINGS, read_rows
 from megatron_sip.errors import DataError
+from megatron_sip.files import described
 
 PASSAGE_SEPARATOR = "####SPECIAL####SEPARATOR####"
 """Between the passages of a page in FActScore's database."""
@@ -121,7 +122,8 @@ def _halueval_summarization(path: Path, _: Path | None) -> Iterator[Prompt]:
 def _factscore(path: Path, wikipedia: Path | None) -> Iterator[Prompt]:
     if wikipedia is None or not wikipedia.is_file():
         raise DataError(f"--wikipedia {wikipedia}: the database with the pages of these people is needed")
-    names = [name.strip() for name in path.read_text(encoding="utf-8").splitlines() if name.strip()]
+    with described(path, "a list of titles, one a line"):
+        names = [name.strip() for name in path.read_text(encoding="utf-8").splitlines() if name.strip()]
     with contextlib.closing(sqlite3.connect(f"{wikipedia.absolute().as_uri()}?mode=ro", uri=True)) as database:
         for name in names:
             try:

@@ -205,6 +205,13 @@ def test_another_tokenizer_makes_other_tasks_and_a_prompt_needs_room() -> None:
         PromptTasks(prompts, TOKENIZER, **how | {"room": 1, "prepend_bos": "on"})  # type: ignore[arg-type]
 
 
+def test_a_list_of_titles_that_is_no_text_is_named(tmp_path: Path) -> None:
+    entities, pages = write_page_database(tmp_path, {"Ada": "text"})
+    entities.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"prompt_entities\.txt is not a list of titles"):
+        read_prompts("factscore", entities, pages)
+
+
 def test_toxigen_s_bytes_are_texts(tmp_path: Path) -> None:
     """As annotated_train.csv has them; a text that only begins like one stays."""
     texts = ["they are n\u00efce", "it's", "plain", "b'cause they're 'nice'"]
