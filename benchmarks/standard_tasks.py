@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from lm_eval.api.model import LM, CachingLM
 from lm_eval.models.huggingface import HFLM
 from machine import describe_machine, format_table, write_report
 
-from megatron_sip.evaluation.commands.tasks import identity, model_length
+from megatron_sip.evaluation.commands.tasks import answers_key, model_length
 from megatron_sip.evaluation.lm_eval_engine import EngineLM
 from megatron_sip.evaluation.lm_eval_tasks import load_tasks, run_tasks
 from megatron_sip.evaluation.results import read_results
-from megatron_sip.evaluation.served_model import Model, load_tokenizer
+from megatron_sip.evaluation.served_model import Model, local_model
 from megatron_sip.judge.cache import AnswerCache
 from megatron_sip.rollout.pool import PoolSettings
 
@@ -68,7 +67,7 @@ def main() -> None:
     parser.add_argument("--transformers-limit", type=int, help="fewer questions for transformers")
     parser.add_argument("--json", type=Path, default=RESULTS)
     given = parser.parse_args()
-    model = Model(str(given.model), load_tokenizer(str(given.model)), given.model)
+    model = local_model(given.model, "float32")
     hf = HFLM(str(given.model), device="cpu", dtype="float32", batch_size=8)
     report: dict[str, Any] = (
         json.loads(given.json.read_bytes()) if given.json.exists() else {"tasks": {}, "commands": {}}
@@ -101,9 +100,10 @@ def main() -> None:
 def kept_answers(results: Path, model: Model) -> EngineLM:
     """The model of a command that is finished: whatever it is asked has been answered."""
     length = model_length(model)
-    which = orjson.dumps([identity(model, []), "float32", length])
     kept = AnswerCache(results.with_name(results.name + ".answers.sqlite"))
-    return EngineLM([NOWHERE], model.tokenizer, length, PoolSettings(attempts=1, deadline_s=5.0), kept, which)
+    return EngineLM(
+        [NOWHERE], model.tokenizer, length, PoolSettings(attempts=1, deadline_s=5.0), kept, answers_key(model, length)
+    )
 
 
 def show(report: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ class Model:
     name: str
     tokenizer: Any
     folder: Path | None
+    identity: Mapping[str, str]
     step: str | None = None
-    identity: Mapping[str, str] = field(default_factory=dict)
 
     def header(self) -> dict[str, str]:
         """What a file of its generations, and of results about it, says of it."""
@@ -53,25 +53,30 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def open_model(given: argparse.Namespace) -> Model:
-    """The model that `add_model_flags` describes; a run's checkpoint is exported once (`exported_model`).
+    """The model that `add_model_flags` describes. Raises DataError; RequestError when an engine does not answer."""
+    for flag, value in (("--concurrency", given.concurrency), ("--timeout", given.timeout)):
+        if value <= 0:
+            raise DataError(f"{flag} {value}: a number above 0 is needed")
+    if given.model is not None:
+        return local_model(given.model, given.dtype, given.tokenizer)
+    refuse_unused(given, add_model_flags, ("--dtype",), "with --url")
+    if not given.tokenizer:
+        raise DataError("--url needs --tokenizer, the HF folder of the model that the engines serve")
+    tokenizer = load_tokenizer(given.tokenizer)
+    name, identity = served_identity(given.url)
+    return Model(name, tokenizer, None, identity | {"tokenizer": tokenizer_key(tokenizer)})
 
-    Raises DataError; RequestError when an engine does not answer.
-    """
-    if given.model is None:
-        refuse_unused(given, add_model_flags, ("--dtype",), "with --url")
-        if not given.tokenizer:
-            raise DataError("--url needs --tokenizer, the HF folder of the model that the engines serve")
-        tokenizer = load_tokenizer(given.tokenizer)
-        name, identity = served_identity(given.url)
-        return Model(name, tokenizer, None, identity=identity | {"tokenizer": tokenizer_key(tokenizer)})
-    if is_hf_folder(given.model):
-        folder, step, key = given.model, None, weights_key(given.model)
+
+def local_model(model: Path, dtype: str, tokenizer_folder: str | None = None) -> Model:
+    """That in an HF folder, or the latest of a checkpoint folder, exported once (`exported_model`). Raises DataError."""
+    if is_hf_folder(model):
+        folder, step, key = model, None, weights_key(model)
     else:
-        export = exported(given.model)
+        export = exported(model)
         folder, step, key = export.folder, export.step, export.key
-    tokenizer = load_tokenizer(given.tokenizer or str(folder))
-    identity = {"weights": key, "dtype": given.dtype, "tokenizer": tokenizer_key(tokenizer)}
-    return Model(str(given.model), tokenizer, folder, step, identity)
+    tokenizer = load_tokenizer(tokenizer_folder or str(folder))
+    identity = {"weights": key, "dtype": dtype, "tokenizer": tokenizer_key(tokenizer)}
+    return Model(str(model), tokenizer, folder, identity, step)
 
 
 def served_identity(urls: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -127,7 +132,7 @@ def load_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: no tokenizer there: {error}") from error
 

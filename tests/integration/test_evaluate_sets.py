@@ -148,3 +148,18 @@ def test_nll_is_transformers_own(
     before = output.read_bytes()
     main([*words, "--output", str(output)])
     assert output.read_bytes() == before
+
+
+def test_a_folder_is_served_and_measured_as_where_it_is_served_already(
+    tiny_llama_server: LocalServer, tiny_llama_dir: Path, corpus: Path, tmp_path: Path
+) -> None:
+    lengths = ["--seq-length", "64", "--suffix-length", "16", "--split", "0,0,1", "--samples", "4", "--of", "suffix"]
+    models = {"url": model_words(tiny_llama_server, tiny_llama_dir)}
+    models["folder"] = ["--model", str(tiny_llama_dir), "--dtype", "float32"]
+    found = {}
+    for name, model in models.items():
+        output = tmp_path / name / "nll.json"
+        main(["nll", *model, "--data-path", str(corpus), *lengths, "--output", str(output)])
+        found[name] = only_result(output).value
+        assert read_results(output).about["model"] == str(tiny_llama_dir)
+    assert found["folder"] == pytest.approx(found["url"], abs=1e-4)

@@ -59,7 +59,7 @@ def run(given: argparse.Namespace) -> None:
             length,
             pool_settings(given, len(model.tokenizer)),
             answers,
-            orjson.dumps([identity(model, urls), given.dtype, length]),
+            answers_key(model, length),
         )
         started = time.monotonic()
         try:
@@ -80,11 +80,19 @@ def run(given: argparse.Namespace) -> None:
     print(json.dumps({"metrics": metrics, "requests": dict(engine.counts)}, indent=2))
 
 
+def answers_key(model: Model, length: int) -> bytes:
+    """What must be the same for an answer to be kept."""
+    return orjson.dumps([dict(model.identity), length])
+
+
 def model_length(model: Model) -> int:
     """Tokens that the model was made for. Raises DataError."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model.folder).get_text_config()
+    try:
+        config = AutoConfig.from_pretrained(model.folder).get_text_config()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{model.folder}: its config cannot be read: {error}") from error
     length = getattr(config, "max_position_embeddings", None)
     if length is None:
         raise DataError(f"{model.folder}: its config does not say how long texts may be: give --max-length")
@@ -95,13 +103,3 @@ def engine_length(url: str) -> int:
     """Tokens that a running engine takes at most, of context and continuation. Raises RequestError."""
     models: Any = call(url.rstrip("/"), "GET", "/v1/models", timeout_s=CALL_S)
     return int(models["data"][0]["max_model_len"]) - ENGINE_MARGIN - 1
-
-
-def identity(model: Model, urls: list[str]) -> list[Any]:
-    """What must be the same for an answer to be kept: the model's files, or what running engines say that they serve."""
-    known: list[Any] = [model.name, str(model.tokenizer.name_or_path)]
-    if model.folder is not None:
-        files = [(path, path.stat()) for path in sorted(model.folder.iterdir()) if path.is_file()]
-        return known + [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in files]
-    infos: list[Any] = [call(url.rstrip("/"), "GET", "/model_info", timeout_s=CALL_S) for url in urls]
-    return known + [[info["model_path"], info["weight_version"]] for info in infos]

@@ -10,9 +10,13 @@ import pytest
 from fake_engine import FakeEngine
 from tiny_tokenizer import byte_level_tokenizer, metaspace_tokenizer
 
+from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.errors import DataError
 from megatron_sip.evaluate import command_line
+from megatron_sip.evaluation import served_model
+from megatron_sip.evaluation.commands.tasks import answers_key
 from megatron_sip.evaluation.served_model import Model, open_model, served_identity
+from megatron_sip.hf.converted import ConversionFailedError, Export
 
 
 def opened(*words: str) -> Model:
@@ -75,8 +79,39 @@ def test_a_served_model_is_what_its_engine_says_wherever_it_listens(folders: tup
             served_identity([two.url])
 
 
+def test_answers_are_kept_by_what_is_served_not_by_where(folders: tuple[Path, Path]) -> None:
+    keys = []
+    for dtype in ("bfloat16", "bfloat16", "float32"):
+        with FakeEngine() as engine:
+            answers(engine, dtype=dtype)
+            model = opened("--url", engine.url, "--tokenizer", str(folders[1]))
+        keys.append(answers_key(model, 96))
+    assert keys[0] == keys[1] != keys[2]
+    assert answers_key(model, 95) != keys[2]
+
+
+def test_a_checkpoint_is_its_export_of_its_step(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    (run := folders[0].parent / "run").mkdir()
+    (run / TRACKER).write_text("7")
+    monkeypatch.setattr(
+        served_model, "exported_model", lambda checkpoint: Export(folders[0], "7", f"key of {checkpoint}")
+    )
+    model = opened("--model", str(run))
+    assert (model.name, model.folder, model.step) == (str(run), folders[0], "7")
+    assert model.header()["weights"] == f"key of {run}"
+
+    def fails(_: Path) -> Export:
+        raise ConversionFailedError("it is damaged")
+
+    monkeypatch.setattr(served_model, "exported_model", fails)
+    with pytest.raises(DataError, match=f"--model {run}: it is damaged"):
+        opened("--model", str(run))
+
+
 def test_engines_have_their_own_dtype(folders: tuple[Path, Path]) -> None:
     with pytest.raises(DataError, match="--dtype: of no effect with --url"):
         opened("--url", "http://127.0.0.1:1", "--tokenizer", str(folders[1]), "--dtype", "float32")
     with pytest.raises(DataError, match="nowhere: no tokenizer there"):
         opened("--url", "http://127.0.0.1:1", "--tokenizer", "nowhere")
+    with pytest.raises(DataError, match="--concurrency 0: a number above 0"):
+        opened("--model", str(folders[0]), "--concurrency", "0")
