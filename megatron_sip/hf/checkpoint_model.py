@@ -60,9 +60,6 @@ def saved_arguments(folder: Path) -> argparse.Namespace | None:
         return None
 
 
-def describe_rounding(saved: argparse.Namespace | None, dtype: torch.dtype) -> str | None:
-    """What to tell the user when the checkpoint's weights have more precision than `dtype`, which config.json asks for."""
-    source = getattr(saved, "params_dtype", None)
-    if source is None or not rounds(source, dtype):
-        return None
-    return f"rounds the checkpoint's {source} to {dtype}, the dtype in config.json: to keep every bit, change it there"
+def describe_rounding(source: torch.dtype, dtype: torch.dtype) -> str | None:
+    """What to tell the user when a checkpoint's weights, of `source`, have more precision than `dtype`."""
+    return f"rounds the checkpoint's {source} to {dtype}" if rounds(source, dtype) else None

@@ -9,7 +9,8 @@ One process does; for a model larger than its memory split it with torchrun, for
 `--pretrained-checkpoint CKPT_DIR`.
 
 CKPT_DIR/hf/ keeps the HF config and tokenizer; megatron-to-hf takes them from there, or from --hf-dir. Llama 2 and 3,
-SmolLM2, Qwen2 and Qwen3 convert without loss of a bit; where the config's dtype is narrower than the weights, it says so.
+SmolLM2, Qwen2 and Qwen3 convert without loss of a bit: hf-to-megatron says where the config's dtype is narrower than the
+weights, megatron-to-hf writes the checkpoint's own unless --dtype names another.
 
 A Megatron checkpoint holds pickles: whoever reads one runs the code in it, this command and the trainer included. Read
 only those that you or people you trust have written. Safetensors hold nothing but numbers.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -35,11 +37,13 @@ from megatron_sip.checkpoints.checksums import damages, write_checksums
 from megatron_sip.checkpoints.folder import TRACKER, weights_folder
 from megatron_sip.console import quiet
 from megatron_sip.errors import UserError
+from megatron_sip.files import read_json, write_atomically
 from megatron_sip.hf.families import architecture
 from megatron_sip.hf.files import checked_tensors, read_hf_config, rounding
 from megatron_sip.hf.folder import HF_SUBFOLDER, refuse_pointers, write_model_files
 from megatron_sip.hf.shards import complete_model, write_parts
-from megatron_sip.hf.standalone import build_policy, initialize_megatron_for, precision_of
+from megatron_sip.hf.standalone import PRECISION_FLAGS, build_policy, initialize_megatron_for, precision_of
+from megatron_sip.platform.megatron import prepare_megatron
 
 PROGRAM = "megatron-sip-convert"
 PREFIX = f"{PROGRAM}: "
@@ -59,6 +63,7 @@ class Conversion:
     hf_dir: Path | None = None
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    dtype: str | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         given.hf_dir,
         given.tensor_model_parallel_size,
         given.pipeline_model_parallel_size,
+        given.dtype,
     )
     convert = {"hf-to-megatron": hf_to_megatron, "megatron-to-hf": megatron_to_hf}[given.direction]
     with torch.no_grad(), contextlib.nullcontext() if given.verbose else quiet(None):
@@ -94,6 +100,12 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--hf-dir", type=Path, metavar="DIR", help="config and tokenizer; default: --load's hf/ folder")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="needs torchrun if > 1")
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="the same")
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(str(dtype).removeprefix("torch.") for dtype in PRECISION_FLAGS),
+        help="of megatron-to-hf's weights; default: the checkpoint's. What a small learning rate taught in float32 is lost in "
+        "bfloat16",
+    )
     parser.add_argument("--verbose", action="store_true", help="show what Megatron prints, too")
     return parser
 
@@ -141,14 +153,18 @@ def megatron_to_hf(conversion: Conversion) -> None:
     hf_dir = conversion.hf_dir or load / HF_SUBFOLDER
     hf_config = hf_config_of(hf_dir, "--hf-dir" if conversion.hf_dir else "the hf/ folder of --load (or give --hf-dir)")
     check_new(save)
+    prepare_megatron()
+    from megatron_sip.hf.checkpoint_model import describe_rounding, require_same_model
+
+    saved = require_same_model(load, architecture(hf_config), f"{hf_dir}/config.json")
+    own = getattr(saved, "params_dtype", None) or precision_of(hf_config)
+    hf_config.dtype = own if conversion.dtype is None else getattr(torch, conversion.dtype)
+    say(describe_rounding(own, hf_config.dtype))
     initialize(hf_config, conversion, "--load", str(load), "--finetune", "--no-load-optim", "--no-load-rng")
     from megatron.training.checkpointing import load_checkpoint
 
-    from megatron_sip.hf.checkpoint_model import describe_rounding, require_same_model
     from megatron_sip.hf.weights import export_hf_weights
 
-    saved = require_same_model(load, architecture(hf_config), f"{hf_dir}/config.json")
-    say(describe_rounding(saved, precision_of(hf_config)))
     model = build_policy()
     load_checkpoint(model, None, None)
     save.mkdir(parents=True, exist_ok=True)
@@ -158,7 +174,16 @@ def megatron_to_hf(conversion: Conversion) -> None:
         write_parts(export_hf_weights(model, hf_config), save, str(dist.get_rank()), MAX_SHARD_BYTES),
     )
     if dist.get_rank() == 0:
+        write_config(hf_dir / "config.json", save, hf_config.dtype)
         complete_model(save, [part for parts in by_rank for part in parts], hf_dir)
+
+
+def write_config(template: Path, folder: Path, dtype: torch.dtype) -> None:
+    """The config of a model of this dtype, else as it is in `template`."""
+    config = read_json(template, "a model's config")
+    config.pop("torch_dtype", None)  # as earlier versions of transformers call it
+    text = json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n"
+    write_atomically(folder / "config.json", text)
 
 
 def say(note: str | None) -> None:

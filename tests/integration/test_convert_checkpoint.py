@@ -154,10 +154,21 @@ def test_rounding_is_told_in_both_directions(tiny_llama_dir: Path, tmp_path: Pat
         "bit, change it there",
         f"megatron-sip-convert: wrote {tmp_path / 'narrow'}",
     ]
-    wide = edited(tiny_llama_dir, tmp_path / "wide", dtype="float16")
-    done = convert("megatron-to-hf", "--load", tmp_path / "narrow", "--save", tmp_path / "new", "--hf-dir", wide)
+    done = convert("megatron-to-hf", "--load", tmp_path / "narrow", "--save", tmp_path / "new", "--dtype", "float16")
     assert done.returncode == 0
     assert "rounds the checkpoint's torch.bfloat16 to torch.float16" in done.stdout.splitlines()[0]
+    assert AutoConfig.from_pretrained(tmp_path / "new").dtype == torch.float16
+
+
+def test_a_checkpoint_keeps_its_precision_whatever_the_config_says(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """A policy that was trained in float32 from a bfloat16 model: rounding would lose what a small learning rate taught."""
+    assert convert("hf-to-megatron", "--load", tiny_llama_dir, "--save", tmp_path / "wide").returncode == 0
+    config = edited(tiny_llama_dir, tmp_path / "narrow", dtype="bfloat16")
+    done = convert("megatron-to-hf", "--load", tmp_path / "wide", "--save", tmp_path / "hf", "--hf-dir", config)
+    assert (done.returncode, done.stdout) == (0, f"megatron-sip-convert: wrote {tmp_path / 'hf'}\n")
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_llama_dir, tmp_path / "hf"))
+    assert all(torch.equal(before[name], after[name]) for name in after)
+    assert AutoConfig.from_pretrained(tmp_path / "hf").dtype == torch.float32
 
 
 def test_shards_are_cut_at_the_size_limit() -> None:

@@ -81,8 +81,8 @@ def test_a_checkpoint_that_cannot_be_read_is_for_its_loader_to_name(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("source", "rounded"), [(torch.float32, True), (torch.float16, True), (torch.bfloat16, False)])
-def test_a_checkpoint_of_more_precision_than_the_config_is_told(source: torch.dtype, rounded: bool) -> None:
-    note = describe_rounding(saved(params_dtype=source), torch.bfloat16)
+def test_a_checkpoint_of_more_precision_than_is_asked_for_is_told(source: torch.dtype, rounded: bool) -> None:
+    note = describe_rounding(source, torch.bfloat16)
     assert (note is not None) == rounded
     assert note is None or f"{source} to torch.bfloat16" in note
 
