@@ -12,7 +12,7 @@ from megatron_sip.data.tasks import Tasks
 from megatron_sip.evaluation.held_out import HeldOutComparison
 from megatron_sip.evaluation.suite_validation import SuiteValidation
 from megatron_sip.evaluation.suites.prompt_sets import read_prompts
-from megatron_sip.evaluation.suites.prompt_tasks import PromptTasks
+from megatron_sip.evaluation.suites.prompt_tasks import set_tasks
 from megatron_sip.evaluation.validation import Validation
 from megatron_sip.records import Task
 
@@ -64,8 +64,9 @@ def check_prompt_sets(settings: Settings) -> None:
 def prompt_tasks(settings: Settings, name: str, path: Path, tokenizer: Any) -> list[Task]:
     """As many prompts of a set as held-out prefixes are measured, or all of a smaller one. Raises DataError."""
     data = settings.data
-    tasks = PromptTasks(
-        read_prompts(name, path),
+    tasks = set_tasks(
+        name,
+        path,
         tokenizer,
         samples=settings.validation.records,
         room=data.tasks.seq_length - settings.validation.sampling.max_new_tokens,

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_sip.evaluation.diversity import diversity
 from megatron_sip.evaluation.initial_policy import InitialPolicy, InitialPolicyFile
-from megatron_sip.evaluation.majority import majority
+from megatron_sip.evaluation.majority import SAFETY, majority
 from megatron_sip.evaluation.nll import suffix_nll
 from megatron_sip.evaluation.win_rate import NoVerdictError, compare, continue_prefixes
 from megatron_sip.experience.maker import ScoresGroups
@@ -26,7 +26,6 @@ from megatron_sip.records import Candidate, Group, Task
 from megatron_sip.rollout.pool import SGLangPool
 from megatron_sip.rollout.sampling import SamplingSettings
 
-SAFETY = "safety"
 DIVERSITY = ("distinct_3", "repetition", "words")
 NO_VERDICT = "validation/failed/no verdict"
 

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+from fake_run import FakeExchange
 from flag_cases import unchecked_settings
-from test_run_steps import FakeExchange
 from tiny_tokenizer import adding_bos, byte_level_tokenizer
 
 from megatron_sip.errors import DataError

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_run import FakeExchange
 from flag_cases import unchecked_settings
-from test_run_steps import FakeExchange
 from tiny_tokenizer import byte_level_tokenizer
 from transformers import LlamaConfig
 
