@@ -164,3 +164,29 @@ def test_evaluation_md_s_figures_of_the_adapter_are_those_that_were_measured() -
     for part in (few, none):
         assert part["megatron_sip"]["scores"] == part["sglang-generate"]["scores"]
         assert part["largest_log_likelihood_gap"] < 1e-5
+
+
+def test_the_judge_in_the_docs_is_the_one_that_was_trained() -> None:
+    report = json.loads((REPO / "docs" / "results" / "judge_training.json").read_text())
+    before, after = report["validations"][0], report["validations"][-1]
+    rows = rows_of("docs/training-a-judge.md", 3)
+    for name, metric in (
+        ("right verdicts", "accuracy/short-quality"),
+        ("verdicts for option 1", "first-option/short-quality"),
+        ("pairs that are right in both orders", "both-orders/short-quality"),
+    ):
+        assert rows[name] == [f"{step[f'validation/{metric}']:.0%}" for step in (before, after)]
+    by_order = [
+        [f"{step[f'validation/accuracy-of/short-quality/{place}']:.0%}" for place in (1, 2)] for step in (before, after)
+    ]
+    assert rows["of records in which option 1 is right / option 2 is"] == [" / ".join(shares) for shares in by_order]
+    page = " ".join((REPO / "docs" / "training-a-judge.md").read_text(encoding="utf-8").split())
+    rounded, exact = (report["served"][f"accuracy_{name}"]["all"] for name in ("rounded", "after"))
+    assert (
+        f"Exported in bfloat16 the same judge is right in {rounded['accuracy']:.0%} of the records, though still in "
+        f"{rounded['both_orders']:.0%} by the mean of both orders; in float32, as it was trained, in {exact['accuracy']:.0%}"
+    ) in page
+    phases = {name: f"{seconds:.0f}" for name, seconds in report["step_seconds"].items()}
+    assert f"a step {phases['total']} s, of which rollouts {phases['rollout']} and training {phases['train']}" in page
+    usable = [0.0 if math.isnan(count) else count for count in report["curves"]["examples"][21:]]
+    assert 0.75 <= 1 - sum(usable) / (32 * len(usable)) <= 0.85  # four of five

@@ -27,6 +27,7 @@ from megatron_sip.data.roles import Shares
 from megatron_sip.errors import ArgumentError
 from megatron_sip.evaluate import command_line as evaluate_command_line
 from megatron_sip.judge.__main__ import command_line as judge_command_line
+from megatron_sip.plan import command_line as plan_command_line
 from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.prepare.__main__ import command_line as prepare_command_line
 
@@ -216,8 +217,8 @@ def test_documentation_names_existing_flags_only(page: str) -> None:
 
 
 def command_flags() -> set[str]:
-    """Of all commands of `megatron-sip-prepare`, `megatron-sip-evaluate` and `python -m megatron_sip.judge`."""
-    names: set[str] = set()
+    """Of `megatron-sip-plan` and all commands of `megatron-sip-prepare`, `-evaluate` and `python -m megatron_sip.judge`."""
+    names = {name for action in plan_command_line()._actions for name in action.option_strings}
     for parser in (prepare_command_line(), evaluate_command_line(), judge_command_line()):
         [commands] = [action for action in parser._actions if action.dest == "command"]
         assert isinstance(commands.choices, dict)

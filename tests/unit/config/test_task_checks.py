@@ -8,9 +8,7 @@ import pytest
 from flag_cases import arguments, check_all, settings
 
 from megatron_sip.config.dry_run import describe, prompt_cost
-from megatron_sip.config.teacher_settings import judge_settings
 from megatron_sip.errors import ArgumentError
-from megatron_sip.evaluate import command_line
 
 JUDGEMENTS = ("--tasks", "judgements", "--objective", "rf-nll")
 NO_TEACHER: dict[str, Any] = {"teacher_url": None}
@@ -76,14 +74,6 @@ def test_what_means_nothing_is_refused(flags: tuple[str, ...], message: str) -> 
 def test_pairs_need_an_even_batch() -> None:
     message = refusal(*JUDGEMENTS, global_batch_size=7, data_parallel_size=1)
     assert "--global-batch-size 7: judgements come in pairs" in message
-
-
-def test_commands_that_have_no_tasks_know_their_judge() -> None:
-    given = command_line().parse_args(["compare", "base.jsonl", "model.jsonl", "--teacher-url", "http://judge"])
-    given.judge_temperature = 0.7  # which `settings_of` chooses by criterion
-    made = judge_settings(given)
-    assert dict(made.criteria) == {"quality": 1.0}
-    assert made.client is not None
 
 
 def test_rewrites_ask_for_quality_in_both_orders_and_for_safety() -> None:
