@@ -190,3 +190,6 @@ def test_the_judge_in_the_docs_is_the_one_that_was_trained() -> None:
     assert f"a step {phases['total']} s, of which rollouts {phases['rollout']} and training {phases['train']}" in page
     usable = [0.0 if math.isnan(count) else count for count in report["curves"]["examples"][21:]]
     assert 0.75 <= 1 - sum(usable) / (32 * len(usable)) <= 0.85  # four of five
+    readme = " ".join((REPO / "README.md").read_text(encoding="utf-8").split())
+    shown = [f"{step['validation/accuracy/short-quality']:.0%}" for step in (before, after)]
+    assert f"in {shown[0]} of held-out records, and in {shown[1]} after {report['steps']} steps" in readme
