@@ -374,10 +374,10 @@ run_job() {
         echo "# the servers, each of them started again when it ends"
     fi
 
-    # The trainer pushes its weights before the first rollout, so engines start with made-up ones. SGLang keeps two tokens
-    # of its context in reserve.
+    # The trainer pushes its weights before the first rollout, so engines start with made-up ones. SGLang takes no prompt
+    # that comes nearer than eight tokens to the end of its context.
     start_servers engine "$TRAINER_NODES" "$ENGINE_NODES" "$ENGINE_TP" "$ENGINE_PORT" --model-path="$hf" \
-        --load-format=dummy --dtype=bfloat16 --enable-fp32-lm-head --context-length=$((SEQ_LENGTH + 2)) \
+        --load-format=dummy --dtype=bfloat16 --enable-fp32-lm-head --context-length=$((SEQ_LENGTH + 8)) \
         --skip-server-warmup "${engine_flags[@]}"
     engine_urls=("${server_urls[@]}")
     start_servers teacher $((TRAINER_NODES + ENGINE_NODES)) "$TEACHER_NODES" "$TEACHER_TP" "$TEACHER_PORT" \

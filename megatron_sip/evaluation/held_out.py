@@ -6,6 +6,7 @@ compared with itself at a lower temperature. That is the control: what a win rat
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from megatron_sip.experience.maker import ScoresGroups
 from megatron_sip.records import Candidate, Task
 from megatron_sip.rollout.pool import SGLangPool
 from megatron_sip.rollout.sampling import SamplingSettings
+
+log = logging.getLogger(__name__)
 
 CONTROL_SHARE = 0.7
 """The control's temperature, of the compared continuations'."""
@@ -70,7 +73,7 @@ class HeldOutComparison:
 
     async def record_initial(self, engines: SGLangPool) -> None:
         """Write what the initial policy says, and what its suffixes cost it, before the first step."""
-        nll, _ = await suffix_nll(engines, self._tasks, "0")
+        nll = await self._nll(engines, "0")
         control = await self._continue(engines, "0", self._cooler) if self._sampling.temperature > 0 else []
         self._initial.write(InitialPolicy(await self._continue(engines, "0", self._sampling), control, nll))
 
@@ -91,12 +94,20 @@ class HeldOutComparison:
             diversity([c.text for c in texts if c is not None])["distinct_3"]
             for texts in (initial.continuations, after)
         ]
-        nll, _ = await suffix_nll(engines, self._tasks, version)
+        nll = await self._nll(engines, version)
         both = [
             task for task, before, now in zip(self._tasks, initial.nll, nll, strict=True) if None not in (before, now)
         ]
         of_both = [nats_per_token(self._tasks, values, both) for values in (initial.nll, nll)]
         return HeldOutOutcome(win_rate, comparisons, control, (varied[0], varied[1]), (of_both[0], of_both[1]))
+
+    async def _nll(self, engines: SGLangPool, version: str) -> list[float | None]:
+        found, failed = await suffix_nll(engines, self._tasks, version)
+        if failed:
+            log.warning(
+                "held-out comparison: %d of %d suffixes have no log-prob: %s", failed.total(), len(found), dict(failed)
+            )
+        return found
 
     async def _compare(
         self, judge: ScoresGroups, before: Sequence[Candidate | None], after: Sequence[Candidate | None]

@@ -9,10 +9,8 @@ from dataclasses import dataclass, replace
 
 from megatron_sip.serving.launch import LocalServer, ServerSettings, start_servers, stop_servers
 
-ENGINE_MARGIN = 2
-"""SGLang stops a request this many tokens before the end of its context."""
-PROMPT_MARGIN = 8
-"""And takes no prompt that comes as near to it as this, even if nothing is to be generated."""
+ENGINE_MARGIN = 8
+"""SGLang takes no prompt that comes nearer than this to the end of its context, even if nothing is to be generated."""
 ENGINE_FLAGS = ("--load-format=dummy", "--enable-fp32-lm-head")
 """The trainer pushes its weights before the first rollout, so engines need not read any; logits in float32 as here."""
 

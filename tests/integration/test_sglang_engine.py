@@ -26,7 +26,7 @@ from megatron_sip.rollout.weight_group import SyncSettings
 from megatron_sip.rollout.weight_sync import SyncRank, WeightSync, WeightSyncError
 from megatron_sip.serving.blocking_call import call
 from megatron_sip.serving.launch import LocalServer
-from megatron_sip.serving.local_servers import PROMPT_MARGIN
+from megatron_sip.serving.local_servers import ENGINE_MARGIN
 
 PREFIX = [1, 504, 3575, 282, 4649, 314]
 LONG_PREFIX = [17 + i % 300 for i in range(200)]
@@ -92,7 +92,7 @@ async def test_logprobs_of_given_tokens_equal_transformers_and_leave_a_shared_pr
 async def test_a_prompt_may_come_as_near_to_the_end_of_the_context_as_the_margin_says(tiny_engine: LocalServer) -> None:
     context = call(tiny_engine.url, "GET", "/server_info", timeout_s=20)["context_length"]
     async with SGLangPool([tiny_engine.url]) as pool:
-        [found] = await pool.logprobs([[5]], [[7] * (context - PROMPT_MARGIN - 1)])
+        [found] = await pool.logprobs([[5]], [[7] * (context - ENGINE_MARGIN - 1)])
     assert not isinstance(found, Failure), found
 
 

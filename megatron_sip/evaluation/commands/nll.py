@@ -21,7 +21,6 @@ from megatron_sip.evaluation.nll import Measured, measure, nll_result
 from megatron_sip.evaluation.results import write_results
 from megatron_sip.evaluation.served_model import Model, add_model_flags, engines_of, open_model, pool_settings
 from megatron_sip.rollout.pool import PoolSettings, SGLangPool
-from megatron_sip.serving.local_servers import PROMPT_MARGIN
 
 ABOUT = "negative log-likelihood and perplexity of held-out suffixes and whole documents"
 SUFFIX, DOCUMENT = "suffix", "document"
@@ -53,7 +52,7 @@ def run(given: argparse.Namespace) -> None:
     model = open_model(given)
     corpus = open_split(given, model.tokenizer)
     sources = {of: TaskSource(corpus, model.tokenizer, how) for of, how in settings.items()}
-    with engines_of(model, given, given.output, given.seq_length + PROMPT_MARGIN) as urls:
+    with engines_of(model, given, given.output, given.seq_length) as urls:
         pool = pool_settings(given, corpus.vocab_size)
         found = {of: asyncio.run(measured(given, model, of, tasks, urls, pool)) for of, tasks in sources.items()}
     results = [nll_result(lines, of, given.seed) for of, lines in found.items()]

@@ -263,7 +263,7 @@ def test_settings_and_trainer_flags_reach_the_trainer(trainer_parser: argparse.A
 def test_engines_hold_a_full_sequence() -> None:
     """SGLang generates up to context_length - 2 tokens, prompt included."""
     engine = dry_run("train_continual.sbatch", "SEQ_LENGTH=1000")[0]
-    assert server_options(engine)["context-length"] == "1002"
+    assert server_options(engine)["context-length"] == "1008"
 
 
 def test_a_run_without_servers_names_none(trainer_parser: argparse.ArgumentParser) -> None:
