@@ -33,8 +33,11 @@ IMPORTED = (
     *("megatron.training.training", "megatron.training.initialize"),
 )
 """No program itself, which must be run and not be there already."""
-NOT_PROGRAM_S = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
-"""Of the environment: what pytest, and torch in a test that compiles, set for themselves."""
+NOT_PROGRAM_S = {
+    *("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"),
+    *("HF_XET_HIGH_PERFORMANCE", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),
+}
+"""Of the environment: what pytest, torch in a test that compiles, lm-eval and scikit-learn set for themselves."""
 NUMBER = struct.Struct("i")
 MESSAGE_BYTES = 1 << 16
 
