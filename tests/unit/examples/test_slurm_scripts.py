@@ -261,7 +261,7 @@ def test_settings_and_trainer_flags_reach_the_trainer(trainer_parser: argparse.A
 
 
 def test_engines_hold_a_full_sequence() -> None:
-    """SGLang generates up to context_length - 2 tokens, prompt included."""
+    """SGLang takes prompts of up to context_length - 8 tokens, where the log-probs of a whole sequence are asked."""
     engine = dry_run("train_continual.sbatch", "SEQ_LENGTH=1000")[0]
     assert server_options(engine)["context-length"] == "1008"
 
