@@ -144,7 +144,7 @@ def test_readme_s_table_of_models_knows_every_family() -> None:
 def test_engines_in_training_md_hold_the_sequences_of_its_trainer() -> None:
     text = page("docs/training.md")
     [length] = set(re.findall(r"--seq-length (\d+)", text))
-    assert re.findall(r"--context-length (\d+)", text) == [str(int(length) + 2)]
+    assert re.findall(r"--context-length (\d+)", text) == [str(int(length) + 8)]
 
 
 def test_the_costs_in_presets_md_are_what_a_dry_run_says() -> None:
