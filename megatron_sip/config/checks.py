@@ -324,8 +324,8 @@ def _check_megatron(args: argparse.Namespace) -> Iterator[str]:
         ),
         (
             args.eval_iters not in EVAL_ITERS,
-            "--eval-iters: there is no validation loss; remove it. --win-rate-prompts compares the trained policy with the "
-            "initial one on held-out text, --eval-records says how many labelled records are validated",
+            "--eval-iters: there are no validation batches; remove it. --eval-interval measures held-out text or records, "
+            "--eval-records of them, and --win-rate-prompts compares the trained policy with the initial one",
         ),
         (args.clip_grad <= 0, "--clip-grad 0 switches the check for NaN gradients off too; give a large value instead"),
     ]
