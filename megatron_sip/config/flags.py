@@ -366,7 +366,11 @@ JUDGE_FLAGS: Flags = {
         {"type": float, "default": 0.01, "metavar": "SHARE"},
         "Of the groups; on these all pairs are asked too, and the agreement is logged.",
     ),
-    "--judge-deadline": ({"type": float, "default": 900.0, "metavar": "SECONDS"}, "For all judgements of one step."),
+    "--judge-deadline": (
+        {"type": float, "default": 900.0, "metavar": "SECONDS"},
+        "For a group's judgements, from when its candidates are "
+        "there; so for those of a step, from when its last one is.",
+    ),
     "--judge-concurrency": ({"type": int, "default": 256, "metavar": "CALLS"}, "Teacher calls in flight, likewise."),
     "--judge-cache": ({"metavar": "DIR"}, "Keep verdicts on disk; a resumed step then asks no one."),
 }

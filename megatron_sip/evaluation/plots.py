@@ -417,7 +417,8 @@ PLOTS = (
     Plot(
         "seconds",
         "Time by phase",
-        "Where a step's seconds go; of each phase the slowest rank counts.",
+        "Where a step's seconds go; of each phase the slowest rank counts. Groups are judged as they arrive: rollout lasts "
+        "until the last candidate is there, judge is what judging adds.",
         (tuple(f"seconds/{phase}" for phase in PHASES),),
         _seconds,
     ),

@@ -4,15 +4,14 @@
     tasks -+                                   +-> judge -> select -> examples
            +-> teacher: rewrite ---------------+
 
-Rollouts and rewrites of all tasks are asked for at once; the judge starts when both are there.
+Rollouts and rewrites of all tasks are asked for at once; a group is judged as soon as its own are there.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 from megatron_sip.data.continuation_text import rollout_texts
 from megatron_sip.experience.advantages import reward_metrics
+from megatron_sip.experience.arrival import ArrivalClock
 from megatron_sip.experience.control import ControlIds
 from megatron_sip.experience.kind_steps import ALWAYS, KindSteps
 from megatron_sip.experience.recording import read_groups, write_groups
@@ -66,11 +66,25 @@ class ScoresGroups(Protocol):
         ...
 
 
+class ScoresArrivals(ScoresGroups, Protocol):
+    """And in training."""
+
+    async def score_on_arrival(
+        self,
+        arriving: Sequence[Awaitable[Group]],
+        *,
+        objective: Literal["dpo", "rf-nll", "pair"],
+        progress: Callable[[int], object],
+    ) -> list[Group]:
+        """As `score`, each group judged once it is there."""
+        ...
+
+
 class RewritesSuffixes(Protocol):
     """What is needed of a rewriter."""
 
-    async def rewrite(self, tasks: Sequence[Task]) -> list[Candidate | None]:
-        """A rewrite for each task, None where there is none."""
+    def begin(self, tasks: Sequence[Task]) -> list[asyncio.Task[Candidate | None]]:
+        """A rewrite for each task, under way; None where there is none."""
         ...
 
     def counters(self) -> dict[str, float]:
@@ -116,7 +130,7 @@ class RewritesAhead:
     """Rewrites under way for the tasks of the next step."""
 
     indices: list[int]
-    rewrites: asyncio.Task[list[Candidate | None]]
+    rewrites: list[asyncio.Task[Candidate | None]]
 
 
 class ExperienceMaker:
@@ -127,7 +141,7 @@ class ExperienceMaker:
         settings: ExperienceSettings,
         tokenizer: Any,
         engines: SGLangPool | None,
-        judge: ScoresGroups | None,
+        judge: ScoresArrivals | None,
         rewriter: RewritesSuffixes | None,
     ) -> None:
         self._settings = settings
@@ -172,44 +186,49 @@ class ExperienceMaker:
         metrics |= {"groups": float(len(groups)), "merged_candidates": float(selected.merged)}
         ahead = self._settings.replay is None and "rewrite" in self._settings.kinds_at(step + 1)
         if next_tasks and ahead and self._rewriter is not None:
-            rewrites = asyncio.create_task(self._rewriter.rewrite(next_tasks))
-            self._ahead = RewritesAhead([task.index for task in next_tasks], rewrites)
+            self._ahead = RewritesAhead([task.index for task in next_tasks], self._rewriter.begin(next_tasks))
         return Experience(selected.examples, metrics, unrecorded)
 
     async def _judged_groups(self, step: int, tasks: Sequence[Task]) -> tuple[list[Group], Metrics]:
         """Groups with scores (when the objective needs them), and the seconds of each phase."""
-        started = time.monotonic()
-        kinds = self._settings.kinds_at(step)
-        rollouts, rewrites = await asyncio.gather(
-            self._rollouts(tasks, str(step), wanted="rollout" in kinds),
-            self._rewrites(tasks, wanted="rewrite" in kinds),
-        )
-        groups = [
-            build_group(task, kinds, made, rewrite)
-            for task, made, rewrite in zip(tasks, rollouts, rewrites, strict=True)
+        kinds, clock = self._settings.kinds_at(step), ArrivalClock()
+        rewrites = self._rewrites(tasks) if "rewrite" in kinds else [None for _ in tasks]
+        arriving = [
+            self._group(task, kinds, rewrite, str(step), clock) for task, rewrite in zip(tasks, rewrites, strict=True)
         ]
-        made_at = time.monotonic()
-        if self._settings.selection.needs_judge:
-            assert self._judge is not None
-            groups = await self._judge.score(groups, objective=self._judged_objective())
-        return groups, {"seconds/rollout": made_at - started, "seconds/judge": time.monotonic() - made_at}
+        if not self._settings.selection.needs_judge:
+            return list(await asyncio.gather(*arriving)), clock.seconds()
+        assert self._judge is not None
+        groups = await self._judge.score_on_arrival(arriving, objective=self._judged_objective(), progress=clock.judged)
+        return groups, clock.seconds()
 
     def _judged_objective(self) -> Literal["dpo", "rf-nll"]:
         """What the schedule is to find: both ends of the ranking, or, for RF-NLL, the best alone. GRPO learns from all."""
         return "rf-nll" if self._settings.selection.objective == "rf-nll" else "dpo"
 
-    async def _rollouts(self, tasks: Sequence[Task], version: str, *, wanted: bool) -> list[list[Candidate] | str]:
-        """K rollouts per task, or the reason why there are none; by weights of `version` only."""
-        if not wanted:
-            return [[] for _ in tasks]
+    async def _group(
+        self,
+        task: Task,
+        kinds: Sequence[CandidateKind],
+        rewrite: asyncio.Task[Candidate | None] | None,
+        version: str,
+        clock: ArrivalClock,
+    ) -> Group:
+        """A task with its candidates, once all of them are there; rollouts by weights of `version` only."""
+        rollouts = await self._rollouts(task, version) if "rollout" in kinds else []
+        group = build_group(task, kinds, rollouts, None if rewrite is None else await rewrite)
+        clock.arrived()
+        return group
+
+    async def _rollouts(self, task: Task, version: str) -> list[Candidate] | str:
+        """K rollouts of a task, or the reason why there are none; by weights of `version` only."""
         assert self._engines is not None
-        prefixes, seed = [task.prefix_ids for task in tasks], self._settings.rollout_seed
-        seeds = None if seed is None else [drawn_seed(seed, task.index) for task in tasks]
-        answers = await self._engines.generate(prefixes, self._settings.sampling, seeds=seeds, weight_version=version)
-        return [
-            answer.kind if isinstance(answer, Failure) else self._as_candidates(task, answer)
-            for task, answer in zip(tasks, answers, strict=True)
-        ]
+        seed = self._settings.rollout_seed
+        seeds = None if seed is None else [drawn_seed(seed, task.index)]
+        [answer] = await self._engines.generate(
+            [task.prefix_ids], self._settings.sampling, seeds=seeds, weight_version=version
+        )
+        return answer.kind if isinstance(answer, Failure) else self._as_candidates(task, answer)
 
     def _as_candidates(self, task: Task, completions: Sequence[Completion]) -> list[Candidate]:
         if task.label is not None:
@@ -220,16 +239,15 @@ class ExperienceMaker:
             for c, text in zip(completions, texts, strict=True)
         ]
 
-    async def _rewrites(self, tasks: Sequence[Task], *, wanted: bool) -> list[Candidate | None]:
-        if not wanted:
-            return [None] * len(tasks)
+    def _rewrites(self, tasks: Sequence[Task]) -> list[asyncio.Task[Candidate | None]]:
+        """A rewrite of each task, under way: since the last step, if that began them."""
         assert self._rewriter is not None
         ahead, self._ahead = self._ahead, None
         if ahead is None:
-            return await self._rewriter.rewrite(tasks)
+            return self._rewriter.begin(tasks)
         if ahead.indices != [task.index for task in tasks]:
             raise ValueError(f"rewrites were made ahead for tasks {ahead.indices}, not for those of this step")
-        return await ahead.rewrites
+        return ahead.rewrites
 
     def forget_counts(self) -> None:
         """Leave what the clients have counted since the last step out of the next one's metrics."""

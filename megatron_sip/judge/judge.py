@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -115,17 +115,31 @@ class Judge(AsksTeacher):
         Groups that arrive dropped stay so. Candidates that are all the same text tie without being compared. With the
         objective "pair" two candidates are compared directly, whatever the schedule.
         """
-        deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
-        client = self._settings.client
+        return await self.score_on_arrival(list(map(_present, groups)), objective=objective, progress=progress)
+
+    async def score_on_arrival(
+        self,
+        arriving: Sequence[Awaitable[Group]],
+        *,
+        objective: Objective = "dpo",
+        progress: Callable[[int], object] = lambda done: None,
+    ) -> list[Group]:
+        """As `score`, of groups that are not all there yet: each is judged as soon as it is, within `deadline_s` from then on.
+
+        What is asked about a group depends on it alone, not on when it or others arrive.
+        """
+        loop, client = asyncio.get_running_loop(), self._settings.client
         gate = asyncio.Semaphore(max(8, (client.concurrency if client else 0) // PROMPTS_IN_FLIGHT_SHARE))
 
-        async def bounded(group: Group) -> Group:
+        async def bounded(arrival: Awaitable[Group]) -> Group:
+            group = await arrival
+            deadline = loop.time() + self._settings.deadline_s
             async with gate:
                 scored = await self._score_group(group, objective, deadline)
             progress(1)
             return scored
 
-        judged = list(await asyncio.gather(*map(bounded, groups)))
+        judged = list(await asyncio.gather(*map(bounded, arriving)))
         if client is not None:
             self._client.flush()
         return judged
@@ -318,3 +332,8 @@ class Judge(AsksTeacher):
                 self._counts[f"{name}/{note}"] += value  # type: ignore[assignment]
         if result.history is not None and result.history.first.size:
             self._counts[f"first-shown-preferred/{name}"] += float(result.history.outcome.sum())  # type: ignore[assignment]
+
+
+async def _present(group: Group) -> Group:
+    """A group that is there, as one that arrives."""
+    return group

@@ -100,16 +100,23 @@ class Rewriter(AsksTeacher):
 
         A rewrite that copies the suffix is the suffix's own ids and text, so that the two merge in selection.
         """
+        return list(await asyncio.gather(*self.begin(tasks)))
+
+    def begin(self, tasks: Sequence[Task]) -> list[asyncio.Task[Candidate | None]]:
+        """As `rewrite`, without waiting: a task for each rewrite, under way on the running event loop."""
         deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
-        gate = asyncio.Semaphore(self._settings.client.concurrency)
+        gate, missing = asyncio.Semaphore(self._settings.client.concurrency), len(tasks)
 
         async def bounded(task: Task) -> Candidate | None:
+            nonlocal missing
             async with gate:
-                return await self._rewrite_task(task, deadline)
+                rewrite = await self._rewrite_task(task, deadline)
+            missing -= 1
+            if not missing:
+                self._client.flush()
+            return rewrite
 
-        rewrites = list(await asyncio.gather(*map(bounded, tasks)))
-        self._client.flush()
-        return rewrites
+        return [asyncio.create_task(bounded(task)) for task in tasks]
 
     async def _rewrite_task(self, task: Task, deadline: float) -> Candidate | None:
         words = last_words(task.prefix_text)

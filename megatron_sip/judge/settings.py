@@ -193,7 +193,7 @@ class JudgeSettings:
     votes: verdicts asked for a hard judgement (a soft one reads the probability once per order instead).
     verdicts: hard or soft for each criterion; those not named are `default_verdict`.
     quorum: share of its planned verdicts that must have arrived for a candidate to be scored.
-    deadline_s: seconds for one `score` call.
+    deadline_s: seconds for a group, from when it is there.
     prefix_chars: how much of the prefix's end is shown.
     max_tokens: of one answer, reasoning in a channel of its own apart.
     audit_rate: share of groups whose schedule is compared with all pairs.

@@ -17,13 +17,18 @@ PHASES = tuple(field.name for field in fields(Factors))
 def measured_seconds(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Medians of a metrics.jsonl's seconds by phase, `total` too; without the first step, in which much is set up.
 
+    The judge's are those in which any group was being judged, beside rollouts or not, where the run measured them.
+
     Raises:
         ArgumentError: there are fewer than two steps.
     """
     later = [step for step in steps if "seconds/total" in step][1:]
     if not later:
         raise ArgumentError("--from-run: metrics.jsonl has fewer than two steps, and the first one sets much up")
-    return {name: median([step.get(f"seconds/{name}", 0.0) for step in later]) for name in (*PHASES, "total")}
+    timed = [
+        dict(step) | {"seconds/judge": step.get("seconds/judging", step.get("seconds/judge", 0.0))} for step in later
+    ]
+    return {name: median([step.get(f"seconds/{name}", 0.0) for step in timed]) for name in (*PHASES, "total")}
 
 
 def factors_of(seconds: Mapping[str, float], work: Work, machine: Machine, cluster: Cluster) -> Factors:

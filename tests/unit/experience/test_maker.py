@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from megatron_sip.records import Candidate, Group, Task
 from megatron_sip.rollout.pool import PoolCounters
 from megatron_sip.rollout.sampling import Completion, Failure, SamplingSettings
 
-TASKS = [Task(index, [1, 2, 3], [4, 5], "prefix", " suffix") for index in range(3)]
+TASKS = [Task(index, [1, 2, 3 + index], [4, 5], "prefix", " suffix") for index in range(3)]
 
 
 class Engines:
-    """Answers as the pool does; the second prefix fails."""
+    """Answers as the pool does; the second task's prefix fails."""
 
     def __init__(self) -> None:
         self.counters = PoolCounters()
@@ -38,17 +38,24 @@ class Engines:
         self.seeds += seeds or []
         self.counters.calls += len(prefixes)
         made = [Completion([6 + n, 7], [-1.0, -2.0], "length", weight_version) for n in range(settings.n)]
-        return [Failure("timeout", "no answer") if index == 1 else made for index in range(len(prefixes))]
+        return [Failure("timeout", "no answer") if prefix == [1, 2, 4] else made for prefix in prefixes]
 
 
 class Scores:
     """Prefers the first rollout."""
 
-    async def score(self, groups: Sequence[Group], *, objective: str) -> list[Group]:
-        return [
-            group if group.dropped else replace(group, scores=[float(c.ids[0] == 6) for c in group.candidates])
-            for group in groups
-        ]
+    async def score_on_arrival(
+        self, arriving: Sequence[Awaitable[Group]], *, objective: str, progress: Callable[[int], object]
+    ) -> list[Group]:
+        async def judged(arrival: Awaitable[Group]) -> Group:
+            group = await arrival
+            progress(1)
+            return group if group.dropped else self.scored(group)
+
+        return await asyncio.gather(*map(judged, arriving))
+
+    def scored(self, group: Group) -> Group:
+        return replace(group, scores=[float(c.ids[0] == 6) for c in group.candidates])
 
     def counters(self) -> dict[str, float]:
         return {"calls": 7.0, "cached-share": 0.5}
@@ -64,9 +71,12 @@ class Rewrites:
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
 
-    async def rewrite(self, tasks: Sequence[Task]) -> list[Candidate | None]:
+    def begin(self, tasks: Sequence[Task]) -> list[asyncio.Task[Candidate | None]]:
         self.asked.append([task.index for task in tasks])
-        return [Candidate("rewrite", [8, task.index], f"rewrite {task.index}") for task in tasks]
+        return [asyncio.create_task(self.rewritten(task)) for task in tasks]
+
+    async def rewritten(self, task: Task) -> Candidate:
+        return Candidate("rewrite", [8, task.index], f"rewrite {task.index}")
 
     def counters(self) -> dict[str, float]:
         return {"rewrites": float(sum(map(len, self.asked)))}
@@ -95,7 +105,7 @@ async def test_a_failed_prefix_is_dropped_by_reason_and_the_others_are_learnt_fr
     assert all(example.branches[0].ids == [6, 7] for example in experience.examples)
     assert numbers["dropped/rollout timeout"] == 1
     assert numbers["groups"] == 3
-    assert engines.versions == ["5"]  # nothing but the weights of this step
+    assert engines.versions == ["5"] * len(TASKS)  # nothing but the weights of this step
 
 
 async def test_counters_are_per_step_and_shares_stay_shares() -> None:
@@ -144,9 +154,9 @@ async def test_the_judge_reads_rollouts_as_they_follow_the_prefix() -> None:
     judged: list[Group] = []
 
     class Watch(Scores):
-        async def score(self, groups: Sequence[Group], *, objective: str) -> list[Group]:
-            judged.extend(groups)
-            return await super().score(groups, objective=objective)
+        def scored(self, group: Group) -> Group:
+            judged.append(group)
+            return super().scored(group)
 
     making = ExperienceMaker(settings, METASPACE, SuffixAgain(), Watch(), None)  # type: ignore[arg-type]
     await making.make(0, [METASPACE_TASK])
@@ -218,15 +228,12 @@ async def test_a_suffix_that_has_ended_is_not_judged_nor_taken_from_recorded_gro
 class SafetyScores(Scores):
     """Every candidate is worth its place; the rollouts are unsafe."""
 
-    async def score(self, groups: Sequence[Group], *, objective: str) -> list[Group]:
-        return [
-            replace(
-                group,
-                scores=[float(-i) for i, _ in enumerate(group.candidates)],
-                criterion_scores={"safety": [float(c.kind == "suffix") for c in group.candidates]},
-            )
-            for group in groups
-        ]
+    def scored(self, group: Group) -> Group:
+        return replace(
+            group,
+            scores=[float(-i) for i, _ in enumerate(group.candidates)],
+            criterion_scores={"safety": [float(c.kind == "suffix") for c in group.candidates]},
+        )
 
 
 async def test_control_texts_are_put_before_the_prefixes_in_the_policy_s_tokens() -> None:

@@ -177,6 +177,11 @@ def test_from_run_reads_a_folder_and_its_own_step_comes_out(tmp_path: Path) -> N
         planner.plan([*flags, "--from-run", str(run)])
 
 
+def test_of_judging_beside_rollouts_all_its_seconds_count() -> None:
+    step = {"step": 1.0, "seconds/total": 9.0, "seconds/rollout": 5.0, "seconds/judge": 1.0, "seconds/judging": 4.0}
+    assert measured_seconds([step, step])["judge"] == 4.0
+
+
 def test_one_step_is_no_measurement() -> None:
     with pytest.raises(ArgumentError, match="fewer than two steps"):
         measured_seconds([{"step": 1, "seconds/total": 3.0}])
