@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.checkpointing import save_checkpoint
@@ -27,7 +23,7 @@ from megatron_sip.data.tasks import Tasks
 from megatron_sip.evaluation.held_out import HeldOutComparison
 from megatron_sip.evaluation.suite_validation import SuiteValidation
 from megatron_sip.evaluation.validation import Validation
-from megatron_sip.experience.leader import Leader, check_servers, rotated_urls
+from megatron_sip.experience.leader import Leader, check_servers
 from megatron_sip.experience.maker import Experience
 from megatron_sip.hf.checkpoint_model import require_same_model
 from megatron_sip.hf.families import architecture
@@ -37,14 +33,12 @@ from megatron_sip.judge.python_functions import check_functions
 from megatron_sip.judge.settings import function_of
 from megatron_sip.metrics import Metrics, flatten
 from megatron_sip.open_measurements import check_prompt_sets, open_comparison, open_suites, open_validation
+from megatron_sip.open_servers import open_leader, open_weight_sync, share_urls, start_local_servers
 from megatron_sip.open_tasks import open_tasks
 from megatron_sip.records import Task
 from megatron_sip.rollout.handshake import WeightSyncError
-from megatron_sip.rollout.sync_disk import DiskWeightSync
-from megatron_sip.rollout.sync_distributed import DistributedWeightSync
-from megatron_sip.rollout.weight_group import SyncSettings, address_for
-from megatron_sip.rollout.weight_sync import SyncRank, WeightSync
-from megatron_sip.serving.local_servers import LocalServers, ServerUrls
+from megatron_sip.rollout.weight_sync import WeightSync
+from megatron_sip.serving.local_servers import LocalServers
 from megatron_sip.stop_signal import StopSignal
 from megatron_sip.training.checkpoints import require_whole_checkpoint, require_whole_weights, saving_explained
 from megatron_sip.training.leaders import LeaderExchange
@@ -53,6 +47,8 @@ from megatron_sip.training.reference_model import Reference, ReferenceStore, bui
 from megatron_sip.training.resume import require_resumable, saved_run, what_is_new
 from megatron_sip.training.trainer import PolicyTrainer, TrainerSettings, has_stepped
 
+PUSHES_AGAIN = 2
+"""Of weights that no engine took, when engines of this node are back."""
 EXCHANGE_SECONDS = 8 * 3600.0
 """Ranks wait for each other while rank 0 tokenises a corpus, and a leader for its judge; both have deadlines of their own."""
 
@@ -116,6 +112,8 @@ class Run:
     checksums: ChecksumWriter
     troubles: list[str] = field(default_factory=list)
     """What ends the run, once its present step is saved; empty where another rank says it."""
+    servers: LocalServers | None = None
+    """Those of this node, on the rank that started them."""
     unsaved_reference: int | None = None
     """Iteration at which the reference was updated, when no checkpoint has kept it since."""
 
@@ -170,9 +168,24 @@ class Run:
     def push_weights(self, *, require_all: bool = False) -> Metrics:
         """Give the engines the policy's weights; the version they then report is the iteration.
 
-        Returns, on every rank, how many engines did not take them. That none did, or that a disk is full, joins the
-        `troubles` of every rank; with `require_all` it raises WeightSyncError there, as soon as one engine is missing.
+        Returns, on every rank, how many engines did not take them. That none did, also after those that this run started were
+        started again, or that a disk is full, joins the `troubles` of every rank; with `require_all` it raises WeightSyncError
+        there, as soon as one engine is missing.
         """
+        found = self._push(require_all)
+        for _ in range(PUSHES_AGAIN):
+            if not isinstance(found, str) or require_all or not self._engines_are_back():
+                break
+            found = self._push(require_all)
+        if isinstance(found, str):
+            if require_all:
+                raise WeightSyncError(found)
+            self.troubles.append(found if self.settings.run.rank == 0 else "")
+            return {}
+        return {} if found is None else {"engines/unsynced": float(found)}
+
+    def _push(self, require_all: bool) -> int | str | None:
+        """How many engines did not take the weights, why none did, or None where there are none; the same on every rank."""
         unsynced: int | str | None = None
         if self.weight_sync is not None:
             weights = export_hf_weights(self.trainer.model, self.hf_config)
@@ -180,13 +193,15 @@ class Run:
                 unsynced = len(self.weight_sync.push(weights, str(self.state.iteration), require_all=require_all))
             except (WeightSyncError, OSError, SafetensorError) as error:
                 unsynced = f"the engines did not get the weights of step {self.state.iteration}: {error}"
-        found = self.exchange.all_gather_from_leaders(unsynced)[0]  # of the first replica, whose ranks push
-        if isinstance(found, str):
-            if require_all:
-                raise WeightSyncError(found)
-            self.troubles.append(found if self.settings.run.rank == 0 else "")
-            return {}
-        return {} if found is None else {"engines/unsynced": float(found)}
+        found: int | str | None = self.exchange.all_gather_from_leaders(unsynced)[
+            0
+        ]  # of the first replica, whose ranks push
+        return found
+
+    def _engines_are_back(self) -> bool:
+        """Whether this run started engines of which one answers, if need be after another start; the same on every rank."""
+        back = self.servers is not None and self.servers.await_engines()
+        return any(self.exchange.all_gather_from_leaders(back))
 
     def save_is_due(self) -> bool:
         """Whether a multiple of --save-interval was reached since the last checkpoint."""
@@ -277,6 +292,7 @@ def set_up(settings: Settings, stack: contextlib.ExitStack) -> Run:
         comparison=open_comparison(settings, held_out, tokenizer),
         validation=open_suites(settings, held_out, tokenizer) or open_validation(settings, held_out, tokenizer),
         checksums=ChecksumWriter(rank),
+        servers=servers,
     )
     run.push_weights(require_all=True)  # a wrong URL must not be taken for an engine that died
     if run.comparison is not None and leader is not None and leader.engines is not None:
@@ -311,39 +327,6 @@ def open_run_folder(run: RunSettings, exchange: LeaderExchange) -> None:
         require_same_model(start, wanted, f"{run.hf_config}/config.json")
     if run.rank == 0:  # so that checkpoints convert back on their own
         write_model_files(run.hf_config, run.save / HF_SUBFOLDER, renew=not resumes)
-
-
-def start_local_servers(settings: Settings, stack: contextlib.ExitStack) -> LocalServers | None:
-    """Start this node's servers, if the run has any, in the background; None on all ranks but 0."""
-    if settings.run.rank != 0:
-        return None
-    servers = LocalServers(settings.local_servers)
-    if servers.description:
-        say(f"servers: starting {servers.description} on this node; their logs are in {settings.run.run_dir}/logs")
-    stack.callback(servers.stop)
-    return servers
-
-
-def share_urls(settings: Settings, exchange: LeaderExchange, servers: LocalServers | None) -> ServerUrls:
-    """All ranks learn the URLs of servers that rank 0 started, once these are healthy."""
-    waiting = time.monotonic()
-    started = servers.urls() if servers is not None else ServerUrls()
-    if servers is not None and servers.description:
-        say(f"servers: ready, {time.monotonic() - waiting:.0f} s after all else")
-    return settings.urls.completed_by(exchange.all_gather_from_leaders(started)[0])
-
-
-def open_leader(
-    settings: Settings, tokenizer: Any, exchange: LeaderExchange, urls: ServerUrls, stack: contextlib.ExitStack
-) -> Leader | None:
-    """The clients of engines and teacher, on leaders."""
-    if not exchange.is_leader:
-        return None
-    share = settings.run.prompts // exchange.num_replicas
-    urls = replace(urls, engines=rotated_urls(urls.engines, exchange.replica, share))
-    leader = Leader(settings.clients(urls), settings.experience, tokenizer, exchange.replica)
-    stack.callback(leader.close)
-    return leader
 
 
 def load_policy(
@@ -387,37 +370,6 @@ def origin_of_weights(run: RunSettings, iteration: int) -> str:
     if run.pretrained_checkpoint is not None:
         return f"starts from the weights of {run.pretrained_checkpoint}"
     return "starts from RANDOM weights: --hf-config gives only the architecture, --pretrained-checkpoint weights"
-
-
-def open_weight_sync(
-    settings: Settings, urls: Sequence[str], exchange: LeaderExchange, stack: contextlib.ExitStack
-) -> WeightSync | None:
-    """The way to the engines at `urls`, on the ranks of the first replica, which hold all weights between them."""
-    if not settings.needs.engines or exchange.replica != 0:
-        return None
-    rank = SyncRank(
-        source=parallel_state.get_tensor_model_parallel_rank() == 0,
-        lead=exchange.is_leader,
-        stage=parallel_state.get_pipeline_model_parallel_rank(),
-        stages=parallel_state.get_pipeline_model_parallel_world_size(),
-        exchange=exchange.all_gather_in_replica,
-    )
-    rollouts = settings.rollouts
-    how = SyncSettings(
-        backend="nccl" if torch.cuda.is_available() else "gloo",
-        address=address_for(urls),
-        bucket_bytes=rollouts.bucket_bytes,
-        timeout_s=rollouts.timeout_s,
-        key=rollouts.key(),
-    )
-    sync: WeightSync
-    if rollouts.weight_sync == "disk":
-        sync = DiskWeightSync(urls, rank, how, rollouts.sync_dir, settings.run.hf_config)
-    else:
-        sync = DistributedWeightSync(urls, rank, how)
-    sync.connect()
-    stack.callback(sync.close)
-    return sync
 
 
 def open_writer(run: RunSettings, iteration: int, stack: contextlib.ExitStack) -> MetricsWriter | None:

@@ -29,6 +29,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
+        self.reason = ""
+        """Why this process itself asked for it; empty after a signal."""
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -50,6 +52,11 @@ class StopSignal:
             yield
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+    def request(self, reason: str) -> None:
+        """The same request by this process, for a `reason` for which its run must end; from any thread."""
+        self.reason = self.reason or reason
+        self.requested = True
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -115,6 +115,8 @@ def run_command(given: Sequence[str], flags: argparse.Namespace) -> None:
         stop = stack.enter_context(StopSignal())
         try:
             run = set_up(settings, stack)
+            if run.servers is not None:
+                run.servers.keep(give_up=stop.request)
             if run_steps(run, stop):
                 conclude(run, stop)
         except UserError as error:
@@ -142,7 +144,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         started += validate(run, stop)  # its time is no step's
         made = gather_experience(run, stop)
         if made is None:
-            return stop_early(run)
+            return stop_early(run, stop)
         examples, metrics = made.examples, made.metrics | saving
         metrics |= run.trainer.train_step(examples, run.reference, state.iteration)
         state.non_finite_steps = in_a_row(state.non_finite_steps, metrics, trained=bool(examples))
@@ -157,9 +159,9 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         started = time.monotonic()
         run.troubles += [trouble if settings.rank == 0 else "" for trouble in made.unrecorded]
         run.write_metrics(metrics)
-        end_in_trouble(run)
+        end_in_trouble(run, stop)
         if stopping:
-            return stop_early(run)
+            return stop_early(run, stop)
         if examples and state.non_finite_steps >= MAX_NON_FINITE_STEPS:
             if state.non_finite_steps == MAX_NON_FINITE_STEPS:  # a job that is requeued passes these batches, once
                 run.save()
@@ -174,8 +176,8 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         run.finish_saving(wait=False)
     run.finish_saving(wait=True)
     validate(run, stop, last=True)
-    end_in_trouble(run)
-    return stop_early(run) if exchange.any_rank(stop.requested) else True
+    end_in_trouble(run, stop)
+    return stop_early(run, stop) if exchange.any_rank(stop.requested) else True
 
 
 def gather_experience(run: Run, stop: StopSignal) -> StepExperience | None:
@@ -234,6 +236,8 @@ def conclude(run: Run, stop: StopSignal) -> None:
         say("comparison: the trained policy continues the same held-out prefixes, then both are judged")
         held_out = leader.run(stop.run(run.comparison.finish(leader.engines, leader.eval_judge, version)))
         if held_out is None:
+            if stop.reason:
+                raise TrainingError(f"{stop.reason}. All steps are saved, the same command makes the comparison")
             say("stopped on request: all steps are saved, the same command makes the comparison")
             return
     run_dir = run.settings.run.run_dir
@@ -243,12 +247,12 @@ def conclude(run: Run, stop: StopSignal) -> None:
         raise DiskError(f"all steps are saved, but not the report, which the same command writes: {error}") from error
 
 
-def end_in_trouble(run: Run) -> None:
+def end_in_trouble(run: Run, stop: StopSignal) -> None:
     """Save the present step and raise TrainingError where any rank has troubles; one that has no words for them only ends."""
-    if run.exchange.any_rank(bool(run.troubles)):
+    if run.exchange.any_rank(bool(run.troubles or stop.reason)):
         run.save()
         run.finish_saving(wait=True)
-        told = "; ".join(filter(None, run.troubles))
+        told = "; ".join(filter(None, [stop.reason, *run.troubles]))
         raise TrainingError(f"{told}. Step {run.state.iteration} is saved, the same command continues" if told else 1)
 
 
@@ -294,8 +298,9 @@ def no_finite_step(run: Run) -> str:
     )
 
 
-def stop_early(run: Run) -> bool:
-    """Save the last finished step; returns False."""
+def stop_early(run: Run, stop: StopSignal) -> bool:
+    """Save the last finished step; returns False, or raises TrainingError where a run's own trouble asked for the stop."""
+    end_in_trouble(run, stop)
     run.save()
     run.finish_saving(wait=True)
     if run.settings.run.rank == 0:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from tqdm import tqdm
 
@@ -176,34 +176,36 @@ class LocalServer:
         """True while the server's process exists; says nothing about its health."""
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> Self:
+    def start(self, *, again: bool = False) -> Self:
         """Start, on the port of the last time if it is free, and wait until healthy.
 
+        again: on that port or not at all, since clients know it, and behind what the log holds.
         Raises ServerStartError (with the log's tail) or FileNotFoundError.
         """
         if self.alive():
             raise RuntimeError(f"the server at {self.url} is already running")
         _check_model_path(self.settings.model_path)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(PORT_ATTEMPTS):
+        attempts = 1 if again else PORT_ATTEMPTS
+        for attempt in range(attempts):
             if attempt or not self._port:
                 self._port = free_port()
             try:
-                self._spawn()
+                self._spawn("ab" if again else "wb")
                 self._wait_until_healthy()
                 return self
             except BaseException as error:
                 self.stop()
                 lost_port = isinstance(error, ServerStartError) and PORT_TAKEN.search(str(error)) is not None
-                if not lost_port or attempt == PORT_ATTEMPTS - 1:
+                if not lost_port or attempt == attempts - 1:
                     raise
         raise AssertionError("unreachable")
 
-    def stop(self) -> None:
-        """End the server and all its processes: SIGTERM, then SIGKILL after STOP_S. Safe to repeat."""
+    def stop(self, grace_s: float = STOP_S) -> None:
+        """End the server and all its processes: SIGTERM, then SIGKILL after `grace_s`. Safe to repeat."""
         if self._process is None:
             return
-        end(self._process, self._process.pid, STOP_S)
+        end(self._process, self._process.pid, grace_s)
         self._process.wait()
 
     def __enter__(self) -> Self:
@@ -212,7 +214,7 @@ class LocalServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _spawn(self) -> None:
+    def _command(self) -> list[str]:
         # With torch, which checking flags does without.
         from megatron_sip.platform.number_format import bfloat16_pays
         from megatron_sip.platform.sglang_cpu import has_accelerator
@@ -220,9 +222,11 @@ class LocalServer:
         settings = self.settings
         if settings.dtype in ("auto", "bfloat16") and not has_accelerator() and not bfloat16_pays():
             settings = replace(settings, dtype="float32")
-        command = server_command(settings, self._port, on_cpu=not has_accelerator())
-        guarded = [sys.executable, "-m", "megatron_sip.serving.guard", str(os.getpid()), *command]
-        with self.log_file.open("wb") as log:
+        return server_command(settings, self._port, on_cpu=not has_accelerator())
+
+    def _spawn(self, log_mode: Literal["ab", "wb"]) -> None:
+        guarded = [sys.executable, "-m", "megatron_sip.serving.guard", str(os.getpid()), *self._command()]
+        with self.log_file.open(log_mode) as log:
             self._process = subprocess.Popen(
                 guarded,
                 stdin=subprocess.DEVNULL,
@@ -255,15 +259,14 @@ class LocalServer:
             return False
         return isinstance(info, dict) and info.get("model_path") == str(self.settings.model_path)
 
-    def _log_tail(self) -> str:
+    def log_end(self) -> str:
+        """Where the log is, and its last lines, for people."""
         with self.log_file.open("rb") as log:
-            return "\n".join(log_tail(log, count=LOG_TAIL_LINES))
+            tail = log_tail(log, count=LOG_TAIL_LINES)
+        return "\n".join([f"Log {self.log_file}, last lines:", *tail])
 
     def _start_error(self, what: str) -> ServerStartError:
-        return ServerStartError(
-            f"SGLang for {self.settings.model_path} at {self.url} {what}. "
-            f"Log {self.log_file}, last lines:\n{self._log_tail()}"
-        )
+        return ServerStartError(f"SGLang for {self.settings.model_path} at {self.url} {what}. {self.log_end()}")
 
 
 def start_servers(count: int, settings: ServerSettings) -> list[LocalServer]:

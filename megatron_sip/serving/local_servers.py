@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from megatron_sip.serving.keeper import Keeper
 from megatron_sip.serving.launch import LocalServer, ServerSettings, start_servers, stop_servers
 
 ENGINE_MARGIN = 8
@@ -75,6 +76,8 @@ class LocalServers:
         self._engines = self._start(settings.engine, gpus[:engines] if gpus else None, settings.engines)
         self._teacher = self._start(settings.teacher, gpus[engines : engines + 1] if gpus else None)
         self._rewriter = self._start(settings.rewriter, gpus[-1:] if gpus else None)
+        self._keepers: list[Keeper] = []
+        self._engine_keepers: list[Keeper] = []
 
     def _start(
         self, server: ServerSettings | None, devices: tuple[int, ...] | None, count: int = 1
@@ -88,8 +91,24 @@ class LocalServers:
         found = [future.result() if future is not None else [] for future in self._futures()]
         return ServerUrls(*([server.url for server in servers] for servers in found))
 
+    def keep(self, give_up: Callable[[str], object]) -> None:
+        """From now on, when all are healthy, start those again that end or hang; `give_up` gets the reason to do so no more."""
+        kinds = zip(("the engine", "the teacher", "the rewriter"), self._futures(), strict=True)
+        for name, started in kinds:
+            servers = started.result() if started is not None else []
+            self._keepers += [Keeper(name, server, give_up) for server in servers]
+            if started is self._engines:
+                self._engine_keepers = self._keepers[:]
+
+    def await_engines(self) -> bool:
+        """Wait until an engine answers, started again if it must be; False where all are given up, or none was started."""
+        return any(keeper.await_answer() for keeper in self._engine_keepers)
+
     def stop(self) -> None:
-        """Stop whatever was started, all at the same time; waits for a start under way."""
+        """Stop whatever was started, all at the same time; waits for a first start under way."""
+        if self._keepers:
+            with ThreadPoolExecutor(len(self._keepers)) as threads:
+                list(threads.map(Keeper.close, self._keepers))
         futures = [started for started in self._futures() if started is not None and started.exception() is None]
         stop_servers([server for started in futures for server in started.result()])
         self._threads.shutdown()

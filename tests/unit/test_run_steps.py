@@ -304,6 +304,23 @@ def test_a_stop_in_a_later_round_forgets_the_step() -> None:
     assert (run.saved, run.state.consumed_samples) == ([1], 2)
 
 
+def test_a_server_that_is_given_up_in_a_step_ends_the_run_as_failed_with_the_step_before_saved() -> None:
+    run, stop = FakeRun([True, True], save_interval=9), StopSignal()
+    made = run.make_experience
+
+    def lost_in_the_second(stop: StopSignal, number: int) -> Experience | None:
+        if run.state.iteration == 0:
+            return made(stop, number)
+        stop.request("the teacher ended")
+        stop.request("so did the rewriter")
+        return None
+
+    run.make_experience = lost_in_the_second  # type: ignore[method-assign, assignment]
+    with pytest.raises(TrainingError, match=r"^the teacher ended\. Step 1 is saved, the same command continues$"):
+        run_steps(run, stop)
+    assert (run.saved, run.state.consumed_samples) == ([1], 1)
+
+
 def test_a_round_s_tasks_are_the_next_batch_s_share_and_end_with_the_run() -> None:
     run = Rounds([], steps=4)
     run.state.iteration, run.state.consumed_samples = 3, 10

@@ -25,6 +25,7 @@ ROOMS = [
         "one_node",
         "planning",
         "open_measurements",
+        "open_servers",
         "open_tasks",
         "run",
         "train",

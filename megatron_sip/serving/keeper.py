@@ -1,0 +1,130 @@
+"""Keeps a server of this node serving: it is started again when it has ended or hangs, until that happens too often.
+
+A server hangs that leaves /health_generate without an answer for long. SGLang answers it as soon as anything comes out of its
+model, whatever that was asked for by: one that is merely busy does not hang. The port stays, so that clients need not be told.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_sip.console import say
+from megatron_sip.serving.blocking_call import call
+from megatron_sip.serving.failures import RequestError
+from megatron_sip.serving.launch import LocalServer, ServerStartError
+
+
+@dataclass(frozen=True, slots=True)
+class KeepSettings:
+    """Times in seconds, as in examples/slurm_job.sh for servers of other nodes.
+
+    poll_s: between two looks at the process. probe_s: from an answer to the next question. patience_s: for the answer; SGLang
+    itself says after 20 s that nothing came. hung_s: without any, after which a server is ended; a CPU may read one prompt for
+    minutes. pause_s: before a start. max_failures: ends in a row, each within `settled_s` of the start, for giving up.
+    """
+
+    poll_s: float = 1.0
+    probe_s: float = 60.0
+    patience_s: float = 30.0
+    hung_s: float = 600.0
+    pause_s: float = 5.0
+    settled_s: float = 600.0
+    max_failures: int = 5
+
+
+class Keeper:
+    """A thread that looks after one server, which is healthy now, until `close`, or until it gives the server up."""
+
+    def __init__(
+        self, name: str, server: LocalServer, give_up: Callable[[str], object], settings: KeepSettings | None = None
+    ) -> None:
+        """name: the server's, for people. give_up: called once, in the thread, with the reason."""
+        self._name = name
+        self._server = server
+        self._give_up = give_up
+        self._settings = settings or KeepSettings()
+        self._failures = 0
+        self._started = self._answered = time.monotonic()
+        self._probe_at = self._answered + self._settings.probe_s
+        self._over = False  # closed or given up
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name=f"keeper of {name}", daemon=True)
+        self._thread.start()
+
+    def await_answer(self) -> bool:
+        """Wait until the server answers, started again if it must be; False when it has been given up."""
+        asked = time.monotonic()
+        self._probe_at = asked
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or self._answered > asked)
+        return self._answered > asked
+
+    def close(self) -> None:
+        """Stop the server and look after it no more, also in the middle of a start."""
+        self._closing.set()
+        while self._thread.is_alive():
+            self._server.stop()  # again and again: a start under way may only now have made its process
+            self._thread.join(0.1)
+        self._server.stop()
+
+    def _watch(self) -> None:
+        try:
+            while not self._closing.wait(self._settings.poll_s):
+                if (fault := self._fault()) and not self._revive(fault):
+                    return
+        finally:
+            with self._changed:
+                self._over = True
+                self._changed.notify_all()
+
+    def _fault(self) -> str | None:
+        """What is wrong with the server now, in words that follow its name."""
+        if not self._server.alive():
+            return "ended"
+        if time.monotonic() < self._probe_at:
+            return None
+        try:
+            call(self._server.url, "GET", "/health_generate", timeout_s=self._settings.patience_s)
+        except RequestError:
+            silent = time.monotonic() - self._answered
+            return None if silent < self._settings.hung_s else f"has answered nothing for {silent:.0f} s"
+        self._note_answer()
+        return None
+
+    def _note_answer(self) -> None:
+        with self._changed:
+            self._answered = time.monotonic()
+            self._probe_at = self._answered + self._settings.probe_s
+            self._changed.notify_all()
+
+    def _revive(self, fault: str) -> bool:
+        """Start the server again; False when it is given up or the keeper is closed."""
+        settings = self._settings
+        while True:
+            settled = time.monotonic() - self._started > settings.settled_s
+            self._failures = 1 if settled else self._failures + 1
+            what = f"{self._name} at {self._server.url} {fault}"
+            if self._failures == settings.max_failures:
+                self._server.stop(grace_s=0.0)
+                often = f"the {self._failures}th time in a row within {settings.settled_s / 60:g} minutes of its start"
+                self._give_up(f"{what}, {often}, and is given up. {self._server.log_end()}")
+                return False
+            say(f"servers: {what} and is started again, log {self._server.log_file}")
+            self._server.stop(grace_s=0.0)  # one that hangs does not end by itself
+            if self._closing.wait(settings.pause_s):
+                return False
+            self._started = time.monotonic()
+            try:
+                self._server.start(again=True)
+            except (ServerStartError, OSError):
+                if self._closing.is_set():
+                    return False
+                fault = "could not be started"
+                continue
+            self._note_answer()
+            say(f"servers: {self._name} is back after {self._answered - self._started:.0f} s")
+            return True

@@ -1,0 +1,155 @@
+"""Servers of this node are started again when they end or hang, on their port, and end with the trainer whenever it dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from stub_server import StubServer
+
+from megatron_sip.serving.blocking_call import call
+from megatron_sip.serving.keeper import Keeper, KeepSettings
+
+QUICK = KeepSettings(poll_s=0.02, probe_s=0.05, patience_s=0.3, hung_s=0.4, pause_s=0.02, max_failures=3)
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from stub_server import StubServer
+from megatron_sip.serving.keeper import Keeper, KeepSettings
+server = StubServer(Path(sys.argv[1])).start()
+keeper = Keeper("the teacher", server, print, KeepSettings(poll_s=0.01, pause_s=0.0, max_failures=1000))
+print(server.url, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[StubServer]:
+    server = StubServer(tmp_path).start()
+    yield server
+    server.stop()
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not reached():
+        assert time.monotonic() < deadline, "what was waited for did not come"
+        time.sleep(0.01)
+
+
+def exists(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_server_that_is_killed_is_back_at_its_url_and_its_log_goes_on(
+    server: StubServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = server.url
+    given_up: list[str] = []
+    keeper = Keeper("the teacher", server, given_up.append, QUICK)
+    os.kill(server.pids()[0], signal.SIGKILL)
+    wait_until(lambda: not exists(server.pids()[0]))
+    assert keeper.await_answer()
+    assert server.url == url
+    assert call(url, "GET", "/health", timeout_s=5)
+    assert server.log_file.read_text().count("serving") == 2
+    said = capsys.readouterr().out
+    assert f"servers: the teacher at {url} ended and is started again" in said
+    assert "the teacher is back" in said
+    keeper.close()
+    assert not given_up
+    assert len(server.pids()) == 2
+    assert not any(map(exists, server.pids()))
+
+
+def test_a_server_that_answers_its_health_and_generates_nothing_is_started_again(server: StubServer) -> None:
+    (server.folder / "hangs").touch()
+    keeper = Keeper("the engine", server, pytest.fail, QUICK)
+    wait_until(lambda: len(server.pids()) == 2)
+    (server.folder / "hangs").unlink()
+    assert keeper.await_answer()
+    assert not exists(server.pids()[0])
+    keeper.close()
+
+
+def test_a_server_that_is_silent_for_less_than_the_bound_is_left_alone(server: StubServer) -> None:
+    keeper = Keeper("the engine", server, pytest.fail, KeepSettings(poll_s=0.01, probe_s=0.01, hung_s=600.0))
+    (server.folder / "hangs").touch()
+    time.sleep(0.3)
+    (server.folder / "hangs").unlink()
+    assert keeper.await_answer()
+    keeper.close()
+    assert len(server.pids()) == 1
+
+
+def test_a_stopped_process_is_ended_and_started_again(server: StubServer) -> None:
+    os.kill(server.pids()[0], signal.SIGSTOP)
+    keeper = Keeper("the teacher", server, pytest.fail, QUICK)
+    assert keeper.await_answer()
+    keeper.close()
+    assert len(server.pids()) == 2
+    assert not exists(server.pids()[0])
+
+
+def test_one_that_ends_again_and_again_is_given_up_with_the_reason(server: StubServer) -> None:
+    (server.folder / "broken").touch()
+    given_up: list[str] = []
+    keeper = Keeper("the teacher", server, given_up.append, QUICK)
+    os.kill(server.pids()[0], signal.SIGKILL)
+    wait_until(lambda: bool(given_up))
+    assert not keeper.await_answer()
+    [reason] = given_up
+    assert reason.startswith(
+        f"the teacher at {server.url} could not be started, the 3th time in a row within 10 minutes"
+    )
+    assert f"Log {server.log_file}, last lines:" in reason
+    assert reason.endswith("broken")
+    assert len(server.pids()) == 3
+    keeper.close()
+
+
+def test_close_ends_a_start_under_way(server: StubServer) -> None:
+    keeper = Keeper("the teacher", server, pytest.fail, QUICK)
+    os.kill(server.pids()[0], signal.SIGKILL)
+    wait_until(lambda: len(server.pids()) == 2 or not server.alive())
+    keeper.close()
+    assert not server.alive()
+    wait_until(lambda: not any(map(exists, server.pids())))
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.1, 0.3])
+def test_killed_in_a_restart_the_trainer_leaves_no_server(tmp_path: Path, delay_s: float) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    parent.stdout.readline()
+    [first] = StubServer(tmp_path).pids()
+    os.kill(first, signal.SIGKILL)
+    time.sleep(delay_s)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    in_folder = lambda: [  # noqa: E731
+        entry
+        for entry in Path("/proc").glob("[0-9]*/cmdline")
+        if str(tmp_path).encode() in read(entry) and b"stub_server.py" in read(entry)
+    ]
+    wait_until(lambda: not in_folder())
+
+
+def read(path: Path) -> bytes:
+    """Nothing of a file that is gone."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
