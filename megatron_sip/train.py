@@ -107,11 +107,13 @@ def run_command(given: Sequence[str], flags: argparse.Namespace) -> None:
     from megatron.training.initialize import initialize_megatron
 
     from megatron_sip.run import set_up
+    from megatron_sip.training.leaders import connected_when_used
 
     with contextlib.ExitStack() as stack:
         if settings.run.rank == 0:
             write_run_record(settings.run.run_dir, run_record(given, flags, os.environ))
-        initialize_megatron(allow_no_cuda=True, store=rendezvous_store())
+        with connected_when_used():  # Megatron's gloo groups of hundreds of replicas, which no step uses
+            initialize_megatron(allow_no_cuda=True, store=rendezvous_store())
         stop = stack.enter_context(StopSignal())
         try:
             run = set_up(settings, stack)

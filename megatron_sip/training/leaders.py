@@ -3,16 +3,23 @@
 Leaders (the first tensor- and pipeline-parallel rank of each replica) make experience; everyone trains on all of it.
 Waiting happens on gloo groups with a long time-out: a leader may wait minutes for its judge, and must not trip NCCL's
 watchdog or keep a GPU spinning.
+
+Two groups carry it all, whatever the number of ranks: a replica's ranks, and the leaders. What concerns everyone goes
+through them, so that no rank is connected with all others, and each rank makes only the groups that it is in.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+
+LAZY_INIT = "TORCH_GLOO_LAZY_INIT"
 
 
 class LeaderExchange:
@@ -20,22 +27,17 @@ class LeaderExchange:
 
     def __init__(self, timeout_seconds: float) -> None:
         timeout = timedelta(seconds=timeout_seconds)
-        self.is_leader = (
-            parallel_state.get_tensor_model_parallel_rank() == 0
-            and parallel_state.get_pipeline_model_parallel_rank() == 0
-        )
         self.replica = parallel_state.get_data_parallel_rank()
         self.num_replicas = parallel_state.get_data_parallel_world_size()
-        places: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(places, (self.replica, self.is_leader))
-        leaders = [rank for rank, (_, is_leader) in enumerate(places) if is_leader]
-        self._leaders = sorted(leaders, key=lambda rank: places[rank][0])
-        self._leader_group = gloo_group(self._leaders, timeout)
-        for replica in range(self.num_replicas):
-            group = gloo_group([rank for rank, place in enumerate(places) if place[0] == replica], timeout)
-            if replica == self.replica:
-                self._replica_group = group
-        self._everyone = gloo_group(list(range(len(places))), timeout)
+        self._rank = dist.get_rank()
+        in_replica = sorted(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
+        self._leader = in_replica[0]  # first by tensor and by pipeline: Megatron counts both upwards
+        self.is_leader = self._rank == self._leader
+        self._replica_group = gloo_group(in_replica, timeout)
+        if self.is_leader:  # those of all replicas, in the order of these
+            self._leader_group = gloo_group(
+                dist.get_process_group_ranks(parallel_state.get_data_parallel_group()), timeout
+            )
 
     def all_gather_from_leaders(self, mine: Any) -> list[Any]:
         """The leaders' objects in order of replica, on every rank; `mine` is ignored on other ranks."""
@@ -43,7 +45,7 @@ class LeaderExchange:
         if self.is_leader:
             dist.all_gather_object(gathered, mine, group=self._leader_group)
         box = [gathered]
-        dist.broadcast_object_list(box, src=self._leaders[self.replica], group=self._replica_group)
+        dist.broadcast_object_list(box, src=self._leader, group=self._replica_group)
         return box[0]
 
     def all_gather_in_replica(self, mine: Any) -> list[Any]:
@@ -53,20 +55,18 @@ class LeaderExchange:
         return gathered
 
     def all_gather(self, mine: Any) -> list[Any]:
-        """`mine` of every rank, on every rank."""
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine, group=self._everyone)
-        return gathered
+        """`mine` of every rank, in order of ranks, on every rank."""
+        replicas = self.all_gather_from_leaders(self.all_gather_in_replica((self._rank, mine)))
+        by_rank = dict(pair for replica in replicas for pair in replica)
+        return [by_rank[rank] for rank in sorted(by_rank)]
 
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
-        vote = torch.tensor([int(flag)])
-        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self._everyone)
-        return bool(vote.item())
+        return any(self.all_gather_from_leaders(any(self.all_gather_in_replica(flag))))
 
     def barrier(self) -> None:
         """Wait for every rank."""
-        dist.barrier(group=self._everyone)
+        self.any_rank(False)
 
     def all_gather_from_last_stages(self, mine: Any) -> list[Any]:
         """`mine` of the last pipeline stage of every replica, on every rank (one tensor-parallel rank speaks)."""
@@ -78,5 +78,24 @@ class LeaderExchange:
 
 
 def gloo_group(ranks: list[int], timeout: timedelta) -> dist.ProcessGroup:
-    """A gloo group of `ranks`; every rank of the job must call this, members or not."""
-    return cast("dist.ProcessGroup", dist.new_group(ranks, timeout=timeout, backend="gloo"))
+    """A gloo group of `ranks`; only these call this."""
+    with connected_when_used():
+        group = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+    return cast("dist.ProcessGroup", group)
+
+
+@contextmanager
+def connected_when_used() -> Iterator[None]:
+    """Let gloo groups connect the ranks that speak with each other, when they first do, and not all of them at once.
+
+    Gloo reads the environment while a group is made, and torch's constructors of groups have no option for it. A group in
+    which others do not do so as well, as SGLang's, cannot be connected.
+    """
+    before = os.environ.get(LAZY_INIT)
+    os.environ[LAZY_INIT] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(LAZY_INIT)
+        if before is not None:
+            os.environ[LAZY_INIT] = before
