@@ -19,7 +19,7 @@ from torch import Tensor
 from train_step_problem import PROBLEMS, Problem, make_examples
 from transformers import AutoConfig, AutoTokenizer
 
-from megatron_sip.model.packing import PackedRow, build_row
+from megatron_sip.model.packing import PackedRow, branch_facts, build_row
 from megatron_sip.records import Example
 from megatron_sip.training.objectives.row_loss import row_loss
 from megatron_sip.training.objectives.settings import ObjectiveSettings
@@ -123,7 +123,8 @@ def unpacked_rows(problem: Problem, examples: Sequence[Example], pad_id: int) ->
         branches = range(first, min(first + together, len(alone)))
         row = build_row(alone, branches, together * (problem.prefix + problem.branch), pad_id)
         if problem.objective == "dpo":
-            row = replace(row, examples=tuple(examples[branches.start // 2 : branches.stop // 2]))
+            pairs = tuple(examples[branches.start // 2 : branches.stop // 2])
+            row = replace(row, examples=pairs, facts=branch_facts(pairs))
         rows.append(row)
     return rows
 

@@ -35,6 +35,7 @@ from megatron_sip.metrics import Metrics, flatten
 from megatron_sip.open_measurements import check_prompt_sets, open_comparison, open_suites, open_validation
 from megatron_sip.open_servers import open_leader, open_weight_sync, share_urls, start_local_servers
 from megatron_sip.open_tasks import open_tasks
+from megatron_sip.open_trainer import open_trainer
 from megatron_sip.records import Task
 from megatron_sip.rollout.handshake import WeightSyncError
 from megatron_sip.rollout.weight_sync import WeightSync
@@ -45,7 +46,7 @@ from megatron_sip.training.leaders import LeaderExchange
 from megatron_sip.training.metrics_writer import MetricsWriter
 from megatron_sip.training.reference_model import Reference, ReferenceStore, build_reference
 from megatron_sip.training.resume import require_resumable, saved_run, what_is_new
-from megatron_sip.training.trainer import PolicyTrainer, TrainerSettings, has_stepped
+from megatron_sip.training.trainer import PolicyTrainer, has_stepped
 
 PUSHES_AGAIN = 2
 """Of weights that no engine took, when engines of this node are back."""
@@ -344,9 +345,7 @@ def load_policy(
                 say(line)
     if run.rank == 0:
         say("policy: building the model and loading its weights")
-    # Padding is masked: any id does that the embedding has, and a tokenizer's own may lie outside it.
-    how = TrainerSettings(settings.row_length, run.prompts, args.align_grad_reduce, settings.branches_per_row)
-    trainer = PolicyTrainer(how, settings.objective, exchange, pad_id=0)
+    trainer = open_trainer(settings, exchange)
     learnt = getattr(saved, "learnt", False)
     state = RunState.loaded(args, getattr(saved, "non_finite_steps", 0), fingerprint, learnt=learnt)
     if run.rank == 0:

@@ -104,7 +104,8 @@ TASK_FLAGS: Flags = {
     "--row-length": (
         {"type": int, "metavar": "TOKENS"},
         "Longest packed row (micro-batch). Several groups share a row. Default: just enough for one full group, "
-        "--seq-length, and --suffix-length more for each branch after the first (two for dpo, --num-rollouts for grpo).",
+        "--seq-length, and --suffix-length more for each branch after the first (two for dpo, --num-rollouts for grpo); on "
+        "GPUs so many groups as their memory has room for.",
     ),
     "--branches-per-row": (
         {"type": int, "metavar": "N"},

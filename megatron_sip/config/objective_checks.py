@@ -18,11 +18,12 @@ REFERENCE_FLAGS = ("--ref-update-interval", "--ref-offload")
 
 
 def check_row_length(args: argparse.Namespace) -> Iterator[str]:
-    """Fills --row-length."""
+    """Fills --row-length, and notes whether it was given: a GPU's default may be longer (see `planning.rows`)."""
     if args.seq_length is None:
         return
     branches = branches_in_a_row(args.objective, args.num_rollouts, args.branches_per_row)
     needed = args.seq_length + (branches - 1) * args.suffix_length + control_room(args)
+    args.row_length_given = args.row_length is not None
     if args.row_length is None:
         args.row_length = needed
     if args.row_length < needed:

@@ -131,8 +131,8 @@ class RolloutSettings:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All of a run. row_length: tokens of the longest packed row. branches_per_row: see TrainerSettings. urls: of the servers
-    that the flags name.
+    """All of a run. row_length: tokens of the longest packed row; one that was not given is the shortest that holds a group.
+    branches_per_row: see TrainerSettings. urls: of the servers that the flags name.
 
     judge, eval_judge, rating_judge, rewriter: None where nobody is asked; servers that are yet to be started have a made-up URL
     in them.
@@ -144,6 +144,7 @@ class Settings:
     objective: ObjectiveSettings
     reference: ReferenceSettings
     row_length: int
+    row_length_given: bool
     branches_per_row: int | None
     learning_rate: LearningRate
     experience: ExperienceSettings
@@ -176,6 +177,7 @@ class Settings:
             objective=objective_settings(args),
             reference=ReferenceSettings(args.ref_update_interval, args.ref_offload),
             row_length=args.row_length,
+            row_length_given=args.row_length_given,
             branches_per_row=args.branches_per_row,
             learning_rate=LearningRate(args.lr, args.min_lr, args.lr_decay_style, args.lr_warmup_iters),
             experience=experience_settings(args),

@@ -33,13 +33,15 @@ def gradient(
     softmax = (values - log_normaliser[:, None]).exp()
     local = targets - vocab_start
     owned = (local >= 0) & (local < columns)
-    positions = (logit_rows[owned], local[owned])
+    # What another shard owns goes to one column more, which is left out: a mask's entries would be counted on the host.
+    softmax = torch.nn.functional.pad(softmax, (0, 1))
     # As the kernels do, which know the log-prob better than the softmax.
-    softmax[positions] = logprobs[owned].double().exp()
-    result = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
-    result[:, :columns] = torch.where(coefficients[:, None] == 0, 0.0, -coefficients[:, None] * softmax)
-    result.index_put_(positions, grad[owned].double(), accumulate=True)
-    return result.to(logits.dtype)
+    softmax[logit_rows, local.where(owned, columns)] = logprobs.double().exp()
+    rows, width = logits.shape
+    result = torch.zeros(rows, width + 1, dtype=torch.float64, device=logits.device)
+    result[:, :columns] = torch.where(coefficients[:, None] == 0, 0.0, -coefficients[:, None] * softmax[:, :columns])
+    result.index_put_((logit_rows, local.where(owned, width)), grad.double(), accumulate=True)
+    return result[:, :width].to(logits.dtype)
 
 
 def gradient_(

@@ -11,8 +11,10 @@ and on the CPU. See docs/packing.md for a drawing of the attention that goes wit
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,24 @@ from megatron_sip.records import Branch, Example
 
 Lengths = tuple[int, Sequence[int]]
 """(prefix length, branch lengths) of one example, in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class BranchFacts:
+    """A row's roles, weights and log-probs for its loss, laid out with the row so that a GPU is handed them in one copy.
+
+    pairs: int64 [P, 2], the chosen and the rejected branch of each example that is such a pair.
+    weights, advantages: float64 [B], a branch's weight (its example's) and its advantage, NaN for one without.
+    engine_logprobs: float64 [L], what the engine thought of the targets, NaN for those that it did not sample.
+    engine_entries, rollout_entries: int64 [K] and [R], which of the L targets have an engine log-prob, and which are rollouts'.
+    """
+
+    pairs: Tensor
+    weights: Tensor
+    advantages: Tensor
+    engine_logprobs: Tensor
+    engine_entries: Tensor
+    rollout_entries: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +56,7 @@ class PackedRow:
     logit_rows: int64 [L], for each predicted token its index into predictor_positions.
     targets: int64 [L], the predicted token ids: the branches' tokens in layout order.
     branch_offsets: int64 [B + 1]; branch b owns entries branch_offsets[b]:branch_offsets[b + 1] of the L.
-    examples: what the row holds, in layout order: roles, weights and all else that the loss needs of the branches.
+    facts: what the loss needs of the branches, as tensors; examples: what they were made of, in layout order.
     """
 
     tokens: Tensor
@@ -46,6 +66,7 @@ class PackedRow:
     logit_rows: Tensor
     targets: Tensor
     branch_offsets: Tensor
+    facts: BranchFacts
     examples: tuple[Example, ...]
 
     @property
@@ -53,10 +74,17 @@ class PackedRow:
         """The B branches in layout order."""
         return tuple(branch for example in self.examples for branch in example.branches)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRow:
-        """The same row with its tensors on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()})
+    def to(self, device: torch.device | str) -> PackedRow:
+        """The same row with its tensors on `device`, where they are views of one buffer: one copy, which no one waits for."""
+        device = torch.device(device)
+        if device == self.tokens.device:
+            return self
+        own = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
+        facts = [f.name for f in fields(self.facts)]
+        tensors = [*(getattr(self, name) for name in own), *(getattr(self.facts, name) for name in facts)]
+        moved = iter(moved_together(tensors, device))
+        changed: dict[str, Any] = dict(zip(own, moved, strict=False))  # the first of them
+        return replace(self, **changed, facts=BranchFacts(*moved))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +208,51 @@ def build_row(examples: Sequence[Example], indices: Sequence[int], row_length: i
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         targets=torch.tensor(targets, dtype=torch.int64),
         branch_offsets=torch.tensor(lengths, dtype=torch.int64).cumsum(0),
+        facts=branch_facts([examples[index] for index in indices]),
         examples=tuple(examples[index] for index in indices),
     )
+
+
+def branch_facts(examples: Sequence[Example]) -> BranchFacts:
+    """The facts of a row that holds the branches of these examples in order."""
+    pairs: list[list[int]] = []
+    engine_logprobs: list[float] = []
+    engine_entries: list[int] = []
+    rollout_entries: list[int] = []
+    first = 0
+    for example in examples:
+        roles = [branch.role for branch in example.branches]
+        if sorted(roles) == ["chosen", "rejected"]:
+            pairs.append([first + roles.index("chosen"), first + roles.index("rejected")])
+        first += len(roles)
+        for branch in example.branches:
+            entries = range(len(engine_logprobs), len(engine_logprobs) + len(branch.ids))
+            rollout_entries += entries if branch.kind == "rollout" else ()
+            engine_entries += entries if branch.engine_logprobs is not None else ()
+            engine_logprobs += branch.engine_logprobs or [math.nan] * len(branch.ids)
+    branches = [(example.weight, branch.advantage) for example in examples for branch in example.branches]
+    return BranchFacts(
+        pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+        weights=torch.tensor([weight for weight, _ in branches], dtype=torch.float64),
+        advantages=torch.tensor([math.nan if a is None else a for _, a in branches], dtype=torch.float64),
+        engine_logprobs=torch.tensor(engine_logprobs, dtype=torch.float64),
+        engine_entries=torch.tensor(engine_entries, dtype=torch.int64),
+        rollout_entries=torch.tensor(rollout_entries, dtype=torch.int64),
+    )
+
+
+def moved_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies on `device` of contiguous tensors on the CPU, each of whole 8-byte words: views of one buffer.
+
+    With CUDA the buffer comes from pinned memory, so that the copy needs no synchronisation.
+    """
+    words = [tensor.reshape(-1).view(torch.int64) for tensor in tensors]
+    sizes = [len(word) for word in words]
+    staged = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    moved = torch.cat(words, out=staged).to(device, non_blocking=True)
+    return [
+        piece.view(tensor.dtype).view(tensor.shape) for piece, tensor in zip(moved.split(sizes), tensors, strict=True)
+    ]
 
 
 def _cut_prefix(example: Example, cut: int) -> list[int]:

@@ -38,6 +38,9 @@ from megatron_sip.training.objectives.settings import ObjectiveSettings
 from megatron_sip.training.objectives.terms import LossTerms
 from megatron_sip.training.reference_model import Reference
 
+ROW_MULTIPLE = {"cpu": 16, "cuda": 128}
+"""What row lengths are rounded up to: on a GPU to whole blocks of attention's mask and of matrix products."""
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
@@ -127,7 +130,7 @@ class PolicyTrainer:
     ) -> Metrics:
         """`train_step` on this replica's rows as they are: equally long, equally many on every replica."""
         row_length = len(rows[0].tokens)
-        micro_batches = [MicroBatch(row.to(self._device, non_blocking=True)) for row in rows]
+        micro_batches = [MicroBatch(row.to(self._device)) for row in rows]
         started = time.monotonic()
         if reference is not None:
             with reference.active() as chunks:
@@ -146,7 +149,7 @@ class PolicyTrainer:
             example_lengths(examples),
             self._settings.row_length,
             self._exchange.num_replicas,
-            multiple_of=math.lcm(16, tensor_parallel),
+            multiple_of=math.lcm(ROW_MULTIPLE[self._device.type], tensor_parallel),
         )
         mine = plan.rows[self._exchange.replica]
         return plan, [build_row(examples, indices, plan.row_length, self._pad_id) for indices in mine]
@@ -209,7 +212,7 @@ class PolicyTrainer:
 
             def loss_function(token_logprobs: Tensor) -> tuple[Tensor, Tensor, LossTerms]:
                 terms = self._loss(self._objective, batch.row, token_logprobs, batch.reference_token_logprobs)
-                count = torch.tensor(terms.count, dtype=torch.int, device=token_logprobs.device)
+                count = torch.tensor(terms.count, dtype=torch.int)  # on the host: a device would be waited for
                 # Pipeline schedules free the loss tensor's memory once it was differentiated: keep a copy to report.
                 return terms.sum, count, replace(terms, sum=terms.sum.detach().clone())
 
@@ -224,7 +227,7 @@ class PolicyTrainer:
             micro_batch_size=1,
             forward_only=False,
         )
-        return merge(self._exchange.all_gather_from_last_stages(merge(map(loss_metrics, parts))))
+        return merge(self._exchange.all_gather_from_last_stages(loss_metrics(parts)))
 
     @torch.no_grad()
     def _try_step(self, loss: float) -> Attempt:

@@ -76,7 +76,7 @@ def settings(*flags: str, **megatron: Any) -> Settings:
 
 def unchecked_settings(*flags: str, **megatron: Any) -> Settings:
     """Such settings of files that need not be there."""
-    folders = {"run_dir": "run", "weight_sync_dir": "run/weights", "row_length": 64}
+    folders = {"run_dir": "run", "weight_sync_dir": "run/weights", "row_length": 64, "row_length_given": True}
     return Settings.from_args(arguments(*flags, **(folders | megatron)))
 
 

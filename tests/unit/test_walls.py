@@ -27,6 +27,7 @@ ROOMS = [
         "open_measurements",
         "open_servers",
         "open_tasks",
+        "open_trainer",
         "run",
         "train",
     ),

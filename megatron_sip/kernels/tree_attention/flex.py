@@ -7,43 +7,95 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_sip.kernels.tree_attention.dense import TokenSpans, token_spans
+
+BLOCK = 128
+"""Queries and keys of a block of the mask, FlexAttention's own default."""
+ROWS_KEPT = 64
+"""Rows whose masks are kept; those of 16,384 tokens take half a megabyte each."""
 
 
 def tree_block_mask(spans: TokenSpans) -> BlockMask:
     """The block mask of a row with these spans, on their device; blocks outside the trees are skipped.
 
-    Padding sees itself alone, so that no row of scores is empty.
+    Padding sees itself alone, so that no row of scores is empty. Which keys of a block a query sees is counted from its spans,
+    so that nothing of size [S, S] is made, as torch's `create_block_mask` does.
     """
     length = len(spans.inside)
+    blocks = -(-length // BLOCK)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         in_group = (key <= query) & (key >= spans.group_start[query])
         return in_group & ((key < spans.prefix_end[query]) | (key >= spans.branch_start[query]))
 
-    return create_block_mask(visible, None, None, length, length, device=spans.inside.device)
+    seen = torch.nn.functional.pad(_seen_keys(spans, blocks), (0, 0, 0, blocks * BLOCK - length))
+    counts = seen.unflatten(0, (blocks, BLOCK)).sum(dim=1)
+    whole = counts == BLOCK * BLOCK
+    return BlockMask.from_kv_blocks(
+        *_in_order((counts > 0) & ~whole), *_in_order(whole), BLOCK, visible, seq_lengths=(length, length)
+    )
+
+
+def _seen_keys(spans: TokenSpans, blocks: int) -> Tensor:
+    """int32 [S, blocks]: how many keys of each block a query sees."""
+    after = torch.arange(1, len(spans.inside) + 1, device=spans.inside.device, dtype=torch.int32)
+    first = torch.arange(blocks, device=after.device, dtype=torch.int32) * BLOCK
+    in_branch = spans.branch_start != spans.group_start
+
+    def overlap(start: Tensor, end: Tensor) -> Tensor:
+        return (end[:, None].minimum(first + BLOCK) - start[:, None].maximum(first)).clamp(min=0)
+
+    prefix = overlap(spans.group_start, spans.prefix_end.where(in_branch, spans.group_start))
+    return prefix + overlap(spans.branch_start, after)
+
+
+def _in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """(int32 [1, 1, Q], int32 [1, 1, Q, K]): how many of each row of bool [Q, K] are true, and where, these first."""
+    places = blocks.int().argsort(dim=1, descending=True, stable=True).int()
+    return blocks.sum(dim=1, dtype=torch.int32)[None, None], places[None, None]
+
+
+class RowMasks:
+    """The block masks of the last rows, each built once: all layers of policy and reference, forward and recomputed, share it.
+
+    A row is known by its layout's memory, which is kept alive with its mask and cannot be another tensor's meanwhile:
+    recomputation passes detached views of the same tensor.
+    """
+
+    def __init__(self, most: int = ROWS_KEPT) -> None:
+        self._most = most
+        self._rows: dict[tuple[int, int, int, int], tuple[Tensor, BlockMask, Tensor]] = {}
+
+    def of(self, layout: Tensor, length: int) -> tuple[BlockMask, Tensor]:
+        """The row's block mask, and bool [S, 1, 1]: which tokens are in a tree."""
+        key = (layout.data_ptr(), layout.shape[0], layout._version, length)
+        row = self._rows.pop(key, None)
+        if row is None:
+            spans = token_spans(layout, length)
+            row = (layout, tree_block_mask(spans), spans.inside[:, None, None])
+        self._rows[key] = row  # the last one used is the last one to go
+        if len(self._rows) > self._most:
+            del self._rows[next(iter(self._rows))]
+        return row[1:]
+
+
+SHARED_MASKS = RowMasks()
 
 
 class FlexTreeAttention:
     """Attention within a row's trees; arguments and result as `tree_attention_dense`.
 
-    One object serves all layers of a model and keeps the last row's block mask, so that a row's mask is built once per
-    forward pass and once per backward pass that recomputes. The mask is known by its layout's memory, which is kept alive
-    with it and cannot be another tensor's meanwhile: recomputation passes detached views of the same tensor.
-
     compiled: False runs the eager form, which computes every score: for tests.
     """
 
-    def __init__(self, compiled: bool = True) -> None:
+    def __init__(self, compiled: bool = True, masks: RowMasks = SHARED_MASKS) -> None:
         self._compiled = compiled
-        self._layout: Tensor | None = None
-        self._key: tuple[int, int, int, int] | None = None
-        self._row: tuple[BlockMask, Tensor] | None = None
+        self._masks = masks
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float) -> Tensor:
-        mask, inside = self._mask_of(layout, query.shape[0])
+        mask, inside = self._masks.of(layout, query.shape[0])
         output = self._attention(
             query.transpose(0, 1)[None],
             key.transpose(0, 1)[None],
@@ -61,11 +113,3 @@ class FlexTreeAttention:
         Row lengths vary from step to step: a graph for each would run into dynamo's limit, and then everything is eager.
         """
         return torch.compile(flex_attention, dynamic=True) if self._compiled else flex_attention
-
-    def _mask_of(self, layout: Tensor, length: int) -> tuple[BlockMask, Tensor]:
-        """The row's block mask, and bool [S, 1, 1]: which tokens are in a tree."""
-        key = (layout.data_ptr(), layout.shape[0], layout._version, length)
-        if self._row is None or key != self._key:
-            spans = token_spans(layout, length)
-            self._layout, self._key, self._row = layout, key, (tree_block_mask(spans), spans.inside[:, None, None])
-        return self._row

@@ -80,27 +80,19 @@ def dpo_row(
     """`dpo` of a row's pairs; ValueError unless every example is one, and without the reference model's log-probs [L]."""
     if reference_token_logprobs is None:
         raise ValueError("dpo needs the reference model's token log-probs")
-    chosen, rejected, tokens = [], [], []
-    first = 0
     for example in row.examples:
         roles = [branch.role for branch in example.branches]
         if sorted(roles) != ["chosen", "rejected"]:
             raise ValueError(f"task {example.task_index}: a DPO example is one chosen and one rejected, got {roles}")
-        best = roles.index("chosen")
-        chosen.append(first + best)
-        rejected.append(first + 1 - best)
-        tokens.append(len(example.branches[best].ids))
-        first += 2
     policy, reference = (branch_sums(each, row.branch_offsets) for each in (token_logprobs, reference_token_logprobs))
-    pick_chosen = torch.tensor(chosen, dtype=torch.int64, device=policy.device)
-    pick_rejected = torch.tensor(rejected, dtype=torch.int64, device=policy.device)
+    chosen, rejected = row.facts.pairs.unbind(1)
     return dpo(
-        policy[pick_chosen],
-        policy[pick_rejected],
-        reference[pick_chosen],
-        reference[pick_rejected],
-        policy.new_tensor(tokens),
-        policy.new_tensor([example.weight for example in row.examples]),
+        policy[chosen],
+        policy[rejected],
+        reference[chosen],
+        reference[rejected],
+        row.branch_offsets.diff()[chosen].to(policy.dtype),
+        row.facts.weights[chosen].to(policy.dtype),
         beta=settings.beta,
         nll_coef=settings.nll_coef,
         label_smoothing=settings.label_smoothing,
@@ -113,6 +105,7 @@ def branch_sums(token_logprobs: Tensor, offsets: Tensor) -> Tensor:
 
     Added up in float64: DPO's margin is a small difference of large sums.
     """
-    branch_of = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
+    branches = torch.arange(len(offsets) - 1, device=offsets.device)
+    branch_of = branches.repeat_interleave(offsets.diff(), output_size=len(token_logprobs))
     sums = token_logprobs.new_zeros(len(offsets) - 1, dtype=torch.float64)
     return sums.index_add(0, branch_of, token_logprobs.double()).to(token_logprobs.dtype)

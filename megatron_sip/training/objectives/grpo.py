@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_sip.model.packing import PackedRow
-from megatron_sip.training.objectives.mismatch import MAX_LOG_RATIO, correction, engine_logprobs
+from megatron_sip.training.objectives.mismatch import MAX_LOG_RATIO, correction
 from megatron_sip.training.objectives.settings import ObjectiveSettings
 from megatron_sip.training.objectives.terms import LossTerms
 
@@ -38,7 +38,7 @@ def grpo(
     temperature 1 and top-p 1, and below it at lower ones.
     """
     tokens, branches = token_logprobs.numel(), branch_tokens.numel()
-    token_advantages = advantages.repeat_interleave(branch_tokens)
+    token_advantages = advantages.repeat_interleave(branch_tokens, output_size=tokens)
     ratio = _bounded(token_logprobs - old_logprobs.detach()).exp()
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     losses = -torch.minimum(ratio * token_advantages, clipped * token_advantages) * corrections
@@ -61,7 +61,7 @@ def grpo(
     else:
         per_branch = settings.grpo_constant if settings.grpo_length == "constant" else branch_tokens
         shares, count = weights / per_branch, branches
-    return LossTerms((losses * shares.repeat_interleave(branch_tokens)).sum(), count, metrics)
+    return LossTerms((losses * shares.repeat_interleave(branch_tokens, output_size=tokens)).sum(), count, metrics)
 
 
 def grpo_row(
@@ -72,11 +72,11 @@ def grpo_row(
     old_token_logprobs: Tensor,
 ) -> LossTerms:
     """`grpo` of a row's branches; ValueError when one has no advantage."""
-    advantages = [branch.advantage for branch in row.branches]
-    if None in advantages:
+    if any(branch.advantage is None for branch in row.branches):
         raise ValueError("grpo needs the advantage of every branch")
+    dtype, facts = token_logprobs.dtype, row.facts
     corrections, metrics = correction(
-        settings.mismatch_correction, engine_logprobs(row, token_logprobs), token_logprobs
+        settings.mismatch_correction, facts.engine_logprobs.to(dtype), facts.engine_entries, token_logprobs
     )
     terms = grpo(
         settings,
@@ -84,9 +84,9 @@ def grpo_row(
         old_token_logprobs,
         reference_token_logprobs,
         corrections,
-        token_logprobs.new_tensor(advantages),
+        facts.advantages.to(dtype),
         row.branch_offsets.diff(),
-        token_logprobs.new_tensor([example.weight for example in row.examples for _ in example.branches]),
+        facts.weights.to(dtype),
     )
     return LossTerms(terms.sum, terms.count, terms.metrics | metrics)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_sip.model.packing import PackedRow
+from megatron_sip.model.packing import BranchFacts
 from megatron_sip.training.objectives.settings import MismatchCorrection
 
 METRIC_COUNTS = {
@@ -23,29 +23,21 @@ MAX_LOG_RATIO = 20.0
 """exp of a larger one overflows sooner or later."""
 
 
-def engine_logprobs(row: PackedRow, like: Tensor) -> Tensor:
-    """[L], of `like`'s dtype and device: the engine's log-probs of the row's targets, NaN for those it did not sample."""
-    known: list[float] = []
-    for branch in row.branches:
-        known += branch.engine_logprobs or [float("nan")] * len(branch.ids)
-    return like.new_tensor(known)
-
-
-def engine_difference(engine: Tensor, token_logprobs: Tensor) -> dict[str, Tensor | float]:
+def engine_difference(facts: BranchFacts, token_logprobs: Tensor) -> dict[str, Tensor | float]:
     """Sum of |log-prob here - log-prob in the engine|, both [L], over the tokens whose engine log-prob is known."""
-    gaps = (token_logprobs - engine)[~engine.isnan()]
+    gaps = (token_logprobs - facts.engine_logprobs.to(token_logprobs.dtype))[facts.engine_entries]
     return {"engine_logprob_abs_diff": gaps.abs().sum(), "engine_tokens": gaps.numel()}
 
 
 def correction(
-    mode: MismatchCorrection, engine: Tensor, token_logprobs: Tensor
+    mode: MismatchCorrection, engine: Tensor, entries: Tensor, token_logprobs: Tensor
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """What each token's policy gradient is multiplied by, [L], for having been sampled by the engine; and metrics.
 
     With c = exp(trainer's log-prob - engine's), both [L] and without gradient:
       truncate: min(c, TRUNCATED_AT), truncated importance sampling (Yao et al. 2025);
       mask: c, and 0 outside [MASKED_BELOW, MASKED_ABOVE] (IcePop, Ling team 2025, equation for M(k));
-      none: 1, as for every token whose engine log-prob is not known (NaN).
+      none: 1, as for every token whose engine log-prob is not known (NaN; int64 `entries` [K] are those that are).
 
     Metrics, of any mode: sums of c and of its logarithm, and how many tokens were truncated or masked.
     """
@@ -60,7 +52,7 @@ def correction(
         changed = (ratios < MASKED_BELOW) | (ratios > MASKED_ABOVE)
         weights = ratios.masked_fill(changed, 0.0)
     metrics: dict[str, Tensor | float] = {
-        "grpo/engine_ratio": ratios[known].sum(),
+        "grpo/engine_ratio": ratios[entries].sum(),
         "grpo/engine_logratio": gaps.sum(),
         "grpo/corrected_share": changed.sum(),
     }

@@ -22,12 +22,11 @@ def nll(token_logprobs: Tensor, token_weights: Tensor) -> LossTerms:
 
 def nll_row(row: PackedRow, token_logprobs: Tensor) -> LossTerms:
     """`nll` of a row's branches; ValueError unless all of them are targets."""
-    weights: list[float] = []
     for example in row.examples:
         for branch in example.branches:
             if branch.role != "target":
                 raise ValueError(
                     f"task {example.task_index}: an NLL objective trains branches of role target, got {branch.role}"
                 )
-            weights += [example.weight] * len(branch.ids)
-    return nll(token_logprobs, token_logprobs.new_tensor(weights))
+    weights = row.facts.weights.to(token_logprobs.dtype)
+    return nll(token_logprobs, weights.repeat_interleave(row.branch_offsets.diff(), output_size=token_logprobs.numel()))

@@ -7,10 +7,12 @@ does not depend on how examples were packed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from megatron_sip.metrics import Mean, Metrics
+from megatron_sip.metrics import Mean, Metrics, merge
 from megatron_sip.model.packing import PackedRow
 from megatron_sip.training.objectives import dpo, grpo, mismatch, nll
 from megatron_sip.training.objectives.settings import ObjectiveSettings
@@ -58,18 +60,30 @@ def row_loss(
     else:
         terms = nll.nll_row(row, token_logprobs)
     own = token_logprobs.detach()
-    metrics = terms.metrics | mismatch.engine_difference(mismatch.engine_logprobs(row, own), own)
+    metrics = terms.metrics | mismatch.engine_difference(row.facts, own)
     if reference_token_logprobs is not None:
         metrics |= _rollout_logratio(row, own - reference_token_logprobs.detach())
     return LossTerms(terms.sum, terms.count, metrics)
 
 
-def loss_metrics(terms: LossTerms) -> Metrics:
-    """A row's loss and metrics as numbers that add up."""
-    plain = {name: float(value) for name, value in terms.metrics.items()}
-    metrics: Metrics = {name: value for name, value in plain.items() if name not in METRIC_COUNTS}
-    metrics |= {name: Mean(value, plain[METRIC_COUNTS[name]]) for name, value in plain.items() if name in METRIC_COUNTS}
-    return {"loss": Mean(float(terms.sum.detach()), float(terms.count)), **metrics}
+def loss_metrics(rows: Sequence[LossTerms]) -> Metrics:
+    """The loss and the metrics of all rows as numbers that add up, fetched from the device in one copy."""
+    tensors = [value for terms in rows for value in (terms.sum, *terms.metrics.values()) if isinstance(value, Tensor)]
+    numbers = iter(torch.stack([tensor.detach().double() for tensor in tensors]).tolist() if tensors else ())
+
+    def number(value: Tensor | float) -> float:
+        return next(numbers) if isinstance(value, Tensor) else float(value)
+
+    parts: list[Metrics] = []
+    for terms in rows:
+        loss = Mean(number(terms.sum), float(terms.count))
+        plain = {name: number(value) for name, value in terms.metrics.items()}
+        counts: Metrics = {name: value for name, value in plain.items() if name not in METRIC_COUNTS}
+        means = {
+            name: Mean(value, plain[METRIC_COUNTS[name]]) for name, value in plain.items() if name in METRIC_COUNTS
+        }
+        parts.append({"loss": loss, **counts, **means})
+    return merge(parts)
 
 
 def _rollout_logratio(row: PackedRow, logratio: Tensor) -> dict[str, Tensor | float]:
@@ -79,11 +93,5 @@ def _rollout_logratio(row: PackedRow, logratio: Tensor) -> dict[str, Tensor | fl
     is trained on, as in GRPO: DPO's are the best and the worst, and what was learnt from such ones sets its sign. The
     others' reference log-probs would cost a forward pass over all of them.
     """
-    places: list[int] = []
-    start = 0
-    for branch in row.branches:
-        if branch.kind == "rollout":
-            places += range(start, start + len(branch.ids))
-        start += len(branch.ids)
-    pick = torch.tensor(places, dtype=torch.int64, device=logratio.device)
-    return {"rollout_logratio": logratio[pick].sum(), "rollout_tokens": len(places)}
+    entries = row.facts.rollout_entries
+    return {"rollout_logratio": logratio[entries].sum(), "rollout_tokens": entries.numel()}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from megatron_sip.kernels.tree_attention.cpu import attention_parts, tree_attention_cpu, tree_attention_merged
-from megatron_sip.kernels.tree_attention.dense import tree_attention_dense
-from megatron_sip.kernels.tree_attention.flex import FlexTreeAttention
+from megatron_sip.kernels.tree_attention.dense import token_spans, tree_attention_dense
+from megatron_sip.kernels.tree_attention.flex import FlexTreeAttention, RowMasks, tree_block_mask
 
 HEAD_DIM = 16
 
@@ -209,6 +211,40 @@ def test_flex_attention_block_mask_sees_the_same_tree():
             assert (output - tree_attention_dense(*inputs, layout, 0.3)).abs().max() <= 1e-5
     filler = flex(*inputs, torch.zeros(0, 4, dtype=torch.int32), 0.3)
     assert not filler.any()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    groups=st.lists(
+        st.tuples(
+            st.sampled_from([1, 5, 127, 128, 200, 300]),
+            st.lists(st.sampled_from([1, 3, 64, 128, 130]), min_size=1, max_size=4),
+        ),
+        max_size=4,
+    ),
+    padding=st.sampled_from([0, 1, 100, 128, 260]),
+)
+def test_block_mask_is_the_one_that_torch_makes_of_every_score(groups, padding):
+    layout = make_layout(groups)
+    length = max(row_length(layout, padding), 1)
+    ours = tree_block_mask(token_spans(layout, length))
+    theirs = create_block_mask(ours.mask_mod, None, None, length, length, device="cpu")
+    assert ours.seq_lengths == theirs.seq_lengths
+    for kind, what in product(("kv", "full_kv", "q", "full_q"), ("num_blocks", "indices")):
+        assert torch.equal(getattr(ours, f"{kind}_{what}"), getattr(theirs, f"{kind}_{what}")), (kind, what)
+
+
+def test_a_row_s_mask_is_built_once_for_all_layers_and_models_whatever_rows_come_between():
+    masks = RowMasks(most=3)
+    layouts = [make_layout([(3, [2, size])]) for size in (1, 2, 3)]
+    first = [masks.of(layout, 16)[0] for layout in layouts]
+    again = [masks.of(layout.detach(), 16)[0] for layout in layouts]  # as recomputation passes it
+    assert all(one is other for one, other in zip(first, again, strict=True))
+    masks.of(make_layout([(3, [2, 4])]), 16)
+    assert masks.of(layouts[1], 16)[0] is first[1]
+    assert masks.of(layouts[0], 16)[0] is not first[0]
+    layouts[1][0, 3] += 1
+    assert masks.of(layouts[1], 16)[0] is not first[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

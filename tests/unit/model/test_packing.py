@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sip.kernels.tree_attention.dense import token_spans, visibility
-from megatron_sip.model.packing import PackedRow, build_row, example_lengths, plan_rows, split_branches
+from megatron_sip.model.packing import (
+    PackedRow,
+    build_row,
+    example_lengths,
+    moved_together,
+    plan_rows,
+    split_branches,
+)
 from megatron_sip.records import Branch, Example
 
 ROW = 48
@@ -226,9 +233,45 @@ def test_no_examples_give_one_filler_a_replica():
 
 def test_row_moves_to_a_device_with_everything_in_it():
     examples = make_examples([(3, [2, 1])])
-    row = build_row(examples, [0], 8, PAD).to("meta")
-    assert {getattr(row, name).device.type for name in ("tokens", "position_ids", "layout", "targets")} == {"meta"}
-    assert row.examples == (examples[0],)
+    row = build_row(examples, [0], 8, PAD)
+    moved = row.to("meta")
+    for old, new in ((row, moved), (row.facts, moved.facts)):
+        for field in fields(old):
+            before, after = getattr(old, field.name), getattr(new, field.name)
+            if isinstance(before, torch.Tensor):
+                assert (after.device.type, after.dtype, after.shape) == ("meta", before.dtype, before.shape), field.name
+    assert moved.examples == (examples[0],)
+    assert row.to("cpu") is row
+
+
+@settings(deadline=None)
+@given(lengths=lengths_strategy)
+def test_what_is_moved_together_arrives_unchanged(lengths):
+    row = build_row(make_examples(lengths), range(len(lengths)), 60 * 12 + 44 * 12, PAD)
+    tensors = [row.tokens, row.layout, row.targets, row.facts.engine_logprobs, row.facts.pairs, row.branch_offsets]
+    moved = moved_together(tensors, torch.device("cpu"))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in moved}) == 1
+    for before, after in zip(tensors, moved, strict=True):
+        assert after.dtype == before.dtype
+        assert after.is_contiguous()
+        assert torch.equal(after.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+def test_facts_are_those_of_the_branches_in_order():
+    made = [
+        Example(0, [1], [Branch([2, 3], "rejected", "suffix"), Branch([4], "chosen", "rollout", 0.5, [-1.0])], 2.0),
+        Example(
+            1, [1], [Branch([5], "target", "rollout", -0.5), Branch([6, 7], "target", "rewrite", None, [-2.0, -3.0])]
+        ),
+        Example(2, [1], [Branch([8], "chosen", "rollout"), Branch([9], "rejected", "suffix")], 0.25),
+    ]
+    facts = build_row(made, [2, 0, 1], 20, PAD).facts
+    assert facts.pairs.tolist() == [[0, 1], [3, 2]]
+    assert facts.weights.tolist() == [0.25, 0.25, 2.0, 2.0, 1.0, 1.0]
+    assert facts.advantages.nan_to_num(9.0).tolist() == [9.0, 9.0, 9.0, 0.5, -0.5, 9.0]
+    assert facts.engine_logprobs.nan_to_num(9.0).tolist() == [9.0, 9.0, 9.0, 9.0, -1.0, 9.0, -2.0, -3.0]
+    assert facts.engine_entries.tolist() == [4, 6, 7]
+    assert facts.rollout_entries.tolist() == [0, 4, 5]
 
 
 @pytest.mark.parametrize(

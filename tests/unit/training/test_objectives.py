@@ -155,7 +155,7 @@ def test_dpo_metrics_are_sums_that_their_counts_divide():
     policy, reference = branch_logits(examples, seed=7), branch_logits(examples, seed=8)
     settings = ObjectiveSettings("dpo", beta=0.4)
     terms = over_rows(settings, examples, [[0, 1], [2]], policy=policy, reference=reference)
-    means = flatten(loss_metrics(terms))
+    means = flatten(loss_metrics([terms]))
     policy, reference = ({k: v.detach() for k, v in m.items()} for m in (policy, reference))
     chosen = [
         float(selected(policy[e, 0], x.branches[0].ids).sum() - selected(reference[e, 0], x.branches[0].ids).sum())
@@ -278,7 +278,7 @@ def test_grpo_equals_the_formula_token_by_token(kl_coef, length, mode, groups):
     expected, count = plain_grpo(examples, policy, old, reference, settings)
     terms = over_rows(settings, examples, groups, policy=policy, reference=reference, old=old)
     assert_same(terms, expected, count, policy)
-    means = flatten(loss_metrics(terms))
+    means = flatten(loss_metrics([terms]))
     assert 0 < means["grpo/clipped_fraction"] < 1
     assert (0 < means["grpo/corrected_share"] < 1) == (mode != "none")
 
@@ -287,7 +287,7 @@ def test_grpo_metrics_are_means_over_tokens():
     examples, policy = grpo_problem(seed=20)
     reference = branch_logits(examples, seed=22)
     settings = ObjectiveSettings("grpo", kl_coef=0.3, mismatch_correction="mask")
-    means = flatten(loss_metrics(over_rows(settings, examples, [[2, 0], [1]], policy=policy, reference=reference)))
+    means = flatten(loss_metrics([over_rows(settings, examples, [[2, 0], [1]], policy=policy, reference=reference)]))
     ours, gaps, kl = [], [], []
     for (e, b), logits in policy.items():
         branch = examples[e].branches[b]
@@ -329,7 +329,7 @@ def test_grpo_stays_finite_where_policy_and_old_or_reference_are_far_apart(polic
     logprobs = torch.tensor([policy, -2.0], requires_grad=True)
     others = torch.tensor([old, -2.0])
     one = torch.ones(1)
-    corrections, metrics = correction("truncate", others, logprobs)
+    corrections, metrics = correction("truncate", others, torch.arange(2), logprobs)
     settings = ObjectiveSettings("grpo", kl_coef=0.1)
     terms = grpo(settings, logprobs, others, others, corrections, advantage * one, torch.tensor([2]), one)
     terms.sum.backward()
@@ -367,7 +367,7 @@ def test_filler_row_is_a_differentiable_zero(settings):
     assert terms.count == 0
     terms.sum.backward()
     assert tokens.grad is not None
-    means = flatten(loss_metrics(terms))
+    means = flatten(loss_metrics([terms]))
     assert set(means) <= {*METRIC_COUNTS.values(), "grpo/branches"}
     assert not any(means.values())
 
