@@ -9,6 +9,7 @@ from megatron_sip.config.settings import Settings
 from megatron_sip.console import say
 from megatron_sip.planning.memory import Parallel
 from megatron_sip.planning.rows import row_length_on_gpus
+from megatron_sip.platform.megatron import slow_parts
 from megatron_sip.training.leaders import LeaderExchange
 from megatron_sip.training.trainer import PolicyTrainer, TrainerSettings
 
@@ -16,6 +17,8 @@ from megatron_sip.training.trainer import PolicyTrainer, TrainerSettings
 def open_trainer(settings: Settings, exchange: LeaderExchange) -> PolicyTrainer:
     """Policy, optimizer and schedule, at the checkpoint that Megatron's arguments name."""
     row_length = _row_length(settings, exchange)
+    for line in slow_parts() if settings.run.rank == 0 else ():
+        say(line)
     if settings.run.rank == 0 and row_length != settings.row_length:
         say(f"rows: of up to {row_length:,} tokens, by the GPUs' memory; --row-length makes them shorter")
     how = TrainerSettings(row_length, settings.run.prompts, get_args().align_grad_reduce, settings.branches_per_row)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from megatron_sip.kernels.bf16_gemm import add_weight_gradient
 
 
 def mend_megatron() -> None:
@@ -14,6 +18,7 @@ def mend_megatron() -> None:
     _skip_dataset_helper_build()
     _let_torch_adam_resume()
     _let_new_settings_win()
+    _let_transformer_engine_fuse_gradients()
 
 
 def _skip_dataset_helper_build() -> None:
@@ -79,6 +84,27 @@ def _let_new_settings_win() -> None:
     )
     for kind in kinds:
         kind.load_state_dict = _loading_under_new_settings(kind.load_state_dict)
+
+
+def _let_transformer_engine_fuse_gradients() -> None:
+    """Take away what forbids --gradient-accumulation-fusion with Transformer Engine where Apex is missing.
+
+    Transformer Engine's layers add weight gradients to `main_grad` by themselves. Megatron's own output layer asks for Apex's
+    kernel when it is made; ours never runs as a layer (`kernels.fp32_lm_head` takes its weight), so a slow one will do.
+    """
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.tensor_parallel import layers
+
+    if not HAVE_TE or layers._grad_accum_fusion_available:
+        return
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+        wgrad_gemm_accum_fp32=_accumulate_weight_gradient, wgrad_gemm_accum_fp16=_accumulate_weight_gradient
+    )
+    layers._grad_accum_fusion_available = True
+
+
+def _accumulate_weight_gradient(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+    add_weight_gradient(main_grad, grad_output, total_input)
 
 
 def _loading_under_new_settings(load_state_dict: Any) -> Any:
