@@ -40,6 +40,7 @@ from megatron_sip.records import Task
 from megatron_sip.rollout.handshake import WeightSyncError
 from megatron_sip.rollout.weight_sync import WeightSync
 from megatron_sip.serving.local_servers import LocalServers
+from megatron_sip.step_watch import StepWatch
 from megatron_sip.stop_signal import StopSignal
 from megatron_sip.training.checkpoints import require_whole_checkpoint, require_whole_weights, saving_explained
 from megatron_sip.training.leaders import LeaderExchange
@@ -115,6 +116,7 @@ class Run:
     """What ends the run, once its present step is saved; empty where another rank says it."""
     servers: LocalServers | None = None
     """Those of this node, on the rank that started them."""
+    watch: StepWatch = field(default_factory=lambda: StepWatch(0.0, ""))
     unsaved_reference: int | None = None
     """Iteration at which the reference was updated, when no checkpoint has kept it since."""
 
@@ -136,6 +138,7 @@ class Run:
 
         The tasks of the round behind it are the next batch, whether this step asks for it or the next one.
         """
+        self.watch.doing("making experience" if self.leader is not None else "waiting for the leaders' experience")
         if self.leader is None:
             return None
         next_tasks = self.my_tasks(round_index + 1) if self.settings.needs.rewriter else []
@@ -148,6 +151,7 @@ class Run:
 
     def measure(self, stop: StopSignal) -> Metrics | None:
         """What validation finds of the present weights; None on other ranks than the first, and when a stop was requested."""
+        self.watch.begins(f"validation after step {self.state.iteration}")
         if self.validation is None or self.leader is None:
             return None
         engines, version = self.leader.engines, str(self.state.iteration)
@@ -173,6 +177,7 @@ class Run:
         started again, or that a disk is full, joins the `troubles` of every rank; with `require_all` it raises WeightSyncError
         there, as soon as one engine is missing.
         """
+        self.watch.doing("sending weights to the engines")
         found = self._push(require_all)
         for _ in range(PUSHES_AGAIN):
             if not isinstance(found, str) or require_all or not self._engines_are_back():
@@ -213,6 +218,7 @@ class Run:
         """Save a checkpoint of the present iteration, unless the last one is of it already; first its reference."""
         if self.state.iteration == self.state.last_saved:
             return
+        self.watch.begins(f"saving step {self.state.iteration}")
         save, trainer = self.settings.run.save, self.trainer
         with saving_explained(save, self.state.iteration):
             if self.reference is not None and self.unsaved_reference is not None:
@@ -234,6 +240,8 @@ class Run:
 
     def finish_saving(self, *, wait: bool) -> None:
         """Commit the asynchronous saves that are done, or all of them when `wait`; their checksums follow."""
+        if wait:
+            self.watch.begins(f"saving step {self.state.iteration}")
         with saving_explained(self.settings.run.save, self.state.last_saved or 0):
             maybe_finalize_async_save(blocking=wait, terminate=wait)
         self.checksums.proceed(wait=wait)
@@ -294,6 +302,7 @@ def set_up(settings: Settings, stack: contextlib.ExitStack) -> Run:
         validation=open_suites(settings, held_out, tokenizer) or open_validation(settings, held_out, tokenizer),
         checksums=ChecksumWriter(rank),
         servers=servers,
+        watch=StepWatch(settings.run.step_timeout_s, f"{settings.run.run_dir}/logs", rank),
     )
     run.push_weights(require_all=True)  # a wrong URL must not be taken for an engine that died
     if run.comparison is not None and leader is not None and leader.engines is not None:

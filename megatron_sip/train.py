@@ -119,7 +119,9 @@ def run_command(given: Sequence[str], flags: argparse.Namespace) -> None:
             run = set_up(settings, stack)
             if run.servers is not None:
                 run.servers.keep(give_up=stop.request)
-            if run_steps(run, stop):
+            with run.watch:
+                finished = run_steps(run, stop)
+            if finished:
                 conclude(run, stop)
         except UserError as error:
             raise ArgumentError(f"{type(error).__name__}: {error}") from error
@@ -144,10 +146,12 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
     started = time.monotonic()
     while state.iteration < settings.steps and not state.learnt:
         started += validate(run, stop)  # its time is no step's
+        run.watch.begins(f"step {state.iteration + 1}")
         made = gather_experience(run, stop)
         if made is None:
             return stop_early(run, stop)
         examples, metrics = made.examples, made.metrics | saving
+        run.watch.doing("training")
         metrics |= run.trainer.train_step(examples, run.reference, state.iteration)
         state.non_finite_steps = in_a_row(state.non_finite_steps, metrics, trained=bool(examples))
         state.iteration += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import linecache
+import math
 import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -106,6 +107,7 @@ def problems_of_ours(args: argparse.Namespace) -> list[str]:
         _check_servers,
         _check_judges,
         _check_data,
+        _check_times,
     )
     return _problems(args, *checks)
 
@@ -242,6 +244,11 @@ def _check_data(args: argparse.Namespace) -> Iterator[str]:
             parse_split(args.split)  # the corpus is split only after hours of tokenising
     except DataError as error:
         yield str(error)
+
+
+def _check_times(args: argparse.Namespace) -> Iterator[str]:
+    if not 0 <= args.step_timeout < math.inf:
+        yield f"--step-timeout {args.step_timeout}: seconds are needed, 0 for never"
 
 
 def _check_batch(args: argparse.Namespace) -> Iterator[str]:

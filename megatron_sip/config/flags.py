@@ -41,6 +41,11 @@ RUN_FLAGS: Flags = {
         {"action": "store_true"},
         "When files of the latest checkpoint are damaged, move it aside and continue from the newest one that is whole.",
     ),
+    "--step-timeout": (
+        {"type": float, "default": 14400.0, "metavar": "SECONDS"},
+        "A process whose step, validation or checkpoint takes longer says what it was doing and ends, so that its job restarts "
+        "at the last checkpoint; 0: never. More than the slowest step's judging may take.",
+    ),
     "--save-groups": ({"metavar": "DIR"}, "Write every step's judged groups there, compressed."),
     "--replay-groups": ({"metavar": "DIR"}, "Train from groups written by --save-groups, without engines and teacher."),
     "--eval-records": (

@@ -45,7 +45,7 @@ class RunSettings:
     save: its checkpoints. run_dir: all else that it writes. hf_config: the policy's config and tokenizer.
     pretrained_checkpoint: its initial weights, None for random ones. prompts: of a step, of all replicas together.
     oversample: the most rounds of so many tasks that a step may ask for. save_interval: in steps. rank: this process's number.
-    min_usable_share: of a step's groups, see `is_representative`.
+    min_usable_share: of a step's groups, see `is_representative`. step_timeout_s: see `StepWatch`.
     """
 
     save: Path
@@ -60,6 +60,7 @@ class RunSettings:
     load_last_whole: bool = False
     oversample: int = 1
     min_usable_share: float = 0.5
+    step_timeout_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +234,7 @@ def run_settings(args: argparse.Namespace) -> RunSettings:
         load_last_whole=args.load_last_whole,
         oversample=args.grpo_oversample,
         min_usable_share=args.min_usable_share,
+        step_timeout_s=args.step_timeout,
     )
 
 

@@ -12,6 +12,7 @@ from megatron_sip.experience.maker import Experience
 from megatron_sip.metrics import Metrics
 from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.records import Branch, Example
+from megatron_sip.step_watch import StepWatch
 from megatron_sip.stop_signal import StopSignal
 from megatron_sip.training.non_finite import NON_FINITE
 
@@ -66,6 +67,7 @@ class FakeRun(Run):
         self.saved: list[int] = []
         self.troubles: list[str] = []
         self.finished = False
+        self.watch = StepWatch(0.0, "")
         self._usable = list(usable)
         self._bad = set(bad)
         self._reasons = [f"dropped/{reason}" for reason in ([empty] if isinstance(empty, str) else empty)]

@@ -9,6 +9,7 @@ from flag_cases import unchecked_settings
 
 from megatron_sip.platform.megatron import prepare_megatron
 from megatron_sip.rollout.handshake import WeightSyncError
+from megatron_sip.step_watch import StepWatch
 
 if TYPE_CHECKING:
     from megatron_sip.run import Run
@@ -94,6 +95,7 @@ def run_of(sync: Sync | None, exchange: Exchange | Alone) -> Run:
         "trainer": Trainer,
         "weight_sync": sync,
         "exchange": exchange,
+        "watch": StepWatch(0.0, ""),
     }
     return Run(**parts)
 

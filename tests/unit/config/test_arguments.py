@@ -36,6 +36,12 @@ def test_a_suffix_longer_than_the_sequence() -> None:
     assert "--seq-length 128" in message
 
 
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf"])
+def test_a_step_timeout_is_a_time_or_0(seconds: str) -> None:
+    assert "--step-timeout" in refusal("--step-timeout", seconds)
+    assert settings("--step-timeout", "0").run.step_timeout_s == 0
+
+
 def test_a_row_too_short_for_a_pair() -> None:
     assert "at least 2176" in refusal("--row-length", "2048")
 
