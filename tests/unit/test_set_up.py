@@ -26,6 +26,7 @@ from megatron_sip.platform.megatron import prepare_megatron
 
 prepare_megatron()  # before anything imports Megatron
 
+from megatron_sip import open_trainer  # noqa: E402
 from megatron_sip import run as run_module  # noqa: E402
 from megatron_sip.experience import leader as services  # noqa: E402
 from megatron_sip.hf import checkpoint_model  # noqa: E402
@@ -187,8 +188,9 @@ def test_rows_are_padded_with_an_id_that_every_embedding_has(tmp_path: Path, mon
         given.update(keywords)
         raise EndOfTestError
 
-    monkeypatch.setattr(run_module, "PolicyTrainer", trainer)
-    monkeypatch.setattr(run_module, "get_args", lambda: argparse.Namespace(align_grad_reduce=True))
+    monkeypatch.setattr(open_trainer, "PolicyTrainer", trainer)
+    for module in (run_module, open_trainer):
+        monkeypatch.setattr(module, "get_args", lambda: argparse.Namespace(align_grad_reduce=True))
     settings = unchecked_settings(save=str(tmp_path / "run"), hf_config=str(tmp_path / "hf"))
     with pytest.raises(EndOfTestError):
         run_module.load_policy(settings, FakeExchange(), None)  # type: ignore[arg-type]

@@ -100,5 +100,5 @@ def test_servers_compute_as_the_trainer_does(
     monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command))
     server = LocalServer(ServerSettings("org/model", dtype=dtype))
     server.log_file.parent.mkdir(parents=True, exist_ok=True)
-    server._spawn()
+    server._spawn("wb")
     assert f"--dtype={served}" in commands[0]
