@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,10 @@ from megatron_sip.data.tasks import Tasks
 from megatron_sip.evaluation.held_out import HeldOutComparison
 from megatron_sip.evaluation.suite_validation import SuiteValidation
 from megatron_sip.evaluation.validation import Validation
+from megatron_sip.experience.ahead import is_worth_keeping, made_for, pack, unpack
 from megatron_sip.experience.leader import Leader, check_servers
 from megatron_sip.experience.maker import Experience
+from megatron_sip.experience.rounds import StepExperience
 from megatron_sip.hf.checkpoint_model import require_same_model
 from megatron_sip.hf.families import architecture
 from megatron_sip.hf.folder import HF_SUBFOLDER, write_model_files
@@ -39,6 +41,7 @@ from megatron_sip.open_trainer import open_trainer
 from megatron_sip.records import Task
 from megatron_sip.rollout.handshake import WeightSyncError
 from megatron_sip.rollout.weight_sync import WeightSync
+from megatron_sip.run_state import RunState
 from megatron_sip.serving.local_servers import LocalServers
 from megatron_sip.step_watch import StepWatch
 from megatron_sip.stop_signal import StopSignal
@@ -53,44 +56,6 @@ PUSHES_AGAIN = 2
 """Of weights that no engine took, when engines of this node are back."""
 EXCHANGE_SECONDS = 8 * 3600.0
 """Ranks wait for each other while rank 0 tokenises a corpus, and a leader for its judge; both have deadlines of their own."""
-
-
-@dataclass(slots=True)
-class RunState:
-    """Where a run is: what a checkpoint keeps beside the policy, among Megatron's arguments, under names that stay.
-
-    consumed_samples: the cursor of the tasks. last_saved: iteration of the newest checkpoint, None before the first.
-    non_finite_steps: in a row, up to now. task_fingerprint: of the tasks that the cursor counts. learnt: nothing is left to.
-    """
-
-    iteration: int = 0
-    consumed_samples: int = 0
-    last_saved: int | None = None
-    non_finite_steps: int = 0
-    task_fingerprint: str | None = None
-    learnt: bool = False
-
-    @classmethod
-    def loaded(
-        cls, args: argparse.Namespace, non_finite_steps: int, task_fingerprint: str | None, *, learnt: bool = False
-    ) -> RunState:
-        """The state of the checkpoint that Megatron has just loaded, or of a run that begins."""
-        return cls(
-            iteration=args.iteration,
-            consumed_samples=args.consumed_train_samples,
-            last_saved=args.iteration or None,
-            non_finite_steps=non_finite_steps,
-            task_fingerprint=task_fingerprint,
-            learnt=learnt,
-        )
-
-    def write_into(self, args: argparse.Namespace) -> None:
-        """Into the arguments that Megatron saves."""
-        args.iteration = self.iteration
-        args.consumed_train_samples = self.consumed_samples
-        args.non_finite_steps = self.non_finite_steps
-        args.task_fingerprint = self.task_fingerprint
-        args.learnt = self.learnt
 
 
 @dataclass
@@ -119,6 +84,10 @@ class Run:
     watch: StepWatch = field(default_factory=lambda: StepWatch(0.0, ""))
     unsaved_reference: int | None = None
     """Iteration at which the reference was updated, when no checkpoint has kept it since."""
+    served: int = 0
+    """Iteration whose weights the engines have."""
+    ahead: StepExperience | None = None
+    """The present step's experience, where it was made while the step before it trained."""
 
     def my_tasks(self, ahead: int = 0) -> list[Task]:
         """This leader's share of the batch of tasks that is `ahead` of the present step's first; none behind the run's last.
@@ -134,17 +103,30 @@ class Run:
         return self.tasks.tasks(first + self.exchange.replica * share, share)
 
     def make_experience(self, stop: StopSignal, round_index: int = 0) -> Experience | None:
-        """This leader's share of a round of the present step's experience, None on other ranks and when a stop was requested.
+        """This leader's share of a round of this step's experience, None on other ranks and when a stop was requested."""
+        return self.collect(self.begin_experience(stop, round_index))
+
+    def begin_experience(
+        self, stop: StopSignal, round_index: int = 0, behind: int = 0
+    ) -> Future[Experience | None] | None:
+        """Begin a round of the present step's experience or, with `behind`, the rounds that this one takes, of the next step's.
 
         The tasks of the round behind it are the next batch, whether this step asks for it or the next one.
         """
-        self.watch.doing("making experience" if self.leader is not None else "waiting for the leaders' experience")
         if self.leader is None:
             return None
-        next_tasks = self.my_tasks(round_index + 1) if self.settings.needs.rewriter else []
-        made = self.leader.make_experience(
-            self.state.iteration, self.my_tasks(round_index), next_tasks, stop, round_index
-        )
+        batch = behind + round_index
+        next_tasks = self.my_tasks(batch + 1) if self.settings.needs.rewriter else []
+        step = self.state.iteration + bool(behind)
+        tasks = self.my_tasks(batch)
+        return self.leader.begin_experience(step, str(self.served), tasks, next_tasks, stop, round_index)
+
+    def collect(self, under_way: Future[Experience | None] | None) -> Experience | None:
+        """What was begun, once it is there."""
+        self.watch.doing("making experience" if self.leader is not None else "waiting for the leaders' experience")
+        if self.leader is None or under_way is None:
+            return None
+        made = self.leader.wait(under_way)
         if made is not None and self.tasks is not None:
             made.metrics.update(self.tasks.take_counts())
         return made
@@ -183,6 +165,7 @@ class Run:
             if not isinstance(found, str) or require_all or not self._engines_are_back():
                 break
             found = self._push(require_all)
+        self.served = self.state.iteration
         if isinstance(found, str):
             if require_all:
                 raise WeightSyncError(found)
@@ -224,6 +207,7 @@ class Run:
             if self.reference is not None and self.unsaved_reference is not None:
                 self.reference_store.save(self.reference, self.unsaved_reference)
                 self.unsaved_reference = None
+            self.state.experience_ahead = self.packed_ahead()
             self.state.write_into(get_args())  # which are part of the checkpoint
             stepped = self.exchange.any_rank(has_stepped(trainer.optimizer))
             get_args().optimizer_stepped = stepped
@@ -237,6 +221,13 @@ class Run:
             )
         self.state.last_saved = self.state.iteration
         self.checksums.add(save / f"iter_{self.state.iteration:07d}")
+
+    def packed_ahead(self) -> bytes | None:
+        """The experience that the run which continues from the present step trains on first, equal on all ranks."""
+        run = self.settings.run
+        if self.ahead is None or not is_worth_keeping(self.ahead, run.min_usable_share):
+            return None
+        return pack(self.ahead, made_for(self.settings.experience.selection, run.prompts, run.oversample))
 
     def finish_saving(self, *, wait: bool) -> None:
         """Commit the asynchronous saves that are done, or all of them when `wait`; their checksums follow."""
@@ -303,6 +294,7 @@ def set_up(settings: Settings, stack: contextlib.ExitStack) -> Run:
         checksums=ChecksumWriter(rank),
         servers=servers,
         watch=StepWatch(settings.run.step_timeout_s, f"{settings.run.run_dir}/logs", rank),
+        ahead=open_ahead(settings, state.experience_ahead),
     )
     run.push_weights(require_all=True)  # a wrong URL must not be taken for an engine that died
     if run.comparison is not None and leader is not None and leader.engines is not None:
@@ -339,6 +331,19 @@ def open_run_folder(run: RunSettings, exchange: LeaderExchange) -> None:
         write_model_files(run.hf_config, run.save / HF_SUBFOLDER, renew=not resumes)
 
 
+def open_ahead(settings: Settings, kept: bytes | None) -> StepExperience | None:
+    """The experience that the checkpoint `kept` of the step behind it, where this run can train on it."""
+    run = settings.run
+    if kept is None:
+        return None
+    made = unpack(kept, made_for(settings.experience.selection, run.prompts, run.oversample))
+    if made is not None and run.max_staleness:
+        return made
+    if run.rank == 0:
+        say("experience: the next step's was made ahead by a run of other flags; it is made again")
+    return None
+
+
 def load_policy(
     settings: Settings, exchange: LeaderExchange, tasks: Tasks | None
 ) -> tuple[RunState, PolicyTrainer, Reference | None, ReferenceStore]:
@@ -355,8 +360,7 @@ def load_policy(
     if run.rank == 0:
         say("policy: building the model and loading its weights")
     trainer = open_trainer(settings, exchange)
-    learnt = getattr(saved, "learnt", False)
-    state = RunState.loaded(args, getattr(saved, "non_finite_steps", 0), fingerprint, learnt=learnt)
+    state = RunState.loaded(args, saved, fingerprint)
     if run.rank == 0:
         say(f"policy: {origin_of_weights(run, state.iteration)}")
     store = ReferenceStore(run.save)

@@ -9,6 +9,8 @@ The whole step is `run_steps`:
 
     leaders: tasks -> rollouts, rewrites -> judge -> select -+
                                                              +-> everyone: train -> push weights -> save -> log
+
+With --max-staleness 1 the leaders make the next step's experience meanwhile (`gathering.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,16 +36,9 @@ from megatron_sip.console import quiet, say
 from megatron_sip.errors import ArgumentError, UserError
 from megatron_sip.evaluation.held_out import HeldOutOutcome
 from megatron_sip.evaluation.run_record import run_record, write_run_record
-from megatron_sip.experience.maker import Experience
-from megatron_sip.experience.rounds import (
-    StepExperience,
-    is_enough,
-    is_representative,
-    lost_groups,
-    step_experience,
-)
 from megatron_sip.experience.selection import ALL_ALIKE
 from megatron_sip.files import DiskError
+from megatron_sip.gathering import begin_ahead, finish_ahead, take_experience
 from megatron_sip.metrics import Metrics, merge
 from megatron_sip.serving.guard import kill_with_parent
 from megatron_sip.stop_signal import StopSignal
@@ -147,9 +142,10 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
     while state.iteration < settings.steps and not state.learnt:
         started += validate(run, stop)  # its time is no step's
         run.watch.begins(f"step {state.iteration + 1}")
-        made = gather_experience(run, stop)
+        made = take_experience(run, stop)
         if made is None:
             return stop_early(run, stop)
+        under_way = begin_ahead(run, stop, made.rounds)
         examples, metrics = made.examples, made.metrics | saving
         run.watch.doing("training")
         metrics |= run.trainer.train_step(examples, run.reference, state.iteration)
@@ -157,6 +153,8 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         state.iteration += 1
         state.consumed_samples += made.rounds * settings.prompts
         run.refresh_reference()
+        if under_way is not None:
+            metrics |= timed("seconds/waiting", partial(finish_ahead, run, stop, under_way))
         stopping = exchange.any_rank(stop.requested)  # then the engines may be stopping as well: do not push to them
         if not stopping:
             # All replicas wait: rollouts asked for before the push would be of the old weights.
@@ -184,30 +182,6 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
     validate(run, stop, last=True)
     end_in_trouble(run, stop)
     return stop_early(run, stop) if exchange.any_rank(stop.requested) else True
-
-
-def gather_experience(run: Run, stop: StopSignal) -> StepExperience | None:
-    """All leaders' experience of the present step, on every rank; None when a stop was requested.
-
-    Leaders go on together to a further round of tasks while fewer groups are usable than a step has prompts.
-    """
-    settings = run.settings.run
-    rounds: list[list[Experience]] = []
-    while not is_enough(rounds, settings.prompts, settings.oversample):
-        shared = run.exchange.all_gather_from_leaders(run.make_experience(stop, len(rounds)))
-        if any(part is None for part in shared):
-            return None
-        rounds.append(shared)
-    made = step_experience(rounds, settings.prompts, settings.oversample)
-    if is_representative(made.metrics, settings.min_usable_share):
-        return made
-    if settings.rank == 0:
-        lost = ", ".join(f"{why} {count:.0f}" for why, count in lost_groups(made.metrics).items())
-        say(
-            f"step {run.state.iteration + 1}: no update, since more than {1 - settings.min_usable_share:.0%} of its groups are "
-            f"lost ({lost}); --min-usable-share says how many may be"
-        )
-    return replace(made, examples=[])
 
 
 def validate(run: Run, stop: StopSignal, *, last: bool = False) -> float:

@@ -297,6 +297,7 @@ def _candidates(settings: Settings) -> str:
         return text
     first = settings.experience.kind_steps.rollout_start
     start = f", from step {first}" if first else ""
+    start += ", by the weights before the last update" if settings.run.max_staleness else ""
     return f"{text}; rollouts at T={sampling.temperature:g}, top-p {sampling.top_p:g}{start}"
 
 

@@ -250,8 +250,9 @@ ROLLOUT_FLAGS: Flags = {
     "--weight-sync-dir": ({"metavar": "DIR"}, "Folder that trainer and engines share. Default: RUN_DIR/weights."),
     "--weight-sync-bucket-mb": ({"type": int, "default": 512, "metavar": "MB"}, "Size of one broadcast."),
     "--max-staleness": (
-        {"type": int, "choices": [0], "default": 0},
-        "Optimizer steps that the engines' weights may be behind; 0 is strictly on-policy.",
+        {"type": int, "choices": [0, 1], "default": 0},
+        "Updates that rollouts may be behind. 0, strictly on-policy: a step's experience is made when it begins. 1: "
+        "while the step before it trains, so that trainer and servers work at the same time.",
     ),
 }
 SERVER_FLAGS: Flags = {

@@ -45,7 +45,8 @@ class RunSettings:
     save: its checkpoints. run_dir: all else that it writes. hf_config: the policy's config and tokenizer.
     pretrained_checkpoint: its initial weights, None for random ones. prompts: of a step, of all replicas together.
     oversample: the most rounds of so many tasks that a step may ask for. save_interval: in steps. rank: this process's number.
-    min_usable_share: of a step's groups, see `is_representative`. step_timeout_s: see `StepWatch`.
+    min_usable_share: of a step's groups, see `is_representative`. step_timeout_s: see `StepWatch`. max_staleness: steps that
+    experience is made ahead, 0 or 1.
     """
 
     save: Path
@@ -61,6 +62,7 @@ class RunSettings:
     oversample: int = 1
     min_usable_share: float = 0.5
     step_timeout_s: float = 0.0
+    max_staleness: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +237,7 @@ def run_settings(args: argparse.Namespace) -> RunSettings:
         oversample=args.grpo_oversample,
         min_usable_share=args.min_usable_share,
         step_timeout_s=args.step_timeout,
+        max_staleness=args.max_staleness,
     )
 
 

@@ -25,7 +25,7 @@ INCHES = (5.6, 3.1)
 FEW_STEPS = 12
 """Up to this many steps a series is shown with markers and without a moving average."""
 MAX_BARS = 80
-PHASES = ("rollout", "judge", "reference", "train", "sync", "save")
+PHASES = ("rollout", "judge", "waiting", "reference", "train", "sync", "save")
 OTHER = "other"
 
 
@@ -418,7 +418,7 @@ PLOTS = (
         "seconds",
         "Time by phase",
         "Where a step's seconds go; of each phase the slowest rank counts. Groups are judged as they arrive: rollout lasts "
-        "until the last candidate is there, judge is what judging adds.",
+        "until the last candidate is there, judge is what judging adds; waiting is for experience that is made a step ahead.",
         (tuple(f"seconds/{phase}" for phase in PHASES),),
         _seconds,
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,14 +131,24 @@ class Leader:
         self._maker.forget_counts()
         return result
 
-    def make_experience(
-        self, step: int, tasks: Sequence[Task], next_tasks: Sequence[Task], stop: StopSignal, round_index: int = 0
-    ) -> Experience | None:
-        """This leader's share of a round of a step, or None when a stop was requested meanwhile.
+    def begin_experience(
+        self,
+        step: int,
+        version: str,
+        tasks: Sequence[Task],
+        next_tasks: Sequence[Task],
+        stop: StopSignal,
+        round_index: int = 0,
+    ) -> Future[Experience | None]:
+        """Begin this leader's share of a round of a step, its rollouts by weights of `version`; `wait` has what comes of it.
 
         Rewrites of `next_tasks`, the next batch, are then made while the policy trains: they need no rollouts.
         """
-        return self.run(stop.run(self._maker.make(step, tasks, next_tasks, round_index)))
+        return self._loop.begin(stop.run(self._maker.make(step, tasks, next_tasks, round_index, version)))
+
+    def wait(self, under_way: Future[Experience | None]) -> Experience | None:
+        """The experience that was begun, or None when a stop was requested meanwhile."""
+        return self._loop.wait(under_way)
 
     def close(self) -> None:
         """Close all connections; rewrites under way for a step that will not come are given up first."""

@@ -156,16 +156,23 @@ class ExperienceMaker:
         self._ahead: RewritesAhead | None = None
 
     async def make(
-        self, step: int, tasks: Sequence[Task], next_tasks: Sequence[Task] = (), round_index: int = 0
+        self,
+        step: int,
+        tasks: Sequence[Task],
+        next_tasks: Sequence[Task] = (),
+        round_index: int = 0,
+        version: str | None = None,
     ) -> Experience:
         """Candidates, scores and examples for `tasks`, a round of optimizer step `step` (0 is the first of each).
+
+        Rollouts are by weights of `version` only, those of the step unless given.
 
         The rewrites of `next_tasks`, which the next call is to be about, are begun before this one returns.
         """
         if self._settings.replay is not None:
             groups, seconds = read_groups(self._settings.replay, step, tasks), Metrics()
         else:
-            groups, seconds = await self._judged_groups(step, tasks)
+            groups, seconds = await self._judged_groups(step, tasks, version or str(step))
         unrecorded = None
         if self._settings.record is not None:
             try:
@@ -179,7 +186,7 @@ class ExperienceMaker:
         metrics = selection_metrics(groups, selected)
         if selection.objective == "grpo":
             metrics |= reward_metrics(groups, selection.truncated)
-        metrics |= candidate_lengths(groups)
+        metrics |= candidate_lengths(groups) | staleness(groups, step)
         metrics |= thought_metrics(groups, partial(plain_text, self._tokenizer))
         metrics |= {f"dropped/{reason}": float(count) for reason, count in selected.dropped.items()}
         metrics |= self._counters() | seconds
@@ -189,12 +196,12 @@ class ExperienceMaker:
             self._ahead = RewritesAhead([task.index for task in next_tasks], self._rewriter.begin(next_tasks))
         return Experience(selected.examples, metrics, unrecorded)
 
-    async def _judged_groups(self, step: int, tasks: Sequence[Task]) -> tuple[list[Group], Metrics]:
+    async def _judged_groups(self, step: int, tasks: Sequence[Task], version: str) -> tuple[list[Group], Metrics]:
         """Groups with scores (when the objective needs them), and the seconds of each phase."""
         kinds, clock = self._settings.kinds_at(step), ArrivalClock()
         rewrites = self._rewrites(tasks) if "rewrite" in kinds else [None for _ in tasks]
         arriving = [
-            self._group(task, kinds, rewrite, str(step), clock) for task, rewrite in zip(tasks, rewrites, strict=True)
+            self._group(task, kinds, rewrite, version, clock) for task, rewrite in zip(tasks, rewrites, strict=True)
         ]
         if not self._settings.selection.needs_judge:
             return list(await asyncio.gather(*arriving)), clock.seconds()
@@ -333,3 +340,10 @@ def candidate_lengths(groups: Sequence[Group]) -> Metrics:
         counts = [len(candidate.ids) for group in groups for candidate in group.candidates if candidate.kind == kind]
         lengths[f"length/{kind}"] = Mean(float(sum(counts)), float(len(counts)))
     return lengths
+
+
+def staleness(groups: Sequence[Group], step: int) -> Metrics:
+    """How many updates the policy of `step` is ahead of the one that sampled the rollouts; nothing without any."""
+    versions = [c.weight_version for group in groups for c in group.candidates if c.weight_version is not None]
+    ages = [step - int(version) for version in versions if version.isdecimal()]
+    return {"staleness": Mean(float(sum(ages)), float(len(ages)))} if ages else {}

@@ -17,7 +17,8 @@ PHASES = tuple(field.name for field in fields(Factors))
 def measured_seconds(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Medians of a metrics.jsonl's seconds by phase, `total` too; without the first step, in which much is set up.
 
-    The judge's are those in which any group was being judged, beside rollouts or not, where the run measured them.
+    The judge's are those in which any group was being judged, beside rollouts or not, where the run measured them. Experience
+    that was made a step ahead took as long as it did.
 
     Raises:
         ArgumentError: there are fewer than two steps.
@@ -25,10 +26,13 @@ def measured_seconds(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     later = [step for step in steps if "seconds/total" in step][1:]
     if not later:
         raise ArgumentError("--from-run: metrics.jsonl has fewer than two steps, and the first one sets much up")
-    timed = [
-        dict(step) | {"seconds/judge": step.get("seconds/judging", step.get("seconds/judge", 0.0))} for step in later
-    ]
-    return {name: median([step.get(f"seconds/{name}", 0.0) for step in timed]) for name in (*PHASES, "total")}
+    return {name: median([_seconds(step, name) for step in later]) for name in (*PHASES, "total")}
+
+
+def _seconds(step: Mapping[str, float], phase: str) -> float:
+    names = {"judge": ("judging", "ahead/judging", "judge"), "rollout": ("rollout", "ahead/rollout")}
+    found = (step.get(f"seconds/{name}") for name in names.get(phase, (phase,)))
+    return next((seconds for seconds in found if seconds is not None), 0.0)
 
 
 def factors_of(seconds: Mapping[str, float], work: Work, machine: Machine, cluster: Cluster) -> Factors:

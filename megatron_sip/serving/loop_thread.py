@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,14 @@ class LoopThread:
 
     def run[T](self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which is cancelled when the wait for it is interrupted. Signal handlers still run."""
-        future = asyncio.run_coroutine_threadsafe(_outcome(work), self._loop)
+        return self.wait(self.begin(work))
+
+    def begin[T](self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Begin `work`; `wait` has its result."""
+        return asyncio.run_coroutine_threadsafe(_outcome(work), self._loop)  # type: ignore[arg-type]
+
+    def wait[T](self, future: Future[T]) -> T:
+        """The result of what was begun here; see `run`."""
         try:
             # A signal may be delivered to another thread: its handler runs here when we wake up.
             while not wait([future], timeout=SIGNALS_SECONDS).done:

@@ -148,7 +148,7 @@ def progress_line(step: int, total_steps: int, numbers: Mapping[str, float], sec
     missing, given = (counted(numbers, f"judge/verdicts{kind}/") for kind in ("-missing", ""))
     if missing:
         parts.append(f"verdicts missing {missing:.0f} of {missing + given:.0f}")
-    order = ("rollout", "judge", "reference", "train", "sync", "save")
+    order = ("rollout", "judge", "waiting", "reference", "train", "sync", "save")
     phases = [
         f"{phase} {numbers[f'seconds/{phase}']:.1f}" for phase in order if numbers.get(f"seconds/{phase}", 0) >= 0.05
     ]

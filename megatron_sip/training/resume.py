@@ -20,7 +20,7 @@ LEARNING = (
     *("weight_decay", "weight_decay_incr_style", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
     *("objective", "dpo_beta", "dpo_nll_coef", "dpo_label_smoothing", "dpo_loss", "ref_update_interval"),
     *("grpo_length", "grpo_clip_low", "grpo_clip_high", "grpo_kl_coef", "grpo_spread_normalization", "grpo_oversample"),
-    *("truncated_answers", "mismatch_correction"),
+    *("truncated_answers", "mismatch_correction", "max_staleness"),
 )
 """Arguments of which new values win."""
 TASKS = (

@@ -56,7 +56,7 @@ def test_a_run_with_nothing_left_to_learn_ends_as_a_finished_one_and_the_same_co
     args = argparse.Namespace()
     run.state.write_into(args)  # of which a checkpoint is made
     again = FakeRun([True] * 8, save_interval=100, iteration=12)
-    again.state = RunState.loaded(args, 0, None, learnt=args.learnt)
+    again.state = RunState.loaded(args, args, None)
     assert run_steps(again, StopSignal())
     assert (again.state.iteration, again.saved) == (12, [])
 
@@ -235,7 +235,7 @@ class Unreachable:
 
 def test_a_checkpoint_keeps_the_state_under_the_names_that_earlier_ones_have() -> None:
     args = argparse.Namespace(iteration=6, consumed_train_samples=24, save="run")
-    state = RunState.loaded(args, non_finite_steps=1, task_fingerprint="tasks")
+    state = RunState.loaded(args, argparse.Namespace(non_finite_steps=1), "tasks")
     assert state == RunState(6, 24, last_saved=6, non_finite_steps=1, task_fingerprint="tasks")
     state.iteration, state.consumed_samples, state.non_finite_steps = 7, 28, 0
     assert args.iteration == 6  # nothing is written before a save
@@ -246,10 +246,11 @@ def test_a_checkpoint_keeps_the_state_under_the_names_that_earlier_ones_have() -
         "non_finite_steps": 0,
         "task_fingerprint": "tasks",
         "learnt": False,
+        "experience_ahead": None,
         "save": "run",
     }
     assert vars(args) == kept
-    beginning = RunState.loaded(argparse.Namespace(iteration=0, consumed_train_samples=0), 0, "tasks")
+    beginning = RunState.loaded(argparse.Namespace(iteration=0, consumed_train_samples=0), None, "tasks")
     assert beginning.last_saved is None
 
 

@@ -28,7 +28,9 @@ ROOMS = [
         "open_servers",
         "open_tasks",
         "open_trainer",
+        "run_state",
         "run",
+        "gathering",
         "train",
     ),
     *("evaluate", "plan", "__main__"),
@@ -55,7 +57,7 @@ PURE = [
 ]
 """Rooms and modules that import neither Megatron nor SGLang, themselves or through what they import."""
 
-TAKE_ARGS = ("config", "train", "run", "model.gpt")
+TAKE_ARGS = ("config", "train", "run", "run_state", "model.gpt")
 """Where a function may take `args`: flags are read there, and Megatron calls model providers with them."""
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60

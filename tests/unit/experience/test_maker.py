@@ -282,3 +282,11 @@ async def test_a_task_s_rollouts_have_one_seed_whoever_asks_for_them_and_when() 
     assert parts.seeds == [*whole.seeds[2:], *whole.seeds[:2]]
     assert set(other.seeds).isdisjoint(whole.seeds)
     assert unseeded.seeds == []
+
+
+async def test_rollouts_by_the_weights_before_the_last_update_say_their_age() -> None:
+    engines = Engines()
+    making = maker(engines)
+    assert flatten((await making.make(4, TASKS)).metrics)["staleness"] == 0
+    assert flatten((await making.make(5, TASKS, version="4")).metrics)["staleness"] == 1
+    assert engines.versions == ["4"] * 6
