@@ -174,6 +174,13 @@ def test_a_pivot_and_votes_made_even_are_said() -> None:
     assert drawn["pair judgements"] == 7 * 5  # of 8 rollouts one is the pivot
 
 
+def test_rollouts_of_a_step_ahead_are_said_to_be_of_other_weights() -> None:
+    in_turn, ahead = (dry_run_settings("--preset", "safety", "--max-staleness", steps) for steps in ("0", "1"))
+    assert (in_turn.run.max_staleness, ahead.run.max_staleness) == (0, 1)
+    assert "rollouts at T=1, top-p 1, by the weights before the last update" in describe(ahead)
+    assert "weights before" not in describe(in_turn)
+
+
 GRPO = ("--preset", "safety", "--objective", "grpo", "--candidates", "rollout")
 
 
