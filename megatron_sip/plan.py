@@ -146,7 +146,7 @@ def server_figures(
         "GB of weights": shape.served_bytes / 1e9,
         "sequences that fit": server_capacity(shape, memory, work.held),
         "sequences a step": work.sequences / servers.count,
-        "asked for at once": cluster.trainer.data * work.in_flight * work.per_call / servers.count,
+        "asked for at once": work.asked_at_once(servers.count),
     }
 
 

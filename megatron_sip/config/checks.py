@@ -249,6 +249,8 @@ def _check_data(args: argparse.Namespace) -> Iterator[str]:
 def _check_times(args: argparse.Namespace) -> Iterator[str]:
     if not 0 <= args.step_timeout < math.inf:
         yield f"--step-timeout {args.step_timeout}: seconds are needed, 0 for never"
+    if args.rollout_concurrency is not None and args.rollout_concurrency < 1:
+        yield f"--rollout-concurrency {args.rollout_concurrency}: at least 1 is needed"
 
 
 def _check_batch(args: argparse.Namespace) -> Iterator[str]:

@@ -42,7 +42,7 @@ RUN_FLAGS: Flags = {
         "When files of the latest checkpoint are damaged, move it aside and continue from the newest one that is whole.",
     ),
     "--step-timeout": (
-        {"type": float, "default": 14400.0, "metavar": "SECONDS"},
+        {"type": float, "default": 21600.0, "metavar": "SECONDS"},
         "A process whose step, validation or checkpoint takes longer says what it was doing and ends, so that its job restarts "
         "at the last checkpoint; 0: never. More than the slowest step's judging may take.",
     ),
@@ -226,8 +226,8 @@ ROLLOUT_FLAGS: Flags = {
     "--rollout-local": ({"type": int, "default": 0, "metavar": "N"}, "Start N SGLang engines on this node instead."),
     "--rollout-timeout": ({"type": float, "default": 600.0, "metavar": "SECONDS"}, "For one engine call."),
     "--rollout-concurrency": (
-        {"type": int, "default": 256, "metavar": "CALLS"},
-        "Calls in flight of each data-parallel replica.",
+        {"type": int, "metavar": "CALLS"},
+        "Calls in flight of all data-parallel replicas together. Default: 64 for each engine, 256 at least.",
     ),
     "--local-engine-dtype": (
         {"choices": ["bfloat16", "float16", "float32"], "default": "bfloat16"},
@@ -375,10 +375,13 @@ JUDGE_FLAGS: Flags = {
     ),
     "--judge-deadline": (
         {"type": float, "default": 900.0, "metavar": "SECONDS"},
-        "For a group's judgements, from when its candidates are "
-        "there; so for those of a step, from when its last one is.",
+        "For a group's judgements, from when its candidates are there or, if later, from the teacher's last answer: one that "
+        "is slow is waited for (8 times as long at most), one that is gone is not. The same for rewrites.",
     ),
-    "--judge-concurrency": ({"type": int, "default": 256, "metavar": "CALLS"}, "Teacher calls in flight, likewise."),
+    "--judge-concurrency": (
+        {"type": int, "metavar": "CALLS"},
+        "Teacher calls in flight of all data-parallel replicas together. Default: 64 for each server, 256 at least.",
+    ),
     "--judge-cache": ({"metavar": "DIR"}, "Keep verdicts on disk; a resumed step then asks no one."),
 }
 

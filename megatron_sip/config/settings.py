@@ -10,7 +10,7 @@ from typing import Literal
 
 from megatron_sip.config.held_out import HeldOutSettings, ValidationSettings, held_out_settings, validation_settings
 from megatron_sip.config.needs import Needs, criteria_of
-from megatron_sip.config.teacher_settings import judge_settings, rating_settings, rewriter_settings
+from megatron_sip.config.teacher_settings import judge_settings, rating_settings, replicas, rewriter_settings
 from megatron_sip.data.roles import DocumentRole
 from megatron_sip.data.tasks import TaskSettings
 from megatron_sip.data.tokenization import DEFAULT_CACHE, TokenizeSettings
@@ -32,6 +32,7 @@ from megatron_sip.judge.settings import (
 )
 from megatron_sip.rollout.pool import PoolSettings
 from megatron_sip.rollout.sampling import SamplingSettings
+from megatron_sip.serving.calls_in_flight import share_of_calls
 from megatron_sip.serving.http_reply import key_from_environment
 from megatron_sip.serving.launch import ServerSettings
 from megatron_sip.serving.local_servers import ENGINE_FLAGS, ENGINE_MARGIN, LocalServerSettings, ServerUrls
@@ -102,13 +103,14 @@ class ReferenceSettings:
 
 @dataclass(frozen=True, slots=True)
 class RolloutSettings:
-    """How engines are reached and fed. concurrency: calls in flight of one leader, to all engines.
+    """How engines are reached and fed. concurrency: calls in flight of all `replicas` together, None: by the number of engines.
 
     context_length: tokens that an engine must take, prompt and answer. weight_sync: see --weight-sync; sync_dir: for disk.
     """
 
     timeout_s: float
-    concurrency: int
+    concurrency: int | None
+    replicas: int
     key_variable: str | None
     vocab_size: int
     context_length: int
@@ -125,7 +127,7 @@ class RolloutSettings:
         pool = PoolSettings(
             call_timeout_s=self.timeout_s,
             deadline_s=3 * self.timeout_s,
-            max_concurrency=max(1, self.concurrency // len(urls)),
+            max_concurrency=max(1, share_of_calls(self.concurrency, len(urls), self.replicas) // len(urls)),
             key=self.key(),
             vocab_size=self.vocab_size,
         )
@@ -362,6 +364,7 @@ def rollout_settings(args: argparse.Namespace) -> RolloutSettings:
     return RolloutSettings(
         timeout_s=args.rollout_timeout,
         concurrency=args.rollout_concurrency,
+        replicas=replicas(args),
         key_variable=args.rollout_key_variable,
         vocab_size=args.vocab_size,
         context_length=args.seq_length + ENGINE_MARGIN,

@@ -73,6 +73,11 @@ def rewriter_settings(args: argparse.Namespace) -> RewriterSettings:
     )
 
 
+def replicas(args: argparse.Namespace) -> int:
+    """Data-parallel replicas among which calls are divided; one where no process was started, or none trains."""
+    return int(getattr(args, "data_parallel_size", 1))
+
+
 def schedule_settings(args: argparse.Namespace) -> ScheduleSettings:
     """Which pairs the judge compares. Raises SettingsError."""
     return ScheduleSettings(
@@ -110,5 +115,6 @@ def client_settings(args: argparse.Namespace, role: Role) -> ClientSettings:
         cache_path=Path(args.judge_cache) if args.judge_cache is not None else None,
         call_timeout_s=args.teacher_timeout,
         concurrency=args.judge_concurrency,
+        replicas=replicas(args),
         seed=args.seed,
     )

@@ -119,6 +119,7 @@ class Leader:
             samples=experience.samples if replica == 0 else None,
             rollout_seed=experience.rollout_seed if seeded else None,
         )
+        self._askers = [asker for asker in (self.judge, rewriter) if asker is not None]
         self._maker = ExperienceMaker(own, tokenizer, self.engines, self.judge, rewriter)
 
     def run[T](self, work: Coroutine[Any, Any, T]) -> T:
@@ -144,7 +145,19 @@ class Leader:
 
         Rewrites of `next_tasks`, the next batch, are then made while the policy trains: they need no rollouts.
         """
-        return self._loop.begin(stop.run(self._maker.make(step, tasks, next_tasks, round_index, version)))
+        making = self._maker.make(step, tasks, next_tasks, round_index, version)
+        return self._loop.begin(stop.run(self._unless_gone(making, stop)))
+
+    async def _unless_gone(self, making: Coroutine[Any, Any, Experience], stop: StopSignal) -> Experience | None:
+        """The experience; None where nobody is left who judges or rewrites. The run is then asked to stop: what they did not
+        answer is lost to this step, and would be to all that follow.
+        """
+        made = await making
+        for asker in self._askers:
+            if (gone := await asker.gone()) is not None:
+                stop.request(gone)
+                return None
+        return made
 
     def wait(self, under_way: Future[Experience | None]) -> Experience | None:
         """The experience that was begun, or None when a stop was requested meanwhile."""

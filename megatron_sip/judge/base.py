@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Self
 
@@ -17,9 +18,9 @@ UNKNOWN_CODE = "00000000"
 class AsksTeacher:
     """Use as an async context manager on one event loop; `check` first, so that mistakes show at start."""
 
-    def __init__(self, settings: ClientSettings | None) -> None:
-        """settings: None where nobody is asked."""
-        self._teacher = None if settings is None else TeacherClient(settings)
+    def __init__(self, settings: ClientSettings | None, silence_s: float = math.inf) -> None:
+        """settings: None where nobody is asked. silence_s: calls fail once no server has answered any for so long."""
+        self._teacher = None if settings is None else TeacherClient(settings, silence_s)
         self._counts: Counter[str] = Counter()
 
     @property
@@ -45,6 +46,10 @@ class AsksTeacher:
         """Raises EndpointError naming an endpoint that does not answer within `timeout_s`, and settings mistakes."""
         if self._teacher is not None:
             await self._teacher.check(timeout_s)
+
+    async def gone(self) -> str | None:
+        """Why nobody is left to ask, see `TeacherClient.gone`; None: somebody is, or nobody needs to be."""
+        return None if self._teacher is None else await self._teacher.gone()
 
     def _check_reasoning(self, what: str) -> None:
         """Raises SettingsError where `what` is written by a model that reasons first and has no tokens for it."""

@@ -54,7 +54,7 @@ class Sheet:
     pivot: the place of the text that all others meet, if that was chosen beforehand; apart: it stands last and is compared
     only, without a score of its own. copies: how many candidates have each text. label: of a labelled task, of which `ended`
     are the candidates that came to their own end. number: the task's, which chooses the server. deadline: loop time at which
-    answers come too late.
+    answers come too late, silence_s: without any they do before, see serving.patience.
     """
 
     prefix: str
@@ -71,6 +71,7 @@ class Sheet:
     label: Label | None = None
     number: int = 0
     deadline: float = math.inf
+    silence_s: float = math.inf
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -89,7 +89,7 @@ class Exam(AsksTeacher):
 
     async def ask(self, questions: Sequence[Question], progress: Callable[[], object] = lambda: None) -> list[Reply]:
         """The judge's reply to each question, in order. progress: called after each."""
-        gate = asyncio.Semaphore(self._settings.client.concurrency)
+        gate = asyncio.Semaphore(self._settings.client.in_flight)
 
         numbers: dict[
             str | int, int

@@ -38,6 +38,7 @@ from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, Objective
 from megatron_sip.judge.teacher import CHECK_TIMEOUT_S
 from megatron_sip.metrics import Mean
 from megatron_sip.records import Candidate, CandidateKind, Group
+from megatron_sip.serving.patience import longest_wait
 
 PROMPTS_IN_FLIGHT_SHARE = 16
 """Groups worked on at once: concurrency / this. Enough to fill it; few keep prompts together and memory flat."""
@@ -64,7 +65,7 @@ class Judge(AsksTeacher):
 
         policy: its tokenizer, where its answers to labelled tasks are judged.
         """
-        super().__init__(settings.client)
+        super().__init__(settings.client, settings.deadline_s)
         self._settings = settings
         self._document_end = document_end
         self._criteria = [
@@ -110,7 +111,8 @@ class Judge(AsksTeacher):
         objective: Objective = "dpo",
         progress: Callable[[int], object] = lambda done: None,
     ) -> list[Group]:
-        """The groups in order, scored or dropped, within the settings' `deadline_s`; `progress` is told of each that is done.
+        """The groups in order, scored or dropped, within the settings' `deadline_s`, or longer while the servers answer;
+        `progress` is told of each that is done.
 
         Groups that arrive dropped stay so. Candidates that are all the same text tie without being compared. With the
         objective "pair" two candidates are compared directly, whatever the schedule.
@@ -124,16 +126,16 @@ class Judge(AsksTeacher):
         objective: Objective = "dpo",
         progress: Callable[[int], object] = lambda done: None,
     ) -> list[Group]:
-        """As `score`, of groups that are not all there yet: each is judged as soon as it is, within `deadline_s` from then on.
+        """As `score`, of groups that are not all there yet: each is judged as soon as it is, its time counts from then on.
 
         What is asked about a group depends on it alone, not on when it or others arrive.
         """
         loop, client = asyncio.get_running_loop(), self._settings.client
-        gate = asyncio.Semaphore(max(8, (client.concurrency if client else 0) // PROMPTS_IN_FLIGHT_SHARE))
+        gate = asyncio.Semaphore(max(8, (client.in_flight if client else 0) // PROMPTS_IN_FLIGHT_SHARE))
 
         async def bounded(arrival: Awaitable[Group]) -> Group:
             group = await arrival
-            deadline = loop.time() + self._settings.deadline_s
+            deadline = longest_wait(loop.time(), self._settings.deadline_s)
             async with gate:
                 scored = await self._score_group(group, objective, deadline)
             progress(1)
@@ -222,7 +224,9 @@ class Judge(AsksTeacher):
             return await self._client.ask(calls, sheet.number, deadline, failures)
 
         seed = (*sheet.seed, zlib.crc32(setting.encode()))
-        result = await criterion.score(replace(sheet, seed=seed, deadline=deadline), ask)
+        result = await criterion.score(
+            replace(sheet, seed=seed, deadline=deadline, silence_s=self._settings.deadline_s), ask
+        )
         if result.missing is None or not failures:
             return result
         return replace(result, missing=failures.most_common(1)[0][0])

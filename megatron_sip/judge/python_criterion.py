@@ -43,7 +43,7 @@ class PythonCriterion:
         texts = list(sheet.candidates[: sheet.contenders])
         patience = sheet.deadline - asyncio.get_running_loop().time()
         try:
-            numbers = await self._processes.call(texts, sheet.prefix, sheet.original, patience)
+            numbers = await self._processes.call(texts, sheet.prefix, sheet.original, patience, sheet.silence_s)
         except CallFailedError as failure:
             if not self._told:  # the first is worth a line, not a flood
                 self._told = True

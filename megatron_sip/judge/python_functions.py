@@ -24,6 +24,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from megatron_sip.errors import UserError
+from megatron_sip.serving.patience import waits_until
 from megatron_sip.stop_signal import StopSignal
 
 log = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ class FunctionProcesses:
         self._timeout_s = timeout_s
         self._workers = [_Worker(path) for _ in range(processes)]
         self._idle: asyncio.LifoQueue[_Worker] | None = None
+        self._answered_at = -math.inf
 
     async def start(self) -> None:
         """Raises FunctionError when the function cannot be imported in a process of its own."""
@@ -135,10 +137,18 @@ class FunctionProcesses:
         except CallFailedError as failure:
             raise FunctionError(f"'{self._path}' cannot be imported: {failure}") from failure
 
-    async def call(self, texts: list[str], prefix: str, reference: str, patience_s: float = math.inf) -> Numbers:
+    async def call(
+        self,
+        texts: list[str],
+        prefix: str,
+        reference: str,
+        patience_s: float = math.inf,
+        silence_s: float = math.inf,
+    ) -> Numbers:
         """One number or None for each text. Without texts the function is not called.
 
-        patience_s: the most that the call may take from now on, its wait for a process included.
+        patience_s: the most that the call may take from now on, its wait for a process included. silence_s: how long it waits
+        without an answer to any other call, see `waits_until`.
 
         Raises:
             CallFailedError: it raised, its process ended, or the time was up.
@@ -149,13 +159,12 @@ class FunctionProcesses:
             for worker in self._workers:
                 self._idle.put_nowait(worker)
         until = time.monotonic() + patience_s
+        worker = await self._free_worker(until, silence_s)
         try:
-            worker = await asyncio.wait_for(self._idle.get(), None if patience_s == math.inf else max(0.0, patience_s))
-        except TimeoutError:
-            raise CallFailedError("timeout", "no process was free in time") from None
-        try:
-            limit = min(self._timeout_s, until - time.monotonic())
-            return await asyncio.to_thread(worker.call, texts, prefix, reference, limit)
+            limit = min(self._timeout_s, waits_until(until, silence_s, self._answered_at) - time.monotonic())
+            numbers = await asyncio.to_thread(worker.call, texts, prefix, reference, limit)
+            self._answered_at = time.monotonic()
+            return numbers
         except asyncio.CancelledError:
             worker.kill()  # its answer would be taken for that of the next call
             self._workers.remove(worker)
@@ -164,6 +173,16 @@ class FunctionProcesses:
             raise
         finally:
             self._idle.put_nowait(worker)
+
+    async def _free_worker(self, deadline: float, silence_s: float) -> _Worker:
+        assert self._idle is not None
+        while True:
+            left = waits_until(deadline, silence_s, self._answered_at) - time.monotonic()
+            try:
+                return await asyncio.wait_for(self._idle.get(), None if left == math.inf else max(0.0, left))
+            except TimeoutError:
+                if waits_until(deadline, silence_s, self._answered_at) <= time.monotonic():
+                    raise CallFailedError("timeout", "no process was free in time") from None
 
     def close(self) -> None:
         """End the processes."""

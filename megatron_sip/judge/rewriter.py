@@ -35,6 +35,7 @@ from megatron_sip.judge.refusals import is_refusal
 from megatron_sip.judge.settings import ClientSettings, SettingsError
 from megatron_sip.judge.teacher import CHECK_TIMEOUT_S
 from megatron_sip.records import Candidate, Task
+from megatron_sip.serving.patience import longest_wait
 
 REWRITE_NEEDS = {"continuation", "first_words"}
 """Slots of a rewriter's prompt; {{prefix}} and {{code}} may be left out."""
@@ -54,7 +55,8 @@ _SURE_CHARS = 12
 @dataclass(frozen=True, slots=True)
 class RewriterSettings:
     """client: servers and cache. temperature 0 is greedy. prompt_file: of the instructions, None: this package's own.
-    max_tokens: of the rewriter's own tokens, None: twice the suffix length. deadline_s: for one `rewrite` call.
+    max_tokens: of the rewriter's own tokens, None: twice the suffix length. deadline_s: for one `rewrite` call,
+    or from the servers' last answer.
     prefix_chars: how much of the prefix's end is shown."""
 
     client: ClientSettings
@@ -83,7 +85,7 @@ class Rewriter(AsksTeacher):
     policy_tokenizer: transformers tokenizer of the policy; max_tokens: its tokens per rewrite."""
 
     def __init__(self, settings: RewriterSettings, policy_tokenizer: Any, max_tokens: int) -> None:
-        super().__init__(settings.client)
+        super().__init__(settings.client, settings.deadline_s)
         self._settings = settings
         self._tokenizer = policy_tokenizer
         self._max_tokens = max_tokens
@@ -104,8 +106,8 @@ class Rewriter(AsksTeacher):
 
     def begin(self, tasks: Sequence[Task]) -> list[asyncio.Task[Candidate | None]]:
         """As `rewrite`, without waiting: a task for each rewrite, under way on the running event loop."""
-        deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
-        gate, missing = asyncio.Semaphore(self._settings.client.concurrency), len(tasks)
+        deadline = longest_wait(asyncio.get_running_loop().time(), self._settings.deadline_s)
+        gate, missing = asyncio.Semaphore(self._settings.client.in_flight), len(tasks)
 
         async def bounded(task: Task) -> Candidate | None:
             nonlocal missing

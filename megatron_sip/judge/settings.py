@@ -10,6 +10,7 @@ from typing import Literal
 from megatron_sip.errors import UserError
 from megatron_sip.judge.prompts import PromptError, builtin_names, builtin_prompt, find_prompt, read_prompt_file
 from megatron_sip.judge.python_functions import FunctionError, function_path, named_functions, require_package
+from megatron_sip.serving.calls_in_flight import share_of_calls
 from megatron_sip.serving.http_reply import key_from_environment, shown_url, url_mistake
 from megatron_sip.serving.proxy import DIRECT, Proxy, proxy_for
 
@@ -115,7 +116,8 @@ class ClientSettings:
     tokenizer: folder or name of their model's tokenizer, for sglang endpoints (None: the path that the server reports).
     cache_path: file that keeps answers (None: nothing is kept). call_timeout_s: for one attempt of one request.
     attempts: per request; a refused connection counts as none, the request waits for the server up to its deadline.
-    concurrency: requests in flight. seed: of the jitter between attempts.
+    concurrency: requests in flight of all `replicas` of a run together, None: by the number of endpoints. seed: of the jitter
+    between attempts.
     """
 
     endpoints: tuple[Endpoint, ...]
@@ -123,7 +125,8 @@ class ClientSettings:
     cache_path: Path | None = None
     call_timeout_s: float = 120.0
     attempts: int = 5
-    concurrency: int = 256
+    concurrency: int | None = None
+    replicas: int = 1
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -132,7 +135,7 @@ class ClientSettings:
         if any(replace(endpoint, url=self.endpoint.url) != self.endpoint for endpoint in self.endpoints):
             raise SettingsError("the endpoints of a judge or rewriter may differ in their URLs only")
         for name, value in (("--judge-concurrency", self.concurrency), ("judge attempts", self.attempts)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise SettingsError(f"{name} {value}: at least 1 is needed")
         if self.call_timeout_s <= 0:
             raise SettingsError(f"--teacher-timeout {self.call_timeout_s}: a number above 0 is needed")
@@ -140,6 +143,11 @@ class ClientSettings:
     def at(self, urls: Sequence[str]) -> ClientSettings:
         """The same servers at other URLs."""
         return replace(self, endpoints=tuple(replace(self.endpoint, url=url) for url in urls))
+
+    @property
+    def in_flight(self) -> int:
+        """One replica's requests at all servers."""
+        return share_of_calls(self.concurrency, len(self.endpoints), self.replicas)
 
     @property
     def endpoint(self) -> Endpoint:
@@ -193,7 +201,7 @@ class JudgeSettings:
     votes: verdicts asked for a hard judgement (a soft one reads the probability once per order instead).
     verdicts: hard or soft for each criterion; those not named are `default_verdict`.
     quorum: share of its planned verdicts that must have arrived for a candidate to be scored.
-    deadline_s: seconds for a group, from when it is there.
+    deadline_s: seconds from when a group is there or, if later, from the servers' last answer.
     prefix_chars: how much of the prefix's end is shown.
     max_tokens: of one answer, reasoning in a channel of its own apart.
     audit_rate: share of groups whose schedule is compared with all pairs.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from typing import Any, Self
 
 import orjson
 
+from megatron_sip.console import say
 from megatron_sip.judge.cache import AnswerCache, cache_key
 from megatron_sip.judge.calls import Answer, Call, GenerateCall, LikelihoodCall, cache_material, votes_that_came
 from megatron_sip.judge.dialect import Dialect, Dialects, DialectTrial
@@ -36,6 +38,7 @@ from megatron_sip.judge.wire import (
 )
 from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.http import HttpPool, Request
+from megatron_sip.serving.http_reply import shown_url
 from megatron_sip.serving.server import RetryPolicy, Server
 from megatron_sip.serving.sglang_wire import GENERATE_PATH
 
@@ -46,6 +49,7 @@ PREFILL_BATCH = 32
 GENERATE_BATCH = 8
 """Prompts in one native request that generates: few, since the batch is as slow as its slowest answer."""
 CHECK_TIMEOUT_S = 30.0
+REPORT_SECONDS = 60.0
 UNREADABLE = {
     "aborted": "the server aborted or filtered it",
     "cut": "it reached its limit of tokens (--judge-max-tokens, --teacher-reasoning-tokens)",
@@ -61,12 +65,16 @@ TEMPLATE_TOKENS = 128
 class TeacherClient:
     """Transport of one judge. Use as an async context manager; `check` first, so that mistakes show at start."""
 
-    def __init__(self, settings: ClientSettings) -> None:
+    def __init__(self, settings: ClientSettings, silence_s: float = math.inf, report_s: float = REPORT_SECONDS) -> None:
+        """silence_s: calls fail once no server has answered any for so long; until then that is told every `report_s`."""
         self.settings = settings
+        self._report_s = report_s
+        self._reporter: asyncio.Task[None] | None = None
         servers = [_server(endpoint) for endpoint in settings.endpoints]
         self.pool = HttpPool(
             servers,
-            concurrency=settings.concurrency,
+            concurrency=settings.in_flight,
+            silence_s=silence_s,
             call_timeout_s=settings.call_timeout_s,
             policy=RetryPolicy(attempts=settings.attempts),
             seed=settings.seed,
@@ -82,9 +90,13 @@ class TeacherClient:
         if self.settings.cache_path is not None:
             self._cache = AnswerCache(self.settings.cache_path, counts=self.counts)
         await self.pool.__aenter__()
+        if self.pool.silence_s < math.inf:
+            self._reporter = asyncio.create_task(self._report_silence())
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        if self._reporter is not None:
+            self._reporter.cancel()
         await self.pool.__aexit__(*exc_info)
         if self._cache is not None:
             self._cache.close()
@@ -115,6 +127,41 @@ class TeacherClient:
                 f"endpoint {endpoint.url}: prefill would begin answers inside the reasoning that the model's template "
                 f"opens: leave out {endpoint.flag('prefill')}, or use {endpoint.flag('api')} sglang, which closes it first"
             )
+
+    @property
+    def servers_shown(self) -> str:
+        """Whose servers these are and where, for people."""
+        endpoint = self.settings.endpoint
+        urls = ", ".join(shown_url(server.url) for server in self.pool.servers)
+        return f"the {endpoint.role.replace('_', ' ')} at {urls}"
+
+    async def gone(self, timeout_s: float = CHECK_TIMEOUT_S) -> str | None:
+        """Why nobody is left to ask: calls ended without an answer, and no server gives any now. None: somebody is there."""
+        if not self.pool.unanswered:
+            return None
+        found = await asyncio.gather(*(self._answers(server, timeout_s) for server in self.pool.servers))
+        return None if any(found) else f"{self.servers_shown} answers no more"
+
+    async def _answers(self, server: Server, timeout_s: float) -> bool:
+        """Whether a server still answers a request of one token. SGLang says itself whether anything comes from its model."""
+        ask = partial(self.pool.call, server, timeout_s=timeout_s)
+        message = {"role": "user", "content": "1"}
+        body = {"model": self.settings.endpoint.model, "messages": [message], "max_tokens": 1}
+        try:
+            if self.settings.endpoint.kind == "sglang":
+                await ask("GET", "/health_generate")
+            else:
+                await ask("POST", OPENAI_PATH, body)
+        except RequestError as error:
+            return 0 < error.status < 500  # it is there, and wants to be asked otherwise
+        return True
+
+    async def _report_silence(self) -> None:
+        while True:
+            await asyncio.sleep(self._report_s)
+            silent = self.pool.silent_s()
+            if silent >= self._report_s:
+                say(f"waiting for {self.servers_shown}: no answer for {silent:.0f} s of {self.pool.silence_s:.0f}")
 
     def window(self, chars: int) -> PrefixWindow:
         """How much of a prefix the servers may be shown, at most `chars`; after `check`."""

@@ -126,7 +126,7 @@ def serving_seconds(
     if not work.length:
         return prefill
     sequences = math.ceil(work.sequences / servers.count)
-    asked = cluster.trainer.data * work.in_flight * work.per_call / servers.count
+    asked = work.asked_at_once(servers.count)
     fitting = server_capacity(shape, efficiency.memory * device.memory * servers.tensor, work.held)
     batch = min(sequences, fitting, max(1.0, asked))
     if not batch:

@@ -10,6 +10,7 @@ from megatron_sip.config.needs import branch_count, branches_in_a_row
 from megatron_sip.config.settings import Settings
 from megatron_sip.judge.rewriter import RewriterSettings
 from megatron_sip.judge.settings import JudgeSettings
+from megatron_sip.serving.calls_in_flight import calls_in_flight
 
 JUDGEMENTS = "judgements"
 
@@ -20,8 +21,8 @@ class Serving:
 
     prefilled: tokens, which attend to `context` others on the average; the output layer is run for `predicted` of them.
     sequences: answers, of `length` tokens each; one holds `held` tokens of keys and values that no other shares, and
-    reads those of `reads` tokens at each decode step. A call asks for `per_call` of them; a leader has `in_flight` calls
-    under way at most.
+    reads those of `reads` tokens at each decode step. A call asks for `per_call` of them; all leaders
+    together have `in_flight` calls under way at most (None: by the number of servers).
     """
 
     prefilled: float = 0.0
@@ -32,7 +33,11 @@ class Serving:
     held: float = 0.0
     reads: float = 0.0
     per_call: float = 1.0
-    in_flight: int = 256
+    in_flight: int | None = None
+
+    def asked_at_once(self, servers: int) -> float:
+        """Sequences that are asked for at the same time at each of so many servers."""
+        return calls_in_flight(self.in_flight, servers) * self.per_call / servers
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ def step_work(settings: Settings, answer_share: float) -> Work:
     )
 
 
-def _calls(asking: JudgeSettings | RewriterSettings | None) -> int:
+def _calls(asking: JudgeSettings | RewriterSettings | None) -> int | None:
     return 1 if asking is None or asking.client is None else asking.client.concurrency
 
 

@@ -36,6 +36,7 @@ from megatron_sip.rollout.sampling import (
 from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.http import HttpPool, Request
 from megatron_sip.serving.http_reply import shown_url, url_mistake
+from megatron_sip.serving.patience import longest_wait
 from megatron_sip.serving.server import RetryPolicy, Server
 from megatron_sip.serving.sglang_wire import GENERATE_PATH
 
@@ -45,7 +46,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
-    """Time in seconds. `call_timeout_s` bounds one HTTP call, `deadline_s` a request with all its retries.
+    """Time in seconds. `call_timeout_s` bounds one HTTP call, `deadline_s` a request with all its retries, from when it is
+    made or, if later, from the engines' last answer to any (`serving.patience`).
 
     `max_concurrency` calls are in flight for each engine, each sent to the one with the fewest. An engine that failed is left
     alone for `down_s`. `key` is what the engines demand as a bearer token, `vocab_size` what all token ids must be below.
@@ -104,6 +106,7 @@ class SGLangPool:
             [Server(url, self.settings.key) for url in urls],
             concurrency=self.settings.max_concurrency * len(urls),
             call_timeout_s=self.settings.call_timeout_s,
+            silence_s=self.settings.deadline_s,
             connect_timeout_s=self.settings.connect_timeout_s,
             policy=self.settings.policy,
             check=self._check_version,
@@ -191,7 +194,7 @@ class SGLangPool:
         """What `read` makes of the reply to a /generate request, its tokens counted."""
         data = orjson.dumps(body)
         request = Request(None, GENERATE_PATH, lambda _: data, read)
-        deadline = asyncio.get_running_loop().time() + self.settings.deadline_s
+        deadline = longest_wait(asyncio.get_running_loop().time(), self.settings.deadline_s)
         try:
             found, (prompt, cached, completion) = await self._http.send(request, deadline)
         except RequestError as error:

@@ -10,12 +10,14 @@ fails. A server that fails
 repeatedly is left alone for a while (circuit breaker) and then probed, by one request or by the pool's `check`; so is one
 that names a time in Retry-After. A refused connection and such a time cost no attempt: the request goes elsewhere, and
 only when there is no server left waits, up to its deadline. Every failure ends in RequestError with a kind to count,
-never in a result.
+never in a result. With a `silence_s` a request also ends once no server has answered anything for so long: servers that are
+slow are waited for, servers that are gone are not.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -28,9 +30,11 @@ import orjson
 
 from megatron_sip.serving.failures import BadResponseError, RequestError, failure, readable, status_failure
 from megatron_sip.serving.http_reply import ReplyTooLongError, masked_reply, plain, read_reply
+from megatron_sip.serving.patience import waits_until
 from megatron_sip.serving.server import RetryPolicy, Server
 
 KEPT_LATENCIES = 4096
+UNANSWERED = frozenset({"timeout", "deadline", "connection", "disconnected"})
 # SGLang's HTTP server closes an idle connection after 5 s; we must give it up first or lose a request on it.
 KEEP_ALIVE_S = 4.0
 
@@ -57,6 +61,7 @@ class HttpPool:
         *,
         concurrency: int,
         call_timeout_s: float = 120.0,
+        silence_s: float = math.inf,
         connect_timeout_s: float | None = None,
         policy: RetryPolicy | None = None,
         check: Callable[[Server], Awaitable[None]] | None = None,
@@ -65,6 +70,8 @@ class HttpPool:
     ) -> None:
         """concurrency: requests in flight at all servers together. seed: of the jitter between attempts.
 
+        silence_s: a request ends when no server has answered anything, to whatever request, for so long; its deadline is then
+        that of `longest_wait`.
         check: asks a server that has failed whether it may be used again, which it forbids by a RequestError; without it the
         next request finds out. counted_as: the name in `counts` of a failed attempt.
         """
@@ -75,7 +82,13 @@ class HttpPool:
         self.latencies: deque[float] = deque(maxlen=KEPT_LATENCIES)
         """Seconds that the last requests took."""
         self._policy = policy or RetryPolicy()
-        self._call_timeout_s = call_timeout_s
+        self.silence_s = silence_s
+        self.unanswered = False
+        """Whether a request ended without an answer since any server last answered anything."""
+        self._answered_at = -math.inf
+        self._waiting = 0
+        self._waiting_since = 0.0
+        self._call_timeout_s = min(call_timeout_s, silence_s)
         self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout_s)
         self._check = check
         self._counted_as = counted_as
@@ -100,6 +113,27 @@ class HttpPool:
 
     async def send(self, request: Request, deadline: float) -> Any:
         """The parsed response. `deadline` in the event loop's time. Raises RequestError."""
+        if not self._waiting:
+            self._waiting_since = asyncio.get_running_loop().time()
+        self._waiting += 1
+        try:
+            return await self._send(request, deadline)
+        except RequestError as error:
+            self.unanswered |= not error.status and error.kind in UNANSWERED
+            raise
+        finally:
+            self._waiting -= 1
+
+    def silent_s(self) -> float:
+        """For how long requests have been waiting without any server answering any."""
+        now = asyncio.get_running_loop().time()
+        return now - max(self._waiting_since, self._answered_at) if self._waiting else 0.0
+
+    def _until(self, deadline: float) -> float:
+        """When a request ends, unless a server answers one before."""
+        return waits_until(deadline, self.silence_s, self._answered_at)
+
+    async def _send(self, request: Request, deadline: float) -> Any:
         tried = Counter[str]()
         last = RequestError("deadline", "no attempt was possible before the deadline")
         attempts = 0
@@ -118,7 +152,7 @@ class HttpPool:
                 raise last
             self.counts["retries"] += 1
             pause = self._backoff(tried.total())
-            await asyncio.sleep(min(pause, max(0.0, deadline - asyncio.get_running_loop().time())))
+            await asyncio.sleep(min(pause, max(0.0, self._until(deadline) - asyncio.get_running_loop().time())))
 
     async def call(self, server: Server, method: str, path: str, body: Any = None, *, timeout_s: float) -> Any:
         """One call to one server, beside all bounds: the JSON value (or text, when it is none) that it answers.
@@ -155,21 +189,23 @@ class HttpPool:
         home = self.servers[(request.affinity or 0) % len(self.servers)]
         while True:
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(self._until(deadline)):
                     await self._slots.acquire()
             except TimeoutError:
+                if loop.time() < self._until(deadline):
+                    continue  # others were answered meanwhile
                 raise RequestError("deadline", f"other requests took all the time; last failure: {last}") from None
-            now = loop.time()
+            now, until = loop.time(), self._until(deadline)
             server = self._choose(request, tried, now)
             delay = server.available_in(now) or server.bucket.wait_s(now)
-            if delay <= 0.0 and now < deadline:
+            if delay <= 0.0 and now < until:
                 server.probing = probes = server.open_until != 0.0
                 self.counts["failovers"] += server is not home
                 return server, probes
             self._slots.release()
             if all(server.stale for server in self.servers):
                 raise RequestError("stale-weights", "; ".join(server.stale for server in self.servers))
-            if now + delay >= deadline:
+            if now + delay >= until:
                 limited = last.kind == "rate-limited" or all(other.closed_until > now for other in self.servers)
                 raise RequestError("rate-limited" if limited else "deadline", f"last failure: {last}")
             await asyncio.sleep(delay)
@@ -196,7 +232,7 @@ class HttpPool:
         except BadResponseError as error:
             failed = failure(error.kind, server.url + request.path, server.key, str(error))
         except RequestError as error:
-            is_late = error.kind == "timeout" and loop.time() >= deadline
+            is_late = error.kind == "timeout" and loop.time() >= self._until(deadline)
             failed = RequestError("deadline", error.detail) if is_late else error
         finally:
             server.in_flight -= 1
@@ -223,6 +259,7 @@ class HttpPool:
                     proxy_headers=server.proxy.headers,
                 ) as response,
             ):
+                self._answered_at, self.unanswered = asyncio.get_running_loop().time(), False
                 content = masked_reply(await read_reply(response), key)
         except TimeoutError:
             raise failure("timeout", where, key, "gave no answer in time") from None

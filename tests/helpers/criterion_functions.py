@@ -25,6 +25,8 @@ def obeys(texts: Sequence[str], prefix: str, reference: str) -> Any:
     order = texts[0].split()[-1]
     if order == "hang":
         time.sleep(3600)
+    if order == "slowly":
+        time.sleep(0.15)
     if order == "raise":
         raise RuntimeError("as told")
     if order == "crash":

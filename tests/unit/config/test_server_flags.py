@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,24 @@ def test_a_last_judge_of_its_own() -> None:
 )
 def test_mistakes_name_the_role_s_own_flag(flags: tuple[str, ...], message: str) -> None:
     assert message in refusal(*flags)
+
+
+@pytest.mark.parametrize(
+    ("given", "calls"),
+    [((), (640 // 4, 2 * 32)), (("--judge-concurrency", "100", "--rollout-concurrency", "80"), (25, 2 * 10))],
+)
+def test_calls_in_flight_are_divided_among_replicas(given: tuple[str, ...], calls: tuple[int, int]) -> None:
+    teachers = [f"http://judge{index}:30000" for index in range(10)]
+    made = settings("--criteria", "quality=1", "--teacher-url", *teachers, *given, data_parallel_size=4)
+    clients = made.clients(replace(made.urls, engines=("http://a:1", "http://b:1")))
+    assert clients.judge is not None
+    assert clients.judge.client is not None
+    assert clients.engines is not None
+    assert (clients.judge.client.in_flight, 2 * clients.engines.pool.max_concurrency) == calls
+
+
+def test_calls_in_flight_are_at_least_one() -> None:
+    assert "--rollout-concurrency 0" in refusal("--rollout-concurrency", "0")
 
 
 def test_a_local_rewriter_is_one_server_more(tmp_path: Path) -> None:

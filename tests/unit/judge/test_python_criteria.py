@@ -67,6 +67,17 @@ async def test_a_call_that_hangs_raises_or_crashes_is_a_missing_score_and_the_ne
     assert time.monotonic() - started < 60.0
 
 
+async def test_a_slow_function_drops_nothing() -> None:
+    """The last call waits for all the others, longer than any may wait for an answer."""
+    groups = [saying(f"{i} slowly", "b") for i in range(10)]
+    async with Judge(JudgeSettings({OBEYS: 1.0}, None, deadline_s=1.0)) as judge:
+        await judge.check()
+        started = time.monotonic()
+        judged = await judge.score(groups)
+        assert time.monotonic() - started > 1.0
+    assert [group.dropped for group in judged] == [None] * 10
+
+
 async def test_no_call_takes_longer_than_the_step_s_deadline() -> None:
     groups = [saying(f"{i} hang", "b") for i in range(4)]
     async with Judge(JudgeSettings({OBEYS: 1.0}, None, deadline_s=0.5, function_timeout_s=60.0)) as judge:

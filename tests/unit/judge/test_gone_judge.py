@@ -1,0 +1,108 @@
+"""A judge that answers nobody any more ends the step, which is repeated; one that answers anything goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fake_judge import FakeJudge, truthful_answer
+from judge_cases import make_group, make_settings
+
+from megatron_sip.experience.leader import ClientsSettings, Leader
+from megatron_sip.experience.maker import ExperienceSettings
+from megatron_sip.experience.selection import SelectionSettings
+from megatron_sip.judge import Judge
+from megatron_sip.judge.calls import GenerateCall
+from megatron_sip.judge.teacher import TeacherClient
+from megatron_sip.records import Task
+from megatron_sip.rollout.sampling import SamplingSettings
+from megatron_sip.serving.loop_thread import LoopThread
+from megatron_sip.serving.patience import longest_wait
+from megatron_sip.stop_signal import StopSignal
+
+GROUPS = [make_group(index, [0.2, 0.8]) for index in range(4)]
+PROBE_S = 0.3
+
+
+def answer(prompt: str) -> str:
+    """Also to what is no judgement."""
+    return truthful_answer(prompt) if "the code" in prompt else "1"
+
+
+@pytest.mark.parametrize("how", ["hangs", "is stopped"])
+async def test_a_judge_that_answers_nobody_any_more_is_gone_until_it_answers_again(how: str) -> None:
+    hangs = asyncio.Event()
+    server = await FakeJudge(lambda index: "hang" if hangs.is_set() else None, answer).start()
+    async with Judge(make_settings(server.url, deadline_s=0.5)) as judge:
+        await judge.check(5.0)
+        assert all(group.dropped is None for group in await judge.score(GROUPS))
+        assert await judge.gone() is None
+        if how == "hangs":
+            hangs.set()
+        else:
+            await server.stop()
+        judged = await judge.score(GROUPS)
+        assert {group.dropped for group in judged} <= {"judge-quality-deadline", "judge-quality-timeout"}
+        assert await judge._client.gone(PROBE_S) == f"the teacher at {server.url} answers no more"
+        hangs.clear()
+        if how == "is stopped":
+            await server.start()
+        assert await judge.gone() is None
+    await server.stop()
+
+
+async def test_a_judge_that_only_some_prompts_hang_is_not_gone() -> None:
+    hangs = asyncio.Event()
+    hangs.set()
+    server = await FakeJudge(lambda index: "hang" if hangs.is_set() else None, answer).start()
+    async with Judge(make_settings(server.url, deadline_s=0.4, attempts=1)) as judge:
+        await judge.check(5.0)
+        [judged] = await judge.score(GROUPS[:1])
+        assert judged.dropped is not None
+        assert judge._client.pool.unanswered
+        hangs.clear()
+        assert await judge.gone() is None
+    await server.stop()
+
+
+async def test_while_nobody_answers_it_is_said_again_and_again_for_how_long(capsys: pytest.CaptureFixture[str]) -> None:
+    async with FakeJudge(lambda index: "hang") as server:
+        client = make_settings(server.url).client
+        assert client is not None
+        async with TeacherClient(replace(client, call_timeout_s=60.0), silence_s=1.0, report_s=0.2) as teacher:
+            call = GenerateCall("x", ("prompt",), 1, 8, 1.0, 1.0)
+            assert await teacher.ask([call], None, longest_wait(asyncio.get_running_loop().time(), 1.0)) == [None]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("waiting")]
+    assert len(lines) >= 2
+    assert lines[0].startswith(f"waiting for the teacher at {server.url}: no answer for 0 s of 1")
+
+
+@pytest.fixture
+def loop() -> Iterator[LoopThread]:
+    loop = LoopThread("judge")
+    yield loop
+    loop.close()
+
+
+def test_a_leader_whose_judge_is_gone_asks_the_run_to_stop_and_makes_no_experience(loop: LoopThread) -> None:
+    server = loop.run(FakeJudge().start())
+    tokenizer: Any = SimpleNamespace(eos_token_id=0, decode=lambda ids, **_: "")
+    judge = make_settings(server.url, criteria={"safety": 1.0}, deadline_s=0.4)
+    experience = ExperienceSettings(
+        ("suffix",), SamplingSettings(2, n=1), SelectionSettings(objective="rf-nll", candidates=("suffix",))
+    )
+    tasks = [Task(0, [1, 10], [4], "A document begins and", " goes on")]
+    leader = Leader(ClientsSettings(judge=judge), experience, tokenizer)
+    try:
+        stop = StopSignal()
+        assert leader.wait(leader.begin_experience(0, "0", tasks, [], stop)) is not None
+        assert not stop.requested
+        loop.run(server.stop())
+        assert leader.wait(leader.begin_experience(1, "1", tasks, [], stop)) is None
+        assert stop.reason == f"the teacher at {server.url} answers no more"
+    finally:
+        leader.close()
