@@ -58,7 +58,7 @@ lint: install
 	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/mypy
 	$(BIN)/uv lock --quiet --check --offline --no-config --default-index https://pypi.org/simple --python $(BIN)/python
-	$(BIN)/shellcheck $(wildcard examples/*.sh examples/*.sbatch) .ci/run
+	$(BIN)/shellcheck $(wildcard examples/*.sh examples/*.sbatch benchmarks/*.sh) .ci/run
 
 format: install
 	$(BIN)/ruff check --fix .

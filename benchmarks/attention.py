@@ -1,11 +1,13 @@
 """Attention over packed prefix trees against separate causal rows and against a dense mask, forward + backward.
 
     python benchmarks/attention.py [--json FILE] [--rounds N] [--heads 8] [--key-heads 8] [--head-dim 64] [--device cpu|cuda]
+        [--shapes PREFIX+BRANCHESxBRANCH ...]
 
 "separate" gives every branch its own row [prefix; branch] and runs them as one batch of torch's causal attention: what
-training without shared prefixes computes. "tree, torch" merges torch's flash attention where "tree" has compiled kernels
-of its own. "ideal" is the share of the separate rows' scores that the tree needs; "GEMM peak" the tree's speed as a share
-of a large matrix product's.
+training without shared prefixes computes. "tree" is what training uses: compiled kernels of our own on a CPU where they run
+("tree, torch" then merges torch's flash attention), FlexAttention on a GPU (beside it "tree, flash", variable-length flash
+attention in bfloat16). "ideal" is the share of the separate rows' scores that the tree needs; "GEMM peak" the tree's speed as
+a share of a large matrix product's.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attention_flash import FlashTreeAttention
 from machine import Case, added_peak_gb, describe_machine, format_table, gemm_peak, time_interleaved, write_report
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -37,6 +40,13 @@ class Shape:
     prefix: int
     branches: int
     branch: int
+
+    @classmethod
+    def named(cls, name: str) -> Shape:
+        """896+2x128: 2 branches of 128 tokens behind a prefix of 896. Raises ValueError."""
+        prefix, branches = name.split("+")
+        count, length = branches.split("x")
+        return cls(int(prefix), int(count), int(length))
 
     @property
     def name(self) -> str:
@@ -96,6 +106,7 @@ def cases(shape: Shape, dtype: torch.dtype, args: argparse.Namespace) -> list[Ca
     )
     contestants = [
         *([merged] if args.device == "cpu" and compiled_kernels_apply(packed[0]) else []),
+        *([flash_case(packed, layout, scale)] if args.device == "cuda" and dtype == torch.bfloat16 else []),
         Case("tree", forward_backward(lambda q, k, v: tree(q, k, v, layout, scale), packed)),
         Case(
             "separate",
@@ -108,6 +119,11 @@ def cases(shape: Shape, dtype: torch.dtype, args: argparse.Namespace) -> list[Ca
         dense = forward_backward(lambda q, k, v: tree_attention_dense(q, k, v, layout, scale), packed)
         contestants.append(Case("dense mask", dense))
     return contestants
+
+
+def flash_case(packed: list[Tensor], layout: Tensor, scale: float) -> Case:
+    flash = FlashTreeAttention()
+    return Case("tree, flash", forward_backward(lambda q, k, v: flash(q, k, v, layout, scale), packed))
 
 
 def measure(shape: Shape, dtype_name: str, peak: float, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -137,9 +153,11 @@ def main() -> None:
     parser.add_argument("--key-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shapes", type=Shape.named, nargs="+", default=SHAPES)
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES))
     args = parser.parse_args()
-    peaks = {name: gemm_peak(dtype, args.device) for name, dtype in DTYPES.items()}
-    rows = [row for dtype in DTYPES for shape in SHAPES for row in measure(shape, dtype, peaks[dtype], args)]
+    peaks = {name: gemm_peak(DTYPES[name], args.device) for name in args.dtypes}
+    rows = [row for dtype in args.dtypes for shape in args.shapes for row in measure(shape, dtype, peaks[dtype], args)]
     header = ("shape", "dtype", "attention", "ms", "vs separate", "ideal", "GEMM peak", "added peak GB")
     table = [
         (

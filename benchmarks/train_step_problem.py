@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pydoc_data.topics
+import random
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,6 +52,9 @@ PROBLEMS = {
     "dpo": Problem("dpo", examples=4, prefix=896, branches=2, branch=128, row_examples=2),
     "grpo": Problem("grpo", examples=1, prefix=1024, branches=16, branch=512, row_examples=1),
 }
+"""What `train_step.py` compares on a CPU."""
+PAPER = Problem("dpo", examples=16, prefix=1920, branches=2, branch=128, row_examples=4)
+"""The paper's lengths: documents of 2,048 tokens, suffixes of 128."""
 
 
 def step_flops(problem: Problem, packed: bool, hf_config: Any) -> float:
@@ -64,6 +68,25 @@ def step_flops(problem: Problem, packed: bool, hf_config: Any) -> float:
     attention = 4 * layers * heads * head_dim * problem.scores(packed)
     passes = 1 if problem.needs_reference else 0
     return float((3 + passes) * products + (3.5 + passes) * attention)
+
+
+def random_examples(problem: Problem, vocab_size: int, seed: int = 0) -> list[Example]:
+    """Examples of made-up token ids: chosen and rejected branches alike have engine log-probs, as rollouts have."""
+    rng = random.Random(seed)
+
+    def ids(count: int) -> list[int]:
+        return rng.choices(range(vocab_size), k=count)
+
+    roles: list[Role] = ["chosen", "rejected"] if problem.objective == "dpo" else ["sampled"] * problem.branches
+    engine = [-10.0] * problem.branch
+    return [
+        Example(
+            index,
+            ids(problem.prefix),
+            [Branch(ids(problem.branch), role, "rollout", (-1.0) ** place, engine) for place, role in enumerate(roles)],
+        )
+        for index in range(problem.examples)
+    ]
 
 
 def make_examples(problem: Problem, tokenizer: Any) -> list[Example]:

@@ -365,8 +365,9 @@ def _rows(settings: Settings) -> str:
     branches, control = _branches_in_a_row(settings), _control(settings)[1]
     example = control + prefix + branches * suffix
     whole = branch_count(settings.objective.objective, settings.experience.sampling.n)
+    longer = "" if settings.row_length_given else ", on GPUs of more groups where memory has room"
     what = "an example has" if branches == whole else f"an example's {whole} branches are split, a part has"
     return (
-        f"micro-batches of up to {settings.row_length:,} tokens; {what} up to {example:,} "
+        f"micro-batches of up to {settings.row_length:,} tokens{longer}; {what} up to {example:,} "
         f"({f'{control} of control text, ' if control else ''}{prefix:,} of prefix, {branches} x {suffix})"
     )

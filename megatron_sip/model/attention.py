@@ -74,14 +74,16 @@ class PrefixTreeAttention(MegatronModule):
             raise ValueError(f"attention_mask must be a packed row's layout, int32 [B, 4]; got shape {shape}")
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("prefix-tree attention takes neither attention_bias nor packed_seq_params")
-        inputs = (query[:, 0], key[:, 0], value[:, 0], attention_mask, self.softmax_scale)
-        if query.device.type == "cpu":
-            output = tree_attention_cpu(*inputs)
-        elif query.dtype == torch.float64:
-            output = tree_attention_dense(*inputs)
-        else:
-            output = self._flex(*inputs)
+        output = self.attend(query[:, 0], key[:, 0], value[:, 0], attention_mask, self.softmax_scale)
         return output.reshape(query.shape[0], 1, -1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float) -> Tensor:
+        """Attention within a row's trees, arguments and result as `tree_attention_dense`, by what is best on the device."""
+        if query.device.type == "cpu":
+            return tree_attention_cpu(query, key, value, layout, scale)
+        if query.dtype == torch.float64:
+            return tree_attention_dense(query, key, value, layout, scale)
+        return self._flex(query, key, value, layout, scale)
 
 
 def _check_supported(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron_sip.kernels.tree_attention.dense import TokenSpans, token_spans
 BLOCK = 128
 """Queries and keys of a block of the mask, FlexAttention's own default."""
 ROWS_KEPT = 64
-"""Rows whose masks are kept; those of 16,384 tokens take half a megabyte each."""
+"""Rows that a cache holds; masks of 16,384 tokens take half a megabyte each."""
 
 
 def tree_block_mask(spans: TokenSpans) -> BlockMask:
@@ -57,31 +58,35 @@ def _in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(dim=1, dtype=torch.int32)[None, None], places[None, None]
 
 
-class RowMasks:
-    """The block masks of the last rows, each built once: all layers of policy and reference, forward and recomputed, share it.
+class RowCache[T]:
+    """What attention makes of the last rows' layouts, each once: all layers, policy and reference, recomputation too, share it.
 
-    A row is known by its layout's memory, which is kept alive with its mask and cannot be another tensor's meanwhile:
-    recomputation passes detached views of the same tensor.
+    build: called with a row's layout and length. A row is known by its layout's memory, which is kept alive and cannot be
+    another tensor's meanwhile: recomputation passes detached views of the same tensor.
     """
 
-    def __init__(self, most: int = ROWS_KEPT) -> None:
+    def __init__(self, build: Callable[[Tensor, int], T], most: int = ROWS_KEPT) -> None:
+        self._build = build
         self._most = most
-        self._rows: dict[tuple[int, int, int, int], tuple[Tensor, BlockMask, Tensor]] = {}
+        self._rows: dict[tuple[int, int, int, int], tuple[Tensor, T]] = {}
 
-    def of(self, layout: Tensor, length: int) -> tuple[BlockMask, Tensor]:
-        """The row's block mask, and bool [S, 1, 1]: which tokens are in a tree."""
+    def of(self, layout: Tensor, length: int) -> T:
+        """What `build` gives for the row."""
         key = (layout.data_ptr(), layout.shape[0], layout._version, length)
-        row = self._rows.pop(key, None)
-        if row is None:
-            spans = token_spans(layout, length)
-            row = (layout, tree_block_mask(spans), spans.inside[:, None, None])
+        row = self._rows.pop(key, None) or (layout, self._build(layout, length))
         self._rows[key] = row  # the last one used is the last one to go
         if len(self._rows) > self._most:
             del self._rows[next(iter(self._rows))]
-        return row[1:]
+        return row[1]
 
 
-SHARED_MASKS = RowMasks()
+def row_mask(layout: Tensor, length: int) -> tuple[BlockMask, Tensor]:
+    """The row's block mask, and bool [S, 1, 1]: which tokens are in a tree."""
+    spans = token_spans(layout, length)
+    return tree_block_mask(spans), spans.inside[:, None, None]
+
+
+MASKS = RowCache(row_mask)
 
 
 class FlexTreeAttention:
@@ -90,7 +95,7 @@ class FlexTreeAttention:
     compiled: False runs the eager form, which computes every score: for tests.
     """
 
-    def __init__(self, compiled: bool = True, masks: RowMasks = SHARED_MASKS) -> None:
+    def __init__(self, compiled: bool = True, masks: RowCache[tuple[BlockMask, Tensor]] = MASKS) -> None:
         self._compiled = compiled
         self._masks = masks
 

@@ -199,7 +199,8 @@ def test_grpo_is_described_and_counted_with_its_splits_and_rounds() -> None:
         "correction truncate; rollouts cut at 128 tokens: score; up to 3 rounds of tasks a step until all groups have a spread"
     ) in lines
     assert (
-        "  rows        micro-batches of up to 2,688 tokens; an example's 16 branches are split, a part has up to 2,688 "
+        "  rows        micro-batches of up to 2,688 tokens, on GPUs of more groups where memory has room; "
+        "an example's 16 branches are split, a part has up to 2,688 "
         "(1,920 of prefix, 6 x 128)"
     ) in lines
 

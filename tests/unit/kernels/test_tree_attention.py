@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from megatron_sip.kernels.tree_attention.cpu import attention_parts, tree_attention_cpu, tree_attention_merged
 from megatron_sip.kernels.tree_attention.dense import token_spans, tree_attention_dense
-from megatron_sip.kernels.tree_attention.flex import FlexTreeAttention, RowMasks, tree_block_mask
+from megatron_sip.kernels.tree_attention.flex import FlexTreeAttention, RowCache, row_mask, tree_block_mask
 
 HEAD_DIM = 16
 
@@ -235,7 +235,7 @@ def test_block_mask_is_the_one_that_torch_makes_of_every_score(groups, padding):
 
 
 def test_a_row_s_mask_is_built_once_for_all_layers_and_models_whatever_rows_come_between():
-    masks = RowMasks(most=3)
+    masks = RowCache(row_mask, most=3)
     layouts = [make_layout([(3, [2, size])]) for size in (1, 2, 3)]
     first = [masks.of(layout, 16)[0] for layout in layouts]
     again = [masks.of(layout.detach(), 16)[0] for layout in layouts]  # as recomputation passes it

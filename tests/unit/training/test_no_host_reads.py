@@ -19,7 +19,7 @@ from megatron_sip.kernels import logprob_reference
 from megatron_sip.kernels.fp32_lm_head import fp32_lm_head
 from megatron_sip.kernels.linear_logprob import linear_token_logprobs
 from megatron_sip.kernels.logprob import token_logprobs
-from megatron_sip.kernels.tree_attention.flex import RowMasks
+from megatron_sip.kernels.tree_attention.flex import row_mask
 from megatron_sip.model.packing import PackedRow, build_row
 from megatron_sip.records import Branch, Example
 from megatron_sip.training.objectives.row_loss import loss_metrics, row_loss
@@ -77,7 +77,7 @@ def test_a_row_on_cuda_is_one_copy_and_nothing_is_read_back(
             moved = row.to("cuda")
             states = torch.empty(64, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
             weight = torch.empty(VOCABULARY, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-            RowMasks().of(moved.layout, 64)
+            row_mask(moved.layout, 64)
             logprobs = head(states.index_select(0, moved.predictor_positions), weight, moved)
             terms = row_loss(OBJECTIVES[name], moved, logprobs, logprobs.detach())
         assert terms.sum.device.type == "cuda"
