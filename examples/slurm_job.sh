@@ -1,11 +1,14 @@
-# shellcheck shell=bash
-# What the sbatch scripts share: servers on their own nodes, the trainer on its own, a clean end. Sourced, not run.
+# shellcheck shell=bash disable=SC1091,SC2034,SC2154  # variables are shared with slurm_servers.sh
+# What the sbatch scripts share: servers on their own nodes (slurm_servers.sh), the trainer on its own, a clean end. Sourced,
+# not run.
 #
 #   settings -> servers (engines, teacher, rewriter) -> health -> trainer -> stop servers -> requeue if there is more to do
 #
 # SIGTERM to the batch script (sbatch --signal=B:TERM@SECONDS sends it before the time limit) goes on to the trainer as
-# SIGUSR1, upon which it saves the last finished step. The job is then requeued, and the same command continues there. So it
-# does when the trainer failed after a step. A server that ends is started again.
+# SIGUSR1, upon which it saves the last finished step. The job is then requeued, and the same command continues there. A
+# trainer that fails is started again beside the same servers while it comes further each time, and then requeued as well.
+
+source "$(dirname "${BASH_SOURCE[0]}")/slurm_servers.sh"
 
 # Settings that rarely change; the scripts hold the others.
 ENGINE_FLAGS="--mem-fraction-static=0.85"  # further SGLang flags, separated by spaces
@@ -19,16 +22,16 @@ REWRITER_PORT=
 START_MINUTES=30 # for the servers to load
 SAVE_SECONDS=800 # for the trainer's last step and checkpoint; less than --signal=B:TERM@SECONDS of the job
 MAX_RESTARTS=3   # requeues of a job that comes no further than its last checkpoint
-RESTART_SECONDS=5     # until a server that ended is started again
+RESTART_SECONDS=5     # until a server or a trainer that ended is started again
 MAX_SERVER_FAILURES=5 # in a row, each within 10 minutes: the server is given up
+HANG_SECONDS=600      # without an answer, a server that was healthy is ended and started again; longer than a push of the weights
 
 dry_run=0
 stop_requested=0
 trainer_flags=()
-server_pids=()
-server_logs=()
 trainer_pid=
 first_checkpoint=0
+furthest_step=0
 hosts=()
 
 fail() {
@@ -39,7 +42,7 @@ fail() {
 # Settings that are numbers; COUNTS may be 0. Checked before any arithmetic, which would run what is written in them.
 COUNTS="ENGINE_NODES TEACHER_NODES REWRITER_NODES WIN_RATE_PROMPTS MAX_RESTARTS RESTART_SECONDS"
 NUMBERS="TRAINER_NODES GPUS_PER_NODE TENSOR_PARALLEL PIPELINE_PARALLEL ENGINE_TP TEACHER_TP REWRITER_TP SEQ_LENGTH \
-TRAINER_PORT ENGINE_PORT TEACHER_PORT REWRITER_PORT START_MINUTES SAVE_SECONDS MAX_SERVER_FAILURES"
+TRAINER_PORT ENGINE_PORT TEACHER_PORT REWRITER_PORT START_MINUTES SAVE_SECONDS MAX_SERVER_FAILURES HANG_SECONDS"
 
 check_numbers() {
     local name
@@ -119,7 +122,7 @@ show() {
 
 # step HOSTS COUNT: the srun words of a job step with one task a node that sees all of the nodes' GPUs.
 step() {
-    step_words=(srun --overlap --nodes="$2" --ntasks="$2" --ntasks-per-node=1 --nodelist="$1"
+    step_words=(srun --overlap --export=ALL --nodes="$2" --ntasks="$2" --ntasks-per-node=1 --nodelist="$1"
         --gpus-per-node="$GPUS_PER_NODE" --cpu-bind=none)
 }
 
@@ -133,100 +136,21 @@ await() {
     done
 }
 
-# keep_serving LOG WORDS...: a server, started again whenever it ends, until that happens too often. While the job waits for
-# its servers to load, the first end is final: most likely a setting is wrong. Runs in a subshell; SIGTERM ends both.
-keep_serving() {
-    local log=$1 child='' failures=0 stopping=0 started status
-    shift
-    trap 'stopping=1; [[ -z $child ]] || kill -TERM "$child" 2> /dev/null || true' TERM
+# keep_training WORDS...: the trainer, started again beside its servers when it fails, as long as each time it came further
+# than ever before in this job; then its exit status.
+keep_training() {
+    local status last
+    furthest_step=$first_checkpoint
     while true; do
-        started=$SECONDS
-        "$@" >> "$log" 2>&1 &
-        child=$!
-        ((stopping == 0)) || kill -TERM "$child" 2> /dev/null || true # it came before the child was known
         status=0
-        await "$child" || status=$?
-        ((stopping == 0)) || exit 0
-        [[ -e $RUN_DIR/logs/servers_ready ]] || exit 1
-        ((SECONDS - started < 600)) || failures=0
-        failures=$((failures + 1))
-        if ((failures == MAX_SERVER_FAILURES)); then
-            echo "error: a server ended $failures times in a row and is given up, see $log" >&2
-            exit 1
-        fi
-        echo "a server ended with status $status and is started again, see $log" >&2
-        sleep "$RESTART_SECONDS" &
-        child=$!
-        await "$child" || true
-        ((stopping == 0)) || exit 0
+        train "$@" || status=$?
+        last=$(last_step)
+        ((status != 0 && stop_requested == 0 && last > furthest_step)) || return "$status"
+        furthest_step=$last
+        echo "the trainer failed with status $status after step $last and is started again, see $RUN_DIR/logs/trainer.log" >&2
+        trainer_pid=
+        sleep "$RESTART_SECONDS"
     done
-}
-
-# require_free HOST PORT: nobody listens there; one of an earlier start of this job may still be ending.
-require_free() {
-    local seconds=0
-    # shellcheck disable=SC2016  # for the inner shell
-    while timeout 5 bash -c 'exec 3<> "/dev/tcp/$0/$1"' "$1" "$2" 2> /dev/null; do
-        ((seconds++ < 30)) || fail "port $2 of $1 belongs to another program: set ENGINE_PORT, TEACHER_PORT or REWRITER_PORT"
-        sleep 1
-    done
-}
-
-# start_servers ROLE FIRST_HOST NODES TP PORT WORDS...: SGLang servers filling the GPUs of NODES hosts; sets server_urls.
-start_servers() {
-    local role=$1 first=$2 nodes=$3 tp=$4 port=$5 host slot log
-    shift 5
-    server_urls=()
-    ((GPUS_PER_NODE % tp == 0)) || fail "$tp GPUs for each $role do not divide a node's $GPUS_PER_NODE GPUs"
-    for host in "${hosts[@]:first:nodes}"; do
-        for ((slot = 0; slot < GPUS_PER_NODE / tp; slot++)); do
-            step "$host" 1
-            # Every engine samples with a seed of its own: equal seeds would give equal rollouts.
-            local command=("${step_words[@]}" env SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1 SGLANG_RETURN_ORIGINAL_LOGPROB=1
-                "$VENV/bin/python" -m sglang.launch_server --host="${SERVER_ADDRESS:-$host}"
-                --port=$((port + slot)) --tp-size="$tp" --base-gpu-id=$((slot * tp))
-                --log-level-http=warning # no line for each of millions of requests
-                --random-seed=$((1 + ${#server_urls[@]})) "$@")
-            server_urls+=("http://$host:$((port + slot))")
-            log=$RUN_DIR/logs/$role-$host-$slot.log
-            ((dry_run)) || require_free "$host" $((port + slot)) # or this run would train on another's server
-            if ((dry_run)); then
-                echo "$(show "${command[@]}") >> $(printf '%q' "$log") 2>&1 &"
-            else
-                keep_serving "$log" "${command[@]}" &
-                server_pids+=($!)
-                server_logs+=("$log")
-            fi
-        done
-    done
-}
-
-# require_servers: all that were started are still there.
-require_servers() {
-    local index
-    for index in "${!server_pids[@]}"; do
-        kill -0 "${server_pids[index]}" 2> /dev/null || give_up "a server ended while starting, see \
-${server_logs[index]}, which ends with:" "$(tail -n 20 "${server_logs[index]}" 2>&1)"
-    done
-}
-
-# wait_healthy URL...: until all answer; gives up when a server has ended or START_MINUTES have passed.
-wait_healthy() {
-    local url deadline=$((SECONDS + 60 * START_MINUTES))
-    for url; do
-        if ((dry_run)); then
-            echo "# wait until $url/health answers"
-            continue
-        fi
-        until curl --silent --fail --noproxy '*' --max-time 25 --output /dev/null "$url/health"; do
-            ((stop_requested == 0)) || finish 0
-            require_servers
-            ((SECONDS < deadline)) || give_up "$url was not healthy within $START_MINUTES minutes, see $RUN_DIR/logs"
-            sleep 2
-        done
-    done
-    ((dry_run)) || require_servers # what answered may not have been ours
-    ((dry_run)) || touch "$RUN_DIR/logs/servers_ready"
 }
 
 # train WORDS...: the trainer under torchrun on the first TRAINER_NODES hosts; returns its exit status.
@@ -238,7 +162,8 @@ train() {
     # own status is then 1, also after a good save.
     # shellcheck disable=SC2016  # for the shell on each node
     local command=("${step_words[@]}" --kill-on-bad-exit=1
-        env CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=8
+        env CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=8 "$VENV/bin/python" -m megatron_sip.serving.on_node
+        --peers "${hosts[@]}" --
         # torchrun would guess by the host's name who hosts the rendezvous; where a node is called otherwise, nobody would.
         bash -c '[[ ${SLURMD_NODENAME:-} == "$0" ]] && host=1 || host=0; exec "$1" --rdzv-conf="is_host=$host" "${@:2}"'
         "${hosts[0]}"
@@ -257,19 +182,6 @@ train() {
     await "$trainer_pid"
 }
 
-stop_servers() {
-    local pid seconds=0
-    ((${#server_pids[@]} == 0)) && return
-    kill -TERM "${server_pids[@]}" 2> /dev/null || true
-    while ((seconds++ < 30)) && kill -0 "${server_pids[@]}" 2> /dev/null; do
-        sleep 1
-    done
-    for pid in "${server_pids[@]}"; do
-        kill -KILL "$pid" 2> /dev/null || true
-    done
-    server_pids=()
-}
-
 # On SIGTERM srun would kill its tasks with SIGKILL at once; SIGUSR1 it forwards.
 on_term() {
     ((stop_requested == 0)) || return 0
@@ -285,14 +197,24 @@ checkpoint() {
     echo "$iteration"
 }
 
+# The last step that this job's trainer has finished, or the checkpoint that it began at.
+last_step() {
+    local last=
+    if [[ $RUN_DIR/metrics.jsonl -nt $RUN_DIR/logs/started ]]; then
+        last=$(sed -n 's/^{"step": \([0-9]*\),.*/\1/p' "$RUN_DIR/metrics.jsonl" | tail -n 1)
+    fi
+    echo $((${last:-0} > first_checkpoint ? last : first_checkpoint))
+}
+
 # Whether the command can work: the trainer has finished a step, or the job was requeued before. Its exit status does not
 # tell, since torchrun ends with 1 whatever happened.
 has_worked() {
-    local last
-    ((${SLURM_RESTART_COUNT:-0} == 0)) || return 0
-    [[ $RUN_DIR/metrics.jsonl -nt $RUN_DIR/logs/started ]] || return 1
-    last=$(sed -n 's/^{"step": \([0-9]*\),.*/\1/p' "$RUN_DIR/metrics.jsonl" | tail -n 1)
-    ((${last:-0} > first_checkpoint))
+    ((${SLURM_RESTART_COUNT:-0} > 0 || furthest_step > first_checkpoint))
+}
+
+# Whether SLURM is ending this job anyway: it was cancelled, or is being requeued.
+is_ending() {
+    [[ $(scontrol --oneliner show job "$SLURM_JOB_ID" 2> /dev/null) == *" JobState=COMPLETING "* ]]
 }
 
 # requeue REASON: the job back into the queue; fails when that did not help MAX_RESTARTS times at the same checkpoint.
@@ -306,13 +228,17 @@ requeue() {
     fi
     echo "$record" >> "$RUN_DIR/logs/requeued"
     echo "$1; requeueing job $SLURM_JOB_ID, which then continues"
-    scontrol requeue incomplete "$SLURM_JOB_ID" # not when it was cancelled
+    scontrol requeue incomplete "$SLURM_JOB_ID"
 }
 
 # finish STATUS: stop the servers; a job with more to do goes back into the queue.
 finish() {
     local status=$1
     stop_servers
+    if is_ending; then
+        echo "stopped at step $(checkpoint); the same command continues there" >&2
+        exit 0
+    fi
     if ((stop_requested)); then
         ! [[ $RUN_DIR/summary.json -nt $RUN_DIR/logs/started ]] || exit 0 # it is written after the last step
         requeue "stopped before the end" || exit 1
@@ -370,6 +296,7 @@ run_job() {
         first_checkpoint=$(checkpoint)
         trap on_term TERM
         trap stop_servers EXIT
+        make_key
     else
         echo "# the servers, each of them started again when it ends"
     fi
@@ -393,9 +320,9 @@ run_job() {
         --use-distributed-optimizer --overlap-grad-reduce --distributed-timeout-minutes 60
         --tensorboard-dir "$RUN_DIR/tensorboard" --win-rate-prompts "$WIN_RATE_PROMPTS")
     ((TENSOR_PARALLEL == 1)) || words+=(--sequence-parallel)
-    ((ENGINE_NODES == 0)) || words+=(--rollout-url "${engine_urls[@]}")
-    ((TEACHER_NODES == 0)) || words+=(--teacher-url "${teacher_urls[@]}")
-    ((REWRITER_NODES == 0)) || words+=(--rewriter-url "${rewriter_urls[@]}")
-    train "${words[@]}" || status=$?
+    ((ENGINE_NODES == 0)) || words+=(--rollout-url "${engine_urls[@]}" --rollout-key-variable "$KEY_VARIABLE")
+    ((TEACHER_NODES == 0)) || words+=(--teacher-url "${teacher_urls[@]}" --teacher-key-variable "$KEY_VARIABLE")
+    ((REWRITER_NODES == 0)) || words+=(--rewriter-url "${rewriter_urls[@]}" --rewriter-key-variable "$KEY_VARIABLE")
+    keep_training "${words[@]}" || status=$?
     ((dry_run)) || finish "$status"
 }

@@ -18,39 +18,50 @@ from megatron_sip.serving.launch import free_port
 
 REPO = Path(__file__).parents[3]
 
-# srun and what it starts. As the real one, it ends its task at once on SIGTERM, and forwards SIGUSR1. A server answers
-# /health, a trainer does what FAKE_TRAINER says.
+# A server that answers /health.
+FAKE_SERVER = """\
+import http.server, os, signal, sys
+from pathlib import Path
+run = Path(os.environ["FAKE_RUN"])
+def note(text):
+    with (run / "events").open("a") as file:
+        file.write(text + "\\n")
+def end(*_):
+    note(f"server {port} stopped")
+    os._exit(0)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+    def log_message(self, *args):
+        pass
+port = int(next(word for word in sys.argv if word.startswith("--port=")).partition("=")[2])
+signal.signal(signal.SIGTERM, end)
+note(f"server {port} started as {os.getpid()}")
+if os.environ.get("FAKE_BROKEN_PORT") == str(port) or (run / f"broken {port}").exists():
+    sys.exit("loading the model\\nout of memory")
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+# srun and what it starts: the real keeper of a stand-in server, or a trainer that does what FAKE_TRAINER says. As the real
+# one, it ends its task at once on SIGTERM, and forwards SIGUSR1.
 FAKE_SRUN = """\
-import http.server, os, signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 words = sys.argv[1:]
 run = Path(os.environ["FAKE_RUN"])
 def note(text):
     with (run / "events").open("a") as file:
         file.write(text + "\\n")
-def killed_by(what):
-    def end(*_):
-        note(what)
-        os._exit(137)
-    signal.signal(signal.SIGTERM, end)
-def serve(port):
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200 if self.path == "/health" else 404)
-            self.end_headers()
-        def log_message(self, *args):
-            pass
-    http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 if "sglang.launch_server" in words:
-    port = int(next(word for word in words if word.startswith("--port=")).partition("=")[2])
-    killed_by(f"server {port} stopped")
-    note(f"server {port} started as {os.getpid()}")
-    if os.environ.get("FAKE_BROKEN_PORT") == str(port) or (run / f"broken {port}").exists():
-        sys.exit("loading the model\\nout of memory")
-    serve(port)
+    kept = words[words.index("megatron_sip.serving.job_server"):words.index("--")]
+    server = words[words.index("sglang.launch_server"):]
+    os.execv(sys.executable, ["python", "-m", *kept, "--", sys.executable, str(Path(__file__).with_name("server")), *server])
+def killed(*_):
+    note("trainer killed")
+    os._exit(137)
 mode = os.environ["FAKE_TRAINER"]
 told = []
-killed_by("trainer killed")
+signal.signal(signal.SIGTERM, killed)
 signal.signal(signal.SIGUSR1, lambda *_: told.append("stop"))
 note("trainer started")
 if mode.startswith("fail"):
@@ -74,6 +85,8 @@ import os, sys
 from pathlib import Path
 if sys.argv[1:3] == ["show", "hostnames"]:
     print(sys.argv[3].replace(",", "\\n"))
+elif "show" in sys.argv:
+    print("JobId=42", "JobState=" + os.environ.get("FAKE_STATE", "RUNNING"), "Reason=None")
 else:
     if "FAKE_REQUEUE_DISABLED" in os.environ:
         sys.exit("Requested operation is presently disabled")
@@ -110,7 +123,13 @@ class Job:
         self.run_dir.mkdir()
         tools = folder / "bin"
         tools.mkdir()
-        stand_ins = {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL, "curl": FAKE_CURL, "sleep": FAKE_SLEEP}
+        stand_ins = {
+            "server": FAKE_SERVER,
+            "srun": FAKE_SRUN,
+            "scontrol": FAKE_SCONTROL,
+            "curl": FAKE_CURL,
+            "sleep": FAKE_SLEEP,
+        }
         for name, source in stand_ins.items():
             (tools / name).write_text(f"#!{sys.executable}\n{source}")
             (tools / name).chmod(0o755)
@@ -235,8 +254,10 @@ def test_trainer_that_finishes_while_being_stopped_is_not_requeued(job: Job) -> 
     assert job.requeues() == 0
 
 
-def test_trainer_that_fails_after_a_step_is_requeued(job: Job) -> None:
+def test_trainer_that_fails_after_a_step_is_started_again_and_requeued_when_it_comes_no_further(job: Job) -> None:
     assert job.again("fail at step 3") == 0
+    assert job.events().count("trainer started") == 2
+    assert [len(job.server_pids(port)) for port in job.ports] == [1, 1]
     assert job.servers_stopped()
     assert job.events()[-1] == REQUEUE
 
@@ -272,6 +293,17 @@ def test_job_without_progress_is_requeued_a_few_times_only(job: Job, trainer: st
     assert job.requeues() == 2
 
 
+def test_a_cancelled_job_says_nothing_of_requeueing(job: Job) -> None:
+    process = job.start("stop", FAKE_STATE="COMPLETING")
+    job.wait_for("trainer started")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "stopped at step 7; the same command continues there" in output
+    assert "requeue" not in output
+    assert job.requeues() == 0
+
+
 def test_job_that_may_not_be_requeued_fails(job: Job) -> None:
     assert job.again("fail at step 3", FAKE_REQUEUE_DISABLED="1") == 3
 
@@ -302,7 +334,7 @@ def test_server_that_keeps_ending_is_given_up(job: Job) -> None:
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     log = job.run_dir / "logs" / "teacher-localhost-0.log"
-    assert f"error: a server ended 3 times in a row and is given up, see {log}" in output
+    assert f"error: a server ended with status 1, 3 times in a row, and is given up, see {log}" in output
     assert log.read_text().count("out of memory") == 2
     assert len(job.server_pids(port)) == 3
     assert process.returncode == 0  # the trainer can do with the others

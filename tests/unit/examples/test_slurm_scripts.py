@@ -21,10 +21,11 @@ from torch.distributed.run import get_args_parser
 from megatron_sip.config.flags import add_arguments
 from megatron_sip.config.presets import expand_presets
 from megatron_sip.platform.megatron import prepare_megatron
+from megatron_sip.serving.job_server import command_line
 
 REPO = Path(__file__).parents[3]
 SCRIPTS = ("train_continual.sbatch", "train_from_scratch.sbatch", "train_judge.sbatch", "train_rewriter.sbatch")
-BASH_FILES = (*SCRIPTS, "slurm_job.sh", "train_judge.sh")
+BASH_FILES = (*SCRIPTS, "slurm_job.sh", "slurm_servers.sh", "train_judge.sh")
 
 
 def bash(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -48,7 +49,12 @@ def after(words: list[str], word: str) -> list[str]:
 def server_options(words: list[str]) -> dict[str, str]:
     """--name=value words of an SGLang command; a flag without a value has an empty one."""
     options = after(words, "sglang.launch_server")
-    return dict(word.removeprefix("--").partition("=")[::2] for word in options[: options.index(">>")])
+    return dict(word.removeprefix("--").partition("=")[::2] for word in options[: options.index("&")])
+
+
+def keeper_options(words: list[str]) -> argparse.Namespace:
+    """What the server's keeper is given."""
+    return command_line().parse_args(after(words, "megatron_sip.serving.job_server")[:-1])
 
 
 def host_of(words: list[str]) -> str:
@@ -99,8 +105,12 @@ def test_every_server_has_its_own_gpus_port_and_seed_on_nodes_of_its_role(script
     assert {o["dtype"] for o in options} == {"bfloat16"}  # as the trainer, whatever the config of the policy says
     assert server_options(teachers[0])["tp-size"] == "8"
     assert "load-format" not in server_options(teachers[0])
-    logs = [words[words.index(">>") + 1] for words in servers]
-    assert len(set(logs)) == 9
+    kept = [keeper_options(words) for words in servers]
+    assert len({keeper.log for keeper in kept}) == 9
+    for keeper, words in zip(kept, servers, strict=True):
+        assert keeper.url == f"http://{host_of(words)}:{server_options(words)['port']}"
+        assert keeper.peers == ["node001", "node002"]
+        assert keeper.command == words[words.index("--") + 1 : -1]
 
 
 def sglang_fields() -> set[str]:
@@ -174,7 +184,7 @@ def test_torchrun_lets_a_worker_save_after_sigusr1(tmp_path: Path) -> None:
     )
     trainer = dry_run("train_continual.sbatch")[-1]
     launcher = next(place for place, word in enumerate(trainer) if word.endswith("/torchrun"))
-    flags = trainer[launcher + 1 : trainer.index("-m")]
+    flags = trainer[launcher + 1 : trainer.index("-m", launcher)]
     own = {"--nnodes=": "1", "--nproc-per-node=": "1", "--rdzv-endpoint=": "127.0.0.1:0"}
     for name, value in own.items():
         flags = [name + value if flag.startswith(name) else flag for flag in flags]
