@@ -1,0 +1,195 @@
+"""examples/cycle.sh: its commands are understood and read what those before them wrote, and it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_sip.config.early_checks import check_flags
+from megatron_sip.evaluate import command_line as evaluate_command_line
+from megatron_sip.judge.__main__ import command_line as judge_command_line
+from megatron_sip.one_node.command import understand
+from megatron_sip.prepare.__main__ import command_line as prepare_command_line
+from megatron_sip.prepare.__main__ import main as prepare
+
+REPO = Path(__file__).parents[3]
+STAND_IN = """#!/bin/bash
+# Notes what it is asked for and makes what its program would; at command number $FAILS it ends with status 9 instead, at $STOPS
+# it ends well and has made nothing.
+printf '%q ' "$@" >> "$NOTES"
+echo >> "$NOTES"
+number=$(wc -l < "$NOTES")
+((number != ${FAILS:-0})) || exit 9
+((number != ${STOPS:-0})) || exit 0
+case $1 in
+    tools/fetch_smollm2.py) echo "$MODELS/smollm2" ;;
+    tools/fetch_wiki_leads.py) echo "$MODELS/leads.jsonl" ;;
+esac
+words=("$@")
+for ((i = 0; i < $#; i++)); do
+    case ${words[i]} in
+        --out) mkdir -p "${words[i + 1]}" && touch "${words[i + 1]}/manifest.json" ;;
+        --output | --save) mkdir -p "$(dirname "${words[i + 1]}")" && touch "${words[i + 1]}" ;;
+        --run-dir) mkdir -p "${words[i + 1]}/hf" && touch "${words[i + 1]}"/{summary.json,hf/config.json} ;;
+        megatron_sip.evaluation.report) touch "${words[i + 1]}/report.html" ;;
+    esac
+done
+"""
+
+
+def cycle(folder: Path, *words: str, **environment: str) -> tuple[int, list[str], str]:
+    """Exit status of the script with a stand-in for Python, the programs that it started, and what it said."""
+    notes = folder / "notes"
+    notes.write_text("")
+    (folder / "python").write_text(STAND_IN)
+    (folder / "python").chmod(0o755)
+    told = {"PATH": f"{folder}:{os.environ['PATH']}", "NOTES": str(notes), "MODELS": str(folder)}
+    command = ["bash", str(REPO / "examples/cycle.sh"), "--run-dir", "run", *words]
+    ended = subprocess.run(command, cwd=folder, env=os.environ | told | environment, capture_output=True, text=True)
+    lines = [shlex.split(line) for line in notes.read_text().splitlines()]
+    return ended.returncode, [f"{line[1]} {line[2]}" if line[0] == "-m" else line[0] for line in lines], ended.stderr
+
+
+ALL = [
+    *("tools/fetch_smollm2.py", "tools/fetch_wiki_leads.py"),
+    *("megatron_sip.prepare text", "megatron_sip.prepare dedup", "megatron_sip.prepare roles"),
+    "megatron_sip.prepare judgements",
+    "megatron_sip JUDGE",
+    "megatron_sip.judge accuracy",
+    "megatron_sip POLICY",
+    *(2 * ["megatron_sip.evaluate generate", "megatron_sip.evaluate diversity", "megatron_sip.evaluate nll"]),
+    *("megatron_sip.evaluate table", "megatron_sip.evaluation.report RUN/policy"),
+]
+
+
+def expected(folder: Path) -> list[str]:
+    model = str(folder / "smollm2")
+    names = {"JUDGE": model, "POLICY": model, "RUN": str(folder / "run")}
+    shown = ALL
+    for name, path in names.items():
+        shown = [line.replace(name, path) for line in shown]
+    return shown
+
+
+def test_a_cycle_runs_each_stage_once_and_then_none(tmp_path: Path) -> None:
+    assert cycle(tmp_path)[:2] == (0, expected(tmp_path))
+    assert cycle(tmp_path)[:2] == (0, ALL[:2])
+
+
+@pytest.mark.parametrize("command", range(3, len(ALL) + 1))
+def test_one_that_fails_or_is_stopped_anywhere_goes_on_with_that_stage(command: int, tmp_path: Path) -> None:
+    status, programs, said = cycle(tmp_path, FAILS=str(command))
+    assert (status, programs) == (9, expected(tmp_path)[:command])
+    assert "the same command continues" in said
+    done = {path.name for path in (tmp_path / "run").glob("done/*")}
+    status, programs, _ = cycle(tmp_path)
+    assert status == 0
+    again = programs[2:]
+    assert again == expected(tmp_path)[-len(again) :]
+    assert expected(tmp_path)[command - 1] in again
+    starts = {"judgements": 5, "judge": 6, "accuracy": 7, "policy": 8, "evaluation": 9, "report": 15}
+    assert len(ALL) - len(again) == max([2, *(starts[name] for name in starts if command > starts[name])])
+    assert len(done) == sum(command > start for start in starts.values())
+
+
+def test_a_trainer_that_was_stopped_ends_the_script_well_and_its_stage_is_not_done(tmp_path: Path) -> None:
+    status, programs, said = cycle(tmp_path, STOPS="7")
+    assert (status, programs) == (0, expected(tmp_path)[:7])
+    assert "stopped before the end of 'judge'" in said
+    assert cycle(tmp_path)[1] == [*ALL[:2], *expected(tmp_path)[6:]]
+
+
+def test_a_folder_holds_one_cycle(tmp_path: Path) -> None:
+    cycle(tmp_path, STOPS="7")
+    status, programs, said = cycle(tmp_path, "--", "--lr", "1e-4")
+    assert (status, programs) == (2, ALL[:2])
+    assert "cycle of other settings" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--size", "large"], "--size large: small or paper"),
+        (["--size", "paper"], "needs --policy, --judge and --data"),
+        (["--sise", "small"], "unknown option --sise"),
+        (["--policy"], "--policy needs a value"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_made(words: list[str], message: str, tmp_path: Path) -> None:
+    status, programs, said = cycle(tmp_path, *words)
+    assert (status, programs) == (2, [])
+    assert message in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", ["small", "paper"])
+def test_a_dry_run_shows_commands_that_their_programs_understand(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPO)
+    run, model = tmp_path / "run", tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    texts = tmp_path / "text.jsonl"
+    texts.write_text(
+        "".join(json.dumps({"text": f"{number} bottles of beer on the wall. " * 9}) + "\n" for number in range(40))
+    )
+    words = ["--size", size, "--policy", str(model), "--judge", str(model), "--data", str(texts), "--run-dir", str(run)]
+    command = ["bash", "examples/cycle.sh", *words, "--dry-run", "--", "--lr", "2e-5"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert not run.exists()
+    lines = [shlex.split(line)[1:] for line in shown.splitlines() if not line.startswith("#")]
+    for folder in ("judge", "policy"):  # which are there when the next stage reads them
+        (run / folder / "hf").mkdir(parents=True)
+        (run / folder / "hf" / "config.json").write_text("{}")
+    (run / "judgements").mkdir()
+    (run / "judgements" / "judgements.jsonl").write_text("{}\n")
+    assert len(lines) == len(ALL) - 2
+    trained = []
+    for _, program, *rest in lines:
+        if program == "megatron_sip.prepare" and rest[0] != "judgements":
+            prepare(rest)  # the corpus, which the policy's flags are checked against
+        elif program == "megatron_sip.prepare":
+            prepare_command_line().parse_args(rest)
+        elif program == "megatron_sip.judge":
+            judge_command_line().parse_args(rest)
+        elif program == "megatron_sip.evaluate":
+            evaluate_command_line().parse_args(rest)
+        elif program == "megatron_sip":
+            trained.append(check_flags([*understand(rest).flags, "--rollout-local", "1", "--hf-config", str(model)]))
+    judge, policy = trained
+    assert (judge.tasks, judge.objective) == ("judgements", "grpo")
+    assert (policy.objective, policy.lr, policy.subset) == ("dpo", 2e-5, "policy")
+    assert policy.teacher_model == str(run / "judge" / "hf")
+
+
+def test_a_job_that_is_stopped_before_its_time_limit_lets_the_trainer_save_and_is_requeued(tmp_path: Path) -> None:
+    (tmp_path / "examples").mkdir()
+    shutil.copy(REPO / "examples" / "cycle.sh", tmp_path / "examples")
+    programs = tmp_path / ".venv" / "bin"  # where the job looks for Python
+    programs.mkdir(parents=True)
+    waits = "trap 'echo saved >> saved; exit 0' TERM; touch waiting; while true; do sleep 0.05; done"
+    (programs / "python").write_text(f"#!/bin/bash\ncase $2 in megatron_sip.prepare) {waits} ;; esac\necho model\n")
+    (programs / "scontrol").write_text('#!/bin/bash\necho "$@" > requeued\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    environment = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
+    job = subprocess.Popen(["bash", str(REPO / "examples" / "cycle.sbatch")], cwd=tmp_path, env=environment)
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "waiting").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        job.terminate()
+        assert job.wait(30) == 0
+    finally:
+        job.kill()
+    assert (tmp_path / "saved").read_text() == "saved\n"
+    assert (tmp_path / "requeued").read_text() == "requeue incomplete 7\n"
