@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.config.settings import Settings
 from megatron_sip.console import say
-from megatron_sip.experience.leader import Leader, rotated_urls
+from megatron_sip.experience.leader import ClientsSettings, Leader, rotated_urls
 from megatron_sip.rollout.sync_disk import DiskWeightSync
 from megatron_sip.rollout.sync_distributed import DistributedWeightSync
 from megatron_sip.rollout.weight_group import SyncSettings, address_for
@@ -50,9 +51,14 @@ def open_leader(
         return None
     share = settings.run.prompts // exchange.num_replicas
     urls = replace(urls, engines=rotated_urls(urls.engines, exchange.replica, share))
-    leader = Leader(settings.clients(urls), settings.experience, tokenizer, exchange.replica)
+    leader = Leader(clients(settings, urls), settings.experience, tokenizer, exchange.replica)
     stack.callback(leader.close)
     return leader
+
+
+def clients(settings: Settings, urls: ServerUrls) -> ClientsSettings:
+    """A leader's clients of the servers at `urls`."""
+    return replace(settings.clients(urls), goes_on=(settings.run.save / TRACKER).exists())
 
 
 def open_weight_sync(

@@ -35,7 +35,7 @@ from megatron_sip.judge.python_functions import check_functions
 from megatron_sip.judge.settings import function_of
 from megatron_sip.metrics import Metrics, flatten
 from megatron_sip.open_measurements import check_prompt_sets, open_comparison, open_suites, open_validation
-from megatron_sip.open_servers import open_leader, open_weight_sync, share_urls, start_local_servers
+from megatron_sip.open_servers import clients, open_leader, open_weight_sync, share_urls, start_local_servers
 from megatron_sip.open_tasks import open_tasks
 from megatron_sip.open_trainer import open_trainer
 from megatron_sip.records import Task
@@ -264,7 +264,7 @@ def set_up(settings: Settings, stack: contextlib.ExitStack) -> Run:
         check_functions(filter(None, map(function_of, settings.judge.criteria)))
     tokenizer = AutoTokenizer.from_pretrained(settings.run.hf_config)
     if named and rank == 0 and settings.local_servers.count:
-        check_servers(settings.clients(settings.urls))
+        check_servers(clients(settings, settings.urls))
     servers = start_local_servers(settings, stack) if named else None
     urls = share_urls(settings, exchange, servers) if named else settings.urls
     leader = open_leader(settings, tokenizer, exchange, urls, stack) if named else None

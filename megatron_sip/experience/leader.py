@@ -39,20 +39,26 @@ class EngineSettings:
 @dataclass(frozen=True, slots=True)
 class ClientsSettings:
     """Which servers a leader asks, None: none of that kind. eval_judge: the held-out comparison's, if it is not `judge`.
-    rating_judge: of answers to sets of prompts."""
+    rating_judge: of answers to sets of prompts. goes_on: the run has worked before, and waits for those that judge and rewrite,
+    which may be of another job, as long as in a step."""
 
     engines: EngineSettings | None = None
     judge: JudgeSettings | None = None
     eval_judge: JudgeSettings | None = None
     rating_judge: JudgeSettings | None = None
     rewriter: RewriterSettings | None = None
+    goes_on: bool = False
+
+    def patience_s(self, asked: JudgeSettings | RewriterSettings) -> float:
+        """How long these servers are waited for at the start."""
+        return max(CONNECT_SECONDS, asked.deadline_s) if self.goes_on else CONNECT_SECONDS
 
 
 def check_servers(settings: ClientsSettings) -> None:
     """Ask all servers whether they are there, so that a wrong URL shows before other servers are started.
 
     Raises:
-        RequestError, EndpointError: one of them gave no answer within CONNECT_SECONDS.
+        RequestError, EndpointError: one of them gave no answer within CONNECT_SECONDS, or its `patience_s`.
     """
 
     async def ask() -> None:
@@ -62,10 +68,10 @@ def check_servers(settings: ClientsSettings) -> None:
         for judge_settings in (settings.judge, settings.eval_judge, settings.rating_judge):
             if judge_settings is not None:
                 async with Judge(judge_settings) as judge:
-                    await judge.check(CONNECT_SECONDS)
+                    await judge.check(settings.patience_s(judge_settings))
         if settings.rewriter is not None:
             async with AsksTeacher(settings.rewriter.client) as rewriter:
-                await rewriter.check(CONNECT_SECONDS)
+                await rewriter.check(settings.patience_s(settings.rewriter))
 
     asyncio.run(ask())
 
@@ -87,6 +93,7 @@ class Leader:
         self, settings: ClientsSettings, experience: ExperienceSettings, tokenizer: Any, replica: int = 0
     ) -> None:
         self._replica = replica
+        self._patience_s = settings.patience_s
         self._loop = LoopThread("leader")
         self._clients = contextlib.AsyncExitStack()
         self.engines: SGLangPool | None = None
@@ -194,10 +201,10 @@ class Leader:
 
     async def _open_rewriter(self, settings: RewriterSettings, tokenizer: Any, suffix_length: int) -> Rewriter:
         rewriter = await self._clients.enter_async_context(Rewriter(settings, tokenizer, suffix_length))
-        await rewriter.check(CONNECT_SECONDS)
+        await rewriter.check(self._patience_s(settings))
         return rewriter
 
     async def _open_judge(self, settings: JudgeSettings, tokenizer: Any) -> Judge:
         judge = await self._clients.enter_async_context(Judge(settings, tokenizer.eos_token_id, ChatEncoder(tokenizer)))
-        await judge.check(CONNECT_SECONDS)
+        await judge.check(self._patience_s(settings))
         return judge

@@ -85,6 +85,8 @@ def test_a_judge_that_is_gone_ends_the_run_with_the_step_before_saved_and_the_sa
     assert f"the teacher at {judge.url} answers no more. Step {made} is saved, the same command continues" in screen(
         run
     )
+    again = start(run, *flags)
+    wait_until(lambda: f"waiting for the teacher at {judge.url}" in screen(run), run, again)  # as a requeued job does
     loop.run(judge.start())
-    train(run, *flags)
+    assert again.wait(120) == 0, output(run)[-6000:]
     assert [record["step"] for record in steps(run)] == [1, 2, 3, 4]

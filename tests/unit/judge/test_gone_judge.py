@@ -12,7 +12,7 @@ import pytest
 from fake_judge import FakeJudge, truthful_answer
 from judge_cases import make_group, make_settings
 
-from megatron_sip.experience.leader import ClientsSettings, Leader
+from megatron_sip.experience.leader import CONNECT_SECONDS, ClientsSettings, Leader
 from megatron_sip.experience.maker import ExperienceSettings
 from megatron_sip.experience.selection import SelectionSettings
 from megatron_sip.judge import Judge
@@ -106,3 +106,10 @@ def test_a_leader_whose_judge_is_gone_asks_the_run_to_stop_and_makes_no_experien
         assert stop.reason == f"the teacher at {server.url} answers no more"
     finally:
         leader.close()
+
+
+def test_a_run_that_goes_on_waits_for_its_judge_as_long_as_in_a_step() -> None:
+    judge = make_settings("http://judge:1", deadline_s=900.0)
+    assert ClientsSettings(judge=judge).patience_s(judge) == CONNECT_SECONDS
+    assert ClientsSettings(judge=judge, goes_on=True).patience_s(judge) == 900.0
+    assert ClientsSettings(judge=judge, goes_on=True).patience_s(replace(judge, deadline_s=1.0)) == CONNECT_SECONDS
