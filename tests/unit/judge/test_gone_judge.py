@@ -37,7 +37,7 @@ def answer(prompt: str) -> str:
 async def test_a_judge_that_answers_nobody_any_more_is_gone_until_it_answers_again(how: str) -> None:
     hangs = asyncio.Event()
     server = await FakeJudge(lambda index: "hang" if hangs.is_set() else None, answer).start()
-    async with Judge(make_settings(server.url, deadline_s=0.5)) as judge:
+    async with Judge(make_settings(server.url, deadline_s=1.0, call_timeout_s=5.0)) as judge:
         await judge.check(5.0)
         assert all(group.dropped is None for group in await judge.score(GROUPS))
         assert await judge.gone() is None
@@ -89,9 +89,9 @@ def loop() -> Iterator[LoopThread]:
 
 
 def test_a_leader_whose_judge_is_gone_asks_the_run_to_stop_and_makes_no_experience(loop: LoopThread) -> None:
-    server = loop.run(FakeJudge().start())
+    server = loop.run(FakeJudge(answer=answer).start())
     tokenizer: Any = SimpleNamespace(eos_token_id=0, decode=lambda ids, **_: "")
-    judge = make_settings(server.url, criteria={"safety": 1.0}, deadline_s=0.4)
+    judge = make_settings(server.url, criteria={"safety": 1.0}, deadline_s=1.0, call_timeout_s=5.0)
     experience = ExperienceSettings(
         ("suffix",), SamplingSettings(2, n=1), SelectionSettings(objective="rf-nll", candidates=("suffix",))
     )
