@@ -235,13 +235,13 @@ requeue() {
 finish() {
     local status=$1
     stop_servers
-    if is_ending; then
-        echo "stopped at step $(checkpoint); the same command continues there" >&2
-        exit 0
-    fi
-    if ((stop_requested)); then
+    if ! is_ending && ((stop_requested)); then
         ! [[ $RUN_DIR/summary.json -nt $RUN_DIR/logs/started ]] || exit 0 # it is written after the last step
-        requeue "stopped before the end" || exit 1
+        ! requeue "stopped before the end" || exit 0
+        (($(checkpoint) > first_checkpoint && $(checkpoint) >= $(last_step))) || exit 1
+    fi
+    if is_ending || ((stop_requested)); then
+        echo "stopped at step $(checkpoint); the same command continues there" >&2
         exit 0
     fi
     if ((status != 0)) && has_worked && requeue "failed with status $status"; then
