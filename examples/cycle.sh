@@ -4,8 +4,8 @@
 #   examples/cycle.sh [--size small|paper] [--run-dir runs/cycle] [--policy HF_DIR] [--judge HF_DIR] [--data FILES]
 #                     [--teacher-url URL] [--dry-run] [-- more flags of the policy's trainer]
 #
-# small (the default): SmolLM2-135M-Instruct as policy and as judge, Wikipedia leads, hours on two cores. paper: the paper's settings,
-# for a node with GPUs; --policy, --judge and --data are needed, and --teacher-url names servers of a model that spoils texts for the
+# small (the default): SmolLM2-135M-Instruct as policy and as judge, Wikipedia leads, no GPU. paper: the paper's settings, for a node
+# with GPUs; --policy, --judge and --data are needed, and --teacher-url names servers of a model that spoils texts for the
 # judge to find (else rules do). The same command again goes on: a stage that is done has a file in RUN_DIR/done and is left out, all
 # others continue where they were. The next round starts from this one's models: --policy RUN_DIR/policy/hf --judge RUN_DIR/judge/hf.
 set -euo pipefail
