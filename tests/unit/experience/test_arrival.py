@@ -111,7 +111,9 @@ async def made_in(server: FakeJudge, order: Sequence[int]) -> tuple[Experience, 
                 gates[10 + waiting.pop(0)].set()
             return scored
 
-    async with Watched(make_settings(server.url, schedule=ScheduleSettings("circulant_bt"))) as judge:
+    async with Watched(
+        make_settings(server.url, schedule=ScheduleSettings("circulant_bt"), call_timeout_s=30.0)
+    ) as judge:
         await judge.check(5.0)
         making = ExperienceMaker(settings, Tokenizer(), Engines(gates), judge, None)  # type: ignore[arg-type]
         gates[10 + waiting.pop(0)].set()
