@@ -27,8 +27,9 @@ def private_folder() -> Iterator[Path]:
 def node_variables(folder: Path, peers: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
     """Variables for a program with its caches in `folder`, that talks to the hosts `peers`; none that is in `given`."""
     variables = {name: str(folder / place) for name, place in CACHES.items()}
-    if interface := interface_towards(peers):
-        variables |= {name: mark + interface for name, mark in SOCKETS.items()}
+    with contextlib.suppress(OSError):  # a host without an IPv4 address, say: libraries choose, as they do without us
+        if interface := interface_towards(peers):
+            variables |= {name: mark + interface for name, mark in SOCKETS.items()}
     return {name: value for name, value in variables.items() if name not in given}
 
 

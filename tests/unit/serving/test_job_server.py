@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sip.serving.launch import free_port
-from megatron_sip.serving.node import interface_towards, node_variables
+from megatron_sip.serving.node import SOCKETS, interface_towards, node_variables
 
 KEEPER = (sys.executable, "-m", "megatron_sip.serving.job_server")
 KEY = "0123456789abcdef"
@@ -194,4 +194,5 @@ def test_sockets_use_the_interface_towards_other_hosts_unless_the_user_has_said_
     variables = node_variables(tmp_path, [elsewhere], {"NCCL_SOCKET_IFNAME": "ib0"})
     assert variables["GLOO_SOCKET_IFNAME"] == found
     assert "NCCL_SOCKET_IFNAME" not in variables
+    assert not SOCKETS.keys() & node_variables(tmp_path, ["no-such-host.invalid"], {}).keys()
     assert node_variables(tmp_path, [elsewhere], {})["NCCL_SOCKET_IFNAME"] == f"={found}"
