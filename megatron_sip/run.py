@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_sip.checkpoints.checksums import ChecksumWriter
-from megatron_sip.checkpoints.folder import TRACKER, mend_checkpoint_folder, require_checkpoint
+from megatron_sip.checkpoints.folder import TRACKER, mend_checkpoint_folder, require_checkpoint, run_id
 from megatron_sip.config.settings import RunSettings, Settings
 from megatron_sip.console import say
 from megatron_sip.data.tasks import Tasks
@@ -39,7 +39,7 @@ from megatron_sip.open_servers import clients, open_leader, open_weight_sync, sh
 from megatron_sip.open_tasks import open_tasks
 from megatron_sip.open_trainer import open_trainer
 from megatron_sip.records import Task
-from megatron_sip.rollout.handshake import WeightSyncError
+from megatron_sip.rollout.handshake import WeightSyncError, version_of_run
 from megatron_sip.rollout.weight_sync import WeightSync
 from megatron_sip.run_state import RunState
 from megatron_sip.serving.local_servers import LocalServers
@@ -153,7 +153,7 @@ class Run:
             self.unsaved_reference = self.state.iteration
 
     def push_weights(self, *, require_all: bool = False) -> Metrics:
-        """Give the engines the policy's weights; the version they then report is the iteration.
+        """Give the engines the policy's weights; the version they then report is the run's name and the iteration.
 
         Returns, on every rank, how many engines did not take them. That none did, also after those that this run started were
         started again, or that a disk is full, joins the `troubles` of every rank; with `require_all` it raises WeightSyncError
@@ -178,8 +178,9 @@ class Run:
         unsynced: int | str | None = None
         if self.weight_sync is not None:
             weights = export_hf_weights(self.trainer.model, self.hf_config)
+            version = version_of_run(self.settings.rollouts.run_id, str(self.state.iteration))
             try:
-                unsynced = len(self.weight_sync.push(weights, str(self.state.iteration), require_all=require_all))
+                unsynced = len(self.weight_sync.push(weights, version, require_all=require_all))
             except (WeightSyncError, OSError, SafetensorError) as error:
                 unsynced = f"the engines did not get the weights of step {self.state.iteration}: {error}"
         found: int | str | None = self.exchange.all_gather_from_leaders(unsynced)[
@@ -256,7 +257,8 @@ def set_up(settings: Settings, stack: contextlib.ExitStack) -> Run:
     """
     rank = settings.run.rank
     exchange = LeaderExchange(timeout_seconds=EXCHANGE_SECONDS)
-    open_run_folder(settings.run, exchange)
+    this_run = open_run_folder(settings.run, exchange)
+    settings = replace(settings, rollouts=replace(settings.rollouts, run_id=this_run))
     named = bool(settings.urls)  # a wrong URL must not show only after hours of tokenising
     if rank == 0:
         check_prompt_sets(settings)
@@ -308,8 +310,10 @@ def set_up(settings: Settings, stack: contextlib.ExitStack) -> Run:
     return run
 
 
-def open_run_folder(run: RunSettings, exchange: LeaderExchange) -> None:
+def open_run_folder(run: RunSettings, exchange: LeaderExchange) -> str:
     """Mend the checkpoint folder after a kill and refuse weights that cannot be loaded, before anything costs time.
+
+    Returns the run's name, the same on every rank.
 
     Raises:
         DataError: a checkpoint is not whole, or the one that the run starts from is of another model than --hf-config.
@@ -329,6 +333,7 @@ def open_run_folder(run: RunSettings, exchange: LeaderExchange) -> None:
         require_same_model(start, wanted, f"{run.hf_config}/config.json")
     if run.rank == 0:  # so that checkpoints convert back on their own
         write_model_files(run.hf_config, run.save / HF_SUBFOLDER, renew=not resumes)
+    return str(exchange.all_gather_from_leaders(run_id(run.save) if run.rank == 0 else "")[0])
 
 
 def open_ahead(settings: Settings, kept: bytes | None) -> StepExperience | None:

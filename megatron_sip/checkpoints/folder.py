@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import uuid
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatron_sip.files import write_atomically
 
 TRACKER = "latest_checkpointed_iteration.txt"
 REFERENCE_FOLDER = "reference"
+RUN_ID = "run_id"
 """Below the checkpoint folder; has a folder for each moment at which the DPO reference changed."""
 
 
@@ -170,3 +172,11 @@ def iteration_folders(save: Path) -> dict[int, Path]:
     """The folders `iter_NNNNNNN` below `save`, by iteration."""
     folders = [path for path in save.glob("iter_*") if path.is_dir()]
     return {int(m.group(1)): path for path in folders if (m := re.fullmatch(r"iter_(\d+)", path.name))}
+
+
+def run_id(folder: Path) -> str:
+    """The name of the run in `folder`, which no other has and all its starts share; made by the first."""
+    path = folder / RUN_ID
+    if not path.exists():
+        write_atomically(path, uuid.uuid4().hex[:12] + "\n")
+    return path.read_text().strip()

@@ -106,6 +106,7 @@ class RolloutSettings:
     """How engines are reached and fed. concurrency: calls in flight of all `replicas` together, None: by the number of engines.
 
     context_length: tokens that an engine must take, prompt and answer. weight_sync: see --weight-sync; sync_dir: for disk.
+    run_id: the run's name, known once its folder is open.
     """
 
     timeout_s: float
@@ -117,6 +118,7 @@ class RolloutSettings:
     weight_sync: Literal["distributed", "disk"]
     sync_dir: Path
     bucket_bytes: int
+    run_id: str = ""
 
     def key(self) -> str | None:
         """What the engines demand as a bearer token; checked when the flags were."""
@@ -130,6 +132,7 @@ class RolloutSettings:
             max_concurrency=max(1, share_of_calls(self.concurrency, len(urls), self.replicas) // len(urls)),
             key=self.key(),
             vocab_size=self.vocab_size,
+            run_id=self.run_id,
         )
         return EngineSettings(urls, pool, self.context_length)
 

@@ -75,6 +75,11 @@ async def _vocab_size(control: Control, url: str) -> int:
     raise RequestError("bad-response", f"{url}: accepted a token id far outside of any vocabulary")
 
 
+def version_of_run(run_id: str, version: str) -> str:
+    """What an engine is told that its weights are, so that those of two runs at one step are not taken for each other."""
+    return f"{run_id}-{version}" if run_id else version
+
+
 def end_open_update(url: str, timeout_s: float, key: str | None = None) -> None:
     """End the weight update and the pause that the engine at `url` may be in, of a trainer that is no more.
 

@@ -23,7 +23,7 @@ from typing import Any, Self, TypeVar
 import orjson
 
 from megatron_sip.errors import DataError
-from megatron_sip.rollout.handshake import ModelContract, check_engine
+from megatron_sip.rollout.handshake import ModelContract, check_engine, version_of_run
 from megatron_sip.rollout.sampling import (
     Completion,
     Failure,
@@ -51,6 +51,7 @@ class PoolSettings:
 
     `max_concurrency` calls are in flight for each engine, each sent to the one with the fewest. An engine that failed is left
     alone for `down_s`. `key` is what the engines demand as a bearer token, `vocab_size` what all token ids must be below.
+    `run_id` is the run whose weights are asked for: the same version of another run's is none of this.
     """
 
     call_timeout_s: float = 300.0
@@ -64,6 +65,7 @@ class PoolSettings:
     down_s: float = 5.0
     key: str | None = field(default=None, repr=False)
     vocab_size: int | None = None
+    run_id: str = ""
 
     @property
     def policy(self) -> RetryPolicy:
@@ -160,13 +162,18 @@ class SGLangPool:
             raise ValueError(f"{len(seeds)} seeds for {len(prefixes)} prefixes")
         if any(not prefix for prefix in prefixes):
             raise ValueError("an empty prefix cannot be continued: give at least one token (for example BOS)")
-        await self._admit(weight_version)
+        wanted = self._of_run(weight_version)
+        await self._admit(wanted)
         given = [None] * len(prefixes) if seeds is None else seeds
         bodies = (sampling_body(prefix, settings, seed) for prefix, seed in zip(prefixes, given, strict=True))
-        read = partial(
-            read_completions, settings=settings, vocab_size=self.settings.vocab_size, weight_version=weight_version
-        )
-        return await asyncio.gather(*(self._request(body, read) for body in bodies))
+        read = partial(read_completions, settings=settings, vocab_size=self.settings.vocab_size, weight_version=wanted)
+        found = await asyncio.gather(*(self._request(body, read) for body in bodies))
+        if weight_version is None:
+            return found
+        return [
+            made if isinstance(made, Failure) else [replace(one, weight_version=weight_version) for one in made]
+            for made in found
+        ]
 
     async def logprobs(
         self,
@@ -183,8 +190,9 @@ class SGLangPool:
         pairs = list(zip(prefixes, continuations, strict=True))
         if any(not prefix or not continuation for prefix, continuation in pairs):
             raise ValueError("a prefix and a continuation need at least one token each (for example BOS)")
-        await self._admit(weight_version)
-        read = partial(read_logprobs, weight_version=weight_version)
+        wanted = self._of_run(weight_version)
+        await self._admit(wanted)
+        read = partial(read_logprobs, weight_version=wanted)
         requests = ((logprobs_body(*pair), partial(read, continuation=pair[1])) for pair in pairs)
         return await asyncio.gather(*(self._request(body, read) for body, read in requests))
 
@@ -212,6 +220,9 @@ class SGLangPool:
         return Failure(kind, str(error))
 
     # --- weight versions ------------------------------------------------------------------------------------------
+
+    def _of_run(self, version: str | None) -> str | None:
+        return version if version is None else version_of_run(self.settings.run_id, version)
 
     async def _admit(self, version: str | None) -> None:
         """When other weights are asked for than last, find out first who has them.

@@ -311,7 +311,7 @@ def test_the_engine_serves_what_was_trained_and_measures_it_on_held_out_text(
     body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 12, "temperature": 0}}
     found = call(tiny_engine.url, "POST", "/generate", body, timeout_s=60.0)
     assert found["output_ids"][: len(expected)] == expected
-    assert found["meta_info"]["weight_version"] == "2"
+    assert found["meta_info"]["weight_version"] == f"{(tmp_path / 'run' / 'run_id').read_text().strip()}-2"
 
 
 def test_steps_with_suffix_rewrite_and_rollouts_under_several_criteria(

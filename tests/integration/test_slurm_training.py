@@ -6,10 +6,11 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from slurm_cluster import SlurmCluster
+from slurm_cluster import Process, SlurmCluster
 from training import COMMON, steps
 from workers import run_program
 
@@ -36,6 +37,19 @@ def environment(folder: Path) -> Path:
         (folder / "bin" / name).write_text(f"#!/bin/sh\n{command}\n")
         (folder / "bin" / name).chmod(0o755)
     return folder
+
+
+def variables(pid: int) -> list[bytes]:
+    """NAME=VALUE of a process."""
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
+def rank_among(found: Sequence[Process]) -> int:
+    """The process that torchrun started, without helpers that it has forked."""
+    ranks = {process.pid for process in found if b"LOCAL_RANK=0" in variables(process.pid)}
+    parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in ranks}
+    [rank] = [pid for pid, parent in parents.items() if parent not in ranks]
+    return rank
 
 
 def test_a_job_trains_a_model_on_four_nodes_and_a_killed_rank_costs_no_step(
@@ -67,10 +81,11 @@ def test_a_job_trains_a_model_on_four_nodes_and_a_killed_rank_costs_no_step(
             assert time.monotonic() < deadline, told()
             assert cluster.show(job)["JobState"] in ("PENDING", "RUNNING"), told()
             time.sleep(0.2)
-        ranks = cluster.processes(job, "megatron_sip.train --preset", cluster.nodes[1])
-        worker = max(ranks, key=lambda rank: rank.pid)
+        rank = rank_among(cluster.processes(job, "megatron_sip.train", cluster.nodes[1]))
+        [key] = [value[21:] for value in variables(rank) if value.startswith(b"MEGATRON_SIP_JOB_KEY=")]
+        commands = [process.command.encode() for process in cluster.processes(job)]
         servers = {process.pid for process in cluster.processes(job, "megatron_sip.platform")}
-        os.kill(worker.pid, signal.SIGKILL)
+        os.kill(rank, signal.SIGKILL)
         while "and is started again" not in output.read_text() or len(steps(run)) < STEPS - 1:
             assert time.monotonic() < deadline, told()
             time.sleep(0.2)
@@ -80,3 +95,5 @@ def test_a_job_trains_a_model_on_four_nodes_and_a_killed_rank_costs_no_step(
     assert [step["step"] for step in steps(run)] == list(range(1, STEPS + 1))
     assert {step["engines/unsynced"] for step in steps(run)} == {0}
     assert all(step["grad_norm"] > 0 for step in steps(run))
+    written = [path.read_bytes() for path in (output, *run.rglob("*")) if path.is_file()]
+    assert not [text for text in (*commands, *written) if key in text]

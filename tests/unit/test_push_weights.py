@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,9 +29,11 @@ class Sync:
     def __init__(self, *failed: str) -> None:
         self.failed = dict.fromkeys(failed, "connection refused")
         self.required: list[bool] = []
+        self.versions: set[str] = set()
 
     def push(self, _: Any, version: str, *, require_all: bool) -> dict[str, str]:
         self.required.append(require_all)
+        self.versions.add(version)
         return self.failed
 
 
@@ -90,7 +93,9 @@ def run_of(sync: Sync | None, exchange: Exchange | Alone) -> Run:
     from megatron_sip.run import Run, RunState
 
     parts: dict[str, Any] = dict.fromkeys(Run.__dataclass_fields__)
+    settings = unchecked_settings()
     parts |= {
+        "settings": replace(settings, rollouts=replace(settings.rollouts, run_id="ours")),
         "state": RunState(iteration=7),
         "trainer": Trainer,
         "weight_sync": sync,
@@ -105,6 +110,7 @@ def test_training_goes_on_without_the_engines_that_failed_and_counts_them_on_eve
     exchange = Exchange(2)
     assert run_of(sync, exchange).push_weights() == {"engines/unsynced": 2.0}
     assert (sync.required, exchange.said) == ([False], 2)
+    assert sync.versions == {"ours-7"}
     assert run_of(None, exchange).push_weights() == {"engines/unsynced": 2.0}  # of another replica
 
 

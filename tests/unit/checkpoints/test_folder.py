@@ -14,6 +14,7 @@ from megatron_sip.checkpoints.folder import (
     iteration_folders,
     mend_checkpoint_folder,
     needed_references,
+    run_id,
 )
 from megatron_sip.errors import DataError
 
@@ -141,3 +142,11 @@ def test_removing_the_others_changes_no_resume(references: set[int], checkpoints
     for checkpoint in [*checkpoints, max([coming, *checkpoints])]:
         before = max((i for i in references if i <= checkpoint), default=None)
         assert max((i for i in kept if i <= checkpoint), default=None) == before
+
+
+def test_all_starts_of_a_run_have_its_name_and_no_other_run_has_it(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    one, again, other = (run_id(tmp_path / name) for name in ("one", "one", "other"))
+    assert one == again != other
+    assert one
