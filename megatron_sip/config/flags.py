@@ -375,8 +375,9 @@ JUDGE_FLAGS: Flags = {
     ),
     "--judge-deadline": (
         {"type": float, "default": 900.0, "metavar": "SECONDS"},
-        "For a group's judgements, from when its candidates are there or, if later, from the teacher's last answer: one that "
-        "is slow is waited for (8 times as long at most), one that is gone is not. The same for rewrites.",
+        "For a group's judgements, from when its candidates are there or, if later, from the last answer to any group: a "
+        "teacher that is slow is waited for (8 times as long at most, once it is asked), one that is gone is not. The same for "
+        "rewrites.",
     ),
     "--judge-concurrency": (
         {"type": int, "metavar": "CALLS"},

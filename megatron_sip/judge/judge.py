@@ -13,6 +13,7 @@ step asks the same questions and finds their answers in the cache.
 from __future__ import annotations
 
 import asyncio
+import math
 import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -126,7 +127,8 @@ class Judge(AsksTeacher):
         objective: Objective = "dpo",
         progress: Callable[[int], object] = lambda done: None,
     ) -> list[Group]:
-        """As `score`, of groups that are not all there yet: each is judged as soon as it is, its time counts from then on.
+        """As `score`, of groups that are not all there yet: each is judged as soon as it is, its time counts from then on, or
+        from the last answer to any group before its turn came.
 
         What is asked about a group depends on it alone, not on when it or others arrive.
         """
@@ -135,8 +137,9 @@ class Judge(AsksTeacher):
 
         async def bounded(arrival: Awaitable[Group]) -> Group:
             group = await arrival
-            deadline = longest_wait(loop.time(), self._settings.deadline_s)
-            async with gate:
+            arrived = loop.time()
+            async with gate:  # to wait here for others that are answered is no silence
+                deadline = longest_wait(max(arrived, self._answered_at()), self._settings.deadline_s)
                 scored = await self._score_group(group, objective, deadline)
             progress(1)
             return scored
@@ -149,6 +152,11 @@ class Judge(AsksTeacher):
     def means(self) -> dict[str, Mean]:
         """What criteria found beside scores, by criterion, since the start."""
         return dict(self._means)
+
+    def _answered_at(self) -> float:
+        """When a server or function last answered, in the loop's time."""
+        served = -math.inf if self._settings.client is None else self._client.pool.answered_at
+        return max(served, *(function.answered_at for function in self._functions), -math.inf)
 
     async def _score_group(self, group: Group, objective: Objective, deadline: float) -> Group:
         if group.dropped is not None:

@@ -27,6 +27,11 @@ class PythonCriterion:
         self._processes = processes
         self._told = False
 
+    @property
+    def answered_at(self) -> float:
+        """When the function last answered, of time.monotonic(), which is the event loop's clock."""
+        return self._processes.answered_at
+
     def check(self, encoder: ChatEncoder) -> None:
         """No server is asked."""
 

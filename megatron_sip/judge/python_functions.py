@@ -128,7 +128,8 @@ class FunctionProcesses:
         self._timeout_s = timeout_s
         self._workers = [_Worker(path) for _ in range(processes)]
         self._idle: asyncio.LifoQueue[_Worker] | None = None
-        self._answered_at = -math.inf
+        self.answered_at = -math.inf
+        """When a call was last answered, of time.monotonic()."""
 
     async def start(self) -> None:
         """Raises FunctionError when the function cannot be imported in a process of its own."""
@@ -161,9 +162,9 @@ class FunctionProcesses:
         until = time.monotonic() + patience_s
         worker = await self._free_worker(until, silence_s)
         try:
-            limit = min(self._timeout_s, waits_until(until, silence_s, self._answered_at) - time.monotonic())
+            limit = min(self._timeout_s, waits_until(until, silence_s, self.answered_at) - time.monotonic())
             numbers = await asyncio.to_thread(worker.call, texts, prefix, reference, limit)
-            self._answered_at = time.monotonic()
+            self.answered_at = time.monotonic()
             return numbers
         except asyncio.CancelledError:
             worker.kill()  # its answer would be taken for that of the next call
@@ -177,11 +178,11 @@ class FunctionProcesses:
     async def _free_worker(self, deadline: float, silence_s: float) -> _Worker:
         assert self._idle is not None
         while True:
-            left = waits_until(deadline, silence_s, self._answered_at) - time.monotonic()
+            left = waits_until(deadline, silence_s, self.answered_at) - time.monotonic()
             try:
                 return await asyncio.wait_for(self._idle.get(), None if left == math.inf else max(0.0, left))
             except TimeoutError:
-                if waits_until(deadline, silence_s, self._answered_at) <= time.monotonic():
+                if waits_until(deadline, silence_s, self.answered_at) <= time.monotonic():
                     raise CallFailedError("timeout", "no process was free in time") from None
 
     def close(self) -> None:

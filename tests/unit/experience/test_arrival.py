@@ -16,10 +16,11 @@ from megatron_sip.experience import arrival
 from megatron_sip.experience.arrival import ArrivalClock
 from megatron_sip.experience.maker import Experience, ExperienceMaker, ExperienceSettings
 from megatron_sip.experience.selection import SelectionSettings
-from megatron_sip.judge import Judge, ScheduleSettings
+from megatron_sip.judge import Judge, JudgeSettings, ScheduleSettings
 from megatron_sip.records import Group, Task
 from megatron_sip.rollout.pool import PoolCounters
 from megatron_sip.rollout.sampling import Completion, SamplingSettings
+from megatron_sip.serving.patience import longest_wait
 
 QUALITIES = [[0.1, 0.7, 0.4, 0.9], [0.8, 0.2, 0.3], [0.5, 0.6, 0.1, 0.3, 0.2]]
 GROUPS = [make_group(index, QUALITIES[index % 3], frozenset([index % 3])) for index in range(12)]
@@ -32,7 +33,9 @@ async def test_groups_in_any_order_of_arrival_get_the_verdicts_and_questions_of_
     seed: int,
 ) -> None:
     async with FakeJudge() as server:
-        settings = make_settings(server.url, criteria={"quality": 1.0, "safety": 1.0}, votes=2, audit_rate=0.5)
+        settings = make_settings(
+            server.url, criteria={"quality": 1.0, "safety": 1.0}, votes=2, audit_rate=0.5, call_timeout_s=30.0
+        )
         async with Judge(settings) as judge:
             await judge.check(5.0)
             at_once = await judge.score(GROUPS)
@@ -68,6 +71,42 @@ async def test_a_group_is_judged_while_others_are_yet_to_come_and_has_its_time_f
         async with asyncio.timeout(SECONDS):
             found = await judge.score_on_arrival([late(), here()], progress=lambda _: judged.set())
     assert [(group.task.index, group.dropped) for group in found] == [(1, None), (0, None)]
+
+
+class Deadlines(Judge):
+    """Notes those of its groups; the first eight, which fill its gate, are scored when `answered` is set."""
+
+    def __init__(self, settings: JudgeSettings, answered: asyncio.Event) -> None:
+        super().__init__(settings)
+        self.deadlines: list[float] = []
+        self._waited_for = answered
+
+    async def _score_group(self, group: Group, objective: Any, deadline: float) -> Group:
+        self.deadlines.append(deadline)
+        await self._waited_for.wait()
+        return group
+
+
+@pytest.mark.parametrize("source", ["a server", "a function", "nobody"])
+async def test_to_wait_for_groups_that_are_answered_is_no_silence(source: str) -> None:
+    """Nobody has been asked about a group yet whose turn has not come: neither function nor server."""
+    criteria, answered = {"quality": 1.0, "criterion_functions:quality": 1.0}, asyncio.Event()
+    judge = Deadlines(make_settings("http://judge:1", criteria=criteria, deadline_s=1.0), answered)
+    work = asyncio.create_task(judge.score(GROUPS[:9]))
+    while len(judge.deadlines) < 8:
+        await asyncio.sleep(0)
+    now = asyncio.get_running_loop().time() + 0.5
+    if source == "a server":
+        judge._client.pool.answered_at = now
+    elif source == "a function":
+        judge._functions[0]._processes.answered_at = now
+    answered.set()
+    assert await work == GROUPS[:9]
+    last = judge.deadlines.pop()
+    if source == "nobody":
+        assert last <= longest_wait(now - 0.5, 1.0)
+    else:
+        assert last == longest_wait(now, 1.0)
 
 
 class Engines:
