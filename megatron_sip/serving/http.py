@@ -70,8 +70,8 @@ class HttpPool:
     ) -> None:
         """concurrency: requests in flight at all servers together. seed: of the jitter between attempts.
 
-        silence_s: a request ends when no server has answered anything, to whatever request, for so long; its deadline is then
-        that of `longest_wait`.
+        silence_s: a request of `send` ends when no server has answered any of them for so long; its deadline is then that of
+        `longest_wait`.
         check: asks a server that has failed whether it may be used again, which it forbids by a RequestError; without it the
         next request finds out. counted_as: the name in `counts` of a failed attempt.
         """
@@ -84,8 +84,9 @@ class HttpPool:
         self._policy = policy or RetryPolicy()
         self.silence_s = silence_s
         self.unanswered = False
-        """Whether a request ended without an answer since any server last answered anything."""
-        self._answered_at = -math.inf
+        """Whether a request ended without an answer since a server last answered any."""
+        self.answered_at = -math.inf
+        """When a server last answered a request of `send`, in the event loop's time."""
         self._waiting = 0
         self._waiting_since = 0.0
         self._call_timeout_s = min(call_timeout_s, silence_s)
@@ -127,11 +128,11 @@ class HttpPool:
     def silent_s(self) -> float:
         """For how long requests have been waiting without any server answering any."""
         now = asyncio.get_running_loop().time()
-        return now - max(self._waiting_since, self._answered_at) if self._waiting else 0.0
+        return now - max(self._waiting_since, self.answered_at) if self._waiting else 0.0
 
     def _until(self, deadline: float) -> float:
         """When a request ends, unless a server answers one before."""
-        return waits_until(deadline, self.silence_s, self._answered_at)
+        return waits_until(deadline, self.silence_s, self.answered_at)
 
     async def _send(self, request: Request, deadline: float) -> Any:
         tried = Counter[str]()
@@ -221,7 +222,7 @@ class HttpPool:
         server.in_flight += 1
         server.calls += 1
         try:
-            content = await self._exchange(server, "POST", request.path, request.body(server), until)
+            content = await self._answer(request, server, until)
             with readable():
                 result = request.parse(orjson.loads(content))
             if self._check is None or not server.open_until:  # one that was asked before the failure proves nothing
@@ -241,6 +242,20 @@ class HttpPool:
         self._note(failed, server)
         raise failed
 
+    async def _answer(self, request: Request, server: Server, until: float) -> bytes:
+        """As `_exchange`. An answer of any status ends the silence; none to `call` does: who hangs may still tell facts."""
+        try:
+            content = await self._exchange(server, "POST", request.path, request.body(server), until)
+        except RequestError as error:
+            if error.status or error.kind == "bad-response":
+                self._end_silence()
+            raise
+        self._end_silence()
+        return content
+
+    def _end_silence(self) -> None:
+        self.answered_at, self.unanswered = asyncio.get_running_loop().time(), False
+
     async def _exchange(self, server: Server, method: str, path: str, data: bytes | None, until: float) -> bytes:
         """The body of an answer with status 200 that came before the loop's time `until`. Raises RequestError."""
         if self._session is None:
@@ -259,7 +274,6 @@ class HttpPool:
                     proxy_headers=server.proxy.headers,
                 ) as response,
             ):
-                self._answered_at, self.unanswered = asyncio.get_running_loop().time(), False
                 content = masked_reply(await read_reply(response), key)
         except TimeoutError:
             raise failure("timeout", where, key, "gave no answer in time") from None

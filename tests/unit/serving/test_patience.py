@@ -87,6 +87,33 @@ async def test_servers_that_answer_nothing_end_all_requests_after_the_silence(ho
     await server.stop()
 
 
+async def test_a_server_that_hangs_and_answers_who_asks_for_facts_is_silent() -> None:
+    """As an engine does whose model hangs: it still tells its weight version, before each new attempt."""
+
+    async def hang(_: web.Request) -> web.Response:
+        await asyncio.sleep(600)
+        return web.Response()
+
+    async def info(_: web.Request) -> web.Response:
+        return web.json_response({"weight_version": "1"})
+
+    async with (
+        AppServer({"POST /ask": hang, "GET /info": info}) as server,
+        HttpPool([Server(server.url)], concurrency=2, policy=QUICK, silence_s=0.5) as pool,
+    ):
+
+        async def ask_for_facts() -> None:
+            while True:
+                await pool.call(pool.servers[0], "GET", "/info", timeout_s=5.0)
+                assert pool.answered_at == -math.inf
+
+        asking = asyncio.create_task(ask_for_facts())
+        assert await send(pool) == "deadline"
+        assert pool.unanswered
+        assert not asking.done()
+        asking.cancel()
+
+
 async def test_an_answer_of_any_kind_shows_that_a_server_is_there() -> None:
     answers = [web.Response(status=400), web.json_response({"ok": True})]
 
