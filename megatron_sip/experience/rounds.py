@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sip.experience.maker import Experience
-from megatron_sip.experience.selection import ALL_ALIKE
+from megatron_sip.experience.selection import NON_FINITE, UNSCORED
 from megatron_sip.metrics import Metrics, merge
 from megatron_sip.records import Example
+
+LOST = ("rollout ", "judge-", UNSCORED, NON_FINITE)
+"""How the reasons begin of groups that engines or judge did not answer for; all others are of whole groups, by selection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +30,9 @@ def is_enough(rounds: Sequence[Sequence[Experience]], prompts: int, most: int) -
 
 
 def lost_groups(metrics: Metrics) -> dict[str, float]:
-    """A step's groups that are no experience, by reason: not those that are whole and judged, and teach nothing."""
+    """A step's groups that did not come back whole and judged, by reason: not those of which selection has no use."""
     dropped = {name.removeprefix("dropped/"): value for name, value in metrics.items() if name.startswith("dropped/")}
-    return {why: float(n) for why, n in dropped.items() if why not in ALL_ALIKE and isinstance(n, float) and n}
+    return {why: float(n) for why, n in dropped.items() if why.startswith(LOST) and isinstance(n, float) and n}
 
 
 def is_representative(metrics: Metrics, least: float) -> bool:

@@ -177,7 +177,7 @@ def test_what_could_not_be_recorded_is_made_again() -> None:
 
 def lost_at_step_3(made: Experience) -> Experience:
     """Three of its four groups find no judge."""
-    lost = {"groups": 4.0, "dropped/judge timeout": 3.0}
+    lost = {"groups": 4.0, "dropped/judge-quality-timeout": 3.0}
     return replace(made, metrics=made.metrics | lost) if made.examples[0].task_index == 2 * PROMPTS else made
 
 
@@ -186,7 +186,10 @@ def test_a_step_most_of_which_was_lost_makes_no_update(capsys: pytest.CaptureFix
     run.leader.changes = lost_at_step_3
     assert run_steps(run, StopSignal())
     assert [len(run.disk.trained[step]) for step in range(4)] == [4, 4, 0, 4]
-    assert "step 3: no update, since more than 50% of its groups are lost (judge timeout 3)" in capsys.readouterr().out
+    assert (
+        "step 3: no update, since more than 50% of its groups are lost (judge-quality-timeout 3)"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_checkpoint_keeps_no_outage_and_the_run_that_goes_on_tries_its_tasks_again() -> None:

@@ -82,7 +82,7 @@ class OverloadedRun(FakeRun):
 
     def make_experience(self, stop: StopSignal, round_index: int = 0) -> Experience:
         lost = 3.0 if self.state.iteration < 2 else 1.0
-        return Experience([EXAMPLE], {"groups": 4.0, "dropped/judge timeout": lost})
+        return Experience([EXAMPLE], {"groups": 4.0, "dropped/judge-quality-timeout": lost})
 
     def train_step(self, examples: Sequence[Example], reference: None, iteration: int) -> Metrics:
         self.trained = [*getattr(self, "trained", []), len(examples)]
@@ -94,7 +94,7 @@ def test_a_step_most_of_whose_groups_are_lost_makes_no_update_and_says_why(capsy
     assert run_steps(run, StopSignal())
     assert run.trained == [0, 0, 1, 1]
     shown = capsys.readouterr().out
-    assert "step 2: no update, since more than 50% of its groups are lost (judge timeout 3)" in shown
+    assert "step 2: no update, since more than 50% of its groups are lost (judge-quality-timeout 3)" in shown
     assert "step 3: no update" not in shown
 
 

@@ -39,10 +39,12 @@ def test_without_oversampling_nothing_is_cut_or_logged() -> None:
     ("dropped", "representative"),
     [
         ({}, True),
-        ({"judge timeout": 5.0}, True),
-        ({"judge timeout": 3.0, "rollout timeout": 3.0}, False),
-        ({"no spread": 9.0, "judge timeout": 1.0}, True),  # those are whole, and judged
-        ({"tied": 4.0, "judge timeout": 6.0}, False),
+        ({"judge-quality-timeout": 5.0}, True),
+        ({"judge-quality-timeout": 3.0, "rollout timeout": 3.0}, False),
+        ({"no spread": 9.0, "judge-quality-timeout": 1.0}, True),  # those are whole, and judged
+        ({"no good candidate": 4.0, "lone rollout": 3.0, "fewer than two rollouts": 2.0, "no rewrite": 1.0}, True),
+        ({"unscored": 3.0, "non-finite score": 3.0}, False),
+        ({"tied": 4.0, "judge-quality-timeout": 6.0}, False),
     ],
 )
 def test_a_step_of_which_more_than_half_is_lost_is_not_representative(
