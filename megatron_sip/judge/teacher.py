@@ -135,11 +135,16 @@ class TeacherClient:
         urls = ", ".join(shown_url(server.url) for server in self.pool.servers)
         return f"the {endpoint.role.replace('_', ' ')} at {urls}"
 
-    async def gone(self, timeout_s: float = CHECK_TIMEOUT_S) -> str | None:
-        """Why nobody is left to ask: calls ended without an answer, and no server gives any now. None: somebody is there."""
-        if not self.pool.unanswered:
+    async def gone(self, timeout_s: float | None = None) -> str | None:
+        """Why nobody is left to ask: calls ended in silence, and no server gives any answer now. None: somebody is there.
+
+        timeout_s: for that answer; as long as for any call unless given, since servers may be slow.
+        """
+        silent_s = asyncio.get_running_loop().time() - self.pool.answered_at
+        if not self.pool.unanswered or silent_s < self.pool.silence_s:
             return None
-        found = await asyncio.gather(*(self._answers(server, timeout_s) for server in self.pool.servers))
+        limit = max(CHECK_TIMEOUT_S, self.settings.call_timeout_s) if timeout_s is None else timeout_s
+        found = await asyncio.gather(*(self._answers(server, limit) for server in self.pool.servers))
         return None if any(found) else f"{self.servers_shown} answers no more"
 
     async def _answers(self, server: Server, timeout_s: float) -> bool:

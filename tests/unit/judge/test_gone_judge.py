@@ -20,6 +20,7 @@ from megatron_sip.judge.calls import GenerateCall
 from megatron_sip.judge.teacher import TeacherClient
 from megatron_sip.records import Task
 from megatron_sip.rollout.sampling import SamplingSettings
+from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.loop_thread import LoopThread
 from megatron_sip.serving.patience import longest_wait
 from megatron_sip.stop_signal import StopSignal
@@ -67,6 +68,25 @@ async def test_a_judge_that_only_some_prompts_hang_is_not_gone() -> None:
         hangs.clear()
         assert await judge.gone() is None
     await server.stop()
+
+
+async def test_a_judge_that_is_slow_is_not_gone() -> None:
+    """One that has answered is not asked again at once, and has as long for that as for any other answer."""
+    timeouts: list[float] = []
+
+    async def silent(*_: Any, timeout_s: float) -> None:
+        timeouts.append(timeout_s)
+        raise RequestError("timeout", "too slow")
+
+    async with Judge(make_settings("http://judge:1", deadline_s=600.0, call_timeout_s=300.0)) as judge:
+        pool = judge._client.pool
+        vars(pool)["call"] = silent
+        pool.unanswered, pool.answered_at = True, asyncio.get_running_loop().time() - 300.0
+        assert await judge.gone() is None
+        assert not timeouts
+        pool.answered_at -= 300.0
+        assert await judge.gone() is not None
+        assert timeouts == [300.0]
 
 
 async def test_while_nobody_answers_it_is_said_again_and_again_for_how_long(capsys: pytest.CaptureFixture[str]) -> None:
