@@ -140,8 +140,7 @@ class TeacherClient:
 
         timeout_s: for that answer; as long as for any call unless given, since servers may be slow.
         """
-        silent_s = asyncio.get_running_loop().time() - self.pool.answered_at
-        if not self.pool.unanswered or silent_s < self.pool.silence_s:
+        if not self.pool.ended_in_silence():
             return None
         limit = max(CHECK_TIMEOUT_S, self.settings.call_timeout_s) if timeout_s is None else timeout_s
         found = await asyncio.gather(*(self._answers(server, limit) for server in self.pool.servers))

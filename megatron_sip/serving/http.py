@@ -130,6 +130,11 @@ class HttpPool:
         now = asyncio.get_running_loop().time()
         return now - max(self._waiting_since, self.answered_at) if self._waiting else 0.0
 
+    def ended_in_silence(self) -> bool:
+        """Whether requests ended because no server answered any; an open breaker ends them that much earlier."""
+        silent_s = asyncio.get_running_loop().time() - self.answered_at
+        return self.unanswered and silent_s >= self.silence_s - self._policy.breaker_longest_s
+
     def _until(self, deadline: float) -> float:
         """When a request ends, unless a server answers one before."""
         return waits_until(deadline, self.silence_s, self.answered_at)
