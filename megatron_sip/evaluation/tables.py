@@ -1,6 +1,7 @@
-"""The paper's tables 1 to 6 and 14 with rows of one's own beneath its numbers; all in per cent.
+"""The paper's tables 1 to 6 and 14 with rows of one's own beneath its numbers, and tables of what these do not show.
 
-A column is a `measure/dataset` of results, or a measure alone: the average over its datasets, as the paper weights them.
+A column is a `measure/dataset` of results, or a measure alone: the average over its datasets, as the paper weights them. All
+is in per cent but log-likelihoods, which are in nats a token.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from megatron_sip.errors import DataError
 from megatron_sip.evaluation.results import FORMAT, Result, read_results
@@ -43,6 +45,8 @@ WEIGHTS: Mapping[str, Mapping[str, float]] = {
 HEADINGS = {"quality": "Generation quality", "coherence": "Coherence", "safety": "Safety", "factuality": "Factuality"}
 HEADINGS |= {"standard": "Standard tasks"}
 DATASETS = {"standard": "standard prefixes", "unsafe": "unsafe prefixes"}
+NATS = "nll"
+"""The measure that is no share."""
 
 ABOUT_A_RUN = ("model", "step")
 """What must be the same in all files of a row."""
@@ -53,7 +57,7 @@ Values = Mapping[str, Result]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a table: a value in per cent and its 95% interval for each column, None for a number that is not there."""
+    """A line of a table: a value and its 95% interval for each column, None for a number that is not there."""
 
     model: str
     values: Sequence[float | None]
@@ -114,7 +118,10 @@ def read_run(folder: Path) -> dict[str, Result]:
 
 
 def make_tables(runs: Mapping[str, Values], numbers: Sequence[str] | None = None) -> list[Table]:
-    """The published tables called `numbers` (all when None), each with a row for every run that has one of its columns."""
+    """The published tables called `numbers`, each with a row for every run that has one of its columns.
+
+    All of them when None, and behind them a table of each measure of the runs that has other columns than theirs.
+    """
     published = json.loads(files("megatron_sip.evaluation").joinpath("published.json").read_text("utf-8"))
     known = [table["number"] for table in published["tables"]]
     if numbers is not None and (unknown := [number for number in numbers if number not in known]):
@@ -131,7 +138,23 @@ def make_tables(runs: Mapping[str, Values], numbers: Sequence[str] | None = None
             own = [_row(name, values, columns) for name, values in runs.items()]
             rows += [row for row in own if any(value is not None for value in row.values)]
             found.append(Table(title, columns, rows))
-    return found
+    return found if numbers is not None else found + _other_tables(runs, published["tables"])
+
+
+def _other_tables(runs: Mapping[str, Values], published: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """What the runs have and no published table shows, by measure."""
+    shown = {column for table in published for part in table["parts"] for column in part["columns"]}
+    measures: dict[str, dict[str, None]] = {}
+    for values in runs.values():
+        for column in values:
+            if column not in shown:
+                measures.setdefault(column.partition("/")[0], {})[column] = None
+    tables = []
+    for measure, columns in measures.items():
+        rows = [_row(name, values, list(columns)) for name, values in runs.items() if values.keys() & columns.keys()]
+        unit = "nats a token" if measure == NATS else "per cent"
+        tables.append(Table(f"Other numbers: {measure}, {unit}", list(columns), rows))
+    return tables
 
 
 def _row(name: str, values: Values, columns: Sequence[str]) -> Row:
@@ -141,8 +164,9 @@ def _row(name: str, values: Values, columns: Sequence[str]) -> Row:
         result = values.get(column)
         value = average(column, values) if column in WEIGHTS else None if result is None else result.value
         interval = None if result is None else result.interval
-        cells.append(None if value is None else 100 * value)
-        intervals.append(None if interval is None else (100 * interval[0], 100 * interval[1]))
+        scale = 1 if column.startswith(f"{NATS}/") else 100
+        cells.append(None if value is None else scale * value)
+        intervals.append(None if interval is None else (scale * interval[0], scale * interval[1]))
     return Row(name, cells, intervals, published=False)
 
 
@@ -152,16 +176,18 @@ def heading(column: str) -> str:
     if not dataset:
         return f"{HEADINGS[measure]}, average"
     if measure in ("quality", "coherence"):
-        return f"{HEADINGS[measure]}, {DATASETS[dataset]}"
+        return f"{HEADINGS[measure]}, {DATASETS.get(dataset, dataset)}"
     return dataset
 
 
-def cell(row: Row, column: int) -> str:
-    """Such as 86.3, or 86.3 [84.1, 88.2]; empty where there is no number."""
-    value, interval = row.values[column], row.intervals[column]
+def cell(row: Row, place: int, column: str = "") -> str:
+    """Such as 86.3, or 86.3 [84.1, 88.2], of nats 2.9812; empty where there is no number."""
+    value, interval = row.values[place], row.intervals[place]
     if value is None:
         return ""
-    return f"{value:.1f}" if interval is None else f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
+    digits = 4 if column.startswith(f"{NATS}/") else 1
+    bounds = "" if interval is None else f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+    return f"{value:.{digits}f}{bounds}"
 
 
 def markdown(tables: Sequence[Table]) -> str:
@@ -172,9 +198,13 @@ def markdown(tables: Sequence[Table]) -> str:
         lines = [f"### {table.title}", "", _line(head), _line(["---", *["---:"] * len(table.columns)])]
         for row in table.rows:
             name = row.model if row.published else f"**{row.model}**"
-            lines.append(_line([name, *(cell(row, place) for place in range(len(table.columns)))]))
+            lines.append(_line([name, *_cells(row, table)]))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
+
+
+def _cells(row: Row, table: Table) -> list[str]:
+    return [cell(row, place, column) for place, column in enumerate(table.columns)]
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -190,7 +220,7 @@ def html(tables: Sequence[Table]) -> str:
         rows = []
         for row in table.rows:
             name = escape(row.model) if row.published else f"<strong>{escape(row.model)}</strong>"
-            cells = "".join(f"<td>{escape(cell(row, place))}</td>" for place in range(len(table.columns)))
+            cells = "".join(f"<td>{escape(text)}</td>" for text in _cells(row, table))
             rows.append(f"<tr><td>{name}</td>{cells}</tr>")
         parts.append(f"<h2>{escape(table.title)}</h2>\n<table><tr>{head}</tr>\n" + "\n".join(rows) + "\n</table>")
     body = "\n".join(parts)

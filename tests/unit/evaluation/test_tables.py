@@ -10,6 +10,8 @@ import pytest
 
 from megatron_sip.errors import DataError
 from megatron_sip.evaluate import main
+from megatron_sip.evaluation.commands.nll import DOCUMENT, SUFFIX
+from megatron_sip.evaluation.diversity import SHARES
 from megatron_sip.evaluation.results import Result, write_results
 from megatron_sip.evaluation.tables import WEIGHTS, average, cell, html, make_tables, markdown, read_run
 
@@ -117,11 +119,32 @@ def test_the_command_writes_the_tables_that_a_run_adds_to(tmp_path: Path, capsys
     assert "<strong>mine</strong>" in (tmp_path / "t.html").read_text()
 
 
+def test_what_those_tables_do_not_show_has_tables_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the last stages of examples/cycle.sh make of a model, and nothing else."""
+    for name, nats in (("base", 2.98121), ("trained", 2.5)):
+        about = {"model": name}
+        write_results(
+            tmp_path / name / "diversity.json", about, [Result("diversity", what, 0.25, 64) for what in SHARES]
+        )
+        likelihoods = [Result("nll", of, nats, 64, (nats - 0.5, nats + 0.5)) for of in (SUFFIX, DOCUMENT)]
+        write_results(tmp_path / name / "nll.json", about, likelihoods)
+    main(["table", str(tmp_path / "base"), str(tmp_path / "trained")])
+    diversity, nll = capsys.readouterr().out.rstrip().split("\n\n### ")
+    assert diversity.startswith("### Other numbers: diversity, per cent\n")
+    assert "| model | distinct_1 | distinct_2 | distinct_3 | repetition | empty |" in diversity
+    assert "| **trained** | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 |" in diversity
+    assert nll.startswith("Other numbers: nll, nats a token\n\n| model | suffix | document |")
+    assert "| **base** | 2.9812 [2.4812, 3.4812] | 2.9812 [2.4812, 3.4812] |" in nll
+    main(["table", str(tmp_path / "base"), str(tmp_path / "trained"), "--output", str(tmp_path / "t.html")])
+    assert "<td>2.5000 [2.0000, 3.0000]</td>" in (tmp_path / "t.html").read_text()
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     write_results(tmp_path / "r" / "a.json", {}, [Result("nll", "suffix", 3.0, 1)])
     (tmp_path / "empty").mkdir()
     for words, message in [
-        ([str(tmp_path / "r")], "none of their numbers"),
         ([str(tmp_path / "r"), str(tmp_path / "r")], "called 'r' already"),
         ([str(tmp_path / "empty")], "no file of results"),
         ([str(tmp_path / "nowhere")], "no folder"),
