@@ -113,7 +113,7 @@ def run_command(given: Sequence[str], flags: argparse.Namespace) -> None:
         try:
             run = set_up(settings, stack)
             if run.servers is not None:
-                run.servers.keep(give_up=stop.request)
+                run.servers.keep(stop)
             with run.watch:
                 finished = run_steps(run, stop)
             if finished:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_sip.console import say
 from megatron_sip.serving.blocking_call import call
 from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.launch import LocalServer, ServerStartError
+
+LOOK_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class KeepSettings:
 
     poll_s: between two looks at the process. probe_s: from an answer to the next question. patience_s: for the answer; SGLang
     itself says after 20 s that nothing came. hung_s: without any, after which a server is ended; a CPU may read one prompt for
-    minutes. pause_s: before a start. max_failures: ends in a row, each within `settled_s` of the start, for giving up.
+    minutes. pause_s: before a start. max_failures: ends in a row, each after serving for less than `settled_s`, for giving up.
     """
 
     poll_s: float = 1.0
@@ -36,32 +38,46 @@ class KeepSettings:
 
 
 class Keeper:
-    """A thread that looks after one server, which is healthy now, until `close`, or until it gives the server up."""
+    """A thread that looks after one server, which is healthy now, until `close`, the run's end, or its giving it up."""
 
     def __init__(
-        self, name: str, server: LocalServer, give_up: Callable[[str], object], settings: KeepSettings | None = None
+        self,
+        name: str,
+        server: LocalServer,
+        give_up: Callable[[str], object],
+        settings: KeepSettings | None = None,
+        rests: Callable[[], bool] = lambda: False,
     ) -> None:
-        """name: the server's, for people. give_up: called once, in the thread, with the reason."""
+        """name: the server's, for people. give_up: called once, in the thread, with the reason. rests: whether the run
+        ends, and servers with it, which are then left as they are."""
         self._name = name
         self._server = server
         self._give_up = give_up
         self._settings = settings or KeepSettings()
+        self._rests = rests
         self._failures = 0
-        self._started = self._answered = time.monotonic()
+        self._serving_since = self._answered = time.monotonic()
         self._probe_at = self._answered + self._settings.probe_s
-        self._over = False  # closed or given up
-        self._changed = threading.Condition()
+        self._over = False  # closed, resting or given up
+        self._times = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name=f"keeper of {name}", daemon=True)
         self._thread.start()
 
+    def ask(self) -> Callable[[], bool | None]:
+        """Have the server asked now; what is returned tells if it has answered since (None: not yet, False: it never will)."""
+        with self._times:
+            asked = self._probe_at = time.monotonic()
+
+        def answer() -> bool | None:
+            over = self._over  # read first: an answer may come in between
+            return self._answered > asked or (False if over else None)
+
+        return answer
+
     def await_answer(self) -> bool:
         """Wait until the server answers, started again if it must be; False when it has been given up."""
-        asked = time.monotonic()
-        self._probe_at = asked
-        with self._changed:
-            self._changed.wait_for(lambda: self._over or self._answered > asked)
-        return self._answered > asked
+        return any_answers([self])
 
     def close(self) -> None:
         """Stop the server and look after it no more, also in the middle of a start."""
@@ -73,13 +89,11 @@ class Keeper:
 
     def _watch(self) -> None:
         try:
-            while not self._closing.wait(self._settings.poll_s):
+            while not self._closing.wait(self._settings.poll_s) and not self._rests():
                 if (fault := self._fault()) and not self._revive(fault):
                     return
         finally:
-            with self._changed:
-                self._over = True
-                self._changed.notify_all()
+            self._over = True
 
     def _fault(self) -> str | None:
         """What is wrong with the server now, in words that follow its name."""
@@ -96,28 +110,29 @@ class Keeper:
         return None
 
     def _note_answer(self) -> None:
-        with self._changed:
+        with self._times:
             self._answered = time.monotonic()
             self._probe_at = self._answered + self._settings.probe_s
-            self._changed.notify_all()
 
     def _revive(self, fault: str) -> bool:
         """Start the server again; False when it is given up or the keeper is closed."""
         settings = self._settings
         while True:
-            settled = time.monotonic() - self._started > settings.settled_s
+            settled = (
+                self._answered - self._serving_since > settings.settled_s
+            )  # it served so long, and did not only hang
             self._failures = 1 if settled else self._failures + 1
             what = f"{self._name} at {self._server.url} {fault}"
             if self._failures == settings.max_failures:
                 self._server.stop(grace_s=0.0)
-                often = f"the {self._failures}th time in a row within {settings.settled_s / 60:g} minutes of its start"
+                often = f"the {self._failures}th time in a row before it served for {settings.settled_s / 60:g} minutes"
                 self._give_up(f"{what}, {often}, and is given up. {self._server.log_end()}")
                 return False
             say(f"servers: {what} and is started again, log {self._server.log_file}")
             self._server.stop(grace_s=0.0)  # one that hangs does not end by itself
-            if self._closing.wait(settings.pause_s):
+            if self._closing.wait(settings.pause_s) or self._rests():
                 return False
-            self._started = time.monotonic()
+            started = self._serving_since = time.monotonic()  # and has no answer since then, if it cannot be started
             try:
                 self._server.start(again=True)
             except (ServerStartError, OSError):
@@ -126,5 +141,16 @@ class Keeper:
                 fault = "could not be started"
                 continue
             self._note_answer()
-            say(f"servers: {self._name} is back after {self._answered - self._started:.0f} s")
+            self._serving_since = self._answered
+            say(f"servers: {self._name} is back after {self._answered - started:.0f} s")
             return True
+
+
+def any_answers(keepers: Sequence[Keeper]) -> bool:
+    """Wait until one of the servers answers, started again if it must be; False where all are given up, or there is none."""
+    answers = [keeper.ask() for keeper in keepers]
+    while True:
+        found = [answer() for answer in answers]
+        if True in found or None not in found:
+            return True in found
+        time.sleep(LOOK_S)

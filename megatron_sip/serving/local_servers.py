@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from megatron_sip.serving.keeper import Keeper
+from megatron_sip.serving.keeper import Keeper, any_answers
 from megatron_sip.serving.launch import LocalServer, ServerSettings, start_servers, stop_servers
+from megatron_sip.stop_signal import StopSignal
 
 ENGINE_MARGIN = 8
 """SGLang takes no prompt that comes nearer than this to the end of its context, even if nothing is to be generated."""
@@ -91,18 +92,20 @@ class LocalServers:
         found = [future.result() if future is not None else [] for future in self._futures()]
         return ServerUrls(*([server.url for server in servers] for servers in found))
 
-    def keep(self, give_up: Callable[[str], object]) -> None:
-        """From now on, when all are healthy, start those again that end or hang; `give_up` gets the reason to do so no more."""
+    def keep(self, stop: StopSignal) -> None:
+        """From now on, when all are healthy, start those again that end or hang, until the stop is requested: by us with the
+        reason, if one has to be given up."""
         kinds = zip(("the engine", "the teacher", "the rewriter"), self._futures(), strict=True)
         for name, started in kinds:
             servers = started.result() if started is not None else []
-            self._keepers += [Keeper(name, server, give_up) for server in servers]
-            if started is self._engines:
-                self._engine_keepers = self._keepers[:]
+            keepers = [Keeper(name, server, stop.request, rests=lambda: stop.requested) for server in servers]
+            self._keepers += keepers
+            if started is not None and started is self._engines:
+                self._engine_keepers = keepers
 
     def await_engines(self) -> bool:
         """Wait until an engine answers, started again if it must be; False where all are given up, or none was started."""
-        return any(keeper.await_answer() for keeper in self._engine_keepers)
+        return any_answers(self._engine_keepers)
 
     def stop(self) -> None:
         """Stop whatever was started, all at the same time; waits for a first start under way."""

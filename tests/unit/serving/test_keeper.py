@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ from stub_server import StubServer
 
 from megatron_sip.serving.blocking_call import call
 from megatron_sip.serving.keeper import Keeper, KeepSettings
+from megatron_sip.serving.local_servers import LocalServers, LocalServerSettings
+from megatron_sip.stop_signal import StopSignal
 
 QUICK = KeepSettings(poll_s=0.02, probe_s=0.05, patience_s=0.3, hung_s=0.4, pause_s=0.02, max_failures=3)
 
@@ -111,12 +116,60 @@ def test_one_that_ends_again_and_again_is_given_up_with_the_reason(server: StubS
     assert not keeper.await_answer()
     [reason] = given_up
     assert reason.startswith(
-        f"the teacher at {server.url} could not be started, the 3th time in a row within 10 minutes"
+        f"the teacher at {server.url} could not be started, the 3th time in a row before it served for 10 minutes"
     )
     assert f"Log {server.log_file}, last lines:" in reason
     assert reason.endswith("broken")
     assert len(server.pids()) == 3
     keeper.close()
+
+
+def test_one_that_hangs_after_every_start_is_given_up(server: StubServer) -> None:
+    """It takes as long to be found hung as another has to serve: 600 s of the defaults."""
+    assert KeepSettings().hung_s == KeepSettings().settled_s
+    (server.folder / "hangs").touch()
+    given_up: list[str] = []
+    keeper = Keeper("the engine", server, given_up.append, replace(QUICK, settled_s=QUICK.hung_s))
+    wait_until(lambda: bool(given_up))
+    keeper.close()
+    assert re.search(r"has answered nothing for \d+ s, the 3th time in a row", given_up[0])
+    assert len(server.pids()) == 3
+
+
+def test_once_the_run_ends_servers_are_left_as_they_are(server: StubServer) -> None:
+    keeper = Keeper("the engine", server, pytest.fail, QUICK, rests=lambda: True)
+    os.kill(server.pids()[0], signal.SIGKILL)
+    assert not keeper.await_answer()
+    keeper.close()
+    assert len(server.pids()) == 1
+
+
+def done[T](result: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(result)
+    return future
+
+
+def test_the_run_s_engines_are_waited_for_and_not_its_teacher(tmp_path: Path) -> None:
+    """Of two engines one that answers is enough, where the other one hangs."""
+    stubs = []
+    for name in ("teacher", "hung", "engine"):
+        (tmp_path / name).mkdir()
+        stubs.append(StubServer(tmp_path / name).start())
+    teacher, hung, engine = stubs
+    (hung.folder / "hangs").touch()
+    remote, local = LocalServers(LocalServerSettings()), LocalServers(LocalServerSettings())
+    remote._teacher = done([teacher])
+    local._engines = done([hung, engine])
+    try:
+        for servers in (remote, local):
+            servers.keep(StopSignal())
+        assert not remote.await_engines()
+        assert local.await_engines()
+    finally:
+        remote.stop()
+        local.stop()
+    assert not any(stub.alive() for stub in stubs)
 
 
 def test_close_ends_a_start_under_way(server: StubServer) -> None:
