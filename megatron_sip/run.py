@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -136,14 +137,13 @@ class Run:
         self.watch.begins(f"validation after step {self.state.iteration}")
         if self.validation is None or self.leader is None:
             return None
-        engines, version = self.leader.engines, str(self.state.iteration)
+        leader, engines, version = self.leader, self.leader.engines, str(self.state.iteration)
         assert engines is not None
         if isinstance(self.validation, SuiteValidation):
-            work = self.validation.measure(engines, self.leader.eval_judge, self.leader.rating_judge, version)
-        else:
-            assert self.leader.judge is not None
-            work = self.validation.measure(engines, self.leader.judge, version)
-        return self.leader.uncounted(stop.run(work))
+            judges = leader.eval_judge, leader.rating_judge
+            return leader.judged(self.validation.measure(engines, *judges, version), stop, *judges)
+        assert leader.judge is not None
+        return leader.judged(self.validation.measure(engines, leader.judge, version), stop, leader.judge)
 
     def refresh_reference(self) -> None:
         """Copy the policy into the reference when --ref-update-interval says so; the next checkpoint keeps it."""
@@ -183,10 +183,8 @@ class Run:
                 unsynced = len(self.weight_sync.push(weights, version, require_all=require_all))
             except (WeightSyncError, OSError, SafetensorError) as error:
                 unsynced = f"the engines did not get the weights of step {self.state.iteration}: {error}"
-        found: int | str | None = self.exchange.all_gather_from_leaders(unsynced)[
-            0
-        ]  # of the first replica, whose ranks push
-        return found
+        found: Sequence[int | str | None] = self.exchange.all_gather_from_leaders(unsynced)
+        return found[0]  # of the first replica, whose ranks push
 
     def _engines_are_back(self) -> bool:
         """Whether this run started engines of which one answers, if need be after another start; the same on every rank."""

@@ -115,9 +115,8 @@ def run_command(given: Sequence[str], flags: argparse.Namespace) -> None:
             if run.servers is not None:
                 run.servers.keep(stop)
             with run.watch:
-                finished = run_steps(run, stop)
-            if finished:
-                conclude(run, stop)
+                if run_steps(run, stop):
+                    conclude(run, stop)
         except UserError as error:
             raise ArgumentError(f"{type(error).__name__}: {error}") from error
         run.exchange.barrier()
@@ -198,12 +197,23 @@ def validate(run: Run, stop: StopSignal, *, last: bool = False) -> float:
 
 
 def conclude(run: Run, stop: StopSignal) -> None:
-    """Compare the trained policy with the initial one, and write summary, plots and report (rank 0), unless stopped."""
+    """What rank 0 has left to do after the last step. Raises TrainingError on all ranks, or on rank 0 DiskError."""
+    run.watch.begins("the comparison")
+    run.exchange.barrier()  # the last metrics are written
+    failure: TrainingError | UserError | None = None
+    if run.settings.run.rank == 0:
+        try:
+            compare_and_report(run, stop)
+        except (TrainingError, UserError) as error:
+            failure = error
+    if run.exchange.any_rank(failure is not None):  # else the others would wait for one that has ended
+        raise failure or TrainingError(1)
+
+
+def compare_and_report(run: Run, stop: StopSignal) -> None:
+    """Compare the trained policy with the initial one, and write summary, plots and report, unless stopped."""
     from megatron_sip.evaluation.outcome import outcome_line, write_outcome  # with matplotlib
 
-    run.exchange.barrier()  # the last metrics are written
-    if run.settings.run.rank != 0:
-        return
     held_out: HeldOutOutcome | None = None
     leader = run.leader
     if (
@@ -214,7 +224,8 @@ def conclude(run: Run, stop: StopSignal) -> None:
     ):
         version = str(run.state.iteration)
         say("comparison: the trained policy continues the same held-out prefixes, then both are judged")
-        held_out = leader.run(stop.run(run.comparison.finish(leader.engines, leader.eval_judge, version)))
+        comparing = run.comparison.finish(leader.engines, leader.eval_judge, version)
+        held_out = leader.judged(comparing, stop, leader.eval_judge)
         if held_out is None:
             if stop.reason:
                 raise TrainingError(f"{stop.reason}. All steps are saved, the same command makes the comparison")
@@ -232,7 +243,10 @@ def end_in_trouble(run: Run, stop: StopSignal) -> None:
     if run.exchange.any_rank(bool(run.troubles or stop.reason)):
         run.save()
         run.finish_saving(wait=True)
-        told = "; ".join(filter(None, [stop.reason, *run.troubles]))
+        reason = next(
+            filter(None, run.exchange.all_gather_from_leaders(stop.reason)), ""
+        )  # all may have found the same
+        told = "; ".join(filter(None, [reason if run.settings.run.rank == 0 else "", *run.troubles]))
         raise TrainingError(f"{told}. Step {run.state.iteration} is saved, the same command continues" if told else 1)
 
 

@@ -133,9 +133,12 @@ class Leader:
         """Run a coroutine on this leader's loop."""
         return self._loop.run(work)
 
-    def uncounted[T](self, work: Coroutine[Any, Any, T]) -> T:
-        """As `run`, of work whose calls are no step's: they are not among the counts of the next one."""
-        result = self.run(work)
+    def judged[T](self, work: Coroutine[Any, Any, T], stop: StopSignal, *judges: AsksTeacher | None) -> T | None:
+        """What comes of work that `judges` are asked for; None when a stop was requested, by us if one of them is gone.
+
+        Its calls are no step's: they are not among the counts of the next one.
+        """
+        result = self.run(stop.run(_unless_gone(work, stop, judges)))
         self._maker.forget_counts()
         return result
 
@@ -153,18 +156,7 @@ class Leader:
         Rewrites of `next_tasks`, the next batch, are then made while the policy trains: they need no rollouts.
         """
         making = self._maker.make(step, tasks, next_tasks, round_index, version)
-        return self._loop.begin(stop.run(self._unless_gone(making, stop)))
-
-    async def _unless_gone(self, making: Coroutine[Any, Any, Experience], stop: StopSignal) -> Experience | None:
-        """The experience; None where nobody is left who judges or rewrites. The run is then asked to stop: what they did not
-        answer is lost to this step, and would be to all that follow.
-        """
-        made = await making
-        for asker in self._askers:
-            if (gone := await asker.gone()) is not None:
-                stop.request(gone)
-                return None
-        return made
+        return self._loop.begin(stop.run(_unless_gone(making, stop, self._askers)))
 
     def wait(self, under_way: Future[Experience | None]) -> Experience | None:
         """The experience that was begun, or None when a stop was requested meanwhile."""
@@ -208,3 +200,17 @@ class Leader:
         judge = await self._clients.enter_async_context(Judge(settings, tokenizer.eos_token_id, ChatEncoder(tokenizer)))
         await judge.check(self._patience_s(settings))
         return judge
+
+
+async def _unless_gone[T](
+    work: Coroutine[Any, Any, T], stop: StopSignal, askers: Sequence[AsksTeacher | None]
+) -> T | None:
+    """What comes of `work`; None where nobody is left of those that it asks. The run is then asked to stop: what they did not
+    answer is lost to it, and would be to all that follows.
+    """
+    made = await work
+    for asker in askers:
+        if asker is not None and (gone := await asker.gone()) is not None:
+            stop.request(gone)
+            return None
+    return made

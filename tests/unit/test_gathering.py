@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ahead_run import PROMPTS, STEPS, AheadRun, Disk, KilledError
+from fake_run import FakeRun
 from thread_exchange import ThreadExchange
 
 from megatron_sip.experience.maker import Experience
+from megatron_sip.files import DiskError
 from megatron_sip.stop_signal import StopSignal
-from megatron_sip.train import TrainingError, run_steps
+from megatron_sip.train import TrainingError, conclude, run_steps
 
 
 def some_usable(task: int) -> bool:
@@ -219,3 +223,76 @@ def test_a_run_of_other_flags_makes_it_again(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == ""
     assert AheadRun(disk, staleness=0).ahead is None
     assert "made ahead by a run of other flags" in capsys.readouterr().out
+
+
+def ending(run: AheadRun, stop: StopSignal) -> str:
+    """How a run ends: with what words."""
+    try:
+        return str(run_steps(run, stop))
+    except TrainingError as error:
+        return str(error.code)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("reason", ["", "the teacher is gone"])
+@pytest.mark.parametrize("asked", range(1, 6))
+def test_both_of_two_leaders_end_alike_where_one_is_stopped(staleness: int, reason: str, asked: int) -> None:
+    """By a signal, or because its judge is gone; in whatever step, ahead or not."""
+    exchange, disks = ThreadExchange(2), [Disk(), Disk()]
+
+    def rank(replica: int) -> str:
+        run = AheadRun(disks[replica], staleness, TwoLeaders(replica, exchange), save_interval=100)
+        run.settings = replace(run.settings, run=replace(run.settings.run, rank=replica))
+        stop, made = StopSignal(), []
+
+        def stopped(experience: Experience) -> Experience | None:
+            made.append(experience)
+            if replica == 1 and len(made) == asked:
+                stop.requested, stop.reason = True, reason
+            return None if stop.requested else experience
+
+        run.leader.changes = stopped
+        return ending(run, stop)
+
+    with ThreadPoolExecutor(2) as threads:
+        ends = list(threads.map(rank, range(2)))
+    step = disks[0].checkpoint[0]
+    assert disks[0].checkpoint[:2] == disks[1].checkpoint[:2] == (step, step * PROMPTS)
+    assert 0 <= asked - 1 - step <= staleness
+    assert disks[0].trained.keys() == disks[1].trained.keys()
+    told = f"{reason}. Step {step} is saved, the same command continues"
+    assert ends == ([told, "1"] if reason else ["False", "False"])
+
+
+class Comparison:
+    """One that fails, or whose judge is gone."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    async def finish(self, *_: Any) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [None, DiskError("full")])
+def test_a_comparison_that_fails_ends_all_ranks(error: DiskError | None) -> None:
+    exchange = ThreadExchange(2)
+
+    def rank(replica: int) -> BaseException:
+        run, stop = FakeRun([True], 1, rank=replica), StopSignal()
+        run.exchange, run.comparison = TwoLeaders(replica, exchange), Comparison(error)  # type: ignore[assignment]
+        if error is None and replica == 0:
+            stop.request("the eval judge is gone")
+        run.leader = SimpleNamespace(  # type: ignore[assignment]
+            engines=0, eval_judge=0, judged=lambda work, *_: asyncio.run(work)
+        )
+        with pytest.raises((TrainingError, DiskError)) as caught:
+            conclude(run, stop)
+        return caught.value
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(rank, range(2))
+    assert isinstance(second, TrainingError)
+    assert second.code == 1
+    assert str(first).startswith("the eval judge is gone. All steps are saved" if error is None else "full")

@@ -121,9 +121,13 @@ def test_a_leader_whose_judge_is_gone_asks_the_run_to_stop_and_makes_no_experien
         stop = StopSignal()
         assert leader.wait(leader.begin_experience(0, "0", tasks, [], stop)) is not None
         assert not stop.requested
+        assert leader.judged(asyncio.sleep(0, "numbers"), stop, leader.judge, None) == "numbers"
         loop.run(server.stop())
         assert leader.wait(leader.begin_experience(1, "1", tasks, [], stop)) is None
         assert stop.reason == f"the teacher at {server.url} answers no more"
+        measuring = StopSignal()  # of a validation or comparison
+        assert leader.judged(asyncio.sleep(0, "numbers"), measuring, leader.judge, None) is None
+        assert measuring.reason == stop.reason
     finally:
         leader.close()
 
