@@ -27,7 +27,7 @@ from megatron_sip.config.settings import (
     task_settings,
 )
 from megatron_sip.config.task_checks import check_tasks
-from megatron_sip.config.teacher_settings import judge_settings, rating_settings, rewriter_settings
+from megatron_sip.config.teacher_settings import judge_settings, rating_settings, replicas, rewriter_settings
 from megatron_sip.data.documents import parse_split
 from megatron_sip.errors import ArgumentError, DataError
 from megatron_sip.judge.schedules import least_budget
@@ -249,8 +249,11 @@ def _check_data(args: argparse.Namespace) -> Iterator[str]:
 def _check_times(args: argparse.Namespace) -> Iterator[str]:
     if not 0 <= args.step_timeout < math.inf:
         yield f"--step-timeout {args.step_timeout}: seconds are needed, 0 for never"
-    if args.rollout_concurrency is not None and args.rollout_concurrency < 1:
-        yield f"--rollout-concurrency {args.rollout_concurrency}: at least 1 is needed"
+    engines = len(args.rollout_url or ()) or args.rollout_local or 1
+    least = engines * replicas(args)
+    if args.rollout_concurrency is not None and args.rollout_concurrency < least:
+        each = f", one for each of {engines} engines and {replicas(args)} data-parallel replicas" if least > 1 else ""
+        yield f"--rollout-concurrency {args.rollout_concurrency}: at least {least} is needed{each}"
 
 
 def _check_batch(args: argparse.Namespace) -> Iterator[str]:

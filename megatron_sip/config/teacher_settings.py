@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_sip.config.flags import Role
@@ -48,7 +49,7 @@ def rating_settings(args: argparse.Namespace, role: Role) -> JudgeSettings:
     """
     return JudgeSettings(
         criteria={"safety": 1.0},
-        client=client_settings(args, role),
+        client=replace(client_settings(args, role), replicas=1),  # the first leader rates alone
         votes=args.judge_votes,
         default_verdict="hard",
         temperature=1.0,
@@ -115,6 +116,6 @@ def client_settings(args: argparse.Namespace, role: Role) -> ClientSettings:
         cache_path=Path(args.judge_cache) if args.judge_cache is not None else None,
         call_timeout_s=args.teacher_timeout,
         concurrency=args.judge_concurrency,
-        replicas=replicas(args),
+        replicas=1 if role == "eval_judge" else replicas(args),  # which the first leader asks alone
         seed=args.seed,
     )

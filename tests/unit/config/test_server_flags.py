@@ -15,6 +15,7 @@ from test_arguments import refusal
 from tiny_tokenizer import byte_level_tokenizer
 
 from megatron_sip.config.needs import Needs
+from megatron_sip.config.teacher_settings import judge_settings, rating_settings
 from megatron_sip.experience.leader import PROBE_TEXT, Leader
 from megatron_sip.judge.rewriter import Rewriter
 from megatron_sip.records import Task
@@ -113,6 +114,19 @@ def test_calls_in_flight_are_divided_among_replicas(given: tuple[str, ...], call
 
 def test_calls_in_flight_are_at_least_one() -> None:
     assert "--rollout-concurrency 0" in refusal("--rollout-concurrency", "0")
+    told = refusal("--rollout-concurrency", "7", rollout_url=["http://a:1", "http://b:1"], data_parallel_size=4)
+    assert "--rollout-concurrency 7: at least 8 is needed, one for each of 2 engines and 4 data-parallel" in told
+
+
+def test_whom_the_first_leader_asks_alone_gets_all_calls_from_it() -> None:
+    args = arguments("--criteria", "quality=1", data_parallel_size=4)
+    own = judge_settings(args, "eval_judge").client
+    rating = rating_settings(args, "teacher").client
+    shared = judge_settings(args, "teacher").client
+    assert own is not None
+    assert rating is not None
+    assert shared is not None
+    assert [client.in_flight for client in (own, rating, shared)] == [256, 256, 64]
 
 
 def test_a_local_rewriter_is_one_server_more(tmp_path: Path) -> None:
