@@ -343,7 +343,7 @@ def open_ahead(settings: Settings, kept: bytes | None) -> StepExperience | None:
     if made is not None and run.max_staleness:
         return made
     if run.rank == 0:
-        say("experience: the next step's was made ahead by a run of other flags; it is made again")
+        say("experience: the next step's was made ahead by a run of other flags or another version; it is made again")
     return None
 
 

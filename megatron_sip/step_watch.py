@@ -14,9 +14,9 @@ from typing import Self
 from megatron_sip.console import say
 
 STATUS = 75
-"""The exit status, by which torchrun and SLURM jobs start again: sysexits.h calls it a temporary failure."""
+"""The exit status, sysexits.h's of a temporary failure. examples/slurm_job.sh starts again, torchrun with --max-restarts."""
 BLIND_S = 60.0
-"""After which the process ends also when no Python can run, because a thread of C++ holds the interpreter's lock."""
+"""After which the process ends also when no Python can run, because a thread of C++ holds the interpreter's lock: with 1."""
 LOG_DESCRIPTOR = 2
 """Where `console.quiet` sends this process's log."""
 

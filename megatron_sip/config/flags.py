@@ -44,7 +44,8 @@ RUN_FLAGS: Flags = {
     "--step-timeout": (
         {"type": float, "default": 21600.0, "metavar": "SECONDS"},
         "A process whose step, validation or checkpoint takes longer says what it was doing and ends, so that its job restarts "
-        "at the last checkpoint; 0: never. More than the slowest step's judging may take.",
+        "at the last checkpoint; 0: never. More than the slowest step may take: waiting for rollouts alone may take 24 times "
+        "--rollout-timeout, then a group's judgements 8 times --judge-deadline once they are asked for.",
     ),
     "--save-groups": ({"metavar": "DIR"}, "Write every step's judged groups there, compressed."),
     "--replay-groups": ({"metavar": "DIR"}, "Train from groups written by --save-groups, without engines and teacher."),

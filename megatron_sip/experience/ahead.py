@@ -6,7 +6,7 @@ The weights that its rollouts are of are gone once that step is over: after a ki
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import zstandard
@@ -35,8 +35,9 @@ def is_worth_keeping(made: StepExperience, least: float) -> bool:
 
 
 def made_for(selection: SelectionSettings, prompts: int, oversample: int) -> str:
-    """Equal for runs whose trainer can take each other's examples."""
-    return json.dumps([asdict(selection), prompts, oversample])
+    """Equal for runs, and versions of this program, whose trainer can take each other's examples."""
+    kept = [[field.name for field in fields(record)] for record in (Example, Branch)]
+    return json.dumps([asdict(selection), prompts, oversample, kept])
 
 
 def pack(made: StepExperience, purpose: str) -> bytes:
@@ -55,13 +56,13 @@ def pack(made: StepExperience, purpose: str) -> bytes:
 
 def unpack(content: bytes, purpose: str) -> StepExperience | None:
     """An experience equal to the one that was packed; None where it was made for something else."""
-    fields = json.loads(zstandard.decompress(content))
-    if fields["made_for"] != purpose:
+    kept = json.loads(zstandard.decompress(content))
+    if kept["made_for"] != purpose:
         return None
     metrics: Metrics = {
-        name: Mean(*value) if isinstance(value, list) else value for name, value in fields["metrics"].items()
+        name: Mean(*value) if isinstance(value, list) else value for name, value in kept["metrics"].items()
     }
-    return StepExperience([_example(record) for record in fields["examples"]], metrics, fields["rounds"], [])
+    return StepExperience([_example(record) for record in kept["examples"]], metrics, kept["rounds"], [])
 
 
 def _example(record: dict[str, Any]) -> Example:

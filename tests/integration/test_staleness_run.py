@@ -86,6 +86,9 @@ def test_a_checkpoint_of_one_step_ahead_goes_on_in_turn(
     (run / TRACKER).write_text("2")
     told = train(run, *flags, "--train-iters", "3", "--max-staleness", "0")
     assert "from step 3 on with --train-iters 3 (was 8), --max-staleness 0 (was 1)" in told
-    assert "experience: the next step's was made ahead by a run of other flags; it is made again" in told
+    assert (
+        "experience: the next step's was made ahead by a run of other flags or another version; it is made again"
+        in told
+    )
     assert [record["staleness"] for record in steps(run)] == [0, 1, 0]
     assert learnt(steps(run))[:2] == learnt(steps(uninterrupted))[:2]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,3 +49,19 @@ def test_a_run_that_learns_otherwise_does_not_get_it() -> None:
         (settings, 4, 2),
     ]
     assert [unpack(kept, made_for(*other)) for other in others] == [None] * len(others)
+
+
+@dataclass
+class OtherBranch:
+    """As another version of the program has it: log-probs under another name."""
+
+    ids: list[int]
+    role: str
+    logprobs: list[float] | None = None
+
+
+def test_a_program_whose_records_have_other_fields_does_not_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = StepExperience([Example(0, [1], [Branch([2], "chosen", "suffix")])], {}, 1, [])
+    kept = pack(made, PURPOSE)
+    monkeypatch.setattr("megatron_sip.experience.ahead.Branch", OtherBranch)
+    assert unpack(kept, made_for(SelectionSettings(), 4, 1)) is None
