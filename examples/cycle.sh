@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole cycle on this machine: text -> judgements -> judge -> policy -> evaluation -> report: docs/training-a-judge.md.
 #
-#   examples/cycle.sh [--size small|paper] [--run-dir runs/cycle] [--policy HF_DIR] [--judge HF_DIR] [--data FILES]
-#                     [--teacher-url URL] [--dry-run] [-- more flags of the policy's trainer]
+#   examples/cycle.sh [--size small|paper] [--run-dir runs/cycle] [--policy HF_DIR] [--judge HF_DIR]
+#                     [--data FILE ...] [--teacher-url URL ...] [--dry-run] [-- more flags of the policy's trainer]
 #
 # small (the default): SmolLM2-135M-Instruct as policy and as judge, Wikipedia leads, no GPU. paper: the paper's settings, for a node
 # with GPUs; --policy, --judge and --data are needed, and --teacher-url names servers of a model that spoils texts for the
@@ -15,24 +15,24 @@ cd "$(dirname "$0")/.."
 fail() { echo "error: $*" >&2 && exit 2; }
 absolute() { case "$1" in /* | "") echo "$1" ;; *) echo "$called_from/$1" ;; esac; }
 
-size=small run_dir=runs/cycle policy='' judge='' data='' teacher_url='' dry_run=0
+size=small run_dir=runs/cycle policy='' judge='' data=() teacher_urls=() dry_run=0
 while [ $# -gt 0 ]; do
     case "$1" in
         --dry-run) dry_run=1; shift; continue ;;
         --) shift; break ;;
-        --size | --run-dir | --policy | --judge | --data | --teacher-url) [ $# -gt 1 ] || fail "$1 needs a value" ;;
+        --size | --run-dir | --policy | --judge | --data | --teacher-url) [[ $# -gt 1 && $2 != --* ]] || fail "$1 needs a value" ;;
         *) fail "unknown option $1; usage: examples/cycle.sh [--size small|paper] [--run-dir DIR] [--policy HF_DIR]" \
-            "[--judge HF_DIR] [--data FILES] [--teacher-url URL] [--dry-run] [-- FLAGS]" ;;
+            "[--judge HF_DIR] [--data FILE ...] [--teacher-url URL ...] [--dry-run] [-- FLAGS]" ;;
     esac
     case "$1" in
-        --size) size=$2 ;;
-        --run-dir) run_dir=$(absolute "$2") ;;
-        --policy) policy=$(absolute "$2") ;;
-        --judge) judge=$(absolute "$2") ;;
-        --data) data=$(absolute "$2") ;;
-        --teacher-url) teacher_url=$2 ;;
+        --size) size=$2 && shift ;;
+        --run-dir) run_dir=$(absolute "$2") && shift ;;
+        --policy) policy=$(absolute "$2") && shift ;;
+        --judge) judge=$(absolute "$2") && shift ;;
+        --data) while [[ $# -gt 1 && $2 != --* ]]; do data+=("$(absolute "$2")") && shift; done ;;
+        --teacher-url) while [[ $# -gt 1 && $2 != --* ]]; do teacher_urls+=("$2") && shift; done ;;
     esac
-    shift 2
+    shift
 done
 
 case "$size" in
@@ -41,22 +41,22 @@ case "$size" in
         shares=(--role-shares '50,50,0' --split '80,10,10')
         judgements=(--corrupt shuffle --criterion examples/short_quality.txt --seq-length 40 --suffix-length 20
             --min-prefix-length 20)
-        judging=(--preset examples/train_judge.args)
+        judging=(--preset examples/train_judge.args) verdict=soft # as the preset's
         training=(--preset examples/cycle.args)
         samples=64
         ;;
     paper)
-        [[ -n $policy && -n $judge && -n $data ]] || fail "--size paper needs --policy, --judge and --data"
+        [[ -n $policy && -n $judge && ${#data[@]} -gt 0 ]] || fail "--size paper needs --policy, --judge and --data"
         cut=(--seq-length 2048 --suffix-length 128)
         shares=(--role-shares '90,5,5' --split '98,1,1')
         judgements=(--corrupt swap-sentences swap-entities numbers "${cut[@]}")
-        judging=(--preset judge)
+        judging=(--preset judge) verdict=hard
         training=(--preset quality-16 --teacher-reasoning-tokens 0)
         samples=1000
         ;;
     *) fail "--size $size: small or paper" ;;
 esac
-[ -z "$teacher_url" ] || judgements+=(--corrupt teacher --teacher-url "$teacher_url") # the last --corrupt counts
+[ ${#teacher_urls[@]} = 0 ] || judgements+=(--corrupt teacher --teacher-url "${teacher_urls[@]}") # the last --corrupt counts
 
 stopped=0
 trap 'stopped=1' TERM # what runs gets it too, of its process group, and is waited for
@@ -87,7 +87,7 @@ stage() {
 }
 
 make_corpus() {
-    run python -m megatron_sip.prepare text --data-path "$data" --out "$run_dir/text"
+    run python -m megatron_sip.prepare text --data-path "${data[@]}" --out "$run_dir/text"
     run python -m megatron_sip.prepare dedup --data-path "$run_dir/text" --out "$run_dir/distinct"
     run python -m megatron_sip.prepare roles --data-path "$run_dir/distinct" --out "$run_dir/corpus" "${shares[@]}"
 }
@@ -103,7 +103,7 @@ train_judge() {
 
 ask_judge() {
     run python -m megatron_sip.judge accuracy "$run_dir/judgements/judgements.jsonl" --split test --model "$run_dir/judge/hf" \
-        --save "$run_dir/judge/accuracy.json"
+        --judge-verdict "$verdict" --save "$run_dir/judge/accuracy.json"
 }
 
 train_policy() {
@@ -132,16 +132,17 @@ report() {
 
 flags=("$@")
 if [ "$size" = small ] && ((dry_run == 0)); then
-    model=$(PYTHONWARNINGS=ignore python tools/fetch_smollm2.py)
-    data=${data:-$(python tools/fetch_wiki_leads.py)}
+    [[ -n $policy && -n $judge ]] || model=$(PYTHONWARNINGS=ignore python tools/fetch_smollm2.py)
+    [ ${#data[@]} -gt 0 ] || data=("$(python tools/fetch_wiki_leads.py)")
 fi
-policy=${policy:-${model:-SMOLLM2}} judge=${judge:-${model:-SMOLLM2}} data=${data:-WIKI_LEADS}
+policy=${policy:-${model:-SMOLLM2}} judge=${judge:-${model:-SMOLLM2}}
+[ ${#data[@]} -gt 0 ] || data=(WIKI_LEADS)
 
 # Markers say what is done, not with what: another cycle needs another folder.
 if ((dry_run == 0)); then
     mkdir -p "$run_dir"
-    given=$(printf '%q ' "$size" "$policy" "$judge" "$data" "$teacher_url" "${flags[@]}")
-    [ -f "$run_dir/cycle.txt" ] || echo "$given" > "$run_dir/cycle.txt"
+    given=$(printf '%q ' "$size" "$policy" "$judge" "${data[@]}" "${teacher_urls[@]:-}" "${flags[@]}")
+    [ -s "$run_dir/cycle.txt" ] || { echo "$given" > "$run_dir/cycle.txt.new" && mv "$run_dir/cycle.txt.new" "$run_dir/cycle.txt"; }
     [ "$(cat "$run_dir/cycle.txt")" = "$given" ] || fail "$run_dir holds a cycle of other settings, see cycle.txt there: give another --run-dir"
 fi
 

@@ -217,14 +217,14 @@ is_ending() {
     [[ $(scontrol --oneliner show job "$SLURM_JOB_ID" 2> /dev/null) == *" JobState=COMPLETING "* ]]
 }
 
-# requeue REASON: the job back into the queue; fails when that did not help MAX_RESTARTS times at the same checkpoint.
+# requeue REASON: the job back into the queue; fails with 2 when that did not help MAX_RESTARTS times at the same checkpoint.
 requeue() {
     local record requeued
     record="job $SLURM_JOB_ID at checkpoint $(checkpoint)"
     requeued=$(grep --count --line-regexp --fixed-strings -e "$record" "$RUN_DIR/logs/requeued" 2> /dev/null) || true
     if ((${requeued:-0} >= MAX_RESTARTS)); then
         echo "error: $1; not requeued any more, after ${requeued} times at checkpoint $(checkpoint)" >&2
-        return 1
+        return 2
     fi
     echo "$record" >> "$RUN_DIR/logs/requeued"
     echo "$1; requeueing job $SLURM_JOB_ID, which then continues"

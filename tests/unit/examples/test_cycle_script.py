@@ -159,7 +159,7 @@ def test_a_dry_run_shows_commands_that_their_programs_understand(
         elif program == "megatron_sip.prepare":
             prepare_command_line().parse_args(rest)
         elif program == "megatron_sip.judge":
-            judge_command_line().parse_args(rest)
+            assert judge_command_line().parse_args(rest).judge_verdict == {"small": "soft", "paper": "hard"}[size]
         elif program == "megatron_sip.evaluate":
             evaluate_command_line().parse_args(rest)
         elif program == "megatron_sip":
@@ -170,26 +170,74 @@ def test_a_dry_run_shows_commands_that_their_programs_understand(
     assert policy.teacher_model == str(run / "judge" / "hf")
 
 
-def test_a_job_that_is_stopped_before_its_time_limit_lets_the_trainer_save_and_is_requeued(tmp_path: Path) -> None:
-    (tmp_path / "examples").mkdir()
-    shutil.copy(REPO / "examples" / "cycle.sh", tmp_path / "examples")
-    programs = tmp_path / ".venv" / "bin"  # where the job looks for Python
-    programs.mkdir(parents=True)
-    waits = "trap 'echo saved >> saved; exit 0' TERM; touch waiting; while true; do sleep 0.05; done"
-    (programs / "python").write_text(f"#!/bin/bash\ncase $2 in megatron_sip.prepare) {waits} ;; esac\necho model\n")
-    (programs / "scontrol").write_text('#!/bin/bash\necho "$@" > requeued\n')
-    for program in programs.iterdir():
-        program.chmod(0o755)
-    environment = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
-    job = subprocess.Popen(["bash", str(REPO / "examples" / "cycle.sbatch")], cwd=tmp_path, env=environment)
-    try:
-        deadline = time.monotonic() + 30
-        while not (tmp_path / "waiting").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        job.terminate()
-        assert job.wait(30) == 0
-    finally:
-        job.kill()
-    assert (tmp_path / "saved").read_text() == "saved\n"
-    assert (tmp_path / "requeued").read_text() == "requeue incomplete 7\n"
+class Job:
+    """examples/cycle.sbatch in a folder, with a Python that waits until it is stopped, and a scontrol as told."""
+
+    def __init__(self, folder: Path, scontrol: str) -> None:
+        self.folder = folder
+        (folder / "examples").mkdir()
+        for name in ("cycle.sh", "slurm_job.sh", "slurm_servers.sh"):
+            shutil.copy(REPO / "examples" / name, folder / "examples")
+        programs = folder / ".venv" / "bin"  # where the job looks for Python
+        programs.mkdir(parents=True)
+        waits = "trap 'echo saved >> saved; exit 0' TERM; touch waiting; while true; do sleep 0.05; done"
+        (programs / "python").write_text(f"#!/bin/bash\ncase $2 in megatron_sip.prepare) {waits} ;; esac\necho model\n")
+        (programs / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> asked\n{scontrol}\n')
+        for program in programs.iterdir():
+            program.chmod(0o755)
+
+    def stopped(self) -> int:
+        """The job's status when it is told to stop while it works."""
+        (self.folder / "waiting").unlink(missing_ok=True)
+        environment = os.environ | {"SLURM_SUBMIT_DIR": str(self.folder), "SLURM_JOB_ID": "7"}
+        command = ["bash", str(REPO / "examples" / "cycle.sbatch"), "--run-dir", "run"]
+        job = subprocess.Popen(command, cwd=self.folder, env=environment)
+        try:
+            deadline = time.monotonic() + 30
+            while not (self.folder / "waiting").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            job.terminate()
+            return job.wait(30)
+        finally:
+            job.kill()
+
+    def requeues(self) -> int:
+        return (self.folder / "asked").read_text().splitlines().count("requeue incomplete 7")
+
+
+def test_a_job_that_is_stopped_before_its_time_limit_saves_and_is_requeued_while_it_comes_further(
+    tmp_path: Path,
+) -> None:
+    job = Job(tmp_path, "")
+    assert [job.stopped() for _ in range(4)] == [0, 0, 0, 1]
+    assert job.requeues() == 3
+    (tmp_path / "run" / "judge").mkdir()
+    (tmp_path / "run" / "judge" / "latest_checkpointed_iteration.txt").write_text("25")
+    assert (job.stopped(), job.requeues()) == (0, 4)
+    assert (tmp_path / "saved").read_text() == 5 * "saved\n"
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "requeues"), [("echo JobId=7 JobState=COMPLETING Reason=None", 0), ("[[ $1 != requeue ]]", 1)]
+)
+def test_a_cancelled_job_is_not_requeued_and_one_that_slurm_does_not_requeue_has_not_failed(
+    scontrol: str, requeues: int, tmp_path: Path
+) -> None:
+    job = Job(tmp_path, scontrol)
+    assert (job.stopped(), job.requeues()) == (0, requeues)
+
+
+def test_several_files_and_servers_and_no_model_where_none_is_needed(tmp_path: Path) -> None:
+    words = ["--data", "a.jsonl", "b c.jsonl", "--teacher-url", "http://a", "http://b", "--policy", "p", "--judge", "j"]
+    assert cycle(tmp_path, *words)[1][0] == "megatron_sip.prepare text"
+    asked = [shlex.split(line) for line in (tmp_path / "notes").read_text().splitlines()]
+    assert asked[0][3:6] == ["--data-path", f"{tmp_path}/a.jsonl", f"{tmp_path}/b c.jsonl"]
+    assert [word for word in asked[3] if word.startswith("http")] == ["http://a", "http://b"]
+
+
+def test_a_folder_that_was_killed_while_it_was_made_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "cycle.txt").touch()
+    assert cycle(tmp_path, STOPS="7")[0] == 0
+    assert cycle(tmp_path, "--", "--lr", "1e-4")[0] == 2
