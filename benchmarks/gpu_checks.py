@@ -16,7 +16,7 @@ import argparse
 import importlib.metadata
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
 
 def check_op(_: torch.dtype) -> dict[str, float]:
     """Rows that predict several tokens and none, odd widths, padding columns; largest errors by number format."""
+    require_kernels(compiled_devices(), DEVICE)
     errors: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for width, vocabulary in ((32064, 32000), (1001, 1001), (128256, 128256)):
@@ -203,6 +204,11 @@ def describe(dtype: torch.dtype) -> dict[str, Any]:
         name = torch.cuda.get_device_name()
         facts["sheet_flops"] = next((device.flops for kind, device in DEVICES.items() if kind in name), None)
     return describe_machine(DEVICE) | facts | {"copy_bandwidth_gb_s": copy_bandwidth(DEVICE) / 1e9}
+
+
+def require_kernels(compiled: Sequence[str], device: str) -> None:
+    """Without kernels for the device torch's own way would be checked and measured in their place."""
+    require(device.upper() in compiled, f"megatron_sip._kernels holds none for {device}, but for {', '.join(compiled)}")
 
 
 def require(holds: bool, trouble: str) -> None:

@@ -21,18 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_day_parts import ON_GPU, REHEARSED, Part, parts_of
+from gpu_day_parts import ON_GPU, REHEARSED, TINY_MODEL, Part, parts_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 WORK = ROOT / "build" / "gpu_day"
-"""The package with the kernels that are built here: the checkout's own stay as they are."""
+"""The package with the kernels that are built here: the checkout's own stay as they are. Every start removes it."""
+FIGURES = ROOT / "build" / "gpu_day.json"
 TAIL = 1500
 """Characters of a failed part's output that are kept."""
-SITE = WORK / "site"
-BUILD = Part(
-    "build", ("setup.py", "build_ext", "--build-lib", str(WORK), "--build-temp", str(WORK / "objects")), 280, None
-)
 TINY = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 64,
     "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -40,6 +37,12 @@ TINY = {
     "rope_theta": 10000.0, "dtype": "bfloat16",
 }  # fmt: skip
 """The rehearsal's model."""
+
+
+def build(work: Path) -> Part:
+    """The kernels, into `work`."""
+    program = ("setup.py", "build_ext", "--build-lib", str(work), "--build-temp", str(work / "objects"))
+    return Part("build", program, 280, None)
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,20 @@ class Outcome:
     trouble: str | None = None
 
 
-def run(part: Part, folder: Path, environment: Mapping[str, str], left_s: float) -> Outcome:
-    """Run a part in `folder`, for `left_s` at most; never raises."""
+def run(part: Part, work: Path, environment: Mapping[str, str], left_s: float) -> Outcome:
+    """Run a part for `left_s` at most, with its output and report in `work`; what goes wrong is in the outcome."""
     if left_s < 1:
         return Outcome(0.0, trouble="left out: no time was left")
     if part.needs is not None and shutil.which(part.needs) is None:
         return Outcome(0.0, trouble=f"left out: no {part.needs} here")
-    result, log = WORK / "report.json", WORK / "output.log"
+    result, log = work / "report.json", work / "output.log"
     result.unlink(missing_ok=True)
     command = [*part.before, sys.executable, *part.program, *((part.report, str(result)) if part.report else ())]
     bound, started = min(part.bound_s, left_s), time.monotonic()
     trouble: str | None = None
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             status = process.wait(bound)
@@ -76,7 +79,11 @@ def run(part: Part, folder: Path, environment: Mapping[str, str], left_s: float)
             process.wait()
     if trouble is None and status:
         trouble = f"status {status}"
-    report = json.loads(result.read_text()) if result.exists() else None
+    report = None
+    try:
+        report = json.loads(result.read_text()) if result.exists() else None
+    except ValueError as error:
+        trouble = trouble or f"its report is broken, {error}"
     if trouble is not None:
         trouble += f": {without_paths(log.read_text(errors='replace')[-TAIL:])}"
     return Outcome(round(time.monotonic() - started, 1), report, trouble)
@@ -89,21 +96,26 @@ def without_paths(text: str) -> str:
     return text
 
 
-def install(wheels: Path) -> Part:
+def install(wheels: Path, work: Path) -> Part:
     """A folder's wheels, beside what the machine has."""
-    program = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(SITE))
+    program = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(work / "site"))
     return Part("wheels", (*program, *map(str, sorted(wheels.resolve().glob("*.whl")))), 60, None)
 
 
-def prepare(built: bool) -> dict[str, str]:
-    """Lay out WORK, and what its programs need to find it; `built`: with the checkout's kernels, so that none are built."""
-    shutil.rmtree(WORK, ignore_errors=True)
-    (WORK / "tiny").mkdir(parents=True)
-    (WORK / "tiny" / "config.json").write_text(json.dumps(TINY))
+def prepare(work: Path, built: bool, cuda: bool) -> dict[str, str]:
+    """Lay out `work`, and what its programs need to find it; `built`: with the checkout's kernels, so that none are built.
+
+    cuda: a build without kernels for a GPU is none.
+    """
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "tiny").mkdir(parents=True)
+    (work / "tiny" / "config.json").write_text(json.dumps(TINY))
     ignored = ["__pycache__"] if built else ["__pycache__", "*.so"]
-    shutil.copytree(ROOT / "megatron_sip", WORK / "megatron_sip", ignore=shutil.ignore_patterns(*ignored))
-    paths = [str(WORK), str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    shutil.copytree(ROOT / "megatron_sip", work / "megatron_sip", ignore=shutil.ignore_patterns(*ignored))
+    paths = [str(work), str(work / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_DEVICE_MAX_CONNECTIONS": "1"} | (
+        {"MEGATRON_SIP_CUDA": "1"} if cuda else {}
+    )
 
 
 def run_all(
@@ -167,24 +179,28 @@ def main() -> None:
     parser.add_argument(
         "--wheels", type=Path, metavar="DIR", help="install these, without an index, beside what is there"
     )
-    parser.add_argument("--json", type=Path, default=WORK / "gpu_day.json", help="where all figures go")
+    parser.add_argument("--json", type=Path, default=FIGURES, help="where all figures go")
+    parser.add_argument("--work", type=Path, default=WORK, metavar="DIR", help="made anew; nothing in it is kept")
     parser.add_argument("--minutes", type=float, default=10.0, help="for everything")
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="only those whose names begin so")
     args = parser.parse_args()
-    sizes, json_file = (REHEARSED if args.rehearse else ON_GPU), args.json.resolve()
-    parts = [install(args.wheels)] if args.wheels else []
-    parts += [] if args.built else [BUILD]
+    sizes, json_file, work = (REHEARSED if args.rehearse else ON_GPU), args.json.resolve(), args.work.resolve()
+    if json_file.is_relative_to(work):
+        parser.error(f"--json {args.json}: lies in {args.work}, which every start removes")
+    parts = [install(args.wheels, work)] if args.wheels else []
+    parts += [] if args.built else [build(work)]
     parts += [part for part in parts_of(sizes) if not args.parts or part.name.startswith(tuple(args.parts))]
     if not parts:
         parser.error(f"--parts {' '.join(args.parts)}: there are {', '.join(part.name for part in parts_of(sizes))}")
-    started, environment = time.monotonic(), prepare(args.built)
+    started, environment = time.monotonic(), prepare(work, args.built, cuda=not args.rehearse)
     hidden = {} if not args.rehearse else {"CUDA_VISIBLE_DEVICES": ""}
 
     def do(part: Part, left_s: float) -> Outcome:
-        ours = part.name not in ("wheels", BUILD.name)
+        ours = part.name not in ("wheels", "build")
         program = (str(BENCHMARKS / part.program[0]), *part.program[1:]) if ours else part.program
+        program = tuple(str(work / "tiny") if word == TINY_MODEL else word for word in program)
         whole = Part(part.name, program, part.bound_s, part.report, part.needs, part.before)
-        return run(whole, ROOT, environment | hidden, left_s)
+        return run(whole, work, environment | hidden, left_s)
 
     def keep(outcomes: dict[str, Any]) -> None:
         json_file.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+TINY_MODEL = "TINY"
+"""Stands for the folder of the rehearsal's model."""
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 
 
@@ -61,7 +63,7 @@ REHEARSED = Sizes(
         *("--heads", "2", "--key-heads", "2", "--head-dim", "32", "--dtypes", "fp32", "--rounds", "1"),
         *("--shapes", "48+2x8"),
     ),
-    model="build/gpu_day/tiny",
+    model=TINY_MODEL,
     problem=(4, 24, 2, 8, 2),
     one_group_a_row=(4, 24, 2, 8, 1),
     steps=("--warm-up", "1", "--steps", "1"),

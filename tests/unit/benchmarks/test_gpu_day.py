@@ -20,11 +20,9 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def day(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+def day(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    module = importlib.import_module("gpu_day")
-    monkeypatch.setattr(module, "WORK", tmp_path)
-    return module
+    return importlib.import_module("gpu_day")
 
 
 def program(folder: Path, name: str, source: str) -> tuple[str, ...]:
@@ -40,6 +38,7 @@ def test_a_part_that_fails_or_hangs_is_recorded_and_ends_no_other(day: ModuleTyp
         day.Part("fails", program(tmp_path, "fails.py", f"print({str(ROOT)!r})\nraise SystemExit('broken')\n"), 20),
         day.Part("hangs", program(tmp_path, "hangs.py", hang), 0.5),
         day.Part("lacks", program(tmp_path, "lacks.py", write), 20, needs="no-such-command"),
+        day.Part("half", program(tmp_path, "half.py", write.replace("7}", "")), 20),
         day.Part("works", program(tmp_path, "works.py", write), 20),
     ]
     kept: list[dict[str, Any]] = []
@@ -51,11 +50,12 @@ def test_a_part_that_fails_or_hangs_is_recorded_and_ends_no_other(day: ModuleTyp
         lambda outcomes: kept.append(json.loads(json.dumps(outcomes))),
     )
     assert time.monotonic() - started < 30
-    assert [list(known) for known in kept] == [["fails", "hangs", "lacks", "works"][: n + 1] for n in range(4)]
+    assert [list(known) for known in kept] == [["fails", "hangs", "lacks", "half", "works"][: n + 1] for n in range(5)]
     assert "status 1" in outcomes["fails"]["trouble"]
     assert outcomes["fails"]["trouble"].endswith(".\nbroken\n")  # the checkout's path is none of the world's business
     assert outcomes["hangs"]["trouble"].startswith("not ended after 0 s")
     assert outcomes["lacks"]["trouble"] == "left out: no no-such-command here"
+    assert outcomes["half"]["trouble"].startswith("its report is broken")
     assert outcomes["works"]["report"] == {"figure": 7}
     assert "trouble" not in outcomes["works"]
 
@@ -89,6 +89,8 @@ def test_a_part_of_the_rehearsal_works(tmp_path: Path) -> None:
             "no waiting",
             "--json",
             str(tmp_path / "day.json"),
+            "--work",
+            str(tmp_path / "work"),
         ],
         cwd=ROOT,
         env={**os.environ, "PYTHON": sys.executable},
@@ -100,3 +102,18 @@ def test_a_part_of_the_rehearsal_works(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "day.json").read_text())
     assert report["rehearsal"]
     assert report["parts"]["no waiting for a row"]["report"] == {"1 rows": 0, "3 rows": 0, "counted": False}
+
+
+def test_a_day_keeps_what_an_earlier_one_found_and_does_not_take_one_without_kernels_for_the_gpu(
+    day: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not day.FIGURES.is_relative_to(day.WORK)
+    monkeypatch.setattr(sys, "argv", ["gpu_day", "--work", str(tmp_path), "--json", str(tmp_path / "day.json")])
+    with pytest.raises(SystemExit):
+        day.main()
+    assert day.prepare(tmp_path / "work", built=True, cuda=True)["MEGATRON_SIP_CUDA"] == "1"
+    checks = importlib.import_module("gpu_checks")
+    checks.require_kernels(["CPU"], "cpu")
+    checks.require_kernels(["CPU", "CUDA"], "cuda")
+    with pytest.raises(SystemExit, match="holds none for cuda, but for CPU"):
+        checks.require_kernels(["CPU"], "cuda")
