@@ -64,8 +64,15 @@ def clients(settings: Settings, urls: ServerUrls) -> ClientsSettings:
 def open_weight_sync(
     settings: Settings, urls: Sequence[str], exchange: LeaderExchange, stack: contextlib.ExitStack
 ) -> WeightSync | None:
-    """The way to the engines at `urls`, on the ranks of the first replica, which hold all weights between them."""
-    if not settings.needs.engines or exchange.replica != 0:
+    """The way to this replica's share of the engines at `urls`; None where it has none.
+
+    Each replica's ranks hold all weights between them. Over a disk the first replica brings them to all engines.
+    """
+    if not settings.needs.engines:
+        return None
+    on_disk = settings.rollouts.weight_sync == "disk"
+    urls = shared_out(urls, exchange.replica, 1 if on_disk else exchange.num_replicas)
+    if not urls:
         return None
     rank = SyncRank(
         source=parallel_state.get_tensor_model_parallel_rank() == 0,
@@ -83,10 +90,15 @@ def open_weight_sync(
         key=rollouts.key(),
     )
     sync: WeightSync
-    if rollouts.weight_sync == "disk":
+    if on_disk:
         sync = DiskWeightSync(urls, rank, how, rollouts.sync_dir, settings.run.hf_config)
     else:
         sync = DistributedWeightSync(urls, rank, how)
     sync.connect()
     stack.callback(sync.close)
     return sync
+
+
+def shared_out(urls: Sequence[str], replica: int, replicas: int) -> Sequence[str]:
+    """Those of `urls` that are `replica`'s when the first `replicas` take turns; none for others."""
+    return urls[replica::replicas] if replica < replicas else ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -175,16 +174,23 @@ class Run:
 
     def _push(self, require_all: bool) -> int | str | None:
         """How many engines did not take the weights, why none did, or None where there are none; the same on every rank."""
-        unsynced: int | str | None = None
+        mine: tuple[int, int, str] | None = None  # engines of this replica, how many did not take the weights, why
         if self.weight_sync is not None:
-            weights = export_hf_weights(self.trainer.model, self.hf_config)
+            engines = len(self.weight_sync.urls)
+            weights = export_hf_weights(self.trainer.model, self.hf_config, every_replica=True)
             version = version_of_run(self.settings.rollouts.run_id, str(self.state.iteration))
             try:
-                unsynced = len(self.weight_sync.push(weights, version, require_all=require_all))
+                mine = engines, len(self.weight_sync.push(weights, version, require_all=require_all)), ""
             except (WeightSyncError, OSError, SafetensorError) as error:
-                unsynced = f"the engines did not get the weights of step {self.state.iteration}: {error}"
-        found: Sequence[int | str | None] = self.exchange.all_gather_from_leaders(unsynced)
-        return found[0]  # of the first replica, whose ranks push
+                mine = engines, engines, str(error)
+        told = [one for one in self.exchange.all_gather_from_leaders(mine) if one is not None]
+        if not told:
+            return None
+        unsynced = sum(failed for _, failed, _ in told)
+        if unsynced and (require_all or unsynced == sum(engines for engines, _, _ in told)):
+            reasons = "; ".join(why for _, _, why in told if why)
+            return f"the engines did not get the weights of step {self.state.iteration}: {reasons}"
+        return unsynced
 
     def _engines_are_back(self) -> bool:
         """Whether this run started engines of which one answers, if need be after another start; the same on every rank."""

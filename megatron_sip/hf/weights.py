@@ -50,30 +50,32 @@ def _unwrapped(model_chunks: Sequence[torch.nn.Module]) -> Iterator[Any]:
         yield chunk
 
 
-def export_hf_weights(model_chunks: Sequence[torch.nn.Module], hf_config: Any) -> Iterator[tuple[str, Tensor | None]]:
+def export_hf_weights(
+    model_chunks: Sequence[torch.nn.Module], hf_config: Any, *, every_replica: bool = False
+) -> Iterator[tuple[str, Tensor | None]]:
     """The model's HF tensors, whole and unpadded, in the order of the forward pass.
 
     Collective: the call over all tensor and pipeline parallel ranks, the iterator over the tensor-parallel ranks of a stage,
     each of which must iterate to the end; so stages may take turns. Each rank sees every name. The tensor comes on the
-    source rank: tensor-parallel rank 0 of data-parallel rank 0 of the stage that owns it; others get None. A tensor is a
-    contiguous copy or a view of the parameter: use it before the next optimizer step.
+    source rank: tensor-parallel rank 0 of data-parallel rank 0, or with `every_replica` of each, of the stage that owns it;
+    others get None. A tensor is a contiguous copy or a view of the parameter: use it before the next optimizer step.
 
     Raises:
         ValueError: the model's parameters are not those of the config's architecture.
     """
     _check_vocabulary(model_chunks, hf_config)
     parameters = named_parameters(model_chunks)
-    return _exported(parameters, _owning_stages(parameters, hf_config), hf_config)
+    exports = every_replica or parallel_state.get_data_parallel_rank() == 0
+    return _exported(parameters, _owning_stages(parameters, hf_config), hf_config, exports)
 
 
 def _exported(
-    parameters: Mapping[str, torch.nn.Parameter], owners: Mapping[str, int], hf_config: Any
+    parameters: Mapping[str, torch.nn.Parameter], owners: Mapping[str, int], hf_config: Any, exports: bool
 ) -> Iterator[tuple[str, Tensor | None]]:
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    is_source = parallel_state.get_data_parallel_rank() == 0
     for entry in tensor_maps(hf_config):
         tensors: Sequence[Tensor | None] = [None] * len(entry.hf)
-        if owners[entry.megatron] == stage and is_source:
+        if owners[entry.megatron] == stage and exports:
             shards = _gather_shards(entry, parameters[entry.megatron].detach())
             if shards is not None:
                 tensors = from_shards(entry.layout, shards, attention_shape(hf_config), hf_config.vocab_size)

@@ -91,7 +91,8 @@ def phases(work: Work, machine: Machine, cluster: Cluster) -> Phases:
     factors, policy = machine.factors, machine.policy
     reference, train = training_seconds(work.training, machine, cluster)
     weights = BF16 * policy.parameters
-    sending = cluster.device.network * machine.efficiency.network * cluster.trainer.pipeline
+    sending = cluster.device.network * machine.efficiency.network
+    copies = math.ceil(cluster.engines.count / cluster.trainer.data)  # of each replica; its stages take turns
     serve = [
         serving_seconds(serving, shape, servers, machine.efficiency, cluster)
         for serving, shape, servers in (
@@ -106,7 +107,7 @@ def phases(work: Work, machine: Machine, cluster: Cluster) -> Phases:
         rewrite=factors.judge * serve[2],
         reference=factors.reference * reference,
         train=factors.train * train,
-        sync=factors.sync * weights * cluster.engines.count / sending,
+        sync=factors.sync * weights * copies / sending,
     )
 
 

@@ -1,7 +1,8 @@
 """Weights that are broadcast to the engines, bucket by bucket; nothing touches a disk.
 
-Each source sends its tensors to every engine itself: one group for each (source, engine) pair, because relaying all stages
-through one rank would cost another copy over the network (`weight_group` says what this costs). An engine whose group is
+Each source sends its tensors to every engine of its replica's itself: one group for each (source, engine) pair, because
+relaying all stages through one rank would cost another copy over the network. The next bucket is gathered while one flies. An
+engine whose group is
 lost, or that is another process than before (its start-up time differs), is joined again by the next push.
 
 Sources take turns, one pipeline stage after the other, and an engine hears of one of them at a time. Groups are made one
@@ -12,8 +13,8 @@ bucket and no probe, since an engine takes none outside an update, and no tensor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -78,14 +79,16 @@ class DistributedWeightSync(WeightSync):
     def _stream(self, iterator: Iterator[tuple[str, torch.Tensor | None]], failed: dict[str, str]) -> dict[str, str]:
         """Send this rank's tensors; returns the engines that failed by now."""
         with ThreadPoolExecutor(len(self.urls), thread_name_prefix="weight-sync") as threads, drained(iterator):
+            flying: dict[str, Future[None]] = {}
             for tensors in buckets(iterator, self.settings.bucket_bytes):
-                bucket = make_bucket(tensors, self._device)
+                bucket = make_bucket(tensors, self._device)  # gathered while the one before flies
+                failed = failed | lost(flying)
                 live = [url for url in self.urls if url not in failed]
                 unused = [url for url in live if not self._groups[url].used]
-                for together in [*([url] for url in unused), [url for url in live if url not in unused]]:
-                    sent = [(url, threads.submit(self._groups[url].broadcast, bucket)) for url in together]
-                    failed = failed | {url: str(error) for url, future in sent if (error := future.exception())}
-        return failed
+                for url in unused:
+                    failed = failed | lost({url: threads.submit(self._groups[url].broadcast, bucket)})
+                flying = {url: threads.submit(self._groups[url].broadcast, bucket) for url in live if url not in unused}
+            return failed | lost(flying)
 
     def _open(self, url: str) -> None:
         self._call(url, "/pause_generation", {"mode": "retract"})
@@ -114,3 +117,8 @@ class DistributedWeightSync(WeightSync):
             except RequestError as error:  # it failed before, and the reason is already reported
                 if error.kind in ("connection", "disconnected"):
                     return
+
+
+def lost(flying: Mapping[str, Future[None]]) -> dict[str, str]:
+    """Wait for broadcasts, by their engine's URL; those that failed, and why."""
+    return {url: str(error) for url, future in flying.items() if (error := future.exception())}

@@ -2,9 +2,9 @@
 
 The group stands beside torch.distributed's default group, which belongs to Megatron: it is a bare gloo or NCCL
 backend on a store of its own, registered nowhere. One group per engine rather than one for all: an engine that hangs
-or dies then spoils only its own group. The price is that the weights leave the trainer once for each engine: 32
-engines of an 8B model in bf16 (16 GB) are 512 GB per push, 10 s through a network card of 400 Gbit/s; the sources (one
-per pipeline stage) take turns.
+or dies then spoils only its own group. The price is that the weights leave the trainer once for each engine, which the
+trainer's replicas share out among them (docs/slurm.md says what that costs); a replica's sources (one per pipeline
+stage) take turns.
 
 NCCL makes a group's communicator in its first broadcast, which blocks, without any time-out, until the engine has
 entered it too. So every call that can block for ever runs in a daemon thread, and is given up at the deadline.

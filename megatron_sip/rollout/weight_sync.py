@@ -145,12 +145,13 @@ class WeightSync(ABC):
         self._raise_on_errors(error)
 
     def _conclude(self, version: str, failed: dict[str, str], require_all: bool) -> dict[str, str]:
+        if not (failed and require_all):
+            if self.rank.lead:
+                self._log_change(version, failed)
+            self._unsynced = frozenset(failed)
         if failed and (require_all or len(failed) == len(self.urls)):
             reasons = "; ".join(f"{url}: {reason}" for url, reason in failed.items())
             raise WeightSyncError(f"weights of version {version!r} did not reach {len(failed)} engine(s): {reasons}")
-        if self.rank.lead:
-            self._log_change(version, failed)
-        self._unsynced = frozenset(failed)
         return failed
 
     def _log_change(self, version: str, failed: Mapping[str, str]) -> None:

@@ -68,13 +68,21 @@ def run_case(case: dict, results: Path) -> dict:
         scheduler.step(increment=args.global_batch_size)
     if case["save"]:
         save_checkpoint(args.iteration + case["steps"], model, optimizer, scheduler, 0)
-    digests = {name: digest(tensor) for name, tensor in export_hf_weights(model, hf_config) if tensor is not None}
+    digests, of_each_replica = (
+        {name: digest(tensor) for name, tensor in exported if tensor is not None}
+        for exported in (
+            export_hf_weights(model, hf_config),
+            export_hf_weights(model, hf_config, every_replica=True),
+        )
+    )
     return {
+        "replica": parallel_state.get_data_parallel_rank(),
         "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
         "logprobs": logprobs,
         "losses": losses,
         "grad_norm": float(grad_norm),
         "digests": digests,
+        "digests_of_each_replica": of_each_replica,
     }
 
 

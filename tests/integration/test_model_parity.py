@@ -291,6 +291,9 @@ def test_exported_weights_are_the_files_bit_for_bit(run: tuple[list[dict], Refer
         assert not set(rank["digests"]) & set(exported), "a tensor came from two ranks"
         exported |= rank["digests"]
     assert exported == {name: digest(tensor.float()) for name, tensor in tensors.items()}
+    for replica in {rank["replica"] for rank in ranks}:
+        shares = [rank["digests_of_each_replica"] for rank in ranks if rank["replica"] == replica]
+        assert {name: found for share in shares for name, found in share.items()} == exported
 
 
 def test_trained_kv_heads_are_exported_from_more_ranks_than_heads(results: dict[str, list[dict]]) -> None:

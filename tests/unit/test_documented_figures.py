@@ -193,3 +193,22 @@ def test_the_judge_in_the_docs_is_the_one_that_was_trained() -> None:
     readme = " ".join((REPO / "README.md").read_text(encoding="utf-8").split())
     shown = [f"{step['validation/accuracy/short-quality']:.0%}" for step in (before, after)]
     assert f"in {shown[0]} of held-out records, and in {shown[1]} after {report['steps']} steps" in readme
+
+
+def test_slurm_md_s_table_of_pushes_is_the_benchmark_s() -> None:
+    ways = ("a group for each engine, from the first replica", "a group for each engine, from all replicas")
+    found = json.loads((RESULTS / "weight_sync_cpu.json").read_text())["nccl_by_formula"]
+    rows = rows_of("docs/slurm.md", 5)
+    for job in ("train_from_scratch", "train_continual", "train_judge"):
+        [(name, figures)] = [(name, figures) for name, figures in found.items() if name.startswith(job)]
+        told = rows[f"`{job}.sbatch`, {name.rpartition(' ')[2]}"][1:]
+        assert told == [
+            f"{figures[way]:.2f} s, {figures[f'{way}: of a step']:.1%}" for way in (*ways, "one group of all engines")
+        ]
+
+
+def test_log_md_s_shares_of_changed_weights_are_those_measured() -> None:
+    shares = json.loads((RESULTS / "changed_weights_cpu.json").read_text())["changed_share"]
+    low, high = ([round(100 * f(shares[rate].values()), 1) for rate in ("5e-6", "5e-5", "5e-4")] for f in (min, max))
+    told = f"{low[0]} to {high[0]}% of SmolLM2's bfloat16 weights, 5e-5 {low[1]:.0f} to {high[1]:.0f}%, 5e-4 {low[2]:.0f} to "
+    assert told + f"{high[2]:.0f}%" in (REPO / "docs/log.md").read_text()

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 def _nothing_to_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """The export asks for Megatron's groups, which are not there."""
     prepare_megatron()  # before anything imports Megatron
-    monkeypatch.setattr("megatron_sip.run.export_hf_weights", lambda *_: iter(()))
+    monkeypatch.setattr("megatron_sip.run.export_hf_weights", lambda *_, **__: iter(()))
 
 
 class Sync:
-    """A weight sync that misses the engines `failed`."""
+    """A weight sync with four engines that misses those that `failed`."""
+
+    urls = ("http://a", "http://b", "http://c", "http://d")
 
     def __init__(self, *failed: str) -> None:
         self.failed = dict.fromkeys(failed, "connection refused")
@@ -73,16 +75,19 @@ class Alone:
         return [mine]
 
 
-class Exchange:
-    """Tells every rank what the first replica's leader, here `first`, says."""
+Outcome = tuple[int, int, str]
 
-    def __init__(self, first: int | None) -> None:
-        self.first = first
+
+class Exchange:
+    """Of three leaders: what this one says, and what the `others` do."""
+
+    def __init__(self, *others: Outcome | None) -> None:
+        self.others = others
         self.said: Any = None
 
     def all_gather_from_leaders(self, mine: Any) -> list[Any]:
         self.said = mine
-        return [self.first, None]
+        return [mine, *self.others]
 
 
 class Trainer:
@@ -107,17 +112,29 @@ def run_of(sync: Sync | None, exchange: Exchange | Alone) -> Run:
 
 def test_training_goes_on_without_the_engines_that_failed_and_counts_them_on_every_rank() -> None:
     sync = Sync("http://a", "http://b")
-    exchange = Exchange(2)
-    assert run_of(sync, exchange).push_weights() == {"engines/unsynced": 2.0}
-    assert (sync.required, exchange.said) == ([False], 2)
+    exchange = Exchange((1, 1, "no route"), None)
+    assert run_of(sync, exchange).push_weights() == {"engines/unsynced": 3.0}
+    assert (sync.required, exchange.said) == ([False], (4, 2, ""))
     assert sync.versions == {"ours-7"}
-    assert run_of(None, exchange).push_weights() == {"engines/unsynced": 2.0}  # of another replica
+    # Of a replica without engines of its own:
+    assert run_of(None, Exchange((4, 2, ""), (1, 1, "no route"))).push_weights() == {"engines/unsynced": 3.0}
+
+
+def test_a_replica_that_loses_all_its_engines_is_trouble_only_when_the_others_have_lost_theirs() -> None:
+    run = run_of(LostSync(1), Exchange((3, 2, ""), None))
+    assert run.push_weights() == {"engines/unsynced": 6.0}
+    run = run_of(LostSync(9), Exchange((3, 3, "no route"), None))
+    run.settings, run.troubles = unchecked_settings(), []
+    assert run.push_weights() == {}
+    assert run.troubles == ["the engines did not get the weights of step 7: connection refused; no route"]
 
 
 def test_the_first_push_requires_all() -> None:
     sync = Sync()
-    assert run_of(sync, Exchange(0)).push_weights(require_all=True) == {"engines/unsynced": 0.0}
+    assert run_of(sync, Exchange((2, 0, ""), None)).push_weights(require_all=True) == {"engines/unsynced": 0.0}
     assert sync.required == [True]
+    with pytest.raises(WeightSyncError, match="did not get the weights of step 7: no route"):
+        run_of(Sync(), Exchange((2, 2, "no route"), None)).push_weights(require_all=True)
 
 
 @pytest.mark.parametrize(
@@ -142,4 +159,13 @@ def test_weights_that_no_engine_took_are_pushed_again_when_an_engine_of_this_nod
 
 
 def test_a_run_without_engines_counts_none() -> None:
-    assert run_of(None, Exchange(None)).push_weights() == {}
+    assert run_of(None, Exchange(None, None)).push_weights() == {}
+
+
+def test_replicas_share_the_engines_out() -> None:
+    from megatron_sip.open_servers import shared_out
+
+    for replicas in (1, 2, 3, 8):
+        shares = [shared_out(Sync.urls, replica, replicas) for replica in range(8)]
+        assert sorted(url for share in shares for url in share) == list(Sync.urls)
+        assert max(map(len, shares)) == -(-len(Sync.urls) // replicas)

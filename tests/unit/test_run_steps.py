@@ -212,7 +212,7 @@ def test_a_step_without_examples_neither_adds_to_them_nor_ends_their_row() -> No
 def test_engines_that_none_took_weights_end_every_rank_with_the_step_saved_and_one_says_why(
     rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_sip.run.export_hf_weights", lambda *_: iter(()))  # asks for Megatron's groups
+    monkeypatch.setattr("megatron_sip.run.export_hf_weights", lambda *_, **__: iter(()))  # asks for Megatron's groups
     run = FakeRun([True] * 8, save_interval=100, rank=rank)
     run.weight_sync = Unreachable()  # type: ignore[assignment]
     run.trainer.model, run.hf_config = [], None
@@ -228,6 +228,8 @@ def test_engines_that_none_took_weights_end_every_rank_with_the_step_saved_and_o
 
 class Unreachable:
     """A weight sync that reaches no engine."""
+
+    urls = ("http://a",)
 
     def push(self, _: Any, version: str, *, require_all: bool) -> dict[str, str]:
         raise WeightSyncError("'no engine' answers")

@@ -161,6 +161,34 @@ def test_stages_take_turns_and_communicators_are_made_one_after_the_other() -> N
             assert engine.version == "3"
 
 
+def test_the_next_bucket_is_gathered_while_one_flies(
+    engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, gathered = engines[0].answer, threading.Semaphore(0)
+    waited: list[bool] = []
+
+    def answer_once_the_next_is_gathered(path: str, body: Any) -> Any:
+        if path == "/update_weights_from_distributed":
+            waited.append(gathered.acquire(timeout=2))
+        return answer(path, body)
+
+    def gather(step: int) -> Iterator[tuple[str, torch.Tensor]]:
+        for number in range(5):
+            yield str(number), torch.full((4,), step + number / 8)
+            if number:  # the one before is full, and has left
+                gathered.release()
+        gathered.release()
+
+    settings = SyncSettings(bucket_bytes=16)
+    with closing(DistributedWeightSync([engines[0].url], SyncRank(), settings)) as sync:
+        sync.push(gather(0), "0")  # the first one makes the communicator, alone
+        gathered = threading.Semaphore(0)
+        monkeypatch.setattr(engines[0], "answer", answer_once_the_next_is_gathered)
+        sync.push(gather(1), "1")
+    assert waited == [True] * 5
+    assert [float(engines[0].weights[str(number)][0]) for number in range(5)] == [1 + n / 8 for n in range(5)]
+
+
 def test_an_engine_that_one_stage_gave_up_on_gets_nothing_from_the_next(engines: list[FakeEngine]) -> None:
     live, hung = engines
 
