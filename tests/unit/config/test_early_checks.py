@@ -37,7 +37,14 @@ COMPLETE = (
     *("--lr", "1e-3", "--objective", "sft"),
 )
 OTHER_PROGRAMS = {
-    *("--nproc-per-node", "--nodes", "--signal", "--requeue", "--append"),  # torchrun, sbatch, wandb sync
+    *(
+        "--nproc-per-node",
+        "--nodes",
+        "--max-restarts",
+        "--signal",
+        "--requeue",
+        "--append",
+    ),  # torchrun, sbatch, wandb sync
     *("--model-path", "--host", "--port", "--tp-size", "--dp-size", "--enable-deterministic-inference"),  # SGLang
     *("--api-key", "--mem-fraction-static"),
 }
