@@ -23,7 +23,7 @@ START_MINUTES=30 # for the servers to load
 SAVE_SECONDS=800 # for the trainer's last step and checkpoint; less than --signal=B:TERM@SECONDS of the job
 MAX_RESTARTS=3   # requeues of a job that comes no further than its last checkpoint
 RESTART_SECONDS=5     # until a server or a trainer that ended is started again
-MAX_SERVER_FAILURES=5 # in a row, each within 10 minutes: the server is given up
+MAX_SERVER_FAILURES=5 # in a row, without 10 minutes of health between: the server is given up
 HANG_SECONDS=600      # without an answer, a server that was healthy is ended and started again; longer than a push of the weights
 
 dry_run=0

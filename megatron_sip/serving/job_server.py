@@ -32,7 +32,7 @@ from megatron_sip.serving.node import node_variables, private_folder
 STOP_S = 10.0
 """Seconds between SIGTERM and SIGKILL for a server that is to end."""
 LONG_S = 600.0
-"""A server that ran longer has not failed in a row with what was before."""
+"""A server that was well for longer, from its first good answer to its last, has not failed in a row with what was before."""
 ANSWER_S = 25.0
 """SGLang itself answers 503 after 20 s in which its scheduler has said nothing."""
 CHECK_S = 10.0
@@ -62,6 +62,7 @@ class Health:
     def __init__(self, url: str, check_s: float) -> None:
         self._url, self._check_s = url, check_s
         self._started = time.monotonic()
+        self._first: float | None = None
         self._last: float | None = None
         self._ended = threading.Event()
 
@@ -71,6 +72,10 @@ class Health:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+
+    def well_s(self) -> float:
+        """Seconds from the first good answer to the last."""
+        return 0.0 if self._first is None or self._last is None else self._last - self._first
 
     def complaint(self, load_s: float, hang_s: float) -> str | None:
         """Why it is to be ended: it has never been well for `load_s` seconds, or not any more for `hang_s`."""
@@ -84,6 +89,7 @@ class Health:
             asked = time.monotonic()
             with contextlib.suppress(RequestError):
                 call(self._url, "GET", "/health_generate", timeout_s=ANSWER_S)
+                self._first = asked if self._first is None else self._first
                 self._last = asked
 
 
@@ -91,10 +97,15 @@ class JobServer:
     """The server's starts, one after the other."""
 
     def __init__(
-        self, command: Sequence[str], settings: JobServerSettings, environment: Mapping[str, str], key: str
+        self,
+        command: Sequence[str],
+        settings: JobServerSettings,
+        environment: Mapping[str, str],
+        key: str,
+        long_s: float = LONG_S,
     ) -> None:
         self._command, self._settings, self._environment = list(command), settings, environment
-        self._key = key.encode()
+        self._key, self._long_s = key.encode(), long_s
         self._stop = threading.Event()
 
     def run(self) -> int:
@@ -103,13 +114,12 @@ class JobServer:
             signal.signal(number, lambda *_: self._stop.set())
         failures, settings = 0, self._settings
         while True:
-            started = time.monotonic()
-            why = self._serve()
+            why, well_s = self._serve()
             if why is None:
                 return 0
             if not settings.ready.exists():
                 return 1
-            failures = 1 if time.monotonic() - started > LONG_S else failures + 1
+            failures = 1 if well_s > self._long_s else failures + 1
             if failures == settings.max_failures:
                 _tell(f"error: a server {why}, {failures} times in a row, and is given up, see {settings.log}")
                 return 1
@@ -117,8 +127,8 @@ class JobServer:
             if self._stop.wait(settings.restart_s):
                 return 0
 
-    def _serve(self) -> str | None:
-        """One start until its end: why it ended, None when it was to."""
+    def _serve(self) -> tuple[str | None, float]:
+        """One start until its end: why it ended, None when it was to, and for how many seconds it was well."""
         process = subprocess.Popen(
             self._command,
             env=self._environment,
@@ -139,10 +149,9 @@ class JobServer:
         end(process, process.pid, STOP_S if self._stop.is_set() else 0.0)
         logging.join(STOP_S)
         if self._stop.is_set():
-            return None
-        if status is None:
-            return complaint
-        return f"ended with status {status if status >= 0 else 128 - status}"
+            return None, health.well_s()
+        ended = complaint if status is None else f"ended with status {status if status >= 0 else 128 - status}"
+        return ended, health.well_s()
 
     def _log(self, shown: IO[bytes]) -> None:
         """What the server shows goes to its log, without the key."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sip.serving.job_server import Health, JobServer, JobServerSettings
 from megatron_sip.serving.launch import free_port
 from megatron_sip.serving.node import SOCKETS, interface_towards, node_variables
 
@@ -43,7 +44,7 @@ class Kept:
     def __init__(
         self, folder: Path, port: int, server: str = SERVER, load_s: float = 60.0, hang_s: float = 60.0
     ) -> None:
-        self.folder, self.log, self.ready = folder, folder / "log", folder / "ready"
+        self.folder, self.log, self.ready, self.port = folder, folder / "log", folder / "ready", port
         (folder / "server.py").write_text(server)
         flags = [
             f"--url=http://127.0.0.1:{port}",
@@ -151,6 +152,37 @@ def test_a_killed_keeper_leaves_no_server(kept: Kept) -> None:
     [pid] = kept.starts(1)
     kept.process.kill()
     wait_until(lambda: not is_alive(pid))
+
+
+@pytest.mark.parametrize(("well_s", "given_up"), [(0.0, True), (9.0, False)])
+def test_failures_are_in_a_row_unless_the_server_was_well_for_long_between_them(
+    well_s: float, given_up: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it then took to find that it hangs."""
+    settings = JobServerSettings("http://127.0.0.1:1", tmp_path / "log", tmp_path, 3, 0.0, 60.0, 60.0)
+    server = JobServer([], settings, {}, "", long_s=5.0)
+    starts = iter([("hangs", well_s)] * 4 + [(None, 0.0)])
+
+    def serve() -> tuple[str | None, float]:
+        return next(starts)
+
+    monkeypatch.setattr(server, "_serve", serve)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert server.run() == given_up
+    assert len(list(starts)) == (2 if given_up else 0)
+
+
+def test_a_server_is_well_from_its_first_good_answer_to_its_last(kept: Kept) -> None:
+    kept.starts(1)
+    url = f"http://127.0.0.1:{kept.port}"
+    with Health(url, 0.05) as health:
+        wait_until(lambda: health.well_s() > 0.1)
+        os.kill(kept.starts(1)[0], signal.SIGSTOP)
+        time.sleep(0.2)
+        well = health.well_s()
+        time.sleep(0.3)
+        assert health.well_s() == well
+        os.kill(kept.starts(1)[0], signal.SIGCONT)
 
 
 TRAINER = """\
