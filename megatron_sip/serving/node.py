@@ -14,6 +14,8 @@ from pathlib import Path
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 SOCKETS = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
 """Each with what says that the name which follows is a whole one."""
+NCCL_FILES = (Path("/etc/nccl.conf"), Path.home() / ".nccl.conf")
+"""Where a site or user sets NCCL's variables; those of the environment come before them."""
 SIOCGIFADDR = 0x8915
 
 
@@ -24,13 +26,26 @@ def private_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def node_variables(folder: Path, peers: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
-    """Variables for a program with its caches in `folder`, that talks to the hosts `peers`; none that is in `given`."""
+def node_variables(
+    folder: Path, peers: Sequence[str], given: Mapping[str, str], nccl_files: Sequence[Path] = NCCL_FILES
+) -> dict[str, str]:
+    """Variables for a program with its caches in `folder`, that talks to the hosts `peers`; none that is in `given` or a file
+    of NCCL's."""
     variables = {name: str(folder / place) for name, place in CACHES.items()}
     with contextlib.suppress(OSError):  # a host without an IPv4 address, say: libraries choose, as they do without us
         if interface := interface_towards(peers):
             variables |= {name: mark + interface for name, mark in SOCKETS.items()}
-    return {name: value for name, value in variables.items() if name not in given}
+    known = {*given, *(name for path in nccl_files for name in _set_in(path))}
+    return {name: value for name, value in variables.items() if name not in known}
+
+
+def _set_in(nccl_file: Path) -> set[str]:
+    """Names of the variables that a file of NCCL's sets; none where it cannot be read."""
+    try:
+        lines = nccl_file.read_text(errors="replace").splitlines()
+    except OSError:
+        return set()
+    return {line.partition("=")[0].strip() for line in lines if "=" in line}
 
 
 def interface_towards(hosts: Sequence[str]) -> str | None:

@@ -2,7 +2,8 @@
 
     python -m megatron_sip.serving.on_node --peers HOST ... -- command [argument ...]
 
-Its exit status is the command's. Signals go on to the command, once each: SLURM sends them to all processes of a task.
+Its exit status is the command's. Signals go on to the command. It is in a session of its own, so that it gets them
+once where SLURM sends them to a task's process group (where SLURM looks for all of its processes it may get them twice).
 """
 
 from __future__ import annotations

@@ -79,6 +79,8 @@ class LeaderExchange:
 
 def gloo_group(ranks: list[int], timeout: timedelta) -> dist.ProcessGroup:
     """A gloo group of `ranks`; only these call this."""
+    # Torch counts groups a rank, and leaders make one more: a later dist.new_group of all ranks would name it differently on
+    # each, and hang. Make such groups before these.
     with connected_when_used():
         group = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
     return cast("dist.ProcessGroup", group)

@@ -15,7 +15,8 @@ from megatron_sip.kernels.tree_attention.dense import TokenSpans, token_spans
 BLOCK = 128
 """Queries and keys of a block of the mask, FlexAttention's own default."""
 ROWS_KEPT = 64
-"""Rows that a cache holds; masks of 16,384 tokens take half a megabyte each."""
+"""Rows that a cache holds; masks of 16,384 tokens take half a megabyte each, beside the row's buffer, of which
+the layout that is kept is a view."""
 
 
 def tree_block_mask(spans: TokenSpans) -> BlockMask:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sip.serving import node
 from megatron_sip.serving.job_server import Health, JobServer, JobServerSettings
 from megatron_sip.serving.launch import free_port
 from megatron_sip.serving.node import SOCKETS, interface_towards, node_variables
@@ -210,6 +211,17 @@ def test_a_trainer_gets_each_signal_once_and_leaves_no_caches(tmp_path: Path) ->
     assert process.communicate(timeout=20)[0] == "told\n"
     assert process.returncode == 5
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_site_s_file_of_nccl_comes_before_our_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "interface_towards", lambda _: "eth7")
+    site = tmp_path / "nccl.conf"
+    site.write_text("# cards\nNCCL_DEBUG=WARN\nNCCL_SOCKET_IFNAME = ib0\n")
+    found = node_variables(tmp_path, ["other"], {}, [tmp_path / "none", site])
+    assert found["GLOO_SOCKET_IFNAME"] == "eth7"
+    assert "NCCL_SOCKET_IFNAME" not in found
+    site.write_text("#NCCL_SOCKET_IFNAME=ib0\n")
+    assert node_variables(tmp_path, ["other"], {}, [site])["NCCL_SOCKET_IFNAME"] == "=eth7"
 
 
 def test_sockets_use_the_interface_towards_other_hosts_unless_the_user_has_said_which(tmp_path: Path) -> None:
