@@ -13,10 +13,11 @@ Ends with an error where an error is above its bound; the JSON holds the largest
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.metadata
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,10 @@ TINY = Problem("dpo", examples=3, prefix=40, branches=2, branch=12, row_examples
 SHAPE = LlamaConfig(
     vocab_size=131, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     head_dim=16, max_position_embeddings=256, tie_word_embeddings=False,
+    initializer_range=0.2,
 )  # fmt: skip
+APART = 0.3
+"""The reference's distance from the policy, as a share of a weight's spread."""
 
 
 def relative_error(ours: Tensor, exact: Tensor) -> float:
@@ -125,35 +129,67 @@ def check_attention(dtype: torch.dtype) -> dict[str, float]:
     return errors
 
 
-def exact_step(model: Any, examples: list[Example]) -> dict[str, float]:
-    """A DPO step of a policy that is its own reference, by transformers in float64, every branch in a row of its own."""
-    model = model.double()
+def policy_and_reference() -> tuple[Any, Any]:
+    """Tiny models of weights that bfloat16 holds, and not alike. Their predictions are sharp: a wrong mask shows."""
+    torch.manual_seed(0)
+    policy = LlamaForCausalLM(SHAPE)
+    reference = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter += APART * parameter.std() * torch.randn_like(parameter)
+        for parameter in (*policy.parameters(), *reference.parameters()):  # not the frequencies of positions
+            parameter.copy_(parameter.bfloat16())
+    return policy, reference
+
+
+def branch_logprobs(model: Any, examples: Sequence[Example]) -> Tensor:
+    """[examples, 2]: the branches' log-probs, each in a row of its own."""
     sums = []
     for example in examples:
         for branch in example.branches:
             ids = torch.tensor([example.prefix_ids + branch.ids])
             logprobs = model(ids).logits[0, len(example.prefix_ids) - 1 : -1].log_softmax(-1)
             sums.append(logprobs.gather(1, torch.tensor(branch.ids)[:, None]).sum())
-    chosen, rejected = torch.stack(sums).view(-1, 2).unbind(1)
-    ratios = (chosen - chosen.detach()) - (rejected - rejected.detach())
-    loss = -logsigmoid(BETA * ratios).mean()
+    return torch.stack(sums).view(-1, 2)
+
+
+Logprobs = Callable[[Any, Sequence[Example]], Tensor]
+
+
+def exact_step(
+    policy: Any, reference: Any, examples: Sequence[Example], logprobs_of: Logprobs = branch_logprobs
+) -> dict[str, float]:
+    """What a DPO step reports, by transformers in float64."""
+    logprobs = logprobs_of(policy.double(), examples)
+    ratios = logprobs - logprobs_of(reference.double(), examples).detach()
+    loss = -logsigmoid(BETA * (ratios[:, 0] - ratios[:, 1])).mean()
+    policy.zero_grad()
     loss.backward()
-    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
-    values = {"loss": loss, "grad_norm": norm, "chosen_logprob": chosen.mean(), "rejected_logprob": rejected.mean()}
+    norm = torch.stack([parameter.grad.norm() for parameter in policy.parameters()]).norm()
+    chosen, rejected = logprobs.mean(0)
+    values = {"loss": loss, "grad_norm": norm, "chosen_logprob": chosen, "rejected_logprob": rejected}
     return {name: float(value.detach()) for name, value in values.items()}
+
+
+def step_errors(found: Mapping[str, float], exact: Mapping[str, float]) -> dict[str, float]:
+    return {name: abs(found[name] - value) / abs(value) for name, value in exact.items()}
 
 
 def check_step(dtype: torch.dtype) -> dict[str, float]:
     """Relative errors of what a step reports."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(SHAPE).to(torch.bfloat16).float()  # weights that bfloat16 holds
+    policy, other = policy_and_reference()
     examples = random_examples(TINY, SHAPE.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        trainer, reference, _ = build_trainer(Path(folder), TINY, 1, dtype=dtype)
+        for name, model in (("policy", policy), ("reference", other)):
+            model.save_pretrained(Path(folder, name))
+        trainer, reference, _ = build_trainer(Path(folder, "reference"), TINY, 1, dtype=dtype)
+        from megatron_sip.hf.weights import load_hf_weights
+
+        load_hf_weights(trainer.model, Path(folder, "policy"))
+    trainer.optimizer.reload_model_params()
     ours = flatten(trainer.train_step(examples, reference, 0))
-    exact = exact_step(model, examples)
-    errors = {name: abs(ours[name] - value) / abs(value) for name, value in exact.items()}
+    exact = exact_step(policy, other, examples)
+    errors = step_errors(ours, exact)
     require(max(errors.values()) <= RELATIVE[dtype], f"a step in {dtype}: {ours} for {exact}")
     return errors
 
