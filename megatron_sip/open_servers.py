@@ -15,11 +15,13 @@ from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.config.settings import Settings
 from megatron_sip.console import say
 from megatron_sip.experience.leader import ClientsSettings, Leader, rotated_urls
+from megatron_sip.rollout.engine_memory import EngineMemory
 from megatron_sip.rollout.sync_disk import DiskWeightSync
 from megatron_sip.rollout.sync_distributed import DistributedWeightSync
 from megatron_sip.rollout.weight_group import SyncSettings, address_for
 from megatron_sip.rollout.weight_sync import SyncRank, WeightSync
 from megatron_sip.serving.local_servers import LocalServers, ServerUrls
+from megatron_sip.time_sharing import TimeSharing
 from megatron_sip.training.leaders import LeaderExchange
 
 
@@ -83,7 +85,8 @@ def open_weight_sync(
     )
     rollouts = settings.rollouts
     how = SyncSettings(
-        backend="nccl" if torch.cuda.is_available() else "gloo",
+        # NCCL refuses two ranks on one GPU.
+        backend="nccl" if torch.cuda.is_available() and not rollouts.colocate else "gloo",
         address=address_for(urls),
         bucket_bytes=rollouts.bucket_bytes,
         timeout_s=rollouts.timeout_s,
@@ -97,6 +100,16 @@ def open_weight_sync(
     sync.connect()
     stack.callback(sync.close)
     return sync
+
+
+def open_time_sharing(
+    settings: Settings, urls: Sequence[str], exchange: LeaderExchange, servers: LocalServers | None
+) -> TimeSharing | None:
+    """The turns of trainer and engines with --colocate, else None."""
+    if not settings.needs.engines or not settings.rollouts.colocate:
+        return None
+    engines = EngineMemory(urls, settings.rollouts.timeout_s, settings.rollouts.key())
+    return TimeSharing(exchange, engines, servers)
 
 
 def shared_out(urls: Sequence[str], replica: int, replicas: int) -> Sequence[str]:

@@ -35,7 +35,14 @@ from megatron_sip.judge.python_functions import check_functions
 from megatron_sip.judge.settings import function_of
 from megatron_sip.metrics import Metrics, flatten
 from megatron_sip.open_measurements import check_prompt_sets, open_comparison, open_suites, open_validation
-from megatron_sip.open_servers import clients, open_leader, open_weight_sync, share_urls, start_local_servers
+from megatron_sip.open_servers import (
+    clients,
+    open_leader,
+    open_time_sharing,
+    open_weight_sync,
+    share_urls,
+    start_local_servers,
+)
 from megatron_sip.open_tasks import open_tasks
 from megatron_sip.open_trainer import open_trainer
 from megatron_sip.records import Task
@@ -45,6 +52,7 @@ from megatron_sip.run_state import RunState
 from megatron_sip.serving.local_servers import LocalServers
 from megatron_sip.step_watch import StepWatch
 from megatron_sip.stop_signal import StopSignal
+from megatron_sip.time_sharing import TimeSharing
 from megatron_sip.training.checkpoints import require_whole_checkpoint, require_whole_weights, saving_explained
 from megatron_sip.training.leaders import LeaderExchange
 from megatron_sip.training.metrics_writer import MetricsWriter
@@ -81,6 +89,8 @@ class Run:
     """What ends the run, once its present step is saved; empty where another rank says it."""
     servers: LocalServers | None = None
     """Those of this node, on the rank that started them."""
+    sharing: TimeSharing | None = None
+    """With --colocate."""
     watch: StepWatch = field(default_factory=lambda: StepWatch(0.0, ""))
     unsaved_reference: int | None = None
     """Iteration at which the reference was updated, when no checkpoint has kept it since."""
@@ -159,6 +169,8 @@ class Run:
         there, as soon as one engine is missing.
         """
         self.watch.doing("sending weights to the engines")
+        if self.sharing is not None:
+            self.sharing.to_engines()
         found = self._push(require_all)
         for _ in range(PUSHES_AGAIN):
             if not isinstance(found, str) or require_all or not self._engines_are_back():
@@ -299,6 +311,7 @@ def set_up(settings: Settings, stack: contextlib.ExitStack) -> Run:
         validation=open_suites(settings, held_out, tokenizer) or open_validation(settings, held_out, tokenizer),
         checksums=ChecksumWriter(rank),
         servers=servers,
+        sharing=open_time_sharing(settings, urls.engines, exchange, servers),
         watch=StepWatch(settings.run.step_timeout_s, f"{settings.run.run_dir}/logs", rank),
         ahead=open_ahead(settings, state.experience_ahead),
     )

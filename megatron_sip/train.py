@@ -146,6 +146,8 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
             return stop_early(run, stop)
         under_way = begin_ahead(run, stop, made.rounds)
         examples, metrics = made.examples, made.metrics | saving
+        if run.sharing is not None:
+            run.sharing.to_trainer()
         run.watch.doing("training")
         metrics |= run.trainer.train_step(examples, run.reference, state.iteration)
         state.non_finite_steps = in_a_row(state.non_finite_steps, metrics, trained=bool(examples))

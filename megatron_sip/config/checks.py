@@ -162,6 +162,13 @@ def _check_servers(args: argparse.Namespace) -> Iterator[str]:
         yield ("rollouts need engines: give --rollout-url URL ..., or --rollout-local N to start them here")
     if args.rollout_url and args.rollout_local:
         yield "--rollout-url and --rollout-local exclude each other: use one"
+    if args.colocate and not args.rollout_local:
+        yield (
+            "--colocate releases the memory of engines that the run starts itself: give --rollout-local N; those of "
+            "--rollout-url may serve others"
+        )
+    if args.colocate and args.max_staleness:
+        yield "--colocate and --max-staleness 1 exclude each other: engines would sample while the trainer has their memory"
     if needs.teacher and not args.teacher_url and not args.teacher_model:
         yield "the judge or rewriter needs a server: give --teacher-url URL ..., or --teacher-model DIR"
     for role in ("teacher", "rewriter"):
@@ -361,8 +368,10 @@ def _check_local_servers(args: argparse.Namespace) -> Iterator[str]:
             "nodes start them apart and give --rollout-url and --teacher-url (examples/train_continual.sbatch)"
         )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
-    if args.local_server_memory is None and gpus is not None and gpus < here + servers:
+    shared = args.local_server_memory is not None or args.colocate
+    if not shared and gpus is not None and gpus < here + servers:
         yield (
             f"--rollout-local, --teacher-model, --rewriter-model: {here} trainer processes and {servers} servers need a GPU "
-            f"each, this node has {gpus}: start fewer processes, or serve elsewhere and give --rollout-url and --teacher-url"
+            f"each, this node has {gpus}: start fewer processes, let them share GPUs "
+            "(--colocate, --local-server-memory), or serve elsewhere and give --rollout-url and --teacher-url"
         )

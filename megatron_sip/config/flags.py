@@ -242,7 +242,12 @@ ROLLOUT_FLAGS: Flags = {
     "--local-server-memory": (
         {"type": float, "metavar": "SHARE"},
         "What each local server takes of a GPU's memory; servers then share the GPUs behind the trainer's, or its last "
-        "one. Default: a GPU a server.",
+        "one. Default: a GPU a server, with --colocate 0.4.",
+    ),
+    "--colocate": (
+        {"action": "store_true"},
+        "Engines of --rollout-local are on the trainer's GPUs, and free their memory while it trains (weights then go by gloo, "
+        "or by a disk). The trainer keeps weights, gradients and optimizer; without a GPU nothing is freed.",
     ),
     "--weight-sync": (
         {"choices": ["distributed", "disk"], "default": "distributed"},

@@ -38,6 +38,9 @@ from megatron_sip.serving.launch import ServerSettings
 from megatron_sip.serving.local_servers import ENGINE_FLAGS, ENGINE_MARGIN, LocalServerSettings, ServerUrls
 from megatron_sip.training.objectives.settings import ObjectiveSettings
 
+COLOCATED_MEMORY = 0.4
+"""Of a GPU's memory, for a server beside the trainer, which keeps its weights and optimizer; not tried on a GPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
@@ -107,6 +110,7 @@ class RolloutSettings:
 
     context_length: tokens that an engine must take, prompt and answer. weight_sync: see --weight-sync; sync_dir: for disk.
     run_id: the run's name, known once its folder is open.
+    colocate: engines share the trainer's GPUs, see `TimeSharing`.
     """
 
     timeout_s: float
@@ -119,6 +123,7 @@ class RolloutSettings:
     sync_dir: Path
     bucket_bytes: int
     run_id: str = ""
+    colocate: bool = False
 
     def key(self) -> str | None:
         """What the engines demand as a bearer token; checked when the flags were."""
@@ -374,16 +379,18 @@ def rollout_settings(args: argparse.Namespace) -> RolloutSettings:
         weight_sync=args.weight_sync,
         sync_dir=Path(args.weight_sync_dir),
         bucket_bytes=args.weight_sync_bucket_mb << 20,
+        colocate=args.colocate,
     )
 
 
 def local_server_settings(args: argparse.Namespace) -> LocalServerSettings:
     """The servers that this run starts."""
+    memory = COLOCATED_MEMORY if args.colocate and args.local_server_memory is None else args.local_server_memory
     needs, logs = Needs.from_args(args), Path(args.run_dir or args.save) / "logs"
     common = ServerSettings(
         model_path=args.hf_config or "",
         dtype=args.local_engine_dtype,
-        mem_fraction=args.local_server_memory,
+        mem_fraction=memory,
         max_total_tokens=args.local_engine_tokens,
         seed=args.seed,
     )
@@ -392,6 +399,7 @@ def local_server_settings(args: argparse.Namespace) -> LocalServerSettings:
         log_file=logs / "engine.log",
         context_length=args.seq_length + ENGINE_MARGIN,
         extra_args=ENGINE_FLAGS,
+        memory_saver=args.colocate,
     )
     teacher = replace(common, model_path=args.teacher_model or "", log_file=logs / "teacher.log")
     rewriter = replace(common, model_path=args.rewriter_model or "", log_file=logs / "rewriter.log")
@@ -400,5 +408,6 @@ def local_server_settings(args: argparse.Namespace) -> LocalServerSettings:
         engines=args.rollout_local,
         teacher=teacher if args.teacher_model and needs.teacher else None,
         rewriter=rewriter if args.rewriter_model and needs.rewriter else None,
-        share_gpus=args.local_server_memory is not None,
+        share_gpus=memory is not None,
+        colocate=args.colocate,
     )

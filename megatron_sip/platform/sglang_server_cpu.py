@@ -25,6 +25,14 @@ def fork_processes() -> None:
     multiprocessing.set_start_method = lambda *_args, **_options: None
 
 
+def wait_for_no_gpu() -> None:
+    """SGLang waits for a GPU once it has released memory, and a torch that is made for CUDA ends it where there is none."""
+    import torch
+
+    torch.cuda.synchronize = lambda *_: None
+
+
 if __name__ == "__main__":
     fork_processes()
+    wait_for_no_gpu()
     runpy.run_module("sglang.launch_server", run_name="__main__")

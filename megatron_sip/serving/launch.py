@@ -68,6 +68,7 @@ class ServerSettings:
 
     `mem_fraction` and `max_total_tokens` None leave the choice to SGLang on a GPU and to
     CPU_MEM_FRACTION and CPU_MAX_TOTAL_TOKENS without one.
+    `memory_saver`: on a GPU, memory can be released and taken again.
     `dtype` is SGLang's; bfloat16, its own choice or ours, becomes float32 on a processor that is faster so.
     `devices` are the GPUs that the server may see, as indices among those that this process sees (None: all).
     `extra_args` are SGLang flags, passed as they are, last. `log_file` None makes a temporary file. `start_timeout_s`
@@ -78,6 +79,7 @@ class ServerSettings:
     dtype: str = "auto"
     mem_fraction: float | None = None
     max_total_tokens: int | None = None
+    memory_saver: bool = False
     context_length: int | None = None
     seed: int | None = None
     devices: tuple[int, ...] | None = None
@@ -110,6 +112,7 @@ def server_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[st
         "--log-level-http=warning",  # no line for each of the millions of requests of a run
         *(f"{flag}={value}" for flag, value in optional.items() if value is not None),
         *(CPU_FLAGS if on_cpu else ()),
+        *(("--enable-memory-saver",) if settings.memory_saver and not on_cpu else ()),
         *settings.extra_args,
     ]
 

@@ -43,7 +43,7 @@ class ServerUrls:
 class LocalServerSettings:
     """What a run starts: `engines` times `engine`, a teacher, a rewriter of its own; None: none of that kind.
 
-    share_gpus: servers share the GPUs that the trainer leaves, or its last one.
+    share_gpus: servers share the GPUs that the trainer leaves, or its last one. colocate: engines are on the trainer's GPUs.
     """
 
     engine: ServerSettings | None = None
@@ -51,6 +51,7 @@ class LocalServerSettings:
     teacher: ServerSettings | None = None
     rewriter: ServerSettings | None = None
     share_gpus: bool = False
+    colocate: bool = False
 
     @property
     def count(self) -> int:
@@ -107,6 +108,11 @@ class LocalServers:
         """Wait until an engine answers, started again if it must be; False where all are given up, or none was started."""
         return any_answers(self._engine_keepers)
 
+    def expect_silent_engines(self, silent: bool) -> None:
+        """Whether engines answer nothing for now, see `Keeper.expect_silence`."""
+        for keeper in self._engine_keepers:
+            keeper.expect_silence(silent)
+
     def stop(self) -> None:
         """Stop whatever was started, all at the same time; waits for a first start under way."""
         if self._keepers:
@@ -127,7 +133,11 @@ def spare_gpus(settings: LocalServerSettings) -> tuple[int, ...] | None:
     if not torch.cuda.is_available():
         return None
     first = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
-    return server_gpus(first, settings.count, torch.cuda.device_count() if settings.share_gpus else None)
+    gpus = torch.cuda.device_count() if settings.share_gpus else None
+    if not settings.colocate:
+        return server_gpus(first, settings.count, gpus)
+    engines = settings.engines if settings.engine is not None else 0
+    return (*(engine % first for engine in range(engines)), *server_gpus(first, settings.count - engines, gpus))
 
 
 def server_gpus(first: int, servers: int, shared: int | None) -> tuple[int, ...]:

@@ -193,6 +193,19 @@ def test_recorded_groups_train_the_same_without_any_server(
     assert learnt(steps(tmp_path / "replayed")) == learnt(steps(two_steps))
 
 
+def test_an_engine_that_lends_its_memory_to_the_trainer_changes_no_step(
+    flags: tuple[str, ...], uninterrupted: Path, two_steps: Path, tmp_path: Path
+) -> None:
+    place = flags.index("--rollout-url")
+    own_engine = ("--rollout-local", "1", "--colocate", "--local-engine-dtype", "float32")
+    initial = ("--train-iters", "2", "--pretrained-checkpoint", str(uninterrupted))
+    train(tmp_path / "shared", *flags[:place], *own_engine, *flags[place + 2 :], *initial)
+    assert learnt(steps(tmp_path / "shared")) == learnt(steps(two_steps))
+    assert [record["engines/unsynced"] for record in steps(tmp_path / "shared")] == [0, 0]
+    [log] = (tmp_path / "shared" / "logs").glob("engine*")
+    assert "SIGQUIT" not in log.read_text()  # SGLang's word for an end that nobody asked for
+
+
 @pytest.mark.parametrize("distributed", [False, True])
 def test_a_run_saved_before_its_first_update_goes_on_as_one_that_begins(
     corpus: Path, tiny_llama_dir: Path, tmp_path: Path, distributed: bool

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from thread_exchange import ThreadExchange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workers import kill_server
 
+from megatron_sip.rollout.engine_memory import EngineMemory
 from megatron_sip.rollout.handshake import ModelContract
 from megatron_sip.rollout.pool import PoolSettings, SGLangPool
 from megatron_sip.rollout.sampling import Failure, SamplingSettings, read_completions, sampling_body
@@ -25,6 +27,7 @@ from megatron_sip.rollout.sync_distributed import DistributedWeightSync
 from megatron_sip.rollout.weight_group import SyncSettings
 from megatron_sip.rollout.weight_sync import SyncRank, WeightSync, WeightSyncError
 from megatron_sip.serving.blocking_call import call
+from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.launch import LocalServer
 from megatron_sip.serving.local_servers import ENGINE_MARGIN
 
@@ -290,6 +293,21 @@ async def test_an_engine_that_restarts_with_made_up_weights_is_left_out_and_rejo
             await assert_serves(url, reference, "both-again")
     finally:
         sync.close()
+
+
+async def test_an_engine_lends_its_memory_and_serves_what_is_pushed_then(
+    tiny_engine: LocalServer, reference: Any
+) -> None:
+    url, changed = tiny_engine.url, scaled(reference, 1.01)
+    memory = EngineMemory([url], timeout_s=30.0)
+    with closing(DistributedWeightSync([url], SyncRank(), SETTINGS)) as sync:
+        for model, version in ((reference, "before"), (changed, "after")):
+            memory.release()
+            with pytest.raises(RequestError, match="no answer within 1 s"):
+                call(url, "POST", "/generate", {"text": "a", "sampling_params": {"max_new_tokens": 1}}, timeout_s=1)
+            memory.resume()
+            sync.push(named_tensors(model), version=version)
+            await assert_serves(url, model, version)
 
 
 def test_two_sources_each_send_their_pipeline_stage(tiny_llama_server: LocalServer, reference: Any) -> None:

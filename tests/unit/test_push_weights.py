@@ -124,9 +124,25 @@ def test_a_replica_that_loses_all_its_engines_is_trouble_only_when_the_others_ha
     run = run_of(LostSync(1), Exchange((3, 2, ""), None))
     assert run.push_weights() == {"engines/unsynced": 6.0}
     run = run_of(LostSync(9), Exchange((3, 3, "no route"), None))
-    run.settings, run.troubles = unchecked_settings(), []
+    run.troubles = []
     assert run.push_weights() == {}
     assert run.troubles == ["the engines did not get the weights of step 7: connection refused; no route"]
+
+
+class Sharing:
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def to_engines(self) -> None:
+        self.events.append("wake")
+
+
+def test_engines_that_lent_their_memory_have_it_back_before_the_push() -> None:
+    sync = LostSync(0)
+    run = run_of(sync, Exchange())
+    run.sharing = Sharing(sync.events)  # type: ignore[assignment]
+    assert run.push_weights() == {"engines/unsynced": 0.0}
+    assert sync.events == ["wake", "push"]
 
 
 def test_the_first_push_requires_all() -> None:

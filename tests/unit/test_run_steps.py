@@ -98,6 +98,33 @@ def test_a_step_most_of_whose_groups_are_lost_makes_no_update_and_says_why(capsy
     assert "step 3: no update" not in shown
 
 
+class SharingRun(FakeRun):
+    """That notes what happens in a step."""
+
+    def __init__(self) -> None:
+        super().__init__([True] * 2, save_interval=100)
+        self.events: list[str] = []
+        self.sharing: Any = SimpleNamespace(to_trainer=lambda: self.events.append("lend"))
+
+    def make_experience(self, stop: StopSignal, round_index: int = 0) -> Experience:
+        self.events.append("experience")
+        return super().make_experience(stop, round_index)
+
+    def train_step(self, examples: Sequence[Example], reference: None, iteration: int) -> Metrics:
+        self.events.append("train")
+        return {}
+
+    def push_weights(self, *, require_all: bool = False) -> Metrics:
+        self.events.append("push")
+        return {}
+
+
+def test_engines_lend_their_memory_between_experience_and_training() -> None:
+    run = SharingRun()
+    assert run_steps(run, StopSignal())
+    assert run.events == ["experience", "lend", "train", "push"] * 2
+
+
 def test_a_checkpoint_that_is_due_at_an_empty_step_comes_after_the_next_usable_one() -> None:
     run = FakeRun([True, False, False, True, True, False], save_interval=2)
     assert run_steps(run, StopSignal())

@@ -24,6 +24,7 @@ ROOMS = [
         "evaluation",
         "one_node",
         "planning",
+        "time_sharing",
         "open_measurements",
         "open_servers",
         "open_tasks",

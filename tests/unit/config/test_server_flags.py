@@ -19,6 +19,8 @@ from megatron_sip.config.teacher_settings import judge_settings, rating_settings
 from megatron_sip.experience.leader import PROBE_TEXT, Leader
 from megatron_sip.judge.rewriter import Rewriter
 from megatron_sip.records import Task
+from megatron_sip.serving.launch import server_command
+from megatron_sip.serving.local_servers import spare_gpus
 
 OWN_REWRITER = (
     *("--rewriter-url", "http://rewriter:1", "--rewriter-api", "openai", "--rewriter-name", "big"),
@@ -79,6 +81,11 @@ def test_a_last_judge_of_its_own() -> None:
         (("--rewriter-api", "openai"), "--rewriter-api openai needs --rewriter-name"),
         (("--eval-judge-api", "openai"), "--eval-judge-api openai needs --eval-judge-name"),
         (("--rewriter-model", "/nowhere"), "--rewriter-model /nowhere: no config.json there"),
+        (
+            ("--colocate",),
+            "--colocate releases the memory of engines that the run starts itself: give --rollout-local N",
+        ),
+        (("--colocate", "--max-staleness", "1"), "--colocate and --max-staleness 1 exclude each other"),
         (("--rewriter-url", "rewriter"), "--rewriter-url rewriter: a URL starts with http"),
         ((*REWRITES, *OWN_REWRITER, "--rewriter-context", "0"), "--rewriter-context: endpoint http://rewriter:1"),
         (
@@ -127,6 +134,27 @@ def test_whom_the_first_leader_asks_alone_gets_all_calls_from_it() -> None:
     assert rating is not None
     assert shared is not None
     assert [client.in_flight for client in (own, rating, shared)] == [256, 256, 64]
+
+
+def test_engines_beside_the_trainer_take_a_part_of_its_gpus_and_can_free_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = settings("--colocate", "--rollout-local", "3", rollout_url=None)
+    servers = made.local_servers
+    assert made.rollouts.colocate
+    assert servers.engine is not None
+    assert (servers.engine.mem_fraction, servers.engine.memory_saver, servers.share_gpus) == (0.4, True, True)
+    assert "--enable-memory-saver" in server_command(servers.engine, 1, on_cpu=False)
+    assert "--enable-memory-saver" not in server_command(servers.engine, 1, on_cpu=True)
+    own = settings("--colocate", "--rollout-local", "1", "--local-server-memory", "0.3", rollout_url=None)
+    assert own.local_servers.engine is not None
+    assert own.local_servers.engine.mem_fraction == 0.3
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    two_kinds = replace(servers, teacher=servers.engine)
+    assert spare_gpus(two_kinds) == (0, 1, 0, 2)  # the teacher is behind the trainer's
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert spare_gpus(two_kinds) == (0, 0, 0, 0)
 
 
 def test_a_local_rewriter_is_one_server_more(tmp_path: Path) -> None:

@@ -98,6 +98,19 @@ def test_a_server_that_is_silent_for_less_than_the_bound_is_left_alone(server: S
     assert len(server.pids()) == 1
 
 
+def test_a_server_that_is_to_be_silent_is_not_asked_and_is_asked_again_afterwards(server: StubServer) -> None:
+    keeper = Keeper("the engine", server, pytest.fail, QUICK)
+    keeper.expect_silence(True)
+    (server.folder / "hangs").touch()
+    time.sleep(0.5)
+    assert len(server.pids()) == 1
+    keeper.expect_silence(False)
+    wait_until(lambda: len(server.pids()) == 2)
+    (server.folder / "hangs").unlink()
+    assert keeper.await_answer()
+    keeper.close()
+
+
 def test_a_stopped_process_is_ended_and_started_again(server: StubServer) -> None:
     os.kill(server.pids()[0], signal.SIGSTOP)
     keeper = Keeper("the teacher", server, pytest.fail, QUICK)
