@@ -36,8 +36,11 @@ COMPLETE = (
     *("--hf-config", "model", "--data-path", "a.jsonl", "--save", "run", "--seq-length", "256", "--train-iters", "3"),
     *("--lr", "1e-3", "--objective", "sft"),
 )
+SHELL_FLAG = re.compile(r"^ +(--[a-z-]+)\) ", re.MULTILINE)
+"""As a shell script takes its own: a branch of `case`."""
 OTHER_PROGRAMS = {
     *(
+        "--config",
         "--nproc-per-node",
         "--nodes",
         "--max-restarts",
@@ -219,8 +222,10 @@ def test_documentation_names_existing_flags_only(page: str) -> None:
     text = re.sub(r"```.*?```", "", (REPO / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![\w*-])", text))
     ours = {name for action in early_parser()._actions for name in action.option_strings}
-    tools = {flag for path in (REPO / "tools").glob("*.py") for flag in LITERAL_FLAG.findall(path.read_text())}
-    assert named - ours - tools - command_flags() - megatron_flag_names() - OTHER_PROGRAMS == set()
+    programs = [*(REPO / "tools").glob("*.py"), *(REPO / "benchmarks").glob("*.py")]
+    scripts = {flag for path in programs for flag in LITERAL_FLAG.findall(path.read_text())}
+    scripts |= {flag for path in (REPO / "examples").glob("*.sh") for flag in SHELL_FLAG.findall(path.read_text())}
+    assert named - ours - scripts - command_flags() - megatron_flag_names() - OTHER_PROGRAMS == set()
 
 
 def command_flags() -> set[str]:
