@@ -28,6 +28,8 @@ CRITERION = "short-quality"
 REWARD, FIRST = "score/rollout", "judge/label/first-shown-preferred"
 """Of the rollouts of a step, sampled at T=1 for records that were never trained on: the means of their rewards, and of their
 verdicts for the first option."""
+MISSING = "judge/verdicts-missing/label"
+"""Rollouts that held no verdict: their reward is 0."""
 HELD_OUT = {REWARD: f"validation/accuracy/{CRITERION}", FIRST: f"validation/first-option/{CRITERION}"}
 
 
@@ -58,7 +60,7 @@ def report_of(run_dir: Path) -> dict[str, Any]:
 
 def curve_names(trained: Sequence[dict[str, float]]) -> list[str]:
     """What is kept of every step."""
-    wanted = (REWARD, FIRST, "examples", "grad_norm", "engine_logprob_abs_diff", "loss")
+    wanted = (REWARD, FIRST, "examples", "grad_norm", "engine_logprob_abs_diff", "loss", "length/rollout", MISSING)
     return [name for name in sorted(trained[0]) if name.startswith(wanted)]
 
 

@@ -195,6 +195,22 @@ def test_the_judge_in_the_docs_is_the_one_that_was_trained() -> None:
     assert f"in {shown[0]} of held-out records, and in {shown[1]} after {report['steps']} steps" in readme
 
 
+def test_the_reasoning_judge_in_the_docs_is_the_one_that_was_trained() -> None:
+    report = json.loads((REPO / "docs" / "results" / "judge_reasoning.json").read_text())
+    curves, rows = report["curves"], rows_of("docs/training-a-judge.md", 3)
+    for name, metric, form in (
+        ("without a verdict, of 144", "judge/verdicts-missing/label", "{:.0f}"),
+        ("tokens of an answer", "length/rollout", "{:.1f}"),
+        ("of the verdicts, for option 1", "judge/label/first-shown-preferred/short-reasoned-quality", "{:.0%}"),
+        ("right", "score/rollout", "{:.0%}"),
+    ):
+        assert rows[name] == [form.format(curves[metric][step - 1]) for step in (1, 17)], name
+    page = " ".join((REPO / "docs" / "training-a-judge.md").read_text(encoding="utf-8").split())
+    assert f"{report['steps']} steps, a median of {report['step_seconds']['total']:.0f} s" in page
+    named = report["prompts_asked_of_the_untrained_model"]["short_reasoned_quality, T=1, 48 tokens"]
+    assert f"{named['with a verdict']} of {named['answers']} answers then hold a verdict" in page
+
+
 def test_slurm_md_s_table_of_pushes_is_the_benchmark_s() -> None:
     ways = ("a group for each engine, from the first replica", "a group for each engine, from all replicas")
     found = json.loads((RESULTS / "weight_sync_cpu.json").read_text())["nccl_by_formula"]
