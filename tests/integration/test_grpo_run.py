@@ -79,7 +79,7 @@ def test_killed_and_continued_it_trains_on_the_same_groups_to_the_same_numbers(
         assert [after[name] for name in TRAINED] == [before[name] for name in TRAINED]
 
 
-LABEL_STEPS = 32
+LABEL_STEPS = 40
 LABELS = (
     *("--tasks", "judgements", "--judge-verdict", "soft", "--suffix-length", "1", "--seq-length", str(SEQ_LENGTH)),
     *(
