@@ -11,6 +11,7 @@ import pytest
 from random_kills import (
     AHEAD,
     Kill,
+    Victim,
     engine_settings,
     require_each_task_once_a_step_ahead,
     require_equal,
@@ -26,10 +27,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 
 @pytest.fixture(scope="module")
-def victims(tiny_llama_dir: Path) -> Iterator[dict[str, LocalServer]]:
+def victims(tiny_llama_dir: Path) -> Iterator[dict[Victim, LocalServer]]:
     """An engine and a teacher of this module's own."""
     teacher = ServerSettings(tiny_llama_dir, dtype="float32", max_total_tokens=8192)
-    servers = {"engine": LocalServer(engine_settings(tiny_llama_dir)), "teacher": LocalServer(teacher)}
+    servers: dict[Victim, LocalServer] = {
+        "engine": LocalServer(engine_settings(tiny_llama_dir)),
+        "teacher": LocalServer(teacher),
+    }
     with ThreadPoolExecutor(len(servers)) as threads:
         list(threads.map(LocalServer.start, servers.values()))
     yield servers
@@ -39,7 +43,7 @@ def victims(tiny_llama_dir: Path) -> Iterator[dict[str, LocalServer]]:
 
 @pytest.fixture(scope="module")
 def flags(
-    corpus: Path, tiny_llama_dir: Path, tiny_engine: LocalServer, victims: dict[str, LocalServer]
+    corpus: Path, tiny_llama_dir: Path, tiny_engine: LocalServer, victims: dict[Victim, LocalServer]
 ) -> tuple[str, ...]:
     return (
         *("--hf-config", str(tiny_llama_dir), "--data-path", str(corpus), *AHEAD),
@@ -49,10 +53,10 @@ def flags(
 
 @pytest.fixture(scope="module")
 def uninterrupted(
-    flags: tuple[str, ...], victims: dict[str, LocalServer], tmp_path_factory: pytest.TempPathFactory
+    flags: tuple[str, ...], victims: dict[Victim, LocalServer], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     run = tmp_path_factory.mktemp("ahead") / "uninterrupted"
-    run_killed(run, flags, [], victims)  # type: ignore[arg-type]
+    run_killed(run, flags, [], victims)
     return run
 
 
@@ -66,12 +70,12 @@ def test_a_step_trains_on_rollouts_by_the_weights_before_the_last_update(uninter
 
 
 def test_killed_trainer_engine_and_teacher_change_no_rollout_and_no_number(
-    uninterrupted: Path, flags: tuple[str, ...], victims: dict[str, LocalServer], tmp_path: Path
+    uninterrupted: Path, flags: tuple[str, ...], victims: dict[Victim, LocalServer], tmp_path: Path
 ) -> None:
     """The trainer once before its first checkpoint, and once between two of them, while experience is under way."""
     kills = [Kill("trainer", 1, 0.1), Kill("engine", 2, 0.1), Kill("trainer", 3, 0.0), Kill("teacher", 5, 0.1)]
     run = tmp_path / "killed"
-    run_killed(run, flags, kills, victims)  # type: ignore[arg-type]
+    run_killed(run, flags, kills, victims)
     assert "successfully loaded checkpoint" in output(run)
     require_each_task_once_a_step_ahead(run)
     require_equal(run, uninterrupted)
