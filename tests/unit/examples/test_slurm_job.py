@@ -56,7 +56,8 @@ def note(text):
 if "sglang.launch_server" in words:
     kept = words[words.index("megatron_sip.serving.job_server"):words.index("--")]
     server = words[words.index("sglang.launch_server"):]
-    os.execv(sys.executable, ["python", "-m", *kept, "--", sys.executable, str(Path(__file__).with_name("server")), *server])
+    python = sys.executable
+    os.execv(python, [python, "-m", *kept, "--", python, str(Path(__file__).with_name("server")), *server])
 def killed(*_):
     note("trainer killed")
     os._exit(137)

@@ -196,7 +196,12 @@ def test_close_ends_a_start_under_way(server: StubServer) -> None:
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.1, 0.3])
 def test_killed_in_a_restart_the_trainer_leaves_no_server(tmp_path: Path, delay_s: float) -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # pytest's own, with tests/helpers
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert parent.stdout is not None
     parent.stdout.readline()
     [first] = StubServer(tmp_path).pids()
