@@ -1,6 +1,7 @@
 # make install    everything into .venv (Python 3.12 and a C++ compiler are all it needs); then source .venv/bin/activate
 # make install-gpu   also Transformer Engine, for machines with GPUs
 # make demo       Self-Improving Pretraining on this machine; DATA="my/*.jsonl" trains on your own text
+# make evidence the studies of docs/results.md on this machine, hours; ONLY="judge cost" names some (python -m evidence --help)
 # make test       unit tests, then the integration tests with real Megatron and real SGLang
 # make lint       ruff, clang-format, mypy, shellcheck, uv.lock against pyproject.toml
 # make bench      the CPU benchmarks in about 15 minutes, results under build/bench/ (RESULTS=benchmarks/results publishes them)
@@ -11,13 +12,14 @@ IS_3_12 := 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'
 VENV ?= .venv
 UV_VERSION := 0.13.9
 DATA ?=
+ONLY ?=
 BENCH_SECONDS ?= 870
 RESULTS ?= build/bench
 RUN_DIR ?= $(if $(DATA),runs/demo-own-text,runs/demo)
 BIN := $(VENV)/bin
 KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: install install-bench install-gpu demo test test-unit test-integration lint format bench clean
+.PHONY: install install-bench install-gpu demo evidence test test-unit test-integration lint format bench clean
 
 install: $(VENV)/installed
 
@@ -41,6 +43,9 @@ $(VENV)/installed: pyproject.toml uv.lock setup.py $(KERNELS)
 
 demo: install
 	PATH="$(abspath $(BIN)):$$PATH" examples/demo.sh --run-dir "$(RUN_DIR)" $(if $(DATA),--data "$(DATA)")
+
+evidence: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m evidence $(if $(ONLY),--only $(ONLY))
 
 DURATIONS = --durations=40 --junitxml=build/$(1)-tests.xml
 

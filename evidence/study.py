@@ -1,0 +1,181 @@
+"""What all studies share: a study's parts, done one after the other and each only once, and where its files lie.
+
+A study is a list of parts. A part is commands of this repository's programs, and the files that are there when they are done.
+What is done is written into parts.json of the study's folder, with its commands. A run that was killed goes on with the same
+call: parts that are done are left out, and the programs of the others continue where they were.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sip.console import say
+from megatron_sip.errors import UserError
+from megatron_sip.files import read_json, write_atomically
+from megatron_sip.one_node.ranks import LocalRanks
+from megatron_sip.serving.launch import LocalServer, ServerSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+DONE = "parts.json"
+SERVED_URL = "SERVED_URL"
+"""In a part's commands: the address of the server of its `served`."""
+PYTHON = "python"
+"""As a command's first word: this interpreter."""
+
+Report = dict[str, Any]
+
+
+class StudyError(UserError, RuntimeError):
+    """A study cannot go on; the message says which part of it, and what to do."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study works, and with what.
+
+    run_dir: of all studies; a study's own folder is run_dir/NAME. seeds: of its main comparison. quick: everything as small as
+    possible, to see that it runs; says nothing. standard_tasks: also measure them where a study can. smollm2: HF folder of
+    SmolLM2-135M-Instruct. wiki_leads: JSON lines of Wikipedia leads.
+    """
+
+    run_dir: Path
+    seeds: tuple[int, ...] = (1, 2, 3)
+    quick: bool = False
+    standard_tasks: bool = False
+    smollm2: Path = Path("SMOLLM2")
+    wiki_leads: Path = Path("WIKI_LEADS")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a study: done when its commands have ended well and `results` are there.
+
+    commands: words, of which the first is PYTHON or a program of this repository by its path from the root, where they run.
+    served: the HF folder of a model that a server of this machine serves meanwhile, at SERVED_URL.
+    """
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    results: tuple[Path, ...]
+    served: Path | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study. name: of its folder, its JSON (docs/results/evidence_NAME.json) and figure. question: in one line.
+
+    parts: what is to be run, in order; known without running anything. report: of what the parts left, whatever is to be
+    published; holds no paths. draw: a figure of the report. section: its Markdown, without the heading, from the report alone;
+    every figure in it comes from there. minutes: its budget on two cores with AVX2 alone.
+    """
+
+    name: str
+    question: str
+    minutes: int
+    parts: Callable[[Place], Sequence[Part]]
+    report: Callable[[Place], Report]
+    draw: Callable[[Mapping[str, Any], Path], None]
+    section: Callable[[Mapping[str, Any]], str]
+
+    def folder(self, place: Place) -> Path:
+        """Where its parts work."""
+        return place.run_dir / self.name
+
+
+def do_parts(parts: Sequence[Part], folder: Path, *, dry_run: bool = False) -> float:
+    """Do what is not done yet, each command shown before it runs; returns the seconds that all parts took, of this call and
+    of earlier ones. With dry_run nothing is run.
+
+    Raises StudyError: a part fails, was stopped, or was done by other commands.
+    """
+    names = [part.name for part in parts]
+    assert len(set(names)) == len(names), f"parts of the same name among {names}"
+    for number, part in enumerate(parts, start=1):
+        say(f"# {folder.name}, part {number} of {len(parts)}: {part.name}{', done' if is_done(part, folder) else ''}")
+        if dry_run:
+            for words in part.commands:
+                say(shlex.join(words))
+        elif not is_done(part, folder):
+            _do(part, folder)
+    done = _done(folder)
+    return sum(done[name]["seconds"] for name in names if name in done)
+
+
+def is_done(part: Part, folder: Path) -> bool:
+    """Whether it was done by the same commands. Raises StudyError when it was by others."""
+    record = _done(folder).get(part.name)
+    if record is None or not record["done"] or not all(path.exists() for path in part.results):
+        return False
+    if record["commands"] != _shown(part):
+        raise StudyError(
+            f"{folder}: {part.name!r} was done by other commands, see {DONE} there: give another --run-dir, or remove it"
+        )
+    return True
+
+
+def _do(part: Part, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    finished = False
+    try:
+        with _server(part, folder) as url:
+            for words in part.commands:
+                _run([word.replace(SERVED_URL, url) for word in words], part)
+        if missing := [path for path in part.results if not path.exists()]:
+            raise StudyError(f"{part.name!r} ended without {missing[0]}: it was stopped; the same command continues")
+        finished = True
+    finally:
+        earlier = _done(folder).get(part.name, {}).get("seconds", 0.0)
+        seconds = round(earlier + time.monotonic() - started, 1)
+        record = {"commands": _shown(part), "seconds": seconds, "done": finished}
+        write_atomically(folder / DONE, json.dumps(_done(folder) | {part.name: record}, indent=1) + "\n")
+
+
+def _run(words: Sequence[str], part: Part) -> None:
+    say(shlex.join(words))
+    program = [sys.executable] if words[0] == PYTHON else [str(ROOT / words[0])]
+    status = LocalRanks([*program, *words[1:]]).wait()
+    if status:
+        raise StudyError(f"{part.name!r} ended with status {status}; the same command continues")
+
+
+@contextmanager
+def _server(part: Part, folder: Path) -> Iterator[str]:
+    with ExitStack() as stack:
+        url = ""
+        if part.served is not None:
+            log = folder / f"{part.name.replace(' ', '_')}.server.log"
+            url = stack.enter_context(LocalServer(ServerSettings(part.served, "float32", log_file=log))).url
+        yield url
+
+
+def _shown(part: Part) -> list[str]:
+    return [shlex.join(words) for words in part.commands]
+
+
+def _done(folder: Path) -> dict[str, Any]:
+    path = folder / DONE
+    return read_json(path, "a record of a study's parts") if path.exists() else {}
+
+
+def fetched(tool: str) -> Path:
+    """The path that a tool of tools/ prints, once it has what it fetches. Raises StudyError."""
+    answer = subprocess.run([sys.executable, str(ROOT / "tools" / tool)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if answer.returncode:
+        raise StudyError(f"tools/{tool} ended with status {answer.returncode}: it needs the Python package index once")
+    return Path(answer.stdout.splitlines()[-1])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [list(head), ["---"] * len(head), *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
