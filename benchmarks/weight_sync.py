@@ -34,8 +34,8 @@ TIMEOUT = timedelta(seconds=120)
 CARD, SHARE = 50.0, 0.7
 """GB/s of a GPU's own network card (400 Gbit/s), and the part of it that is used."""
 JOBS = {  # examples/*.sbatch: GB of bfloat16 weights, engines, replicas, a step's seconds but for the push (docs/plan.md)
-    "train_from_scratch.sbatch, 1.4B": (2.8, 16, 16, 7.4),
-    "train_continual.sbatch, 1.4B": (2.8, 16, 16, 115.3),
+    "train_from_scratch.sbatch, 1.4B": (2.8, 8, 8, 6.5),
+    "train_continual.sbatch, 1.4B": (2.8, 8, 8, 96.3),
     "train_judge.sbatch, 8B": (16.0, 32, 8, 50.9),
 }
 

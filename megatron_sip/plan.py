@@ -52,7 +52,10 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--judge-tp", type=int, metavar="N", help="GPUs of one judge")
     parser.add_argument(
-        "--order", choices=ORDERS, default="in turn", help="how phases follow each other (default in turn)"
+        "--order",
+        choices=ORDERS,
+        help="how phases follow each other (default: as the run's would, on arrival, with "
+        "--max-staleness 1 one step ahead)",
     )
     parser.add_argument("--answer-share", type=float, default=0.5, metavar="SHARE", help="part of their room that written "
                         "verdicts and rewrites fill (default 0.5, a guess)")  # fmt: skip
@@ -95,7 +98,7 @@ def understand(own: argparse.Namespace, rest: Sequence[str]) -> Request:
         step_work(planable.settings, own.answer_share),
         machine,
         Search(own.gpus, device, planable.parallel, planable.tensor, planable.pipeline, own.engine_tp, own.judge_tp),
-        own.order,
+        own.order or ("one step ahead" if planable.settings.run.max_staleness else "on arrival"),
     )
 
 
@@ -111,7 +114,7 @@ def run_factors(own: argparse.Namespace, machine: Machine) -> Factors:
     metrics = own.from_run / "metrics.jsonl"
     with explained("--from-run"):
         steps = read_metrics(metrics) if metrics.is_file() else []
-    seconds = measured_seconds(steps)
+    seconds = measured_seconds(steps, cluster.device.shared)
     return factors_of(seconds, step_work(run.settings, own.answer_share), replace(machine, policy=run.policy), cluster)
 
 

@@ -14,11 +14,12 @@ from megatron_sip.planning.work import Work
 PHASES = tuple(field.name for field in fields(Factors))
 
 
-def measured_seconds(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def measured_seconds(steps: Sequence[Mapping[str, float]], shared: bool = False) -> dict[str, float]:
     """Medians of a metrics.jsonl's seconds by phase, `total` too; without the first step, in which much is set up.
 
     The judge's are those in which any group was being judged, beside rollouts or not, where the run measured them. Experience
-    that was made a step ahead took as long as it did.
+    that was made a step ahead took as long as it did. shared: of roles that share their processors, where judging that goes
+    on beside rollouts lengthens these; what counts as the judge's is then what comes behind them.
 
     Raises:
         ArgumentError: there are fewer than two steps.
@@ -26,12 +27,13 @@ def measured_seconds(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     later = [step for step in steps if "seconds/total" in step][1:]
     if not later:
         raise ArgumentError("--from-run: metrics.jsonl has fewer than two steps, and the first one sets much up")
-    return {name: median([_seconds(step, name) for step in later]) for name in (*PHASES, "total")}
+    names = {name: (name,) for name in (*PHASES, "total")} | {"rollout": ("rollout", "ahead/rollout")}
+    names["judge"] = ("judge", "ahead/judge") if shared else ("judging", "ahead/judging", "judge")
+    return {phase: median([_seconds(step, found) for step in later]) for phase, found in names.items()}
 
 
-def _seconds(step: Mapping[str, float], phase: str) -> float:
-    names = {"judge": ("judging", "ahead/judging", "judge"), "rollout": ("rollout", "ahead/rollout")}
-    found = (step.get(f"seconds/{name}") for name in names.get(phase, (phase,)))
+def _seconds(step: Mapping[str, float], names: Sequence[str]) -> float:
+    found = (step.get(f"seconds/{name}") for name in names)
     return next((seconds for seconds in found if seconds is not None), 0.0)
 
 

@@ -8,23 +8,25 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Device:
     """memory: bytes. flops: dense bf16 a second. bandwidth: of its memory, bytes a second. network: of one device towards
-    other nodes, bytes a second. decode_step_s: what a decode step takes beside reading and computing."""
+    other nodes, bytes a second. decode_step_s: what a decode step takes beside reading and computing. shared: all roles run on
+    the same one, so that none of their work goes on beside another's."""
 
     memory: float
     flops: float
     bandwidth: float
     network: float
     decode_step_s: float = 0.002
+    shared: bool = False
 
 
 DEVICES = {
     "H100": Device(80e9, 989e12, 3.35e12, 50e9),
     "H200": Device(141e9, 989e12, 4.8e12, 50e9),
     "A100": Device(80e9, 312e12, 2.04e12, 25e9),
-    "cpu": Device(16e9, 1e11, 20e9, 1e9, decode_step_s=0.28),
+    "cpu": Device(16e9, 1e11, 20e9, 1e9, decode_step_s=0.28, shared=True),
 }
 """SXM modules, one network card a GPU (400, 400, 200 Gbit/s). cpu: two cores with AVX2, float32 (docs/log.md has the
-decode step); processes share them."""
+decode step)."""
 
 
 @dataclass(frozen=True, slots=True)

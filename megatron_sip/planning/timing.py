@@ -15,7 +15,8 @@ from megatron_sip.planning.work import Serving, Training, Work
 
 Order = Literal["in turn", "on arrival", "one step ahead"]
 """How phases follow each other. in turn: all rollouts, then all judgements, then training. on arrival: a group is judged as
-soon as its rollouts are there. one step ahead: and the next step's experience is made while this one trains."""
+soon as its rollouts are there. one step ahead: and the next step's experience is made while this one trains. In all of them
+rewrites are asked for a step ahead, while others train and sample. Roles that share processors take turns in any order."""
 ORDERS: tuple[Order, ...] = ("in turn", "on arrival", "one step ahead")
 OPTIMIZER_TRAFFIC = 40
 """Bytes a parameter that Adam reads and writes: gradient, master weight and moments there and back, the bf16 weight."""
@@ -56,7 +57,8 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Phases:
-    """Seconds of a step. rewrite: of the judge's servers, while others work; reference and train: of the trainer."""
+    """Seconds of a step. rewrite: of the judge's servers, while others work; reference and train: of the trainer. shared:
+    nothing goes on beside anything else."""
 
     rollout: float
     judge: float
@@ -64,16 +66,16 @@ class Phases:
     reference: float
     train: float
     sync: float
+    shared: bool = False
 
     def step(self, order: Order) -> float:
         """Seconds of a whole step."""
-        judge = self.judge + self.rewrite
-        training = self.reference + self.train
-        if order == "in turn":  # rewrites are asked for a step ahead, while others train and sample
-            return max(self.rollout + self.judge + training + self.sync, judge)
-        experience = max(self.rollout, judge)
-        ahead = max(experience, training) if order == "one step ahead" else experience + training
-        return ahead + self.sync
+        training, judging = self.reference + self.train, self.judge + self.rewrite
+        if self.shared:
+            return self.rollout + judging + training + self.sync
+        experience = self.rollout + self.judge if order == "in turn" else max(self.rollout, self.judge)
+        made = max(experience, training) if order == "one step ahead" else experience + training
+        return max(made + self.sync, judging)
 
     def idle(self, order: Order) -> dict[str, float]:
         """The part of a step in which a role has nothing to do, by role."""
@@ -108,6 +110,7 @@ def phases(work: Work, machine: Machine, cluster: Cluster) -> Phases:
         reference=factors.reference * reference,
         train=factors.train * train,
         sync=factors.sync * weights * copies / sending,
+        shared=cluster.device.shared,
     )
 
 

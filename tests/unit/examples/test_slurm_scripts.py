@@ -230,7 +230,7 @@ def test_continual_trainer_has_the_papers_hyper_parameters(trainer_parser: argpa
     assert (args.lr, args.min_lr, args.lr_decay_style, args.lr_warmup_iters) == (5e-6, 5e-7, "cosine", 100)
     assert (args.seq_length, args.suffix_length, args.objective) == (2048, 128, "dpo")
     assert (args.pretrained_checkpoint, args.save) == ("POLICY", "RUN_DIR")
-    assert (len(args.rollout_url), len(args.teacher_url)) == (2 * 8, 16 * 8)
+    assert (len(args.rollout_url), len(args.teacher_url)) == (8, 18 * 8)
 
 
 def test_from_scratch_trainer_has_the_papers_hyper_parameters(trainer_parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from megatron_sip.planning.settings import Planable, read_command
 from megatron_sip.planning.shapes import MODELS, read_shape, shape_of
 from megatron_sip.planning.split import Search, best_split, plan_split, splits
 from megatron_sip.planning.tables import describe
-from megatron_sip.planning.timing import Cluster, Machine, Phases, Servers, phases
+from megatron_sip.planning.timing import ORDERS, Cluster, Machine, Phases, Servers, phases
 from megatron_sip.planning.work import Work, step_work
 from megatron_sip.training.metrics_writer import read_metrics
 
@@ -125,8 +125,8 @@ def test_from_one_phase_of_the_demo_the_formulas_foresee_its_step() -> None:
     rate = machine.efficiency.train * phases(work, machine, cluster).reference / real["reference"]
     assert f"{DEVICES['cpu'].decode_step_s} s" in (REPO / "docs/log.md").read_text()
     foreseen = phases(work, replace(machine, efficiency=Efficiency(train=rate, prefill=rate)), cluster)
-    assert foreseen.step("in turn") == pytest.approx(real["total"], rel=WITHIN)
-    said = f"is {foreseen.step('in turn'):.0f} s for the step's {real['total']:.0f}"
+    assert foreseen.step("on arrival") == pytest.approx(real["total"], rel=WITHIN)
+    said = f"is {foreseen.step('on arrival'):.0f} s for the step's {real['total']:.0f}"
     assert said in (REPO / "docs/plan.md").read_text()
     for phase in ("rollout", "judge", "train"):
         assert getattr(foreseen, phase) == pytest.approx(real[phase], rel=WITHIN)
@@ -139,9 +139,9 @@ PLANNED = json.loads((RESULTS / "plan_demo.json").read_text())
 def test_from_one_run_s_metrics_the_step_of_another_is_foreseen(seen: str, planned: str) -> None:
     """Two runs with other lengths, rollouts and batch on one computer: rates of one, the other's step."""
     work, machine, cluster = demo(*PLANNED["runs"][seen]["flags"])
-    factors = factors_of(measured_seconds(PLANNED["runs"][seen]["steps"]), work, machine, cluster)
+    factors = factors_of(measured_seconds(PLANNED["runs"][seen]["steps"], shared=True), work, machine, cluster)
     other, _, _ = demo(*PLANNED["runs"][planned]["flags"])
-    foreseen = phases(other, replace(machine, factors=factors), cluster).step("in turn")
+    foreseen = phases(other, replace(machine, factors=factors), cluster).step("on arrival")
     real = measured_seconds(PLANNED["runs"][planned]["steps"])["total"]
     assert foreseen == pytest.approx(real, rel=WITHIN)
     assert abs(measured_seconds(PLANNED["runs"][seen]["steps"])["total"] - real) > WITHIN * real  # they do differ
@@ -180,6 +180,7 @@ def test_from_run_reads_a_folder_and_its_own_step_comes_out(tmp_path: Path) -> N
 def test_of_judging_beside_rollouts_all_its_seconds_count() -> None:
     step = {"step": 1.0, "seconds/total": 9.0, "seconds/rollout": 5.0, "seconds/judge": 1.0, "seconds/judging": 4.0}
     assert measured_seconds([step, step])["judge"] == 4.0
+    assert measured_seconds([step, step], shared=True)["judge"] == 1.0  # the rest is in the rollouts' seconds
 
 
 def test_one_step_is_no_measurement() -> None:
@@ -189,8 +190,28 @@ def test_one_step_is_no_measurement() -> None:
 
 def test_orders_and_idle_shares_by_hand() -> None:
     times = Phases(rollout=2, judge=5, rewrite=1, reference=1, train=3, sync=1)
-    assert [times.step(order) for order in ("in turn", "on arrival", "one step ahead")] == [12, 11, 7]
-    assert times.idle("one step ahead") == pytest.approx({"trainer": 2 / 7, "engines": 4 / 7, "judge": 1 / 7})
+    assert [times.step(order) for order in ORDERS] == [12, 10, 6]
+    assert times.idle("one step ahead") == pytest.approx({"trainer": 1 / 6, "engines": 1 / 2, "judge": 0})
+    rewriting = replace(times, rewrite=9)  # beside all else, of the same servers as the judgements
+    assert [rewriting.step(order) for order in ORDERS] == [14, 14, 14]
+
+
+def test_on_shared_processors_everything_takes_its_turn() -> None:
+    times = Phases(rollout=2, judge=5, rewrite=1, reference=1, train=3, sync=1, shared=True)
+    assert {times.step(order) for order in ORDERS} == {13}
+    assert times.idle("on arrival")["judge"] == pytest.approx(7 / 13)
+    assert {name for name, device in DEVICES.items() if device.shared} == {"cpu"}
+    work, machine, cluster = demo()
+    assert phases(work, machine, cluster).shared
+    assert not phases(work, machine, replace(cluster, device=DEVICES["H100"])).shared
+
+
+@pytest.mark.parametrize(
+    ("flags", "order"),
+    [((), "on arrival"), (("--max-staleness", "1"), "one step ahead"), (("--order", "in turn"), "in turn")],
+)
+def test_phases_follow_each_other_as_in_the_run_unless_said_otherwise(flags: tuple[str, ...], order: str) -> None:
+    assert planner.plan([*SAFETY, "--gpus", "8", *flags])["order"] == order
 
 
 def test_the_best_split_is_the_best_of_all() -> None:
@@ -199,13 +220,12 @@ def test_the_best_split_is_the_best_of_all() -> None:
     search = Search(7, DEVICES["H100"], planable.parallel)
     all_splits = [(t, e, 7 - t - e) for t in range(1, 6) for e in range(1, 7 - t)]
     assert sorted(splits(work, search)) == sorted(all_splits)
-    steps = [
-        found.phases.step("in turn") for s in all_splits if (found := plan_split(work, machine, search, s, "in turn"))
-    ]
-    assert len(steps) > 5
-    assert best_split(work, machine, search, "in turn").phases.step("in turn") == min(steps)
+    for order in ORDERS:
+        steps = [found.phases.step(order) for s in all_splits if (found := plan_split(work, machine, search, s, order))]
+        assert len(steps) > 5
+        assert best_split(work, machine, search, order).phases.step(order) == min(steps)
     with pytest.raises(ArgumentError, match="--gpus 2: the models do not fit"):
-        best_split(work, machine, replace(search, gpus=2), "in turn")
+        best_split(work, machine, replace(search, gpus=2), "on arrival")
 
 
 def test_a_server_holds_as_many_sequences_as_its_memory_without_the_weights() -> None:
@@ -236,9 +256,9 @@ def test_the_jobs_divide_their_nodes_nearly_as_well_as_the_best_split_and_plan_m
     words += ["--sequence-parallel"] if job["TENSOR_PARALLEL"] > 1 else []
     gpus = [8 * count for count in nodes]
     report = planner.plan([*JOBS[script], *words, "--gpus", str(sum(gpus)), "--roles", *map(str, gpus)])
-    best, given = report["best"]["step"]["in turn"], report["given"]["step"]["in turn"]
+    best, given = (report[split]["step"][report["order"]] for split in ("best", "given"))
     assert best <= given < 1.05 * best
-    idle, days = report["given"]["idle"]["trainer"], report["given"]["days"]["in turn"]
+    idle, days = report["given"]["idle"]["trainer"], report["given"]["days"][report["order"]]
     row = f"| `{script}` | {', '.join(map(str, nodes))} | {given:.1f} s | {days:.1f} | {idle:.0%} |"
     assert row in (REPO / "docs/plan.md").read_text()
 
@@ -251,21 +271,21 @@ def test_plan_md_s_command_and_figures_of_runs_are_the_planner_s() -> None:
         "GPUs: trainer",
         "GB a rank: optimizer",
         "a step, one step ahead",
-        "idle, in turn: judge",
-        "2,000 steps, in turn",
+        "idle, on arrival: judge",
+        "2,000 steps, on arrival",
     ):
         assert re.search(rf"^  {re.escape(line)} .* \S+", shown, re.MULTILINE), line
     work, machine, cluster = demo(*PLANNED["runs"]["demo"]["flags"])
     cheap = planner.plan([*SAFETY, "--gpus", "16", "--judge-schedule", "circulant_bt", "--judge-verdict", "soft"])[
         "best"
     ]
-    assert f"16 GPUs make the continued\npretraining's step in {cheap['step']['in turn']:.0f} s." in page
+    assert f"16 GPUs make the continued\npretraining's step in {cheap['step']['on arrival']:.0f} s." in page
     assert "15 s for 18, and the other way round 11 s for 9" in page
     for seen, planned, said in (("small", "demo", (15, 18)), ("demo", "small", (11, 9))):
         work, machine, cluster = demo(*PLANNED["runs"][seen]["flags"])
-        factors = factors_of(measured_seconds(PLANNED["runs"][seen]["steps"]), work, machine, cluster)
+        factors = factors_of(measured_seconds(PLANNED["runs"][seen]["steps"], shared=True), work, machine, cluster)
         other = demo(*PLANNED["runs"][planned]["flags"])[0]
-        foreseen = phases(other, replace(machine, factors=factors), cluster).step("in turn")
+        foreseen = phases(other, replace(machine, factors=factors), cluster).step("on arrival")
         assert (round(foreseen), round(measured_seconds(PLANNED["runs"][planned]["steps"])["total"])) == said
 
 
