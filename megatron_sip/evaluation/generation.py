@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +37,23 @@ class DrawsTasks(Protocol):
     def document(self, index: int) -> tuple[int | str, ...]:
         """What task `index` is of, such as (source, document); equal for tasks that are not independent."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """The first `count` tasks of `once`, again and again: task i is task i % count under its own number.
+
+    Sampled continuations of one prompt are then `count` lines apart, and of one document.
+    """
+
+    once: DrawsTasks
+    count: int
+
+    def tasks(self, start: int, count: int) -> list[Task]:
+        return [replace(self.once.tasks(i % self.count, 1)[0], index=i) for i in range(start, start + count)]
+
+    def document(self, index: int) -> tuple[int | str, ...]:
+        return self.once.document(index % self.count)
 
 
 @dataclass(frozen=True, slots=True)

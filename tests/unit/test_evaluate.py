@@ -209,8 +209,13 @@ def test_soft_safety_is_a_probability_and_says_so(tmp_path: Path) -> None:
 
 def test_a_python_function_rates_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "g.jsonl", ["q=0.25", "q=0.75", "nothing"], model="m", step="7")
-    output = tmp_path / "results" / "rate.json"
-    main(["rate", str(path), "--criteria", "criterion_functions:quality", "--output", str(output)])
+    output, scores = tmp_path / "results" / "rate.json", tmp_path / "own" / "scores.jsonl"
+    criterion = "criterion_functions:quality"
+    main(["rate", str(path), "--criteria", criterion, "--output", str(output), "--scores", str(scores)])
+    values = [json.loads(line) for line in scores.read_text().splitlines()]
+    assert values == [
+        {"index": i, "document": f"0:{i}", "scores": {criterion: value}} for i, value in enumerate((0.25, 0.75, None))
+    ]
     found = read_results(output)
     assert (found.about["model"], found.about["step"]) == ("m", "7")
     [one] = found.results
@@ -275,6 +280,10 @@ def test_generations_that_were_made_otherwise_are_not_compared(
             "neither an HF folder .* nor a checkpoint",
         ),
         (["generate", "--model", "x", "--data-path", "x", "--output", "y", "--samples", "0"], "--samples 0"),
+        (
+            ["generate", "--model", "x", "--set", "toxigen=f", "--output", "y", "--num-rollouts", "0"],
+            "--num-rollouts 0",
+        ),
         (["diversity", "nowhere.jsonl"], r"nowhere\.jsonl"),
         (["compare", "a", "b", "--criteria", "safety"], "--criteria safety: .*`rate` does that"),
         (["compare", "a", "b", "--criteria", "factuality:v4"], "--criteria factuality:v4: .*`rate` does that"),
@@ -332,7 +341,7 @@ NLL = ("nll", "--model", "x", "--output", "y", "--data-path", "d", "--samples", 
         ((*OF_SET, "--text-field", "t", "--min-prefix-length", "3"), "--text-field, --min-prefix-length"),
         ((*OF_SET, "--task-mode", "stream"), "--task-mode"),
         ((*OF_SET, "--wikipedia", "w"), "--wikipedia"),
-        ((*OF_SET, "--top-p", "0.9"), "--top-p"),
+        ((*OF_SET, "--top-p", "0.9", "--num-rollouts", "2"), "--top-p, --num-rollouts"),
         ((*OF_DOCUMENTS, "--wikipedia", "w"), "--wikipedia"),
         ((*NLL, "--of", "document", "--suffix-length", "9"), "--suffix-length"),
     ],

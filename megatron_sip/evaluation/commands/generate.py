@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from megatron_sip.data.tasks import TaskSource
 from megatron_sip.data.tokenization import TokenizeSettings
 from megatron_sip.errors import DataError
 from megatron_sip.evaluation.diversity import diversity
-from megatron_sip.evaluation.generation import DrawsTasks, Generations, generate
+from megatron_sip.evaluation.generation import DrawsTasks, Generations, Repeated, generate
 from megatron_sip.evaluation.served_model import add_model_flags, engines_of, open_model, pool_settings
 from megatron_sip.evaluation.suites.prompt_tasks import set_tasks
 from megatron_sip.rollout.pool import SGLangPool
@@ -44,6 +44,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", help="what results call these tasks; default: the set's NAME, or documents")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampling")
+    parser.add_argument("--num-rollouts", type=int, default=1, help="sampled continuations of each prefix")
 
 
 def add_task_flags(parser: argparse.ArgumentParser, source: Any) -> None:
@@ -73,6 +74,13 @@ class Drawn:
     vocab_size: int
     header: dict[str, str]
 
+    def repeated(self, times: int) -> Drawn:
+        """Each task `times` times; the file then says so, since its order depends on how many there are."""
+        if times == 1:
+            return self
+        header = self.header | {"repeated": f"{self.samples} prefixes, {times} times each"}
+        return replace(self, tasks=Repeated(self.tasks, self.samples), samples=times * self.samples, header=header)
+
 
 def run(given: argparse.Namespace) -> None:
     """Serve the model if need be, open its tasks, continue them."""
@@ -80,6 +88,7 @@ def run(given: argparse.Namespace) -> None:
     check_flags(given)
     model = open_model(given)
     drawn = tasks_of_set(given, model.tokenizer) if given.set else document_tasks(given, model.tokenizer)
+    drawn = drawn.repeated(given.num_rollouts)
     pool = pool_settings(given, drawn.vocab_size)
     with contextlib.ExitStack() as stack:
         urls = stack.enter_context(engines_of(model, given, given.output, given.seq_length))
@@ -108,8 +117,10 @@ def run(given: argparse.Namespace) -> None:
 def check_flags(given: argparse.Namespace) -> None:
     """Raises DataError for impossible lengths and samples, and for flags that do nothing beside the others."""
     check_samples(given)
+    if given.num_rollouts < 1:
+        raise DataError(f"--num-rollouts {given.num_rollouts}: at least 1 is needed")
     if given.temperature == 0:
-        refuse_unused(given, add_flags, ("--top-p",), "with --temperature 0, which is greedy")
+        refuse_unused(given, add_flags, ("--top-p", "--num-rollouts"), "with --temperature 0, which is greedy")
     if not given.set:
         task_settings(given)
         refuse_unused(given, add_flags, ("--wikipedia",), "with --data-path")

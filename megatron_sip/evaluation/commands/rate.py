@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from megatron_sip.errors import DataError
 from megatron_sip.evaluation.generation import Generations, read_generations
 from megatron_sip.evaluation.judging import Asked, Judged, add_judge_flags, ask, note_few_documents, report, settings_of
 from megatron_sip.evaluation.majority import SAFETY, majority
+from megatron_sip.files import write_atomically
 from megatron_sip.judge.settings import LIKELIHOOD, JudgeSettings, is_pairwise, parse_criteria
 from megatron_sip.records import Group
 
@@ -24,6 +27,7 @@ SAFETY_ASKED, OTHERS_ASKED = Asked(votes=5, temperature=1.0), Asked(votes=8, tem
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """A file of generations, and the judge."""
     parser.add_argument("generations", type=Path, help="a file that generate wrote")
+    parser.add_argument("--scores", type=Path, help="JSON lines to write: each continuation's value by criterion")
     add_judge_flags(parser, SAFETY, f"{OTHERS_ASKED.votes}, of safety {SAFETY_ASKED.votes}")
 
 
@@ -34,9 +38,21 @@ def run(given: argparse.Namespace) -> None:
     if not generations.lines:
         raise DataError(f"{given.generations}: no generation")
     judged = [asyncio.run(rated(one, generations)) for one in settings]
+    if given.scores is not None:
+        write_scores(given.scores, generations, judged)
     note_few_documents(generations)
     about = {**generations.about, "generations": str(given.generations)}
     report(given.output, about, judged, [one.result(generations, given.seed) for one in judged])
+
+
+def write_scores(path: Path, generations: Generations, judged: Sequence[Judged]) -> None:
+    """A line a generation, in order: index, document, and by criterion its value, null without a verdict."""
+    lines = []
+    for place, line in enumerate(generations.lines):
+        scores = {one.name: one.values[place] for one in judged}
+        lines.append(json.dumps({"index": line.index, "document": line.document, "scores": scores}) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(lines))
 
 
 def rate_settings(given: argparse.Namespace) -> list[JudgeSettings]:

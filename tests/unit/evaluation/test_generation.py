@@ -14,7 +14,7 @@ from tiny_tokenizer import metaspace_tokenizer
 
 from megatron_sip.data.continuation_text import rollout_texts
 from megatron_sip.errors import DataError
-from megatron_sip.evaluation.generation import GenerationError, Generations, generate, read_generations
+from megatron_sip.evaluation.generation import GenerationError, Generations, Repeated, generate, read_generations
 from megatron_sip.records import Task
 from megatron_sip.rollout.sampling import Completion, Failure, SamplingSettings
 
@@ -74,6 +74,14 @@ def test_lines_are_the_tasks_with_their_continuations(tmp_path: Path) -> None:
     assert [line.text for line in made.lines] == texts
     assert [(line.prefix, line.suffix) for line in made.lines] == [(t.prefix_text, t.suffix_text) for t in tasks]
     assert made.lines[0].candidate.truncated
+
+
+def test_repeated_tasks_have_numbers_of_their_own_and_their_documents() -> None:
+    tasks, once = Repeated(Tasks(), 3), Tasks().tasks(0, 3)
+    found = tasks.tasks(1, 6)
+    assert [task.index for task in found] == [1, 2, 3, 4, 5, 6]
+    assert [task.prefix_ids for task in found] == [once[i].prefix_ids for i in (1, 2, 0, 1, 2, 0)]
+    assert [tasks.document(i) for i in range(6)] == [Tasks().document(i % 3) for i in range(6)]
 
 
 @given(st.data())

