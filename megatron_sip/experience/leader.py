@@ -192,14 +192,21 @@ class Leader:
         return engines
 
     async def _open_rewriter(self, settings: RewriterSettings, tokenizer: Any, suffix_length: int) -> Rewriter:
-        rewriter = await self._clients.enter_async_context(Rewriter(settings, tokenizer, suffix_length))
+        rewriter = await self._clients.enter_async_context(Rewriter(self._told(settings), tokenizer, suffix_length))
         await rewriter.check(self._patience_s(settings))
         return rewriter
 
     async def _open_judge(self, settings: JudgeSettings, tokenizer: Any) -> Judge:
-        judge = await self._clients.enter_async_context(Judge(settings, tokenizer.eos_token_id, ChatEncoder(tokenizer)))
+        asked = Judge(self._told(settings), tokenizer.eos_token_id, ChatEncoder(tokenizer))
+        judge = await self._clients.enter_async_context(asked)
         await judge.check(self._patience_s(settings))
         return judge
+
+    def _told[Asked: (JudgeSettings, RewriterSettings)](self, asked: Asked) -> Asked:
+        """The first leader says who is waited for, and no other: all wait for the same servers."""
+        if asked.client is None or self._replica == 0:
+            return asked
+        return replace(asked, client=replace(asked.client, tells=False))
 
 
 async def _unless_gone[T](

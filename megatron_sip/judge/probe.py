@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron_sip.console import say
 from megatron_sip.errors import UserError
 from megatron_sip.judge.settings import Endpoint, EndpointKind
 from megatron_sip.serving.failures import RequestError
@@ -16,8 +15,6 @@ from megatron_sip.serving.http import HttpPool
 from megatron_sip.serving.server import Server
 
 ANSWER_TIMEOUT_S = 10.0
-FIRST_REPORT_S, REPORT_S = 5.0, 60.0
-"""When it is said that a server is waited for."""
 
 
 class EndpointError(UserError, RuntimeError):
@@ -40,8 +37,7 @@ async def probe(pool: HttpPool, server: Server, endpoint: Endpoint, timeout_s: f
     """Wait until the server answers, and read what it reports. Raises EndpointError after `timeout_s`."""
     path = "/model_info" if endpoint.kind == "sglang" else "/v1/models"
     loop = asyncio.get_running_loop()
-    begin = loop.time()
-    deadline, told_at, last = begin + timeout_s, begin + FIRST_REPORT_S, "no answer"
+    deadline, last = loop.time() + timeout_s, "no answer"
     get = partial(pool.call, server, "GET", timeout_s=min(ANSWER_TIMEOUT_S, timeout_s))
     while loop.time() < deadline:
         try:
@@ -53,10 +49,6 @@ async def probe(pool: HttpPool, server: Server, endpoint: Endpoint, timeout_s: f
             moved_or_locked = 300 <= error.status < 400 or error.status in (401, 403)
             if moved_or_locked or error.kind == "bad-response":  # no server that starts up slowly
                 break
-        if loop.time() >= told_at and told_at < deadline - FIRST_REPORT_S:
-            role, waited = endpoint.role.replace("_", " "), loop.time() - begin
-            say(f"waiting for the {role} at {server.url}: {waited:.0f} s of {timeout_s:.0f}")
-            told_at = loop.time() + REPORT_S
         await asyncio.sleep(min(1.0, max(0.0, deadline - loop.time())))
     raise EndpointError(
         f"judge endpoint {server.url} ({endpoint.kind}) gave no good answer to {path} within {timeout_s:.0f} s: "

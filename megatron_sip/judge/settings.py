@@ -117,7 +117,7 @@ class ClientSettings:
     cache_path: file that keeps answers (None: nothing is kept). call_timeout_s: for one attempt of one request.
     attempts: per request; a refused connection counts as none, the request waits for the server up to its deadline.
     concurrency: requests in flight of all `replicas` of a run together, None: by the number of endpoints. seed: of the jitter
-    between attempts.
+    between attempts. tells: says who is waited for; one of a run's leaders does.
     """
 
     endpoints: tuple[Endpoint, ...]
@@ -128,6 +128,7 @@ class ClientSettings:
     concurrency: int | None = None
     replicas: int = 1
     seed: int = 1234
+    tells: bool = True
 
     def __post_init__(self) -> None:
         if not self.endpoints:

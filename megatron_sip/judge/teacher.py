@@ -49,7 +49,10 @@ PREFILL_BATCH = 32
 GENERATE_BATCH = 8
 """Prompts in one native request that generates: few, since the batch is as slow as its slowest answer."""
 CHECK_TIMEOUT_S = 30.0
-REPORT_SECONDS = 60.0
+FIRST_REPORT_SECONDS, REPORT_SECONDS = 5.0, 60.0
+"""When it is said that servers are waited for: at the start, and then each time."""
+SHOWN_SERVERS = 3
+"""As many are named; a job may have hundreds."""
 UNREADABLE = {
     "aborted": "the server aborted or filtered it",
     "cut": "it reached its limit of tokens (--judge-max-tokens, --teacher-reasoning-tokens)",
@@ -90,7 +93,7 @@ class TeacherClient:
         if self.settings.cache_path is not None:
             self._cache = AnswerCache(self.settings.cache_path, counts=self.counts)
         await self.pool.__aenter__()
-        if self.pool.silence_s < math.inf:
+        if self.settings.tells and self.pool.silence_s < math.inf:
             self._reporter = asyncio.create_task(self._report_silence())
         return self
 
@@ -104,17 +107,20 @@ class TeacherClient:
 
     async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         """Wait until every endpoint answers. Raises EndpointError after `timeout_s`, EncodingError, SettingsError."""
-        found = await asyncio.gather(
-            *(probe(self.pool, server, self.settings.endpoint, timeout_s) for server in self.pool.servers)
-        )
-        for endpoint, facts in zip(self.settings.endpoints, found, strict=True):
-            self._facts[endpoint.url] = facts
+        endpoint = self.settings.endpoint
+        probes = [asyncio.create_task(probe(self.pool, server, endpoint, timeout_s)) for server in self.pool.servers]
+        telling = asyncio.create_task(self._report_missing(probes, timeout_s))
+        try:
+            found = await asyncio.gather(*probes)
+        finally:
+            telling.cancel()
+        for server, facts in zip(self.settings.endpoints, found, strict=True):
+            self._facts[server.url] = facts
             if endpoint.kind == "sglang" and self._encoder is None and facts.tokenizer:
                 try:
                     self._encoder = ChatEncoder.load(facts.tokenizer)
                 except EncodingError as error:
                     raise EncodingError(f"{error}; give the judge's tokenizer explicitly") from error
-        endpoint = self.settings.endpoint
         if endpoint.kind == "sglang":
             _ = self.encoder
             if self.reasoning.unknown and not endpoint.answer_prefix:
@@ -128,12 +134,11 @@ class TeacherClient:
                 f"opens: leave out {endpoint.flag('prefill')}, or use {endpoint.flag('api')} sglang, which closes it first"
             )
 
-    @property
-    def servers_shown(self) -> str:
-        """Whose servers these are and where, for people."""
-        endpoint = self.settings.endpoint
-        urls = ", ".join(shown_url(server.url) for server in self.pool.servers)
-        return f"the {endpoint.role.replace('_', ' ')} at {urls}"
+    def servers_shown(self, servers: Sequence[Server] | None = None) -> str:
+        """Whose servers these are, or some of them, and where, for people."""
+        urls = [shown_url(server.url) for server in (self.pool.servers if servers is None else servers)]
+        others = f" and {len(urls) - SHOWN_SERVERS} others" if len(urls) > SHOWN_SERVERS else ""
+        return f"the {self.settings.endpoint.role.replace('_', ' ')} at {', '.join(urls[:SHOWN_SERVERS])}{others}"
 
     async def gone(self, timeout_s: float | None = None) -> str | None:
         """Why nobody is left to ask: calls ended in silence, and no server gives any answer now. None: somebody is there.
@@ -144,7 +149,7 @@ class TeacherClient:
             return None
         limit = max(CHECK_TIMEOUT_S, self.settings.call_timeout_s) if timeout_s is None else timeout_s
         found = await asyncio.gather(*(self._answers(server, limit) for server in self.pool.servers))
-        return None if any(found) else f"{self.servers_shown} answers no more"
+        return None if any(found) else f"{self.servers_shown()} answers no more"
 
     async def _answers(self, server: Server, timeout_s: float) -> bool:
         """Whether a server still answers a request of one token. SGLang says itself whether anything comes from its model."""
@@ -160,12 +165,22 @@ class TeacherClient:
             return 0 < error.status < 500  # it is there, and wants to be asked otherwise
         return True
 
+    async def _report_missing(self, probes: Sequence[asyncio.Task[EndpointFacts]], timeout_s: float) -> None:
+        """Say who has not answered yet, where that may take long."""
+        clock, pause = asyncio.get_running_loop().time, FIRST_REPORT_SECONDS
+        begin = clock()
+        while self.settings.tells and timeout_s > 2 * FIRST_REPORT_SECONDS:
+            await asyncio.sleep(pause)
+            pause = self._report_s
+            missing = [server for server, task in zip(self.pool.servers, probes, strict=True) if not task.done()]
+            say(f"waiting for {self.servers_shown(missing)}: {clock() - begin:.0f} s of {timeout_s:.0f}")
+
     async def _report_silence(self) -> None:
         while True:
             await asyncio.sleep(self._report_s)
             silent = self.pool.silent_s()
             if silent >= self._report_s:
-                say(f"waiting for {self.servers_shown}: no answer for {silent:.0f} s of {self.pool.silence_s:.0f}")
+                say(f"waiting for {self.servers_shown()}: no answer for {silent:.0f} s of {self.pool.silence_s:.0f}")
 
     def window(self, chars: int) -> PrefixWindow:
         """How much of a prefix the servers may be shown, at most `chars`; after `check`."""

@@ -11,7 +11,8 @@ repeatedly is left alone for a while (circuit breaker) and then probed, by one r
 that names a time in Retry-After. A refused connection and such a time cost no attempt: the request goes elsewhere, and
 only when there is no server left waits, up to its deadline. Every failure ends in RequestError with a kind to count,
 never in a result. With a `silence_s` a request also ends once no server has answered anything for so long: servers that are
-slow are waited for, servers that are gone are not.
+slow are waited for, servers that are gone are not. The time counts anew when one ends and when it takes connections again: it
+is being started again, and was.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class HttpPool:
         self.unanswered = False
         """Whether a request ended without an answer since a server last answered any."""
         self.answered_at = -math.inf
-        """When a server last answered a request of `send`, in the event loop's time."""
+        """When a server last answered a request of `send`, or ended or came back, in the event loop's time."""
         self._waiting = 0
         self._waiting_since = 0.0
         self._call_timeout_s = min(call_timeout_s, silence_s)
@@ -252,9 +253,11 @@ class HttpPool:
         try:
             content = await self._exchange(server, "POST", request.path, request.body(server), until)
         except RequestError as error:
-            if error.status or error.kind == "bad-response":
+            turned = server.turned(error.kind == "connection")
+            if turned or error.status or error.kind == "bad-response":
                 self._end_silence()
             raise
+        server.turned(False)
         self._end_silence()
         return content
 

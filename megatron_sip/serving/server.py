@@ -59,6 +59,7 @@ class Server:
 
     key: sent as a bearer token; no message shows it.
     in_flight, calls, seconds: requests sent to it that have not ended, all that were, and the time that these took.
+    refuses: whether it last took no connection.
     """
 
     url: str
@@ -74,6 +75,7 @@ class Server:
     open_until: float = field(init=False, default=0.0)
     closed_until: float = field(init=False, default=0.0)
     probing: bool = field(init=False, default=False)
+    refuses: bool = field(init=False, default=False)
     stale: str = field(init=False, default="")
     """What was said when it failed for having other weights than were asked for, which waiting does not change."""
     check: asyncio.Task[None] | None = field(init=False, default=None, repr=False)
@@ -104,6 +106,11 @@ class Server:
         """Send nothing before `time`, as the server asked, and then a single request first."""
         self.closed_until = max(self.closed_until, time)
         self.open_until = max(self.open_until, time)
+
+    def turned(self, refuses: bool) -> bool:
+        """Note whether it refuses connections; True when it did not before, or did: it ended, or was started again."""
+        changed, self.refuses = self.refuses != refuses, refuses
+        return changed
 
     def succeeded(self) -> None:
         self.failures_in_a_row, self.openings, self.open_until = 0, 0, 0.0

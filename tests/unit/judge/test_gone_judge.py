@@ -17,6 +17,7 @@ from megatron_sip.experience.maker import ExperienceSettings
 from megatron_sip.experience.selection import SelectionSettings
 from megatron_sip.judge import Judge
 from megatron_sip.judge.calls import GenerateCall
+from megatron_sip.judge.probe import EndpointError
 from megatron_sip.judge.teacher import TeacherClient
 from megatron_sip.records import Task
 from megatron_sip.rollout.sampling import SamplingSettings
@@ -89,16 +90,54 @@ async def test_a_judge_that_is_slow_is_not_gone() -> None:
         assert timeouts == [300.0]
 
 
-async def test_while_nobody_answers_it_is_said_again_and_again_for_how_long(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("tells", [True, False])
+async def test_while_nobody_answers_it_is_said_again_and_again_for_how_long(
+    tells: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     async with FakeJudge(lambda index: "hang") as server:
         client = make_settings(server.url).client
         assert client is not None
-        async with TeacherClient(replace(client, call_timeout_s=60.0), silence_s=1.0, report_s=0.2) as teacher:
+        own = replace(client, call_timeout_s=60.0, tells=tells)
+        async with TeacherClient(own, silence_s=1.0, report_s=0.2) as teacher:
             call = GenerateCall("x", ("prompt",), 1, 8, 1.0, 1.0)
             assert await teacher.ask([call], None, longest_wait(asyncio.get_running_loop().time(), 1.0)) == [None]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("waiting")]
+    if not tells:
+        assert not lines
+        return
     assert len(lines) >= 2
     assert lines[0].startswith(f"waiting for the teacher at {server.url}: no answer for 0 s of 1")
+
+
+@pytest.mark.parametrize("tells", [True, False])
+async def test_at_the_start_those_that_are_missing_are_named_in_one_line(
+    tells: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_sip.judge.teacher.FIRST_REPORT_SECONDS", 0.2)
+    async with FakeJudge() as server:
+        client = make_settings(server.url).client
+        assert client is not None
+        missing = [f"http://127.0.0.1:{port}" for port in range(1, 6)]
+        async with TeacherClient(replace(client.at([server.url, *missing]), tells=tells)) as teacher:
+            with pytest.raises(EndpointError, match="gave no good answer"):
+                await teacher.check(0.5)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("waiting")]
+    told = f"waiting for the teacher at {', '.join(missing[:3])} and 2 others: 0 s of 0"
+    assert lines == ([told] if tells else [])
+
+
+def test_of_all_leaders_the_first_says_who_is_waited_for(loop: LoopThread) -> None:
+    server = loop.run(FakeJudge().start())
+    tokenizer: Any = SimpleNamespace(eos_token_id=0)
+    experience = ExperienceSettings(
+        ("suffix",), SamplingSettings(2, n=1), SelectionSettings(objective="rf-nll", candidates=("suffix",))
+    )
+    for replica in (0, 1):
+        leader = Leader(ClientsSettings(judge=make_settings(server.url)), experience, tokenizer, replica)
+        assert leader.judge is not None
+        assert leader.judge._client.settings.tells == (replica == 0)
+        leader.close()
+    loop.run(server.stop())
 
 
 @pytest.fixture

@@ -114,6 +114,27 @@ async def test_a_server_that_hangs_and_answers_who_asks_for_facts_is_silent() ->
         asking.cancel()
 
 
+async def test_a_server_that_hangs_and_is_started_again_has_the_whole_silence_from_then_on() -> None:
+    """From when it ends, and from when it is back: to find that it hangs, to load and to answer each take most of it."""
+    hangs = True
+
+    async def ask_once(_: web.Request) -> web.Response:
+        await asyncio.sleep(600 if hangs else 0.6)
+        return web.json_response({"ok": True})
+
+    server = await AppServer({"POST /ask": ask_once}).start()
+    async with HttpPool([Server(server.url)], concurrency=2, policy=QUICK, silence_s=1.0) as pool:
+        asked = asyncio.create_task(send(pool))
+        for _ in range(2):
+            await asyncio.sleep(0.6)
+            assert not asked.done()
+            await (server.stop() if hangs else server.start())
+            hangs = False
+        assert await asked is True
+        assert not pool.unanswered
+    await server.stop()
+
+
 async def test_an_answer_of_any_kind_shows_that_a_server_is_there() -> None:
     answers = [web.Response(status=400), web.json_response({"ok": True})]
 
