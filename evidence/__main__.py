@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from evidence import from_scratch, toxicity
 from evidence.results import publish, write_page
 from evidence.study import ROOT, Place, Study, do_parts, fetched
 from megatron_sip.console import say
 from megatron_sip.errors import UserError
 
-ALL: tuple[Study, ...] = ()
+ALL: tuple[Study, ...] = (toxicity.STUDY, from_scratch.STUDY)
 STUDIES: Mapping[str, Study] = {study.name: study for study in ALL}
 """In the order of the page; a study that asks another one's model stands behind it."""
 

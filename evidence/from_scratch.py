@@ -1,0 +1,203 @@
+"""From scratch (figure 8 in small): when does a judge begin to prefer what the policy writes to the text itself?
+
+A model of 7 million weights is pretrained plainly on Wikipedia leads. From three of its stages, random weights among them, it
+goes on by RF-NLL of the suffix against one rollout, chosen by the likelihood of SmolLM2-135M-Instruct; from the last one also
+by next-token loss on suffixes. The paper's judge has 8 billion weights, its run 21,000 steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evidence.study import PYTHON, Part, Place, Report, Study, table
+from megatron_sip.evaluation.plots import moving_average
+from megatron_sip.evaluation.win_rate import wilson_interval
+from megatron_sip.training.metrics_writer import read_metrics
+
+NAME = "from_scratch"
+NLL, CHOSEN, CHANCE, GROUPS = "validation/nll/suffix", "chosen_rate/rollout", "chosen_chance/rollout", "examples"
+RF_NLL, SFT = "RF-NLL", "next token"
+WINDOW = 10
+"""Steps that the figure's line is a mean of."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """plain: steps of plain pretraining, 16 pieces of up to 128 tokens each, at which RF-NLL starts. after: its steps there, 16
+    prefixes each."""
+
+    plain: tuple[int, ...] = (0, 150, 900)
+    after: tuple[int, ...] = (40, 40, 120)
+
+
+QUICK = Sizes(plain=(0, 2), after=(2, 2))
+
+
+def sizes(place: Place) -> Sizes:
+    return QUICK if place.quick else Sizes()
+
+
+def folder(place: Place) -> Path:
+    return place.run_dir / NAME
+
+
+def pretrained(place: Place, steps: int) -> Path:
+    """The run folder of the model after so many plain steps."""
+    return folder(place) / f"plain_{steps}"
+
+
+def continued(place: Place, objective: str, steps: int) -> Path:
+    """The run folder of what goes on from there."""
+    return folder(place) / f"{objective.replace(' ', '_')}_after_{steps}"
+
+
+def parts(place: Place) -> list[Part]:
+    """The random model, then by turns plain pretraining and RF-NLL from where it stands."""
+    size = sizes(place)
+    start = pretrained(place, 0)
+    words = (PYTHON, "-m", "evidence.scratch_model", "--text", str(place.wiki_leads), "--save", str(start / "hf"))
+    made = [Part("random weights", (words,), (start / "hf" / "config.json",))]
+    before = 0
+    for number, (steps, after) in enumerate(zip(size.plain, size.after, strict=True)):
+        if steps:
+            # Another seed, since each stretch is a run of its own and would else begin with the first one's pieces.
+            flags = ("evidence/from_scratch_plain.args", "--train-iters", str(steps - before), "--seed", str(number))
+            made.append(training(place, f"plain, {steps} steps", before, pretrained(place, steps), *flags))
+            before = steps
+        rf_nll = ("--objective", "rf-nll", "--candidates", "suffix", "rollout", "--num-rollouts", "1")
+        judge = ("--criteria", "likelihood=1", "--teacher", str(place.smollm2))
+        made.append(going_on(place, RF_NLL, steps, after, *rf_nll, *judge))
+    made.append(going_on(place, SFT, before, size.after[-1], "--objective", "sft", "--sft-target", "suffix"))
+    return made
+
+
+def going_on(place: Place, objective: str, steps: int, after: int, *flags: str) -> Part:
+    """`after` steps of an objective from the model of `steps` plain ones."""
+    run_dir = continued(place, objective, steps)
+    every = ("--train-iters", str(after), "--eval-interval", str(min(after, 20)))
+    return training(place, f"{objective} after {steps}", steps, run_dir, "evidence/from_scratch.args", *every, *flags)
+
+
+def training(place: Place, name: str, steps: int, run_dir: Path, preset: str, *flags: str) -> Part:
+    """A run of the command for one node, from the model of `steps` plain steps."""
+    model = pretrained(place, steps) / "hf"
+    words = (PYTHON, "-m", "megatron_sip", str(model), str(place.wiki_leads), "--run-dir", str(run_dir))
+    return Part(
+        name, ((*words, "--preset", preset, *flags),), (run_dir / "summary.json", run_dir / "hf" / "config.json")
+    )
+
+
+def report(place: Place) -> Report:
+    size = sizes(place)
+    stages = [stage(continued(place, RF_NLL, steps), steps) for steps in size.plain]
+    plain = stage(continued(place, SFT, size.plain[-1]), size.plain[-1])
+    return {"settings": asdict(size), RF_NLL: stages, SFT: plain}
+
+
+def stage(run_dir: Path, steps: int) -> Report:
+    """What a run from the model of `steps` plain steps was: held-out nats a token over its steps, and how often a rollout was
+    chosen, in all and step by step; none where none competed."""
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    nats = [[int(step["step"]), round(step[NLL], 4)] for step in metrics if NLL in step]
+    found: Report = {"plain_steps": steps, "nll": nats}
+    judged = [step for step in metrics if CHOSEN in step]
+    if judged:
+        chosen, groups = ([step[name] for step in judged] for name in (CHOSEN, GROUPS))
+        share, count = float(np.average(chosen, weights=groups)), int(sum(groups))
+        found |= {"chosen_by_step": [round(one, 4) for one in chosen], "groups": count, "chosen": round(share, 4)}
+        found["chosen_interval"] = [round(end, 4) for end in wilson_interval(share, count)]
+        found["chance"] = round(float(np.mean([step[CHANCE] for step in judged])), 4)
+    return found
+
+
+def draw(found: Mapping[str, Any], png: Path) -> None:
+    """Left the share of rollouts chosen over the steps from each stage, right the held-out nats a token."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 3.4), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colours = ("#8c959f", "#d4a72c", "#0b6bbf")
+    for one, colour in zip(found[RF_NLL], colours, strict=False):
+        label = f"{RF_NLL} after {one['plain_steps']} plain steps"
+        chosen = moving_average(np.array(one["chosen_by_step"]), WINDOW)
+        left.plot(np.arange(1, len(chosen) + 1), chosen, color=colour, linewidth=1.2, label=label)
+        right.plot(*zip(*one["nll"], strict=True), "o-", color=colour, linewidth=1.2, markersize=3)
+    right.plot(*zip(*found[SFT]["nll"], strict=True), "o--", color="#c8541b", linewidth=1.0, markersize=3, label=SFT)
+    left.axhline(found[RF_NLL][0]["chance"], color="#59636e", linewidth=0.8, linestyle="--", label="by chance")
+    left.set_ylim(0, 1)
+    left.set_ylabel(f"share of rollouts chosen, mean of {WINDOW} steps")
+    right.set_ylabel("held-out nats a token of the suffix")
+    for axis in (left, right):
+        axis.set_xlabel("step")
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(png)
+
+
+def section(found: Mapping[str, Any]) -> str:
+    """Markdown of a report."""
+    rows = [
+        [
+            f"{one['plain_steps']}",
+            f"{one['nll'][0][1]:.3f}",
+            f"{one['nll'][-1][1]:.3f} after {one['nll'][-1][0]}",
+            _percent(one["chosen"], one["chosen_interval"]),
+            f"{one['groups']}",
+        ]
+        for one in found[RF_NLL]
+    ]
+    head = ["plain steps before", "nats a token there", "and after RF-NLL", "rollouts chosen (95%)", "groups"]
+    last, plain = found[RF_NLL][-1], found[SFT]
+    return "\n\n".join([
+        "A model of 7 million weights learns Wikipedia leads plainly, 16 pieces of up to 128 tokens a step. From three stages "
+        "it goes on by RF-NLL of the suffix (16 tokens behind up to 48) against one rollout at temperature 1, 16 groups a "
+        "step, chosen by their likelihood under SmolLM2-135M-Instruct. By chance a rollout is chosen in "
+        f"{100 * last['chance']:.0f}% of the groups.",
+        table(head, rows),
+        told(found[RF_NLL]),
+        f"Next-token loss on suffixes alone, from the last stage and for as many steps, ends at {plain['nll'][-1][1]:.3f} nats "
+        f"a token, RF-NLL at {last['nll'][-1][1]:.3f}; one run each, so that what two seeds differ by is not known. A "
+        "likelihood favours bland text, and its model is itself small: what a judge that reads would choose is not shown.",
+    ])  # fmt: skip
+
+
+def told(stages: Sequence[Mapping[str, Any]]) -> str:
+    """When the judge begins to prefer rollouts, as far as the intervals tell."""
+    preferred = [one for one in stages if one["chosen_interval"][0] > one["chance"]]
+    rising = [
+        later for earlier, later in pairwise(stages) if later["chosen_interval"][0] > earlier["chosen_interval"][1]
+    ]
+    grows = (
+        f"The share is higher after {_steps(rising)} plain steps than at the stage before, beyond both intervals."
+        if rising
+        else "No stage's share is above the one's before it beyond both intervals."
+    )
+    if preferred:
+        return f"{grows} Rollouts are preferred to the text, beyond chance, after {_steps(preferred)} plain steps."
+    return (
+        f"{grows} At none of them are rollouts preferred to the text: that takes a better model than these steps make."
+    )
+
+
+def _steps(stages: Sequence[Mapping[str, Any]]) -> str:
+    return " and ".join(str(one["plain_steps"]) for one in stages)
+
+
+def _percent(share: float, interval: Sequence[float]) -> str:
+    return f"{100 * share:.1f}% ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+
+STUDY = Study(
+    name=NAME,
+    question="From scratch: when does a judge begin to prefer rollouts to the text?",
+    minutes=60,
+    parts=parts,
+    report=report,
+    draw=draw,
+    section=section,
+)

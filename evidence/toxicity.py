@@ -1,0 +1,126 @@
+"""Safety in small (tables 5 and 6): a policy that learns from offensive text, judged by a classifier of profanity.
+
+Arms start from SmolLM2-135M-Instruct and take the same number of prefixes: next-token training on all pages (the baseline), the
+same on the half that the classifier likes best (what filtering would do), and online DPO of suffix and rollouts, with several
+seeds. What they then write behind toxic prompts is judged by what none of them was trained by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from evidence.criteria import FOLDER
+from evidence.study import PYTHON, SERVED_URL, Part, Place, Report, Study
+from evidence.toxicity_page import draw, section
+from evidence.toxicity_report import CRITERIA, DPO, INITIAL, NEXT_TOKEN, SAFEST, TEXTS, report_of
+
+NAME = "toxicity"
+SETS = Path.home() / ".cache" / "megatron_sip" / "eval_sets"
+"""Of tools/fetch_eval_sets.py."""
+EVALUATE = (PYTHON, "-m", "megatron_sip.evaluate")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """steps: of each arm, 8 prefixes each. prompts: toxic ones, None for all 700, each continued `rollouts` times. prefixes: of
+    clean pages. documents: whose likelihood is measured, of either text. passages: of LAMBADA."""
+
+    steps: int = 32
+    prompts: int | None = None
+    rollouts: int = 4
+    prefixes: int = 350
+    documents: int = 200
+    passages: int = 300
+
+
+QUICK = Sizes(steps=2, prompts=4, rollouts=2, prefixes=4, documents=4, passages=4)
+
+
+def sizes(place: Place) -> Sizes:
+    return QUICK if place.quick else Sizes()
+
+
+def folder(place: Place) -> Path:
+    return place.run_dir / NAME
+
+
+def folders(place: Place) -> dict[str, list[Path]]:
+    """By arm the folders of its seeds' runs; the initial model's holds evaluations alone."""
+    named = {arm: [folder(place) / arm.replace(" ", "_")] for arm in (INITIAL, NEXT_TOKEN, SAFEST)}
+    return named | {DPO: [folder(place) / f"dpo_{seed}" for seed in place.seeds]}
+
+
+def parts(place: Place) -> list[Part]:
+    """Text, then a training and an evaluation for each arm."""
+    text = folder(place) / "text"
+    fetch = (
+        (PYTHON, "tools/fetch_toxicity.py", "--save", str(FOLDER)),
+        (PYTHON, "tools/fetch_eval_sets.py", "--save", str(SETS)),
+        (PYTHON, "-m", "evidence.toxicity_text", "--pages", str(FOLDER), "--save", str(text)),
+    )
+    made = [Part("text", fetch, (text / "train.jsonl", text / "safest.jsonl", text / "clean.jsonl"))]
+    arms = folders(place)
+    made.append(evaluation(place, INITIAL, arms[INITIAL][0], place.smollm2))
+    sft = ("--preset", "evidence/toxicity.args", "--objective", "sft", "--sft-target", "document")
+    for arm, pages in ((NEXT_TOKEN, "train"), (SAFEST, "safest")):
+        made.append(training(place, arm, arms[arm][0], text / f"{pages}.jsonl", *sft))
+        made.append(evaluation(place, arm, arms[arm][0], arms[arm][0] / "hf"))
+    for seed, run_dir in zip(place.seeds, arms[DPO], strict=True):
+        dpo = ("--preset", "evidence/toxicity_dpo.args", "--teacher", str(place.smollm2), "--seed", str(seed))
+        made.append(training(place, f"{DPO} {seed}", run_dir, text / "train.jsonl", *dpo))
+        made.append(evaluation(place, f"{DPO} {seed}", run_dir, run_dir / "hf"))
+    return made
+
+
+def training(place: Place, arm: str, run_dir: Path, pages: Path, *flags: str) -> Part:
+    """A run of the command for one node."""
+    words = (PYTHON, "-m", "megatron_sip", str(place.smollm2), str(pages), "--run-dir", str(run_dir), *flags)
+    command = (*words, "--train-iters", str(sizes(place).steps))
+    return Part(f"{arm}, training", (command,), (run_dir / "summary.json", run_dir / "hf" / "config.json"))
+
+
+def evaluation(place: Place, arm: str, out: Path, model: Path) -> Part:
+    """Continuations of toxic prompts and of clean pages, judged; likelihoods; LAMBADA."""
+    size = sizes(place)
+    served = ("--url", SERVED_URL, "--tokenizer", str(model))
+    sampled = ("--suffix-length", "20", "--temperature", "1", "--num-rollouts", str(size.rollouts))
+    limit = () if size.prompts is None else ("--limit", str(size.prompts))
+    pages = folder(place) / "text" / "clean.jsonl"
+    all_of_it = ("--split", "0,0,1")
+    prompts = ("--set", f"realtoxicityprompts={SETS / 'realtoxicityprompts.jsonl'}", *limit)
+    clean = ("--data-path", str(pages), *all_of_it, "--samples", str(size.prefixes), "--seq-length", "64")
+    commands = [
+        (*EVALUATE, "generate", *served, *prompts, *sampled, "--output", str(out / "prompts.jsonl")),
+        (*EVALUATE, "generate", *served, *clean, *sampled, "--dataset", "clean", "--output", str(out / "clean.jsonl")),
+    ]
+    for text in TEXTS:
+        file = str(out / f"{text}.jsonl")
+        scores = ("--output", str(out / f"{text}.rated.json"), "--scores", str(out / f"{text}.scores.jsonl"))
+        commands.append((*EVALUATE, "rate", file, "--criteria", *CRITERIA, *scores))
+        commands.append((*EVALUATE, "diversity", file, "--output", str(out / f"{text}.diversity.json")))
+    for name, data in (("pages", pages), ("leads", place.wiki_leads)):
+        what = ("--data-path", str(data), *all_of_it, "--samples", str(size.documents), "--seq-length", "128")
+        commands.append(
+            (*EVALUATE, "nll", *served, "--of", "document", *what, "--output", str(out / f"{name}.nll.json"))
+        )
+    lambada = ("--tasks", "lambada_openai", "--include-path", str(SETS), "--limit", str(size.passages))
+    commands.append((*EVALUATE, "tasks", *served, *lambada, "--output", str(out / "lambada.json")))
+    results = ["pages.nll.json", "leads.nll.json", "lambada.json"]
+    results += [f"{text}.{kind}" for text in TEXTS for kind in ("scores.jsonl", "diversity.json")]
+    return Part(f"{arm}, evaluation", tuple(commands), tuple(out / name for name in results), served=model)
+
+
+def report(place: Place) -> Report:
+    return report_of(place, folders(place), folder(place) / "text", asdict(sizes(place)))
+
+
+STUDY = Study(
+    name=NAME,
+    question="Does a criterion make continuations less toxic, and at what price?",
+    minutes=90,
+    parts=parts,
+    report=report,
+    draw=draw,
+    section=section,
+)

@@ -1,0 +1,143 @@
+"""The figure and the text of the study of toxicity, from its report alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from evidence.study import table
+from evidence.toxicity_report import ARMS, DPO, INITIAL, JUDGES, LIKELIHOODS, OPTIMISED, TEXTS
+
+HELD_OUT = {"unlisted": "LDNOOBW", "mildness": "severity list", "not_abusive": "hatesonar"}
+TRAINED_BY = "alt-profanity-check"
+NAMED = {"pages": "clean pages", "leads": "Wikipedia leads"}
+COLOURS = ("#8c959f", "#c8541b", "#d4a72c", "#0b6bbf")
+BAR = 0.8 / len(ARMS)
+
+
+def draw(found: Mapping[str, Any], png: Path) -> None:
+    """Toxicity of the continuations of toxic prompts by judge and arm; and what clean text lost of its likelihood."""
+    figure = Figure(figsize=(9.0, 3.6), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1.4))
+    for number, (arm, colour) in enumerate(zip(ARMS, COLOURS, strict=True)):
+        one = found["arms"][arm]
+        places = np.arange(len(JUDGES)) + number * BAR
+        _bars(left, places, [one["prompts"][judge] for judge in JUDGES], ("value", "interval"), colour, arm)
+        if arm != INITIAL:
+            lost = [one["nll"][text] for text in LIKELIHOODS]
+            _bars(right, np.arange(len(lost)) + number * BAR, lost, ("change", "change_interval"), colour, arm)
+    left.set_xticks(np.arange(len(JUDGES)) + 1.5 * BAR, [*HELD_OUT.values(), f"{TRAINED_BY}\n(DPO's criterion)"])
+    left.set_ylabel("toxicity behind toxic prompts")
+    left.legend(frameon=False, fontsize=8)
+    right.set_xticks(np.arange(len(LIKELIHOODS)) + 2 * BAR, list(NAMED.values()))
+    right.axhline(0, color="#59636e", linewidth=0.8)
+    right.set_ylabel("change of nats a token")
+    figure.savefig(png)
+
+
+def _bars(
+    axis: Any, places: Any, values: Sequence[Mapping[str, Any]], names: tuple[str, str], colour: str, arm: str
+) -> None:
+    """names: of a value and of its interval."""
+    heights = np.array([one[names[0]] for one in values])
+    spans = np.abs(np.array([one[names[1]] for one in values]).T - heights)
+    axis.bar(places, heights, BAR, yerr=spans, color=colour, label=arm, error_kw={"linewidth": 0.8})
+
+
+def section(found: Mapping[str, Any]) -> str:
+    """Markdown of a report."""
+    size = found["settings"]
+    prompts = 700 if size["prompts"] is None else size["prompts"]
+    rate, chance = (np.mean(found["curve"][f"chosen_{name}/rollout"]) for name in ("rate", "chance"))
+    return "\n\n".join([
+        setting(found),
+        f"Behind {prompts} RealToxicityPrompts, {size['rollouts']} continuations of 20 tokens each at temperature 1. Two word "
+        f"lists (LDNOOBW; severities up to 100) and another classifier were not trained by, {TRAINED_BY} was. In brackets the "
+        "change from the initial model with its 95% interval, over prompts and seeds; less is better:",
+        toxicity_table(found, "prompts"),
+        f"Behind {size['prefixes']} prefixes of held-out clean pages, where nothing should get worse:",
+        toxicity_table(found, "clean"),
+        "What it cost on clean text that no arm learnt from, and how varied the continuations of the toxic prompts are:",
+        price_table(found),
+        told(found["arms"][DPO]),
+        f"A rollout, not the page's suffix, was chosen in {100 * rate:.0f}% of DPO's groups, by chance {100 * chance:.0f}%.",
+    ])  # fmt: skip
+
+
+def setting(found: Mapping[str, Any]) -> str:
+    """What was trained on what."""
+    train, safest, seeds = found["text"]["train"], found["text"]["safest"], found["seeds"][DPO]
+    return (
+        f"{found['settings']['steps']} steps of 8 prefixes on {train['offensive']} pages of offensive and {train['clean']} of "
+        f"clean sayings (`tools/fetch_toxicity.py`). The safest half holds {safest['offensive']} of the offensive ones. DPO "
+        f"takes the best and the worst of a suffix and 4 rollouts: one minus the probability of {TRAINED_BY} counts twice, the "
+        "likelihood by the initial model, a cheap stand-in for quality, once; it is the mean of "
+        f"{seeds} seed{'s' * (seeds > 1)}. This is toxicity, words of profanity and abuse, not safety in general."
+    )
+
+
+def toxicity_table(found: Mapping[str, Any], text: str) -> str:
+    """All judges of the continuations of one of TEXTS, in percent."""
+    repeated = f"in one of {found['settings']['rollouts']}"
+    heads = {
+        "unlisted": "a listed word",
+        "any": repeated,
+        "mildness": "severity",
+        "not_abusive": "hatesonar",
+        OPTIMISED: TRAINED_BY,
+    }
+    rows = [[arm, *(_percent(one[text][name]) for name in heads)] for arm, one in found["arms"].items()]
+    return table(["%", *heads.values()], rows)
+
+
+def price_table(found: Mapping[str, Any]) -> str:
+    """Likelihood, LAMBADA and variety of all arms."""
+    head = [*(f"nats a token, {name}" for name in NAMED.values()), "LAMBADA, %", "distinct-2", "repetition, %"]
+    rows = []
+    for arm, one in found["arms"].items():
+        right, varied = one["lambada"], one["diversity"]["prompts"]
+        span = (
+            "" if "interval" not in right else " ({:.1f} to {:.1f})".format(*(100 * end for end in right["interval"]))
+        )
+        rows.append([
+            arm,
+            *(_changed(one["nll"][text], 1, "{:.3f}", "{:+.3f}") for text in LIKELIHOODS),
+            f"{100 * right['value']:.1f}{span}",
+            f"{varied['distinct_2']['value']:.3f}",
+            f"{100 * varied['repetition']['value']:.2f}",
+        ])  # fmt: skip
+    return table(["arm", *head], rows)
+
+
+def told(dpo: Mapping[str, Any]) -> str:
+    """What the intervals of DPO's changes say, in words."""
+    lines = []
+    for text, where in zip(TEXTS, ("toxic prompts", "clean prefixes"), strict=True):
+        others = "; ".join(f"{name}: {direction(dpo[text][judge])}" for judge, name in HELD_OUT.items())
+        own = direction(dpo[text][OPTIMISED])
+        lines.append(f"- DPO behind {where}, by what it was not trained by: {others}; by its criterion: {own}.")
+    cost = "; ".join(f"{name}: {direction(dpo['nll'][text])}" for text, name in NAMED.items())
+    return "\n".join([*lines, f"- Its nats a token: {cost}."])
+
+
+def direction(one: Mapping[str, Any]) -> str:
+    """What the interval of a change says."""
+    low, high = one["change_interval"]
+    return "less" if high < 0 else "more" if low > 0 else "no difference that the interval shows"
+
+
+def _percent(one: Mapping[str, Any]) -> str:
+    return _changed(one, 100, "{:.1f}", "{:+.1f}")
+
+
+def _changed(one: Mapping[str, Any], scale: float, plain: str, signed: str) -> str:
+    """The value, and in brackets its change with the interval, where there is one."""
+    value = plain.format(scale * one["value"])
+    if "change" not in one:
+        return value
+    low, high = (signed.format(scale * end) for end in one["change_interval"])
+    return f"{value} ({signed.format(scale * one['change'])}, {low} to {high})"

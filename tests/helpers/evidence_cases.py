@@ -1,0 +1,29 @@
+"""What a study's commands are to their programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from evidence.study import PYTHON, SERVED_URL, Part
+from megatron_sip.config.early_checks import check_flags
+from megatron_sip.evaluate import command_line as evaluate_command_line
+from megatron_sip.one_node.command import understand
+
+
+def understood(parts: Iterable[Part], model: Path, texts: Path) -> list[str]:
+    """The programs of all commands, each of which takes its flags; others than trainer and evaluation are only named.
+
+    model, texts: an HF folder and JSON lines that stand for those which earlier commands make.
+    """
+    programs = []
+    for words in (list(words) for part in parts for words in part.commands):
+        assert words[0] == PYTHON
+        program, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+        programs.append(program)
+        if program == "megatron_sip.evaluate":
+            evaluate_command_line().parse_args([word.replace(SERVED_URL, "http://127.0.0.1:1") for word in rest])
+        elif program == "megatron_sip":
+            request = understand([str(model), str(texts), *rest[2:]])
+            check_flags([*request.flags, "--hf-config", str(model), "--rollout-local", "1"])
+    return programs

@@ -1,0 +1,150 @@
+"""evidence/toxicity.py: its text is apart, its commands are understood, and its report and page are what its files say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from evidence_cases import understood
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizer import byte_level_tokenizer
+from transformers import LlamaConfig
+
+from evidence import toxicity_report
+from evidence.study import Place, StudyError, is_done
+from evidence.toxicity import STUDY, folder, folders, parts
+from evidence.toxicity_page import direction, draw, section
+from evidence.toxicity_report import CRITERIA, DPO, INITIAL, TEXTS, compared, interval
+from evidence.toxicity_text import MANIFEST, is_held_out
+from evidence.toxicity_text import parts as text_parts
+from megatron_sip.evaluation.results import Result, write_results
+
+
+def page(name: str, subset: str) -> dict[str, str]:
+    return {"id": name, "text": f"The text of {name}", "subset": subset}
+
+
+def test_held_out_pages_are_not_learnt_and_the_safest_half_is_that_of_the_scores() -> None:
+    offensive, clean = ([page(f"{kind}:{i}", kind) for i in range(100)] for kind in ("offensive", "clean"))
+    made = text_parts(offensive, clean, lambda texts: [float("clean" in text) for text in texts])
+    learnt = {one["text"] for one in made["train"]}
+    assert not any(is_held_out(text) for text in learnt)
+    assert {one["text"] for one in made["clean"]} == {one["text"] for one in clean if is_held_out(one["text"])}
+    assert sum(one["subset"] == "offensive" for one in made["train"]) * 2 == len(made["train"])
+    assert made["safest"] == [one for one in made["train"] if one["subset"] == "clean"]
+
+
+@pytest.fixture(name="place")
+def place_of(tmp_path: Path) -> Place:
+    model = tmp_path / "model"
+    byte_level_tokenizer().save_pretrained(model)
+    LlamaConfig(vocab_size=320).save_pretrained(model)
+    (model / "model.safetensors").write_bytes(b"")
+    (tmp_path / "leads.jsonl").write_text(json.dumps({"text": "A lead."}) + "\n")
+    return Place(tmp_path / "run", seeds=(1, 2), smollm2=model, wiki_leads=tmp_path / "leads.jsonl")
+
+
+def test_commands_are_understood_by_their_programs(place: Place) -> None:
+    programs = understood(parts(place), place.smollm2, place.wiki_leads)
+    assert programs[:3] == ["tools/fetch_toxicity.py", "tools/fetch_eval_sets.py", "evidence.toxicity_text"]
+    assert (programs.count("megatron_sip"), programs.count("megatron_sip.evaluate")) == (4, 5 * 9)
+
+
+def test_an_evaluation_serves_the_model_that_the_training_before_it_leaves(place: Place) -> None:
+    made = parts(place)
+    for training, evaluation in zip(made[2::2], made[3::2], strict=True):
+        assert evaluation.served is not None
+        assert evaluation.served / "config.json" in training.results
+        assert not is_done(evaluation, STUDY.folder(place))
+
+
+PROMPTS, ROLLOUTS = 6, 2
+
+
+def write_arm(out: Path, toxic: float, nats: float) -> None:
+    """Files of an arm: every second continuation of each prompt has the toxicity `toxic` by all judges, the others none."""
+    out.mkdir(parents=True)
+    for text in TEXTS:
+        lines = [
+            {"index": i, "document": str(i % PROMPTS), "scores": dict.fromkeys(CRITERIA, 1 - toxic * (i >= PROMPTS))}
+            for i in range(PROMPTS * ROLLOUTS)
+        ]
+        (out / f"{text}.scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        shares = [Result("diversity", name, toxic, 12) for name in ("distinct_2", "repetition")]
+        write_results(out / f"{text}.diversity.json", {}, shares)
+    for text in ("pages", "leads"):
+        rows: list[dict[str, Any]] = [{"format": "header"}]
+        rows += [{"index": i, "document": str(i), "tokens": 1 + i, "nll": nats * (1 + i)} for i in range(4)]
+        (out / f"{text}.nll.json.document.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_results(out / "lambada.json", {}, [Result("standard", "lambada_openai", 0.4, 10, (0.2, 0.6))])
+    steps = [{"step": step, **{f"chosen_{what}/rollout": 0.75 for what in ("rate", "chance")}} for step in (1, 2)]
+    for step in steps:
+        step |= {"rejected_rate/rollout": 0.9, "spread/evidence.criteria:civility": 0.3}
+    (out / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+
+
+@pytest.fixture(name="report")
+def report_of(place: Place) -> dict[str, Any]:
+    arms = folders(place)
+    for arm, toxic, nats in ((INITIAL, 0.5, 3.0), ("next token", 0.75, 2.9), ("safest half", 0.5, 2.95)):
+        write_arm(arms[arm][0], toxic, nats)
+    for out, toxic in zip(arms[DPO], (0.25, 0.0), strict=True):
+        write_arm(out, toxic, 3.25)
+    text = folder(place) / "text"
+    text.mkdir()
+    counts = {name: {"offensive": 7, "clean": 9} for name in ("train", "safest", "clean")}
+    (text / MANIFEST).write_text(json.dumps(counts))
+    return STUDY.report(place)
+
+
+def test_a_report_holds_means_over_seeds_and_changes_from_the_initial_model(report: dict[str, Any]) -> None:
+    initial, dpo = report["arms"][INITIAL], report["arms"][DPO]
+    assert initial["prompts"]["civility"] == {"value": 0.25, "interval": [0.25, 0.25]}
+    assert (dpo["prompts"]["civility"]["value"], dpo["prompts"]["civility"]["change"]) == (0.0625, -0.1875)
+    assert dpo["prompts"]["civility"]["by_seed"] == [0.125, 0.0]
+    assert dpo["clean"]["any"]["value"] == 0.125  # the worst continuation of each prompt: 0.25, and 0 of the other seed
+    assert (dpo["nll"]["pages"]["value"], dpo["nll"]["pages"]["change"]) == (3.25, 0.25)
+    assert dpo["nll"]["leads"]["change_interval"] == [0.25, 0.25]
+    assert (initial["lambada"]["interval"], dpo["lambada"]["value"]) == ([0.2, 0.6], 0.4)
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_page_and_figure_say_what_the_report_says(report: dict[str, Any], tmp_path: Path) -> None:
+    text = section(report)
+    assert "| DPO | 6.2 (-18.8, -25.0 to -12.5) | 12.5 (-37.5, -50.0 to -25.0) |" in text
+    assert (
+        "by what it was not trained by: LDNOOBW: less; severity list: less; hatesonar: less; by its criterion: less."
+        in text
+    )
+    assert "- Its nats a token: clean pages: more; Wikipedia leads: more." in text
+    assert "chosen in 75% of DPO's groups, by chance 75%" in text
+    draw(report, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_a_continuation_without_a_number_is_named(report: dict[str, Any], place: Place) -> None:
+    path = folders(place)[INITIAL][0] / "prompts.scores.jsonl"
+    path.write_text(path.read_text().replace("0.5", "null", 1))
+    with pytest.raises(StudyError, match="no number for generation 6"):
+        STUDY.report(place)
+
+
+def test_a_direction_needs_an_interval_that_excludes_zero() -> None:
+    found = [direction({"change_interval": span}) for span in ((-2, -1), (-1, 1), (1, 2))]
+    assert found == ["less", "no difference that the interval shows", "more"]
+
+
+@settings(max_examples=20)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=20), st.integers(1, 3))
+def test_an_interval_lies_among_the_values_and_ignores_what_has_no_weight(values: list[float], seeds: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toxicity_report, "RESAMPLES", 50)
+        rows = np.array([values] * seeds)
+        low, high = interval(rows, np.ones(len(values)))
+        assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+        alone = compared(rows, rows, np.array([1.0] + [0.0] * (len(values) - 1)))
+        assert alone["value"] == pytest.approx(values[0], abs=1e-4)
