@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from evidence import from_scratch, toxicity
+from evidence import cost, from_scratch, judge, objectives_report, toxicity
 from evidence.results import publish, write_page
 from evidence.study import ROOT, Place, Study, do_parts, fetched
 from megatron_sip.console import say
 from megatron_sip.errors import UserError
 
-ALL: tuple[Study, ...] = (toxicity.STUDY, from_scratch.STUDY)
+ALL: tuple[Study, ...] = (judge.STUDY, objectives_report.STUDY, toxicity.STUDY, from_scratch.STUDY, cost.STUDY)
 STUDIES: Mapping[str, Study] = {study.name: study for study in ALL}
 """In the order of the page; a study that asks another one's model stands behind it."""
 
@@ -71,7 +71,7 @@ def run(given: argparse.Namespace) -> None:
     if not given.dry_run:
         place = replace(place, smollm2=fetched("fetch_smollm2.py"), wiki_leads=fetched("fetch_wiki_leads.py"))
     os.chdir(ROOT)  # which the commands' paths start from
-    for study in (STUDIES[name] for name in STUDIES if name in given.only):
+    for study in chosen(given.only):
         say(f"# {study.name}: {study.question} (about {study.minutes} minutes on two cores)")
         seconds = do_parts(study.parts(place), study.folder(place), dry_run=given.dry_run)
         if given.dry_run:
@@ -81,6 +81,12 @@ def run(given: argparse.Namespace) -> None:
         if not given.quick:
             publish(study, report, place, seconds, results)
             write_page(STUDIES.values(), results)
+
+
+def chosen(names: Sequence[str]) -> list[Study]:
+    """Those of these names and what they need, in the order of the page."""
+    wanted = {*names, *(needed for name in names for needed in STUDIES[name].needs)}
+    return [study for name, study in STUDIES.items() if name in wanted]
 
 
 if __name__ == "__main__":

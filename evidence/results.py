@@ -28,7 +28,7 @@ def publish(study: Study, report: Report, place: Place, seconds: float, results:
         "machine": describe_machine(),
         "commit": commit(),
         "versions": {name: version(name) for name in PACKAGES},
-        "seeds": list(place.seeds),
+        "seeds": report.get("seeds", list(place.seeds)),
         "seconds": round(seconds),
         "report": report,
     }

@@ -8,9 +8,12 @@ call: parts that are done are left out, and the programs of the others continue 
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -60,13 +63,15 @@ class Part:
     """A part of a study: done when its commands have ended well and `results` are there.
 
     commands: words, of which the first is PYTHON or a program of this repository by its path from the root, where they run.
-    served: the HF folder of a model that a server of this machine serves meanwhile, at SERVED_URL.
+    served: the HF folder of a model that a server of this machine serves meanwhile, at SERVED_URL. removed: folders that nobody
+    needs once it is done, such as a run's checkpoints beside its exported model.
     """
 
     name: str
     commands: tuple[tuple[str, ...], ...]
     results: tuple[Path, ...]
     served: Path | None = None
+    removed: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,9 @@ class Study:
     """One study. name: of its folder, its JSON (docs/results/evidence_NAME.json) and figure. question: in one line.
 
     parts: what is to be run, in order; known without running anything. report: of what the parts left, whatever is to be
-    published; holds no paths. draw: a figure of the report. section: its Markdown, without the heading, from the report alone;
-    every figure in it comes from there. minutes: its budget on two cores with AVX2 alone.
+    published; holds no paths; "seeds" in it are those used, where they are not the place's. draw: a figure of the report.
+    section: its Markdown, without the heading, from the report alone; every figure in it comes from there. minutes: its budget
+    on two cores with AVX2 alone. needs: studies whose models or texts it takes, which are done before.
     """
 
     name: str
@@ -85,6 +91,7 @@ class Study:
     report: Callable[[Place], Report]
     draw: Callable[[Mapping[str, Any], Path], None]
     section: Callable[[Mapping[str, Any]], str]
+    needs: tuple[str, ...] = ()
 
     def folder(self, place: Place) -> Path:
         """Where its parts work."""
@@ -133,6 +140,8 @@ def _do(part: Part, folder: Path) -> None:
         if missing := [path for path in part.results if not path.exists()]:
             raise StudyError(f"{part.name!r} ended without {missing[0]}: it was stopped; the same command continues")
         finished = True
+        for path in part.removed:
+            shutil.rmtree(path, ignore_errors=True)
     finally:
         earlier = _done(folder).get(part.name, {}).get("seconds", 0.0)
         seconds = round(earlier + time.monotonic() - started, 1)
@@ -143,7 +152,8 @@ def _do(part: Part, folder: Path) -> None:
 def _run(words: Sequence[str], part: Part) -> None:
     say(shlex.join(words))
     program = [sys.executable] if words[0] == PYTHON else [str(ROOT / words[0])]
-    status = LocalRanks([*program, *words[1:]]).wait()
+    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    status = LocalRanks([*program, *words[1:]], environment={"PATH": scripts}).wait()  # shell scripts call this Python
     if status:
         raise StudyError(f"{part.name!r} ended with status {status}; the same command continues")
 
@@ -154,7 +164,7 @@ def _server(part: Part, folder: Path) -> Iterator[str]:
         url = ""
         if part.served is not None:
             log = folder / f"{part.name.replace(' ', '_')}.server.log"
-            url = stack.enter_context(LocalServer(ServerSettings(part.served, "float32", log_file=log))).url
+            url = stack.enter_context(LocalServer(ServerSettings(part.served, "float32", seed=1234, log_file=log))).url
         yield url
 
 
@@ -179,3 +189,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [list(head), ["---"] * len(head), *map(list, rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def paragraph(*sentences: str) -> str:
+    """Sentences as a wrapped paragraph of Markdown."""
+    return textwrap.fill(" ".join(sentences), 120, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,209 @@
+"""What does judging cost, and what does cheaper judging lose? Budget: 30 minutes on two cores with AVX2 alone, after `judge`.
+
+Groups of a suffix and 15 rollouts, recorded by a short run, are judged again by the judge of study `judge`, under each
+protocol, and by likelihood. What all pairs in both orders say is taken as the truth about this judge; the paper's five hard
+votes a pair are drawn from these verdicts' probabilities, as a judge that writes nothing else would vote (T=1, top-p 0.6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from evidence.asking import EVERYTHING, LIKELIHOOD, PROTOCOLS
+from evidence.judge import later_leads, trained_judge
+from evidence.numbers import Estimate, estimate, percent, share
+from evidence.objectives import PRESET
+from evidence.study import PYTHON, SERVED_URL, Part, Place, Report, Study, paragraph, table
+from megatron_sip.files import read_json
+from megatron_sip.judge.schedules import Comparisons, balanced_pairs, measured_win_rates
+
+NAME = "cost"
+PAPER = "all pairs, 5 hard votes (paper)"
+VOTES, TOP_P = 5, 0.6
+ROLLOUTS, STEPS = 15, 3
+QUICK = ("--train-iters", "1", "--global-batch-size", "2")
+SEED = 1234
+
+
+def parts(place: Place) -> list[Part]:
+    """Record groups, then ask about them under each protocol."""
+    folder = place.run_dir / NAME
+    run_dir, groups = folder / "run", folder / "groups"
+    record = (
+        *(PYTHON, "-m", "megatron_sip", str(place.smollm2), str(later_leads(place)), "--run-dir", str(run_dir)),
+        *(
+            "--teacher",
+            str(place.smollm2),
+            "--preset",
+            PRESET,
+            "--objective",
+            "dpo",
+            "--candidates",
+            "suffix",
+            "rollout",
+        ),
+        *("--num-rollouts", str(ROLLOUTS), "--train-iters", str(STEPS), "--lr-warmup-iters", "0"),
+        *("--save-groups", str(groups), *(QUICK if place.quick else ())),
+    )
+    return [
+        Part(
+            "record groups", (record,), (run_dir / "summary.json",), removed=(run_dir / "checkpoints", run_dir / "hf")
+        ),
+        _asked(place, "ask the judge", tuple(PROTOCOLS), trained_judge(place)),
+        _asked(place, "ask for likelihoods", (LIKELIHOOD,), place.smollm2),
+    ]
+
+
+def _asked(place: Place, name: str, protocols: Sequence[str], served: Path) -> Part:
+    folder = place.run_dir / NAME
+    commands = tuple(
+        (
+            *(PYTHON, "-m", "evidence.asking", str(folder / "groups"), "--protocol", protocol, "--url", SERVED_URL),
+            *("--tokenizer", str(place.smollm2), "--save", str(_answers(folder, protocol))),
+        )
+        for protocol in protocols
+    )
+    return Part(name, commands, tuple(_answers(folder, protocol) for protocol in protocols), served=served)
+
+
+def _answers(folder: Path, protocol: str) -> Path:
+    return folder / f"{protocol.replace(', ', '_').replace(' ', '_')}.json"
+
+
+def report(place: Place) -> Report:
+    """By protocol calls, tokens and seconds a group, and how good its best and worst are by all pairs."""
+    folder = place.run_dir / NAME
+    names = (*PROTOCOLS, LIKELIHOOD)
+    return report_of({name: read_json(_answers(folder, name), "answers of a judge") for name in names})
+
+
+def report_of(answers: Mapping[str, Mapping[str, Any]]) -> Report:
+    """`report` of what `evidence.asking` wrote. Groups that a protocol could not judge are left out, and counted."""
+    verdicts, scores = answers[EVERYTHING]["verdicts"], {name: found["scores"] for name, found in answers.items()}
+    count = len(verdicts)
+    whole = [i for i in range(count) if len({len(each[i] or ()) for each in scores.values()}) == 1 and verdicts[i]]
+    truth = [np.array(scores[EVERYTHING][i], float) for i in whole]
+    asked = {
+        name: {
+            "calls": round(found["calls"] / count, 1),
+            "tokens": round(found["prompt_tokens"] / count),
+            "seconds": round(found["seconds"] / count, 2),
+            **selection([np.array(scores[name][i], float) for i in whole], truth),
+        }
+        for name, found in answers.items()
+    }
+    draws = np.random.default_rng(SEED)
+    votes = [paper_scores(len(true), verdicts[i], draws) for i, true in zip(whole, truth, strict=True)]
+    pairs = np.mean([len(each) * (len(each) - 1) / 2 for each in truth])
+    paper = {"calls": round(VOTES * float(pairs), 1), **selection(votes, truth)}
+    sizes = [len(each) for each in truth]
+    return {
+        "seeds": [SEED],
+        "groups": len(whole),
+        "left_out": count - len(whole),
+        "candidates": [min(sizes), max(sizes)],
+        "protocols": {PAPER: paper, **asked},
+    }
+
+
+def selection(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> dict[str, Estimate]:
+    """Against the truth [n] of each group: whether scores [n] have the same best and worst; the share of the gap between the
+    true best and worst that theirs have, with a normal interval over groups. Ties are broken by lot."""
+    draws = np.random.default_rng(SEED)
+    picked = [best_and_worst(found, draws) for found in scores]
+    right = [best_and_worst(true, draws) for true in truth]
+    best, worst = (np.array([a[k] == b[k] for a, b in zip(picked, right, strict=True)], float) for k in (0, 1))
+    gaps = np.array([(true[a] - true[b]) / max(np.ptp(true), 1e-9) for true, (a, b) in zip(truth, picked, strict=True)])
+    half = 1.96 * float(gaps.std(ddof=1)) / len(gaps) ** 0.5 if len(gaps) > 1 else 1.0
+    return {
+        "same_best": share(float(best.mean()), len(best)),
+        "same_worst": share(float(worst.mean()), len(worst)),
+        "recovered": estimate(float(gaps.mean()), float(gaps.mean()) - half, float(gaps.mean()) + half),
+    }
+
+
+def best_and_worst(scores: np.ndarray, draws: np.random.Generator) -> tuple[int, int]:
+    """Places of the highest and of the lowest of scores [n]."""
+    order = np.lexsort((draws.permutation(len(scores)), scores))
+    return int(order[-1]), int(order[0])
+
+
+def paper_scores(count: int, verdicts: Sequence[Sequence[float]], rng: np.random.Generator) -> np.ndarray:
+    """Win rates [count] of VOTES votes a pair, in turns of order, drawn from the verdicts' probabilities cut at TOP_P."""
+    preferred = {(int(first), int(second)): value for first, second, value in verdicts}
+    drawn = []
+    for pair in balanced_pairs(count, rng):
+        for vote in range(VOTES):
+            shown = pair if vote % 2 == 0 else (pair[1], pair[0])
+            drawn.append((*shown, float(rng.random() < cut(preferred[shown]))))
+    return measured_win_rates(count, Comparisons.empty().plus(drawn))
+
+
+def cut(probability: float) -> float:
+    """The first option's probability when one of two is sampled from a nucleus of TOP_P."""
+    if probability >= TOP_P:
+        return 1.0
+    return 0.0 if 1 - probability >= TOP_P else probability
+
+
+def draw(found: Mapping[str, Any], file: Path) -> None:
+    """Calls against the share of the gap that is recovered."""
+    figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
+    axis = figure.subplots()
+    for name, each in found["protocols"].items():
+        gap = each["recovered"]
+        around = np.maximum([[gap["value"] - gap["low"]], [gap["high"] - gap["value"]]], 0)
+        axis.errorbar([each["calls"]], [gap["value"]], yerr=around, fmt="o", capsize=2, label=name)
+    axis.set(xscale="log", xlabel="judge calls a group", ylabel="share of the best-worst gap", ylim=(-0.2, 1.05))
+    axis.legend(frameon=False, fontsize=7)
+    figure.savefig(file)
+
+
+def section(found: Mapping[str, Any]) -> str:
+    """The table, and what its rows are."""
+    rows = [
+        [
+            name,
+            f"{each['calls']:.0f}",
+            f"{each['tokens']:,}" if "tokens" in each else "not asked",
+            f"{each['seconds']:.1f}" if "seconds" in each else "",
+            *(percent(each[key]) for key in ("recovered", "same_best", "same_worst")),
+        ]
+        for name, each in found["protocols"].items()
+    ]
+    low, high = found["candidates"]
+    left = f" {found['left_out']} more could not be judged under every protocol." if found["left_out"] else ""
+    return "\n\n".join(
+        [
+            paragraph(
+                f"{found['groups']} groups of {low} to {high} different texts (a suffix and {ROLLOUTS} rollouts of 20 tokens),",
+                "judged again by the trained judge of the first study with soft verdicts, each of one generated token, under",
+                f"each protocol, with the server's cache empty at first.{left} By all pairs in both orders: the share of the",
+                "gap between best and worst that the selected two have, and how often they are the same two, in percent with",
+                "intervals over groups. Likelihood is another criterion, by the initial policy's weights: it need not agree.",
+            ),
+            table(["protocol", "calls", "prompt tokens", "s", "gap recovered", "same best", "same worst"], rows),
+            paragraph(
+                "Calls, tokens and seconds are of one group. The paper's votes are drawn from the probabilities that all pairs",
+                "gave, not asked; a judge that reasons first would generate hundreds of tokens for each of its calls.",
+                "What it does not show: whose selection is right; this says how cheaply this judge's own opinion is had.",
+            ),
+        ]
+    )
+
+
+STUDY = Study(
+    name=NAME,
+    question="What does judging cost, and what does cheaper judging lose?",
+    minutes=30,
+    parts=parts,
+    report=report,
+    draw=draw,
+    section=section,
+    needs=("judge",),
+)

@@ -1,0 +1,70 @@
+"""Shares, means over seeds and differences with their 95% intervals, and how they are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megatron_sip.evaluation.win_rate import bootstrap_interval, wilson_interval
+
+Estimate = dict[str, float]
+"""value, low, high: a number with its 95% interval, or value alone."""
+
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Student's t at 97.5%, by degrees of freedom."""
+
+
+def estimate(value: float, low: float, high: float) -> Estimate:
+    """Rounded to what JSON should hold."""
+    return {"value": round(value, 5), "low": round(low, 5), "high": round(high, 5)}
+
+
+def share(value: float, count: int) -> Estimate:
+    """A share of `count` independent outcomes, with Wilson's interval."""
+    return estimate(value, *wilson_interval(value, count))
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """The mean of one value a seed, with Student's interval; of a single one it has no interval."""
+    mean, count = float(np.mean(values)), len(values)
+    if count == 1:
+        return {"value": round(mean, 5)}
+    half = T95.get(count - 1, 1.96) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    return estimate(mean, mean - half, mean + half)
+
+
+def mean_difference(
+    after: Mapping[int, float], before: Mapping[int, float], documents: Mapping[int, str], weights: Mapping[int, float]
+) -> Estimate:
+    """The weighted mean over tasks of after - before, with a bootstrap over documents: paired, by the tasks' numbers."""
+    tasks = sorted(after)
+    changes = np.array([after[task] - before[task] for task in tasks])
+    weighting = np.array([weights[task] for task in tasks])
+    low, high = bootstrap_interval(changes, [documents[task] for task in tasks], 1234, weighting)
+    return estimate(float(np.average(changes, weights=weighting)), low, high)
+
+
+def sign(found: Estimate, null: float = 0.0) -> int:
+    """1 or -1 where the interval lies above or below `null`, else 0."""
+    if "low" not in found:
+        return 0
+    return int(found["low"] > null) - int(found["high"] < null)
+
+
+def percent(found: Estimate) -> str:
+    """85 (76 to 94) of a share."""
+    return _written(found, 100, 0)
+
+
+def decimal(found: Estimate, digits: int = 3) -> str:
+    """0.123 (0.100 to 0.146)."""
+    return _written(found, 1, digits)
+
+
+def _written(found: Estimate, scale: float, digits: int) -> str:
+    value = f"{scale * found['value']:.{digits}f}"
+    if "low" not in found:
+        return value
+    return f"{value} ({scale * found['low']:.{digits}f} to {scale * found['high']:.{digits}f})"

@@ -1,0 +1,178 @@
+"""Which objective buys what (the paper's table 6, small)? Budget: 90 minutes on two cores with AVX2 alone, after study `judge`.
+
+Ten ways to continue SmolLM2-135M-Instruct for 10 steps of 8 prefixes; the main ones with every seed, the others with the
+first. The teacher's likelihood judges all but the two that show what the pairwise judge of study `judge` makes of it. All
+then continue the same held-out prefixes, sampled (as in training) and greedily, and both judges compare them with the initial
+policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from evidence.judge import later_leads, trained_judge
+from evidence.study import PYTHON, SERVED_URL, Part, Place
+
+NAME = "objectives"
+INITIAL = "initial"
+PRESET = "evidence/objectives.args"
+QUALITY = "examples/short_quality.txt"
+ROLLOUTS = ("--candidates", "rollout", "--num-rollouts", "4")
+TOGETHER = ("--candidates", "suffix", "rollout", "--num-rollouts")
+BY_JUDGE = ("--criteria", f"{QUALITY}=1", "--judge-verdict", "soft")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to train. told: in the table. flags: of the trainer. judge: the pairwise judge is its teacher, not the likelihood.
+
+    main: trained with every seed."""
+
+    told: str
+    flags: tuple[str, ...]
+    judge: bool = False
+    main: bool = False
+    asks: bool = True
+
+
+ROWS: Mapping[str, Row] = {
+    "suffix": Row("next token, suffixes", ("--objective", "sft", "--candidates", "suffix"), main=True, asks=False),
+    "document": Row(
+        "next token, whole pieces",
+        ("--objective", "sft", "--candidates", "suffix", "--sft-target", "document"),
+        asks=False,
+    ),
+    "rf-nll": Row("RF-NLL, suffix + 4 rollouts", ("--objective", "rf-nll", *TOGETHER, "4")),
+    "dpo-1": Row("DPO, suffix + 1 rollout", ("--objective", "dpo", *TOGETHER, "1")),
+    "dpo-4": Row("DPO, suffix + 4 rollouts", ("--objective", "dpo", *TOGETHER, "4"), main=True),
+    "dpo-8": Row("DPO, suffix + 8 rollouts", ("--objective", "dpo", *TOGETHER, "8")),
+    "dpo-rollouts": Row("DPO, 4 rollouts", ("--objective", "dpo", *ROLLOUTS)),
+    "grpo": Row("GRPO, 4 rollouts", ("--objective", "grpo", *ROLLOUTS)),
+    "judge-dpo-4": Row("DPO, suffix + 4 rollouts", ("--objective", "dpo", *TOGETHER, "4", *BY_JUDGE), judge=True),
+    "judge-pivot": Row(
+        "DPO, 4 rollouts, suffix as pivot",
+        ("--objective", "dpo", *ROLLOUTS, *BY_JUDGE, "--judge-schedule", "pivot", "--judge-pivot", "suffix"),
+        judge=True,
+    ),
+}
+MAIN, BASELINE = "dpo-4", "suffix"
+"""The main comparison: the method against next-token training on the same text."""
+QUICK_ROWS = ("suffix", "dpo-4", "judge-pivot")
+PREFIXES, NLL_PREFIXES, QUICK_PREFIXES = 96, 256, 6
+QUICK = ("--train-iters", "1", "--lr-warmup-iters", "0", "--global-batch-size", "2")
+CONTROL = ("--win-rate-prompts", "96", "--win-rate-temperature", "1.0")
+"""Of one run: its control, the initial policy at 0.7 of the temperature against itself."""
+TASK_LIMIT = "300"
+TASK_RUNS = (INITIAL, BASELINE, MAIN)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model of the study: a row trained with a seed, or the initial one."""
+
+    row: str
+    seed: int
+
+    def folder(self, place: Place) -> Path:
+        """Where its files lie."""
+        return place.run_dir / NAME / f"{self.row}-{self.seed}"
+
+    def model(self, place: Place) -> Path:
+        """HF folder of its weights."""
+        return place.smollm2 if self.row == INITIAL else self.folder(place) / "run" / "hf"
+
+
+def runs(place: Place) -> list[Run]:
+    """Those that are trained: main ones with every seed, the others with the first."""
+    names = QUICK_ROWS if place.quick else tuple(ROWS)
+    return [Run(name, seed) for name in names for seed in (place.seeds if ROWS[name].main else place.seeds[:1])]
+
+
+def initial(place: Place) -> Run:
+    """The model that all start from; its seed is in no draw."""
+    return Run(INITIAL, place.seeds[0])
+
+
+def parts(place: Place) -> list[Part]:
+    """Train and measure each, then ask both judges about all."""
+    trained = runs(place)
+    found = [_measured(place, initial(place))]
+    for run in trained:
+        found += [_trained(place, run), _measured(place, run)]
+    found += [
+        _compared(place, "likelihood", {"likelihood.json": "sampled.jsonl"}, place.smollm2),
+        _compared(
+            place, "judge", {"judge.json": "sampled.jsonl", "judge_greedy.json": "greedy.jsonl"}, trained_judge(place)
+        ),
+    ]
+    if place.standard_tasks:
+        found += [_tasks(place, run) for run in (initial(place), *trained) if run.row in TASK_RUNS]
+    return found
+
+
+def _trained(place: Place, run: Run) -> Part:
+    row, run_dir = ROWS[run.row], run.folder(place) / "run"
+    teacher = trained_judge(place) if row.judge else place.smollm2
+    words = [
+        *(PYTHON, "-m", "megatron_sip", str(place.smollm2), str(later_leads(place)), "--run-dir", str(run_dir)),
+        *(("--teacher", str(teacher)) if row.asks else ()),
+        *("--preset", PRESET, *row.flags, "--seed", str(run.seed)),
+        *(CONTROL if run == Run(MAIN, place.seeds[0]) else ()),
+        *(QUICK if place.quick else ()),
+    ]
+    results = (run_dir / "summary.json", run_dir / "hf" / "config.json", run_dir / "metrics.jsonl")
+    return Part(f"train {run.row} {run.seed}", (tuple(words),), results, removed=(run_dir / "checkpoints",))
+
+
+def _measured(place: Place, run: Run) -> Part:
+    folder, evaluate = run.folder(place), (PYTHON, "-m", "megatron_sip.evaluate")
+    served = ("--url", SERVED_URL, "--tokenizer", str(place.smollm2))
+    cut = ("--data-path", str(later_leads(place)), "--split", "90,0,10", "--seq-length", "64", "--suffix-length", "20")
+    prefixes, nll_prefixes = (QUICK_PREFIXES,) * 2 if place.quick else (PREFIXES, NLL_PREFIXES)
+    commands, results = [], [folder / "nll.json"]
+    for name, temperature in (("sampled", "1"), ("greedy", "0")):
+        made, measured = folder / f"{name}.jsonl", folder / f"{name}_diversity.json"
+        sampling = ("--samples", str(prefixes), "--temperature", temperature, "--dataset", "standard")
+        commands += [
+            (*evaluate, "generate", *served, *cut, *sampling, "--output", str(made)),
+            (*evaluate, "diversity", str(made), "--output", str(measured)),
+        ]
+        results += [made, measured]
+    nll = ("--of", "suffix", "--samples", str(nll_prefixes), "--output", str(folder / "nll.json"))
+    commands.append((*evaluate, "nll", *served, *cut, *nll))
+    return Part(f"measure {run.row} {run.seed}", tuple(commands), tuple(results), served=run.model(place))
+
+
+def _compared(place: Place, judge: str, made: Mapping[str, str], served: Path) -> Part:
+    """By a judge every trained run against the initial one; made: the generations that each file of results is of."""
+    criteria = ("likelihood",) if judge == "likelihood" else (QUALITY, "--judge-verdict", "soft")
+    commands, results = [], []
+    for run in runs(place):
+        for name, generations in made.items():
+            output = run.folder(place) / name
+            base, trained = (str(each.folder(place) / generations) for each in (initial(place), run))
+            words = (
+                "compare",
+                base,
+                trained,
+                "--criteria",
+                *criteria,
+                "--teacher-url",
+                SERVED_URL,
+                "--output",
+                str(output),
+            )
+            commands.append((PYTHON, "-m", "megatron_sip.evaluate", *words))
+            results.append(output)
+    return Part(f"compared by {judge}", tuple(commands), tuple(results), served=served)
+
+
+def _tasks(place: Place, run: Run) -> Part:
+    sets, output = Path.home() / ".cache" / "megatron_sip" / "eval_sets", run.folder(place) / "tasks.json"
+    fetch = (PYTHON, "tools/fetch_eval_sets.py", "--save", str(sets))
+    asked = ("--tasks", "standard", "--include-path", str(sets), "--limit", TASK_LIMIT, "--output", str(output))
+    model = ("--model", str(run.model(place)), "--dtype", "float32")
+    ask = (PYTHON, "-m", "megatron_sip.evaluate", "tasks", *model, *asked)
+    return Part(f"standard tasks {run.row} {run.seed}", (fetch, ask), (output,))
