@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-from host_reads import HostReads
 from parity_worker import forget_megatron, prepare_for_cases
 from transformers import AutoConfig
 
@@ -20,6 +19,10 @@ from megatron_sip.hf.standalone import initialize_megatron_for
 from megatron_sip.model.packing import build_row
 from megatron_sip.records import Branch, Example
 from megatron_sip.training.objectives.settings import ObjectiveSettings
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
+
+from host_reads import HostReads
 
 FLAGS = (
     *("--global-batch-size", "4", "--calculate-per-token-loss", "--no-check-for-nan-in-loss-and-grad"),
