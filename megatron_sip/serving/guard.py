@@ -62,7 +62,8 @@ def end(process: subprocess.Popen[bytes], process_group: int, grace_s: float) ->
 
 
 def run(parent_pid: int, command: list[str]) -> int:
-    """Run `command`; return its exit status, or end it and return 1 when process `parent_pid` has gone."""
+    """Run `command`; return its exit status, as shells do 128 + the signal that ended it, or end it and return 1 when process
+    `parent_pid` has gone."""
     parent = os.pidfd_open(parent_pid)
     if os.getppid() != parent_pid:  # it died before we looked, and the pid may already be another process
         return 1
@@ -76,7 +77,8 @@ def run(parent_pid: int, command: list[str]) -> int:
     poller.register(child, select.POLLIN)
     ready = {fd for fd, _ in poller.poll()}
     if child in ready:
-        return process.wait()
+        status = process.wait()
+        return status if status >= 0 else 128 - status
     end(process, os.getpgrp(), GRACE_S)  # its SIGKILL ends this guard as well
     return 1
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_sip.console import say
 from megatron_sip.serving.blocking_call import call
 from megatron_sip.serving.failures import RequestError
-from megatron_sip.serving.launch import LocalServer, ServerStartError
+from megatron_sip.serving.launch import ServerProcess, ServerStartError
 
 LOOK_S = 0.05
 
@@ -38,23 +38,26 @@ class KeepSettings:
 
 
 class Keeper:
-    """A thread that looks after one server, which is healthy now, until `close`, the run's end, or its giving it up."""
+    """A thread that looks after one server until `close`, the run's end, or its giving it up."""
 
     def __init__(
         self,
         name: str,
-        server: LocalServer,
+        server: ServerProcess,
         give_up: Callable[[str], object],
         settings: KeepSettings | None = None,
         rests: Callable[[], bool] = lambda: False,
+        restarts: Callable[[], bool] = lambda: True,
     ) -> None:
-        """name: the server's, for people. give_up: called once, in the thread, with the reason. rests: whether the run
-        ends, and servers with it, which are then left as they are."""
+        """name: the server's, for people; it is started if it never was. give_up: called once, in the thread, with the
+        reason. rests: whether the run ends, and servers with it, which are then left as they are. restarts: whether one that
+        fails is started again, and not given up at once."""
         self._name = name
         self._server = server
         self._give_up = give_up
         self._settings = settings or KeepSettings()
         self._rests = rests
+        self._restarts = restarts
         self._failures = 0
         self._serving_since = self._answered = time.monotonic()
         self._probe_at = self._answered + self._settings.probe_s
@@ -96,16 +99,23 @@ class Keeper:
 
     def _watch(self) -> None:
         try:
-            while not self._closing.wait(self._settings.poll_s) and not self._rests():
-                if (fault := self._fault()) and not self._revive(fault):
+            fault = self._start(again=False) if self._server.pid is None else None
+            while not self._closing.is_set():
+                if fault is not None:
+                    if not self._clear(fault):
+                        return
+                    fault = self._start(again=True)
+                elif self._closing.wait(self._settings.poll_s) or self._rests():
                     return
+                else:
+                    fault = self._fault()
         finally:
             self._over = True
 
     def _fault(self) -> str | None:
         """What is wrong with the server now, in words that follow its name."""
-        if not self._server.alive():
-            return "ended"
+        if (status := self._server.status) is not None:
+            return f"ended with status {status}"
         if self._silent or time.monotonic() < self._probe_at:
             return None
         try:
@@ -121,36 +131,34 @@ class Keeper:
             self._answered = time.monotonic()
             self._probe_at = self._answered + self._settings.probe_s
 
-    def _revive(self, fault: str) -> bool:
-        """Start the server again; False when it is given up or the keeper is closed."""
+    def _clear(self, fault: str) -> bool:
+        """End what is left of the server before its next start; False when there is none: it is given up, or the run ends."""
         settings = self._settings
-        while True:
-            settled = (
-                self._answered - self._serving_since > settings.settled_s
-            )  # it served so long, and did not only hang
-            self._failures = 1 if settled else self._failures + 1
-            what = f"{self._name} at {self._server.url} {fault}"
-            if self._failures == settings.max_failures:
-                self._server.stop(grace_s=0.0)
-                often = f"the {self._failures}th time in a row before it served for {settings.settled_s / 60:g} minutes"
-                self._give_up(f"{what}, {often}, and is given up. {self._server.log_end()}")
-                return False
-            say(f"servers: {what} and is started again, log {self._server.log_file}")
-            self._server.stop(grace_s=0.0)  # one that hangs does not end by itself
-            if self._closing.wait(settings.pause_s) or self._rests():
-                return False
-            started = self._serving_since = time.monotonic()  # and has no answer since then, if it cannot be started
-            try:
-                self._server.start(again=True)
-            except (ServerStartError, OSError):
-                if self._closing.is_set():
-                    return False
-                fault = "could not be started"
-                continue
-            self._note_answer()
-            self._serving_since = self._answered
+        settled = self._answered - self._serving_since > settings.settled_s  # it served so long, and did not only hang
+        self._failures = 1 if settled else self._failures + 1
+        what = f"{self._name} at {self._server.url} {fault}"
+        self._server.stop(grace_s=0.0)  # one that hangs does not end by itself
+        if self._failures == settings.max_failures or not self._restarts():
+            often = f"{self._failures} times in a row before it served for {settings.settled_s / 60:g} minutes"
+            self._give_up(f"{what}, {often}, and is given up. {self._server.log_end()}")
+            return False
+        say(f"servers: {what} and is started again, log {self._server.log_file}")
+        return not (self._closing.wait(settings.pause_s) or self._rests())
+
+    def _start(self, again: bool) -> str | None:
+        """Start the server; what was wrong if it does not serve then."""
+        started = self._serving_since = time.monotonic()  # and has no answer since then, if it cannot be started
+        try:
+            self._server.start(again=again)
+        except ServerStartError as error:
+            return error.what
+        except OSError as error:
+            return f"could not be started ({error})"
+        self._note_answer()
+        self._serving_since = self._answered
+        if again:
             say(f"servers: {self._name} is back after {self._answered - started:.0f} s")
-            return True
+        return None
 
 
 def any_answers(keepers: Sequence[Keeper]) -> bool:

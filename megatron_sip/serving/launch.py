@@ -16,11 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import IO, Self
 
 from tqdm import tqdm
 
@@ -59,7 +60,11 @@ processes compute there too: a decode step then took 5 to 14 times as long."""
 
 
 class ServerStartError(UserError, RuntimeError):
-    """A server ended or stayed silent while starting; the message holds the tail of its log."""
+    """A server ended or stayed silent while starting, which `what` says; the message holds the tail of its log, too."""
+
+    def __init__(self, message: str, what: str = "could not be started") -> None:
+        super().__init__(message)
+        self.what = what
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,28 +161,97 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class LocalServer:
-    """One SGLang server process of this machine. A context manager; `start` and `stop` also work alone, and again."""
+class ServerProcess(ABC):
+    """A server of this machine that ends with this process, however that ends. name: for people, before its URL."""
 
-    def __init__(self, settings: ServerSettings) -> None:
-        self.settings = settings
-        self.log_file = settings.log_file or Path(tempfile.mkdtemp(prefix="sglang-")) / "server.log"
+    def __init__(self, name: str, log_file: Path, start_timeout_s: float) -> None:
+        self.log_file = log_file
+        self._name = name
+        self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
-        self._port = 0
 
     @property
+    @abstractmethod
     def url(self) -> str:
         """Base URL, without a slash at the end."""
-        return f"http://{HOST}:{self._port}"
+
+    @abstractmethod
+    def start(self, *, again: bool = False) -> Self:
+        """Start it and wait until it is healthy; again: at the URL that it had, and behind what its log holds.
+
+        Raises ServerStartError with the log's tail.
+        """
+
+    @abstractmethod
+    def _answers(self) -> bool:
+        """Whether it is healthy."""
 
     @property
     def pid(self) -> int | None:
         """Process group id of the server (that of its guard), None when it was never started."""
         return None if self._process is None else self._process.pid
 
+    @property
+    def status(self) -> int | None:
+        """With which it ended; None while it runs or was never started."""
+        return None if self._process is None else self._process.poll()
+
     def alive(self) -> bool:
         """True while the server's process exists; says nothing about its health."""
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self.status is None
+
+    def stop(self, grace_s: float = STOP_S) -> None:
+        """End the server and all its processes: SIGTERM, then SIGKILL after `grace_s`. Safe to repeat."""
+        if self._process is None:
+            return
+        end(self._process, self._process.pid, grace_s)
+        self._process.wait()
+
+    def log_end(self) -> str:
+        """Where the log is, and its last lines, for people."""
+        with self.log_file.open("rb") as log:
+            tail = log_tail(log, count=LOG_TAIL_LINES)
+        return "\n".join([f"Log {self.log_file}, last lines:", *tail])
+
+    def _spawn(self, command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_sip.serving.guard", str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
+        )
+
+    def _wait_until_healthy(self) -> None:
+        started = time.monotonic()
+        while True:
+            waited = time.monotonic() - started
+            if (status := self.status) is not None:
+                what = f"ended with status {status} after {waited:.0f} s"
+            elif waited > self._start_timeout_s:
+                what = f"was not healthy within {self._start_timeout_s:g} s"
+            elif self._answers():
+                return
+            else:
+                time.sleep(0.25)
+                continue
+            raise ServerStartError(f"{self._name} at {self.url} {what}. {self.log_end()}", what)
+
+
+class LocalServer(ServerProcess):
+    """One SGLang server process of this machine. A context manager; `start` and `stop` also work alone, and again."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        log_file = settings.log_file or Path(tempfile.mkdtemp(prefix="sglang-")) / "server.log"
+        super().__init__(f"SGLang for {settings.model_path}", log_file, settings.start_timeout_s)
+        self.settings = settings
+        self._port = 0
+
+    @property
+    def url(self) -> str:
+        """Base URL, without a slash at the end."""
+        return f"http://{HOST}:{self._port}"
 
     def start(self, *, again: bool = False) -> Self:
         """Start, on the port of the last time if it is free, and wait until healthy.
@@ -194,7 +268,8 @@ class LocalServer:
             if attempt or not self._port:
                 self._port = free_port()
             try:
-                self._spawn("ab" if again else "wb")
+                with self.log_file.open("ab" if again else "wb") as log:
+                    self._spawn(self._command(), server_environment(self.settings), log)
                 self._wait_until_healthy()
                 return self
             except BaseException as error:
@@ -203,13 +278,6 @@ class LocalServer:
                 if not lost_port or attempt == attempts - 1:
                     raise
         raise AssertionError("unreachable")
-
-    def stop(self, grace_s: float = STOP_S) -> None:
-        """End the server and all its processes: SIGTERM, then SIGKILL after `grace_s`. Safe to repeat."""
-        if self._process is None:
-            return
-        end(self._process, self._process.pid, grace_s)
-        self._process.wait()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -227,32 +295,6 @@ class LocalServer:
             settings = replace(settings, dtype="float32")
         return server_command(settings, self._port, on_cpu=not has_accelerator())
 
-    def _spawn(self, log_mode: Literal["ab", "wb"]) -> None:
-        guarded = [sys.executable, "-m", "megatron_sip.serving.guard", str(os.getpid()), *self._command()]
-        with self.log_file.open(log_mode) as log:
-            self._process = subprocess.Popen(
-                guarded,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=server_environment(self.settings),
-            )
-
-    def _wait_until_healthy(self) -> None:
-        assert self._process is not None
-        started = time.monotonic()
-        while True:
-            status = self._process.poll()
-            waited = time.monotonic() - started
-            if status is not None:
-                raise self._start_error(f"ended with status {status} after {waited:.0f} s")
-            if waited > self.settings.start_timeout_s:
-                raise self._start_error(f"was not healthy within {self.settings.start_timeout_s:.0f} s")
-            if self._answers():
-                return
-            time.sleep(0.25)
-
     def _answers(self) -> bool:
         """Healthy, and really our server: on a lost port race another server could be the one that answers."""
         try:
@@ -261,15 +303,6 @@ class LocalServer:
         except RequestError:
             return False
         return isinstance(info, dict) and info.get("model_path") == str(self.settings.model_path)
-
-    def log_end(self) -> str:
-        """Where the log is, and its last lines, for people."""
-        with self.log_file.open("rb") as log:
-            tail = log_tail(log, count=LOG_TAIL_LINES)
-        return "\n".join([f"Log {self.log_file}, last lines:", *tail])
-
-    def _start_error(self, what: str) -> ServerStartError:
-        return ServerStartError(f"SGLang for {self.settings.model_path} at {self.url} {what}. {self.log_end()}")
 
 
 def start_servers(count: int, settings: ServerSettings) -> list[LocalServer]:

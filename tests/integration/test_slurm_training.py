@@ -1,4 +1,4 @@
-"""train_continual.sbatch on a real SLURM with real Megatron under torchrun on two nodes, and real SGLang on two others."""
+"""The sbatch files on a real SLURM with real Megatron under torchrun, and real SGLang on other nodes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -52,48 +52,77 @@ def rank_among(found: Sequence[Process]) -> int:
     return rank
 
 
+class Job:
+    """A job whose models are tiny, one engine and one teacher, which is asked for likelihoods and rewrites."""
+
+    def __init__(
+        self, cluster: SlurmCluster, folder: Path, script: str, steps: int, trainers: int, settings: dict[str, object]
+    ) -> None:
+        self.cluster, self.run, self.output = cluster, folder / "run", folder / "job.out"
+        own = {
+            **{"VENV": environment(folder / "venv"), "RUN_DIR": self.run, "SEQ_LENGTH": 96, "WIN_RATE_PROMPTS": 0},
+            **{"GPUS_PER_NODE": 1, "TRAINER_NODES": trainers, "ENGINE_NODES": 1, "TEACHER_NODES": 1},
+            **{"ENGINE_FLAGS": " ".join(SERVER), "TEACHER_FLAGS": " ".join((*SERVER, "--context-length=2048"))},
+        }
+        flags = (*COMMON, "--criteria", "likelihood=1", "--train-iters", str(steps), "--save-interval", "1")
+        flags += ("--save-retain-interval", "100", "--lr-warmup-iters", "0", "--rollout-temperature", "0")
+        words = [*(f"{name}={value}" for name, value in (own | settings).items()), "--", *flags]
+        self.id = cluster.submit(script, self.output, *words, options=(f"--nodes={trainers + 2}",))
+        self._deadline = time.monotonic() + 900
+
+    def told(self) -> str:
+        """All that it says."""
+        logs = "\n".join(f"{log.name}: {log.read_text()[-3000:]}" for log in (self.run / "logs").glob("*"))
+        return f"{self.cluster.show(self.id)['JobState']}\n{self.output.read_text()}\n{logs}"
+
+    def wait_until(self, reached: Callable[[], bool]) -> None:
+        while not reached():
+            assert time.monotonic() < self._deadline, self.told()
+            assert self.cluster.show(self.id)["JobState"] in ("PENDING", "RUNNING"), self.told()
+            time.sleep(0.2)
+
+    def completes(self, last: int) -> None:
+        """It ends well, with each step once and an engine that has the weights of each, and leaves no process."""
+        assert self.cluster.wait(self.id, 900) == "COMPLETED", self.told()
+        assert not self.cluster.processes(self.id)
+        assert [step["step"] for step in steps(self.run)] == list(range(1, last + 1))
+        assert {step["engines/unsynced"] for step in steps(self.run)} == {0}
+        assert all(step["grad_norm"] > 0 for step in steps(self.run))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SlurmCluster]:
+    with SlurmCluster() as made:
+        yield made
+
+
 def test_a_job_trains_a_model_on_four_nodes_and_a_killed_rank_costs_no_step(
-    corpus: Path, tiny_llama_dir: Path, tmp_path: Path
+    cluster: SlurmCluster, corpus: Path, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    policy, run, output = tmp_path / "policy", tmp_path / "run", tmp_path / "job.out"
+    policy = tmp_path / "policy"
     converted = run_program(
         *("-m", "megatron_sip.hf.convert", "hf-to-megatron", "--load", str(tiny_llama_dir), "--save", str(policy))
     )
     assert converted.returncode == 0, converted.stdout
-    settings = {
-        **{"VENV": environment(tmp_path / "venv"), "POLICY": policy, "TEACHER_MODEL": tiny_llama_dir, "RUN_DIR": run},
-        **{"DATA": corpus, "PRESET": "safety-suffix-2", "SEQ_LENGTH": 96, "WIN_RATE_PROMPTS": 0, "GPUS_PER_NODE": 1},
-        **{"TRAINER_NODES": 2, "ENGINE_NODES": 1, "TEACHER_NODES": 1},
-        **{"ENGINE_FLAGS": " ".join(SERVER), "TEACHER_FLAGS": " ".join(SERVER)},
-    }
-    flags = (*COMMON, "--criteria", "likelihood=1", "--train-iters", str(STEPS), "--save-interval", "1")
-    flags += ("--save-retain-interval", "100", "--lr-warmup-iters", "0", "--rollout-temperature", "0")
-    with SlurmCluster() as cluster:
-        words = [*(f"{name}={value}" for name, value in settings.items()), "--", *flags]
-        job = cluster.submit("train_continual.sbatch", output, *words, options=("--nodes=4",))
-        deadline = time.monotonic() + 900
-
-        def told() -> str:
-            logs = "\n".join(f"{log.name}: {log.read_text()[-3000:]}" for log in (run / "logs").glob("*"))
-            return f"{cluster.show(job)['JobState']}\n{output.read_text()}\n{logs}"
-
-        while not steps(run):
-            assert time.monotonic() < deadline, told()
-            assert cluster.show(job)["JobState"] in ("PENDING", "RUNNING"), told()
-            time.sleep(0.2)
-        rank = rank_among(cluster.processes(job, "megatron_sip.train", cluster.nodes[1]))
-        [key] = [value[21:] for value in variables(rank) if value.startswith(b"MEGATRON_SIP_JOB_KEY=")]
-        commands = [process.command.encode() for process in cluster.processes(job)]
-        servers = {process.pid for process in cluster.processes(job, "megatron_sip.platform")}
-        os.kill(rank, signal.SIGKILL)
-        while "and is started again" not in output.read_text() or len(steps(run)) < STEPS - 1:
-            assert time.monotonic() < deadline, told()
-            time.sleep(0.2)
-        assert servers >= {process.pid for process in cluster.processes(job, "megatron_sip.platform")}
-        assert cluster.wait(job, 900) == "COMPLETED", told()
-        assert not cluster.processes(job)
-    assert [step["step"] for step in steps(run)] == list(range(1, STEPS + 1))
-    assert {step["engines/unsynced"] for step in steps(run)} == {0}
-    assert all(step["grad_norm"] > 0 for step in steps(run))
-    written = [path.read_bytes() for path in (output, *run.rglob("*")) if path.is_file()]
+    settings = {"POLICY": policy, "TEACHER_MODEL": tiny_llama_dir, "DATA": corpus, "PRESET": "safety-suffix-2"}
+    job = Job(cluster, tmp_path, "train_continual.sbatch", STEPS, 2, settings)
+    job.wait_until(lambda: bool(steps(job.run)))
+    rank = rank_among(cluster.processes(job.id, "megatron_sip.train", cluster.nodes[1]))
+    [key] = [value[21:] for value in variables(rank) if value.startswith(b"MEGATRON_SIP_JOB_KEY=")]
+    commands = [process.command.encode() for process in cluster.processes(job.id)]
+    servers = {process.pid for process in cluster.processes(job.id, "megatron_sip.platform")}
+    os.kill(rank, signal.SIGKILL)
+    job.wait_until(lambda: "and is started again" in job.output.read_text() and len(steps(job.run)) >= STEPS - 1)
+    assert servers >= {process.pid for process in cluster.processes(job.id, "megatron_sip.platform")}
+    job.completes(STEPS)
+    written = [path.read_bytes() for path in (job.output, *job.run.rglob("*")) if path.is_file()]
     assert not [text for text in (*commands, *written) if key in text]
+
+
+def test_a_job_trains_a_model_from_scratch_on_rewrites_and_rollouts(
+    cluster: SlurmCluster, corpus: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, object] = {"HF_CONFIG": tiny_llama_dir, "TEACHER_MODEL": tiny_llama_dir, "DATA": corpus}
+    job = Job(cluster, tmp_path, "train_from_scratch.sbatch", 2, 1, settings)
+    job.completes(2)
+    assert all(step["rewriter/calls"] > 0 for step in steps(job.run))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from megatron_sip.serving import node
-from megatron_sip.serving.job_server import Health, JobServer, JobServerSettings
 from megatron_sip.serving.launch import free_port
 from megatron_sip.serving.node import SOCKETS, interface_towards, node_variables
 
@@ -58,7 +58,8 @@ class Kept:
         self.process = subprocess.Popen(
             [*KEEPER, *flags, "--", sys.executable, folder / "server.py", str(port)],
             env={**os.environ, "JOB_KEY": KEY, "TMPDIR": str(folder)},
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
         )
 
@@ -110,7 +111,7 @@ def test_a_server_gets_its_key_by_a_file_and_shows_it_nowhere(kept: Kept) -> Non
 
 @pytest.mark.parametrize(
     ("number", "hang_s", "why"),
-    [(signal.SIGKILL, 60.0, "ended with status 137"), (signal.SIGSTOP, 4.0, "answered nothing for 4 s")],
+    [(signal.SIGKILL, 60.0, "ended with status 137.*"), (signal.SIGSTOP, 4.0, r"has answered nothing for \d+ s")],
 )
 def test_a_server_that_ends_or_hangs_is_started_again(
     tmp_path: Path, number: signal.Signals, hang_s: float, why: str
@@ -124,18 +125,24 @@ def test_a_server_that_ends_or_hangs_is_started_again(
     second = kept.starts(2)[1]
     assert not is_alive(first)
     kept.process.terminate()
-    assert f"a server {why} and is started again, see {kept.log}" in kept.process.communicate(timeout=20)[1]
+    told = kept.process.communicate(timeout=20)[0]
+    assert re.search(
+        rf"servers: log at http://127.0.0.1:{kept.port} {why} and is started again, log {kept.log}\n", told
+    )
     assert not is_alive(second)
 
 
 def test_a_server_that_ends_while_starting_is_not_started_again_and_later_is_given_up(tmp_path: Path) -> None:
     kept = Kept(tmp_path, 0)
-    assert kept.process.communicate(timeout=20)[1] == ""
+    assert kept.process.communicate(timeout=20)[0] == ""
     assert (kept.process.returncode, len(kept.starts(1))) == (1, 1)
     kept.ready.touch()
     kept = Kept(tmp_path, 0)
-    told = kept.process.communicate(timeout=20)[1]
-    assert f"error: a server ended with status 9, 3 times in a row, and is given up, see {kept.log}" in told
+    told = kept.process.communicate(timeout=20)[0]
+    assert re.search(
+        r"error: log at \S+ ended with status 9 after \d s, 3 times in a row before it served for 10 minutes", told
+    )
+    assert f"Log {kept.log}, last lines:" in told
     assert (kept.process.returncode, len(kept.starts(1))) == (1, 4)
     assert kept.leftovers() == []
 
@@ -145,7 +152,7 @@ def test_a_server_that_never_gets_well_is_ended(tmp_path: Path) -> None:
     kept.ready.touch()
     first = kept.starts(2)[0]
     kept.process.terminate()
-    assert "a server was not healthy within 2 s and is started again" in kept.process.communicate(timeout=20)[1]
+    assert "was not healthy within 2 s and is started again" in kept.process.communicate(timeout=20)[0]
     assert not is_alive(first)
 
 
@@ -153,37 +160,6 @@ def test_a_killed_keeper_leaves_no_server(kept: Kept) -> None:
     [pid] = kept.starts(1)
     kept.process.kill()
     wait_until(lambda: not is_alive(pid))
-
-
-@pytest.mark.parametrize(("well_s", "given_up"), [(0.0, True), (9.0, False)])
-def test_failures_are_in_a_row_unless_the_server_was_well_for_long_between_them(
-    well_s: float, given_up: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However long it then took to find that it hangs."""
-    settings = JobServerSettings("http://127.0.0.1:1", tmp_path / "log", tmp_path, 3, 0.0, 60.0, 60.0)
-    server = JobServer([], settings, {}, "", long_s=5.0)
-    starts = iter([("hangs", well_s)] * 4 + [(None, 0.0)])
-
-    def serve() -> tuple[str | None, float]:
-        return next(starts)
-
-    monkeypatch.setattr(server, "_serve", serve)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert server.run() == given_up
-    assert len(list(starts)) == (2 if given_up else 0)
-
-
-def test_a_server_is_well_from_its_first_good_answer_to_its_last(kept: Kept) -> None:
-    kept.starts(1)
-    url = f"http://127.0.0.1:{kept.port}"
-    with Health(url, 0.05) as health:
-        wait_until(lambda: health.well_s() > 0.1)
-        os.kill(kept.starts(1)[0], signal.SIGSTOP)
-        time.sleep(0.2)
-        well = health.well_s()
-        time.sleep(0.3)
-        assert health.well_s() == well
-        os.kill(kept.starts(1)[0], signal.SIGCONT)
 
 
 TRAINER = """\

@@ -70,7 +70,7 @@ def test_a_server_that_is_killed_is_back_at_its_url_and_its_log_goes_on(
     assert call(url, "GET", "/health", timeout_s=5)
     assert server.log_file.read_text().count("serving") == 2
     said = capsys.readouterr().out
-    assert f"servers: the teacher at {url} ended and is started again" in said
+    assert f"servers: the teacher at {url} ended with status 137 and is started again" in said
     assert "the teacher is back" in said
     keeper.close()
     assert not given_up
@@ -128,9 +128,8 @@ def test_one_that_ends_again_and_again_is_given_up_with_the_reason(server: StubS
     wait_until(lambda: bool(given_up))
     assert not keeper.await_answer()
     [reason] = given_up
-    assert reason.startswith(
-        f"the teacher at {server.url} could not be started, the 3th time in a row before it served for 10 minutes"
-    )
+    told = r" ended with status 1 after \d+ s, 3 times in a row before it served for 10 minutes, and is given up\. Log "
+    assert re.match(f"the teacher at {server.url}{told}", reason)
     assert f"Log {server.log_file}, last lines:" in reason
     assert reason.endswith("broken")
     assert len(server.pids()) == 3
@@ -145,8 +144,31 @@ def test_one_that_hangs_after_every_start_is_given_up(server: StubServer) -> Non
     keeper = Keeper("the engine", server, given_up.append, replace(QUICK, settled_s=QUICK.hung_s))
     wait_until(lambda: bool(given_up))
     keeper.close()
-    assert re.search(r"has answered nothing for \d+ s, the 3th time in a row", given_up[0])
+    assert re.search(r"has answered nothing for \d+ s, 3 times in a row", given_up[0])
     assert len(server.pids()) == 3
+
+
+def test_one_that_served_for_long_between_its_failures_is_not_given_up(server: StubServer) -> None:
+    keeper = Keeper("the teacher", server, pytest.fail, replace(QUICK, settled_s=0.2, max_failures=2))
+    for ends in (1, 2, 3):
+        os.kill(server.pids()[-1], signal.SIGKILL)
+        wait_until(lambda ends=ends: len(server.pids()) > ends)
+        assert keeper.await_answer()
+        time.sleep(0.4)
+        assert keeper.await_answer()
+    keeper.close()
+    assert len(server.pids()) == 4
+
+
+def test_one_that_was_never_started_is_and_is_given_up_at_once_where_nothing_is_to_be_restarted(tmp_path: Path) -> None:
+    server, given_up = StubServer(tmp_path), list[str]()
+    keeper = Keeper("the teacher", server, given_up.append, QUICK, restarts=lambda: False)
+    assert keeper.await_answer()
+    os.kill(server.pids()[0], signal.SIGKILL)
+    wait_until(lambda: bool(given_up))
+    keeper.close()
+    assert "ended with status 137" in given_up[0]
+    assert len(server.pids()) == 1
 
 
 def test_once_the_run_ends_servers_are_left_as_they_are(server: StubServer) -> None:
