@@ -96,9 +96,4 @@ def test_servers_compute_as_the_trainer_does(
 ) -> None:
     monkeypatch.setattr(number_format, "bfloat16_pays", lambda: pays)
     monkeypatch.setattr(sglang_cpu, "has_accelerator", lambda: False)
-    commands: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command))
-    server = LocalServer(ServerSettings("org/model", dtype=dtype))
-    server.log_file.parent.mkdir(parents=True, exist_ok=True)
-    server._spawn("wb")
-    assert f"--dtype={served}" in commands[0]
+    assert f"--dtype={served}" in LocalServer(ServerSettings("org/model", dtype=dtype))._command()
