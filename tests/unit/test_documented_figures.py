@@ -223,6 +223,14 @@ def test_slurm_md_s_table_of_pushes_is_the_benchmark_s() -> None:
         ]
 
 
+def test_log_md_s_seconds_of_pushes_over_gloo_are_those_measured() -> None:
+    gloo = measured("weight_sync_cpu.json")["gloo"]
+    each, two, ahead, one = (f"{seconds:.2f} s" for _, seconds in sorted(gloo["median_seconds"].items()))
+    told = f"{each}, with the next bucket made meanwhile {ahead}, one group {one}; from two replicas {two},"
+    assert told in (REPO / "docs/log.md").read_text()
+    assert gloo["engines"] == 4
+
+
 def test_log_md_s_shares_of_changed_weights_are_those_measured() -> None:
     shares = json.loads((RESULTS / "changed_weights_cpu.json").read_text())["changed_share"]
     low, high = ([round(100 * f(shares[rate].values()), 1) for rate in ("5e-6", "5e-5", "5e-4")] for f in (min, max))
