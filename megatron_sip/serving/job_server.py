@@ -25,7 +25,7 @@ from megatron_sip.serving.blocking_call import call
 from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.guard import own_environment
 from megatron_sip.serving.http_reply import key_from_environment
-from megatron_sip.serving.keeper import Keeper, KeepSettings
+from megatron_sip.serving.keeper import LOOK_S, Keeper, KeepSettings
 from megatron_sip.serving.launch import ServerProcess
 from megatron_sip.serving.node import node_variables, private_folder
 
@@ -45,6 +45,7 @@ class JobServer(ServerProcess):
     ) -> None:
         super().__init__("the server", log, load_s)
         self._url, self._command, self._environment, self._key = url, list(command), environment, key.encode()
+        self._logging: threading.Thread | None = None
 
     @property
     def url(self) -> str:
@@ -56,15 +57,16 @@ class JobServer(ServerProcess):
         self._spawn(self._command, self._environment, subprocess.PIPE)
         assert self._process is not None
         assert self._process.stdout is not None
-        self._logging = threading.Thread(target=self._log, args=(self._process.stdout,), daemon=True)
-        self._logging.start()
+        logging = threading.Thread(target=self._log, args=(self._process.stdout,), daemon=True)
+        logging.start()
+        self._logging = logging
         self._wait_until_healthy()
         return self
 
     def stop(self, grace_s: float = STOP_S) -> None:
         """End it and all its processes, and its log."""
         super().stop(grace_s)
-        if self._process is not None:
+        if self._logging is not None:
             self._logging.join(STOP_S)
 
     def _answers(self) -> bool:
@@ -84,20 +86,16 @@ class JobServer(ServerProcess):
 
 def keep(server: JobServer, ready: Path, settings: KeepSettings) -> int:
     """Until a signal ends it (0), or it is given up (1): at its first failure while the file `ready` is not there."""
-    over, reasons = threading.Event(), list[str]()
+    stop, reasons = threading.Event(), list[str]()
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: over.set())
-
-    def give_up(reason: str) -> None:
-        reasons.append(reason)
-        over.set()
-
-    keeper = Keeper(server.log_file.stem, server, give_up, settings, restarts=ready.exists)
-    over.wait()
+        signal.signal(number, lambda *_: stop.set())
+    keeper = Keeper(server.log_file.stem, server, reasons.append, settings, restarts=ready.exists)
+    while not stop.wait(LOOK_S) and not keeper.over:
+        pass
     keeper.close()
     if reasons and ready.exists():  # else the job waits for its servers, and shows the log's end itself
         print(f"error: {reasons[0]}", file=sys.stderr, flush=True)
-    return len(reasons)
+    return 0 if stop.is_set() else 1
 
 
 def command_line() -> argparse.ArgumentParser:

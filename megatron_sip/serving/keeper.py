@@ -61,7 +61,7 @@ class Keeper:
         self._failures = 0
         self._serving_since = self._answered = time.monotonic()
         self._probe_at = self._answered + self._settings.probe_s
-        self._over = False  # closed, resting or given up
+        self._over = False
         self._times = threading.Lock()
         self._closing = threading.Event()
         self._silent = False
@@ -88,6 +88,11 @@ class Keeper:
         if not silent:
             self._note_answer()
         self._silent = silent
+
+    @property
+    def over(self) -> bool:
+        """Whether it looks after the server no more: closed, at rest, or it has given it up."""
+        return self._over
 
     def close(self) -> None:
         """Stop the server and look after it no more, also in the middle of a start."""

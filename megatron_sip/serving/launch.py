@@ -209,8 +209,11 @@ class ServerProcess(ABC):
 
     def log_end(self) -> str:
         """Where the log is, and its last lines, for people."""
-        with self.log_file.open("rb") as log:
-            tail = log_tail(log, count=LOG_TAIL_LINES)
+        try:
+            with self.log_file.open("rb") as log:
+                tail = log_tail(log, count=LOG_TAIL_LINES)
+        except OSError as error:
+            return f"Log {self.log_file} cannot be read: {error.strerror}"
         return "\n".join([f"Log {self.log_file}, last lines:", *tail])
 
     def _spawn(self, command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | int) -> None:
