@@ -24,6 +24,9 @@ from megatron_sip.records import Branch, Example
 Lengths = tuple[int, Sequence[int]]
 """(prefix length, branch lengths) of one example, in tokens."""
 
+ROW_MULTIPLE = {"cpu": 16, "cuda": 128}
+"""What row lengths are rounded up to: on a GPU to whole blocks of attention's mask and of matrix products."""
+
 
 @dataclass(frozen=True, slots=True)
 class BranchFacts:

@@ -27,7 +27,9 @@ def measured_seconds(steps: Sequence[Mapping[str, float]], shared: bool = False)
     later = [step for step in steps if "seconds/total" in step][1:]
     if not later:
         raise ArgumentError("--from-run: metrics.jsonl has fewer than two steps, and the first one sets much up")
-    names: dict[str, Sequence[str]] = {name: (name,) for name in (*PHASES, "total")} | {"rollout": ("rollout", "ahead/rollout")}
+    names: dict[str, Sequence[str]] = {name: (name,) for name in (*PHASES, "total")} | {
+        "rollout": ("rollout", "ahead/rollout")
+    }
     names["judge"] = ("judge", "ahead/judge") if shared else ("judging", "ahead/judging", "judge")
     return {phase: median([_seconds(step, found) for step in later]) for phase, found in names.items()}
 

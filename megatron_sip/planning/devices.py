@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Device:
     """memory: bytes. flops: dense bf16 a second. bandwidth: of its memory, bytes a second. network: of one device towards
     other nodes, bytes a second. decode_step_s: what a decode step takes beside reading and computing. shared: all roles run on
-    the same one, so that none of their work goes on beside another's."""
+    the same one, so that none of their work goes on beside another's. row_multiple: of tokens, that a packed row has there."""
 
     memory: float
     flops: float
@@ -17,13 +17,14 @@ class Device:
     network: float
     decode_step_s: float = 0.002
     shared: bool = False
+    row_multiple: int = 128
 
 
 DEVICES = {
     "H100": Device(80e9, 989e12, 3.35e12, 50e9),
     "H200": Device(141e9, 989e12, 4.8e12, 50e9),
     "A100": Device(80e9, 312e12, 2.04e12, 25e9),
-    "cpu": Device(16e9, 1e11, 20e9, 1e9, decode_step_s=0.28, shared=True),
+    "cpu": Device(16e9, 1e11, 20e9, 1e9, decode_step_s=0.28, shared=True, row_multiple=16),
 }
 """SXM modules, one network card a GPU (400, 400, 200 Gbit/s). cpu: two cores with AVX2, float32 (docs/log.md has the
 decode step)."""

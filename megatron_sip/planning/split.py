@@ -85,7 +85,8 @@ def plan_split(
         if rest or not data or work.prompts % data:
             continue
         parallel = replace(search.options, tensor=tensor, pipeline=pipeline, data=data)
-        memory = trainer_memory(machine.policy, work.training, parallel, planned_rows(work.training, data, tensor)[0])
+        rows, _ = planned_rows(work.training, data, math.lcm(search.device.row_multiple, tensor))
+        memory = trainer_memory(machine.policy, work.training, parallel, rows)
         if sum(memory.values()) <= machine.efficiency.memory * search.device.memory:
             cluster = Cluster(search.device, parallel, engines, judges)
             found.append(Planned(cluster, phases(work, machine, cluster), memory))

@@ -143,7 +143,7 @@ def serving_seconds(
 def training_seconds(work: Training, machine: Machine, cluster: Cluster) -> tuple[float, float]:
     """Seconds of (the reference's log-probs, the update) on each replica's rows, with the pipeline's bubble."""
     parallel, shape, device = cluster.trainer, machine.policy, cluster.device
-    rows, length = planned_rows(work, parallel.data, parallel.tensor)
+    rows, length = planned_rows(work, parallel.data, math.lcm(device.row_multiple, parallel.tensor))
     bubble = (rows + parallel.pipeline - 1) / rows
     predicted = work.examples * work.branches * work.suffix / parallel.data / rows
     context = (work.prefix + work.suffix) / 2
@@ -158,8 +158,8 @@ def training_seconds(work: Training, machine: Machine, cluster: Cluster) -> tupl
 
 
 @cache
-def planned_rows(work: Training, data: int, tensor: int) -> tuple[int, int]:
+def planned_rows(work: Training, data: int, multiple: int) -> tuple[int, int]:
     """(micro-batches of a replica, tokens of each): the trainer's own plan of such examples."""
     lengths = [(work.prefix, [work.suffix] * work.branches)] * work.examples
-    plan = plan_rows(lengths, work.row_length, data, multiple_of=math.lcm(16, tensor))
+    plan = plan_rows(lengths, work.row_length, data, multiple_of=multiple)
     return plan.micro_batches, plan.row_length

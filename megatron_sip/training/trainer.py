@@ -29,7 +29,15 @@ from torch import Tensor
 from megatron_sip.console import say
 from megatron_sip.metrics import Mean, Metrics, merge
 from megatron_sip.model.gpt import model_provider, row_logprobs
-from megatron_sip.model.packing import PackedRow, RowPlan, build_row, example_lengths, plan_rows, split_branches
+from megatron_sip.model.packing import (
+    ROW_MULTIPLE,
+    PackedRow,
+    RowPlan,
+    build_row,
+    example_lengths,
+    plan_rows,
+    split_branches,
+)
 from megatron_sip.records import Example
 from megatron_sip.training.leaders import LeaderExchange
 from megatron_sip.training.non_finite import NON_FINITE, Attempt, as_ranges, worth_another
@@ -37,9 +45,6 @@ from megatron_sip.training.objectives.row_loss import loss_metrics, row_loss
 from megatron_sip.training.objectives.settings import ObjectiveSettings
 from megatron_sip.training.objectives.terms import LossTerms
 from megatron_sip.training.reference_model import Reference
-
-ROW_MULTIPLE = {"cpu": 16, "cuda": 128}
-"""What row lengths are rounded up to: on a GPU to whole blocks of attention's mask and of matrix products."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from megatron_sip import plan as planner
 from megatron_sip.config.dry_run import prompt_cost, step_cost
 from megatron_sip.errors import ArgumentError
 from megatron_sip.hf.families import tensor_maps, tensor_shape
+from megatron_sip.model.packing import ROW_MULTIPLE
 from megatron_sip.one_node.layout import TRAINING_COPIES
 from megatron_sip.planning.calibration import factors_of, measured_seconds
 from megatron_sip.planning.devices import DEVICES, Efficiency
@@ -287,6 +288,11 @@ def test_plan_md_s_command_and_figures_of_runs_are_the_planner_s() -> None:
         other = demo(*PLANNED["runs"][planned]["flags"])[0]
         foreseen = phases(other, replace(machine, factors=factors), cluster).step("on arrival")
         assert (round(foreseen), round(measured_seconds(PLANNED["runs"][planned]["steps"])["total"])) == said
+
+
+def test_rows_are_multiples_of_what_the_trainer_s_are() -> None:
+    found = {"cpu" if name == "cpu" else "cuda": device.row_multiple for name, device in DEVICES.items()}
+    assert found == ROW_MULTIPLE
 
 
 def test_what_cannot_be_planned_is_named() -> None:
