@@ -71,20 +71,23 @@ async def asked(groups: Sequence[Group], how: JudgeSettings, document_end: int |
         }
 
 
-def main() -> None:
+def command_line() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", type=Path, help="what a run recorded with --save-groups")
     parser.add_argument("--protocol", choices=(*PROTOCOLS, LIKELIHOOD), required=True)
     parser.add_argument("--url", required=True, help="an SGLang server of the judge")
     parser.add_argument("--tokenizer", required=True, help="HF folder of its tokenizer, which is the policy's too")
     parser.add_argument("--save", type=Path, required=True, help="JSON file to write")
-    given = parser.parse_args()
-    groups = unjudged(
-        [group for path in group_files(given.groups) for group in groups_in(path) if group.dropped is None]
-    )
+    return parser
+
+
+def main() -> None:
+    given = command_line().parse_args()
+    recorded = [group for path in group_files(given.groups) for group in groups_in(path) if group.dropped is None]
     call(given.url, "POST", "/flush_cache", timeout_s=60)
     end = load_tokenizer(given.tokenizer).eos_token_id
-    found = asyncio.run(asked(groups, settings(given.protocol, given.url, given.tokenizer), end))
+    found = asyncio.run(asked(unjudged(recorded), settings(given.protocol, given.url, given.tokenizer), end))
     given.save.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(given.save, json.dumps(found) + "\n")
 

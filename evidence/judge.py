@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from evidence.numbers import percent, share, sign
+from evidence.numbers import estimate, percent, share, sign
 from evidence.study import PYTHON, SERVED_URL, Part, Place, Report, Study, paragraph, table
 from megatron_sip.files import read_json
 
@@ -101,11 +101,10 @@ def report(place: Place) -> Report:
 def figures(accuracy: Mapping[str, Any]) -> dict[str, Any]:
     """Of what `megatron_sip.judge accuracy` says: shares with their intervals; each is of records, or of pairs."""
     found = accuracy["all"]
-    low, high = found["accuracy_ci95"]
     pairs = found["pairs"]
     return {
         "pairs": pairs,
-        "right": {"value": found["accuracy"], "low": low, "high": high},
+        "right": estimate(found["accuracy"], *found["accuracy_ci95"]),
         "right_where_1_is": share(found["by_verdict"]["1"], pairs),
         "right_where_2_is": share(found["by_verdict"]["2"], pairs),
         "mean_of_orders": share(found["both_orders"], pairs),

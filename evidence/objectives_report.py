@@ -71,10 +71,12 @@ def figures(folder: Path, initial_folder: Path) -> dict[str, Any]:
         "wins": wins,
         "nll_change": nll_change(folder / "nll.json.suffix.jsonl", initial_folder / "nll.json.suffix.jsonl"),
         "seconds": round(sum(step["seconds/total"] for step in steps), 1),
-        "curves": {
-            name: [round(step[name], 4) for step in steps] for name in CURVES if all(name in step for step in steps)
-        },
+        "curves": {name: curve for name in CURVES if any(curve := [_rounded(step.get(name)) for step in steps])},
     }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def nll_change(after: Path, before: Path) -> Estimate:
@@ -108,8 +110,9 @@ def claims(main: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, An
     return {name: over_seeds(values) for name, values in found.items()}
 
 
-def late_less_early(rates: Sequence[float]) -> float:
-    """The mean of the last third of the steps less that of the first."""
+def late_less_early(curve: Sequence[float | None]) -> float:
+    """The mean of the last third of the steps less that of the first; steps without a value (nobody competed) are left out."""
+    rates = [rate for rate in curve if rate is not None]
     third = max(1, len(rates) // 3)
     return float(np.mean(rates[-third:]) - np.mean(rates[:third]))
 
@@ -142,10 +145,9 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
         if name not in found["rows"]:
             continue
         curves = found["rows"][name][0]["curves"]
-        for curve, style in (("chosen_rate/rollout", "-"), ("chosen_chance/rollout", ":")):
-            values = curves[curve]
-            label = _told(name) if style == "-" else None
-            right.plot(range(1, len(values) + 1), values, color=colour, linestyle=style, label=label, linewidth=1.2)
+        for curve, style, label in (("chosen_rate/rollout", "-", _told(name)), ("chosen_chance/rollout", ":", None)):
+            rates = np.array(curves[curve], float)
+            right.plot(np.arange(len(rates)) + 1, rates, style, color=colour, label=label, linewidth=1.2)
     right.set(xlabel="optimizer step", ylabel="a rollout is chosen (dotted: chance)", ylim=(0, 1.02))
     right.legend(frameon=False, fontsize=8)
     figure.savefig(file)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from evidence.study import PYTHON, SERVED_URL, Part
+from evidence.asking import command_line as asking_command_line
+from evidence.study import PYTHON, ROOT, SERVED_URL, Part
 from megatron_sip.config.early_checks import check_flags
 from megatron_sip.evaluate import command_line as evaluate_command_line
+from megatron_sip.judge.__main__ import command_line as judge_command_line
 from megatron_sip.one_node.command import understand
+from megatron_sip.prepare.__main__ import command_line as prepare_command_line
+
+COMMAND_LINES = {
+    "evidence.asking": asking_command_line,
+    "megatron_sip.evaluate": evaluate_command_line,
+    "megatron_sip.judge": judge_command_line,
+    "megatron_sip.prepare": prepare_command_line,
+}
 
 
 def understood(parts: Iterable[Part], model: Path, texts: Path) -> list[str]:
@@ -18,11 +29,14 @@ def understood(parts: Iterable[Part], model: Path, texts: Path) -> list[str]:
     """
     programs = []
     for words in (list(words) for part in parts for words in part.commands):
-        assert words[0] == PYTHON
+        if words[0] != PYTHON:
+            assert os.access(ROOT / words[0], os.X_OK)
+            programs.append(words[0])
+            continue
         program, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
         programs.append(program)
-        if program == "megatron_sip.evaluate":
-            evaluate_command_line().parse_args([word.replace(SERVED_URL, "http://127.0.0.1:1") for word in rest])
+        if program in COMMAND_LINES:
+            COMMAND_LINES[program]().parse_args([word.replace(SERVED_URL, "http://127.0.0.1:1") for word in rest])
         elif program == "megatron_sip":
             request = understand([str(model), str(texts), *rest[2:]])
             check_flags([*request.flags, "--hf-config", str(model), "--rollout-local", "1"])
