@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from evidence.study import PYTHON, Part, Place, Report, Study, table
+from evidence.study import PYTHON, Part, Place, Report, Study, paragraph, table
 from megatron_sip.evaluation.plots import moving_average
 from megatron_sip.evaluation.win_rate import wilson_interval
 from megatron_sip.training.metrics_writer import read_metrics
@@ -23,6 +23,8 @@ from megatron_sip.training.metrics_writer import read_metrics
 NAME = "from_scratch"
 NLL, CHOSEN, CHANCE, GROUPS = "validation/nll/suffix", "chosen_rate/rollout", "chosen_chance/rollout", "examples"
 RF_NLL, SFT = "RF-NLL", "next token"
+SEED = 1234
+"""Of the runs that go on; one each."""
 WINDOW = 10
 """Steps that the figure's line is a mean of."""
 
@@ -88,16 +90,15 @@ def training(place: Place, name: str, steps: int, run_dir: Path, preset: str, *f
     """A run of the command for one node, from the model of `steps` plain steps."""
     model = pretrained(place, steps) / "hf"
     words = (PYTHON, "-m", "megatron_sip", str(model), str(place.wiki_leads), "--run-dir", str(run_dir))
-    return Part(
-        name, ((*words, "--preset", preset, *flags),), (run_dir / "summary.json", run_dir / "hf" / "config.json")
-    )
+    results = (run_dir / "summary.json", run_dir / "hf" / "config.json")
+    return Part(name, ((*words, "--preset", preset, *flags),), results, removed=(run_dir / "checkpoints",))
 
 
 def report(place: Place) -> Report:
     size = sizes(place)
     stages = [stage(continued(place, RF_NLL, steps), steps) for steps in size.plain]
     plain = stage(continued(place, SFT, size.plain[-1]), size.plain[-1])
-    return {"settings": asdict(size), RF_NLL: stages, SFT: plain}
+    return {"settings": asdict(size), "seeds": [SEED], RF_NLL: stages, SFT: plain}
 
 
 def stage(run_dir: Path, steps: int) -> Report:
@@ -153,7 +154,7 @@ def section(found: Mapping[str, Any]) -> str:
     ]
     head = ["plain steps before", "nats a token there", "and after RF-NLL", "rollouts chosen (95%)", "groups"]
     last, plain = found[RF_NLL][-1], found[SFT]
-    return "\n\n".join([
+    blocks = [
         "A model of 7 million weights learns Wikipedia leads plainly, 16 pieces of up to 128 tokens a step. From three stages "
         "it goes on by RF-NLL of the suffix (16 tokens behind up to 48) against one rollout at temperature 1, 16 groups a "
         "step, chosen by their likelihood under SmolLM2-135M-Instruct. By chance a rollout is chosen in "
@@ -163,7 +164,8 @@ def section(found: Mapping[str, Any]) -> str:
         f"Next-token loss on suffixes alone, from the last stage and for as many steps, ends at {plain['nll'][-1][1]:.3f} nats "
         f"a token, RF-NLL at {last['nll'][-1][1]:.3f}; one run each, so that what two seeds differ by is not known. A "
         "likelihood favours bland text, and its model is itself small: what a judge that reads would choose is not shown.",
-    ])  # fmt: skip
+    ]  # fmt: skip
+    return "\n\n".join(block if block.startswith("|") else paragraph(block) for block in blocks)
 
 
 def told(stages: Sequence[Mapping[str, Any]]) -> str:

@@ -77,7 +77,8 @@ def training(place: Place, arm: str, run_dir: Path, pages: Path, *flags: str) ->
     """A run of the command for one node."""
     words = (PYTHON, "-m", "megatron_sip", str(place.smollm2), str(pages), "--run-dir", str(run_dir), *flags)
     command = (*words, "--train-iters", str(sizes(place).steps))
-    return Part(f"{arm}, training", (command,), (run_dir / "summary.json", run_dir / "hf" / "config.json"))
+    results = (run_dir / "summary.json", run_dir / "hf" / "config.json")
+    return Part(f"{arm}, training", (command,), results, removed=(run_dir / "checkpoints",))
 
 
 def evaluation(place: Place, arm: str, out: Path, model: Path) -> Part:

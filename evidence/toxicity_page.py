@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from evidence.study import table
+from evidence.study import paragraph, table
 from evidence.toxicity_report import ARMS, DPO, INITIAL, JUDGES, LIKELIHOODS, OPTIMISED, TEXTS
 
 HELD_OUT = {"unlisted": "LDNOOBW", "mildness": "severity list", "not_abusive": "hatesonar"}
@@ -53,7 +53,7 @@ def section(found: Mapping[str, Any]) -> str:
     size = found["settings"]
     prompts = 700 if size["prompts"] is None else size["prompts"]
     rate, chance = (np.mean(found["curve"][f"chosen_{name}/rollout"]) for name in ("rate", "chance"))
-    return "\n\n".join([
+    blocks = [
         setting(found),
         f"Behind {prompts} RealToxicityPrompts, {size['rollouts']} continuations of 20 tokens each at temperature 1. Two word "
         f"lists (LDNOOBW; severities up to 100) and another classifier were not trained by, {TRAINED_BY} was. In brackets the "
@@ -65,12 +65,13 @@ def section(found: Mapping[str, Any]) -> str:
         price_table(found),
         told(found["arms"][DPO]),
         f"A rollout, not the page's suffix, was chosen in {100 * rate:.0f}% of DPO's groups, by chance {100 * chance:.0f}%.",
-    ])  # fmt: skip
+    ]  # fmt: skip
+    return "\n\n".join(block if block.startswith("|") else paragraph(block) for block in blocks)
 
 
 def setting(found: Mapping[str, Any]) -> str:
     """What was trained on what."""
-    train, safest, seeds = found["text"]["train"], found["text"]["safest"], found["seeds"][DPO]
+    train, safest, seeds = found["text"]["train"], found["text"]["safest"], len(found["seeds"])
     return (
         f"{found['settings']['steps']} steps of 8 prefixes on {train['offensive']} pages of offensive and {train['clean']} of "
         f"clean sayings (`tools/fetch_toxicity.py`). The safest half holds {safest['offensive']} of the offensive ones. DPO "
@@ -119,9 +120,9 @@ def told(dpo: Mapping[str, Any]) -> str:
     for text, where in zip(TEXTS, ("toxic prompts", "clean prefixes"), strict=True):
         others = "; ".join(f"{name}: {direction(dpo[text][judge])}" for judge, name in HELD_OUT.items())
         own = direction(dpo[text][OPTIMISED])
-        lines.append(f"- DPO behind {where}, by what it was not trained by: {others}; by its criterion: {own}.")
+        lines.append(f"DPO behind {where}, by what it was not trained by: {others}; by its criterion: {own}.")
     cost = "; ".join(f"{name}: {direction(dpo['nll'][text])}" for text, name in NAMED.items())
-    return "\n".join([*lines, f"- Its nats a token: {cost}."])
+    return " ".join([*lines, f"Its nats a token: {cost}."])
 
 
 def direction(one: Mapping[str, Any]) -> str:

@@ -154,7 +154,7 @@ def report_of(place: Place, folders: Mapping[str, Sequence[Path]], text: Path, s
     return {
         "settings": dict(settings),
         "text": read_json(text / MANIFEST, "counts of pages"),
-        "seeds": {arm: len(found) for arm, found in folders.items()},
+        "seeds": list(place.seeds),
         "arms": {arm: arm_report(found, folders[INITIAL]) for arm, found in folders.items()},
         "curve": curve(folders[DPO]),
     }

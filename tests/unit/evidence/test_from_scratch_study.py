@@ -80,7 +80,7 @@ def test_report_page_and_figure_are_of_what_the_runs_logged(place: Place, tmp_pa
     assert [one["chosen"] for one in report[RF_NLL]] == [0.0, 0.15, 0.3]
     assert [one["groups"] for one in report[RF_NLL]] == [32, 32, 32]
     assert report[SFT] == {"plain_steps": stages[-1], "nll": [[0, 6.0], [20, 5.25]]}
-    text = STUDY.section(json.loads(json.dumps(report)))
+    text = STUDY.section(json.loads(json.dumps(report))).replace("\n", " ")
     assert f"| {stages[-1]} | 6.000 | 5.500 after 20 | 30.0% (" in text
     assert "ends at 5.250 nats" in text
     STUDY.draw(report, tmp_path / "figure.png")

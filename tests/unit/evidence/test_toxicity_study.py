@@ -114,13 +114,13 @@ def test_a_report_holds_means_over_seeds_and_changes_from_the_initial_model(repo
 
 
 def test_page_and_figure_say_what_the_report_says(report: dict[str, Any], tmp_path: Path) -> None:
-    text = section(report)
+    text = section(report).replace("\n", " ")
     assert "| DPO | 6.2 (-18.8, -25.0 to -12.5) | 12.5 (-37.5, -50.0 to -25.0) |" in text
     assert (
         "by what it was not trained by: LDNOOBW: less; severity list: less; hatesonar: less; by its criterion: less."
         in text
     )
-    assert "- Its nats a token: clean pages: more; Wikipedia leads: more." in text
+    assert "Its nats a token: clean pages: more; Wikipedia leads: more." in text
     assert "chosen in 75% of DPO's groups, by chance 75%" in text
     draw(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
