@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -19,12 +20,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from megatron_sip.console import say
 from megatron_sip.errors import UserError
 from megatron_sip.files import read_json, write_atomically
-from megatron_sip.one_node.ranks import LocalRanks
 from megatron_sip.serving.launch import LocalServer, ServerSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,12 +151,32 @@ def _do(part: Part, folder: Path) -> None:
 
 
 def _run(words: Sequence[str], part: Part) -> None:
+    """Run a command whose whole process group ends with this process, however that ends, and gets its SIGTERM and Ctrl-C."""
     say(shlex.join(words))
     program = [sys.executable] if words[0] == PYTHON else [str(ROOT / words[0])]
+    guard = [sys.executable, "-m", "megatron_sip.serving.guard", str(os.getpid())]
     scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    status = LocalRanks([*program, *words[1:]], environment={"PATH": scripts}).wait()  # shell scripts call this Python
+    environment = os.environ | {"PATH": scripts}  # shell scripts call this Python
+    command = [*guard, *program, *words[1:]]
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process, _stopping(process):
+        status = process.wait()
     if status:
         raise StudyError(f"{part.name!r} ended with status {status}; the same command continues")
+
+
+@contextmanager
+def _stopping(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Meanwhile a SIGTERM or Ctrl-C asks all of the process's group to end, which trainers do with their last step saved."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        os.killpg(process.pid, signal.SIGTERM)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -18,6 +18,8 @@ while [ $# -gt 0 ]; do
 done
 records=$run_dir/records/judgements.jsonl
 
+trap : TERM # what runs gets it too, of its process group, and is waited for
+
 model=$(PYTHONWARNINGS=ignore python tools/fetch_smollm2.py)
 leads=$(python tools/fetch_wiki_leads.py)
 python -m megatron_sip.prepare judgements --task quality --corrupt shuffle --criterion examples/short_quality.txt \

@@ -62,6 +62,30 @@ def test_after_a_kill_the_same_call_goes_on(tmp_path: Path) -> None:
     assert log(tmp_path) == ["one", "two", "two", "two", "three"]  # the part that hung, and its end
 
 
+def test_a_sigterm_reaches_what_a_script_runs_and_is_waited_for(tmp_path: Path) -> None:
+    """As the judge's script: a shell that waits for a trainer, which saves before it ends."""
+    trainer = tmp_path / "trainer.py"
+    trainer.write_text(
+        "import pathlib, signal, sys, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "def save(*_): time.sleep(0.5); (folder / 'saved').touch(); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "(folder / 'started').touch()\ntime.sleep(60)\n"
+    )
+    script = tmp_path / "script.sh"
+    script.write_text(f"#!/bin/bash\nset -e\ntrap : TERM\npython {trainer}\n[ -f {tmp_path}/one ] || exit 0\n")
+    script.chmod(0o755)
+    words = f"[Part('one', (({str(script)!r},),), (Path({str(tmp_path / 'one')!r}),))]"
+    code = f"from pathlib import Path\nfrom evidence.study import *\ndo_parts({words}, Path({str(tmp_path)!r}))\n"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stderr=subprocess.PIPE) as driver:
+        wait_for((tmp_path / "started").exists)
+        driver.terminate()
+        _, said = driver.communicate()
+    assert (tmp_path / "saved").exists()
+    assert b"it was stopped; the same command continues" in said
+
+
 def wait_for(condition: object) -> None:
     deadline = time.monotonic() + 30
     while not condition():  # type: ignore[operator]
