@@ -73,13 +73,13 @@ def run(given: argparse.Namespace) -> None:
     os.chdir(ROOT)  # which the commands' paths start from
     for study in chosen(given.only):
         say(f"# {study.name}: {study.question} (about {study.minutes} minutes on two cores)")
-        seconds = do_parts(study.parts(place), study.folder(place), dry_run=given.dry_run)
+        work = do_parts(study.parts(place), study.folder(place), dry_run=given.dry_run)
         if given.dry_run:
             continue
         report = study.report(place)
         say(study.section(report))
         if not given.quick:
-            publish(study, report, place, seconds, results)
+            publish(study, report, place, work, results)
             write_page(STUDIES.values(), results)
 
 

@@ -62,8 +62,6 @@ MAIN, BASELINE = "dpo-4", "suffix"
 QUICK_ROWS = ("suffix", "dpo-4", "judge-pivot")
 PREFIXES, NLL_PREFIXES, QUICK_PREFIXES = 96, 256, 6
 QUICK = ("--train-iters", "1", "--lr-warmup-iters", "0", "--global-batch-size", "2")
-CONTROL = ("--win-rate-prompts", "96", "--win-rate-temperature", "1.0")
-"""Of one run: its control, the initial policy at 0.7 of the temperature against itself."""
 TASK_LIMIT = "300"
 TASK_RUNS = (INITIAL, BASELINE, MAIN)
 
@@ -115,11 +113,13 @@ def parts(place: Place) -> list[Part]:
 def _trained(place: Place, run: Run) -> Part:
     row, run_dir = ROWS[run.row], run.folder(place) / "run"
     teacher = trained_judge(place) if row.judge else place.smollm2
+    # One run also finds the control, the initial policy at 0.7 of the temperature against itself.
+    control = ("--win-rate-prompts", str(QUICK_PREFIXES if place.quick else PREFIXES), "--win-rate-temperature", "1.0")
     words = [
         *(PYTHON, "-m", "megatron_sip", str(place.smollm2), str(later_leads(place)), "--run-dir", str(run_dir)),
         *(("--teacher", str(teacher)) if row.asks else ()),
         *("--preset", PRESET, *row.flags, "--seed", str(run.seed)),
-        *(CONTROL if run == Run(MAIN, place.seeds[0]) else ()),
+        *(control if run == Run(MAIN, place.seeds[0]) else ()),
         *(QUICK if place.quick else ()),
     ]
     results = (run_dir / "summary.json", run_dir / "hf" / "config.json", run_dir / "metrics.jsonl")

@@ -71,12 +71,13 @@ def figures(folder: Path, initial_folder: Path) -> dict[str, Any]:
         "wins": wins,
         "nll_change": nll_change(folder / "nll.json.suffix.jsonl", initial_folder / "nll.json.suffix.jsonl"),
         "seconds": round(sum(step["seconds/total"] for step in steps), 1),
-        "curves": {name: curve for name in CURVES if any(curve := [_rounded(step.get(name)) for step in steps])},
+        "curves": {name: curve(steps, name) for name in CURVES if any(name in step for step in steps)},
     }
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
+def curve(steps: Sequence[Mapping[str, float]], name: str) -> list[float | None]:
+    """A metric by step, None where a step has it not."""
+    return [round(step[name], 4) if name in step else None for step in steps]
 
 
 def nll_change(after: Path, before: Path) -> Estimate:
@@ -110,9 +111,9 @@ def claims(main: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, An
     return {name: over_seeds(values) for name, values in found.items()}
 
 
-def late_less_early(curve: Sequence[float | None]) -> float:
+def late_less_early(values: Sequence[float | None]) -> float:
     """The mean of the last third of the steps less that of the first; steps without a value (nobody competed) are left out."""
-    rates = [rate for rate in curve if rate is not None]
+    rates = [rate for rate in values if rate is not None]
     third = max(1, len(rates) // 3)
     return float(np.mean(rates[-third:]) - np.mean(rates[:third]))
 
@@ -145,8 +146,8 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
         if name not in found["rows"]:
             continue
         curves = found["rows"][name][0]["curves"]
-        for curve, style, label in (("chosen_rate/rollout", "-", _told(name)), ("chosen_chance/rollout", ":", None)):
-            rates = np.array(curves[curve], float)
+        for metric, style, label in (("chosen_rate/rollout", "-", _told(name)), ("chosen_chance/rollout", ":", None)):
+            rates = np.array(curves[metric], float)
             right.plot(np.arange(len(rates)) + 1, rates, style, color=colour, label=label, linewidth=1.2)
     right.set(xlabel="optimizer step", ylabel="a rollout is chosen (dotted: chance)", ylim=(0, 1.02))
     right.legend(frameon=False, fontsize=8)

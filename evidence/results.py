@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine, write_report
-from evidence.study import ROOT, Place, Report, Study, StudyError
+from evidence.study import ROOT, Place, Report, Study, StudyError, Work
 from megatron_sip.files import read_json, write_atomically
 
 PACKAGES = ("megatron_sip", "megatron-core", "sglang", "torch", "transformers", "lm-eval", "numpy")
@@ -21,15 +20,15 @@ of steps: it shows directions and what to look out for, not what a model of use 
 """
 
 
-def publish(study: Study, report: Report, place: Place, seconds: float, results: Path) -> None:
+def publish(study: Study, report: Report, place: Place, work: Work, results: Path) -> None:
     """Write the study's JSON. Raises StudyError when it holds a path of this machine."""
     published = {
         "question": study.question,
         "machine": describe_machine(),
-        "commit": commit(),
+        "commits": list(work.commits),
         "versions": {name: version(name) for name in PACKAGES},
         "seeds": report.get("seeds", list(place.seeds)),
-        "seconds": round(seconds),
+        "seconds": round(work.seconds),
         "report": report,
     }
     refuse_paths(published, (str(place.run_dir), str(ROOT), str(Path.home())))
@@ -64,8 +63,9 @@ def page(studies: Iterable[Study], results: Path) -> str:
 def provenance(study: Study, found: Mapping[str, Any]) -> str:
     """Where the figures come from, in a line."""
     machine, seeds = found["machine"], ", ".join(map(str, found["seeds"]))
+    commits = ", ".join(commit[:12] + commit[40:] for commit in found["commits"])
     return (
-        f"`docs/results/evidence_{study.name}.json`: commit {found['commit'][:12]}, seeds {seeds}, "
+        f"`docs/results/evidence_{study.name}.json`: commit {commits}, seeds {seeds}, "
         f"{found['seconds'] / 60:.0f} minutes on {machine['cores']} cores of {machine['processor']}. "
         f"Again: `python -m evidence --only {study.name}`."
     )
@@ -88,18 +88,6 @@ def page_of(results: Path) -> Path:
 
 def _read(name: str, results: Path) -> Mapping[str, Any]:
     return read_json(json_of(name, results), "a study's results")
-
-
-def commit() -> str:
-    """Of this checkout, with "changed" behind it where files differ from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + (" changed" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def refuse_paths(value: Any, roots: Iterable[str]) -> None:

@@ -99,9 +99,16 @@ class Study:
         return place.run_dir / self.name
 
 
-def do_parts(parts: Sequence[Part], folder: Path, *, dry_run: bool = False) -> float:
-    """Do what is not done yet, each command shown before it runs; returns the seconds that all parts took, of this call and
-    of earlier ones. With dry_run nothing is run.
+@dataclass(frozen=True)
+class Work:
+    """What a study's parts took, of all calls together, and the commits of this repository that they were done by."""
+
+    seconds: float
+    commits: tuple[str, ...]
+
+
+def do_parts(parts: Sequence[Part], folder: Path, *, dry_run: bool = False) -> Work:
+    """Do what is not done yet, each command shown before it runs. With dry_run nothing is run.
 
     Raises StudyError: a part fails, was stopped, or was done by other commands.
     """
@@ -114,8 +121,8 @@ def do_parts(parts: Sequence[Part], folder: Path, *, dry_run: bool = False) -> f
                 say(shlex.join(words))
         elif not is_done(part, folder):
             _do(part, folder)
-    done = _done(folder)
-    return sum(done[name]["seconds"] for name in names if name in done)
+    done = [record for name, record in _done(folder).items() if name in names]
+    return Work(sum(record["seconds"] for record in done), tuple(dict.fromkeys(record["commit"] for record in done)))
 
 
 def is_done(part: Part, folder: Path) -> bool:
@@ -146,7 +153,7 @@ def _do(part: Part, folder: Path) -> None:
     finally:
         earlier = _done(folder).get(part.name, {}).get("seconds", 0.0)
         seconds = round(earlier + time.monotonic() - started, 1)
-        record = {"commands": _shown(part), "seconds": seconds, "done": finished}
+        record = {"commands": _shown(part), "seconds": seconds, "done": finished, "commit": commit()}
         write_atomically(folder / DONE, json.dumps(_done(folder) | {part.name: record}, indent=1) + "\n")
 
 
@@ -196,6 +203,20 @@ def _shown(part: Part) -> list[str]:
 def _done(folder: Path) -> dict[str, Any]:
     path = folder / DONE
     return read_json(path, "a record of a study's parts") if path.exists() else {}
+
+
+def commit() -> str:
+    """Of this checkout, with "changed" behind it where files differ from it; those that a study writes, docs, do not count."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + (
+            " changed" if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def fetched(tool: str) -> Path:

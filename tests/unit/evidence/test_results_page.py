@@ -12,7 +12,7 @@ import pytest
 
 from evidence import __main__ as driver
 from evidence.results import figure_of, page, publish, refuse_paths, write_page
-from evidence.study import PYTHON, ROOT, Part, Place, Study, StudyError
+from evidence.study import PYTHON, ROOT, Part, Place, Study, StudyError, Work
 
 RESULTS = ROOT / "docs" / "results"
 
@@ -23,7 +23,7 @@ def test_the_page_in_the_docs_is_that_of_the_json_files() -> None:
         assert path.stem.removeprefix("evidence_") in driver.STUDIES
         assert path.with_suffix(".png").is_file()
         report = json.loads(path.read_text())
-        assert {"question", "machine", "commit", "versions", "seeds", "seconds", "report"} <= report.keys()
+        assert {"question", "machine", "commits", "versions", "seeds", "seconds", "report"} <= report.keys()
         refuse_paths(report, ("/home/", "/root/", "/tmp/", "/work/"))
 
 
@@ -66,6 +66,7 @@ def test_a_study_is_run_published_and_stands_on_the_page(only: Study, tmp_path: 
     report = json.loads((results / "evidence_small.json").read_text())
     assert report["report"] == {"number": 2, "quick": False}
     assert (report["seeds"], report["question"]) == ([3, 4], "How many seeds?")
+    assert [len(commit.removesuffix(" changed")) for commit in report["commits"]] == [40]
     assert {"torch", "sglang", "megatron-core"} <= report["versions"].keys()
     written = results.with_suffix(".md").read_text()
     assert "## How many seeds?\n\n![small](results/evidence_small.png)\n\nThe number is 2.\n" in written
@@ -98,7 +99,7 @@ def test_a_quick_run_publishes_nothing(only: Study, tmp_path: Path, capsys: pyte
 def test_a_report_with_a_path_of_this_machine_is_refused(tmp_path: Path) -> None:
     place = Place(tmp_path / "run")
     with pytest.raises(StudyError, match="no path of this machine"):
-        publish(made_up(tmp_path), {"judge": [{"model": f"{place.run_dir}/judge"}]}, place, 1.0, tmp_path)
+        publish(made_up(tmp_path), {"judge": [{"model": f"{place.run_dir}/judge"}]}, place, Work(1.0, ()), tmp_path)
     assert not list(tmp_path.glob("evidence_*"))
 
 

@@ -14,7 +14,7 @@ from types import TracebackType
 import pytest
 
 from evidence import study
-from evidence.study import PYTHON, ROOT, SERVED_URL, Part, StudyError, do_parts, is_done, paragraph, table
+from evidence.study import PYTHON, ROOT, SERVED_URL, Part, StudyError, Work, do_parts, is_done, paragraph, table
 
 LOG = "import sys, pathlib; log = pathlib.Path(sys.argv[1]) / 'log'; log.open('a').write(sys.argv[2] + chr(10)); "
 TOUCH = LOG + "(pathlib.Path(sys.argv[1]) / sys.argv[2]).touch()"
@@ -32,15 +32,16 @@ def log(folder: Path) -> list[str]:
 def test_a_part_is_done_once(tmp_path: Path) -> None:
     parts = [part(tmp_path, "one"), part(tmp_path, "two")]
     first = do_parts(parts, tmp_path)
-    assert do_parts(parts, tmp_path) == first > 0
+    assert do_parts(parts, tmp_path) == first
+    assert first.seconds > 0
     assert log(tmp_path) == ["one", "two"]
     (tmp_path / "two").unlink()
-    assert do_parts(parts, tmp_path) > first  # the seconds of both times
+    assert do_parts(parts, tmp_path).seconds > first.seconds  # the seconds of both times
     assert log(tmp_path) == ["one", "two", "two"]
 
 
 def test_a_dry_run_only_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert do_parts([part(tmp_path, "one")], tmp_path / "new", dry_run=True) == 0
+    assert do_parts([part(tmp_path, "one")], tmp_path / "new", dry_run=True) == Work(0, ())
     assert (log(tmp_path), (tmp_path / "new").exists()) == ([], False)
     assert f"{tmp_path} one" in capsys.readouterr().out
 
