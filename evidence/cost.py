@@ -153,14 +153,16 @@ def cut(probability: float) -> float:
 
 def draw(found: Mapping[str, Any], file: Path) -> None:
     """Calls against the share of the gap that is recovered."""
-    figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.4, 3.4), dpi=150, layout="constrained")
     axis = figure.subplots()
     for name, each in found["protocols"].items():
         gap = each["recovered"]
         around = np.maximum([[gap["value"] - gap["low"]], [gap["high"] - gap["value"]]], 0)
         axis.errorbar([each["calls"]], [gap["value"]], yerr=around, fmt="o", capsize=2, label=name)
     axis.set(xscale="log", xlabel="judge calls a group", ylabel="share of the best-worst gap", ylim=(-0.2, 1.05))
-    axis.legend(frameon=False, fontsize=7)
+    axis.set_xticks([20, 50, 100, 200, 500], ["20", "50", "100", "200", "500"], minor=False)
+    axis.tick_params(axis="x", which="minor", labelbottom=False)
+    figure.legend(frameon=False, fontsize=7, loc="outside right center")
     figure.savefig(file)
 
 

@@ -31,13 +31,14 @@ def report(place: Place) -> Report:
         rows.setdefault(run.row, []).append({"seed": run.seed, **figures(run.folder(place), first.folder(place))})
     control = read_json(Run(MAIN, place.seeds[0]).folder(place) / "run" / "summary.json", "a run's summary")["control"]
     settings = (ROOT / PRESET).read_text(encoding="utf-8").splitlines()
+    alone = estimate(control["win_rate"], *control["win_rate_ci95"])
     return {
         "settings": [line for line in settings if not line.startswith("#")],
         "steps": max(len(run["curves"]["loss"]) for run in rows[MAIN]),
         "initial": measured(first.folder(place)),
-        "control": estimate(control["win_rate"], *control["win_rate_ci95"]),
+        "control": alone,
         "rows": rows,
-        "claims": claims(rows[MAIN], rows[BASELINE]),
+        "claims": claims(rows[MAIN], rows[BASELINE], alone["value"]),
         "hacked": [name for name, found in rows.items() if hacked(name, found)],
     }
 
@@ -88,14 +89,20 @@ def nll_change(after: Path, before: Path) -> Estimate:
     return mean_difference(now, then, documents, {i: float(line["tokens"]) for i, line in lines.items()})
 
 
-def claims(main: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> dict[str, Estimate]:
-    """What the method is said to do, as differences that are above 0 where it does it, over seeds."""
+def claims(
+    main: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], control: float
+) -> dict[str, Estimate]:
+    """What the method is said to do, as differences that are above 0 where it does it, over seeds. control: the win rate of
+    the initial policy that is only sampled cooler."""
     other = {run["seed"]: run for run in baseline}
     against = [(run["wins"], other[run["seed"]]["wins"]) for run in main]
     rose = [late_less_early(run["curves"]["chosen_rate/rollout"]) for run in main]
     found = {
         "is preferred to the initial policy by the judge that trained it": [
             r["wins"]["likelihood"]["value"] - 0.5 for r in main
+        ],
+        "wins more by that judge than a cooler initial policy": [
+            r["wins"]["likelihood"]["value"] - control for r in main
         ],
         "is preferred to it by a judge that did not, sampled": [r["wins"]["judge"]["value"] - 0.5 for r in main],
         "is preferred to it by that judge, greedy": [r["wins"]["judge_greedy"]["value"] - 0.5 for r in main],
@@ -201,11 +208,11 @@ def section(found: Mapping[str, Any]) -> str:
     return "\n\n".join(parts_of_it)
 
 
-OTHERS = ("repetition", "greedy", "distinct-3", "greedy")
+OTHERS = ("repetition", "repetition, greedy", "distinct-3", "distinct-3, greedy")
 
 
 def _initial_row(start: Mapping[str, Any]) -> list[str]:
-    return ["initial", "", "", "", "", f"0 ({decimal(start['nll'])} nats)", *_others(start), ""]
+    return ["initial", "", "", "", "", f"of {start['nll']['value']:.3f}", *_others(start), ""]
 
 
 def _others(run: Mapping[str, Any]) -> list[str]:
