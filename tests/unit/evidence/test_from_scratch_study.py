@@ -27,13 +27,15 @@ from evidence.from_scratch import (
     told,
 )
 from evidence.scratch_model import END, SHAPE, write
-from evidence.study import Place
+from evidence.study import ROOT, Place
+from megatron_sip.config.presets import expand_presets
 
 TEXTS = ["A short lead of an article.", "Another one, about the first.", "Größe und Maß"] * 5
 
 
 @pytest.fixture(name="place")
-def place_of(tmp_path: Path) -> Place:
+def place_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.chdir(ROOT)  # which presets' paths start from
     (tmp_path / "leads.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     write(TEXTS, tmp_path / "model", vocabulary=300)
     return Place(tmp_path / "run", smollm2=tmp_path / "model", wiki_leads=tmp_path / "leads.jsonl")
@@ -61,6 +63,15 @@ def test_each_run_starts_from_a_model_that_an_earlier_part_leaves(place: Place) 
         if words[2] == "megatron_sip":
             assert Path(words[3]) / "config.json" in left
         left |= set(part.results)
+
+
+def test_what_is_measured_on_is_held_out_from_the_beginning() -> None:
+    flags = [
+        expand_presets(["--preset", f"{ROOT}/evidence/{name}.args"]) for name in ("from_scratch", "from_scratch_plain")
+    ]
+    splits = [given[given.index("--split") + 1] for given in flags]
+    assert splits[0] == splits[1]
+    assert int(splits[0].split(",")[2]) > 0
 
 
 def write_run(run_dir: Path, chosen: Sequence[float], nats: Sequence[float]) -> None:

@@ -15,7 +15,7 @@ from tiny_tokenizer import byte_level_tokenizer
 from transformers import LlamaConfig
 
 from evidence import toxicity_report
-from evidence.study import Place, StudyError, is_done
+from evidence.study import ROOT, Place, StudyError, is_done
 from evidence.toxicity import STUDY, folder, folders, parts
 from evidence.toxicity_page import direction, draw, section
 from evidence.toxicity_report import CRITERIA, DPO, INITIAL, TEXTS, compared, interval
@@ -39,7 +39,8 @@ def test_held_out_pages_are_not_learnt_and_the_safest_half_is_that_of_the_scores
 
 
 @pytest.fixture(name="place")
-def place_of(tmp_path: Path) -> Place:
+def place_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.chdir(ROOT)  # which presets' paths start from
     model = tmp_path / "model"
     byte_level_tokenizer().save_pretrained(model)
     LlamaConfig(vocab_size=320).save_pretrained(model)
