@@ -60,7 +60,7 @@ ROWS: Mapping[str, Row] = {
 MAIN, BASELINE = "dpo-4", "suffix"
 """The main comparison: the method against next-token training on the same text."""
 QUICK_ROWS = ("suffix", "dpo-4", "judge-pivot")
-PREFIXES, NLL_PREFIXES, QUICK_PREFIXES = 96, 256, 6
+PREFIXES, NLL_PREFIXES, QUICK_PREFIXES = 96, 128, 6
 QUICK = ("--train-iters", "1", "--lr-warmup-iters", "0", "--global-batch-size", "2")
 TASK_LIMIT = "300"
 TASK_RUNS = (INITIAL, BASELINE, MAIN)
@@ -131,15 +131,12 @@ def _measured(place: Place, run: Run) -> Part:
     served = ("--url", SERVED_URL, "--tokenizer", str(place.smollm2))
     cut = ("--data-path", str(later_leads(place)), "--split", "90,0,10", "--seq-length", "64", "--suffix-length", "20")
     prefixes, nll_prefixes = (QUICK_PREFIXES,) * 2 if place.quick else (PREFIXES, NLL_PREFIXES)
-    commands, results = [], [folder / "nll.json"]
+    results: list[Path] = [folder / "nll.json"]
+    commands: list[tuple[str, ...]] = []
     for name, temperature in (("sampled", "1"), ("greedy", "0")):
-        made, measured = folder / f"{name}.jsonl", folder / f"{name}_diversity.json"
         sampling = ("--samples", str(prefixes), "--temperature", temperature, "--dataset", "standard")
-        commands += [
-            (*evaluate, "generate", *served, *cut, *sampling, "--output", str(made)),
-            (*evaluate, "diversity", str(made), "--output", str(measured)),
-        ]
-        results += [made, measured]
+        results.append(folder / f"{name}.jsonl")
+        commands.append((*evaluate, "generate", *served, *cut, *sampling, "--output", str(results[-1])))
     nll = ("--of", "suffix", "--samples", str(nll_prefixes), "--output", str(folder / "nll.json"))
     commands.append((*evaluate, "nll", *served, *cut, *nll))
     return Part(f"measure {run.row} {run.seed}", tuple(commands), tuple(results), served=run.model(place))

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from evidence.numbers import Estimate, decimal, estimate, mean_difference, over_seeds, percent, sign
 from evidence.objectives import BASELINE, MAIN, NAME, PRESET, ROWS, Run, initial, parts, runs
 from evidence.study import ROOT, Place, Report, Study, paragraph, table
+from megatron_sip.evaluation.diversity import diversity
+from megatron_sip.evaluation.generation import read_generations
 from megatron_sip.evaluation.nll import WHAT
 from megatron_sip.evaluation.results import read_results
 from megatron_sip.files import read_json, read_json_lines
@@ -49,8 +51,8 @@ def measured(folder: Path) -> dict[str, Any]:
     assert nll.interval is not None
     found: dict[str, Any] = {"nll": estimate(nll.value, *nll.interval)}
     for name in ("sampled", "greedy"):
-        results = {each.dataset: each.value for each in read_results(folder / f"{name}_diversity.json").results}
-        found |= {f"{kind}_{name}": round(results[kind], 5) for kind in DIVERSITY}
+        shares = diversity([line.text for line in read_generations(folder / f"{name}.jsonl").lines])
+        found |= {f"{kind}_{name}": round(shares[kind], 5) for kind in DIVERSITY}
     if (folder / "tasks.json").exists():
         found["tasks"] = {
             each.dataset: estimate(each.value, *(each.interval or (0.0, 1.0)))

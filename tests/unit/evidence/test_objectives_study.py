@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from evidence.objectives import BASELINE, INITIAL, MAIN, ROWS, Run, initial, par
 from evidence.objectives_report import STUDY, claims, claims_told, hacked, late_less_early, nll_change
 from evidence.results import refuse_paths
 from evidence.study import Place
+from megatron_sip.evaluation.generation import FORMAT, Generation
 from megatron_sip.evaluation.results import Result, write_results
 
 
@@ -39,7 +40,7 @@ def test_commands_are_understood_by_their_programs(place: Place, quick: bool) ->
     programs = understood(parts(place), place.smollm2, place.wiki_leads)
     models, tasks = len(runs(place)), sum(run.row in (BASELINE, MAIN) for run in runs(place)) + 1
     assert programs.count("megatron_sip") == models
-    assert programs.count("megatron_sip.evaluate") == 5 * (models + 1) + 3 * models + tasks
+    assert programs.count("megatron_sip.evaluate") == 3 * (models + 1) + 3 * models + tasks
     assert programs.count("tools/fetch_eval_sets.py") == tasks
 
 
@@ -59,20 +60,21 @@ def test_main_rows_have_every_seed_and_each_is_measured_as_it_was_left(place: Pl
                 assert {before, after} <= {path for other in made for path in other.results}
 
 
-def write_model(folder: Path, nats: float, repetition: float, documents: int = 30) -> None:
+def write_model(folder: Path, nats: float, text: str, documents: int = 30) -> None:
     folder.mkdir(parents=True)
     write_results(folder / "nll.json", {}, [Result("nll", "suffix", nats, documents, (nats - 0.1, nats + 0.1))])
     lines: list[dict[str, Any]] = [{"format": "header"}]
     lines += [{"index": i, "document": f"0:{i}", "tokens": 10, "nll": 10 * nats + i} for i in range(documents)]
     (folder / "nll.json.suffix.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name in ("sampled", "greedy"):
-        shares = [Result("diversity", each, repetition, 96) for each in ("distinct_3", "repetition")]
-        write_results(folder / f"{name}_diversity.json", {}, shares)
+        made = [Generation(i, str(i), "A prefix", " and on", text, [1], "length") for i in range(2)]
+        lines = [{"format": FORMAT}, *map(asdict, made)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_run(place: Place, run: Run, wins: Sequence[float], nats: float) -> None:
     folder = run.folder(place)
-    write_model(folder, nats, 0.1)
+    write_model(folder, nats, "one two three four five")
     for file, win in zip(("likelihood", "judge", "judge_greedy"), wins, strict=True):
         write_results(folder / f"{file}.json", {}, [Result("q", "standard", win, 96, (win - 0.08, win + 0.08))])
     chosen = {} if run.row == BASELINE else {"chosen_rate/rollout": 0.5, "chosen_chance/rollout": 0.8}
@@ -86,7 +88,7 @@ def write_run(place: Place, run: Run, wins: Sequence[float], nats: float) -> Non
 
 
 def write_files(place: Place) -> None:
-    write_model(initial(place).folder(place), 2.0, 0.05)
+    write_model(initial(place).folder(place), 2.0, "on and on and on and on")
     for run in runs(place):
         if run.row == MAIN:
             write_run(place, run, (0.8 + run.seed / 100, 0.45, 0.5), 2.25)
@@ -106,6 +108,7 @@ def test_report_text_and_figure_are_what_the_files_say(place: Place, tmp_path: P
     assert first["seconds"] == 9.0
     assert report["steps"] == 3
     assert report["hacked"] == [MAIN]
+    assert report["initial"]["repetition_greedy"] > first["repetition_greedy"] == 0.0
     text = STUDY.section(report)
     lines = text.splitlines()
     [row] = [line for line in lines if line.startswith("| DPO, suffix + 4 rollouts |")]
