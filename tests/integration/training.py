@@ -34,9 +34,9 @@ def screen(run: Path) -> str:
 
 
 def output(run: Path) -> str:
-    """What all starts of a run have shown and logged."""
+    """What all starts of a run have logged and, behind it, shown: at its end stands why the last one ended."""
     logs = sorted((run / "logs").glob("output*.log"))
-    return screen(run) + "".join(log.read_text(errors="replace") for log in logs)
+    return "".join(log.read_text(errors="replace") for log in logs) + screen(run)
 
 
 def train(run: Path, *flags: str, processes: int = 1, fresh: bool = False) -> str:
