@@ -12,7 +12,7 @@ from megatron_sip.rollout.sync_distributed import DistributedWeightSync
 from megatron_sip.rollout.weight_group import SyncSettings
 from megatron_sip.rollout.weight_sync import SyncRank, WeightSync
 
-SETTINGS = SyncSettings(timeout_s=30.0, bucket_bytes=1 << 20)
+SETTINGS = SyncSettings(timeout_s=15.0, bucket_bytes=1 << 20)  # an undisturbed push takes a second
 
 
 def open_sync(kind: str, url: str, model: Path, folder: Path) -> WeightSync:

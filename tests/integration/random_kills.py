@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from training import last_step, learnt, output, start, steps, wait_for_end_of_group, wait_until
+from training import last_step, learnt, output, screen, start, steps, wait_for_end_of_group, wait_until
 
 from megatron_sip.experience.recording import groups_in
 from megatron_sip.serving.launch import LocalServer, ServerSettings
@@ -58,11 +58,11 @@ def run_killed(run: Path, flags: Sequence[str], kills: Sequence[Kill], servers: 
     Fails when it does not end as one that is done.
     """
     recording = ("--save-groups", str(groups_of(run)))
-    process = start(run, *flags, *recording)
+    process, shown = start(run, *flags, *recording), 0
     back: list[Future[LocalServer]] = []
     with ThreadPoolExecutor(len(servers)) as threads:
         for kill in kills:
-            wait_until(partial(has_passed, run, kill.step), run, process)
+            wait_until(partial(has_passed, run, kill.step, shown), run, process)
             time.sleep(kill.seconds)
             assert process.poll() is None, f"too late for {kill}:\n{output(run)[-6000:]}"
             if kill.victim == "trainer":
@@ -71,7 +71,7 @@ def run_killed(run: Path, flags: Sequence[str], kills: Sequence[Kill], servers: 
                 wait_for_end_of_group(process.pid)
                 for server in back:
                     server.result()
-                process = start(run, *flags, *recording)
+                process, shown = start(run, *flags, *recording), len(screen(run))
             else:
                 back.append(threads.submit(killed(servers[kill.victim]).start))
         status = process.wait(300.0)
@@ -80,9 +80,10 @@ def run_killed(run: Path, flags: Sequence[str], kills: Sequence[Kill], servers: 
             server.result()
 
 
-def has_passed(run: Path, step: int) -> bool:
-    """Whether a step is in metrics.jsonl."""
-    return last_step(run) >= step
+def has_passed(run: Path, step: int, shown: int) -> bool:
+    """Whether a step is in metrics.jsonl and the present trainer has made one, its lines being those behind the `shown` first
+    characters: one that starts refuses to while a server is down."""
+    return last_step(run) >= step and "\nstep " in f"\n{screen(run)[shown:]}"
 
 
 def killed(server: LocalServer) -> LocalServer:
