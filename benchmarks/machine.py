@@ -18,6 +18,7 @@ import torch
 
 from megatron_sip.platform.number_format import bfloat16_pays
 
+REPO = Path(__file__).resolve().parents[1]
 LINE_LENGTH = 120
 
 
@@ -187,9 +188,10 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """JSON under benchmarks/results/, replaced as a whole."""
+    """JSON under benchmarks/results/, replaced as a whole; paths are from the repository's root or, at home, from ~."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(laid_out(report) + "\n")
+    text = laid_out(report).replace(f'"{REPO}/', '"').replace(f'"{Path.home()}/', '"~/')
+    path.write_text(text + "\n")
 
 
 def laid_out(value: Any, indent: str = "", name: str = "") -> str:

@@ -197,18 +197,31 @@ def test_the_judge_in_the_docs_is_the_one_that_was_trained() -> None:
 
 def test_the_reasoning_judge_in_the_docs_is_the_one_that_was_trained() -> None:
     report = json.loads((REPO / "docs" / "results" / "judge_reasoning.json").read_text())
-    curves, rows = report["curves"], rows_of("docs/training-a-judge.md", 3)
+    curves, rows = report["curves"], rows_of("docs/training-a-judge.md", 5)
     for name, metric, form in (
-        ("without a verdict, of 144", "judge/verdicts-missing/label", "{:.0f}"),
+        ("without a verdict, of 256", "judge/verdicts-missing/label", "{:.0f}"),
         ("tokens of an answer", "length/rollout", "{:.1f}"),
         ("of the verdicts, for option 1", "judge/label/first-shown-preferred/short-reasoned-quality", "{:.0%}"),
         ("right", "score/rollout", "{:.0%}"),
     ):
-        assert rows[name] == [form.format(curves[metric][step - 1]) for step in (1, 17)], name
+        assert rows[name] == [form.format(curves[metric][step - 1]) for step in (1, 5, 10, 20)], name
     page = " ".join((REPO / "docs" / "training-a-judge.md").read_text(encoding="utf-8").split())
-    assert f"{report['steps']} steps, a median of {report['step_seconds']['total']:.0f} s" in page
-    named = report["prompts_asked_of_the_untrained_model"]["short_reasoned_quality, T=1, 48 tokens"]
-    assert f"{named['with a verdict']} of {named['answers']} answers then hold a verdict" in page
+    assert f"itself at step {report['steps']}, a median of {report['step_seconds']['total']:.0f} s a step" in page
+    before = report["served"]["accuracy_before"]["all"]
+    read = before["records"] - before["unread"]
+    assert f"{read} of its {before['records']} answers to held-out records hold a verdict" in page
+    assert (
+        f"{before['first_option']:.0%} are option 1 and {before['accuracy'] * before['records'] / read:.0%} right"
+        in page
+    )
+    held_out = [(found["step"], *ends(found)) for found in report["validations"]]
+    assert held_out == [(0, 0.5, 1.0, 0.0), (report["steps"], 0.5, 1.0, 0.0)]
+    assert "Greedily it named option 1 in all of 200 held-out records, before and after" in page
+
+
+def ends(found: dict[str, float]) -> tuple[float, ...]:
+    """Of a validation what is right, what is option 1, and what is unread."""
+    return tuple(found[f"validation/{name}/short-reasoned-quality"] for name in ("accuracy", "first-option", "unread"))
 
 
 def test_slurm_md_s_table_of_pushes_is_the_benchmark_s() -> None:
