@@ -42,6 +42,11 @@ def rows_of(page: str, cells: int) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows if len(row) == cells}
 
 
+def page_text(page: str) -> str:
+    """In one line."""
+    return " ".join((REPO / page).read_text(encoding="utf-8").split())
+
+
 def measured(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
 
@@ -149,13 +154,17 @@ def test_evaluation_md_s_figures_of_standard_tasks_are_those_that_were_measured(
         same = task["compared"]
         told = [str(task["questions"]), f"{100 * task['score']:.1f}", f"{low} to {high}"]
         assert rows[name] == [*told, f"{same['equal']} of {same['questions']}", f"{same['largest_gap']:.0e}"], name
-        assert same["equal"] + same["ties"] == same["questions"]
+        assert same["equal"] + same["ties"] == same["questions"] == task["questions"] >= 300
+        assert task["score"] == task["of_transformers"]
+    asked = report["commands"]["mmlu"]["requests"]
+    share = f"{asked['cached_tokens'] / asked['prompt_tokens']:.0%}"
+    assert f"Of the tokens of MMLU's prompts {share} came from the cache" in page_text("docs/evaluation.md")
 
 
 def test_evaluation_md_s_figures_of_the_adapter_are_those_that_were_measured() -> None:
     report = measured("lm_eval_engine_cpu.json")
     few, none = report["5-shot"], report["0-shot"]
-    text = " ".join((REPO / "docs" / "evaluation.md").read_text(encoding="utf-8").split())
+    text = page_text("docs/evaluation.md")
     assert f"{few['times_as_fast']:.1f} times as many questions a second" in text
     assert (
         f"with {few['megatron_sip']['cached_share']:.0%} of the prompts' tokens from the cache in place of none" in text
@@ -180,7 +189,7 @@ def test_the_judge_in_the_docs_is_the_one_that_was_trained() -> None:
         [f"{step[f'validation/accuracy-of/short-quality/{place}']:.0%}" for place in (1, 2)] for step in (before, after)
     ]
     assert rows["of records in which option 1 is right / option 2 is"] == [" / ".join(shares) for shares in by_order]
-    page = " ".join((REPO / "docs" / "training-a-judge.md").read_text(encoding="utf-8").split())
+    page = page_text("docs/training-a-judge.md")
     rounded, exact = (report["served"][f"accuracy_{name}"]["all"] for name in ("rounded", "after"))
     assert (
         f"Exported in bfloat16 the same judge is right in {rounded['accuracy']:.0%} of the records, though still in "
@@ -205,7 +214,7 @@ def test_the_reasoning_judge_in_the_docs_is_the_one_that_was_trained() -> None:
         ("right", "score/rollout", "{:.0%}"),
     ):
         assert rows[name] == [form.format(curves[metric][step - 1]) for step in (1, 5, 10, 20)], name
-    page = " ".join((REPO / "docs" / "training-a-judge.md").read_text(encoding="utf-8").split())
+    page = page_text("docs/training-a-judge.md")
     assert f"itself at step {report['steps']}, a median of {report['step_seconds']['total']:.0f} s a step" in page
     before = report["served"]["accuracy_before"]["all"]
     read = before["records"] - before["unread"]
