@@ -39,6 +39,8 @@ class Sizes:
 
 
 QUICK = Sizes(plain=(0, 2), after=(2, 2))
+QUICK_FLAGS = ("--lr-warmup-iters", "0")
+"""A warm-up must be shorter than the run."""
 
 
 def sizes(place: Place) -> Sizes:
@@ -91,7 +93,8 @@ def training(place: Place, name: str, steps: int, run_dir: Path, preset: str, *f
     model = pretrained(place, steps) / "hf"
     words = (PYTHON, "-m", "megatron_sip", str(model), str(place.wiki_leads), "--run-dir", str(run_dir))
     results = (run_dir / "summary.json", run_dir / "hf" / "config.json")
-    return Part(name, ((*words, "--preset", preset, *flags),), results, removed=(run_dir / "checkpoints",))
+    command = (*words, "--preset", preset, *flags, *(QUICK_FLAGS if place.quick else ()))
+    return Part(name, (command,), results, removed=(run_dir / "checkpoints",))
 
 
 def report(place: Place) -> Report:

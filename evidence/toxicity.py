@@ -35,6 +35,8 @@ class Sizes:
 
 
 QUICK = Sizes(steps=2, prompts=4, rollouts=2, prefixes=4, documents=4, passages=4)
+QUICK_FLAGS = ("--lr-warmup-iters", "0")
+"""A warm-up must be shorter than the run."""
 
 
 def sizes(place: Place) -> Sizes:
@@ -76,7 +78,7 @@ def parts(place: Place) -> list[Part]:
 def training(place: Place, arm: str, run_dir: Path, pages: Path, *flags: str) -> Part:
     """A run of the command for one node."""
     words = (PYTHON, "-m", "megatron_sip", str(place.smollm2), str(pages), "--run-dir", str(run_dir), *flags)
-    command = (*words, "--train-iters", str(sizes(place).steps))
+    command = (*words, "--train-iters", str(sizes(place).steps), *(QUICK_FLAGS if place.quick else ()))
     results = (run_dir / "summary.json", run_dir / "hf" / "config.json")
     return Part(f"{arm}, training", (command,), results, removed=(run_dir / "checkpoints",))
 
