@@ -93,11 +93,11 @@ MASKS = RowCache(row_mask)
 class FlexTreeAttention:
     """Attention within a row's trees; arguments and result as `tree_attention_dense`.
 
-    compiled: False runs the eager form, which computes every score: for tests.
+    backend: torch.compile's; None does not compile and computes every score: for tests.
     """
 
-    def __init__(self, compiled: bool = True, masks: RowCache[tuple[BlockMask, Tensor]] = MASKS) -> None:
-        self._compiled = compiled
+    def __init__(self, backend: str | None = "inductor", masks: RowCache[tuple[BlockMask, Tensor]] = MASKS) -> None:
+        self._backend = backend
         self._masks = masks
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float) -> Tensor:
@@ -118,4 +118,6 @@ class FlexTreeAttention:
 
         Row lengths vary from step to step: a graph for each would run into dynamo's limit, and then everything is eager.
         """
-        return torch.compile(flex_attention, dynamic=True) if self._compiled else flex_attention
+        if self._backend is None:
+            return flex_attention
+        return torch.compile(flex_attention, backend=self._backend, dynamic=True)

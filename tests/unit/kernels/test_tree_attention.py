@@ -202,7 +202,7 @@ def test_private_flash_operators_keep_the_layout_we_rely_on(dtype, causal):
 
 def test_flex_attention_block_mask_sees_the_same_tree():
     """FlexAttention runs on GPUs; its eager form has a forward on CPU, which the block mask is checked with."""
-    flex = FlexTreeAttention(compiled=False)
+    flex = FlexTreeAttention(backend=None)
     for groups in ([(150, [40, 40, 7]), (20, [140])], [(3, [1])]):
         layout = make_layout(groups)
         inputs = [tensor.detach() for tensor in make_inputs(row_length(layout, 9), (4, 2), torch.float32, 7)]
@@ -211,6 +211,30 @@ def test_flex_attention_block_mask_sees_the_same_tree():
             assert (output - tree_attention_dense(*inputs, layout, 0.3)).abs().max() <= 1e-5
     filler = flex(*inputs, torch.zeros(0, 4, dtype=torch.int32), 0.3)
     assert not filler.any()
+
+
+@torch.no_grad()
+@torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True)  # instead of running eagerly
+def test_rows_of_any_length_share_a_few_graphs_of_flex_attention():
+    """As traced for a GPU. Not through inductor: its C++ for CPUs, which nothing of ours runs, once gave zeros on a machine."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    flex = FlexTreeAttention(backend="eager")
+    sizes = [
+        (70, 3, 33, 5),
+        (200, 2, 64, 0),
+        (31, 5, 17, 9),
+        (500, 2, 90, 11),
+        (3, 1, 1, 0),
+        (128, 2, 64, 128),
+        (257, 16, 12, 1),
+    ]
+    for prefix, branches, length, padding in sizes:
+        layout = make_layout([(prefix, [length] * branches)])
+        inputs = [t.detach() for t in make_inputs(row_length(layout, padding), (4, 2), torch.float32, prefix)]
+        difference = flex(*inputs, layout, 0.3) - tree_attention_dense(*inputs, layout, 0.3)
+        assert difference.abs().max() < 1e-5, (prefix, branches, length, padding)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
 @settings(deadline=None, max_examples=40)
