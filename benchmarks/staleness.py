@@ -81,6 +81,8 @@ def command(part: str, run_dir: Path, judge_url: str) -> list[str]:
         judge_url,
         "--teacher-api",
         "openai",
+        "--teacher-name",
+        "slow",
         "--criteria",
         "quality=1",
         "--judge-verdict",

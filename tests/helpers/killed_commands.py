@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import signal
 from pathlib import Path
 
+from forks import forks
 from prepare_cases import run
 
 
@@ -37,8 +37,7 @@ def run_until_killed(words: tuple[str | Path, ...], number: int, after: bool) ->
 
 def kills_survived(*words: str | Path) -> int:
     """How often a command was killed, each time at a later step of its own and begun again, before it ended."""
-    context = multiprocessing.get_context("forkserver")  # not a fork of this process, which has threads
-    context.set_forkserver_preload(["prepare_cases"])
+    context = forks()
     for number in itertools.count(1):
         process = context.Process(target=run_until_killed, args=(words, number, number % 2 == 0))
         process.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import time
 from collections.abc import Iterator
@@ -10,14 +9,13 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
+from forks import forks
 from push_worker import open_sync, push_forever
 from safetensors.torch import load_file
 from workers import kill_server
 
 from megatron_sip.rollout.pool import SGLangPool
 from megatron_sip.rollout.sampling import Failure, SamplingSettings
-from megatron_sip.rollout.sync_disk import DiskWeightSync
-from megatron_sip.rollout.sync_distributed import DistributedWeightSync
 from megatron_sip.rollout.weight_sync import WeightSync, WeightSyncError
 from megatron_sip.serving.blocking_call import call
 from megatron_sip.serving.failures import RequestError
@@ -59,9 +57,7 @@ async def test_after_a_kill_at_any_moment_of_a_push_the_next_client_pushes_and_t
 ) -> None:
     url = engine.url  # a restart keeps it
     tensors = load_file(tiny_llama_dir / "model.safetensors")
-    processes = multiprocessing.get_context("forkserver")
-    # Not push_worker itself, which Python 3.12.1 would not find: its server of forks has no path of pytest's.
-    processes.set_forkserver_preload([DiskWeightSync.__module__, DistributedWeightSync.__module__])
+    processes = forks()
     moments = random.Random(kind)
     sampling = SamplingSettings(max_new_tokens=2, temperature=0)
     seconds = None  # of an undisturbed connection and push

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import tracemalloc
 from pathlib import Path
 
 import pytest
+from forks import forks
 from prepare_cases import files_below, run, write_documents, write_records
 
 from megatron_sip.prepare import journal, output, pipeline
@@ -51,9 +51,7 @@ def run_until_killed(words: tuple[str | Path, ...], number: int, function: str, 
 
 def exit_code(words: tuple[str | Path, ...], number: int, function: str, after: bool) -> int | None:
     """Of a process of its own; minus the signal that ended it."""
-    context = multiprocessing.get_context("forkserver")  # not a fork of this process, which has threads
-    context.set_forkserver_preload(["prepare_cases"])
-    process = context.Process(target=run_until_killed, args=(words, number, function, after))
+    process = forks().Process(target=run_until_killed, args=(words, number, function, after))
     process.start()
     process.join()
     return process.exitcode

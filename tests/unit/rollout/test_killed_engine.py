@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import threading
@@ -17,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fake_engine import FakeEngine, digests, serve
+from forks import forks
 
 from megatron_sip.rollout import weight_group
 from megatron_sip.rollout.sync_distributed import DistributedWeightSync
@@ -32,8 +32,7 @@ class MortalEngine:
 
     def __init__(self) -> None:
         self._port = free_port()
-        self._context = multiprocessing.get_context("forkserver")  # not a fork of this process, which has threads
-        self._context.set_forkserver_preload(["fake_engine"])
+        self._context = forks()
         self.start()
 
     def start(self) -> None:
