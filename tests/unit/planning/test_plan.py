@@ -136,8 +136,14 @@ def test_from_one_phase_of_the_demo_the_formulas_foresee_its_step() -> None:
 PLANNED = json.loads((RESULTS / "plan_demo.json").read_text())
 
 
-@pytest.mark.parametrize(("seen", "planned"), [("small", "demo"), ("demo", "small")])
-def test_from_one_run_s_metrics_the_step_of_another_is_foreseen(seen: str, planned: str) -> None:
+@pytest.mark.parametrize(
+    ("seen", "planned", "told"),
+    [
+        ("small", "demo", "from a run of other lengths, rollouts and batch {} s for {}"),
+        ("demo", "small", "the other way round {} s for {} (`benchmarks/results/plan_demo.json`)"),
+    ],
+)
+def test_from_one_run_s_metrics_the_step_of_another_is_foreseen(seen: str, planned: str, told: str) -> None:
     """Two runs with other lengths, rollouts and batch on one computer: rates of one, the other's step."""
     work, machine, cluster = demo(*PLANNED["runs"][seen]["flags"])
     factors = factors_of(measured_seconds(PLANNED["runs"][seen]["steps"], shared=True), work, machine, cluster)
@@ -146,6 +152,7 @@ def test_from_one_run_s_metrics_the_step_of_another_is_foreseen(seen: str, plann
     real = measured_seconds(PLANNED["runs"][planned]["steps"])["total"]
     assert foreseen == pytest.approx(real, rel=WITHIN)
     assert abs(measured_seconds(PLANNED["runs"][seen]["steps"])["total"] - real) > WITHIN * real  # they do differ
+    assert told.format(round(foreseen), round(real)) in " ".join((REPO / "docs/plan.md").read_text().split())
 
 
 def test_from_run_reads_a_folder_and_its_own_step_comes_out(tmp_path: Path) -> None:
