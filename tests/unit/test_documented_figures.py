@@ -245,6 +245,31 @@ def test_slurm_md_s_table_of_pushes_is_the_benchmark_s() -> None:
         ]
 
 
+def test_training_md_s_figures_of_one_step_ahead_are_those_that_were_measured() -> None:
+    report, page = measured("staleness_cpu.json"), page_text("docs/training.md")
+    for part, told in (
+        (
+            "demo",
+            "`make demo`, where all share two cores, takes {} s a step in place of {}, in {} of which the trainer waits, "
+            "not {}",
+        ),
+        ("slow-judge", "takes {} s in place of {}, and the trainer waits {}, not {}"),
+    ):
+        now, ahead = (report[part]["runs"][staleness] for staleness in ("0", "1"))
+        seconds = [f"{run['step_seconds']['total']:.1f}" for run in (ahead, now)]
+        assert told.format(*seconds, *(f"{run['trainer_idle']:.0%}" for run in (ahead, now))) in page
+    rates = list(report["demo"]["runs"].values())
+    shown = ["{:.0%} (95% interval {:.0%} to {:.0%})".format(run["win_rate"], *run["win_rate_ci95"]) for run in rates]
+    assert (
+        f"{shown[0]} of {rates[0]['prompts']} held-out prefixes are won after {rates[0]['steps']} steps in turn" in page
+    )
+    assert f"{shown[1]} one step ahead" in page
+    assert max(run["win_rate_ci95"][0] for run in rates) < min(
+        run["win_rate_ci95"][1] for run in rates
+    )  # no difference shown
+    assert f"answers after {report['slow-judge']['judge_seconds']:.0f} s" in page
+
+
 def test_log_md_s_seconds_of_pushes_over_gloo_are_those_measured() -> None:
     gloo = measured("weight_sync_cpu.json")["gloo"]
     each, two, ahead, one = (f"{seconds:.2f} s" for _, seconds in sorted(gloo["median_seconds"].items()))
