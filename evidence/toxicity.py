@@ -28,8 +28,8 @@ class Sizes:
 
     steps: int = 32
     prompts: int | None = None
-    rollouts: int = 4
-    prefixes: int = 350
+    rollouts: int = 2
+    prefixes: int = 250
     documents: int = 200
     passages: int = 300
 
