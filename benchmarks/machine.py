@@ -187,22 +187,25 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str
     return "\n".join(lines)
 
 
-def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """JSON under benchmarks/results/, replaced as a whole; paths are from the repository's root or, at home, from ~."""
+def write_report(path: Path, report: Mapping[str, Any], sort: bool = True) -> None:
+    """JSON under benchmarks/results/, replaced as a whole; paths are from the repository's root or, at home, from ~.
+
+    sort: by name, else in the report's own order.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = laid_out(report).replace(f'"{REPO}/', '"').replace(f'"{Path.home()}/', '"~/')
+    text = laid_out(report, sort).replace(f'"{REPO}/', '"').replace(f'"{Path.home()}/', '"~/')
     path.write_text(text + "\n")
 
 
-def laid_out(value: Any, indent: str = "", name: str = "") -> str:
+def laid_out(value: Any, sort: bool = True, indent: str = "", name: str = "") -> str:
     """JSON with as much in a line as fits, but for lists and objects that take several: each begins one."""
-    flat = json.dumps(value, sort_keys=True)
+    flat = json.dumps(value, sort_keys=sort)
     if len(indent + name + flat) < LINE_LENGTH or not isinstance(value, dict | list) or not value:
         return name + flat
     inner, lines = indent + "  ", [""]
-    keys = sorted(value) if isinstance(value, dict) else range(len(value))
+    keys = range(len(value)) if isinstance(value, list) else sorted(value) if sort else value
     for key in keys:
-        text = laid_out(value[key], inner, f"{json.dumps(key)}: " if isinstance(value, dict) else "") + ","
+        text = laid_out(value[key], sort, inner, f"{json.dumps(key)}: " if isinstance(value, dict) else "") + ","
         if lines[-1] and len(inner + lines[-1] + text) < LINE_LENGTH and "\n" not in lines[-1] + text:
             lines[-1] += f" {text}"
         else:

@@ -83,10 +83,16 @@ def report(place: Place) -> Report:
 
 
 def report_of(answers: Mapping[str, Mapping[str, Any]]) -> Report:
-    """`report` of what `evidence.asking` wrote. Groups that a protocol could not judge are left out, and counted."""
+    """`report` of what `evidence.asking` wrote. Groups of which a protocol judged only a part are left out, and counted."""
     verdicts, scores = answers[EVERYTHING]["verdicts"], {name: found["scores"] for name, found in answers.items()}
     count = len(verdicts)
-    whole = [i for i in range(count) if len({len(each[i] or ()) for each in scores.values()}) == 1 and verdicts[i]]
+    sizes = [max(map(len, kinds)) for kinds in zip(*(found["kinds"] for found in answers.values()), strict=True)]
+
+    def is_whole(group: int) -> bool:
+        lengths = {len(each[group] or ()) for each in scores.values()}
+        return lengths == {sizes[group]} and len(verdicts[group]) == sizes[group] * (sizes[group] - 1)
+
+    whole = [group for group in range(count) if is_whole(group)]
     truth = [np.array(scores[EVERYTHING][i], float) for i in whole]
     asked = {
         name: {
@@ -101,12 +107,12 @@ def report_of(answers: Mapping[str, Mapping[str, Any]]) -> Report:
     votes = [paper_scores(len(true), verdicts[i], draws) for i, true in zip(whole, truth, strict=True)]
     pairs = np.mean([len(each) * (len(each) - 1) / 2 for each in truth])
     paper = {"calls": round(VOTES * float(pairs), 1), **selection(votes, truth)}
-    sizes = [len(each) for each in truth]
+    judged = [sizes[group] for group in whole]
     return {
         "seeds": [SEED],
         "groups": len(whole),
         "left_out": count - len(whole),
-        "candidates": [min(sizes), max(sizes)],
+        "candidates": [min(judged), max(judged)],
         "protocols": {PAPER: paper, **asked},
     }
 
@@ -192,7 +198,9 @@ def section(found: Mapping[str, Any]) -> str:
             table(["protocol", "calls", "prompt tokens", "s", "gap recovered", "same best", "same worst"], rows),
             paragraph(
                 "Calls, tokens and seconds are of one group. The paper's votes are drawn from the probabilities that all pairs",
-                "gave, not asked; a judge that reasons first would generate hundreds of tokens for each of its calls.",
+                "gave, not asked, and are sharper than these, which is counted against them; the soft protocols ask again for",
+                "verdicts that all pairs have as well, so that they find what they are measured by. A judge that reasons first",
+                "would generate hundreds of tokens for each of its calls.",
                 "What it does not show: whose selection is right; this says how cheaply this judge's own opinion is had.",
             ),
         ]

@@ -99,22 +99,27 @@ def training(place: Place, name: str, steps: int, run_dir: Path, preset: str, *f
 
 def report(place: Place) -> Report:
     size = sizes(place)
-    stages = [stage(continued(place, RF_NLL, steps), steps) for steps in size.plain]
-    plain = stage(continued(place, SFT, size.plain[-1]), size.plain[-1])
+    same = min(size.after)
+    stages = [stage(continued(place, RF_NLL, steps), steps, same) for steps in size.plain]
+    plain = stage(continued(place, SFT, size.plain[-1]), size.plain[-1], same)
     return {"settings": asdict(size), "seeds": [SEED], RF_NLL: stages, SFT: plain}
 
 
-def stage(run_dir: Path, steps: int) -> Report:
+def stage(run_dir: Path, steps: int, same: int) -> Report:
     """What a run from the model of `steps` plain steps was: held-out nats a token over its steps, and how often a rollout was
-    chosen, in all and step by step; none where none competed."""
+    chosen, step by step, and in all of the first `same` steps, as many as all stages have; none where none competed."""
     metrics = read_metrics(run_dir / "metrics.jsonl")
     nats = [[int(step["step"]), round(step[NLL], 4)] for step in metrics if NLL in step]
     found: Report = {"plain_steps": steps, "nll": nats}
     judged = [step for step in metrics if CHOSEN in step]
     if judged:
-        chosen, groups = ([step[name] for step in judged] for name in (CHOSEN, GROUPS))
+        chosen, groups = ([step[name] for step in judged if step["step"] <= same] for name in (CHOSEN, GROUPS))
         share, count = float(np.average(chosen, weights=groups)), int(sum(groups))
-        found |= {"chosen_by_step": [round(one, 4) for one in chosen], "groups": count, "chosen": round(share, 4)}
+        found |= {
+            "chosen_by_step": [round(step[CHOSEN], 4) for step in judged],
+            "groups": count,
+            "chosen": round(share, 4),
+        }
         found["chosen_interval"] = [round(end, 4) for end in wilson_interval(share, count)]
         found["chance"] = round(float(np.mean([step[CHANCE] for step in judged])), 4)
     return found
@@ -155,7 +160,14 @@ def section(found: Mapping[str, Any]) -> str:
         ]
         for one in found[RF_NLL]
     ]
-    head = ["plain steps before", "nats a token there", "and after RF-NLL", "rollouts chosen (95%)", "groups"]
+    same = min(found["settings"]["after"])
+    head = [
+        "plain steps before",
+        "nats a token there",
+        "and after RF-NLL",
+        f"rollouts chosen in {same} steps (95%)",
+        "groups",
+    ]
     last, plain = found[RF_NLL][-1], found[SFT]
     blocks = [
         "A model of 7 million weights learns Wikipedia leads plainly, 16 pieces of up to 128 tokens a step. From three stages "

@@ -35,6 +35,25 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return estimate(mean, mean - half, mean + half)
 
 
+def difference(values: Sequence[Estimate], less: Sequence[Estimate]) -> Estimate:
+    """The mean over seeds of values - less, one of each a seed, which share their documents.
+
+    To Student's half-width over seeds are added in quadrature the means of those that the estimates have over documents; of a
+    single seed there is no interval.
+    """
+    found = over_seeds([a["value"] - b["value"] for a, b in zip(values, less, strict=True)])
+    if "low" not in found:
+        return found
+    halves = [(found["high"] - found["low"]) / 2]
+    halves += [float(np.mean([_half_width(each) for each in side])) for side in (values, less)]
+    half = math.hypot(*halves)
+    return estimate(found["value"], found["value"] - half, found["value"] + half)
+
+
+def _half_width(found: Estimate) -> float:
+    return (found["high"] - found["low"]) / 2 if "low" in found else 0.0
+
+
 def mean_difference(
     after: Mapping[int, float], before: Mapping[int, float], documents: Mapping[int, str], weights: Mapping[int, float]
 ) -> Estimate:

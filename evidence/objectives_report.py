@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from evidence.numbers import Estimate, decimal, estimate, mean_difference, over_seeds, percent, sign
+from evidence.numbers import Estimate, decimal, difference, estimate, mean_difference, over_seeds, percent, sign
 from evidence.objectives import BASELINE, MAIN, NAME, PRESET, ROWS, Run, initial, parts, runs
 from evidence.study import ROOT, Place, Report, Study, paragraph, table
 from megatron_sip.evaluation.diversity import diversity
@@ -40,7 +40,7 @@ def report(place: Place) -> Report:
         "initial": measured(first.folder(place)),
         "control": alone,
         "rows": rows,
-        "claims": claims(rows[MAIN], rows[BASELINE], alone["value"]),
+        "claims": claims(rows[MAIN], rows[BASELINE], alone),
         "hacked": [name for name, found in rows.items() if hacked(name, found)],
     }
 
@@ -92,32 +92,39 @@ def nll_change(after: Path, before: Path) -> Estimate:
 
 
 def claims(
-    main: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], control: float
+    main: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], control: Estimate
 ) -> dict[str, Estimate]:
-    """What the method is said to do, as differences that are above 0 where it does it, over seeds. control: the win rate of
-    the initial policy that is only sampled cooler."""
-    other = {run["seed"]: run for run in baseline}
-    against = [(run["wins"], other[run["seed"]]["wins"]) for run in main]
+    """What the method is said to do, as differences that are above 0 where it does it. control: the win rate of the initial
+    policy that is only sampled cooler.
+
+    An interval adds, as independent errors, that over seeds and those over the documents, which all seeds share.
+    """
+    other = {run["seed"]: run["wins"] for run in baseline}
+
+    def wins(judge: str) -> list[Estimate]:
+        return [run["wins"][judge] for run in main]
+
+    def theirs(judge: str) -> list[Estimate]:
+        return [other[run["seed"]][judge] for run in main]
+
+    none, half = ([{"value": value}] * len(main) for value in (0.0, 0.5))
     rose = [late_less_early(run["curves"]["chosen_rate/rollout"]) for run in main]
-    found = {
-        "is preferred to the initial policy by the judge that trained it": [
-            r["wins"]["likelihood"]["value"] - 0.5 for r in main
-        ],
-        "wins more by that judge than a cooler initial policy": [
-            r["wins"]["likelihood"]["value"] - control for r in main
-        ],
-        "is preferred to it by a judge that did not, sampled": [r["wins"]["judge"]["value"] - 0.5 for r in main],
-        "is preferred to it by that judge, greedy": [r["wins"]["judge_greedy"]["value"] - 0.5 for r in main],
-        "wins more than next-token training, by its own judge": [
-            a["likelihood"]["value"] - b["likelihood"]["value"] for a, b in against
-        ],
-        "wins more than next-token training, by the other judge": [
-            a["judge"]["value"] - b["judge"]["value"] for a, b in against
-        ],
-        "makes held-out text likelier (nats a token)": [-run["nll_change"]["value"] for run in main],
-        "chooses rollouts more often late in training than early": rose,
+    return {
+        "is preferred to the initial policy by the judge that trained it": difference(wins("likelihood"), half),
+        "wins more by the judge that trained it than a cooler initial policy": difference(
+            wins("likelihood"), [control] * len(main)
+        ),
+        "is preferred to the initial policy by the other judge, sampled": difference(wins("judge"), half),
+        "is preferred to the initial policy by the other judge, greedy": difference(wins("judge_greedy"), half),
+        "wins more than next-token training on suffixes, by the judge that trained it": difference(
+            wins("likelihood"), theirs("likelihood")
+        ),
+        "wins more than next-token training on suffixes, by the other judge": difference(
+            wins("judge"), theirs("judge")
+        ),
+        "makes held-out text likelier (nats a token)": difference(none, [run["nll_change"] for run in main]),
+        "chooses rollouts more often late in training than early": over_seeds(rose),
     }
-    return {name: over_seeds(values) for name, values in found.items()}
 
 
 def late_less_early(values: Sequence[float | None]) -> float:
@@ -129,7 +136,9 @@ def late_less_early(values: Sequence[float | None]) -> float:
 
 def hacked(name: str, found: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the judge of the training is won and something that it did not look at is lost, by the intervals of the first
-    seed: the other judge's preference, or the likelihood of held-out text."""
+    seed: the other judge's preference, or the likelihood of held-out text. A row that no judge trained has none to please."""
+    if not ROWS[name].asks:
+        return False
     own, other = ("judge", "likelihood") if ROWS[name].judge else ("likelihood", "judge")
     run = found[0]
     lost = sign(run["wins"][other], 0.5) < 0 or sign(run["nll_change"]) > 0
@@ -183,7 +192,8 @@ def section(found: Mapping[str, Any]) -> str:
         f"rows with * are judged by the judge of the first study. Rows with {seeds} seeds have intervals over seeds, the",
         "others over documents (95%). All continue the same held-out prefixes; win rates in percent are over the initial",
         "policy, sampled at T=1 as in training, and greedily; NLL (nats a token) is of the held-out text's own suffixes, less",
-        "that by the initial policy; s is the training's seconds.",
+        "that by the initial policy; s is the training's seconds. A row learns from the tokens that its objective has, on",
+        "whole pieces three times those of the suffixes; all have one learning rate, chosen for none of them.",
     )
     parts_of_it = [
         told,
@@ -203,8 +213,8 @@ def section(found: Mapping[str, Any]) -> str:
     parts_of_it.append(
         paragraph(
             "What this does not show: anything about models of use. The judges are small (the likelihood favours what is",
-            "plain, the other one knows shuffled words), the steps few, and an interval over seeds is of as many runs as there",
-            "are seeds.",
+            "plain, the other one knows shuffled words), the steps few; all win rates are against one draw of the initial",
+            "policy's continuations, and an interval over seeds is of as many runs as there are seeds.",
         )
     )
     return "\n\n".join(parts_of_it)
@@ -237,6 +247,7 @@ def claims_told(found: Mapping[str, Estimate], seeds: int) -> str:
     return "\n\n".join(
         [
             table([f"the method, mean over {seeds} seeds", "difference (95%)", ""], lines),
+            "Intervals are over seeds and over the held-out documents, but for the last claim, which is over seeds.",
             f"{held} of {len(found)} claims hold with an interval that excludes zero: {enough}.",
         ]
     )

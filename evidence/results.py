@@ -32,7 +32,7 @@ def publish(study: Study, report: Report, place: Place, work: Work, results: Pat
         "report": report,
     }
     refuse_paths(published, (str(place.run_dir), str(ROOT), str(Path.home())))
-    write_report(json_of(study.name, results), published)
+    write_report(json_of(study.name, results), published, sort=False)  # the page's rows are in the report's order
 
 
 def write_page(studies: Iterable[Study], results: Path) -> None:

@@ -115,14 +115,16 @@ def do_parts(parts: Sequence[Part], folder: Path, *, dry_run: bool = False) -> W
     names = [part.name for part in parts]
     assert len(set(names)) == len(names), f"parts of the same name among {names}"
     for number, part in enumerate(parts, start=1):
-        say(f"# {folder.name}, part {number} of {len(parts)}: {part.name}{', done' if is_done(part, folder) else ''}")
+        done = not dry_run and is_done(part, folder)
+        say(f"# {folder.name}, part {number} of {len(parts)}: {part.name}{', done' if done else ''}")
         if dry_run:
             for words in part.commands:
                 say(shlex.join(words))
-        elif not is_done(part, folder):
+        elif not done:
             _do(part, folder)
-    done = [record for name, record in _done(folder).items() if name in names]
-    return Work(sum(record["seconds"] for record in done), tuple(dict.fromkeys(record["commit"] for record in done)))
+    records = [record for name, record in _done(folder).items() if name in names]
+    commits = (commit for record in records for commit in record["commits"])
+    return Work(sum(record["seconds"] for record in records), tuple(dict.fromkeys(commits)))
 
 
 def is_done(part: Part, folder: Path) -> bool:
@@ -151,9 +153,10 @@ def _do(part: Part, folder: Path) -> None:
         for path in part.removed:
             shutil.rmtree(path, ignore_errors=True)
     finally:
-        earlier = _done(folder).get(part.name, {}).get("seconds", 0.0)
-        seconds = round(earlier + time.monotonic() - started, 1)
-        record = {"commands": _shown(part), "seconds": seconds, "done": finished, "commit": commit()}
+        earlier = _done(folder).get(part.name, {"seconds": 0.0, "commits": []})
+        seconds = round(earlier["seconds"] + time.monotonic() - started, 1)
+        commits = list(dict.fromkeys([*earlier["commits"], commit()]))  # of all calls that had a share in it
+        record = {"commands": _shown(part), "seconds": seconds, "done": finished, "commits": commits}
         write_atomically(folder / DONE, json.dumps(_done(folder) | {part.name: record}, indent=1) + "\n")
 
 

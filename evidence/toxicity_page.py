@@ -10,10 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from evidence.study import paragraph, table
-from evidence.toxicity_report import ARMS, DPO, INITIAL, JUDGES, LIKELIHOODS, OPTIMISED, TEXTS
+from evidence.toxicity_report import ARMS, DPO, INITIAL, JUDGES, LIKELIHOODS, NEXT_TOKEN, OPTIMISED, SAFEST, TEXTS
 
 HELD_OUT = {"unlisted": "LDNOOBW", "mildness": "severity list", "not_abusive": "hatesonar"}
 TRAINED_BY = "alt-profanity-check"
+CLASSIFIERS = {"not_abusive": "hatesonar, mean", OPTIMISED: f"{TRAINED_BY}, mean"}
 NAMED = {"pages": "clean pages", "leads": "Wikipedia leads"}
 COLOURS = ("#8c959f", "#c8541b", "#d4a72c", "#0b6bbf")
 BAR = 0.8 / len(ARMS)
@@ -31,7 +32,7 @@ def draw(found: Mapping[str, Any], png: Path) -> None:
             lost = [one["nll"][text] for text in LIKELIHOODS]
             _bars(right, np.arange(len(lost)) + number * BAR, lost, ("change", "change_interval"), colour, arm)
     left.set_xticks(np.arange(len(JUDGES)) + 1.5 * BAR, [*HELD_OUT.values(), f"{TRAINED_BY}\n(DPO's criterion)"])
-    left.set_ylabel("toxicity behind toxic prompts")
+    left.set_ylabel("share, or mean probability, of toxicity\nbehind toxic prompts")
     left.legend(frameon=False, fontsize=8)
     right.set_xticks(np.arange(len(LIKELIHOODS)) + 2 * BAR, list(NAMED.values()))
     right.axhline(0, color="#59636e", linewidth=0.8)
@@ -56,14 +57,20 @@ def section(found: Mapping[str, Any]) -> str:
     blocks = [
         setting(found),
         f"Behind {prompts} RealToxicityPrompts, {size['rollouts']} continuations of 20 tokens each at temperature 1. Two word "
-        f"lists (LDNOOBW; severities up to 100) and another classifier were not trained by, {TRAINED_BY} was. In brackets the "
-        "change from the initial model with its 95% interval, over prompts and seeds; less is better:",
+        f"lists (LDNOOBW; severities up to 100) and another classifier were not trained by, {TRAINED_BY} was; both classifiers "
+        "learnt from the same labelled tweets, among others, so that hatesonar is less apart than the lists. Lists give the "
+        "share of continuations, classifiers their mean probability. In brackets the change from the initial model with its "
+        "95% interval, over prompts (of DPO over seeds too, of which there are few: it is then too narrow); less is better:",
         toxicity_table(found, "prompts"),
+        "DPO against the other two arms, prompt by prompt:",
+        against_table(found),
         f"Behind {size['prefixes']} prefixes of held-out clean pages, where nothing should get worse:",
         toxicity_table(found, "clean"),
         "What it cost on clean text that no arm learnt from, and how varied the continuations of the toxic prompts are:",
         price_table(found),
         told(found["arms"][DPO]),
+        "What it does not show: safety; that cooler sampling alone, which makes text plainer, would not give a part of it; "
+        "what another learning rate than the one of all arms would do.",
         f"A rollout, not the page's suffix, was chosen in {100 * rate:.0f}% of DPO's groups, by chance {100 * chance:.0f}%.",
     ]  # fmt: skip
     return "\n\n".join(block if block.startswith("|") else paragraph(block) for block in blocks)
@@ -77,7 +84,8 @@ def setting(found: Mapping[str, Any]) -> str:
         f"clean sayings (`tools/fetch_toxicity.py`). The safest half holds {safest['offensive']} of the offensive ones. DPO "
         f"takes the best and the worst of a suffix and 4 rollouts: one minus the probability of {TRAINED_BY} counts twice, the "
         "likelihood by the initial model, a cheap stand-in for quality, once; it is the mean of "
-        f"{seeds} seed{'s' * (seeds > 1)}. This is toxicity, words of profanity and abuse, not safety in general."
+        f"{seeds} seed{'s' * (seeds > 1)}, the other arms are one run each and learn whole pieces, not suffixes alone. This is "
+        "toxicity, words of profanity and abuse, not safety in general."
     )
 
 
@@ -88,18 +96,32 @@ def toxicity_table(found: Mapping[str, Any], text: str) -> str:
         "unlisted": "a listed word",
         "any": repeated,
         "mildness": "severity",
-        "not_abusive": "hatesonar",
-        OPTIMISED: TRAINED_BY,
+        **CLASSIFIERS,
     }
-    rows = [[arm, *(_percent(one[text][name]) for name in heads)] for arm, one in found["arms"].items()]
+    rows = [[arm, *(_percent(found["arms"][arm][text][name]) for name in heads)] for arm in ARMS]
     return table(["%", *heads.values()], rows)
+
+
+def against_table(found: Mapping[str, Any]) -> str:
+    """DPO less the arms that learn by the next token: toxicity in percentage points, nats a token."""
+    heads = {"unlisted": "a listed word", "mildness": "severity", **CLASSIFIERS}
+    rows = [
+        [
+            f"DPO less {arm}",
+            *("{} ({} to {})".format(*_written(one["prompts"][name], 100, "{:+.1f}")) for name in heads),
+            *("{} ({} to {})".format(*_written(one["nll"][text], 1, "{:+.3f}")) for text in LIKELIHOODS),
+        ]
+        for arm, one in ((arm, found["against"][arm]) for arm in (NEXT_TOKEN, SAFEST))
+    ]
+    return table(["", *heads.values(), *(f"nats, {name}" for name in NAMED.values())], rows)
 
 
 def price_table(found: Mapping[str, Any]) -> str:
     """Likelihood, LAMBADA and variety of all arms."""
-    head = [*(f"nats a token, {name}" for name in NAMED.values()), "LAMBADA, %", "distinct-2", "repetition, %"]
+    head = [*(f"nats a token, {name}" for name in NAMED.values()), "LAMBADA, %", "distinct-2", "repetition, %", "words"]
     rows = []
-    for arm, one in found["arms"].items():
+    for arm in ARMS:
+        one = found["arms"][arm]
         right, varied = one["lambada"], one["diversity"]["prompts"]
         span = (
             "" if "interval" not in right else " ({:.1f} to {:.1f})".format(*(100 * end for end in right["interval"]))
@@ -110,6 +132,7 @@ def price_table(found: Mapping[str, Any]) -> str:
             f"{100 * right['value']:.1f}{span}",
             f"{varied['distinct_2']['value']:.3f}",
             f"{100 * varied['repetition']['value']:.2f}",
+            f"{one['words']['prompts']:.1f}",
         ])  # fmt: skip
     return table(["arm", *head], rows)
 
@@ -140,5 +163,9 @@ def _changed(one: Mapping[str, Any], scale: float, plain: str, signed: str) -> s
     value = plain.format(scale * one["value"])
     if "change" not in one:
         return value
-    low, high = (signed.format(scale * end) for end in one["change_interval"])
-    return f"{value} ({signed.format(scale * one['change'])}, {low} to {high})"
+    return "{} ({}, {} to {})".format(value, *_written(one, scale, signed))
+
+
+def _written(one: Mapping[str, Any], scale: float, signed: str) -> list[str]:
+    """A change and the ends of its interval."""
+    return [signed.format(scale * number) for number in (one["change"], *one["change_interval"])]

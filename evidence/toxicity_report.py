@@ -39,7 +39,7 @@ Floats = NDArray[np.float64]
 def interval(values: Floats, weights: Floats, seed: int = 0) -> tuple[float, float]:
     """95% bootstrap interval of the weighted mean of values [seeds, items]; weights [items].
 
-    Both seeds and items are drawn anew: with one seed it covers the items alone, with three it is narrow for what another
+    Both seeds and items are drawn anew: with one seed it covers the items alone, with three it is narrower than what another
     run would give.
     """
     rng = np.random.default_rng(seed)
@@ -94,10 +94,13 @@ def by_prompt(folders: Sequence[Path], text: str, criterion: str, reduce: Any = 
 
 
 def nats(folders: Sequence[Path], text: str) -> tuple[Floats, Floats]:
-    """([folders, documents] nats a token, [documents] tokens) of a file that `nll` grew."""
+    """([folders, documents] nats a token, [documents] tokens) of a file that `nll` grew, each line a piece of a document."""
     files = [read_json_lines(folder / f"{text}.nll.json.document.jsonl", "log-likelihoods")[1:] for folder in folders]
-    tokens = np.array([line["tokens"] for line in files[0]], float)
-    return np.array([[line["nll"] / line["tokens"] for line in file] for file in files]), tokens
+    names = [line["document"] for line in files[0]]
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    own = [places[name] for name in names]
+    tokens: Floats = np.bincount(own, weights=[float(line["tokens"]) for line in files[0]]).astype(np.float64)
+    return np.array([np.bincount(own, weights=[line["nll"] for line in file]) / tokens for file in files]), tokens
 
 
 def values_of(folders: Sequence[Path], file: str) -> dict[str, Report]:
@@ -130,7 +133,33 @@ def arm_report(folders: Sequence[Path], initial: Sequence[Path]) -> Report:
         report["nll"][text] = compared(base if same else nats(folders, text)[0], base, tokens)
     report["lambada"] = values_of(folders, "lambada.json")["lambada_openai"]
     report["diversity"] = {text: values_of(folders, f"{text}.diversity.json") for text in TEXTS}
+    report["words"] = {text: words(folders, text) for text in TEXTS}
     return report
+
+
+def words(folders: Sequence[Path], text: str) -> float:
+    """Mean words of a continuation: a text that ends early has less that can offend."""
+    found = [read_results(folder / f"{text}.diversity.json").about["words"] for folder in folders]
+    return round(float(np.mean(found)), 2)
+
+
+def differences(folders: Sequence[Path], other: Sequence[Path]) -> Report:
+    """How much more toxic, and how many more nats a token, an arm is than another one, prompt by prompt."""
+    found: Report = {
+        text: {
+            name: change(by_prompt(folders, text, criterion), by_prompt(other, text, criterion))
+            for criterion, name in zip(CRITERIA, JUDGES, strict=True)
+        }
+        for text in TEXTS
+    }
+    found["nll"] = {text: change(nats(folders, text)[0], *nats(other, text)) for text in LIKELIHOODS}
+    return found
+
+
+def change(values: Floats, other: Floats, weights: Floats | None = None) -> Report:
+    """`compared` without the values themselves; `other` is of one seed, and weights of its items."""
+    found = compared(values, other, weights)
+    return {name: found[name] for name in ("change", "change_interval")}
 
 
 def curve(run_dirs: Sequence[Path]) -> Report:
@@ -156,5 +185,6 @@ def report_of(place: Place, folders: Mapping[str, Sequence[Path]], text: Path, s
         "text": read_json(text / MANIFEST, "counts of pages"),
         "seeds": list(place.seeds),
         "arms": {arm: arm_report(found, folders[INITIAL]) for arm, found in folders.items()},
+        "against": {arm: differences(folders[DPO], folders[arm]) for arm in (NEXT_TOKEN, SAFEST)},
         "curve": curve(folders[DPO]),
     }

@@ -118,7 +118,7 @@ def test_report_text_and_figure_are_what_the_files_say(place: Place, tmp_path: P
     [row] = [line for line in lines if line.startswith("| DPO, suffix + 8 rollouts |")]
     assert row.startswith("| DPO, suffix + 8 rollouts | 1 | 65 (57 to 73) | 62 (54 to 70) |")
     assert "| makes held-out text likelier (nats a token) | -0.250 (-0.250 to -0.250) | the opposite |" in text
-    assert "4 of 8 claims hold with an interval that excludes zero: fewer than two thirds." in text
+    assert "3 of 8 claims hold with an interval that excludes zero: fewer than two thirds." in text
     assert "lost, both by intervals over documents, in: DPO, suffix + 4 rollouts." in " ".join(text.split())
     assert "wins 70 (60 to 80) by likelihood" in " ".join(text.split())
     STUDY.draw(report, tmp_path / "figure.png")
@@ -172,6 +172,7 @@ def figures(own: float, other: float, nll: float) -> dict[str, Any]:
         (MAIN, 0.55, 0.3, 0.1, False),  # its own judge is not won either
         ("judge-dpo-4", 0.3, 0.8, 0.0, True),  # the judge of that row is the pairwise one
         ("judge-dpo-4", 0.8, 0.3, 0.0, False),
+        (BASELINE, 0.8, 0.3, 0.1, False),  # no judge trained it
     ],
 )
 def test_reward_hacking_is_the_own_judge_won_and_another_lost(
@@ -183,11 +184,17 @@ def test_reward_hacking_is_the_own_judge_won_and_another_lost(
 def test_claims_are_paired_by_seed_and_of_one_seed_nothing_holds() -> None:
     main = [figures(0.8, 0.6, -0.1) | {"seed": seed} for seed in (1, 2)]
     other = [figures(0.6 + seed / 100, 0.5, 0.0) | {"seed": seed} for seed in (2, 1)]
-    found = claims(main, other, 0.7)
-    assert found["wins more than next-token training, by its own judge"]["value"] == pytest.approx(0.185)
-    assert found["wins more by that judge than a cooler initial policy"]["value"] == pytest.approx(0.1)
-    assert found["makes held-out text likelier (nats a token)"] == {"value": 0.1, "low": 0.1, "high": 0.1}
-    alone = claims(main[:1], other, 0.7)
+    cooler = {"value": 0.7, "low": 0.6, "high": 0.8}
+    found = claims(main, other, cooler)
+    assert found["wins more than next-token training on suffixes, by the judge that trained it"][
+        "value"
+    ] == pytest.approx(0.185)
+    more = found["wins more by the judge that trained it than a cooler initial policy"]
+    assert more == pytest.approx(
+        {"value": 0.1, "low": 0.1 - 0.02**0.5, "high": 0.1 + 0.02**0.5}, abs=1e-5
+    )  # of both win rates
+    assert found["makes held-out text likelier (nats a token)"] == {"value": 0.1, "low": 0.09, "high": 0.11}
+    alone = claims(main[:1], other, cooler)
     assert all(set(each) == {"value"} for each in alone.values())
     assert "0 of 8 claims hold" in claims_told(alone, 1)
 

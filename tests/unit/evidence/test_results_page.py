@@ -65,6 +65,7 @@ def test_a_study_is_run_published_and_stands_on_the_page(only: Study, tmp_path: 
     driver.main([*words, "--only", only.name])
     report = json.loads((results / "evidence_small.json").read_text())
     assert report["report"] == {"number": 2, "quick": False}
+    assert next(iter(report)) == "question"  # not by name: the page's rows are in this order
     assert (report["seeds"], report["question"]) == ([3, 4], "How many seeds?")
     assert [len(commit.removesuffix(" changed")) for commit in report["commits"]] == [40]
     assert {"torch", "sglang", "megatron-core"} <= report["versions"].keys()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -110,6 +111,15 @@ def test_another_command_needs_another_folder(tmp_path: Path) -> None:
     other = part(tmp_path, "one", TOUCH + "; print()")
     with pytest.raises(StudyError, match="'one' was done by other commands"):
         do_parts([other], tmp_path)
+    do_parts([other], tmp_path, dry_run=True)  # its commands name what a dry run has not fetched
+
+
+def test_a_part_is_by_all_commits_that_had_a_share_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, code in (("a", "raise SystemExit(3)"), ("b", TOUCH)):
+        monkeypatch.setattr(study, "commit", lambda number=number: number)
+        with suppress(StudyError):
+            found = do_parts([part(tmp_path, "one", code)], tmp_path)
+    assert found.commits == ("a", "b")
 
 
 def test_a_failure_and_a_stop_are_told_and_not_done(tmp_path: Path) -> None:

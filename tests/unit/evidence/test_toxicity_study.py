@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from evidence import toxicity_report
 from evidence.study import ROOT, Place, StudyError, is_done
 from evidence.toxicity import STUDY, folder, folders, parts
 from evidence.toxicity_page import direction, draw, section
-from evidence.toxicity_report import CRITERIA, DPO, INITIAL, TEXTS, compared, interval
+from evidence.toxicity_report import CRITERIA, DPO, INITIAL, TEXTS, compared, interval, nats
 from evidence.toxicity_text import MANIFEST, is_held_out
 from evidence.toxicity_text import parts as text_parts
 from megatron_sip.evaluation.results import Result, write_results
@@ -76,7 +77,7 @@ def write_arm(out: Path, toxic: float, nats: float) -> None:
         ]
         (out / f"{text}.scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         shares = [Result("diversity", name, toxic, 12) for name in ("distinct_2", "repetition")]
-        write_results(out / f"{text}.diversity.json", {}, shares)
+        write_results(out / f"{text}.diversity.json", {"words": 10 * nats}, shares)
     for text in ("pages", "leads"):
         rows: list[dict[str, Any]] = [{"format": "header"}]
         rows += [{"index": i, "document": str(i), "tokens": 1 + i, "nll": nats * (1 + i)} for i in range(4)]
@@ -91,8 +92,8 @@ def write_arm(out: Path, toxic: float, nats: float) -> None:
 @pytest.fixture(name="report")
 def report_of(place: Place) -> dict[str, Any]:
     arms = folders(place)
-    for arm, toxic, nats in ((INITIAL, 0.5, 3.0), ("next token", 0.75, 2.9), ("safest half", 0.5, 2.95)):
-        write_arm(arms[arm][0], toxic, nats)
+    for arm, toxic, cost in ((INITIAL, 0.5, 3.0), ("next token", 0.75, 2.9), ("safest half", 0.5, 2.95)):
+        write_arm(arms[arm][0], toxic, cost)
     for out, toxic in zip(arms[DPO], (0.25, 0.0), strict=True):
         write_arm(out, toxic, 3.25)
     text = folder(place) / "text"
@@ -111,17 +112,34 @@ def test_a_report_holds_means_over_seeds_and_changes_from_the_initial_model(repo
     assert (dpo["nll"]["pages"]["value"], dpo["nll"]["pages"]["change"]) == (3.25, 0.25)
     assert dpo["nll"]["leads"]["change_interval"] == [0.25, 0.25]
     assert (initial["lambada"]["interval"], dpo["lambada"]["value"]) == ([0.2, 0.6], 0.4)
+    assert (initial["words"]["clean"], dpo["words"]["clean"]) == (30.0, 32.5)
+    assert report["against"]["next token"]["prompts"]["civility"]["change"] == -0.3125
+    assert report["against"]["safest half"]["nll"]["pages"] == {"change": 0.3, "change_interval": [0.3, 0.3]}
     assert json.loads(json.dumps(report)) == report
+
+
+def test_pieces_of_a_document_are_one_of_the_interval_s_items(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"format": "header"}]
+    rows += [
+        {"document": name, "tokens": count, "nll": nll}
+        for name, count, nll in (("a", 1, 4.0), ("b", 2, 2.0), ("a", 3, 8.0))
+    ]
+    (tmp_path / "pages.nll.json.document.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values, tokens = nats([tmp_path], "pages")
+    assert (values.tolist(), tokens.tolist()) == ([[3.0, 1.0]], [4.0, 2.0])
 
 
 def test_page_and_figure_say_what_the_report_says(report: dict[str, Any], tmp_path: Path) -> None:
     text = section(report).replace("\n", " ")
+    arms = re.findall(r"\| (initial|next token|safest half|DPO) \|", text)
+    assert arms == ["initial", "next token", "safest half", "DPO"] * 3
     assert "| DPO | 6.2 (-18.8, -25.0 to -12.5) | 12.5 (-37.5, -50.0 to -25.0) |" in text
     assert (
         "by what it was not trained by: LDNOOBW: less; severity list: less; hatesonar: less; by its criterion: less."
         in text
     )
     assert "Its nats a token: clean pages: more; Wikipedia leads: more." in text
+    assert "| DPO less safest half | -18.8 (-25.0 to -12.5) |" in text
     assert "chosen in 75% of DPO's groups, by chance 75%" in text
     draw(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
