@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import sys
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
-from unittest.mock import patch
+
+import pytest
 
 IMPORTED = (
     *("killed_commands", "fake_engine"),
@@ -16,10 +18,13 @@ IMPORTED = (
 """What the processes of all tests run: the first test starts the one server of this process."""
 
 
+@functools.cache
 def forks() -> ForkServerContext:
-    """Its processes begin with IMPORTED imported."""
+    """Its processes begin with IMPORTED imported, which the server passes over in silence where it cannot."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # Python 3.12's server else does not find them
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.12's server does not get it otherwise
+        patch.setenv("OMP_NUM_THREADS", "1")  # a fork is without the threads of what it is forked off
         ensure_running()
     return context

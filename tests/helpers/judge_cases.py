@@ -22,7 +22,7 @@ def make_settings(*urls: str, **changes: Any) -> JudgeSettings:
     """A hard quality judge over all pairs with one vote, quick to give up; changes may be of its client, too."""
     client: dict[str, Any] = {
         "endpoints": tuple(Endpoint(url, "openai") for url in urls),
-        "call_timeout_s": 0.3,
+        "call_timeout_s": 30.0,
         "concurrency": 64,
     }
     values: dict[str, Any] = {

@@ -54,6 +54,19 @@ def kill_server(server: LocalServer) -> None:
     server.stop()
 
 
+def group_members(process_group: int) -> list[int]:
+    """Pids in a process group that are not zombies."""
+    members = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            if int(state[2]) == process_group and state[0] != "Z":
+                members.append(int(entry.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return members
+
+
 def launch(*program: str, output: IO[Any], processes: int = 1, fresh: bool = False) -> subprocess.Popen[Any] | Started:
     """Start `python PROGRAM...` with one OpenMP thread a process, in a session of its own; with several processes as ranks.
 

@@ -45,20 +45,23 @@ def test_greedy_generations_are_transformers_own(greedy: Path, smollm2_dir: Path
     assert agree >= 10
 
 
+SAMPLES = 32
+
+
 def test_killed_anywhere_it_goes_on_to_the_same_file(
     tiny_llama_server: LocalServer, tiny_llama_dir: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    """By one call at a time: a batch is four tasks, and the kill comes behind the first. In float32: bfloat16 has ties."""
+    """By one call at a time: a batch is four tasks, and the kill comes behind an early one. In float32: bfloat16 has ties."""
     whole, output = tmp_path / "whole.jsonl", tmp_path / "again.jsonl"
-    main(generate_words(tiny_llama_server, tiny_llama_dir, corpus, whole, 12))
-    words = [*generate_words(tiny_llama_server, tiny_llama_dir, corpus, output, 12), "--concurrency", "1"]
+    main(generate_words(tiny_llama_server, tiny_llama_dir, corpus, whole, SAMPLES))
+    words = [*generate_words(tiny_llama_server, tiny_llama_dir, corpus, output, SAMPLES), "--concurrency", "1"]
     process = subprocess.Popen([sys.executable, "-m", "megatron_sip.evaluate", *words])
     deadline = time.monotonic() + 120
-    while not 0 < made(output) < 12 and time.monotonic() < deadline and process.poll() is None:
+    while not 0 < made(output) < SAMPLES and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait(30)
-    assert 0 < made(output) < 12
+    assert 0 < made(output) < SAMPLES
     main(words)
     assert output.read_bytes() == whole.read_bytes()
 

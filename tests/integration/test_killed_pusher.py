@@ -65,6 +65,7 @@ async def test_after_a_kill_at_any_moment_of_a_push_the_next_client_pushes_and_t
         ours, theirs = processes.Pipe(duplex=False)
         worker = processes.Process(target=push_forever, args=(kind, url, tiny_llama_dir, tmp_path, theirs))
         worker.start()
+        theirs.close()  # so that its end ends a `recv` here
         assert ours.recv() == "begins"
         started = time.monotonic()
         said = []

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,17 @@ def test_another_model_in_the_run_folder_is_refused_at_once(
     assert "--ffn-hidden-size 128 there, 96 here, --vocab-size 49152 there, 49280 here" in last
 
 
-def kill_before_and_while_saving(run: Path, *flags: str) -> None:
-    """kill -9 after step 1, before the first checkpoint, and while step 4 is saved; again if a kill came too late."""
+def require_close(found: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> None:
+    """Fails unless both learnt the same: servers batch prompts as they arrive, which moves float32's last digits."""
+    for after, before in zip(learnt(found), learnt(expected), strict=True):
+        assert after == pytest.approx(before, rel=1e-4, abs=1e-5)
+
+
+def kill_three_times(run: Path, *flags: str) -> tuple[list[str], list[str]]:
+    """kill -9 after step 1, before the first checkpoint; while step 4 is saved; and after step 5. Again if one came too late.
+
+    Returns the lines of metrics.jsonl that the second and the third left of committed steps.
+    """
     for _ in range(3):
         shutil.rmtree(run, ignore_errors=True)
         run.with_suffix(".log").unlink(missing_ok=True)
@@ -135,8 +145,12 @@ def kill_before_and_while_saving(run: Path, *flags: str) -> None:
         if tracked(run) is not None:
             continue
         kill_when(run, (run / "iter_0000004").exists, *flags)
-        if tracked(run) == 2:
-            return
+        if tracked(run) != 2:
+            continue
+        two = lines(run)[:2]
+        kill_when(run, lambda: last_step(run) >= 5, *flags)
+        if tracked(run) == 4:
+            return two, lines(run)[:4]
     pytest.fail("killed too late three times")
 
 
@@ -145,21 +159,13 @@ def test_killed_anywhere_the_same_command_continues_as_if_nothing_had_happened(
 ) -> None:
     run = tmp_path / "killed"
     flags = (*flags, "--ref-offload")  # where the reference's weights lie must not matter either
-    kill_before_and_while_saving(run, *flags)
-    two = lines(run)[:2]  # they hold durations, which no other run has
-    kill_when(run, lambda: last_step(run) == 5, *flags)
-    assert tracked(run) == 4
-    assert lines(run)[:2] == two
-    four = lines(run)[:4]
+    two, four = kill_three_times(run, *flags)  # lines hold durations, which no other run has
+    assert four[:2] == two
     told = train(run, *flags)  # of all starts: the log goes on
     assert lines(run)[:4] == four
     assert re.findall(r"successfully loaded checkpoint from \S+ .*? at iteration (\d+)", told) == ["2", "4"]
     assert re.search(rf"{run / 'iter_0000004'} (was not committed: removed|is after 2, which)", told)
-    expected, found = learnt(steps(uninterrupted)), learnt(steps(run))
-    assert len(found) == TOTAL_STEPS
-    for before, after in zip(expected, found, strict=True):
-        # The engine batches prompts as they arrive, which moves float32 log-probs in the last digits.
-        assert after == pytest.approx(before, rel=1e-4, abs=1e-5)
+    require_close(steps(run), steps(uninterrupted))
 
 
 def test_other_data_than_the_checkpoint_s_is_refused(
@@ -200,7 +206,7 @@ def test_an_engine_that_lends_its_memory_to_the_trainer_changes_no_step(
     own_engine = ("--rollout-local", "1", "--colocate", "--local-engine-dtype", "float32")
     initial = ("--train-iters", "2", "--pretrained-checkpoint", str(uninterrupted))
     train(tmp_path / "shared", *flags[:place], *own_engine, *flags[place + 2 :], *initial)
-    assert learnt(steps(tmp_path / "shared")) == learnt(steps(two_steps))
+    require_close(steps(tmp_path / "shared"), steps(two_steps))
     assert [record["engines/unsynced"] for record in steps(tmp_path / "shared")] == [0, 0]
     [log] = (tmp_path / "shared" / "logs").glob("engine*")
     assert "SIGQUIT" not in log.read_text()  # SGLang's word for an end that nobody asked for
@@ -236,10 +242,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     assert f"{shard} has another checksum than when it was saved" in train(run, *flags, "--load-last-whole")
-    expected, found = learnt(steps(uninterrupted)), learnt(steps(run))
-    assert len(found) == TOTAL_STEPS
-    for before, after in zip(expected, found, strict=True):
-        assert after == pytest.approx(before, rel=1e-4, abs=1e-5)
+    require_close(steps(run), steps(uninterrupted))
 
 
 def test_sigterm_saves_the_last_step_and_exits_0_and_no_other_run_gets_the_folder_before(

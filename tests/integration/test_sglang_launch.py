@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
+from workers import group_members
 
 from megatron_sip.rollout.pool import SGLangPool
 from megatron_sip.rollout.sampling import SamplingSettings
@@ -23,19 +24,6 @@ server = LocalServer(ServerSettings(sys.argv[1], dtype="float32", max_total_toke
 print(server.pid, flush=True)
 time.sleep(600)
 """
-
-
-def group_members(process_group: int) -> list[int]:
-    """Pids in a process group that are not zombies."""
-    members = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            if int(state[2]) == process_group and state[0] != "Z":
-                members.append(int(entry.name))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return members
 
 
 def wait_until_empty(process_group: int, timeout_s: float) -> list[int]:

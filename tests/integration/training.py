@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from preloaded import Started
-from workers import launch
+from workers import group_members, launch
 
 START_SECONDS = 300.0
 
@@ -108,16 +107,12 @@ LEARNT = (
 )
 
 
-def wait_for_end_of_group(group: int, timeout: float = 10.0) -> None:
+def wait_for_end_of_group(group: int, timeout: float = 30.0) -> None:
     """Until no process of a run that was started here is left; fails when its helpers outlive it."""
     deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return
+    while left := group_members(group):
+        assert time.monotonic() < deadline, f"of group {group} {left} live {timeout:g} s after its leader was killed"
         time.sleep(0.1)
-    raise AssertionError(f"process group {group} still has processes {timeout:g} s after its leader was killed")
 
 
 def learnt(records: Sequence[dict[str, Any]]) -> list[list[float]]:

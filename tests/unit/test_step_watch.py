@@ -17,23 +17,23 @@ from megatron_sip.console import quiet
 from megatron_sip.step_watch import StepWatch
 def stuck_call():
     {stuck}
-with quiet(Path(sys.argv[1])), StepWatch(0.3, sys.argv[1], rank=3, blind_s=0.3) as watch:
+with quiet(Path(sys.argv[1])), StepWatch(0.3, sys.argv[1], rank=3, blind_s={blind_s}) as watch:
     watch.begins("step 7")
     watch.doing("training")
     stuck_call()
 """
 
 
-def hang(log: Path, stuck: str) -> subprocess.CompletedProcess[str]:
-    program = PROGRAM.format(stuck=stuck)
-    return subprocess.run([sys.executable, "-c", program, str(log)], capture_output=True, text=True, timeout=30)
+def hang(log: Path, stuck: str, blind_s: float) -> subprocess.CompletedProcess[str]:
+    program = PROGRAM.format(stuck=stuck, blind_s=blind_s)
+    return subprocess.run([sys.executable, "-c", program, str(log)], capture_output=True, text=True, timeout=60)
 
 
 def test_a_step_that_hangs_ends_the_process_with_its_stacks_in_the_log_and_its_place_on_the_screen(
     tmp_path: Path,
 ) -> None:
     log = tmp_path / "output.log"
-    ended = hang(log, "time.sleep(600)")
+    ended = hang(log, "time.sleep(600)", 30.0)
     assert ended.returncode == STATUS
     [line] = [line for line in ended.stdout.splitlines() if line.startswith("error")]
     assert line.startswith("error: step 7 did not end within --step-timeout 0.3 s: rank 3 was still at training.")
@@ -44,7 +44,7 @@ def test_a_step_that_hangs_ends_the_process_with_its_stacks_in_the_log_and_its_p
 
 def test_so_does_one_that_lets_no_python_run(tmp_path: Path) -> None:
     log = tmp_path / "output.log"
-    ended = hang(log, "ctypes.PyDLL(None).usleep(600_000_000)")  # which keeps the interpreter's lock
+    ended = hang(log, "ctypes.PyDLL(None).usleep(600_000_000)", 0.3)  # which keeps the interpreter's lock
     assert ended.returncode == 1
     assert "in stuck_call" in log.read_text()
 

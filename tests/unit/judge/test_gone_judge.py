@@ -106,7 +106,7 @@ async def test_while_nobody_answers_it_is_said_again_and_again_for_how_long(
         assert not lines
         return
     assert len(lines) >= 2
-    assert lines[0].startswith(f"waiting for the teacher at {server.url}: no answer for 0 s of 1")
+    assert lines[0].startswith(f"waiting for the teacher at {server.url}: no answer for ")
 
 
 @pytest.mark.parametrize("tells", [True, False])

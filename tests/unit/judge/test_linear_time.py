@@ -63,6 +63,11 @@ UNITS = [
 ]
 
 
+def is_linear(reader: Callable[[str], object], text: str) -> bool:
+    """Whether one of three readings takes no longer than it may: the machine may have been about something else."""
+    return any(seconds(reader, text) < SECONDS_PER_MEGABYTE * len(text) / 1e6 for _ in range(3))
+
+
 def seconds(reader: Callable[[str], object], text: str) -> float:
     began = time.process_time()
     reader(text)
@@ -73,8 +78,7 @@ def seconds(reader: Callable[[str], object], text: str) -> float:
 def test_repeated_marks_are_read_in_linear_time(name: str) -> None:
     for unit in UNITS:
         text = unit * (CHARS // len(unit))
-        spent = seconds(READERS[name], f"decided that {text}x")
-        assert spent < SECONDS_PER_MEGABYTE * len(text) / 1e6, (unit, spent)
+        assert is_linear(READERS[name], f"decided that {text}x"), unit
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -84,4 +88,4 @@ def test_repeated_marks_are_read_in_linear_time(name: str) -> None:
 def test_whatever_is_repeated_is_read_in_linear_time(name: str, units: list[str], last: str) -> None:
     unit = "".join(units)
     text = unit * (CHARS // len(unit)) + last
-    assert seconds(READERS[name], text) < SECONDS_PER_MEGABYTE * len(text) / 1e6
+    assert is_linear(READERS[name], text)

@@ -31,7 +31,7 @@ def make_task(index: int, suffix: str, prefix: str = PREFIX) -> Task:
 
 
 def make_settings(url: str, **changes: object) -> RewriterSettings:
-    client = ClientSettings((Endpoint(url, "openai"),), call_timeout_s=0.3, attempts=2)
+    client = ClientSettings((Endpoint(url, "openai"),), call_timeout_s=30.0, attempts=2)
     return RewriterSettings(client, deadline_s=5.0, **changes)  # type: ignore[arg-type]
 
 

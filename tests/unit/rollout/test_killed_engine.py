@@ -40,6 +40,7 @@ class MortalEngine:
         self._asked, theirs = self._context.Pipe()
         self.process: BaseProcess = self._context.Process(target=serve, args=(self._port, theirs), daemon=True)
         self.process.start()
+        theirs.close()  # so that its end ends a `recv` here
         self.url = self._asked.recv()
 
     def kill(self) -> None:
@@ -67,9 +68,12 @@ def test_an_engine_killed_at_any_moment_of_a_push_costs_that_push_of_its_own_alo
             return sync.push(tensors(step).items(), version=str(step), require_all=False)
 
         sync.connect()
-        started = time.monotonic()
-        assert push(0) == {}
-        seconds = time.monotonic() - started
+        undisturbed = []
+        for _ in range(3):  # the first connects as well, and any may have to wait for the machine
+            started = time.monotonic()
+            assert push(0) == {}
+            undisturbed.append(time.monotonic() - started)
+        seconds = min(undisturbed)
         for step in range(1, 2 * KILLS, 2):
             delay = moments.uniform(0.0, seconds)
             killer = threading.Timer(delay, mortal.process.kill)

@@ -31,7 +31,7 @@ from megatron_sip.serving import blocking_call as http
 from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.launch import free_port
 
-QUICK = SyncSettings(timeout_s=3.0, control_timeout_s=1.0)
+QUICK = SyncSettings(timeout_s=3.0, control_timeout_s=3.0)
 CPU = torch.device("cpu")
 
 
@@ -195,7 +195,7 @@ def test_an_engine_that_one_stage_gave_up_on_gets_nothing_from_the_next(engines:
     def hang() -> None:
         hung.silent.add("/update_weights_from_distributed")
 
-    settings = SyncSettings(timeout_s=1.0, bucket_bytes=32)
+    settings = SyncSettings(timeout_s=4.0, bucket_bytes=32)
     failures = two_stages([engine.url for engine in engines], settings, [1, hang, 2])
     assert [list(failed) for failed in failures] == [[hung.url]] * 2
     assert (live.version, hung.version) == ("2", "1")

@@ -160,7 +160,7 @@ async def test_an_unreadable_response_is_tried_again() -> None:
 async def test_a_slow_answer_is_cut_off_and_asked_again() -> None:
     async with (
         Loopback(lambda index: 30.0 if index == 0 else fine(index)) as server,
-        HttpPool([Server(server.url)], concurrency=1, policy=QUICK, call_timeout_s=0.2) as pool,
+        HttpPool([Server(server.url)], concurrency=1, policy=QUICK, call_timeout_s=1.0) as pool,
     ):
         assert await send(pool, ask()) is True
         assert pool.counts["failed-attempts/timeout"] == 1

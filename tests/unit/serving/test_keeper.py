@@ -21,7 +21,9 @@ from megatron_sip.serving.keeper import Keeper, KeepSettings
 from megatron_sip.serving.local_servers import LocalServers, LocalServerSettings
 from megatron_sip.stop_signal import StopSignal
 
-QUICK = KeepSettings(poll_s=0.02, probe_s=0.05, patience_s=0.3, hung_s=0.4, pause_s=0.02, max_failures=3)
+QUICK = KeepSettings(poll_s=0.02, probe_s=0.05, patience_s=5.0, hung_s=30.0, pause_s=0.02, max_failures=3)
+IMPATIENT = replace(QUICK, patience_s=0.3, hung_s=0.4)
+"""For servers that hang: another one that the machine lets wait is taken for hung too, and started once more."""
 
 PARENT = """
 import sys, time
@@ -80,8 +82,8 @@ def test_a_server_that_is_killed_is_back_at_its_url_and_its_log_goes_on(
 
 def test_a_server_that_answers_its_health_and_generates_nothing_is_started_again(server: StubServer) -> None:
     (server.folder / "hangs").touch()
-    keeper = Keeper("the engine", server, pytest.fail, QUICK)
-    wait_until(lambda: len(server.pids()) == 2)
+    keeper = Keeper("the engine", server, pytest.fail, replace(IMPATIENT, max_failures=100))
+    wait_until(lambda: len(server.pids()) >= 2)
     (server.folder / "hangs").unlink()
     assert keeper.await_answer()
     assert not exists(server.pids()[0])
@@ -99,13 +101,13 @@ def test_a_server_that_is_silent_for_less_than_the_bound_is_left_alone(server: S
 
 
 def test_a_server_that_is_to_be_silent_is_not_asked_and_is_asked_again_afterwards(server: StubServer) -> None:
-    keeper = Keeper("the engine", server, pytest.fail, QUICK)
+    keeper = Keeper("the engine", server, pytest.fail, replace(IMPATIENT, max_failures=100))
     keeper.expect_silence(True)
     (server.folder / "hangs").touch()
     time.sleep(0.5)
     assert len(server.pids()) == 1
     keeper.expect_silence(False)
-    wait_until(lambda: len(server.pids()) == 2)
+    wait_until(lambda: len(server.pids()) >= 2)
     (server.folder / "hangs").unlink()
     assert keeper.await_answer()
     keeper.close()
@@ -113,10 +115,10 @@ def test_a_server_that_is_to_be_silent_is_not_asked_and_is_asked_again_afterward
 
 def test_a_stopped_process_is_ended_and_started_again(server: StubServer) -> None:
     os.kill(server.pids()[0], signal.SIGSTOP)
-    keeper = Keeper("the teacher", server, pytest.fail, QUICK)
+    keeper = Keeper("the teacher", server, pytest.fail, replace(IMPATIENT, max_failures=100))
     assert keeper.await_answer()
     keeper.close()
-    assert len(server.pids()) == 2
+    assert len(server.pids()) >= 2
     assert not exists(server.pids()[0])
 
 
@@ -141,7 +143,7 @@ def test_one_that_hangs_after_every_start_is_given_up(server: StubServer) -> Non
     assert KeepSettings().hung_s == KeepSettings().settled_s
     (server.folder / "hangs").touch()
     given_up: list[str] = []
-    keeper = Keeper("the engine", server, given_up.append, replace(QUICK, settled_s=QUICK.hung_s))
+    keeper = Keeper("the engine", server, given_up.append, replace(IMPATIENT, settled_s=IMPATIENT.hung_s))
     wait_until(lambda: bool(given_up))
     keeper.close()
     assert re.search(r"has answered nothing for \d+ s, 3 times in a row", given_up[0])
