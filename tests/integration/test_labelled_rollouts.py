@@ -71,14 +71,21 @@ async def test_greedy_rollouts_of_judgements_are_the_judge_s_soft_verdicts(
     asked = await soft_values(smollm2_server, smollm2_dir)
     pair = {(first, second): value for first, second, value in asked["quality"]}
     first_wins = [pair[0, 1], pair[1, 0], asked["safety"][0][1], asked["safety"][1][1]]
+    assert sum(map(is_clear, first_wins)) >= 2
     for group, value in zip(judged, first_wins, strict=True):
         label = group.task.label
         assert isinstance(label, Judgement)
         [[_, verdict]] = group.verdicts["label"]
         assert len(group.candidates[0].ids) == 1
-        assert verdict == float(value > 0.5)
+        if is_clear(value):
+            assert verdict == float(value > 0.5)
         right = float(label.verdict in ("1", "YES"))
         assert group.scores == [float(verdict == right)]
+
+
+def is_clear(value: float) -> bool:
+    """Whether a probability of option 1 is not within what bfloat16's rounding, by this or that processor, may move."""
+    return abs(value - 0.5) > 0.03
 
 
 PROMPT = """+++
