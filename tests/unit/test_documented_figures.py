@@ -245,6 +245,21 @@ def test_slurm_md_s_table_of_pushes_is_the_benchmark_s() -> None:
         ]
 
 
+def test_readme_s_table_of_toxicity_is_the_study_s() -> None:
+    found = json.loads((REPO / "docs" / "results" / "evidence_toxicity.json").read_text())
+    arms, rows = found["report"]["arms"], rows_of("README.md", 6)
+    for name, arm in arms.items():
+        toxic, nats = arm["prompts"], [arm["nll"][text] for text in ("pages", "leads")]
+        told = [f"{100 * toxic[judge]['value']:.1f}%" for judge in ("unlisted", "civility")]
+        told += [f"{text['value']:.2f}" for text in nats]
+        assert rows[name] == [*told, f"{100 * arm['lambada']['value']:.0f}%"], name
+    text, size = page_text("README.md"), found["report"]["settings"]
+    assert f"{size['steps']} steps of 8 prefixes, DPO with {len(found['seeds'])} seeds" in text
+    less = found["report"]["against"]["next token"]["prompts"]["unlisted"]
+    low, high = (f"{-100 * end:.1f}" for end in reversed(less["change_interval"]))
+    assert f"{-100 * less['change']:.1f} percentage points fewer (95% interval {low} to {high})" in text
+
+
 def test_training_md_s_figures_of_one_step_ahead_are_those_that_were_measured() -> None:
     report, page = measured("staleness_cpu.json"), page_text("docs/training.md")
     for part, told in (
@@ -268,6 +283,12 @@ def test_training_md_s_figures_of_one_step_ahead_are_those_that_were_measured() 
         run["win_rate_ci95"][1] for run in rates
     )  # no difference shown
     assert f"answers after {report['slow-judge']['judge_seconds']:.0f} s" in page
+    killed = measured("staleness_kills.json")
+    assert killed["different"] == 0
+    assert (
+        f"{killed['kills']} kills of trainer, engine and teacher at random moments of {len(killed['runs'])} runs"
+        in page
+    )
 
 
 def test_log_md_s_seconds_of_pushes_over_gloo_are_those_measured() -> None:

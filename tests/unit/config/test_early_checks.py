@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from evidence.__main__ import command_line as evidence_command_line
 from megatron_sip.config.early_checks import (
     LITERAL_FLAG,
     MEGATRON_DEFAULTS,
@@ -229,8 +230,10 @@ def test_documentation_names_existing_flags_only(page: str) -> None:
 
 
 def command_flags() -> set[str]:
-    """Of `megatron-sip-plan` and all commands of `megatron-sip-prepare`, `-evaluate` and `python -m megatron_sip.judge`."""
-    names = {name for action in plan_command_line()._actions for name in action.option_strings}
+    """Of `megatron-sip-plan`, `python -m evidence` and all commands of `megatron-sip-prepare`, `-evaluate` and of
+    `python -m megatron_sip.judge`."""
+    plain = (*plan_command_line()._actions, *evidence_command_line()._actions)
+    names = {name for action in plain for name in action.option_strings}
     for parser in (prepare_command_line(), evaluate_command_line(), judge_command_line()):
         [commands] = [action for action in parser._actions if action.dest == "command"]
         assert isinstance(commands.choices, dict)

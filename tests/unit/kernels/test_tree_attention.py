@@ -213,8 +213,12 @@ def test_flex_attention_block_mask_sees_the_same_tree():
     assert not filler.any()
 
 
+MOST_GRAPHS = 4
+"""Three, and one more in a process where something stands in for a GPU, as some tests leave it."""
+
+
 @torch.no_grad()
-@torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True)  # instead of running eagerly
+@torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, fail_on_recompile_limit_hit=True)  # instead of running eagerly
 def test_rows_of_any_length_share_a_few_graphs_of_flex_attention():
     """As traced for a GPU. Not through inductor: its C++ for CPUs, which nothing of ours runs, once gave zeros on a machine."""
     torch.compiler.reset()
@@ -234,7 +238,7 @@ def test_rows_of_any_length_share_a_few_graphs_of_flex_attention():
         inputs = [t.detach() for t in make_inputs(row_length(layout, padding), (4, 2), torch.float32, prefix)]
         difference = flex(*inputs, layout, 0.3) - tree_attention_dense(*inputs, layout, 0.3)
         assert difference.abs().max() < 1e-5, (prefix, branches, length, padding)
-    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= MOST_GRAPHS < len(sizes)
 
 
 @settings(deadline=None, max_examples=40)
