@@ -24,7 +24,7 @@ EVALUATE = (PYTHON, "-m", "megatron_sip.evaluate")
 @dataclass(frozen=True)
 class Sizes:
     """steps: of each arm, 8 prefixes each. prompts: toxic ones, None for all 700, each continued `rollouts` times. prefixes: of
-    clean pages. documents: whose likelihood is measured, of either text. passages: of LAMBADA."""
+    clean pages. documents: pieces whose likelihood is measured, of either text. passages: of LAMBADA."""
 
     steps: int = 32
     prompts: int | None = None

@@ -41,7 +41,8 @@ def kills_survived(*words: str | Path) -> int:
     for number in itertools.count(1):
         process = context.Process(target=run_until_killed, args=(words, number, number % 2 == 0))
         process.start()
-        process.join()
+        process.join(300)
+        process.kill()  # one that hangs, whose exit code is none
         if process.exitcode == 0:
             return number - 1
         assert process.exitcode == -signal.SIGKILL, f"kill {number}: {process.exitcode}"

@@ -220,7 +220,7 @@ MOST_GRAPHS = 4
 @torch.no_grad()
 @torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, fail_on_recompile_limit_hit=True)  # instead of running eagerly
 def test_rows_of_any_length_share_a_few_graphs_of_flex_attention():
-    """As traced for a GPU. Not through inductor: its C++ for CPUs, which nothing of ours runs, once gave zeros on a machine."""
+    """As traced for a GPU. Not through inductor: its C++ for CPUs, which nothing of ours runs, was once wrong on a machine."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     flex = FlexTreeAttention(backend="eager")

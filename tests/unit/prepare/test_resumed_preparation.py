@@ -53,7 +53,8 @@ def exit_code(words: tuple[str | Path, ...], number: int, function: str, after: 
     """Of a process of its own; minus the signal that ended it."""
     process = forks().Process(target=run_until_killed, args=(words, number, function, after))
     process.start()
-    process.join()
+    process.join(300)
+    process.kill()  # one that hangs, whose exit code is none
     return process.exitcode
 
 
