@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
-from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.checkpointing import save_checkpoint
 from megatron.training.global_vars import get_args, get_tensorboard_writer, get_wandb_writer
 from safetensors import SafetensorError
@@ -237,7 +235,7 @@ class Run:
                 checkpointing_context=trainer.checkpointing_context,
             )
         self.state.last_saved = self.state.iteration
-        self.checksums.add(save / f"iter_{self.state.iteration:07d}")
+        self.checksums.begin(save / f"iter_{self.state.iteration:07d}")
 
     def packed_ahead(self) -> bytes | None:
         """The experience that the run which continues from the present step trains on first, equal on all ranks."""
@@ -246,13 +244,10 @@ class Run:
             return None
         return pack(self.ahead, made_for(self.settings.experience.selection, run.prompts, run.oversample))
 
-    def finish_saving(self, *, wait: bool) -> None:
-        """Commit the asynchronous saves that are done, or all of them when `wait`; their checksums follow."""
-        if wait:
-            self.watch.begins(f"saving step {self.state.iteration}")
-        with saving_explained(self.settings.run.save, self.state.last_saved or 0):
-            maybe_finalize_async_save(blocking=wait, terminate=wait)
-        self.checksums.proceed(wait=wait)
+    def finish_saving(self) -> None:
+        """Wait for the checksums of what was saved."""
+        self.watch.begins(f"saving step {self.state.iteration}")
+        self.checksums.finish()
 
     def write_metrics(self, metrics: Metrics, *, validation: bool = False) -> None:
         """Log the present step, or what validation found after it, on the rank that has the writer."""
@@ -289,8 +284,6 @@ def set_up(settings: Settings, stack: contextlib.ExitStack) -> Run:
     tasks, held_out = open_tasks(settings, tokenizer, exchange)
     if not named:
         servers = start_local_servers(settings, stack)  # in the background, while the model is built
-    with StopSignal.kept_from_children():
-        get_write_results_queue()  # Megatron's checkpoint writers report through a process that a stop must not end
     state, trainer, reference, store = load_policy(settings, exchange, tasks)
     if not named:
         urls = share_urls(settings, exchange, servers)

@@ -170,7 +170,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         if examples and state.non_finite_steps >= MAX_NON_FINITE_STEPS:
             if state.non_finite_steps == MAX_NON_FINITE_STEPS:  # a job that is requeued passes these batches, once
                 run.save()
-            run.finish_saving(wait=True)
+            run.finish_saving()
             raise TrainingError(no_finite_step(run) if settings.rank == 0 else 1)
         empty = [] if examples else [*empty, metrics]
         if len(empty) == MAX_EMPTY_STEPS:
@@ -178,8 +178,7 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         # Not after an empty step: a job that is restarted again and again would eat its data without learning.
         is_due = (run.save_is_due() and bool(examples)) or state.iteration == settings.steps or state.learnt
         saving = timed("seconds/save", run.save) if is_due else {}
-        run.finish_saving(wait=False)
-    run.finish_saving(wait=True)
+    run.finish_saving()
     validate(run, stop, last=True)
     end_in_trouble(run, stop)
     return stop_early(run, stop) if exchange.any_rank(stop.requested) else True
@@ -244,7 +243,7 @@ def end_in_trouble(run: Run, stop: StopSignal) -> None:
     """Save the present step and raise TrainingError where any rank has troubles; one that has no words for them only ends."""
     if run.exchange.any_rank(bool(run.troubles or stop.reason)):
         run.save()
-        run.finish_saving(wait=True)
+        run.finish_saving()
         reason = next(
             filter(None, run.exchange.all_gather_from_leaders(stop.reason)), ""
         )  # all may have found the same
@@ -272,7 +271,7 @@ def end_without_examples(run: Run, empty: Sequence[Metrics]) -> None:
                 f"succeed or never do; the run ends with step {state.iteration}. For more start a run from its weights: {ways}"
             )
         return
-    run.finish_saving(wait=True)
+    run.finish_saving()
     told = f"no group was usable in {MAX_EMPTY_STEPS} steps in a row; reasons: {dropped}. "
     if alike:
         told += f"All rollouts of a task score the same from the first step on, they always succeed or never do: {ways}"
@@ -298,7 +297,7 @@ def stop_early(run: Run, stop: StopSignal) -> bool:
     """Save the last finished step; returns False, or raises TrainingError where a run's own trouble asked for the stop."""
     end_in_trouble(run, stop)
     run.save()
-    run.finish_saving(wait=True)
+    run.finish_saving()
     if run.settings.run.rank == 0:
         say(f"stopped on request: step {run.state.iteration} is saved, the same command continues")
     return False

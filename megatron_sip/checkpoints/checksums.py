@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_sip.checkpoints.folder import is_complete
 from megatron_sip.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -97,25 +96,25 @@ def shard_lengths(folder: Path) -> dict[str, int]:
 
 
 class ChecksumWriter:
-    """Writes this rank's checksums of each checkpoint that is announced with `add`, in the background, once it is committed."""
+    """Writes this rank's checksums of committed checkpoints in the background. Never raises: a checkpoint does without."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._announced: list[Path] = []
-        self._under_way: list[tuple[Path, Future[None]]] = []
+        self._under_way: list[Future[None]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checksums")
 
-    def add(self, folder: Path) -> None:
-        """A checkpoint that is being saved to `folder`."""
-        self._announced.append(folder)
+    def begin(self, folder: Path) -> None:
+        """Start on a checkpoint that has been saved to `folder`."""
+        self._under_way = [each for each in self._under_way if not each.done()]
+        self._under_way.append(self._thread.submit(self._write, folder))
 
-    def proceed(self, *, wait: bool) -> None:
-        """Start on what was committed meanwhile; with `wait` until it is done. Never raises: a checkpoint does without."""
-        for folder in [folder for folder in self._announced if is_complete(folder)]:
-            self._announced.remove(folder)
-            self._under_way.append((folder, self._thread.submit(write_checksums, folder, self._rank)))
-        for folder, future in [entry for entry in self._under_way if wait or entry[1].done()]:
-            self._under_way.remove((folder, future))
-            error = future.exception()
-            if error is not None and folder.exists():
+    def finish(self) -> None:
+        """Wait for those that are under way."""
+        wait(self._under_way)
+
+    def _write(self, folder: Path) -> None:
+        try:
+            write_checksums(folder, self._rank)
+        except Exception as error:
+            if folder.exists():
                 log.warning("no checksums of %s, it loads unverified: %s", folder, error)

@@ -86,6 +86,8 @@ def missing_flags(args: argparse.Namespace) -> Iterator[str]:
     """What must be given, and what Megatron must not fill by itself."""
     if getattr(args, "use_checkpoint_args", False):
         yield "--use-checkpoint-args: the architecture comes from the HF config (--hf-config); remove it"
+    if getattr(args, "async_save", False):
+        yield "--async-save: a step is saved, with its reference, before the next one begins; remove it"
     for name, meaning in REQUIRED.items():
         if getattr(args, name) is None:
             yield f"--{name.replace('_', '-')} is required: {meaning}"

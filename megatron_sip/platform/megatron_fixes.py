@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ def mend_megatron() -> None:
     _let_torch_adam_resume()
     _let_new_settings_win()
     _let_transformer_engine_fuse_gradients()
+    _let_synchronous_saves_report_in_place()
 
 
 def _skip_dataset_helper_build() -> None:
@@ -105,6 +107,27 @@ def _let_transformer_engine_fuse_gradients() -> None:
 
 def _accumulate_weight_gradient(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
     add_weight_gradient(main_grad, grad_output, total_input)
+
+
+def _let_synchronous_saves_report_in_place() -> None:
+    """Spare every rank a process that only hands the results of a save back to the rank itself.
+
+    Megatron spawns it for synchronous saves too, which run in the rank: seconds of the first save, in which it imports torch.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    save = TorchDistSaveShardedStrategy.save
+
+    def save_in_place(self: Any, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        between_processes = filesystem_async._results_queue
+        filesystem_async._results_queue = queue.Queue()
+        try:
+            save(self, sharded_state_dict, checkpoint_dir)
+        finally:
+            filesystem_async._results_queue = between_processes
+
+    TorchDistSaveShardedStrategy.save = save_in_place
 
 
 def _loading_under_new_settings(load_state_dict: Any) -> Any:

@@ -91,5 +91,5 @@ class FakeRun(Run):
             self.saved.append(self.state.iteration)
         self.state.last_saved = self.state.iteration
 
-    def finish_saving(self, *, wait: bool) -> None:
-        self.finished = wait
+    def finish_saving(self) -> None:
+        self.finished = True

@@ -29,7 +29,7 @@ from megatron_sip.serving.launch import HOST, free_port
 
 IMPORTED = (
     *("megatron_sip.run", "megatron_sip.config.parse", "megatron_sip.config.settings"),
-    *("megatron_sip.evaluation.outcome", "megatron_sip.hf.standalone"),
+    *("megatron_sip.evaluation.outcome", "megatron_sip.hf.standalone", "transformers.utils.type_validators"),
     *("megatron.training.training", "megatron.training.initialize"),
 )
 """No program itself, which must be run and not be there already."""

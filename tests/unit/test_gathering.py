@@ -201,11 +201,14 @@ def test_a_checkpoint_keeps_no_outage_and_the_run_that_goes_on_tries_its_tasks_a
     run = AheadRun(disk, save_interval=1)
     run.leader.changes = lost_at_step_3
 
-    def killed_at_2(**_: bool) -> None:
+    save = run.save
+
+    def saved_and_killed_at_2() -> None:
+        save()
         if run.state.iteration == 2:
             raise KilledError
 
-    run.finish_saving = killed_at_2  # type: ignore[method-assign]
+    run.save = saved_and_killed_at_2  # type: ignore[method-assign]
     with pytest.raises(KilledError):
         run_steps(run, StopSignal())
     assert disk.checkpoint == (2, 2 * PROMPTS, None)

@@ -51,7 +51,6 @@ def set_up(monkeypatch: pytest.MonkeyPatch, **servers: Any) -> list[str]:
     def opens(name: str, result: Any = None) -> Any:
         return lambda *_: calls.append(name) or result
 
-    monkeypatch.setattr(run_module, "get_write_results_queue", lambda: None)
     monkeypatch.setattr(run_module, "LeaderExchange", lambda timeout_seconds: FakeExchange())
     monkeypatch.setattr(run_module, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda _: None))
     monkeypatch.setattr(run_module, "open_run_folder", opens("check weights"))

@@ -170,24 +170,21 @@ def test_pretrained_weights_are_looked_at_as_well(run: Path) -> None:
         require_whole_weights(run / "converted", Alone(), 0)
 
 
-def test_checksums_are_written_once_a_checkpoint_is_committed(
+def test_checksums_are_written_in_the_background_and_a_full_disk_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = save_checkpoint(tmp_path / "iter_0000005")
-    commit = (folder / "metadata.json").read_bytes()
-    (folder / "metadata.json").unlink()
+    folders = [save_checkpoint(tmp_path / f"iter_000000{step}") for step in (5, 6)]
     writer = ChecksumWriter(1)
-    writer.add(folder)
-    writer.proceed(wait=True)
-    assert not list(folder.glob("checksums_*"))  # an asynchronous save that is still under way
-    (folder / "metadata.json").write_bytes(commit)
-    writer.proceed(wait=True)
-    assert [path.name for path in folder.glob("checksums_*")] == ["checksums_00001.json"]
+    for folder in folders:
+        writer.begin(folder)
+    writer.finish()
+    for folder in folders:
+        assert [path.name for path in folder.glob("checksums_*")] == ["checksums_00001.json"]
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checksums, "write_atomically", full)
-    writer.add(folder)
-    writer.proceed(wait=True)  # does not end the run
-    assert "no checksums of" in caplog.text
+    writer.begin(folders[0])
+    writer.finish()
+    assert f"no checksums of {folders[0]}" in caplog.text

@@ -134,6 +134,7 @@ def test_a_required_flag_is_named(parse: Parse, flag: str) -> None:
         (("--tensor-model-parallel-size", "2"), r"world size \(1\) is not divisible"),
         (("--split", "1/0,1"), "--split '1/0,1'"),
         (("--finetune",), "--finetune"),
+        (("--async-save",), "--async-save: a step is saved"),
         (("--ckpt-step", "2"), "--ckpt-step"),
         (("--use-checkpoint-opt-param-scheduler",), "--use-checkpoint-opt-param-scheduler: a run that continues takes"),
         (("--lr-warmup-iters", "2", "--lr-decay-iters", "2"), "--lr-warmup-iters 2 must be below --lr-decay-iters 2"),
