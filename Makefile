@@ -1,7 +1,7 @@
 # make install    everything into .venv (Python 3.12 and a C++ compiler are all it needs); then source .venv/bin/activate
 # make install-gpu   also Transformer Engine, for machines with GPUs
 # make demo       Self-Improving Pretraining on this machine; DATA="my/*.jsonl" trains on your own text
-# make evidence the studies of docs/results.md on this machine, hours; ONLY="judge cost" names some (python -m evidence --help)
+# make evidence   the studies of docs/results.md on this machine, hours; ONLY="judge cost" names some (python -m evidence --help)
 # make test       unit tests, then the integration tests with real Megatron and real SGLang
 # make lint       ruff, clang-format, mypy, shellcheck, uv.lock against pyproject.toml
 # make bench      the CPU benchmarks in about 15 minutes, results under build/bench/ (RESULTS=benchmarks/results publishes them)

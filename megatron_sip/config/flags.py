@@ -232,8 +232,8 @@ ROLLOUT_FLAGS: Flags = {
     ),
     "--local-engine-dtype": (
         {"choices": ["bfloat16", "float16", "float32"], "default": "bfloat16"},
-        "Number format of the servers that --rollout-local and --teacher-model start; without a GPU and AVX-512 BF16 bfloat16 "
-        "stands for float32.",
+        "Number format of the engines that --rollout-local starts; without a GPU and AVX-512 BF16 bfloat16 stands for "
+        "float32. A teacher or rewriter that is started has the format that its config.json names.",
     ),
     "--local-engine-tokens": (
         {"type": int, "metavar": "TOKENS"},

@@ -401,8 +401,9 @@ def local_server_settings(args: argparse.Namespace) -> LocalServerSettings:
         extra_args=ENGINE_FLAGS,
         memory_saver=args.colocate,
     )
-    teacher = replace(common, model_path=args.teacher_model or "", log_file=logs / "teacher.log")
-    rewriter = replace(common, model_path=args.rewriter_model or "", log_file=logs / "rewriter.log")
+    theirs = replace(common, dtype="auto")  # what a small judge learnt in float32 another format would round away
+    teacher = replace(theirs, model_path=args.teacher_model or "", log_file=logs / "teacher.log")
+    rewriter = replace(theirs, model_path=args.rewriter_model or "", log_file=logs / "rewriter.log")
     return LocalServerSettings(
         engine=engine if args.rollout_local and needs.engines else None,
         engines=args.rollout_local,

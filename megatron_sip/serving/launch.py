@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from megatron_sip.console import bars, log_tail
 from megatron_sip.errors import UserError
+from megatron_sip.files import read_json
 from megatron_sip.serving.blocking_call import call
 from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.guard import end, own_environment
@@ -74,7 +75,8 @@ class ServerSettings:
     `mem_fraction` and `max_total_tokens` None leave the choice to SGLang on a GPU and to
     CPU_MEM_FRACTION and CPU_MAX_TOTAL_TOKENS without one.
     `memory_saver`: on a GPU, memory can be released and taken again.
-    `dtype` is SGLang's; bfloat16, its own choice or ours, becomes float32 on a processor that is faster so.
+    `dtype` is SGLang's, but for "auto", the format that the folder's config.json names: SGLang would make float16 of float32.
+    bfloat16, and a folder's float16 without a GPU, become float32 on a processor that is faster so.
     `devices` are the GPUs that the server may see, as indices among those that this process sees (None: all).
     `extra_args` are SGLang flags, passed as they are, last. `log_file` None makes a temporary file. `start_timeout_s`
     covers loading the weights.
@@ -293,10 +295,13 @@ class LocalServer(ServerProcess):
         from megatron_sip.platform.number_format import bfloat16_pays
         from megatron_sip.platform.sglang_cpu import has_accelerator
 
-        settings = self.settings
-        if settings.dtype in ("auto", "bfloat16") and not has_accelerator() and not bfloat16_pays():
-            settings = replace(settings, dtype="float32")
-        return server_command(settings, self._port, on_cpu=not has_accelerator())
+        settings, on_cpu = self.settings, not has_accelerator()
+        dtype = own_dtype(settings.model_path) if settings.dtype == "auto" else settings.dtype
+        if on_cpu and settings.dtype == "auto" and dtype == "float16":  # nothing of a CPU multiplies it
+            dtype = "float32"
+        if on_cpu and dtype in ("auto", "bfloat16") and not bfloat16_pays():
+            dtype = "float32"
+        return server_command(replace(settings, dtype=dtype), self._port, on_cpu)
 
     def _answers(self) -> bool:
         """Healthy, and really our server: on a lost port race another server could be the one that answers."""
@@ -349,6 +354,16 @@ def numbered(settings: ServerSettings, index: int, count: int) -> ServerSettings
         devices = devices[index : index + 1]
     seed = None if settings.seed is None else settings.seed + index
     return replace(settings, log_file=log_file, devices=devices, seed=seed)
+
+
+def own_dtype(model_path: str | Path) -> str:
+    """The number format that a folder's config.json names, SGLang's "auto" where there is no folder or it names none."""
+    path = Path(model_path) / "config.json"
+    if not path.is_file():
+        return "auto"
+    config = read_json(path, "the config of a served model")
+    named = config.get("dtype") or config.get("torch_dtype")
+    return named if named in ("float32", "float16", "bfloat16") else "auto"
 
 
 def _check_model_path(model_path: str | Path) -> None:

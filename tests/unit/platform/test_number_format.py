@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from flag_cases import unchecked_settings
 
 from megatron_sip.config.parse import compute_in_float32_where_faster
 from megatron_sip.platform import number_format, sglang_cpu
@@ -97,3 +99,38 @@ def test_servers_compute_as_the_trainer_does(
     monkeypatch.setattr(number_format, "bfloat16_pays", lambda: pays)
     monkeypatch.setattr(sglang_cpu, "has_accelerator", lambda: False)
     assert f"--dtype={served}" in LocalServer(ServerSettings("org/model", dtype=dtype))._command()
+
+
+@pytest.mark.parametrize(
+    ("config", "pays", "served"),
+    [
+        ({"dtype": "float32"}, True, "float32"),  # SGLang's own choice is float16
+        ({"torch_dtype": "float32"}, True, "float32"),  # as earlier versions of transformers call it
+        ({"dtype": "bfloat16"}, True, "bfloat16"),
+        ({"dtype": "bfloat16"}, False, "float32"),
+        ({"dtype": "float16"}, True, "float32"),
+        ({}, True, "auto"),
+        ({}, False, "float32"),
+    ],
+)
+def test_a_folder_is_served_in_the_format_that_it_names(
+    config: dict[str, str], pays: bool, served: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(number_format, "bfloat16_pays", lambda: pays)
+    monkeypatch.setattr(sglang_cpu, "has_accelerator", lambda: False)
+    assert f"--dtype={served}" in LocalServer(ServerSettings(tmp_path, dtype="auto"))._command()
+
+
+def test_on_a_gpu_a_folder_keeps_its_format(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sglang_cpu, "has_accelerator", lambda: True)
+    for dtype in ("float16", "float32", "bfloat16"):
+        (tmp_path / "config.json").write_text(json.dumps({"dtype": dtype}))
+        assert f"--dtype={dtype}" in LocalServer(ServerSettings(tmp_path, dtype="auto"))._command()
+
+
+def test_a_run_s_teacher_and_rewriter_keep_their_own_format_whatever_its_engines_have() -> None:
+    servers = {"rollout_local": 1, "teacher_model": "judge", "rewriter_model": "writer"}
+    made = unchecked_settings("--candidates", "rewrite", "rollout", "--local-engine-dtype", "float32", **servers)
+    started = (made.local_servers.engine, made.local_servers.teacher, made.local_servers.rewriter)
+    assert [server and server.dtype for server in started] == ["float32", "auto", "auto"]
