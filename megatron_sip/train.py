@@ -312,7 +312,7 @@ def timed(name: str, *actions: Callable[[], Metrics | None]) -> Metrics:
     return metrics | {name: time.monotonic() - started}
 
 
-if __name__ == "__mp_main__":  # one of Megatron's checkpoint helpers, which import this module too
+if __name__ == "__mp_main__":  # a tokeniser's process or a judge function's, which import this module too
     kill_with_parent()
 if __name__ == "__main__":
     main()

@@ -158,7 +158,7 @@ def _tracked_iteration(tracker: Path) -> int | None:
 def needed_references(references: Collection[int], checkpoints: Collection[int]) -> set[int]:
     """Which reference weights (by iteration) a resume can still ask for: each checkpoint's own, and all newer ones.
 
-    A checkpoint goes with the newest reference not after it; one that is still being written may have no folder yet.
+    A checkpoint goes with the newest reference not after it; one whose reference was saved first may have no folder yet.
     """
     newest = max(checkpoints, default=-1)
     needed = {iteration for iteration in references if iteration > newest}

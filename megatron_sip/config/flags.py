@@ -233,7 +233,7 @@ ROLLOUT_FLAGS: Flags = {
     "--local-engine-dtype": (
         {"choices": ["bfloat16", "float16", "float32"], "default": "bfloat16"},
         "Number format of the engines that --rollout-local starts; without a GPU and AVX-512 BF16 bfloat16 stands for "
-        "float32. A teacher or rewriter that is started has the format that its config.json names.",
+        "float32. A teacher or rewriter that is started there keeps a float32 that its config.json names.",
     ),
     "--local-engine-tokens": (
         {"type": int, "metavar": "TOKENS"},

@@ -17,7 +17,7 @@ from megatron_sip.hf.converted import Export, exported_model, is_hf_folder, weig
 from megatron_sip.hf.folder import HF_SUBFOLDER
 from megatron_sip.rollout.pool import PoolSettings
 from megatron_sip.serving.blocking_call import call
-from megatron_sip.serving.launch import LocalServer, ServerSettings
+from megatron_sip.serving.launch import LocalServer, ServerSettings, served_dtype
 from megatron_sip.serving.local_servers import ENGINE_MARGIN
 
 CALL_S = 60.0
@@ -47,7 +47,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", type=Path, help="an HF folder, or a checkpoint folder of a run; served on this node")
     model.add_argument("--url", nargs="+", help="running SGLang engines that serve the model; needs --tokenizer")
     parser.add_argument("--tokenizer", help="HF folder of the model's tokenizer, with --url")
-    parser.add_argument("--dtype", default="auto", help="number format of a served --model")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="number format of a served --model; auto: without a GPU that of its config.json, with one SGLang's choice",
+    )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one call")
     parser.add_argument("--concurrency", type=int, default=64, help="calls in flight for each engine")
 
@@ -75,7 +79,7 @@ def local_model(model: Path, dtype: str, tokenizer_folder: str | None = None) ->
         export = exported(model)
         folder, step, key = export.folder, export.step, export.key
     tokenizer = load_tokenizer(tokenizer_folder or str(folder))
-    identity = {"weights": key, "dtype": dtype, "tokenizer": tokenizer_key(tokenizer)}
+    identity = {"weights": key, "dtype": served_dtype(folder, dtype), "tokenizer": tokenizer_key(tokenizer)}
     return Model(str(model), tokenizer, folder, identity, step)
 
 

@@ -75,8 +75,7 @@ class ServerSettings:
     `mem_fraction` and `max_total_tokens` None leave the choice to SGLang on a GPU and to
     CPU_MEM_FRACTION and CPU_MAX_TOTAL_TOKENS without one.
     `memory_saver`: on a GPU, memory can be released and taken again.
-    `dtype` is SGLang's, but for "auto", the format that the folder's config.json names: SGLang would make float16 of float32.
-    bfloat16, and a folder's float16 without a GPU, become float32 on a processor that is faster so.
+    `dtype` is SGLang's; without a GPU it is what `served_dtype` makes of it.
     `devices` are the GPUs that the server may see, as indices among those that this process sees (None: all).
     `extra_args` are SGLang flags, passed as they are, last. `log_file` None makes a temporary file. `start_timeout_s`
     covers loading the weights.
@@ -292,15 +291,10 @@ class LocalServer(ServerProcess):
 
     def _command(self) -> list[str]:
         # With torch, which checking flags does without.
-        from megatron_sip.platform.number_format import bfloat16_pays
         from megatron_sip.platform.sglang_cpu import has_accelerator
 
         settings, on_cpu = self.settings, not has_accelerator()
-        dtype = own_dtype(settings.model_path) if settings.dtype == "auto" else settings.dtype
-        if on_cpu and settings.dtype == "auto" and dtype == "float16":  # nothing of a CPU multiplies it
-            dtype = "float32"
-        if on_cpu and dtype in ("auto", "bfloat16") and not bfloat16_pays():
-            dtype = "float32"
+        dtype = served_dtype(settings.model_path, settings.dtype)
         return server_command(replace(settings, dtype=dtype), self._port, on_cpu)
 
     def _answers(self) -> bool:
@@ -356,14 +350,28 @@ def numbered(settings: ServerSettings, index: int, count: int) -> ServerSettings
     return replace(settings, log_file=log_file, devices=devices, seed=seed)
 
 
-def own_dtype(model_path: str | Path) -> str:
-    """The number format that a folder's config.json names, SGLang's "auto" where there is no folder or it names none."""
-    path = Path(model_path) / "config.json"
-    if not path.is_file():
-        return "auto"
-    config = read_json(path, "the config of a served model")
-    named = config.get("dtype") or config.get("torch_dtype")
-    return named if named in ("float32", "float16", "bfloat16") else "auto"
+def served_dtype(model_path: str | Path, dtype: str) -> str:
+    """The number format in which this machine serves a model. Raises DataError for a config.json that cannot be read.
+
+    Without a GPU bfloat16 becomes float32 on a processor that is faster so, and "auto" is float32 also where the folder names
+    it: SGLang's own "auto" makes float16 of it, as its attention on GPUs needs, but no processor multiplies it.
+    """
+    # With torch, which checking flags does without.
+    from megatron_sip.platform.number_format import bfloat16_pays
+    from megatron_sip.platform.sglang_cpu import has_accelerator
+
+    if has_accelerator() or dtype not in ("auto", "bfloat16"):
+        return dtype
+    kept = dtype == "auto" and _names_float32(Path(model_path) / "config.json")
+    return "float32" if kept or not bfloat16_pays() else "bfloat16"
+
+
+def _names_float32(path: Path) -> bool:
+    config = read_json(path, "a model's configuration") if path.is_file() else {}
+    parts = (config, config.get("text_config") or {})
+    return any(
+        part.get(name) == "float32" for part in parts for name in ("dtype", "torch_dtype")
+    )  # the latter is older
 
 
 def _check_model_path(model_path: str | Path) -> None:
