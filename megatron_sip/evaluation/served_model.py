@@ -50,7 +50,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default="auto",
-        help="number format of a served --model; auto: without a GPU that of its config.json, with one SGLang's choice",
+        help="number format of a served --model; auto: SGLang's choice, but without a GPU float32 is kept",
     )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one call")
     parser.add_argument("--concurrency", type=int, default=64, help="calls in flight for each engine")

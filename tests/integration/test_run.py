@@ -212,23 +212,33 @@ def test_an_engine_that_lends_its_memory_to_the_trainer_changes_no_step(
     assert "SIGQUIT" not in log.read_text()  # SGLang's word for an end that nobody asked for
 
 
+LEARNING = ("--objective", "sft", "--train-iters", "3", "--save-interval", "1")
+
+
+@pytest.fixture(scope="module")
+def unscored(corpus: Path, tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recorded groups of a suffix each, which no preference can be learnt from."""
+    folder = tmp_path_factory.mktemp("unscored")
+    model = ("--hf-config", str(tiny_llama_dir), "--data-path", str(corpus))
+    train(folder / "run", *model, *LEARNING, "--save-groups", str(folder / "groups"))
+    return folder / "groups"
+
+
 @pytest.mark.parametrize("distributed", [False, True])
 def test_a_run_saved_before_its_first_update_goes_on_as_one_that_begins(
-    corpus: Path, tiny_llama_dir: Path, tmp_path: Path, distributed: bool
+    corpus: Path, tiny_llama_dir: Path, unscored: Path, tmp_path: Path, distributed: bool
 ) -> None:
     """Two steps without a usable group leave an optimizer that has not stepped: its checkpoint must be one all the same."""
-    common = ["--hf-config", str(tiny_llama_dir), "--data-path", str(corpus), "--save-interval", "1"]
+    common = ["--hf-config", str(tiny_llama_dir), "--data-path", str(corpus), *LEARNING]
     common += ["--use-distributed-optimizer"] if distributed else []
-    learning = ["--objective", "sft", "--train-iters", "3"]
-    train(tmp_path / "groups_of", *common, *learning, "--save-groups", str(tmp_path / "unscored"))
-    unusable = ["--objective", "dpo", "--train-iters", "2", "--replay-groups", str(tmp_path / "unscored")]
+    unusable = ["--objective", "dpo", "--train-iters", "2", "--replay-groups", str(unscored)]
     train(tmp_path / "late", *common, *unusable)
     assert [record["skipped_steps"] for record in steps(tmp_path / "late")] == [1, 1]
-    train(tmp_path / "late", *common, *learning)
+    train(tmp_path / "late", *common)
     [_, _, late] = steps(tmp_path / "late")
     assert late["step"] == 3
     assert late["grad_norm"] > 0
-    train(tmp_path / "late", *common, *learning, "--train-iters", "4")  # with the state of that first update
+    train(tmp_path / "late", *common, "--train-iters", "4")  # with the state of that first update
     assert steps(tmp_path / "late")[3]["grad_norm"] > 0
 
 
