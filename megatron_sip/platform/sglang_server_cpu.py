@@ -3,17 +3,20 @@
     python -m megatron_sip.platform.sglang_server_cpu --model-path DIR --device cpu ...
 
 Takes the arguments of `python -m sglang.launch_server`. SGLang would import Megatron, where it finds it, for its dumps of
-activations, and everything once more in each of the processes that it spawns: here these are forks.
+activations, all models that it knows, and everything once more in each of the processes that it spawns: here these are forks.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import runpy
 
 from megatron_sip.platform.hidden_packages import GPU_KERNELS, UNUSED, hide_packages
 
 hide_packages(*GPU_KERNELS, *UNUSED, "megatron.core")
+# It looks for a model there first, and imports all others for one that is not there.
+os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", "megatron_sip.platform.sglang_models")
 
 
 def fork_processes() -> None:

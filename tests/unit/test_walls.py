@@ -165,7 +165,7 @@ def test_kernels_know_torch_alone() -> None:
 
 def test_only_the_platform_plug_in_imports_sglang() -> None:
     importing = {name for name in MODULES if "sglang" in foreign_imports(name, lazy=True)}
-    assert importing == {"platform.sglang_cpu"}
+    assert importing == {"platform.sglang_cpu", "platform.sglang_models.policies"}
 
 
 def test_args_end_in_config() -> None:
