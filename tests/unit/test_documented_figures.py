@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -258,6 +259,26 @@ def test_readme_s_table_of_toxicity_is_the_study_s() -> None:
     less = found["report"]["against"]["next token"]["prompts"]["unlisted"]
     low, high = (f"{-100 * end:.1f}" for end in reversed(less["change_interval"]))
     assert f"{-100 * less['change']:.1f} percentage points fewer (95% interval {low} to {high})" in text
+
+
+def test_readme_tells_of_the_study_of_objectives_what_holds_and_what_does_not() -> None:
+    found = json.loads((REPO / "docs" / "results" / "evidence_objectives.json").read_text())
+    report, text = found["report"], page_text("README.md")
+    wins = {
+        name: mean(run["wins"]["likelihood"]["value"] for run in report["rows"][name]) for name in ("dpo-4", "suffix")
+    }
+    claims = report["claims"]
+    assert (
+        f"wins {wins['dpo-4']:.0%} of held-out prefixes against the initial policy after {report['steps']} steps"
+        in text
+    )
+    assert f"next-token training {wins['suffix']:.0%}" in text
+    other = claims["is preferred to the initial policy by the other judge, sampled"]
+    assert other["low"] < 0 < other["high"]
+    assert f"{-claims['makes held-out text likelier (nats a token)']['value']:.2f} nats a token less likely" in text
+    assert f"would win {report['control']['value']:.0%} by being sampled cooler" in text
+    held = sum(claim["low"] > 0 for claim in claims.values())
+    assert f"{held} of {len(claims)} claims hold over {len(found['seeds'])} seeds" in text
 
 
 def test_training_md_s_figures_of_one_step_ahead_are_those_that_were_measured() -> None:
