@@ -40,7 +40,7 @@ def test_other_weights_dtype_or_tokenizer_are_another_model(folders: tuple[Path,
     assert usual == opened("--model", str(model)).header()
     assert usual["model"] == str(model)
     others = [
-        opened("--model", str(model), "--dtype", "float32").header(),
+        opened("--model", str(model), "--dtype", "float16").header(),
         opened("--model", str(model), "--tokenizer", str(other)).header(),
     ]
     (model / "model.safetensors").write_bytes(b"WEIGHTS")  # exported anew in its place
