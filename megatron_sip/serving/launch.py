@@ -368,10 +368,9 @@ def served_dtype(model_path: str | Path, dtype: str) -> str:
 
 def _names_float32(path: Path) -> bool:
     config = read_json(path, "a model's configuration") if path.is_file() else {}
+    names = ("dtype", "torch_dtype")  # as earlier versions of transformers call it
     parts = (config, config.get("text_config") or {})
-    return any(
-        part.get(name) == "float32" for part in parts for name in ("dtype", "torch_dtype")
-    )  # the latter is older
+    return any(part.get(name) == "float32" for part in parts for name in names)
 
 
 def _check_model_path(model_path: str | Path) -> None:
