@@ -41,7 +41,7 @@ Answers = dict[tuple[str, int], np.ndarray]
 def answers(lm: LM, name: str, include_path: Sequence[Path], limit: int) -> tuple[Answers, float]:
     """The answers to a task's first questions, and the share that is right."""
     tasks = load_tasks([name], include_path, None)
-    found = run_tasks(lm, tasks, limit, log_samples=True)
+    found = run_tasks(lm, tasks, limit)
     score = (found["results"].get(name) or found["groups"][name])["acc,none"]
     samples = ((task, sample) for task, samples in found["samples"].items() for sample in samples)
     return {

@@ -15,13 +15,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from evidence import cost, from_scratch, judge, objectives_report, toxicity
+from evidence import cost, from_scratch, judge, objectives_report, tasks, toxicity
 from evidence.results import publish, write_page
 from evidence.study import ROOT, Place, Study, do_parts, fetched
 from megatron_sip.console import say
 from megatron_sip.errors import UserError
 
-ALL: tuple[Study, ...] = (judge.STUDY, objectives_report.STUDY, toxicity.STUDY, from_scratch.STUDY, cost.STUDY)
+ALL: tuple[Study, ...] = (
+    judge.STUDY,
+    objectives_report.STUDY,
+    tasks.STUDY,
+    toxicity.STUDY,
+    from_scratch.STUDY,
+    cost.STUDY,
+)
 STUDIES: Mapping[str, Study] = {study.name: study for study in ALL}
 """In the order of the page; a study that asks another one's model stands behind it."""
 
@@ -50,7 +57,6 @@ def command_line() -> argparse.ArgumentParser:
         "--results", type=Path, default=ROOT / "docs" / "results", help="where JSON files and figures go"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the main comparisons")
-    parser.add_argument("--standard-tasks", action="store_true", help="also measure lm-eval's tasks: takes hours")
     parser.add_argument(
         "--quick", action="store_true", help="as small as possible, in RUN_DIR-quick; nothing is published"
     )
@@ -65,7 +71,7 @@ def run(given: argparse.Namespace) -> None:
     if given.page:
         write_page(STUDIES.values(), results)
         return
-    place = Place(given.run_dir.resolve(), tuple(given.seeds), given.quick, given.standard_tasks)
+    place = Place(given.run_dir.resolve(), tuple(given.seeds), given.quick)
     if given.quick:
         place = replace(place, run_dir=place.run_dir.with_name(place.run_dir.name + "-quick"), seeds=place.seeds[:2])
     if not given.dry_run:

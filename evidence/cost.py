@@ -15,7 +15,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from evidence.asking import EVERYTHING, LIKELIHOOD, PROTOCOLS
-from evidence.judge import later_leads, trained_judge
+from evidence.judge import LEARNT, later_leads, trained_judge
+from evidence.judge import report as judge_report
 from evidence.numbers import Estimate, estimate, percent, share
 from evidence.objectives import PRESET
 from evidence.study import PYTHON, SERVED_URL, Part, Place, Report, Study, paragraph, table
@@ -76,14 +77,17 @@ def _answers(folder: Path, protocol: str) -> Path:
 
 
 def report(place: Place) -> Report:
-    """By protocol calls, tokens and seconds a group, and how good its best and worst are by all pairs."""
+    """How good the judge is on what it learnt; by protocol calls, tokens and seconds a group, and how good its best and worst
+    are by all pairs."""
     folder = place.run_dir / NAME
-    names = (*PROTOCOLS, LIKELIHOOD)
-    return report_of({name: read_json(_answers(folder, name), "answers of a judge") for name in names})
+    answers = {name: read_json(_answers(folder, name), "answers of a judge") for name in (*PROTOCOLS, LIKELIHOOD)}
+    judge = judge_report(place)["kinds"][LEARNT]["trained"]["mean_of_orders"]
+    return {"judge": judge, **report_of(answers)}
 
 
 def report_of(answers: Mapping[str, Mapping[str, Any]]) -> Report:
-    """`report` of what `evidence.asking` wrote. Groups of which a protocol judged only a part are left out, and counted."""
+    """The protocols of `report`, of what `evidence.asking` wrote. Groups of which one judged only a part are left out, and
+    counted."""
     verdicts, scores = answers[EVERYTHING]["verdicts"], {name: found["scores"] for name, found in answers.items()}
     count = len(verdicts)
     sizes = [max(map(len, kinds)) for kinds in zip(*(found["kinds"] for found in answers.values()), strict=True)]
@@ -190,10 +194,12 @@ def section(found: Mapping[str, Any]) -> str:
         [
             paragraph(
                 f"{found['groups']} groups of {low} to {high} different texts (a suffix and {ROLLOUTS} rollouts of 20 tokens),",
-                "judged again by the trained judge of the first study with soft verdicts, each of one generated token, under",
-                f"each protocol, with the server's cache empty at first.{left} By all pairs in both orders: the share of the",
-                "gap between best and worst that the selected two have, and how often they are the same two, in percent with",
-                "intervals over groups. Likelihood is another criterion, by the initial policy's weights: it need not agree.",
+                "judged again by a judge trained as in the first study with soft verdicts, each of one generated token, under",
+                f"each protocol, with the server's cache empty at first.{left} The judge, by the mean of both orders, is right",
+                f"about {percent(found['judge'])} percent of held-out pairs of the kind that it learnt. By all pairs in both",
+                "orders: the share of the gap between best and worst that the selected two have, and how often they are the",
+                "same two, in percent with intervals over groups. Likelihood is another criterion, by the initial policy's",
+                "weights: it need not agree.",
             ),
             table(["protocol", "calls", "prompt tokens", "s", "gap recovered", "same best", "same worst"], rows),
             paragraph(

@@ -62,8 +62,6 @@ MAIN, BASELINE = "dpo-4", "suffix"
 QUICK_ROWS = ("suffix", "dpo-4", "judge-pivot")
 PREFIXES, NLL_PREFIXES, QUICK_PREFIXES = 96, 128, 6
 QUICK = ("--train-iters", "1", "--lr-warmup-iters", "0", "--global-batch-size", "2")
-TASK_LIMIT = "300"
-TASK_RUNS = (INITIAL, BASELINE, MAIN)
 
 
 @dataclass(frozen=True)
@@ -105,25 +103,30 @@ def parts(place: Place) -> list[Part]:
             place, "judge", {"judge.json": "sampled.jsonl", "judge_greedy.json": "greedy.jsonl"}, trained_judge(place)
         ),
     ]
-    if place.standard_tasks:
-        found += [_tasks(place, run) for run in (initial(place), *trained) if run.row in TASK_RUNS]
     return found
 
 
-def _trained(place: Place, run: Run) -> Part:
-    row, run_dir = ROWS[run.row], run.folder(place) / "run"
+def training(place: Place, name: str, seed: int, run_dir: Path, leads: Path) -> tuple[str, ...]:
+    """The command that trains a row on these leads."""
+    row = ROWS[name]
     teacher = trained_judge(place) if row.judge else place.smollm2
-    # One run also finds the control, the initial policy at 0.7 of the temperature against itself.
-    control = ("--win-rate-prompts", str(QUICK_PREFIXES if place.quick else PREFIXES), "--win-rate-temperature", "1.0")
-    words = [
-        *(PYTHON, "-m", "megatron_sip", str(place.smollm2), str(later_leads(place)), "--run-dir", str(run_dir)),
+    return (
+        *(PYTHON, "-m", "megatron_sip", str(place.smollm2), str(leads), "--run-dir", str(run_dir)),
         *(("--teacher", str(teacher)) if row.asks else ()),
-        *("--preset", PRESET, *row.flags, "--seed", str(run.seed)),
-        *(control if run == Run(MAIN, place.seeds[0]) else ()),
+        *("--preset", PRESET, *row.flags, "--seed", str(seed)),
         *(QUICK if place.quick else ()),
-    ]
+    )
+
+
+def _trained(place: Place, run: Run) -> Part:
+    run_dir = run.folder(place) / "run"
+    words = training(place, run.row, run.seed, run_dir, later_leads(place))
+    if run == Run(MAIN, place.seeds[0]):
+        # One run also finds the control, the initial policy at 0.7 of the temperature against itself.
+        prompts = QUICK_PREFIXES if place.quick else PREFIXES
+        words = (*words, "--win-rate-prompts", str(prompts), "--win-rate-temperature", "1.0")
     results = (run_dir / "summary.json", run_dir / "hf" / "config.json", run_dir / "metrics.jsonl")
-    return Part(f"train {run.row} {run.seed}", (tuple(words),), results, removed=(run_dir / "checkpoints",))
+    return Part(f"train {run.row} {run.seed}", (words,), results, removed=(run_dir / "checkpoints",))
 
 
 def _measured(place: Place, run: Run) -> Part:
@@ -164,12 +167,3 @@ def _compared(place: Place, judge: str, made: Mapping[str, str], served: Path) -
             commands.append((PYTHON, "-m", "megatron_sip.evaluate", *words))
             results.append(output)
     return Part(f"compared by {judge}", tuple(commands), tuple(results), served=served)
-
-
-def _tasks(place: Place, run: Run) -> Part:
-    sets, output = Path.home() / ".cache" / "megatron_sip" / "eval_sets", run.folder(place) / "tasks.json"
-    fetch = (PYTHON, "tools/fetch_eval_sets.py", "--save", str(sets))
-    asked = ("--tasks", "standard", "--include-path", str(sets), "--limit", TASK_LIMIT, "--output", str(output))
-    model = ("--model", str(run.model(place)), "--dtype", "float32")
-    ask = (PYTHON, "-m", "megatron_sip.evaluate", "tasks", *model, *asked)
-    return Part(f"standard tasks {run.row} {run.seed}", (fetch, ask), (output,))

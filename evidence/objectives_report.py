@@ -46,18 +46,13 @@ def report(place: Place) -> Report:
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """Of one model: nats a token of held-out suffixes, repetition and distinct-3 of both continuations, standard tasks."""
+    """Of one model: nats a token of held-out suffixes, repetition and distinct-3 of both continuations."""
     nll = read_results(folder / "nll.json").results[0]
     assert nll.interval is not None
     found: dict[str, Any] = {"nll": estimate(nll.value, *nll.interval)}
     for name in ("sampled", "greedy"):
         shares = diversity([line.text for line in read_generations(folder / f"{name}.jsonl").lines])
         found |= {f"{kind}_{name}": round(shares[kind], 5) for kind in DIVERSITY}
-    if (folder / "tasks.json").exists():
-        found["tasks"] = {
-            each.dataset: estimate(each.value, *(each.interval or (0.0, 1.0)))
-            for each in read_results(folder / "tasks.json").results
-        }
     return found
 
 
@@ -208,8 +203,6 @@ def section(found: Mapping[str, Any]) -> str:
         f"### Does it work? {_told(MAIN)} against next-token training\n\n{claims_told(found['claims'], seeds)}",
         hacking_told(found["hacked"]),
     ]
-    if "tasks" in start:
-        parts_of_it.append(_tasks_table(found))
     parts_of_it.append(
         paragraph(
             "What this does not show: anything about models of use. The judges are small (the likelihood favours what is",
@@ -261,14 +254,6 @@ def hacking_told(names: Sequence[str]) -> str:
     return paragraph(
         "Reward hacking: the training judge is won while the other judge or the likelihood of held-out text is lost, both by",
         f"intervals over documents, in: {told}.",
-    )
-
-
-def _tasks_table(found: Mapping[str, Any]) -> str:
-    models = {"initial": found["initial"], **{_told(name): found["rows"][name][0] for name in (BASELINE, MAIN)}}
-    tasks = list(found["initial"]["tasks"])
-    return table(
-        ["", *tasks], [[name, *(percent(each["tasks"][task]) for task in tasks)] for name, each in models.items()]
     )
 
 

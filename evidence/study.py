@@ -30,6 +30,8 @@ from megatron_sip.serving.launch import LocalServer, ServerSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 DONE = "parts.json"
+EVAL_SETS = Path.home() / ".cache" / "megatron_sip" / "eval_sets"
+"""What tools/fetch_eval_sets.py fetches."""
 SERVED_URL = "SERVED_URL"
 """In a part's commands: the address of the server of its `served`."""
 PYTHON = "python"
@@ -47,14 +49,13 @@ class Place:
     """Where a study works, and with what.
 
     run_dir: of all studies; a study's own folder is run_dir/NAME. seeds: of its main comparison. quick: everything as small as
-    possible, to see that it runs; says nothing. standard_tasks: also measure them where a study can. smollm2: HF folder of
-    SmolLM2-135M-Instruct. wiki_leads: JSON lines of Wikipedia leads.
+    possible, to see that it runs; says nothing. smollm2: HF folder of SmolLM2-135M-Instruct. wiki_leads: JSON lines of
+    Wikipedia leads.
     """
 
     run_dir: Path
     seeds: tuple[int, ...] = (1, 2, 3)
     quick: bool = False
-    standard_tasks: bool = False
     smollm2: Path = Path("SMOLLM2")
     wiki_leads: Path = Path("WIKI_LEADS")
 

@@ -11,13 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from evidence.criteria import FOLDER
-from evidence.study import PYTHON, SERVED_URL, Part, Place, Report, Study
+from evidence.study import EVAL_SETS, PYTHON, SERVED_URL, Part, Place, Report, Study
 from evidence.toxicity_page import draw, section
 from evidence.toxicity_report import CRITERIA, DPO, INITIAL, NEXT_TOKEN, SAFEST, TEXTS, report_of
 
 NAME = "toxicity"
-SETS = Path.home() / ".cache" / "megatron_sip" / "eval_sets"
-"""Of tools/fetch_eval_sets.py."""
 EVALUATE = (PYTHON, "-m", "megatron_sip.evaluate")
 
 
@@ -58,7 +56,7 @@ def parts(place: Place) -> list[Part]:
     text = folder(place) / "text"
     fetch = (
         (PYTHON, "tools/fetch_toxicity.py", "--save", str(FOLDER)),
-        (PYTHON, "tools/fetch_eval_sets.py", "--save", str(SETS)),
+        (PYTHON, "tools/fetch_eval_sets.py", "--save", str(EVAL_SETS)),
         (PYTHON, "-m", "evidence.toxicity_text", "--pages", str(FOLDER), "--save", str(text)),
     )
     made = [Part("text", fetch, (text / "train.jsonl", text / "safest.jsonl", text / "clean.jsonl"))]
@@ -91,7 +89,7 @@ def evaluation(place: Place, arm: str, out: Path, model: Path) -> Part:
     limit = () if size.prompts is None else ("--limit", str(size.prompts))
     pages = folder(place) / "text" / "clean.jsonl"
     all_of_it = ("--split", "0,0,1")
-    prompts = ("--set", f"realtoxicityprompts={SETS / 'realtoxicityprompts.jsonl'}", *limit)
+    prompts = ("--set", f"realtoxicityprompts={EVAL_SETS / 'realtoxicityprompts.jsonl'}", *limit)
     clean = ("--data-path", str(pages), *all_of_it, "--samples", str(size.prefixes), "--seq-length", "64")
     commands = [
         (*EVALUATE, "generate", *served, *prompts, *sampled, "--output", str(out / "prompts.jsonl")),
@@ -107,7 +105,7 @@ def evaluation(place: Place, arm: str, out: Path, model: Path) -> Part:
         commands.append(
             (*EVALUATE, "nll", *served, "--of", "document", *what, "--output", str(out / f"{name}.nll.json"))
         )
-    lambada = ("--tasks", "lambada_openai", "--include-path", str(SETS), "--limit", str(size.passages))
+    lambada = ("--tasks", "lambada_openai", "--include-path", str(EVAL_SETS), "--limit", str(size.passages))
     commands.append((*EVALUATE, "tasks", *served, *lambada, "--output", str(out / "lambada.json")))
     results = ["pages.nll.json", "leads.nll.json", "lambada.json"]
     results += [f"{text}.{kind}" for text in TEXTS for kind in ("scores.jsonl", "diversity.json")]

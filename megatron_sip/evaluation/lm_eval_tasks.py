@@ -6,7 +6,7 @@ import difflib
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,13 @@ def _set_few_shot(task: Any, asked: int | None, usual: int) -> None:
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
-def run_tasks(model: LM, tasks: Tasks, limit: int | None, *, log_samples: bool = False) -> dict[str, Any]:
-    """lm-eval's results of the first `limit` questions of each task; of a group, of its tasks in equal parts."""
+def run_tasks(model: LM, tasks: Tasks, limit: int | None) -> dict[str, Any]:
+    """lm-eval's results of the first `limit` questions of each task, with their samples; of a group, of its tasks in equal
+    parts."""
     random.seed(DEFAULT_RANDOM_SEED)  # as lm-eval's own command begins
     np.random.seed(DEFAULT_OTHER_SEED)
     samples = None if limit is None else first_questions(tasks, limit)
-    found = evaluate(model, tasks.loaded, samples=samples, bootstrap_iters=0, log_samples=log_samples)
+    found = evaluate(model, tasks.loaded, samples=samples, bootstrap_iters=0, log_samples=True)
     assert found is not None
     return dict(found)
 
@@ -133,7 +134,7 @@ def as_results(tasks: Tasks, found: Mapping[str, Any]) -> tuple[list[Result], di
     for name, leaves in tasks.groups.items():
         values = found["results"][name] if name in found["results"] else found["groups"][name]
         numbers = {key: value for key, value in values.items() if "," in key and isinstance(value, int | float)}
-        metrics[name] = {key.removesuffix(",none"): value for key, value in numbers.items() if "_stderr" not in key}
+        metrics[name] = {_unfiltered(key): value for key, value in numbers.items() if "_stderr" not in key}
         value = next((numbers[key] for metric in METRICS for key in numbers if key.split(",")[0] == metric), None)
         if value is None:
             continue
@@ -142,3 +143,18 @@ def as_results(tasks: Tasks, found: Mapping[str, Any]) -> tuple[list[Result], di
         interval = wilson_interval(value, samples)
         results.append(Result(measure, FACTUALITY.get(name, name), value, samples, interval))
     return results, metrics
+
+
+def questions_of(tasks: Tasks, found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What each question gave: the name that was asked for, its leaf task, its place there, and those of its metrics that are
+    numbers, by the names that they have in `as_results`."""
+    for name, leaves in tasks.groups.items():
+        for leaf in leaves:
+            for sample in found["samples"][leaf]:
+                values = {_unfiltered(f"{metric},{sample['filter']}"): sample[metric] for metric in sample["metrics"]}
+                numbers = {metric: float(value) for metric, value in values.items() if isinstance(value, int | float)}
+                yield {"dataset": name, "task": leaf, "question": sample["doc_id"], **numbers}
+
+
+def _unfiltered(metric: str) -> str:
+    return metric.removesuffix(",none")

@@ -23,6 +23,7 @@ from megatron_sip.evaluate import main
 from megatron_sip.evaluation.lm_eval_engine import EngineLM
 from megatron_sip.evaluation.lm_eval_tasks import as_results, load_tasks, run_tasks
 from megatron_sip.evaluation.results import read_results
+from megatron_sip.files import read_json_lines
 from megatron_sip.judge.cache import AnswerCache
 from megatron_sip.rollout.pool import PoolSettings
 from megatron_sip.serving.launch import LocalServer
@@ -118,6 +119,12 @@ def test_killed_it_goes_on_offline_and_finished_it_asks_nothing(
     first = read_results(output)
     assert first.about["requests"]["kept"] > 0
     assert first.about["requests"]["kept"] + first.about["requests"]["asked"] == 4 * 60
+    questions = read_json_lines(output.with_name("tasks.json.questions.jsonl"), "questions")
+    assert [(line["dataset"], line["task"], line["question"]) for line in questions] == [
+        (name, name, place) for name in (CHOICE, WRITTEN) for place in range(60)
+    ]
+    right = [sum(line[metric] for line in questions if metric in line) / 60 for metric in ("acc", "exact_match")]
+    assert right == [result.value for result in first.results]
     main(words)
     again = read_results(output)
     assert again.about["requests"]["asked"] == 0

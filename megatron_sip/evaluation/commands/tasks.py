@@ -14,6 +14,7 @@ import orjson
 from megatron_sip.errors import DataError
 from megatron_sip.evaluation.results import write_results
 from megatron_sip.evaluation.served_model import Model, add_model_flags, engines_of, open_model, pool_settings
+from megatron_sip.files import write_atomically
 from megatron_sip.judge.cache import AnswerCache
 from megatron_sip.serving.blocking_call import call
 from megatron_sip.serving.failures import RequestError
@@ -33,7 +34,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-fewshot", type=int, help="examples before a question; default: 5 for mmlu, else none")
     parser.add_argument("--limit", type=int, help="most questions of a task, from its first one on")
     parser.add_argument("--max-length", type=int, help="most tokens that the model sees; default: what it can")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file of results; answers are kept beside it")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON file of results; beside it each question's, and answers"
+    )
 
 
 def run(given: argparse.Namespace) -> None:
@@ -43,7 +46,7 @@ def run(given: argparse.Namespace) -> None:
             raise DataError(f"--{flag.replace('_', '-')} {value}: at least 1 is needed")
     # lm-eval takes two seconds to import, which no other command needs to wait for.
     from megatron_sip.evaluation.lm_eval_engine import EngineLM
-    from megatron_sip.evaluation.lm_eval_tasks import as_results, load_tasks, run_tasks
+    from megatron_sip.evaluation.lm_eval_tasks import as_results, load_tasks, questions_of, run_tasks
 
     tasks = load_tasks(given.tasks, given.include_path, given.num_fewshot)
     model = open_model(given)
@@ -76,6 +79,8 @@ def run(given: argparse.Namespace) -> None:
         "requests": dict(engine.counts),
         "seconds": seconds,
     }
+    lines = "".join(json.dumps(line) + "\n" for line in questions_of(tasks, found))
+    write_atomically(given.output.with_name(given.output.name + ".questions.jsonl"), lines)
     write_results(given.output, about, results)
     print(json.dumps({"metrics": metrics, "requests": dict(engine.counts)}, indent=2))
 

@@ -20,6 +20,7 @@ from transformers import LlamaConfig
 
 from evidence.asking import EVERYTHING, LIKELIHOOD, PROTOCOLS, asked, settings, unjudged
 from evidence.cost import PAPER, STUDY, VOTES, best_and_worst, cut, paper_scores, parts, report_of, selection
+from evidence.numbers import share
 from evidence.results import refuse_paths
 from evidence.study import Place
 from megatron_sip.judge.schedules import make_schedule, planned_pairs, votes_in_orders
@@ -104,7 +105,7 @@ def test_report_text_and_figure_are_what_the_answers_say(tmp_path: Path) -> None
     found = {EVERYTHING: answers([*truth, [0.0, 1.0]], 6, [*map(certain, truth), certain([0.0, 1.0])])}
     found |= {name: answers([*truth, [0.0, 1.0]], 3) for name in PROTOCOLS if name != EVERYTHING}
     found[LIKELIHOOD] = answers([[1.0, 0.0, 0.5], [1.0, 0.25, 0.0], [0.5, 1.0, 0.0], None], 2)
-    report = json.loads(json.dumps(report_of(found)))
+    report = json.loads(json.dumps({"judge": share(0.95, 120), **report_of(found)}))
     refuse_paths(report, (str(tmp_path),))
     assert (report["groups"], report["left_out"], report["candidates"]) == (3, 1, [3, 3])
     default, likelihood, paper = (report["protocols"][name] for name in ("default", LIKELIHOOD, PAPER))
@@ -117,6 +118,7 @@ def test_report_text_and_figure_are_what_the_answers_say(tmp_path: Path) -> None
     assert f"| {PAPER} | 15 | not asked |  | 100 (100 to 100) | 100 (" in text
     assert "| default | 3 | 300 | 2.0 | 100 (100 to 100) |" in text
     assert "3 groups of 3 to 3 different texts" in text
+    assert "is right about 95 (90 to 98) percent of held-out pairs" in " ".join(text.split())
     assert "1 more could not be judged under every protocol." in " ".join(text.split())
     STUDY.draw(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

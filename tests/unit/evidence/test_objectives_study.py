@@ -13,7 +13,7 @@ from evidence_cases import understood
 from tiny_tokenizer import byte_level_tokenizer
 from transformers import LlamaConfig
 
-from evidence.objectives import BASELINE, INITIAL, MAIN, ROWS, Run, initial, parts, runs
+from evidence.objectives import BASELINE, MAIN, ROWS, Run, initial, parts, runs
 from evidence.objectives_report import STUDY, claims, claims_told, hacked, late_less_early, nll_change
 from evidence.results import refuse_paths
 from evidence.study import Place
@@ -36,12 +36,11 @@ def place_of(tmp_path: Path) -> Place:
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_commands_are_understood_by_their_programs(place: Place, quick: bool) -> None:
-    place = replace(place, quick=quick, standard_tasks=True)
+    place = replace(place, quick=quick)
     programs = understood(parts(place), place.smollm2, place.wiki_leads)
-    models, tasks = len(runs(place)), sum(run.row in (BASELINE, MAIN) for run in runs(place)) + 1
+    models = len(runs(place))
     assert programs.count("megatron_sip") == models
-    assert programs.count("megatron_sip.evaluate") == 3 * (models + 1) + 3 * models + tasks
-    assert programs.count("tools/fetch_eval_sets.py") == tasks
+    assert programs.count("megatron_sip.evaluate") == 3 * (models + 1) + 3 * models
 
 
 def test_main_rows_have_every_seed_and_each_is_measured_as_it_was_left(place: Place) -> None:
@@ -123,15 +122,6 @@ def test_report_text_and_figure_are_what_the_files_say(place: Place, tmp_path: P
     assert "wins 70 (60 to 80) by likelihood" in " ".join(text.split())
     STUDY.draw(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_standard_tasks_stand_in_a_table_of_their_own(place: Place) -> None:
-    write_files(place)
-    for run in (initial(place), *runs(place)):
-        if run.row in (INITIAL, BASELINE, MAIN):
-            write_results(run.folder(place) / "tasks.json", {}, [Result("standard", "piqa", 0.65, 300, (0.6, 0.7))])
-    text = STUDY.section(STUDY.report(place))
-    assert "|  | piqa |\n| --- | --- |\n| initial | 65 (60 to 70) |" in text
 
 
 def test_a_quick_report_has_the_rows_that_were_run(place: Place, tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""evidence/tasks.py: its commands are understood; the same questions are compared, and the text is what the answers say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from evidence_cases import understood
+from tiny_tokenizer import byte_level_tokenizer
+from transformers import LlamaConfig
+
+from evidence.objectives import BASELINE, MAIN
+from evidence.results import refuse_paths
+from evidence.study import Place
+from evidence.tasks import ALL, INITIAL, STUDY, changes, parts
+
+
+@pytest.fixture(name="place")
+def place_of(tmp_path: Path) -> Place:
+    model = tmp_path / "model"
+    byte_level_tokenizer().save_pretrained(model)
+    LlamaConfig(vocab_size=320).save_pretrained(model)
+    (model / "model.safetensors").write_bytes(b"")
+    (tmp_path / "leads.jsonl").write_text(json.dumps({"text": "A lead."}) + "\n")
+    return Place(tmp_path / "run", seeds=(3, 4), smollm2=model, wiki_leads=tmp_path / "leads.jsonl")
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_commands_are_understood_by_their_programs(place: Place, quick: bool) -> None:
+    made = parts(replace(place, quick=quick))
+    programs = understood(made, place.smollm2, place.wiki_leads)
+    asked = ["megatron_sip.evaluate"]
+    trained = ["megatron_sip", *asked]
+    assert programs == ["tools/fetch_eval_sets.py", "evidence.later_leads", *asked, *trained, *trained]
+    for training, asking in zip(made[2::2], made[3::2], strict=True):
+        words = asking.commands[0]
+        assert training.results == (Path(words[words.index("--model") + 1]) / "config.json",)
+        assert training.commands[0][training.commands[0].index("--seed") + 1] == "3"
+
+
+def write_answers(place: Place, name: str, right: Sequence[int]) -> None:
+    """Answers to as many questions of piqa, and to two of a group's tasks, of which one is right."""
+    lines = [{"dataset": "piqa", "task": "piqa", "question": i, "acc": float(one)} for i, one in enumerate(right)]
+    lines += [{"dataset": "mmlu", "task": f"mmlu_{i}", "question": 0, "acc": float(i)} for i in range(2)]
+    file = place.run_dir / "tasks" / name / "tasks.json.questions.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_report_text_and_figure_are_what_the_answers_say(place: Place, tmp_path: Path) -> None:
+    for name, right in ((INITIAL, (1, 0) * 20), (BASELINE, (1, 0) * 20), (MAIN, (1,) * 40)):
+        write_answers(place, name, right)
+    report = json.loads(json.dumps(STUDY.report(place)))
+    refuse_paths(report, (str(tmp_path),))
+    assert report["seeds"] == [3]
+    assert report["questions"] == {"piqa": 40, "mmlu": 2}
+    assert [report["right"][name]["piqa"]["value"] for name in (INITIAL, BASELINE, MAIN)] == [0.5, 0.5, 1.0]
+    assert report["changes"][BASELINE][ALL] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    change = report["changes"][MAIN]
+    assert (change["piqa"]["value"], change[ALL]["value"]) == (0.5, round(20 / 42, 5))
+    assert 0.3 < change["piqa"]["low"] < 0.5 < change["piqa"]["high"] < 0.7
+    assert report["main_less_baseline"] == change
+    text = STUDY.section(report)
+    assert "| piqa | 40 | 50 (35 to 65) | 50 (35 to 65) | 100 (91 to 100) | +0.0 (+0.0 to +0.0) | +50.0 (" in text
+    assert f"| {ALL} | 42 |  |  |  | +0.0 (+0.0 to +0.0) | +47.6 (" in text
+    told = " ".join(text.split())
+    assert "next token, suffixes: no difference that the interval shows; DPO, suffix + 4 rollouts: better." in told
+    assert "DPO against next-token training: better." in told
+    STUDY.draw(report, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_to_other_questions_are_not_compared() -> None:
+    before = {"piqa": {("piqa", 0): 1.0, ("piqa", 1): 0.0}}
+    with pytest.raises(AssertionError, match="other questions"):
+        changes({"piqa": {("piqa", 0): 1.0, ("piqa", 2): 0.0}}, before)
