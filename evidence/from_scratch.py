@@ -22,6 +22,8 @@ from megatron_sip.training.metrics_writer import read_metrics
 
 NAME = "from_scratch"
 NLL, CHOSEN, CHANCE, GROUPS = "validation/nll/suffix", "chosen_rate/rollout", "chosen_chance/rollout", "examples"
+SCORES = {"rollout": "score/rollout", "suffix": "score/suffix"}
+"""Means of a step's likelihoods by the judge, nats a token."""
 RF_NLL, SFT = "RF-NLL", "next token"
 SEED = 1234
 """Of the runs that go on; one each."""
@@ -106,8 +108,9 @@ def report(place: Place) -> Report:
 
 
 def stage(run_dir: Path, steps: int, same: int) -> Report:
-    """What a run from the model of `steps` plain steps was: held-out nats a token over its steps, and how often a rollout was
-    chosen, step by step, and in all of the first `same` steps, as many as all stages have; none where none competed."""
+    """What a run from the model of `steps` plain steps was: held-out nats a token over its steps; how often a rollout was
+    chosen and how likely the judge found both texts, step by step, and in the first `same` steps, as many as all stages have;
+    none of that where none competed."""
     metrics = read_metrics(run_dir / "metrics.jsonl")
     nats = [[int(step["step"]), round(step[NLL], 4)] for step in metrics if NLL in step]
     found: Report = {"plain_steps": steps, "nll": nats}
@@ -122,27 +125,35 @@ def stage(run_dir: Path, steps: int, same: int) -> Report:
         }
         found["chosen_interval"] = [round(end, 4) for end in wilson_interval(share, count)]
         found["chance"] = round(float(np.mean([step[CHANCE] for step in judged])), 4)
+        by_step = {kind: [round(step[name], 3) for step in judged] for kind, name in SCORES.items()}
+        found["scores_by_step"] = by_step
+        found["scores"] = {kind: round(float(np.mean(values[:same])), 3) for kind, values in by_step.items()}
     return found
 
 
 def draw(found: Mapping[str, Any], png: Path) -> None:
-    """Left the share of rollouts chosen over the steps from each stage, right the held-out nats a token."""
+    """Over the steps from each stage: the share of rollouts chosen, how likely the judge found them, held-out nats a token."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.0, 3.4), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(11.0, 3.4), dpi=150, layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     colours = ("#8c959f", "#d4a72c", "#0b6bbf")
     for one, colour in zip(found[RF_NLL], colours, strict=False):
         label = f"{RF_NLL} after {one['plain_steps']} plain steps"
         chosen = moving_average(np.array(one["chosen_by_step"]), WINDOW)
         left.plot(np.arange(1, len(chosen) + 1), chosen, color=colour, linewidth=1.2, label=label)
+        scores = moving_average(np.array(one["scores_by_step"]["rollout"]), WINDOW)
+        middle.plot(np.arange(1, len(scores) + 1), scores, color=colour, linewidth=1.2)
         right.plot(*zip(*one["nll"], strict=True), "o-", color=colour, linewidth=1.2, markersize=3)
     right.plot(*zip(*found[SFT]["nll"], strict=True), "o--", color="#c8541b", linewidth=1.0, markersize=3, label=SFT)
     left.axhline(found[RF_NLL][0]["chance"], color="#59636e", linewidth=0.8, linestyle="--", label="by chance")
-    left.set_ylim(0, 1)
+    suffixes = float(np.mean([one["scores"]["suffix"] for one in found[RF_NLL]]))
+    middle.axhline(suffixes, color="#59636e", linewidth=0.8, linestyle="--", label="suffixes")
+    left.set_ylim(-0.02, 1)
     left.set_ylabel(f"share of rollouts chosen, mean of {WINDOW} steps")
+    middle.set_ylabel("likelihood of rollouts by the judge, nats a token")
     right.set_ylabel("held-out nats a token of the suffix")
-    for axis in (left, right):
+    for axis in (left, middle, right):
         axis.set_xlabel("step")
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(png)
@@ -157,6 +168,8 @@ def section(found: Mapping[str, Any]) -> str:
             f"{one['nll'][-1][1]:.3f} after {one['nll'][-1][0]}",
             _percent(one["chosen"], one["chosen_interval"]),
             f"{one['groups']}",
+            f"{one['scores']['rollout']:.2f}",
+            f"{one['scores']['suffix']:.2f}",
         ]
         for one in found[RF_NLL]
     ]
@@ -167,13 +180,15 @@ def section(found: Mapping[str, Any]) -> str:
         "and after RF-NLL",
         f"rollouts chosen in {same} steps (95%)",
         "groups",
+        "likelihood of rollouts",
+        "of suffixes",
     ]
     last, plain = found[RF_NLL][-1], found[SFT]
     blocks = [
         "A model of 7 million weights learns Wikipedia leads plainly, 16 pieces of up to 128 tokens a step. From three stages "
         "it goes on by RF-NLL of the suffix (16 tokens behind up to 48) against one rollout at temperature 1, 16 groups a "
-        "step, chosen by their likelihood under SmolLM2-135M-Instruct. By chance a rollout is chosen in "
-        f"{100 * last['chance']:.0f}% of the groups.",
+        "step, chosen by their likelihood under SmolLM2-135M-Instruct (nats a token, means of the first "
+        f"{same} steps). By chance a rollout is chosen in {100 * last['chance']:.0f}% of the groups.",
         table(head, rows),
         told(found[RF_NLL]),
         f"Next-token loss on suffixes alone, from the last stage and for as many steps, ends at {plain['nll'][-1][1]:.3f} nats "

@@ -18,6 +18,7 @@ from evidence.from_scratch import (
     GROUPS,
     NLL,
     RF_NLL,
+    SCORES,
     SFT,
     STUDY,
     Sizes,
@@ -76,7 +77,8 @@ def test_what_is_measured_on_is_held_out_from_the_beginning() -> None:
 
 def write_run(run_dir: Path, chosen: Sequence[float], nats: Sequence[float]) -> None:
     steps: list[dict[str, Any]] = [{"step": 0, NLL: nats[0]}]
-    steps += [{"step": i, CHOSEN: one, CHANCE: 0.5, GROUPS: 16.0} for i, one in enumerate(chosen, start=1)]
+    judged = {CHANCE: 0.5, GROUPS: 16.0, SCORES["suffix"]: -3.0}
+    steps += [{"step": i, CHOSEN: one, SCORES["rollout"]: one - 9, **judged} for i, one in enumerate(chosen, start=1)]
     steps.append({"step": 20, NLL: nats[1]})
     run_dir.mkdir(parents=True)
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
@@ -93,6 +95,7 @@ def test_report_page_and_figure_are_of_what_the_runs_logged(place: Place, tmp_pa
     assert report[SFT] == {"plain_steps": stages[-1], "nll": [[0, 6.0], [20, 5.25]]}
     text = STUDY.section(json.loads(json.dumps(report))).replace("\n", " ")
     assert f"| {stages[-1]} | 6.000 | 5.500 after 20 | 30.0% (" in text
+    assert "| 32 | -8.70 | -3.00 |" in text
     assert "ends at 5.250 nats" in text
     STUDY.draw(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
