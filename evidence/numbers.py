@@ -65,6 +65,24 @@ def mean_difference(
     return estimate(float(np.average(changes, weights=weighting)), low, high)
 
 
+def paired_shares(after: Sequence[bool], before: Sequence[bool]) -> Estimate:
+    """How much larger the share of `after` is among the same questions, with Newcombe's interval for paired shares (Statistics
+    in Medicine 17, 1998, method 10): a bootstrap's is too narrow where few of them differ."""
+    now, then = np.array(after, bool), np.array(before, bool)
+    count, both, none = len(now), int((now & then).sum()), int((~now & ~then).sum())
+    gained, lost = int((now & ~then).sum()), int((~now & then).sum())
+    (a, b), (c, d) = (wilson_interval(float(one.mean()), count) for one in (now, then))
+    spread = math.sqrt((both + gained) * (lost + none) * (both + lost) * (gained + none))
+    product = both * none - gained * lost
+    correlation = (max(product - count / 2, 0) if product > 0 else product) / spread if spread else 0.0
+    value, first, second = float(now.mean() - then.mean()), float(now.mean()), float(then.mean())
+
+    def half(own: float, other: float) -> float:
+        return math.sqrt(max(own**2 - 2 * correlation * own * other + other**2, 0.0))
+
+    return estimate(value, value - half(first - a, d - second), value + half(b - first, second - c))
+
+
 def sign(found: Estimate, null: float = 0.0) -> int:
     """1 or -1 where the interval lies above or below `null`, else 0."""
     if "low" not in found:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from evidence.numbers import mean_difference, percent, share, sign
+from evidence.numbers import Estimate, paired_shares, percent, share, sign
 from evidence.objectives import BASELINE, MAIN, ROWS, training
 from evidence.study import EVAL_SETS, PYTHON, Part, Place, Report, Study, paragraph, table
 from megatron_sip.files import read_json_lines
@@ -33,7 +33,7 @@ def parts(place: Place) -> list[Part]:
     fetch = (PYTHON, "tools/fetch_eval_sets.py", "--save", str(EVAL_SETS))
     take = (PYTHON, "-m", "evidence.later_leads", str(place.wiki_leads), str(leads))
     found = [
-        Part("texts", (fetch, take), (leads,)),
+        Part("texts", (fetch, take), (EVAL_SETS / "made_of.json", leads)),
         _asked(place, INITIAL, place.smollm2),
     ]
     for name in TRAINED:
@@ -68,15 +68,16 @@ def report(place: Place) -> Report:
     return {"seeds": [place.seeds[0]], **report_of(answered)}
 
 
-Answers = dict[str, dict[tuple[str, int], float]]
-"""By task: by leaf task and question, 1 where the answer is right, else 0."""
+Answers = dict[str, dict[tuple[str, int, str], bool]]
+"""By task: by leaf task, question and what it was asked with, whether the answer is right."""
 
 
 def right_answers(path: Path) -> Answers:
     """What a command wrote of each question."""
     found: Answers = {}
     for line in read_json_lines(path, "what each question of the tasks gave"):
-        found.setdefault(line["dataset"], {})[line["task"], line["question"]] = line["acc"]
+        asked = line["task"], line["question"], line["prompt_hash"]
+        found.setdefault(line["dataset"], {})[asked] = line["acc"] > 0
     return found
 
 
@@ -94,18 +95,21 @@ def report_of(answered: Mapping[str, Answers]) -> Report:
     }
 
 
-def changes(after: Answers, before: Answers) -> dict[str, dict[str, float]]:
-    """By task, and of all questions alike, the mean of after - before, with a bootstrap over questions."""
+def changes(after: Answers, before: Answers) -> dict[str, dict[str, Any]]:
+    """By task, and of all questions alike: how many answers were gained and lost, and what that is of all."""
     pooled = [
-        {(task, *key): right for task, each in one.items() for key, right in each.items()} for one in (after, before)
+        {(task, *asked): right for task, each in one.items() for asked, right in each.items()}
+        for one in (after, before)
     ]
     return {task: _change(after[task], before[task]) for task in before} | {ALL: _change(*pooled)}
 
 
-def _change(after: Mapping[Any, float], before: Mapping[Any, float]) -> dict[str, float]:
-    assert after.keys() == before.keys(), "other questions"
-    now, then = ({i: one[key] for i, key in enumerate(before)} for one in (after, before))
-    return mean_difference(now, then, {i: str(i) for i in now}, dict.fromkeys(now, 1.0))
+def _change(after: Mapping[Any, bool], before: Mapping[Any, bool]) -> dict[str, Any]:
+    assert after.keys() == before.keys(), "other questions, or asked otherwise"
+    now, then = ([one[asked] for asked in before] for one in (after, before))
+    gained = sum(new and not old for new, old in zip(now, then, strict=True))
+    lost = sum(old and not new for new, old in zip(now, then, strict=True))
+    return {**paired_shares(now, then), "gained": gained, "lost": lost}
 
 
 def draw(found: Mapping[str, Any], file: Path) -> None:
@@ -149,8 +153,8 @@ def section(found: Mapping[str, Any]) -> str:
         [
             paragraph(
                 "The first questions of each of the paper's eight tasks, as lm-eval asks them (MMLU with 5 examples, as many",
-                "of each subject), in float32: percent right with Wilson's intervals, changes in points with intervals over",
-                "the questions, which are the same for all.",
+                "of each subject), in float32: percent right with Wilson's intervals; changes in points, of paired answers to",
+                "the same questions, with Newcombe's intervals and how many answers were gained and lost.",
             ),
             table(head, rows),
             verdict(less[ALL], changed),
@@ -163,19 +167,20 @@ def section(found: Mapping[str, Any]) -> str:
     )
 
 
-def verdict(less: Mapping[str, float], changed: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def verdict(less: Estimate, changed: Mapping[str, Mapping[str, Estimate]]) -> str:
     """Of all questions together, whether anything changed by the interval."""
     words = {1: "better", 0: "no difference that the interval shows", -1: "worse"}
-    of_each = "; ".join(f"{ROWS[name].told}: {words[sign(dict(each[ALL]))]}" for name, each in changed.items())
+    of_each = "; ".join(f"{ROWS[name].told}: {words[sign(each[ALL])]}" for name, each in changed.items())
     return paragraph(
         f"Of all questions together, against the initial model: {of_each}. DPO against next-token training:",
-        f"{words[sign(dict(less))]}.",
+        f"{words[sign(less)]}.",
     )
 
 
 def points(found: Mapping[str, float]) -> str:
-    """+1.2 (-0.3 to +2.7)."""
-    return f"{100 * found['value']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
+    """+1.2 (-0.3 to +2.7), 9 gained, 5 lost."""
+    change = f"{100 * found['value']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
+    return f"{change}, {found['gained']} gained, {found['lost']} lost"
 
 
 STUDY = Study(

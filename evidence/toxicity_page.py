@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from evidence.numbers import over_seeds
 from evidence.study import paragraph, table
 from evidence.toxicity_report import ARMS, DPO, INITIAL, JUDGES, LIKELIHOODS, NEXT_TOKEN, OPTIMISED, SAFEST, TEXTS
 
@@ -22,6 +23,7 @@ BAR = 0.8 / len(ARMS)
 
 def draw(found: Mapping[str, Any], png: Path) -> None:
     """Toxicity of the continuations of toxic prompts by judge and arm; and what clean text lost of its likelihood."""
+    found = widened(found)
     figure = Figure(figsize=(9.0, 3.6), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1.4))
     for number, (arm, colour) in enumerate(zip(ARMS, COLOURS, strict=True)):
@@ -49,8 +51,37 @@ def _bars(
     axis.bar(places, heights, BAR, yerr=spans, color=colour, label=arm, error_kw={"linewidth": 0.8})
 
 
+def widened(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The report with DPO's intervals by Student's over its seeds beside those over the items, in quadrature: a bootstrap of
+    three seeds is too narrow. The arms that it is compared with are one run each."""
+    dpo = found["arms"][DPO]
+    arm = {**dpo, **{text: _widened(dpo[text], dpo[text]) for text in (*TEXTS, "nll")}}
+    against = {
+        other: {text: _widened(each, dpo[text]) for text, each in one.items()}
+        for other, one in found["against"].items()
+    }
+    return {**found, "arms": {**found["arms"], DPO: arm}, "against": against}
+
+
+def _widened(found: Mapping[str, Any], seeds: Mapping[str, Any]) -> dict[str, Any]:
+    made = {}
+    for name, one in found.items():
+        over = over_seeds(seeds[name]["by_seed"])
+        half = over.get("high", over["value"]) - over["value"]
+        made[name] = dict(one)
+        for centre, ends in (("value", "interval"), ("change", "change_interval")):
+            if centre in one:
+                low, high = (
+                    one[centre] + way * np.hypot(end - one[centre], half)
+                    for way, end in zip((-1, 1), one[ends], strict=True)
+                )
+                made[name][ends] = [float(low), float(high)]
+    return made
+
+
 def section(found: Mapping[str, Any]) -> str:
     """Markdown of a report."""
+    found = widened(found)
     size = found["settings"]
     prompts = 700 if size["prompts"] is None else size["prompts"]
     rate, chance = (np.mean(found["curve"][f"chosen_{name}/rollout"]) for name in ("rate", "chance"))
@@ -60,9 +91,10 @@ def section(found: Mapping[str, Any]) -> str:
         f"lists (LDNOOBW; severities up to 100) and another classifier were not trained by, {TRAINED_BY} was; both classifiers "
         "learnt from the same labelled tweets, among others, so that hatesonar is less apart than the lists. Lists give the "
         "share of continuations, classifiers their mean probability. In brackets the change from the initial model with its "
-        "95% interval, over prompts (of DPO over seeds too, of which there are few: it is then too narrow); less is better:",
+        "95% interval over prompts, of DPO widened by Student's over its few seeds; less is better:",
         toxicity_table(found, "prompts"),
-        "DPO against the other two arms, prompt by prompt:",
+        "DPO against the other two arms, prompt by prompt; these are one run each, and what another run of them would give is "
+        "in no interval:",
         against_table(found),
         f"Behind {size['prefixes']} prefixes of held-out clean pages, where nothing should get worse:",
         toxicity_table(found, "clean"),

@@ -173,6 +173,10 @@ def _check_servers(args: argparse.Namespace) -> Iterator[str]:
         yield "--colocate and --max-staleness 1 exclude each other: engines would sample while the trainer has their memory"
     if needs.teacher and not args.teacher_url and not args.teacher_model:
         yield "the judge or rewriter needs a server: give --teacher-url URL ..., or --teacher-model DIR"
+    if args.teacher_replicas < 1:
+        yield f"--teacher-replicas {args.teacher_replicas}: at least 1 server of --teacher-model"
+    if args.teacher_replicas > 1 and not args.teacher_model:
+        yield "--teacher-replicas is of the servers that --teacher-model starts; of others give all their --teacher-url"
     for role in ("teacher", "rewriter"):
         url, model = getattr(args, f"{role}_url"), getattr(args, f"{role}_model")
         if url and model:

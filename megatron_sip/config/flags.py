@@ -405,6 +405,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add_flags(section("rollouts and local servers"), ROLLOUT_FLAGS)
     group = section("teacher")
     group.add_argument("--teacher-model", metavar="DIR", help="Start an SGLang server of this HF model on this node.")
+    group.add_argument(
+        "--teacher-replicas",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Start N of --teacher-model, which share the calls.",
+    )
     add_teacher_flags(group)
     add_flags(group, REWRITE_FLAGS)
     group = section("another server for the rewriter, or for the held-out judge")

@@ -408,6 +408,7 @@ def local_server_settings(args: argparse.Namespace) -> LocalServerSettings:
         engine=engine if args.rollout_local and needs.engines else None,
         engines=args.rollout_local,
         teacher=teacher if args.teacher_model and needs.teacher else None,
+        teachers=args.teacher_replicas,
         rewriter=rewriter if args.rewriter_model and needs.rewriter else None,
         share_gpus=memory is not None,
         colocate=args.colocate,

@@ -146,14 +146,17 @@ def as_results(tasks: Tasks, found: Mapping[str, Any]) -> tuple[list[Result], di
 
 
 def questions_of(tasks: Tasks, found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What each question gave: the name that was asked for, its leaf task, its place there, and those of its metrics that are
-    numbers, by the names that they have in `as_results`."""
+    """What each question gave: the name that was asked for, its leaf task, its place there, lm-eval's hash of what it was asked
+    with, and those of its metrics that are numbers, by the names that they have in `as_results`."""
     for name, leaves in tasks.groups.items():
         for leaf in leaves:
-            for sample in found["samples"][leaf]:
+            lines: dict[int, dict[str, Any]] = {}
+            for sample in found["samples"][leaf]:  # one by filter
+                asked = {"question": sample["doc_id"], "prompt_hash": sample["prompt_hash"]}
+                line = lines.setdefault(sample["doc_id"], {"dataset": name, "task": leaf, **asked})
                 values = {_unfiltered(f"{metric},{sample['filter']}"): sample[metric] for metric in sample["metrics"]}
-                numbers = {metric: float(value) for metric, value in values.items() if isinstance(value, int | float)}
-                yield {"dataset": name, "task": leaf, "question": sample["doc_id"], **numbers}
+                line |= {metric: float(value) for metric, value in values.items() if isinstance(value, int | float)}
+            yield from lines.values()
 
 
 def _unfiltered(metric: str) -> str:

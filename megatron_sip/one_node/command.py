@@ -2,7 +2,7 @@
 
     megatron-sip HF_DIR 'my/*.jsonl' --teacher HF_DIR2 [--preset NAME] [--run-dir DIR] [flags of the trainer]
 
-It converts the model into a cache, divides this node's GPUs between trainer, engines and teacher (without GPUs all run on the
+It converts the model into a cache, divides this node's GPUs between trainer, engines and teachers (without GPUs all run on the
 CPU), starts everything, trains, and writes the trained model to RUN_DIR/hf. The same command again continues the run. Ctrl-C
 and SIGTERM reach the trainer, which saves its last step. For several nodes see examples/*.sbatch.
 """
@@ -94,7 +94,8 @@ def run(words: Sequence[str]) -> None:
         teacher_bytes=max(map(weight_bytes, teachers), default=0),
         prompts=flags.global_batch_size or 0,
         engines=needs.engines and not flags.rollout_url,
-        teachers=len(teachers),
+        teacher=flags.teacher_model is not None and needs.teacher,
+        rewriter=flags.rewriter_model is not None and needs.rewriter,
     )
     layout, on_gpus = lay_out(demand)
     say(f"layout: {layout}" + ("" if on_gpus else ", on the CPU"))
@@ -149,6 +150,8 @@ def local_servers(flags: Sequence[str], engines: int = 1) -> list[str]:
 def layout_flags(layout: Layout, flags: Sequence[str]) -> list[str]:
     """The trainer's flags that make `layout` of it; those that the user gave stay."""
     wanted = local_servers(flags, layout.engines) if layout.engines else []
+    if layout.teachers > 1 and "--teacher-replicas" not in flags:
+        wanted += ["--teacher-replicas", str(layout.teachers)]
     if "--tensor-model-parallel-size" not in flags:
         wanted += ["--tensor-model-parallel-size", str(layout.tensor_parallel)]
     if layout.server_memory is not None and "--local-server-memory" not in flags:

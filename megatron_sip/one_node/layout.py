@@ -12,6 +12,9 @@ TRAINING_COPIES = 10
 DPO reference."""
 TRAINING_SHARE = 0.66
 """Of a GPU's memory, for these; the rest is for activations."""
+ENGINES, TEACHERS = 1, 2
+"""GPUs of these roles for one of the trainer's: within a factor of two of the planner's best division, whichever way rollouts
+are judged (tests); but for what it counts from each model, protocol and GPU, see docs/plan.md."""
 WEIGHTS_SHARE = 0.85
 """Of a server's memory, at most for its weights; the rest is for its KV cache."""
 
@@ -24,14 +27,15 @@ class LayoutError(UserError, ValueError):
 class Demand:
     """What a run asks of its node. policy_bytes, teacher_bytes: of the bf16 weights, of the largest teacher. prompts: a step's.
 
-    engines: whether engines are to be started here. teachers: servers of judge and rewriter to be started here.
+    engines, teacher, rewriter: what is to be started here.
     """
 
     policy_bytes: int
     teacher_bytes: int
     prompts: int
     engines: bool = True
-    teachers: int = 1
+    teacher: bool = True
+    rewriter: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +49,15 @@ class Layout:
     tensor_parallel: int
     engines: int
     teachers: int
+    rewriters: int = 0
     server_memory: float | None = None
 
     def __str__(self) -> str:
         parts = [f"{self.trainers} trainer process" + "es" * (self.trainers > 1)]
         parts += [f"tensor parallel {self.tensor_parallel}"] if self.tensor_parallel > 1 else []
         parts += [f"{self.engines} engine" + "s" * (self.engines > 1)] if self.engines else []
-        parts += ["the teacher" if self.teachers == 1 else "teacher and rewriter"] if self.teachers else []
+        parts += ["the teacher" if self.teachers == 1 else f"{self.teachers} teachers"] if self.teachers else []
+        parts += ["the rewriter"] if self.rewriters else []
         shared = f"; servers share GPUs, {self.server_memory:.0%} of one each" if self.server_memory else ""
         return ", ".join(parts) + shared
 
@@ -59,33 +65,35 @@ class Layout:
 def plan_layout(gpus: Sequence[int], demand: Demand) -> Layout:
     """A layout for GPUs with these bytes of memory each; no GPUs mean one process on the CPU.
 
-    From three on every process has a GPU of its own, and rollouts get about as many as training. On two the servers share
-    the second, on one all share it.
+    Where there are enough every process has a GPU of its own, of the rewriter's servers there is one, and the other GPUs are
+    divided as ENGINES and TEACHERS say, once the trainer has those that the policy needs. On fewer the servers share the last
+    one, on a single one all share it.
 
     Raises:
         LayoutError: a model is too large for this, or the prompts of a step do not divide among the replicas.
     """
-    teachers = demand.teachers
-    servers = int(demand.engines) + teachers
+    engines, teachers, rewriters = int(demand.engines), int(demand.teacher), int(demand.rewriter)
+    servers = engines + teachers + rewriters
     if not gpus:
-        return Layout(1, 1, int(demand.engines), teachers)
+        return Layout(1, 1, engines, teachers, rewriters)
     memory = min(gpus)
     if len(gpus) <= servers:
         alone = len(gpus) == 1
         share = round((0.5 if alone else 0.9) / servers, 2)
         _require_server(demand, share * memory)
         _tensor_parallel(1, memory * (1 - share * servers if alone else 1), demand)
-        return Layout(1, 1, int(demand.engines), teachers, share)
+        return Layout(1, 1, engines, teachers, rewriters, share)
     _require_server(demand, memory)
-    others = len(gpus) - teachers
-    trainers = _power_of_two((others + 1) // 2 if demand.engines else others)
-    while True:
-        tensor_parallel = _tensor_parallel(trainers, memory, demand)
-        if demand.prompts % (trainers // tensor_parallel) == 0:
-            break
+    tensor_parallel = _tensor_parallel(_power_of_two(len(gpus) - servers), memory, demand)
+    others = len(gpus) - rewriters
+    trainers = max(tensor_parallel, _power_of_two(others // (1 + ENGINES * engines + TEACHERS * teachers) or 1))
+    while demand.prompts % (trainers // tensor_parallel):
         trainers //= 2
-    engines = others - trainers if demand.engines else 0
-    return Layout(trainers, tensor_parallel, engines, teachers)
+    spare = others - trainers
+    if engines and teachers:
+        engines = max(1, spare * ENGINES // (ENGINES + TEACHERS))
+        return Layout(trainers, tensor_parallel, engines, spare - engines, rewriters)
+    return Layout(trainers, tensor_parallel, spare * engines, spare * teachers, rewriters)
 
 
 def _power_of_two(most: int) -> int:
@@ -107,7 +115,10 @@ def _tensor_parallel(trainers: int, memory: float, demand: Demand) -> int:
 
 
 def _require_server(demand: Demand, memory: float) -> None:
-    models = (("policy", demand.policy_bytes, demand.engines), ("teacher", demand.teacher_bytes, demand.teachers > 0))
+    models = (
+        ("policy", demand.policy_bytes, demand.engines),
+        ("teacher", demand.teacher_bytes, demand.teacher or demand.rewriter),
+    )
     for name, size, wanted in models:
         if wanted and size > WEIGHTS_SHARE * memory:
             raise LayoutError(

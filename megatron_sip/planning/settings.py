@@ -70,7 +70,7 @@ def read_command(given: Sequence[str]) -> Planable:
         tensor=flags.tensor_model_parallel_size if "--tensor-model-parallel-size" in named else None,
         pipeline=flags.pipeline_model_parallel_size if "--pipeline-model-parallel-size" in named else None,
         engines=len(flags.rollout_url or []) or flags.rollout_local or 0,
-        judges=len(flags.teacher_url or []) or int(flags.teacher_model is not None),
+        judges=len(flags.teacher_url or []) or (flags.teacher_replicas if flags.teacher_model else 0),
     )
 
 

@@ -41,7 +41,7 @@ class ServerUrls:
 
 @dataclass(frozen=True, slots=True)
 class LocalServerSettings:
-    """What a run starts: `engines` times `engine`, a teacher, a rewriter of its own; None: none of that kind.
+    """What a run starts: `engines` times `engine`, `teachers` times `teacher`, a rewriter of its own; None: none of that kind.
 
     share_gpus: servers share the GPUs that the trainer leaves, or its last one. colocate: engines are on the trainer's GPUs.
     """
@@ -49,6 +49,7 @@ class LocalServerSettings:
     engine: ServerSettings | None = None
     engines: int = 1
     teacher: ServerSettings | None = None
+    teachers: int = 1
     rewriter: ServerSettings | None = None
     share_gpus: bool = False
     colocate: bool = False
@@ -56,14 +57,21 @@ class LocalServerSettings:
     @property
     def count(self) -> int:
         """How many servers these are."""
-        engines = self.engines if self.engine is not None else 0
-        return engines + int(self.teacher is not None) + int(self.rewriter is not None)
+        return sum(self.counts)
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """How many engines, teachers and rewriters."""
+        kinds = ((self.engine, self.engines), (self.teacher, self.teachers), (self.rewriter, 1))
+        engines, teachers, rewriters = (count if server is not None else 0 for server, count in kinds)
+        return engines, teachers, rewriters
 
     @property
     def description(self) -> str:
         """What is started, in words; empty when nothing is."""
         engines = "an engine" if self.engines == 1 else f"{self.engines} engines"
-        named = ((self.engine, engines), (self.teacher, "the teacher"), (self.rewriter, "the rewriter"))
+        teachers = "the teacher" if self.teachers == 1 else f"{self.teachers} teachers"
+        named = ((self.engine, engines), (self.teacher, teachers), (self.rewriter, "the rewriter"))
         return " and ".join(name for server, name in named if server is not None)
 
 
@@ -74,9 +82,10 @@ class LocalServers:
         self.description = settings.description
         self._threads = ThreadPoolExecutor(3)
         gpus = spare_gpus(settings)
-        engines = settings.engines if settings.engine is not None else 0
+        engines, teachers, _ = settings.counts
         self._engines = self._start(settings.engine, gpus[:engines] if gpus else None, settings.engines)
-        self._teacher = self._start(settings.teacher, gpus[engines : engines + 1] if gpus else None)
+        theirs = gpus[engines : engines + teachers] if gpus else None
+        self._teacher = self._start(settings.teacher, theirs, settings.teachers)
         self._rewriter = self._start(settings.rewriter, gpus[-1:] if gpus else None)
         self._keepers: list[Keeper] = []
         self._engine_keepers: list[Keeper] = []
@@ -136,7 +145,7 @@ def spare_gpus(settings: LocalServerSettings) -> tuple[int, ...] | None:
     gpus = torch.cuda.device_count() if settings.share_gpus else None
     if not settings.colocate:
         return server_gpus(first, settings.count, gpus)
-    engines = settings.engines if settings.engine is not None else 0
+    engines, _, _ = settings.counts
     return (*(engine % first for engine in range(engines)), *server_gpus(first, settings.count - engines, gpus))
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from evidence.toxicity_page import HELD_OUT, direction, widened
+from evidence.toxicity_report import DPO
+
 REPO = Path(__file__).parents[2]
 RESULTS = REPO / "benchmarks" / "results"
 ALLOCATORS = ("default", "heap reuse")
@@ -256,7 +259,10 @@ def test_readme_s_table_of_toxicity_is_the_study_s() -> None:
         assert rows[name] == [*told, f"{100 * arm['lambada']['value']:.0f}%"], name
     text, size = page_text("README.md"), found["report"]["settings"]
     assert f"{size['steps']} steps of 8 prefixes, DPO with {len(found['seeds'])} seeds" in text
-    less = found["report"]["against"]["next token"]["prompts"]["unlisted"]
+    report = widened(found["report"])
+    shown = [direction(report["arms"][DPO]["prompts"][name]) for name in HELD_OUT]
+    assert (shown.count("less"), shown.count("more"), len(shown)) == (1, 0, 3)
+    less = report["against"]["next token"]["prompts"]["unlisted"]
     low, high = (f"{-100 * end:.1f}" for end in reversed(less["change_interval"]))
     assert f"{-100 * less['change']:.1f} percentage points fewer (95% interval {low} to {high})" in text
 

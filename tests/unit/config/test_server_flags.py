@@ -19,8 +19,8 @@ from megatron_sip.config.teacher_settings import judge_settings, rating_settings
 from megatron_sip.experience.leader import PROBE_TEXT, Leader
 from megatron_sip.judge.rewriter import Rewriter
 from megatron_sip.records import Task
-from megatron_sip.serving.launch import server_command
-from megatron_sip.serving.local_servers import spare_gpus
+from megatron_sip.serving.launch import LocalServer, ServerSettings, server_command
+from megatron_sip.serving.local_servers import LocalServers, spare_gpus
 
 OWN_REWRITER = (
     *("--rewriter-url", "http://rewriter:1", "--rewriter-api", "openai", "--rewriter-name", "big"),
@@ -85,6 +85,8 @@ def test_a_last_judge_of_its_own() -> None:
             ("--colocate",),
             "--colocate releases the memory of engines that the run starts itself: give --rollout-local N",
         ),
+        (("--teacher-replicas", "2"), "--teacher-replicas is of the servers that --teacher-model starts"),
+        (("--teacher-replicas", "0"), "--teacher-replicas 0: at least 1 server"),
         (("--colocate", "--max-staleness", "1"), "--colocate and --max-staleness 1 exclude each other"),
         (("--rewriter-url", "rewriter"), "--rewriter-url rewriter: a URL starts with http"),
         ((*REWRITES, *OWN_REWRITER, "--rewriter-context", "0"), "--rewriter-context: endpoint http://rewriter:1"),
@@ -162,6 +164,37 @@ def test_a_local_rewriter_is_one_server_more(tmp_path: Path) -> None:
     made = settings(*REWRITES, "--rewriter-model", str(tmp_path), "--rollout-local", "2", rollout_url=None)
     assert made.local_servers.count == 3
     assert made.local_servers.description == "2 engines and the rewriter"
+
+
+def test_teachers_of_this_node_each_have_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    own = (
+        "--teacher-model",
+        str(tmp_path),
+        "--teacher-replicas",
+        "3",
+        "--rollout-local",
+        "2",
+        "--criteria",
+        "likelihood",
+    )
+    made = settings(*own, rollout_url=None, teacher_url=None)
+    assert made.local_servers.counts == (2, 3, 0)
+    assert made.local_servers.description == "2 engines and 3 teachers"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    started: dict[tuple[str, int], tuple[int, ...] | None] = {}
+
+    def start(count: int, server: ServerSettings) -> list[LocalServer]:
+        assert server.log_file is not None
+        started[server.log_file.stem, count] = server.devices
+        return []
+
+    monkeypatch.setattr("megatron_sip.serving.local_servers.start_servers", start)
+    servers = LocalServers(replace(made.local_servers, rewriter=made.local_servers.teacher))
+    servers.stop()
+    assert started == {("engine", 2): (2, 3), ("teacher", 3): (4, 5, 6), ("teacher", 1): (7,)}
 
 
 async def test_each_role_asks_its_own_servers() -> None:

@@ -43,8 +43,11 @@ def test_commands_are_understood_by_their_programs(place: Place, quick: bool) ->
 
 def write_answers(place: Place, name: str, right: Sequence[int]) -> None:
     """Answers to as many questions of piqa, and to two of a group's tasks, of which one is right."""
-    lines = [{"dataset": "piqa", "task": "piqa", "question": i, "acc": float(one)} for i, one in enumerate(right)]
-    lines += [{"dataset": "mmlu", "task": f"mmlu_{i}", "question": 0, "acc": float(i)} for i in range(2)]
+    lines = [
+        {"dataset": "piqa", "task": "piqa", "question": i, "prompt_hash": "p", "acc": one}
+        for i, one in enumerate(right)
+    ]
+    lines += [{"dataset": "mmlu", "task": f"mmlu_{i}", "question": 0, "prompt_hash": "m", "acc": i} for i in range(2)]
     file = place.run_dir / "tasks" / name / "tasks.json.questions.jsonl"
     file.parent.mkdir(parents=True)
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -58,14 +61,16 @@ def test_report_text_and_figure_are_what_the_answers_say(place: Place, tmp_path:
     assert report["seeds"] == [3]
     assert report["questions"] == {"piqa": 40, "mmlu": 2}
     assert [report["right"][name]["piqa"]["value"] for name in (INITIAL, BASELINE, MAIN)] == [0.5, 0.5, 1.0]
-    assert report["changes"][BASELINE][ALL] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert (report["changes"][BASELINE][ALL]["value"], report["changes"][BASELINE][ALL]["gained"]) == (0.0, 0)
     change = report["changes"][MAIN]
     assert (change["piqa"]["value"], change[ALL]["value"]) == (0.5, round(20 / 42, 5))
+    assert (change["piqa"]["gained"], change["piqa"]["lost"]) == (20, 0)
     assert 0.3 < change["piqa"]["low"] < 0.5 < change["piqa"]["high"] < 0.7
     assert report["main_less_baseline"] == change
     text = STUDY.section(report)
-    assert "| piqa | 40 | 50 (35 to 65) | 50 (35 to 65) | 100 (91 to 100) | +0.0 (+0.0 to +0.0) | +50.0 (" in text
-    assert f"| {ALL} | 42 |  |  |  | +0.0 (+0.0 to +0.0) | +47.6 (" in text
+    assert "| piqa | 40 | 50 (35 to 65) | 50 (35 to 65) | 100 (91 to 100) | +0.0 (-" in text
+    assert f"| {ALL} | 42 |  |  |  | +0.0 (" in text
+    assert ", 20 gained, 0 lost |" in text
     told = " ".join(text.split())
     assert "next token, suffixes: no difference that the interval shows; DPO, suffix + 4 rollouts: better." in told
     assert "DPO against next-token training: better." in told
@@ -73,7 +78,8 @@ def test_report_text_and_figure_are_what_the_answers_say(place: Place, tmp_path:
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_answers_to_other_questions_are_not_compared() -> None:
-    before = {"piqa": {("piqa", 0): 1.0, ("piqa", 1): 0.0}}
+@pytest.mark.parametrize("other", [("piqa", 2, "p"), ("piqa", 1, "q")])
+def test_answers_to_other_questions_or_asked_otherwise_are_not_compared(other: tuple[str, int, str]) -> None:
+    before = {"piqa": {("piqa", 0, "p"): True, ("piqa", 1, "p"): False}}
     with pytest.raises(AssertionError, match="other questions"):
-        changes({"piqa": {("piqa", 0): 1.0, ("piqa", 2): 0.0}}, before)
+        changes({"piqa": {("piqa", 0, "p"): True, other: False}}, before)

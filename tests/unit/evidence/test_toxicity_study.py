@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import LlamaConfig
 from evidence import toxicity_report
 from evidence.study import ROOT, Place, StudyError, is_done
 from evidence.toxicity import STUDY, folder, folders, parts
-from evidence.toxicity_page import direction, draw, section
+from evidence.toxicity_page import direction, draw, section, widened
 from evidence.toxicity_report import CRITERIA, DPO, INITIAL, TEXTS, compared, interval, nats
 from evidence.toxicity_text import MANIFEST, is_held_out
 from evidence.toxicity_text import parts as text_parts
@@ -130,6 +131,13 @@ def test_pieces_of_a_document_are_one_of_the_interval_s_items(tmp_path: Path) ->
 
 
 def test_page_and_figure_say_what_the_report_says(report: dict[str, Any], tmp_path: Path) -> None:
+    widths = widened(report)["arms"][DPO]["prompts"]["civility"]["change_interval"]
+    half = math.hypot(0.0625, 12.706 * 0.125 / 2)  # over prompts and seeds, and Student's over both seeds
+    assert widths == pytest.approx([-0.1875 - half, -0.1875 + half], abs=1e-4)
+    text = section(report).replace("\n", " ")
+    assert "by its criterion: no difference that the interval shows." in text
+    for found in (*report["arms"][DPO]["prompts"].values(), *report["arms"][DPO]["clean"].values()):
+        found["by_seed"] = [found["value"]] * 2  # seeds that agree add nothing
     text = section(report).replace("\n", " ")
     arms = re.findall(r"\| (initial|next token|safest half|DPO) \|", text)
     assert arms == ["initial", "next token", "safest half", "DPO"] * 3

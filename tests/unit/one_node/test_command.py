@@ -48,10 +48,11 @@ def checked(words: list[str], layout: Layout) -> argparse.Namespace:
 
 
 def test_model_texts_and_teacher_are_enough(model: Path) -> None:
-    args = checked([str(model), "a.jsonl", "b/*.jsonl", "--teacher", str(model)], Layout(4, 2, 3, 1))
+    args = checked([str(model), "a.jsonl", "b/*.jsonl", "--teacher", str(model)], Layout(4, 2, 3, 5))
     assert args.data_path == ["a.jsonl", "b/*.jsonl"]
     assert (args.run_dir, args.save) == ("runs/Llama", "runs/Llama/checkpoints")
     assert (args.teacher_model, args.rollout_local, args.tensor_model_parallel_size) == (str(model), 3, 2)
+    assert args.teacher_replicas == 5
     assert (args.train_iters, args.judge_votes) == (2000, 5)  # of the preset continual
 
 
@@ -62,6 +63,7 @@ def test_a_user_s_own_flags_win(model: Path) -> None:
     assert args.local_server_memory == 0.3
     elsewhere = ["--rollout-url", "http://e:1", "--teacher-url", "http://t:1"]
     args = checked([str(model), "a.jsonl", *elsewhere], Layout(8, 1, 0, 0))
+    assert args.teacher_replicas == 1
     assert (args.rollout_local, args.teacher_model, args.rollout_url) == (0, None, ["http://e:1"])
     assert local_servers(elsewhere) == []
 
