@@ -1,8 +1,9 @@
 """From scratch (figure 8 in small): when does a judge begin to prefer what the policy writes to the text itself?
 
 A model of 7 million weights is pretrained plainly on Wikipedia leads. From three of its stages, random weights among them, it
-goes on by RF-NLL of the suffix against one rollout, chosen by the likelihood of SmolLM2-135M-Instruct; from the last one also
-by next-token loss on suffixes. The paper's judge has 8 billion weights, its run 21,000 steps.
+goes on by RF-NLL of the suffix against one rollout, chosen by the likelihood of SmolLM2-135M-Instruct, with rollouts at the
+paper's temperature and with surer ones; from the last one also by next-token loss on suffixes. The paper's judge has 8 billion
+weights, its run 21,000 steps.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ NLL, CHOSEN, CHANCE, GROUPS = "validation/nll/suffix", "chosen_rate/rollout", "c
 SCORES = {"rollout": "score/rollout", "suffix": "score/suffix"}
 """Means of a step's likelihoods by the judge, nats a token."""
 RF_NLL, SFT = "RF-NLL", "next token"
+TEMPERATURES = (1.0, 0.3)
+"""Of the rollouts: the paper's, and one at which a small model's are nearly its likeliest."""
 SEED = 1234
 """Of the runs that go on; one each."""
 WINDOW = 10
@@ -58,9 +61,13 @@ def pretrained(place: Place, steps: int) -> Path:
     return folder(place) / f"plain_{steps}"
 
 
-def continued(place: Place, objective: str, steps: int) -> Path:
+def continued(place: Place, objective: str, steps: int, temperature: float = 1.0) -> Path:
     """The run folder of what goes on from there."""
-    return folder(place) / f"{objective.replace(' ', '_')}_after_{steps}"
+    return folder(place) / f"{objective.replace(' ', '_')}{_at(temperature).replace(' ', '_')}_after_{steps}"
+
+
+def _at(temperature: float) -> str:
+    return "" if temperature == 1 else f" at {temperature:g}"
 
 
 def parts(place: Place) -> list[Part]:
@@ -78,16 +85,19 @@ def parts(place: Place) -> list[Part]:
             before = steps
         rf_nll = ("--objective", "rf-nll", "--candidates", "suffix", "rollout", "--num-rollouts", "1")
         judge = ("--criteria", "likelihood=1", "--teacher", str(place.smollm2))
-        made.append(going_on(place, RF_NLL, steps, after, *rf_nll, *judge))
+        made += [going_on(place, RF_NLL, steps, after, *rf_nll, *judge, temperature=one) for one in TEMPERATURES]
     made.append(going_on(place, SFT, before, size.after[-1], "--objective", "sft", "--sft-target", "suffix"))
     return made
 
 
-def going_on(place: Place, objective: str, steps: int, after: int, *flags: str) -> Part:
+def going_on(place: Place, objective: str, steps: int, after: int, *flags: str, temperature: float = 1.0) -> Part:
     """`after` steps of an objective from the model of `steps` plain ones."""
-    run_dir = continued(place, objective, steps)
+    run_dir, at = continued(place, objective, steps, temperature), _at(temperature)
+    flags = (*flags, "--rollout-temperature", f"{temperature:g}") if at else flags
     every = ("--train-iters", str(after), "--eval-interval", str(min(after, 20)))
-    return training(place, f"{objective} after {steps}", steps, run_dir, "evidence/from_scratch.args", *every, *flags)
+    return training(
+        place, f"{objective}{at} after {steps}", steps, run_dir, "evidence/from_scratch.args", *every, *flags
+    )
 
 
 def training(place: Place, name: str, steps: int, run_dir: Path, preset: str, *flags: str) -> Part:
@@ -102,7 +112,11 @@ def training(place: Place, name: str, steps: int, run_dir: Path, preset: str, *f
 def report(place: Place) -> Report:
     size = sizes(place)
     same = min(size.after)
-    stages = [stage(continued(place, RF_NLL, steps), steps, same) for steps in size.plain]
+    stages = [
+        {"temperature": one, **stage(continued(place, RF_NLL, steps, one), steps, same)}
+        for one in TEMPERATURES
+        for steps in size.plain
+    ]
     plain = stage(continued(place, SFT, size.plain[-1]), size.plain[-1], same)
     return {"settings": asdict(size), "seeds": [SEED], RF_NLL: stages, SFT: plain}
 
@@ -132,30 +146,32 @@ def stage(run_dir: Path, steps: int, same: int) -> Report:
 
 
 def draw(found: Mapping[str, Any], png: Path) -> None:
-    """Over the steps from each stage: the share of rollouts chosen, how likely the judge found them, held-out nats a token."""
+    """Over the steps from each stage: the share of rollouts chosen, how likely the judge found them, held-out nats a token;
+    surer rollouts dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11.0, 3.4), dpi=150, layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    colours = ("#8c959f", "#d4a72c", "#0b6bbf")
-    for one, colour in zip(found[RF_NLL], colours, strict=False):
-        label = f"{RF_NLL} after {one['plain_steps']} plain steps"
+    colours = dict(zip(found["settings"]["plain"], ("#8c959f", "#d4a72c", "#0b6bbf"), strict=False))
+    for one in found[RF_NLL]:
+        colour, line = colours[one["plain_steps"]], "-" if one["temperature"] == 1 else "--"
+        label = f"after {one['plain_steps']}, T={one['temperature']:g}"
         chosen = moving_average(np.array(one["chosen_by_step"]), WINDOW)
-        left.plot(np.arange(1, len(chosen) + 1), chosen, color=colour, linewidth=1.2, label=label)
+        left.plot(np.arange(1, len(chosen) + 1), chosen, line, color=colour, linewidth=1.2, label=label)
         scores = moving_average(np.array(one["scores_by_step"]["rollout"]), WINDOW)
-        middle.plot(np.arange(1, len(scores) + 1), scores, color=colour, linewidth=1.2)
-        right.plot(*zip(*one["nll"], strict=True), "o-", color=colour, linewidth=1.2, markersize=3)
-    right.plot(*zip(*found[SFT]["nll"], strict=True), "o--", color="#c8541b", linewidth=1.0, markersize=3, label=SFT)
-    left.axhline(found[RF_NLL][0]["chance"], color="#59636e", linewidth=0.8, linestyle="--", label="by chance")
+        middle.plot(np.arange(1, len(scores) + 1), scores, line, color=colour, linewidth=1.2)
+        right.plot(*zip(*one["nll"], strict=True), line, marker="o", color=colour, linewidth=1.2, markersize=3)
+    right.plot(*zip(*found[SFT]["nll"], strict=True), "o-", color="#c8541b", linewidth=1.0, markersize=3, label=SFT)
+    left.axhline(found[RF_NLL][0]["chance"], color="#59636e", linewidth=0.8, linestyle=":", label="by chance")
     suffixes = float(np.mean([one["scores"]["suffix"] for one in found[RF_NLL]]))
-    middle.axhline(suffixes, color="#59636e", linewidth=0.8, linestyle="--", label="suffixes")
+    middle.axhline(suffixes, color="#59636e", linewidth=0.8, linestyle=":", label="suffixes")
     left.set_ylim(-0.02, 1)
     left.set_ylabel(f"share of rollouts chosen, mean of {WINDOW} steps")
     middle.set_ylabel("likelihood of rollouts by the judge, nats a token")
     right.set_ylabel("held-out nats a token of the suffix")
     for axis in (left, middle, right):
         axis.set_xlabel("step")
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=7)
     figure.savefig(png)
 
 
@@ -164,6 +180,7 @@ def section(found: Mapping[str, Any]) -> str:
     rows = [
         [
             f"{one['plain_steps']}",
+            f"{one['temperature']:g}",
             f"{one['nll'][0][1]:.3f}",
             f"{one['nll'][-1][1]:.3f} after {one['nll'][-1][0]}",
             _percent(one["chosen"], one["chosen_interval"]),
@@ -176,6 +193,7 @@ def section(found: Mapping[str, Any]) -> str:
     same = min(found["settings"]["after"])
     head = [
         "plain steps before",
+        "temperature",
         "nats a token there",
         "and after RF-NLL",
         f"rollouts chosen in {same} steps (95%)",
@@ -183,16 +201,18 @@ def section(found: Mapping[str, Any]) -> str:
         "likelihood of rollouts",
         "of suffixes",
     ]
-    last, plain = found[RF_NLL][-1], found[SFT]
+    stages = {one: [stage for stage in found[RF_NLL] if stage["temperature"] == one] for one in TEMPERATURES}
+    last, plain = stages[1.0][-1], found[SFT]
     blocks = [
         "A model of 7 million weights learns Wikipedia leads plainly, 16 pieces of up to 128 tokens a step. From three stages "
-        "it goes on by RF-NLL of the suffix (16 tokens behind up to 48) against one rollout at temperature 1, 16 groups a "
-        "step, chosen by their likelihood under SmolLM2-135M-Instruct (nats a token, means of the first "
-        f"{same} steps). By chance a rollout is chosen in {100 * last['chance']:.0f}% of the groups.",
+        "it goes on by RF-NLL of the suffix (16 tokens behind up to 48) against one rollout, 16 groups a step, chosen by their "
+        f"likelihood under SmolLM2-135M-Instruct (nats a token, means of the first {same} steps). By chance a rollout is "
+        f"chosen in {100 * last['chance']:.0f}% of the groups.",
         table(head, rows),
-        told(found[RF_NLL]),
+        *(f"At temperature {one:g}: {told(of_it)}" for one, of_it in stages.items()),
         f"Next-token loss on suffixes alone, from the last stage and for as many steps, ends at {plain['nll'][-1][1]:.3f} nats "
-        f"a token, RF-NLL at {last['nll'][-1][1]:.3f}; one run each, so that what two seeds differ by is not known. A "
+        f"a token, RF-NLL at {last['nll'][-1][1]:.3f}, with surer rollouts at "
+        f"{stages[TEMPERATURES[-1]][-1]['nll'][-1][1]:.3f}; one run each, so that what two seeds differ by is not known. A "
         "likelihood favours bland text, and its model is itself small: what a judge that reads would choose is not shown.",
     ]  # fmt: skip
     return "\n\n".join(block if block.startswith("|") else paragraph(block) for block in blocks)
@@ -205,15 +225,13 @@ def told(stages: Sequence[Mapping[str, Any]]) -> str:
         later for earlier, later in pairwise(stages) if later["chosen_interval"][0] > earlier["chosen_interval"][1]
     ]
     grows = (
-        f"The share is higher after {_steps(rising)} plain steps than at the stage before, beyond both intervals."
+        f"the share is higher after {_steps(rising)} plain steps than at the stage before, beyond both intervals."
         if rising
-        else "No stage's share is above the one's before it beyond both intervals."
+        else "no stage's share is above the one's before it beyond both intervals."
     )
     if preferred:
         return f"{grows} Rollouts are preferred to the text, beyond chance, after {_steps(preferred)} plain steps."
-    return (
-        f"{grows} At none of them are rollouts preferred to the text: that takes a better model than these steps make."
-    )
+    return f"{grows} At none of these stages are rollouts preferred to the text: that takes a better model."
 
 
 def _steps(stages: Sequence[Mapping[str, Any]]) -> str:

@@ -152,12 +152,17 @@ class Run:
         assert leader.judge is not None
         return leader.judged(self.validation.measure(engines, leader.judge, version), stop, leader.judge)
 
-    def refresh_reference(self) -> None:
-        """Copy the policy into the reference when --ref-update-interval says so; the next checkpoint keeps it."""
+    def refresh_reference(self) -> bool:
+        """Copy the policy into the reference when --ref-update-interval says so; the next checkpoint keeps it.
+
+        Returns whether it did.
+        """
         interval = self.settings.reference.update_interval
-        if self.reference is not None and interval and self.state.iteration % interval == 0:
-            self.reference.copy_policy()
-            self.unsaved_reference = self.state.iteration
+        if self.reference is None or not interval or self.state.iteration % interval:
+            return False
+        self.reference.copy_policy()
+        self.unsaved_reference = self.state.iteration
+        return True
 
     def push_weights(self, *, require_all: bool = False) -> Metrics:
         """Give the engines the policy's weights; the version they then report is the run's name and the iteration.
@@ -236,6 +241,14 @@ class Run:
             )
         self.state.last_saved = self.state.iteration
         self.checksums.begin(save / f"iter_{self.state.iteration:07d}")
+
+    def save_what_was_trained(self) -> None:
+        """Save for a run that ends before its last step: without the empty steps since the last one that changed anything,
+        whose tasks the same command then asks again."""
+        if self.state.forget_empty_steps():
+            self.ahead = None  # of the step behind the empty ones
+        self.save()
+        self.finish_saving()
 
     def packed_ahead(self) -> bytes | None:
         """The experience that the run which continues from the present step trains on first, equal on all ranks."""

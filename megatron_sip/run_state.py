@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
@@ -12,7 +12,8 @@ class RunState:
 
     consumed_samples: the cursor of the tasks, of what was trained. last_saved: iteration of the newest checkpoint, None before
     the first. non_finite_steps: in a row, up to now. task_fingerprint: of the tasks that the cursor counts. learnt: nothing is
-    left to. experience_ahead: of the step behind the checkpoint, see `experience.ahead`.
+    left to. experience_ahead: of the step behind the checkpoint, see `experience.ahead`. trained: (iteration, consumed samples)
+    behind the last step that changed anything.
     """
 
     iteration: int = 0
@@ -22,6 +23,20 @@ class RunState:
     task_fingerprint: str | None = None
     learnt: bool = False
     experience_ahead: bytes | None = None
+    trained: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.note_trained()
+
+    def note_trained(self) -> None:
+        """The present step changed weights or reference, or is the run's last."""
+        self.trained = self.iteration, self.consumed_samples
+
+    def forget_empty_steps(self) -> bool:
+        """Go back behind those that changed nothing, so that their tasks are asked again; whether there are any."""
+        where = self.iteration, self.consumed_samples
+        self.iteration, self.consumed_samples = self.trained
+        return where != self.trained
 
     @classmethod
     def loaded(

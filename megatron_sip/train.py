@@ -153,7 +153,8 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         state.non_finite_steps = in_a_row(state.non_finite_steps, metrics, trained=bool(examples))
         state.iteration += 1
         state.consumed_samples += made.rounds * settings.prompts
-        run.refresh_reference()
+        if run.refresh_reference() or examples:
+            state.note_trained()
         if under_way is not None:
             metrics |= timed("seconds/waiting", partial(finish_ahead, run, stop, under_way))
         stopping = exchange.any_rank(stop.requested)  # then the engines may be stopping as well: do not push to them
@@ -176,7 +177,10 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         if len(empty) == MAX_EMPTY_STEPS:
             end_without_examples(run, empty)
         # Not after an empty step: a job that is restarted again and again would eat its data without learning.
-        is_due = (run.save_is_due() and bool(examples)) or state.iteration == settings.steps or state.learnt
+        is_last = state.iteration == settings.steps or state.learnt
+        if is_last:
+            state.note_trained()
+        is_due = (run.save_is_due() and bool(examples)) or is_last
         saving = timed("seconds/save", run.save) if is_due else {}
     run.finish_saving()
     validate(run, stop, last=True)
@@ -242,8 +246,7 @@ def compare_and_report(run: Run, stop: StopSignal) -> None:
 def end_in_trouble(run: Run, stop: StopSignal) -> None:
     """Save the present step and raise TrainingError where any rank has troubles; one that has no words for them only ends."""
     if run.exchange.any_rank(bool(run.troubles or stop.reason)):
-        run.save()
-        run.finish_saving()
+        run.save_what_was_trained()
         reason = next(
             filter(None, run.exchange.all_gather_from_leaders(stop.reason)), ""
         )  # all may have found the same
@@ -271,12 +274,15 @@ def end_without_examples(run: Run, empty: Sequence[Metrics]) -> None:
                 f"succeed or never do; the run ends with step {state.iteration}. For more start a run from its weights: {ways}"
             )
         return
-    run.finish_saving()
+    trained = state.trained[0]
+    if trained:
+        run.save_what_was_trained()
     told = f"no group was usable in {MAX_EMPTY_STEPS} steps in a row; reasons: {dropped}. "
     if alike:
         told += f"All rollouts of a task score the same from the first step on, they always succeed or never do: {ways}"
     else:
-        told += "Those steps are not saved: once judge and engines answer, the same command tries their tasks again"
+        told += f"Step {trained} is saved: " if trained else ""
+        told += "once judge and engines answer, the same command tries their tasks again"
     raise TrainingError(told if rank == 0 else 1)
 
 
@@ -296,8 +302,7 @@ def no_finite_step(run: Run) -> str:
 def stop_early(run: Run, stop: StopSignal) -> bool:
     """Save the last finished step; returns False, or raises TrainingError where a run's own trouble asked for the stop."""
     end_in_trouble(run, stop)
-    run.save()
-    run.finish_saving()
+    run.save_what_was_trained()
     if run.settings.run.rank == 0:
         say(f"stopped on request: step {run.state.iteration} is saved, the same command continues")
     return False

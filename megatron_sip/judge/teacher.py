@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Self
 
 import orjson
@@ -39,7 +39,7 @@ from megatron_sip.judge.wire import (
 from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.http import HttpPool, Request
 from megatron_sip.serving.http_reply import shown_url
-from megatron_sip.serving.server import RetryPolicy, Server
+from megatron_sip.serving.server import RetryPolicy, Server, TokenBucket
 from megatron_sip.serving.sglang_wire import GENERATE_PATH
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class TeacherClient:
         self.settings = settings
         self._report_s = report_s
         self._reporter: asyncio.Task[None] | None = None
-        servers = [_server(endpoint) for endpoint in settings.endpoints]
+        servers = [_server(endpoint, settings.replicas) for endpoint in settings.endpoints]
         self.pool = HttpPool(
             servers,
             concurrency=settings.in_flight,
@@ -358,9 +358,17 @@ def _only(answers: list[Answer] | None) -> Any:
     return answers[0][0] if answers and isinstance(answers[0], list) else None
 
 
-def _server(endpoint: Endpoint) -> Server:
+def _server(endpoint: Endpoint, replicas: int) -> Server:
     base = endpoint.url.rstrip("/").removesuffix("/v1")  # clients of this protocol are often given the URL with it
-    return Server(base, endpoint.api_key(), endpoint.requests_per_s, endpoint.proxy())
+    server = Server(base, endpoint.api_key(), proxy=endpoint.proxy())
+    server.bucket = _bucket(base, endpoint.requests_per_s / replicas)
+    return server
+
+
+@cache
+def _bucket(url: str, requests_per_s: float) -> TokenBucket:
+    """A server's limit in this process: a leader's judge and its rewriter may ask the same one."""
+    return TokenBucket(requests_per_s)
 
 
 def _batches(calls: dict[bytes, Call]) -> list[list[bytes]]:

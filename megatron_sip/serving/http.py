@@ -63,7 +63,7 @@ class HttpPool:
         concurrency: int,
         call_timeout_s: float = 120.0,
         silence_s: float = math.inf,
-        connect_timeout_s: float | None = None,
+        connect_timeout_s: float = 10.0,
         policy: RetryPolicy | None = None,
         check: Callable[[Server], Awaitable[None]] | None = None,
         counted_as: Callable[[RequestError], str] = attrgetter("kind"),
@@ -73,6 +73,7 @@ class HttpPool:
 
         silence_s: a request of `send` ends when no server has answered any of them for so long; its deadline is then that of
         `longest_wait`.
+        connect_timeout_s: for how long a server may take no connection.
         check: asks a server that has failed whether it may be used again, which it forbids by a RequestError; without it the
         next request finds out. counted_as: the name in `counts` of a failed attempt.
         """
@@ -283,6 +284,8 @@ class HttpPool:
                 ) as response,
             ):
                 content = masked_reply(await read_reply(response), key)
+        except aiohttp.ConnectionTimeoutError:  # of a node that has vanished, say
+            raise failure("connection", where, key, "took no connection in time") from None
         except TimeoutError:
             raise failure("timeout", where, key, "gave no answer in time") from None
         except aiohttp.ClientConnectorError as error:

@@ -36,13 +36,47 @@ def test_checkpoints_come_at_every_interval_and_at_the_end() -> None:
     assert resumed.saved == [6, 9]
 
 
-def test_a_run_without_any_usable_group_ends_and_saves_none_of_those_steps() -> None:
-    run = FakeRun([True, True, *[False] * 20], save_interval=2)
+@pytest.mark.parametrize("interval", [2, 100])
+def test_a_run_without_any_usable_group_ends_and_saves_what_was_trained_before(interval: int) -> None:
+    run = FakeRun([True, True, *[False] * 20], save_interval=interval)
     with pytest.raises(TrainingError, match=rf"in {MAX_EMPTY_STEPS} steps in a row; .*'dropped/no verdict': 10.0"):
         run_steps(run, StopSignal())
-    assert run.state.iteration == 2 + MAX_EMPTY_STEPS
+    assert (run.state.iteration, run.state.consumed_samples) == (2, 2)
     assert run.saved == [2]  # the same command tries the tasks after step 2 again
     assert run.finished  # a checkpoint still being written is not lost
+
+
+@pytest.mark.parametrize("ends", ["stop", "trouble"])
+def test_what_ends_a_run_among_empty_steps_saves_none_of_them(ends: str) -> None:
+    run, stop = FakeRun([True, True, *[False] * 6], save_interval=100), StopSignal()
+    made = run.make_experience
+
+    def ended_in_the_fifth(stop: StopSignal, number: int) -> Experience | None:
+        if run.state.iteration == 4:
+            stop.request("the teacher ended" if ends == "trouble" else "")
+        return made(stop, number)
+
+    run.make_experience = ended_in_the_fifth  # type: ignore[method-assign, assignment]
+    if ends == "stop":
+        assert not run_steps(run, stop)
+    else:
+        with pytest.raises(TrainingError, match=r"the teacher ended\. Step 2 is saved"):
+            run_steps(run, stop)
+    assert (run.saved, run.state.iteration, run.state.consumed_samples) == ([2], 2, 2)
+
+
+def test_a_run_whose_last_steps_are_empty_is_done_with_them() -> None:
+    run = FakeRun([True, False, False], save_interval=100)
+    assert run_steps(run, StopSignal())
+    assert (run.saved, run.state.trained) == ([3], (3, 3))
+
+
+def test_a_reference_that_an_empty_step_made_is_kept() -> None:
+    run = FakeRun([True, *[False] * 20], save_interval=100)
+    run.refresh_reference = lambda: run.state.iteration == 5  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="Step 5 is saved"):
+        run_steps(run, StopSignal())
+    assert run.saved == [5]
 
 
 def test_a_run_with_nothing_left_to_learn_ends_as_a_finished_one_and_the_same_command_trains_no_more(
@@ -65,7 +99,7 @@ def test_a_run_with_nothing_left_to_learn_ends_as_a_finished_one_and_the_same_co
 def test_an_outage_among_steps_without_spread_is_an_outage(reasons: list[str], trained: int) -> None:
     """Whatever the last of them says."""
     run = FakeRun([True] * trained + [False] * 20, save_interval=2, empty=reasons)
-    with pytest.raises(TrainingError, match=r"reasons: \{.*'dropped/no spread': \d.*Those steps are not saved"):
+    with pytest.raises(TrainingError, match=r"reasons: \{.*'dropped/no spread': \d.*Step 2 is saved: once judge"):
         run_steps(run, StopSignal())
     assert run.saved == [2]
 

@@ -88,13 +88,19 @@ def test_report_page_and_figure_are_of_what_the_runs_logged(place: Place, tmp_pa
     stages = Sizes().plain
     for number, steps in enumerate(stages):
         write_run(continued(place, RF_NLL, steps), [number / 10, number / 5], [8.0 - number, 7.5 - number])
+        write_run(continued(place, RF_NLL, steps, 0.3), [0.9, 0.7], [8.0, 9.0])
     write_run(continued(place, SFT, stages[-1]), [], [6.0, 5.25])
     report = STUDY.report(place)
-    assert [one["chosen"] for one in report[RF_NLL]] == [0.0, 0.15, 0.3]
-    assert [one["groups"] for one in report[RF_NLL]] == [32, 32, 32]
+    assert [one["chosen"] for one in report[RF_NLL]] == [0.0, 0.15, 0.3, *[0.8] * 3]
+    assert [one["temperature"] for one in report[RF_NLL]] == [*[1.0] * 3, *[0.3] * 3]
+    assert [one["groups"] for one in report[RF_NLL]] == [32] * 6
     assert report[SFT] == {"plain_steps": stages[-1], "nll": [[0, 6.0], [20, 5.25]]}
     text = STUDY.section(json.loads(json.dumps(report))).replace("\n", " ")
-    assert f"| {stages[-1]} | 6.000 | 5.500 after 20 | 30.0% (" in text
+    assert (
+        "At temperature 0.3: no stage's share is above the one's before it beyond both intervals. Rollouts are" in text
+    )
+    assert "RF-NLL at 5.500, with surer rollouts at 9.000; one run" in text
+    assert f"| {stages[-1]} | 1 | 6.000 | 5.500 after 20 | 30.0% (" in text
     assert "| 32 | -8.70 | -3.00 |" in text
     assert "ends at 5.250 nats" in text
     STUDY.draw(report, tmp_path / "figure.png")
@@ -104,8 +110,8 @@ def test_report_page_and_figure_are_of_what_the_runs_logged(place: Place, tmp_pa
 @pytest.mark.parametrize(
     ("intervals", "said"),
     [
-        ([(0.0, 0.1), (0.05, 0.2)], "No stage's share is above the one's before it"),
-        ([(0.0, 0.1), (0.2, 0.3)], "higher after 1 plain steps .* At none of them are rollouts preferred"),
+        ([(0.0, 0.1), (0.05, 0.2)], "no stage's share is above the one's before it"),
+        ([(0.0, 0.1), (0.2, 0.3)], "higher after 1 plain steps .* At none of these stages are rollouts preferred"),
         ([(0.0, 0.1), (0.6, 0.7)], "Rollouts are preferred to the text, beyond chance, after 1 plain steps"),
     ],
 )

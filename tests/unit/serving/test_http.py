@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -315,6 +317,26 @@ async def test_work_in_flight_is_bounded() -> None:
     ):
         await asyncio.gather(*(send(pool, ask()) for _ in range(60)))
     assert most == 7
+
+
+async def test_a_server_that_takes_no_connection_any_more_costs_no_more_than_its_own_time_out() -> None:
+    """As a node that has vanished: nothing answers its SYN. What it was asked the other one answers."""
+    with socket.socket() as gone, contextlib.ExitStack() as waiting:
+        gone.bind(("127.0.0.1", 0))
+        gone.listen(0)
+        for _ in range(4):  # which fill its backlog
+            one = waiting.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(gone.getsockname())
+        url = f"http://127.0.0.1:{gone.getsockname()[1]}"
+        async with Loopback(fine) as server:
+            servers = [Server(url), Server(server.url)]
+            async with HttpPool(servers, concurrency=9, connect_timeout_s=0.2, call_timeout_s=60.0) as pool:
+                begin = time.monotonic()
+                await asyncio.gather(*(send(pool, ask()) for _ in range(8)))
+                assert time.monotonic() - begin < 20.0
+                assert pool.counts["failed-attempts/connection"] > 0
+                assert pool.counts["failed-attempts/timeout"] == 0
 
 
 async def test_the_rate_limit_holds() -> None:
