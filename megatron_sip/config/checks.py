@@ -127,7 +127,7 @@ def validate(args: argparse.Namespace) -> None:
     refuse(
         [
             *problems_of_ours(args),
-            *_problems(args, _check_batch, _check_schedule, _check_megatron, _check_local_servers),
+            *_problems(args, _check_batch, _check_schedule, _check_megatron, _check_checkpoints, _check_local_servers),
         ]
     )
     begin_warm_up_above_zero(args)
@@ -316,11 +316,6 @@ def _check_megatron(args: argparse.Namespace) -> Iterator[str]:
             "--micro-batch-size must be 1: a packed row is a micro-batch; --row-length makes it larger",
         ),
         (
-            args.load not in (None, args.save),
-            f"--load {args.load}: a run continues from its own --save folder ({args.save}), where its reference is; to "
-            "start from other weights give --pretrained-checkpoint",
-        ),
-        (
             args.overlap_param_gather,
             "--overlap-param-gather: weights are pushed and saved right after the step; remove it",
         ),
@@ -338,6 +333,26 @@ def _check_megatron(args: argparse.Namespace) -> Iterator[str]:
             "--exit-interval and --exit-duration-in-mins: send SIGTERM instead, the run saves and exits 0",
         ),
         (
+            args.eval_iters not in EVAL_ITERS,
+            "--eval-iters: there are no validation batches; remove it. --eval-interval measures held-out text or records, "
+            "--eval-records of them, and --win-rate-prompts compares the trained policy with the initial one",
+        ),
+        (args.clip_grad <= 0, "--clip-grad 0 switches the check for NaN gradients off too; give a large value instead"),
+    ]
+    for is_refused, message in refused:
+        if is_refused:
+            yield message
+
+
+def _check_checkpoints(args: argparse.Namespace) -> Iterator[str]:
+    """Flags of Megatron's by which a run could not be continued, or not as it was."""
+    refused = [
+        (
+            args.load not in (None, args.save),
+            f"--load {args.load}: a run continues from its own --save folder ({args.save}), where its reference is; to "
+            "start from other weights give --pretrained-checkpoint",
+        ),
+        (
             args.finetune,
             f"--finetune would start at step 0 and discard what --save {args.save} holds; to start from other weights give "
             "--pretrained-checkpoint and a new --save folder",
@@ -348,11 +363,13 @@ def _check_megatron(args: argparse.Namespace) -> Iterator[str]:
             f"step into {args.save}/{TRACKER}, later checkpoints are then moved aside",
         ),
         (
-            args.eval_iters not in EVAL_ITERS,
-            "--eval-iters: there are no validation batches; remove it. --eval-interval measures held-out text or records, "
-            "--eval-records of them, and --win-rate-prompts compares the trained policy with the initial one",
+            args.ckpt_format != "torch_dist",
+            f"--ckpt-format {args.ckpt_format}: a run continues from torch_dist checkpoints, which it can check; remove it",
         ),
-        (args.clip_grad <= 0, "--clip-grad 0 switches the check for NaN gradients off too; give a large value instead"),
+        (
+            args.no_save_optim or args.no_load_optim or args.skip_train,
+            "--no-save-optim, --no-load-optim, --skip-train: a run that continues needs the optimizer's moments; remove it",
+        ),
     ]
     for is_refused, message in refused:
         if is_refused:

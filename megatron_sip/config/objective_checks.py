@@ -14,6 +14,7 @@ GRPO_FLAGS = (
     *(flag for flag in OBJECTIVE_FLAGS if flag.startswith("--grpo-")),
     *("--truncated-answers", "--mismatch-correction", "--branches-per-row"),
 )
+DPO_FLAGS = ("--dpo-beta", "--dpo-nll-coef", "--dpo-label-smoothing", "--dpo-loss")
 REFERENCE_FLAGS = ("--ref-update-interval", "--ref-offload")
 
 
@@ -50,6 +51,12 @@ def check_objective(args: argparse.Namespace) -> Iterator[str]:
         )
     if args.logit_chunk_columns < 0:
         yield f"--logit-chunk-columns {args.logit_chunk_columns}: must be 0 (all at once) or more"
+    if not 0 <= args.min_usable_share <= 1:
+        yield f"--min-usable-share {args.min_usable_share}: a share, from 0 to 1"
+    if args.objective != "dpo":
+        yield from _meaningless(args, DPO_FLAGS, "for --objective dpo only")
+    if args.objective != "sft":
+        yield from _meaningless(args, ("--sft-target",), "for --objective sft only")
     if args.objective == "grpo":
         yield from _check_grpo(args)
     else:
@@ -61,10 +68,13 @@ def check_objective(args: argparse.Namespace) -> Iterator[str]:
 def _check_grpo(args: argparse.Namespace) -> Iterator[str]:
     if args.num_rollouts < 2:
         yield f"--num-rollouts {args.num_rollouts}: --objective grpo compares a group's rollouts, it needs at least 2"
+    if args.max_staleness and args.mismatch_correction == "none":
+        yield (
+            "--mismatch-correction none with --max-staleness 1: rollouts are of older weights, which nothing would correct; "
+            "take truncate or mask"
+        )
     if args.rollout_temperature == 0:
         yield "--rollout-temperature 0: greedy rollouts of a prefix are all the same; --objective grpo needs it above 0"
-    if not 0 <= args.min_usable_share <= 1:
-        yield f"--min-usable-share {args.min_usable_share}: a share, from 0 to 1"
     if args.grpo_oversample < 1:
         yield f"--grpo-oversample {args.grpo_oversample}: must be at least 1, the round that every step asks for"
     if args.branches_per_row is not None and args.branches_per_row < 1:

@@ -12,6 +12,8 @@ from megatron_sip.records import Example
 
 LOST = ("rollout ", "judge-", UNSCORED, NON_FINITE)
 """How the reasons begin of groups that engines or judge did not answer for; all others are of whole groups, by selection."""
+FAILED_REWRITES = "rewriter/dropped/failed"
+"""The metric of rewrites that the rewriter did not answer for; one that it refused is an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,9 @@ def is_enough(rounds: Sequence[Sequence[Experience]], prompts: int, most: int) -
 def lost_groups(metrics: Metrics) -> dict[str, float]:
     """A step's groups that did not come back whole and judged, by reason: not those of which selection has no use."""
     dropped = {name.removeprefix("dropped/"): value for name, value in metrics.items() if name.startswith("dropped/")}
-    return {why: float(n) for why, n in dropped.items() if why.startswith(LOST) and isinstance(n, float) and n}
+    reasons = {why: n for why, n in dropped.items() if why.startswith(LOST)}
+    reasons["rewrite failed"] = metrics.get(FAILED_REWRITES, 0.0)
+    return {why: n for why, n in reasons.items() if isinstance(n, float) and n}
 
 
 def is_representative(metrics: Metrics, least: float) -> bool:

@@ -290,6 +290,9 @@ def test_contradictions(flags: tuple[str, ...], named: str) -> None:
         ({"virtual_pipeline_model_parallel_size": 2}, "--num-layers-per-virtual-pipeline-stage"),
         ({"exit_interval": 5}, "SIGTERM"),
         ({"clip_grad": 0.0}, "--clip-grad"),
+        ({"ckpt_format": "torch"}, "--ckpt-format torch"),
+        ({"no_save_optim": True}, "--no-save-optim"),
+        ({"skip_train": True}, "--skip-train"),
     ],
 )
 def test_flags_of_megatron_that_do_not_fit(megatron: dict[str, Any], named: str) -> None:

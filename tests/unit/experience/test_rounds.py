@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sip.experience.maker import Experience
-from megatron_sip.experience.rounds import is_enough, is_representative, lost_groups, step_experience
+from megatron_sip.experience.rounds import FAILED_REWRITES, is_enough, is_representative, lost_groups, step_experience
 from megatron_sip.metrics import Mean, Metrics, flatten
 from megatron_sip.records import Branch, Example
 
@@ -45,12 +45,18 @@ def test_without_oversampling_nothing_is_cut_or_logged() -> None:
         ({"no good candidate": 4.0, "lone rollout": 3.0, "fewer than two rollouts": 2.0, "no rewrite": 1.0}, True),
         ({"unscored": 3.0, "non-finite score": 3.0}, False),
         ({"tied": 4.0, "judge-quality-timeout": 6.0}, False),
+        ({"no rewrite": 9.0, "rewriter/dropped/refused": 9.0}, True),  # an answer
+        ({"no rewrite": 9.0, FAILED_REWRITES: 6.0}, False),
+        ({FAILED_REWRITES: 6.0}, False),  # RF-NLL would learn the suffixes that are left
     ],
 )
 def test_a_step_of_which_more_than_half_is_lost_is_not_representative(
     dropped: dict[str, float], representative: bool
 ) -> None:
-    metrics: Metrics = {"groups": 10.0, **{f"dropped/{reason}": count for reason, count in dropped.items()}}
+    metrics: Metrics = {
+        "groups": 10.0,
+        **{name if "/" in name else f"dropped/{name}": count for name, count in dropped.items()},
+    }
     assert is_representative(metrics, 0.5) is representative
     assert is_representative(metrics, 0.0)
     assert is_representative(metrics, 1.0) is (lost_groups(metrics) == {})
