@@ -166,6 +166,10 @@ class FunctionProcesses:
             numbers = await asyncio.to_thread(worker.call, texts, prefix, reference, limit)
             self.answered_at = time.monotonic()
             return numbers
+        except _StartError as error:
+            if self.answered_at == -math.inf:
+                raise
+            raise CallFailedError("crashed", f"its process does not start again: {error}") from error  # it did before
         except asyncio.CancelledError:
             worker.kill()  # its answer would be taken for that of the next call
             self._workers.remove(worker)
@@ -189,6 +193,10 @@ class FunctionProcesses:
         """End the processes."""
         for worker in self._workers:
             worker.kill()
+
+
+class _StartError(FunctionError):
+    """A process that cannot import the function."""
 
 
 class _Worker:
@@ -226,7 +234,7 @@ class _Worker:
         kind, answer = self._answer(pipe, START_TIMEOUT_S)
         if kind != "ready":
             self.kill()
-            raise FunctionError(answer)
+            raise _StartError(answer)
         return pipe
 
     def _answer(self, pipe: Connection, timeout_s: float) -> tuple[str, Any]:

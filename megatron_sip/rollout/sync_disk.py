@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sip.console import say
 from megatron_sip.hf.shards import NamedTensors, Part, complete_model, write_parts
 from megatron_sip.rollout.handshake import WeightSyncError
 from megatron_sip.rollout.weight_group import SyncSettings
@@ -85,7 +86,10 @@ class DiskWeightSync(WeightSync):
     def _forget_old(self) -> None:
         folders = sorted(self._folder.glob("weights-*"), key=lambda folder: folder.stat().st_mtime_ns)
         for folder in folders[:-KEPT_FOLDERS]:
-            shutil.rmtree(folder)
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:  # on NFS what an engine still has open stays; the next push tries again
+                say(f"weights: an old folder stays for now: {error}")
 
 
 def begin_folder(staged: Path) -> None:

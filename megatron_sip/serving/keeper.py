@@ -79,10 +79,6 @@ class Keeper:
 
         return answer
 
-    def await_answer(self) -> bool:
-        """Wait until the server answers, started again if it must be; False when it has been given up."""
-        return any_answers([self])
-
     def expect_silence(self, silent: bool) -> None:
         """While it is silent, the server is not asked whether it hangs; one that ends is started again all the same."""
         if not silent:
@@ -114,6 +110,8 @@ class Keeper:
                     return
                 else:
                     fault = self._fault()
+        except Exception as error:  # a thread that ended without a word would leave the server unattended
+            self._give_up(f"{self._name} at {self._server.url} cannot be looked after: {type(error).__name__}: {error}")
         finally:
             self._over = True
 

@@ -17,7 +17,13 @@ from flag_cases import settings as run_settings
 from judge_cases import make_group, make_settings
 
 from megatron_sip.judge import Judge, JudgeSettings, SettingsError, parse_criteria
-from megatron_sip.judge.python_functions import FunctionError, FunctionProcesses, check_functions, named_functions
+from megatron_sip.judge.python_functions import (
+    CallFailedError,
+    FunctionError,
+    FunctionProcesses,
+    check_functions,
+    named_functions,
+)
 from megatron_sip.records import Candidate, Group
 from megatron_sip.stop_signal import StopSignal
 
@@ -65,6 +71,27 @@ async def test_a_call_that_hangs_raises_or_crashes_is_a_missing_score_and_the_ne
     assert all(group.scores is None for group in judged[1::2])
     assert counters[f"groups/dropped/judge-{OBEYS}-timeout"] == 1
     assert time.monotonic() - started < 60.0
+
+
+async def test_one_whose_process_does_not_start_again_is_a_missing_score_and_later_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sometimes.py").write_text(
+        f"import os\nif os.path.exists({str(tmp_path / 'down')!r}): raise OSError('no memory')\n"
+        "def number(texts, prefix, reference):\n    if texts == ['crash']: os._exit(3)\n    return [0.5] * len(texts)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    processes = FunctionProcesses("sometimes:number", 60.0, 1)
+    try:
+        await processes.start()
+        for texts in (["crash"], ["text"]):
+            with pytest.raises(CallFailedError, match="does not start again" if texts == ["text"] else "ended"):
+                await processes.call(texts, "", "", 60.0)
+            (tmp_path / "down").touch()
+        (tmp_path / "down").unlink()
+        assert await processes.call(["text"], "", "", 60.0) == [0.5]
+    finally:
+        processes.close()
 
 
 async def test_a_slow_function_drops_nothing() -> None:

@@ -223,6 +223,25 @@ def test_disk_push_names_a_load_format(engines: list[FakeEngine], template: Path
     assert engine.version == "1"
 
 
+def test_an_old_folder_that_cannot_be_removed_stays_until_a_later_push(
+    engines: list[FakeEngine], template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if path.name.startswith("weights-"):
+            raise OSError(39, "Directory not empty")
+
+    folder = tmp_path / "weights"
+    sync = DiskWeightSync([engines[0].url], SyncRank(), QUICK, folder=folder, template=template)
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_sip.rollout.sync_disk.shutil.rmtree", busy)
+        for version in range(1, 5):
+            push(sync, version)
+    assert len(list(folder.glob("weights-*"))) == 4
+    push(sync, 5)
+    assert len(list(folder.glob("weights-*"))) == sync_disk.KEPT_FOLDERS
+    assert engines[0].version == "5"
+
+
 @pytest.mark.parametrize("broken", ["begin_folder", "finish_folder"])
 def test_a_disk_that_fails_the_lead_ends_the_push_on_every_rank(
     template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str

@@ -17,7 +17,7 @@ import pytest
 from stub_server import StubServer
 
 from megatron_sip.serving.blocking_call import call
-from megatron_sip.serving.keeper import Keeper, KeepSettings
+from megatron_sip.serving.keeper import Keeper, KeepSettings, any_answers
 from megatron_sip.serving.local_servers import LocalServers, LocalServerSettings
 from megatron_sip.stop_signal import StopSignal
 
@@ -67,7 +67,7 @@ def test_a_server_that_is_killed_is_back_at_its_url_and_its_log_goes_on(
     keeper = Keeper("the teacher", server, given_up.append, QUICK)
     os.kill(server.pids()[0], signal.SIGKILL)
     wait_until(lambda: not exists(server.pids()[0]))
-    assert keeper.await_answer()
+    assert any_answers([keeper])
     assert server.url == url
     assert call(url, "GET", "/health", timeout_s=5)
     assert server.log_file.read_text().count("serving") == 2
@@ -85,7 +85,7 @@ def test_a_server_that_answers_its_health_and_generates_nothing_is_started_again
     keeper = Keeper("the engine", server, pytest.fail, replace(IMPATIENT, max_failures=100))
     wait_until(lambda: len(server.pids()) >= 2)
     (server.folder / "hangs").unlink()
-    assert keeper.await_answer()
+    assert any_answers([keeper])
     assert not exists(server.pids()[0])
     keeper.close()
 
@@ -95,7 +95,7 @@ def test_a_server_that_is_silent_for_less_than_the_bound_is_left_alone(server: S
     (server.folder / "hangs").touch()
     time.sleep(0.3)
     (server.folder / "hangs").unlink()
-    assert keeper.await_answer()
+    assert any_answers([keeper])
     keeper.close()
     assert len(server.pids()) == 1
 
@@ -109,14 +109,14 @@ def test_a_server_that_is_to_be_silent_is_not_asked_and_is_asked_again_afterward
     keeper.expect_silence(False)
     wait_until(lambda: len(server.pids()) >= 2)
     (server.folder / "hangs").unlink()
-    assert keeper.await_answer()
+    assert any_answers([keeper])
     keeper.close()
 
 
 def test_a_stopped_process_is_ended_and_started_again(server: StubServer) -> None:
     os.kill(server.pids()[0], signal.SIGSTOP)
     keeper = Keeper("the teacher", server, pytest.fail, replace(IMPATIENT, max_failures=100))
-    assert keeper.await_answer()
+    assert any_answers([keeper])
     keeper.close()
     assert len(server.pids()) >= 2
     assert not exists(server.pids()[0])
@@ -128,7 +128,7 @@ def test_one_that_ends_again_and_again_is_given_up_with_the_reason(server: StubS
     keeper = Keeper("the teacher", server, given_up.append, QUICK)
     os.kill(server.pids()[0], signal.SIGKILL)
     wait_until(lambda: bool(given_up))
-    assert not keeper.await_answer()
+    assert not any_answers([keeper])
     [reason] = given_up
     told = r" ended with status 1 after \d+ s, 3 times in a row before it served for 10 minutes, and is given up\. Log "
     assert re.match(f"the teacher at {server.url}{told}", reason)
@@ -155,9 +155,9 @@ def test_one_that_served_for_long_between_its_failures_is_not_given_up(server: S
     for ends in (1, 2, 3):
         os.kill(server.pids()[-1], signal.SIGKILL)
         wait_until(lambda ends=ends: len(server.pids()) > ends)
-        assert keeper.await_answer()
+        assert any_answers([keeper])
         time.sleep(0.4)
-        assert keeper.await_answer()
+        assert any_answers([keeper])
     keeper.close()
     assert len(server.pids()) == 4
 
@@ -165,7 +165,7 @@ def test_one_that_served_for_long_between_its_failures_is_not_given_up(server: S
 def test_one_that_was_never_started_is_and_is_given_up_at_once_where_nothing_is_to_be_restarted(tmp_path: Path) -> None:
     server, given_up = StubServer(tmp_path), list[str]()
     keeper = Keeper("the teacher", server, given_up.append, QUICK, restarts=lambda: False)
-    assert keeper.await_answer()
+    assert any_answers([keeper])
     os.kill(server.pids()[0], signal.SIGKILL)
     wait_until(lambda: bool(given_up))
     keeper.close()
@@ -173,10 +173,25 @@ def test_one_that_was_never_started_is_and_is_given_up_at_once_where_nothing_is_
     assert len(server.pids()) == 1
 
 
+def test_an_unexpected_error_gives_the_server_up_with_a_word(
+    server: StubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: StubServer, *, again: bool) -> None:
+        raise ValueError("an odd config.json")
+
+    monkeypatch.setattr(StubServer, "start", broken)
+    given_up: list[str] = []
+    keeper = Keeper("the teacher", server, given_up.append, QUICK)
+    os.kill(server.pids()[0], signal.SIGKILL)
+    wait_until(lambda: keeper.over)
+    assert [told.partition(" cannot ")[2] for told in given_up] == ["be looked after: ValueError: an odd config.json"]
+    keeper.close()
+
+
 def test_once_the_run_ends_servers_are_left_as_they_are(server: StubServer) -> None:
     keeper = Keeper("the engine", server, pytest.fail, QUICK, rests=lambda: True)
     os.kill(server.pids()[0], signal.SIGKILL)
-    assert not keeper.await_answer()
+    assert not any_answers([keeper])
     keeper.close()
     assert len(server.pids()) == 1
 
