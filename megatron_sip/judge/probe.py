@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron_sip.errors import UserError
@@ -23,7 +24,8 @@ class EndpointError(UserError, RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class EndpointFacts:
-    """model: the name it serves under. tokenizer: its folder or name. context_tokens: of a request with its answer.
+    """model: the name it serves under. tokenizer: its folder or name. context_tokens: of a request with its answer. weights:
+    what tells those in its folder from others that were there before, where the folder is on this machine.
 
     None: the server does not say.
     """
@@ -31,6 +33,7 @@ class EndpointFacts:
     model: str | None = None
     tokenizer: str | None = None
     context_tokens: int | None = None
+    weights: str | None = None
 
 
 async def probe(pool: HttpPool, server: Server, endpoint: Endpoint, timeout_s: float) -> EndpointFacts:
@@ -80,4 +83,10 @@ def read_facts(kind: EndpointKind, model: str, report: Any, models: Any) -> Endp
         value if isinstance(value := info.get(name), str) else None
         for name in ("served_model_name", "model_path", "tokenizer_path")
     )
-    return EndpointFacts(served or path, tokenizer or path, length)
+    return EndpointFacts(served or path, tokenizer or path, length, _weights_of(path))
+
+
+def _weights_of(folder: str | None) -> str | None:
+    files = sorted(Path(folder).glob("*.safetensors")) if folder and Path(folder).is_absolute() else []
+    stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    return str(stats) if stats else None

@@ -315,7 +315,9 @@ class TeacherClient:
     def _answer_source(self) -> str:
         """What answers are kept under: the model that gives them, what its reasoning may cost, how they are begun."""
         endpoint, model = self.settings.endpoint, self.model
-        asked = [endpoint.reasoning_tokens, endpoint.answer_prefix, endpoint.prefill]
+        named = endpoint.model != DEFAULT_MODEL  # then the name says what it is, wherever it lies
+        weights = None if named else self._facts.get(endpoint.url, EndpointFacts()).weights
+        asked = [endpoint.reasoning_tokens, endpoint.answer_prefix, endpoint.prefill, weights]
         return "\x00".join([model, *(str(value) for value in asked if value)])
 
     @property

@@ -91,7 +91,7 @@ class ServerSettings:
     devices: tuple[int, ...] | None = None
     extra_args: tuple[str, ...] = ()
     log_file: Path | None = None
-    start_timeout_s: float = 300.0
+    start_timeout_s: float = 1800.0
 
 
 def server_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from fake_judge import FakeJudge
@@ -67,6 +68,19 @@ def test_most_of_a_small_context_is_used() -> None:
 def test_what_servers_report(kind: str, report: object, models: object, expected: tuple[object, ...]) -> None:
     facts = read_facts(kind, "m", report, models)  # type: ignore[arg-type]
     assert (facts.model, facts.tokenizer, facts.context_tokens) == expected
+
+
+def test_a_model_that_is_trained_into_the_same_folder_is_another_one(tmp_path: Path) -> None:
+    def weights() -> str | None:
+        return read_facts("sglang", "m", {"model_path": str(tmp_path)}, None).weights
+
+    assert weights() is None
+    (tmp_path / "model.safetensors").write_bytes(b"old")
+    first = weights()
+    assert first == weights() is not None
+    (tmp_path / "model.safetensors").write_bytes(b"newer")
+    assert weights() not in (first, None)
+    assert read_facts("sglang", "m", {"model_path": "org/name"}, None).weights is None
 
 
 def long_group() -> Group:
