@@ -317,7 +317,7 @@ run_job() {
 
     local words=(--preset "$PRESET" "$@" --data-path "${paths[@]}" --save "$RUN_DIR" --seq-length "$SEQ_LENGTH"
         --tensor-model-parallel-size "$TENSOR_PARALLEL" --pipeline-model-parallel-size "$PIPELINE_PARALLEL"
-        --use-distributed-optimizer --overlap-grad-reduce --distributed-timeout-minutes 60
+        --use-distributed-optimizer --overlap-grad-reduce
         --tensorboard-dir "$RUN_DIR/tensorboard" --win-rate-prompts "$WIN_RATE_PROMPTS")
     ((TENSOR_PARALLEL == 1)) || words+=(--sequence-parallel)
     ((ENGINE_NODES == 0)) || words+=(--rollout-url "${engine_urls[@]}" --rollout-key-variable "$KEY_VARIABLE")

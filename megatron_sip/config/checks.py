@@ -327,6 +327,11 @@ def _check_megatron(args: argparse.Namespace) -> Iterator[str]:
             args.use_checkpoint_opt_param_scheduler,
             "--use-checkpoint-opt-param-scheduler: a run that continues takes the schedule of its flags; remove it",
         ),
+        (
+            args.rollout_timeout >= 60 * args.distributed_timeout_minutes,
+            f"--rollout-timeout {args.rollout_timeout:g}: an engine that hangs must be given up before the ranks give each "
+            f"other up, --distributed-timeout-minutes {args.distributed_timeout_minutes}: lower the one or raise the other",
+        ),
         (args.rampup_batch_size is not None, "--rampup-batch-size: the number of prompts a step is fixed; remove it"),
         (
             args.exit_interval is not None or args.exit_duration_in_mins is not None,

@@ -161,6 +161,8 @@ def _implied_by_model(given: Sequence[str]) -> list[str]:
         # A step of --fp16 is tried again at half the loss scale, and the loss is a sum: Megatron's 2**32 took it 20 trials.
         *("--initial-loss-scale", str(2**12), "--hysteresis", "1"),
         *("--ckpt-format", "torch_dist", "--save-interval", str(SAVE_INTERVAL)),
+        # One engine that hangs in a push is given up after --rollout-timeout, while other ranks already wait in a collective.
+        *("--distributed-timeout-minutes", "60"),
     ]
 
 

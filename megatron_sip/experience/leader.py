@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_sip.console import say
 from megatron_sip.errors import ArgumentError
 from megatron_sip.experience.maker import Experience, ExperienceMaker, ExperienceSettings
 from megatron_sip.judge.base import AsksTeacher
@@ -19,6 +20,7 @@ from megatron_sip.judge.settings import JudgeSettings
 from megatron_sip.records import Task
 from megatron_sip.rollout.handshake import ModelContract, end_open_update
 from megatron_sip.rollout.pool import PoolSettings, SGLangPool
+from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.loop_thread import LoopThread
 from megatron_sip.stop_signal import StopSignal
 
@@ -39,8 +41,8 @@ class EngineSettings:
 @dataclass(frozen=True, slots=True)
 class ClientsSettings:
     """Which servers a leader asks, None: none of that kind. eval_judge: the held-out comparison's, if it is not `judge`.
-    rating_judge: of answers to sets of prompts. goes_on: the run has worked before, and waits for those that judge and rewrite,
-    which may be of another job, as long as in a step."""
+    rating_judge: of answers to sets of prompts. goes_on: the run has worked before, and waits for servers that may be starting
+    again, or of another job, as long as in a step."""
 
     engines: EngineSettings | None = None
     judge: JudgeSettings | None = None
@@ -53,6 +55,23 @@ class ClientsSettings:
         """How long these servers are waited for at the start."""
         return max(CONNECT_SECONDS, asked.deadline_s) if self.goes_on else CONNECT_SECONDS
 
+    async def wait_for(self, engines: SGLangPool, *, tells: bool) -> None:
+        """Return once all engines answer. Raises RequestError when they do not in time.
+
+        tells: whether to say who is waited for.
+        """
+        try:
+            await engines.wait_ready(CONNECT_SECONDS)
+        except RequestError as error:
+            patience_s = engines.settings.call_timeout_s
+            if not self.goes_on or patience_s <= CONNECT_SECONDS:
+                raise
+            if tells:
+                say(
+                    f"engines: {error.detail}. They are waited for up to {patience_s:.0f} s, since this run has worked before"
+                )
+            await engines.wait_ready(patience_s - CONNECT_SECONDS)
+
 
 def check_servers(settings: ClientsSettings) -> None:
     """Ask all servers whether they are there, so that a wrong URL shows before other servers are started.
@@ -64,7 +83,7 @@ def check_servers(settings: ClientsSettings) -> None:
     async def ask() -> None:
         if settings.engines is not None:
             async with SGLangPool(settings.engines.urls, settings.engines.pool) as engines:
-                await engines.wait_ready(CONNECT_SECONDS)
+                await settings.wait_for(engines, tells=True)
         for judge_settings in (settings.judge, settings.eval_judge, settings.rating_judge):
             if judge_settings is not None:
                 async with Judge(judge_settings) as judge:
@@ -93,7 +112,7 @@ class Leader:
         self, settings: ClientsSettings, experience: ExperienceSettings, tokenizer: Any, replica: int = 0
     ) -> None:
         self._replica = replica
-        self._patience_s = settings.patience_s
+        self._servers = settings
         self._loop = LoopThread("leader")
         self._clients = contextlib.AsyncExitStack()
         self.engines: SGLangPool | None = None
@@ -170,7 +189,7 @@ class Leader:
 
     async def _open_engines(self, settings: EngineSettings, tokenizer: Any) -> SGLangPool:
         engines = await self._clients.enter_async_context(SGLangPool(settings.urls, settings.pool))
-        await engines.wait_ready(CONNECT_SECONDS)
+        await self._servers.wait_for(engines, tells=self._replica == 0)
         if self._replica == 0:  # the others' checks wait for it; each of them doing so could break into our first push
             recovered = (
                 asyncio.to_thread(end_open_update, url, settings.pool.call_timeout_s, settings.pool.key)
@@ -193,13 +212,13 @@ class Leader:
 
     async def _open_rewriter(self, settings: RewriterSettings, tokenizer: Any, suffix_length: int) -> Rewriter:
         rewriter = await self._clients.enter_async_context(Rewriter(self._told(settings), tokenizer, suffix_length))
-        await rewriter.check(self._patience_s(settings))
+        await rewriter.check(self._servers.patience_s(settings))
         return rewriter
 
     async def _open_judge(self, settings: JudgeSettings, tokenizer: Any) -> Judge:
         asked = Judge(self._told(settings), tokenizer.eos_token_id, ChatEncoder(tokenizer))
         judge = await self._clients.enter_async_context(asked)
-        await judge.check(self._patience_s(settings))
+        await judge.check(self._servers.patience_s(settings))
         return judge
 
     def _told[Asked: (JudgeSettings, RewriterSettings)](self, asked: Asked) -> Asked:

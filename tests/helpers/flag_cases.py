@@ -39,6 +39,7 @@ MEGATRON = {
     "exit_interval": None,
     "exit_duration_in_mins": None,
     "clip_grad": 1.0,
+    "distributed_timeout_minutes": 60,
     "ckpt_format": "torch_dist",
     "no_save_optim": None,
     "no_load_optim": None,

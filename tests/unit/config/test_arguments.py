@@ -291,6 +291,7 @@ def test_contradictions(flags: tuple[str, ...], named: str) -> None:
         ({"exit_interval": 5}, "SIGTERM"),
         ({"clip_grad": 0.0}, "--clip-grad"),
         ({"ckpt_format": "torch"}, "--ckpt-format torch"),
+        ({"distributed_timeout_minutes": 10}, "--rollout-timeout 600"),
         ({"no_save_optim": True}, "--no-save-optim"),
         ({"skip_train": True}, "--skip-train"),
     ],
