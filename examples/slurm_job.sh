@@ -280,6 +280,19 @@ names_files() (
     compgen -G "$1" > /dev/null
 )
 
+# check_trainer HF_FOLDER WORDS...: mistakes in the trainer's flags show now, and not when all servers have loaded. A dry run of
+# names that stand for files checks nothing.
+check_trainer() {
+    local report=/dev/null words=("${@:2}")
+    [[ -e $1/config.json && ${SLURM_RESTART_COUNT:-0} == 0 ]] || return 0
+    ((dry_run)) || report=$RUN_DIR/logs/dry_run.txt
+    ((ENGINE_NODES == 0)) || words+=(--rollout-url http://engine)
+    ((TEACHER_NODES == 0)) || words+=(--teacher-url http://teacher)
+    ((REWRITER_NODES == 0)) || words+=(--rewriter-url http://rewriter)
+    WORLD_SIZE=$((TRAINER_NODES * GPUS_PER_NODE)) "$VENV/bin/python" -m megatron_sip.train "${words[@]}" \
+        "${trainer_flags[@]}" --dry-run > "$report" || fail "the trainer refuses these flags"
+}
+
 # run_job HF_FOLDER POLICY_WORDS...: everything. HF_FOLDER holds the policy's config.json and tokenizer.
 run_job() {
     local hf=$1 status=0 paths engine_flags teacher_flags rewriter_flags engine_urls teacher_urls rewriter_urls
@@ -301,6 +314,13 @@ run_job() {
         echo "# the servers, each of them started again when it ends"
     fi
 
+    local words=(--preset "$PRESET" "$@" --data-path "${paths[@]}" --save "$RUN_DIR" --seq-length "$SEQ_LENGTH"
+        --tensor-model-parallel-size "$TENSOR_PARALLEL" --pipeline-model-parallel-size "$PIPELINE_PARALLEL"
+        --use-distributed-optimizer --overlap-grad-reduce
+        --tensorboard-dir "$RUN_DIR/tensorboard" --win-rate-prompts "$WIN_RATE_PROMPTS")
+    ((TENSOR_PARALLEL == 1)) || words+=(--sequence-parallel)
+    check_trainer "$hf" "${words[@]}"
+
     # The trainer pushes its weights before the first rollout, so engines start with made-up ones. SGLang takes no prompt
     # that comes nearer than eight tokens to the end of its context.
     start_servers engine "$TRAINER_NODES" "$ENGINE_NODES" "$ENGINE_TP" "$ENGINE_PORT" --model-path="$hf" \
@@ -315,11 +335,6 @@ run_job() {
     rewriter_urls=("${server_urls[@]}")
     wait_healthy "${engine_urls[@]}" "${teacher_urls[@]}" "${rewriter_urls[@]}"
 
-    local words=(--preset "$PRESET" "$@" --data-path "${paths[@]}" --save "$RUN_DIR" --seq-length "$SEQ_LENGTH"
-        --tensor-model-parallel-size "$TENSOR_PARALLEL" --pipeline-model-parallel-size "$PIPELINE_PARALLEL"
-        --use-distributed-optimizer --overlap-grad-reduce
-        --tensorboard-dir "$RUN_DIR/tensorboard" --win-rate-prompts "$WIN_RATE_PROMPTS")
-    ((TENSOR_PARALLEL == 1)) || words+=(--sequence-parallel)
     ((ENGINE_NODES == 0)) || words+=(--rollout-url "${engine_urls[@]}" --rollout-key-variable "$KEY_VARIABLE")
     ((TEACHER_NODES == 0)) || words+=(--teacher-url "${teacher_urls[@]}" --teacher-key-variable "$KEY_VARIABLE")
     ((REWRITER_NODES == 0)) || words+=(--rewriter-url "${rewriter_urls[@]}" --rewriter-key-variable "$KEY_VARIABLE")

@@ -26,7 +26,7 @@ from megatron_sip.planning.devices import DEVICES, Efficiency, Factors
 from megatron_sip.planning.memory import server_capacity
 from megatron_sip.planning.settings import Planable, read_command, read_run
 from megatron_sip.planning.shapes import ModelShape, model_folder, read_shape
-from megatron_sip.planning.split import Planned, Search, best_split, plan_split
+from megatron_sip.planning.split import Planned, Search, best_split, plan_split, roles_with_work
 from megatron_sip.planning.tables import describe
 from megatron_sip.planning.timing import ORDERS, Cluster, Machine, Order, Servers
 from megatron_sip.planning.work import Serving, Work, step_work
@@ -43,7 +43,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--policy", metavar="MODEL", help="HF folder with a config.json, or a size such as llama-1.4b; "
                         "or give the trainer's --hf-config or --pretrained-checkpoint")  # fmt: skip
     parser.add_argument("--judge", metavar="MODEL", help="the same of judge and rewriter; the policy's unless given")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of all roles together")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of all roles together; needed but with --gpu cpu")
     parser.add_argument("--gpu", choices=DEVICES, default="H100", help="their kind (default H100)")
     parser.add_argument("--roles", type=int, nargs=3, metavar=("TRAINER", "ENGINES", "JUDGE"), help="GPUs by role, planned "
                         "beside the best split")  # fmt: skip
@@ -90,14 +90,24 @@ def understand(own: argparse.Namespace, rest: Sequence[str]) -> Request:
         if not 0 < share <= 1:
             raise ArgumentError(f"{name} {share}: a share is above 0 and at most 1")
     machine = Machine(planable.policy, judge, Efficiency(**shares))
-    device = DEVICES[own.gpu]
+    device, work = DEVICES[own.gpu], step_work(planable.settings, own.answer_share)
+    if own.gpus is None and not device.shared:
+        raise ArgumentError("--gpus N is needed: the GPUs of all roles together")
     if own.from_run:
         machine = replace(machine, factors=run_factors(own, machine))
     return Request(
         planable,
-        step_work(planable.settings, own.answer_share),
+        work,
         machine,
-        Search(own.gpus, device, planable.parallel, planable.tensor, planable.pipeline, own.engine_tp, own.judge_tp),
+        Search(
+            own.gpus or roles_with_work(work),
+            device,
+            planable.parallel,
+            planable.tensor,
+            planable.pipeline,
+            own.engine_tp,
+            own.judge_tp,
+        ),
         own.order or ("one step ahead" if planable.settings.run.max_staleness else "on arrival"),
     )
 
@@ -144,9 +154,10 @@ def server_figures(
 ) -> dict[str, float]:
     """One server of a role: what fits, and what the leaders' calls in flight bring."""
     memory = request.machine.efficiency.memory * cluster.device.memory * servers.tensor
-    return {
-        "GPUs each": servers.tensor,
-        "GB of weights": shape.served_bytes / 1e9,
+    found = {"GPUs each": servers.tensor, "GB of weights": shape.served_bytes / 1e9}
+    if not work.length:  # it only reads: what it reads is not held
+        return found
+    return found | {
         "sequences that fit": server_capacity(shape, memory, work.held),
         "sequences a step": work.sequences / servers.count,
         "asked for at once": work.asked_at_once(servers.count),
@@ -168,8 +179,8 @@ def plan(words: Sequence[str]) -> dict[str, Any]:
     }
     if own.roles:
         shown = " ".join(map(str, own.roles))
-        if sum(own.roles) != own.gpus:
-            raise ArgumentError(f"--roles {shown}: {sum(own.roles)} GPUs, --gpus says {own.gpus}")
+        if sum(own.roles) != request.search.gpus:
+            raise ArgumentError(f"--roles {shown}: {sum(own.roles)} GPUs, --gpus says {request.search.gpus}")
         split = plan_split(request.work, request.machine, request.search, tuple(own.roles), request.order)
         if split is None:
             raise ArgumentError(f"--roles {shown}: a model does not fit, or the prompts do not divide")

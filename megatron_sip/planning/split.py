@@ -56,8 +56,17 @@ def best_split(work: Work, machine: Machine, search: Search, order: Order) -> Pl
     """
     found = [planned for split in splits(work, search) if (planned := plan_split(work, machine, search, split, order))]
     if not found:
-        raise ArgumentError(f"--gpus {search.gpus}: the models do not fit, however they are divided; take more GPUs")
+        roles = roles_with_work(work)
+        short = f", of which each of {roles} roles needs one" if search.gpus < roles else ""
+        raise ArgumentError(
+            f"--gpus {search.gpus}{short}: the models do not fit, however they are divided; take more GPUs"
+        )
     return min(found, key=lambda planned: planned.phases.step(order))
+
+
+def roles_with_work(work: Work) -> int:
+    """How many of trainer, engines and judge have something to do."""
+    return 1 + bool(work.rollouts.prefilled) + bool(work.judge.prefilled or work.rewrites.prefilled)
 
 
 def splits(work: Work, search: Search) -> Iterator[tuple[int, int, int]]:
@@ -105,6 +114,7 @@ def servers_of(
     """As many servers as possible: of so few GPUs each that they hold the model and ENOUGH sequences, or all there are."""
     for tensor in sizes(fixed, NODE):
         room = machine.efficiency.memory * device.memory * tensor
-        if server_capacity(shape, room, serving.held) >= min(ENOUGH, serving.sequences):
+        holds = shape.served_bytes < room
+        if holds and server_capacity(shape, room, serving.held) >= min(ENOUGH, serving.sequences):
             return Servers(gpus, tensor)
     return Servers(gpus, fixed or NODE)

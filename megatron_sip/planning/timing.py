@@ -126,12 +126,15 @@ def serving_seconds(
         return math.inf
     arithmetic = device.flops * efficiency.prefill * servers.tensor
     bandwidth = device.bandwidth * efficiency.decode * servers.tensor
+    room = efficiency.memory * device.memory * servers.tensor
+    if shape.served_bytes >= room:
+        return math.inf
     prefill = shape.forward_flops(work.prefilled, work.context, work.predicted) / servers.count / arithmetic
     if not work.length:
         return prefill
     sequences = math.ceil(work.sequences / servers.count)
     asked = work.asked_at_once(servers.count)
-    fitting = server_capacity(shape, efficiency.memory * device.memory * servers.tensor, work.held)
+    fitting = server_capacity(shape, room, work.held)
     batch = min(sequences, fitting, max(1.0, asked))
     if not batch:
         return math.inf

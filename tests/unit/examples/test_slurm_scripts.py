@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_tokenizer import byte_level_tokenizer
 from torch.distributed.run import get_args_parser
+from transformers import LlamaConfig
 
 from megatron_sip.config.flags import add_arguments
 from megatron_sip.config.presets import expand_presets
@@ -281,6 +283,19 @@ def test_a_run_without_servers_names_none(trainer_parser: argparse.ArgumentParse
     commands = dry_run("train_from_scratch.sbatch", *nodes)
     args = trainer_parser.parse_args(expand_presets(after(commands[-1], "megatron_sip.train")))
     assert (len(commands), args.rollout_url, args.teacher_url) == (1, None, None)
+
+
+def test_flags_that_the_trainer_refuses_are_told_before_anything_is_started(tmp_path: Path) -> None:
+    policy = tmp_path / "policy"
+    byte_level_tokenizer().save_pretrained(policy / "hf")
+    LlamaConfig(vocab_size=320, num_attention_heads=4, num_key_value_heads=4).save_pretrained(policy / "hf")
+    words = ("examples/train_continual.sbatch", "--dry-run", f"POLICY={policy}", f"VENV={sys.prefix}")
+    wrong = bash(*words, "--", "--num-rollots", "3")
+    assert (wrong.returncode, "srun" in wrong.stdout) == (1, False)
+    assert "is --num-rollouts meant?" in wrong.stderr
+    assert "error: the trainer refuses these flags" in wrong.stderr
+    parts = ("TENSOR_PARALLEL=3", "TRAINER_NODES=1")
+    assert "world size (8) is not divisible" in bash(*words, *parts).stderr
 
 
 def test_a_teacher_that_runs_elsewhere_needs_no_model(trainer_parser: argparse.ArgumentParser) -> None:

@@ -232,7 +232,7 @@ def test_the_best_split_is_the_best_of_all() -> None:
         steps = [found.phases.step(order) for s in all_splits if (found := plan_split(work, machine, search, s, order))]
         assert len(steps) > 5
         assert best_split(work, machine, search, order).phases.step(order) == min(steps)
-    with pytest.raises(ArgumentError, match="--gpus 2: the models do not fit"):
+    with pytest.raises(ArgumentError, match="--gpus 2, of which each of 3 roles needs one: the models do not fit"):
         best_split(work, machine, replace(search, gpus=2), "on arrival")
 
 
@@ -287,11 +287,36 @@ def test_plan_md_s_command_and_figures_of_runs_are_the_planner_s() -> None:
         "best"
     ]
     assert f"16 GPUs make the continued\npretraining's step in {cheap['step']['on arrival']:.0f} s." in page
+    words = ("--policy", "llama-1.4b", "--judge", "gpt-oss-120b", "--preset", "quality", "--use-distributed-optimizer")
+    large = planner.plan([*words, "--gpus", "512", "--roles", "8", "8", "496", "--judge-tp", "2"])["given"]
+    told = f"512 H100, {large['step']['on arrival']:.0f} s a step and {large['days']['on arrival']:.1f} days by the planner"
+    assert told in (REPO / "docs/slurm.md").read_text()
 
 
 def test_rows_are_multiples_of_what_the_trainer_s_are() -> None:
     found = {"cpu" if name == "cpu" else "cuda": device.row_multiple for name, device in DEVICES.items()}
     assert found == ROW_MULTIPLE
+
+
+def test_a_judge_that_only_reads_fits_into_its_gpus_too() -> None:
+    """One token a verdict: nothing is held but the weights, 141 GB of them, and they need two GPUs of 80."""
+    cheap = ("--judge-schedule", "circulant_bt", "--judge-verdict", "soft")
+    words = ["--policy", "llama-1.4b", "--judge", "llama-3.1-70b", "--preset", "safety", *cheap]
+    best = planner.plan([*words, "--gpus", "64"])["best"]
+    assert best["servers"]["judge"]["GPUs each"] == 4  # 85% of two GPUs are 136 GB
+    assert set(best["servers"]["judge"]) == {"GPUs each", "GB of weights"}
+    with pytest.raises(ArgumentError, match="the models do not fit"):
+        planner.plan([*words, "--gpus", "3", "--judge-tp", "1"])
+
+
+def test_on_one_computer_the_roles_are_counted_and_else_gpus_are_needed() -> None:
+    words = ["--policy", "smollm2-135m", "--preset", f"{REPO}/examples/demo.args"]
+    told = planner.plan([*words, "--gpu", "cpu"])
+    assert told["best"] == planner.plan([*words, "--gpu", "cpu", "--gpus", "3"])["best"]
+    with pytest.raises(ArgumentError, match="--gpus N is needed"):
+        planner.plan(words)
+    with pytest.raises(ArgumentError, match="--gpus 2, of which each of 3 roles needs one"):
+        planner.plan([*words, "--gpus", "2"])
 
 
 def test_what_cannot_be_planned_is_named() -> None:
