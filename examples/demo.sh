@@ -38,4 +38,4 @@ if [ "$(python -c 'from megatron_sip.platform.number_format import bfloat16_pays
 fi
 
 exec python -m megatron_sip "$teacher" "$data" --teacher "$teacher" --run-dir "$run_dir" --preset examples/demo.args \
-    --tensorboard-dir "$run_dir/tensorboard" --wandb-save-dir "$run_dir" "${shorter[@]}" "$@"
+    --tensorboard-dir "$run_dir/tensorboard" "${shorter[@]}" "$@"

@@ -14,6 +14,7 @@ import logging
 import math
 import multiprocessing
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -21,6 +22,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sip.errors import UserError
@@ -65,14 +67,22 @@ def function_path(name: str) -> str | None:
 
 
 def require_package(path: str) -> None:
-    """Raises FunctionError where a function's package is not installed; nothing is imported, which may load a model."""
+    """Raises FunctionError where a function's package is neither installed nor in the current folder; nothing is imported,
+    which may load a model."""
+    here = str(Path.cwd())
+    if (
+        here not in sys.path and "" not in sys.path
+    ):  # a console script has its own folder there, `python -m` the current one
+        sys.path.append(here)
     package = re.split("[.:]", path)[0]
     try:
         found = find_spec(package) is not None
     except ValueError:  # a module without a spec
         found = False
     if not found:
-        raise FunctionError(f"'{path}' cannot be imported: there is no module '{package}'")
+        raise FunctionError(
+            f"'{path}' cannot be imported: there is no module '{package}' that is installed or in {here}"
+        )
 
 
 def check_functions(paths: Iterable[str]) -> None:

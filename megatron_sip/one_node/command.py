@@ -133,7 +133,10 @@ def understand(words: Sequence[str]) -> Request:
     refuse(f"{flag}: {instead}" for flag, instead in OWN_FLAGS.items() if flag in expand_presets(rest))
     model = Path(texts[0])
     if not (model / "config.json").is_file():
-        raise ArgumentError(f"{model}: no config.json there; the first word is the folder of a Hugging Face model")
+        raise ArgumentError(
+            f"{model}: no config.json there; the first word is the folder of a Hugging Face model, "
+            "such as `hf download NAME --local-dir DIR` makes"
+        )
     run_dir = Path(named.get("--run-dir", [f"runs/{model.resolve().name}"])[0])
     teacher = ["--teacher-model", *named["--teacher"]] if "--teacher" in named else []
     preset = [] if any(flag == PRESET_FLAG for flag, _ in chunks) else [PRESET_FLAG, DEFAULT_PRESET]

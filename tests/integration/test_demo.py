@@ -55,9 +55,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     assert write_documents(folder / "reference.jsonl") > 200
     run = folder / "run"
+    wandb = ("--wandb-project", "demo", "--wandb-exp-name", "demo", "--wandb-save-dir", str(run))
     with (folder / "demo.log").open("wb") as log:
         process = subprocess.Popen(
-            ["bash", "examples/demo.sh", "--run-dir", str(run), "--data", f"{folder}/*.jsonl", "--", *SETTINGS],
+            ["bash", "examples/demo.sh", "--run-dir", str(run), "--data", f"{folder}/*.jsonl", "--", *SETTINGS, *wandb],
             cwd=REPO,
             env=environment(folder),
             stdout=log,

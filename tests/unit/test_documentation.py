@@ -45,18 +45,38 @@ def commands(text: str, program: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(program + " ")]
 
 
-def test_readme_s_command_for_one_node_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [words] = commands(page("README.md"), "megatron-sip")
+def test_readme_s_commands_for_one_node_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = commands(page("README.md"), "megatron-sip")
+    assert len(found) == 4  # a node with GPUs, one without, a judge, a policy by it
     monkeypatch.chdir(tmp_path)
-    for model in (words[0], words[words.index("--teacher") + 1]):
-        (tmp_path / model).mkdir()
-        (tmp_path / model / "config.json").write_text("{}")
-    (tmp_path / "web").mkdir()
-    (tmp_path / "web" / "a.jsonl.zst").write_bytes(b"")
-    request = understand(words)
-    args = check_flags([*request.flags, *layout_flags(Layout(4, 1, 3, 1), request.flags), "--hf-config", words[0]])
-    assert (args.criteria, args.rollout_local, args.run_dir) == (["quality=1", "safety=1"], 3, f"runs/{words[0]}")
-    assert f"`runs/{words[0]}/hf`" in page("README.md")
+    (tmp_path / "examples").symlink_to(REPO / "examples")
+    for file in ("web/a.jsonl.zst", "my/a.jsonl", "judgements/judgements.jsonl"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_bytes(b"")
+    for words in found:
+        for model in (words[0], *after(words, "--teacher")[:1]):
+            (tmp_path / model).mkdir(parents=True, exist_ok=True)
+            (tmp_path / model / "config.json").write_text("{}")
+        request = understand(words)
+        if words[1] == "corpus":  # which is read
+            continue
+        args = check_flags(
+            [
+                *request.flags,
+                *layout_flags(Layout(2, 1, 2, 4 * ("--teacher" in words)), request.flags),
+                "--hf-config",
+                words[0],
+            ]
+        )
+        assert args.run_dir == (after(words, "--run-dir") or [f"runs/{words[0]}"])[0]
+    first = check_flags([*understand(found[0]).flags, "--hf-config", found[0][0], "--rollout-local", "1"])
+    assert (first.criteria, first.judge_verdict, first.win_rate_prompts) == (["quality=1", "safety=1"], "soft", 200)
+    assert f"`runs/{found[0][0]}/hf`" in page("README.md")
+
+
+def after(words: list[str], flag: str) -> list[str]:
+    """The words behind a flag; none where it is not among them."""
+    return words[words.index(flag) + 1 :] if flag in words else []
 
 
 def anchors(text: str) -> set[str]:

@@ -26,7 +26,7 @@ def test_the_demo_is_shorter_on_a_processor_that_computes_in_float32(
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     shown = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=True).stdout
     given = shown.splitlines()
-    assert given[given.index("--wandb-save-dir") + 2 :] == [
+    assert given[given.index("--tensorboard-dir") + 2 :] == [
         *shorter,
         "--train-iters",
         "3",

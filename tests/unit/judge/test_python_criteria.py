@@ -23,6 +23,7 @@ from megatron_sip.judge.python_functions import (
     FunctionProcesses,
     check_functions,
     named_functions,
+    require_package,
 )
 from megatron_sip.records import Candidate, Group
 from megatron_sip.stop_signal import StopSignal
@@ -159,6 +160,19 @@ def test_what_cannot_be_imported_is_told_by_a_process_that_tries(name: str, mess
     """As a user error, before anything is trained."""
     with pytest.raises(FunctionError, match=f"'{name}' {message}"):
         check_functions([QUALITY, name])
+
+
+def test_a_file_of_the_current_folder_is_found_by_a_console_script_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "beside_me.py").write_text("raise ValueError('imported')\n")
+    own = str(Path(__file__).parents[3])
+    monkeypatch.setattr(sys, "path", [name for name in sys.path if name not in ("", own)])
+    with pytest.raises(FunctionError, match="there is no module 'beside_me' that is installed or in"):
+        require_package("beside_me:number")
+    monkeypatch.chdir(tmp_path)
+    require_package("beside_me:number")
+    assert sys.path[-1] == str(tmp_path)
 
 
 def test_flags_are_read_without_importing_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,6 +287,13 @@ def test_plan_md_s_command_and_figures_of_runs_are_the_planner_s() -> None:
         "best"
     ]
     assert f"16 GPUs make the continued\npretraining's step in {cheap['step']['on arrival']:.0f} s." in page
+    node = ["--policy", "llama-3.2-1b", "--judge", "llama-3.1-8b", "--gpus", "8", "--roles", "2", "2", "4"]
+    node += ["--preset", "continual", "--criteria", "quality=1", "safety=1"]
+    cheaply = ["--judge-schedule", "circulant_bt", "--judge-verdict", "soft"]
+    days = [planner.plan([*node, *flags])["given"]["days"]["on arrival"] for flags in (cheaply, [])]
+    readme = " ".join((REPO / "README.md").read_text().split())
+    assert f"on 8 H100 the first command takes {days[0]:.1f} days by the planner" in readme
+    assert f"without the two `--judge` flags, {days[1]:.0f}." in readme
     words = ("--policy", "llama-1.4b", "--judge", "gpt-oss-120b", "--preset", "quality", "--use-distributed-optimizer")
     large = planner.plan([*words, "--gpus", "512", "--roles", "8", "8", "496", "--judge-tp", "2"])["given"]
     told = f"512 H100, {large['step']['on arrival']:.0f} s a step and {large['days']['on arrival']:.1f} days by the planner"
