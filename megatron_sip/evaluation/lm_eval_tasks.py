@@ -73,7 +73,9 @@ def load_tasks(names: Sequence[str], include_path: Sequence[Path], num_fewshot: 
             ) from error
         for task in found["tasks"].values():
             _set_few_shot(task, num_fewshot, FEW_SHOT.get(name, 0))
-        groups |= {name: list(found["tasks"])} if name in found["groups"] else {task: [task] for task in found["tasks"]}
+        # A group that says nothing of a number of its own is a list of tasks, as a tag is.
+        is_one = name in found["groups"] and found["groups"][name].has_aggregation
+        groups |= {name: list(found["tasks"])} if is_one else {task: [task] for task in found["tasks"]}
         for part, values in found.items():
             loaded[part] |= values
     _refuse_shared(groups)
@@ -104,7 +106,20 @@ def _set_few_shot(task: Any, asked: int | None, usual: int) -> None:
         task.set_config(key="num_fewshot", value=usual if asked is None else asked)
     elif own and asked is not None:  # a task that says 0 itself stays there, as with lm-eval's own command
         task.set_config(key="num_fewshot", value=asked)
+    if asked and task.get_config("num_fewshot") == asked and _examples_are_questions(task):
+        raise DataError(
+            f"--num-fewshot {asked}: {task.task_name} has no examples but the questions that are asked, and their answers with "
+            "them: leave the flag out, or name tasks that have a fewshot_split or a training split"
+        )
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+
+
+def _examples_are_questions(task: Any) -> bool:
+    """Whether lm-eval would draw a task's examples from the split that it asks."""
+    chosen = task.fewshot_cfg
+    if chosen.split is not None or chosen.samples is not None or task.has_training_docs():
+        return False
+    return bool(task.has_validation_docs() != task.has_test_docs())
 
 
 def run_tasks(model: LM, tasks: Tasks, limit: int | None) -> dict[str, Any]:

@@ -31,8 +31,8 @@ def write_tasks(folder: Path, questions: int = 12) -> Path:
     rolling = {"doc_to_target": "{{thing}}", "doc_to_text": "", "metric_list": [perplexity]}
     tasks: dict[str, dict[str, Any]] = {
         CHOICE: {"output_type": "multiple_choice", "doc_to_text": text, **few, **choice},
-        WRITTEN: {"output_type": "generate_until", "doc_to_text": text, **written, **how},
-        SCORED: {"output_type": "loglikelihood_rolling", **rolling},
+        WRITTEN: {"output_type": "generate_until", "doc_to_text": text, **few, **written, **how},
+        SCORED: {"output_type": "loglikelihood_rolling", **few, **rolling},
     }
     for name, task in tasks.items():
         (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **task}, indent=2))

@@ -70,7 +70,7 @@ def test_readme_s_commands_for_one_node_are_understood(tmp_path: Path, monkeypat
         )
         assert args.run_dir == (after(words, "--run-dir") or [f"runs/{words[0]}"])[0]
     first = check_flags([*understand(found[0]).flags, "--hf-config", found[0][0], "--rollout-local", "1"])
-    assert (first.criteria, first.judge_verdict, first.win_rate_prompts) == (["quality=1", "safety=1"], "soft", 200)
+    assert (first.criteria, first.judge_verdict, first.win_rate_prompts) == (["quality=1", "safety=1"], ["soft"], 200)
     assert f"`runs/{found[0][0]}/hf`" in page("README.md")
 
 

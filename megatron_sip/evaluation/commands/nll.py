@@ -63,7 +63,10 @@ def run(given: argparse.Namespace) -> None:
             f"nll/{result.dataset}: {result.value:.4f} nats a token (95% {low:.4f} to {high:.4f}), perplexity "
             f"{math.exp(result.value):.3f}, {tokens[f'{result.dataset} tokens']} tokens of {result.samples} tasks"
         )
-    write_results(given.output, {**model.header(), "data": given.data_path, "part": given.part, **tokens}, results)
+    cuts = {"seq_length": given.seq_length, "suffix_length": given.suffix_length}
+    write_results(
+        given.output, {**model.header(), "data": given.data_path, "part": given.part, **cuts, **tokens}, results
+    )
 
 
 async def measured(

@@ -41,9 +41,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Load the tasks, serve the model if need be, ask, write the results."""
-    for flag in ("limit", "max_length"):
-        if (value := getattr(given, flag)) is not None and value < 1:
-            raise DataError(f"--{flag.replace('_', '-')} {value}: at least 1 is needed")
+    for flag, least in (("limit", 1), ("max_length", 1), ("num_fewshot", 0)):
+        if (value := getattr(given, flag)) is not None and value < least:
+            raise DataError(f"--{flag.replace('_', '-')} {value}: at least {least} is needed")
     # lm-eval takes two seconds to import, which no other command needs to wait for.
     from megatron_sip.evaluation.lm_eval_engine import EngineLM
     from megatron_sip.evaluation.lm_eval_tasks import as_results, load_tasks, questions_of, run_tasks
@@ -74,6 +74,8 @@ def run(given: argparse.Namespace) -> None:
     results, metrics = as_results(tasks, found)
     about = model.header() | {
         "tasks": "lm-eval",
+        "limit": given.limit,
+        "max_length": length,
         "few_shot": {name: found["n-shot"][leaves[0]] for name, leaves in tasks.groups.items()},
         "metrics": metrics,
         "requests": dict(engine.counts),

@@ -131,6 +131,26 @@ def test_a_task_of_two_names_is_refused_and_a_name_given_twice_is_one(tmp_path: 
             load_tasks(names, [files], None)
 
 
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_examples_that_would_be_the_questions_are_refused(split: str, tmp_path: Path) -> None:
+    files = write_tasks(tmp_path / "tasks")
+    own = json.loads((files / f"{CHOICE}.yaml").read_text())
+    del own["fewshot_split"], own["fewshot_config"]
+    own |= {"test_split": None, f"{split}_split": "test"}
+    (files / f"{CHOICE}.yaml").write_text(json.dumps(own))
+    with pytest.raises(DataError, match=f"--num-fewshot 2: {CHOICE} has no examples but the questions"):
+        load_tasks([CHOICE], [files], 2)
+    assert load_tasks([CHOICE], [files], 0).groups == {CHOICE: [CHOICE]}
+    (files / f"{CHOICE}.yaml").write_text(json.dumps(own | {"training_split": "dev"}))
+    assert load_tasks([CHOICE], [files], 2).loaded["tasks"][CHOICE].config.num_fewshot == 2
+
+
+def test_a_group_without_a_number_of_its_own_is_its_tasks(tmp_path: Path) -> None:
+    files = write_tasks(tmp_path / "tasks")
+    (files / "list.yaml").write_text(json.dumps({"group": "list", "task": [CHOICE, WRITTEN]}))
+    assert load_tasks(["list"], [files], None).groups == {CHOICE: [CHOICE], WRITTEN: [WRITTEN]}
+
+
 def test_a_question_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
     with contextlib.closing(AnswerCache(tmp_path / "kept.sqlite")) as kept:
         model = EngineLM(["http://127.0.0.1:1"], TOKENIZER, 64, PATIENCE, kept, b"model")
