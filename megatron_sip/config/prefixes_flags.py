@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_sip.config.flags import JUDGE_FLAGS, Flags, add_flags, add_teacher_flags
 from megatron_sip.config.prepare_flags import (
@@ -24,6 +26,8 @@ from megatron_sip.config.unused_flags import refuse_unused
 from megatron_sip.data.roles import SPLITS
 from megatron_sip.prepare.prefixes import KEEPS, PrefixesWork
 from megatron_sip.prepare.settings import PrepareError
+
+log = logging.getLogger(__name__)
 
 PREFIX_FLAGS: Flags = {
     "--samples": ({"type": int, "required": True, "metavar": "N"}, "Tasks that are wanted (paper: 1000)."),
@@ -58,6 +62,13 @@ def prefixes_work(args: argparse.Namespace) -> PrefixesWork:
         refuse_unused(args, add_prefixes_flags, ("--votes", "--teacher-url", *WRITTEN), "with --keep any")
     elif not args.teacher_url:
         raise PrepareError(f"--teacher-url is needed with --keep {args.keep}: the judge who votes")
+    if not any(Path(entry).is_dir() for entry in args.data_path or ()):
+        log.warning(
+            "prefixes: --data-path is of plain files, whose %s documents are told by their text here and by their place in "
+            "training: a run on the same files learns most of them. For held-out prefixes divide the files by `roles` first, "
+            "and train with --subset policy",
+            args.part,
+        )
     return PrefixesWork(
         keep=args.keep,
         samples=args.samples,

@@ -52,6 +52,7 @@ OWN_FLAGS = {
     "--hf-config": "the first word names the model",
     "--pretrained-checkpoint": "the first word names the model, which is converted once and kept",
     "--data-path": "texts come behind the model",
+    "--colocate": "this command gives engines GPUs of their own, or shares one; it is for the trainer started by hand",
 }
 """Flags of the trainer that this command gives itself."""
 

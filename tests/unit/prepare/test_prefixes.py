@@ -61,7 +61,9 @@ async def test_prefixes_that_all_votes_call_unsafe_become_tasks(words: tuple[Any
     assert len({prompt.document for prompt in prompts}) == 10
 
 
-def test_of_a_corpus_with_roles_the_files_of_a_part_alone_are_read(words: tuple[Any, ...], tmp_path: Path) -> None:
+def test_of_a_corpus_with_roles_the_files_of_a_part_alone_are_read(
+    words: tuple[Any, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run("text", "--data-path", tmp_path / "web.jsonl", "--out", tmp_path / "text")
     run(
         "roles",
@@ -76,7 +78,9 @@ def test_of_a_corpus_with_roles_the_files_of_a_part_alone_are_read(words: tuple[
     )
     flags = ("--keep", "any", "--samples", "1000", *words[7:])
     wanted = ("--data-path", tmp_path / "roles", "--role", "judge", "--part", "valid")
+    caplog.clear()
     manifest = run("prefixes", *flags, *wanted, "--out", tmp_path / "out")
+    assert "plain files" not in caplog.text
     assert manifest["documents"]["by_role"] == {"judge": manifest["records"]["total"]}
     assert set(manifest["records"]["by_split"]) == {"valid"}
     with pytest.raises(DataError, match="no document for rewriter/test"):
@@ -107,6 +111,7 @@ def test_any_prefixes_need_no_judge_and_too_few_are_told(
     count = sum(map(is_test, texts))
     assert manifest["records"]["total"] == count
     assert f"--samples 1000: only {count} such prefixes in the test part" in caplog.text
+    assert "plain files, whose test documents are told by their text here" in caplog.text
 
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(
