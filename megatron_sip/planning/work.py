@@ -137,10 +137,15 @@ def _training(settings: Settings, prefix: int) -> Training:
     whole = branch_count(objective, rollouts)
     branches = branches_in_a_row(objective, rollouts, settings.branches_per_row)
     control = 1 if settings.experience.selection.control is None else 2
+    suffix = settings.data.tasks.suffix_length
+    if (
+        settings.experience.selection.sft_target == "document" and objective == "sft"
+    ):  # every token but the first is predicted
+        prefix, suffix = 1, prefix + suffix - 1
     return Training(
         examples=settings.run.prompts * control * -(-whole // branches),
         prefix=prefix,
-        suffix=settings.data.tasks.suffix_length,
+        suffix=suffix,
         branches=branches,
         row_length=settings.row_length,
         reference=settings.objective.needs_reference,

@@ -11,7 +11,7 @@ from megatron_sip.planning.memory import Parallel, trainer_memory
 from megatron_sip.planning.rows import ENOUGH_TOKENS, MEMORY_SHARE, default_row_length, row_length_on_gpus
 from megatron_sip.planning.settings import read_command
 from megatron_sip.planning.shapes import model_folder, read_shape
-from megatron_sip.planning.work import Training
+from megatron_sip.planning.work import Training, step_work
 
 LLAMA = read_shape(model_folder("llama-1.4b"))
 PAIRS = Training(examples=256, prefix=1920, suffix=128, branches=2, row_length=2176, reference=True)
@@ -59,3 +59,13 @@ def test_a_given_length_is_kept_and_shared_gpus_get_the_shortest() -> None:
     assert length() > 2 * 2176
     assert length("--row-length", "2176") == 2176
     assert length("--row-length", "5000") == 5000
+
+
+def test_every_token_of_a_document_that_is_learnt_has_logits() -> None:
+    def training(*flags: str) -> Training:
+        command = ["--hf-config", str(model_folder("llama-1.4b")), "--preset", "safety-baseline", *flags]
+        return step_work(read_command(command).settings, 0.5).training
+
+    suffixes, documents = training(), training("--sft-target", "document")
+    assert (suffixes.prefix, suffixes.suffix) == (1920, 128)
+    assert (documents.prefix, documents.suffix) == (1, 2047)
