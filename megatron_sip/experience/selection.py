@@ -25,6 +25,8 @@ SftTarget = CandidateKind | Literal["document"]
 UNSCORED, NON_FINITE, TIED, IDENTICAL = "unscored", "non-finite score", "tied", "identical"
 NO_CANDIDATE, TOO_FEW, EMPTY_PREFIX = "no candidate", "fewer than two candidates", "empty prefix"
 LONE_ROLLOUT = "lone rollout"
+LONE_SUFFIX = "lone suffix"
+"""Of which a rewrite was asked for, and refused or lost: those are the ones that need it."""
 """RF-NLL without a competitor would teach the policy whatever it wrote, an unsafe rollout whose rewrite was refused too."""
 ALL_ALIKE = frozenset({NO_SPREAD, TIED, IDENTICAL})
 """Reasons of groups that are whole and judged, and in which no candidate is better than another."""
@@ -212,6 +214,9 @@ def _choose(
     if settings.objective == "rf-nll":
         if len(contenders) == 1 and contenders[0].candidate.kind == "rollout":
             return LONE_ROLLOUT
+        was_rewritten = any(group.candidates[i].kind == "rewrite" for i in usable)  # into itself, then the two are one
+        if len(contenders) == 1 and "rewrite" in settings.candidates and not was_rewritten:
+            return LONE_SUFFIX
         if settings.control is not None:
             return _controlled(group, usable, contenders, settings, settings.control)
         if max(scores) - min(scores) <= TIE_TOLERANCE and all(c.candidate.kind == "rollout" for c in contenders):

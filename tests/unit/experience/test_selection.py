@@ -160,7 +160,15 @@ def test_missing_scores_are_a_bug_not_a_low_score() -> None:
 
 @pytest.mark.parametrize("kind", ["suffix", "rewrite"])
 def test_rf_nll_learns_a_lone_text_that_the_policy_did_not_write(kind: CandidateKind) -> None:
-    assert picked(SelectionSettings("rf-nll"), group(0, [candidate(kind, 5)], [0.0])) == [("target", kind, [5])]
+    settings = SelectionSettings("rf-nll", (kind, "rollout"))
+    assert picked(settings, group(0, [candidate(kind, 5)], [0.0])) == [("target", kind, [5])]
+
+
+def test_rf_nll_learns_no_suffix_whose_rewrite_is_missing_but_one_that_was_copied() -> None:
+    settings = SelectionSettings("rf-nll", ("suffix", "rewrite"))
+    assert select([group(0, [candidate("suffix", 5)], [0.0])], settings).dropped == {"lone suffix": 1}
+    copied = group(0, [candidate("suffix", 5), candidate("rewrite", 5)], [0.0, 0.0])
+    assert picked(settings, copied) == [("target", "suffix", [5])]
 
 
 def test_the_chosen_candidate_is_never_the_rejected_one() -> None:
