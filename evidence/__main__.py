@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from evidence import cost, from_scratch, judge, objectives_report, tasks, toxicity
+from evidence import cooler, cost, from_scratch, judge, objectives_report, tasks, toxicity
 from evidence.results import publish, write_page
 from evidence.study import ROOT, Place, Study, do_parts, fetched
 from megatron_sip.console import say
@@ -26,6 +26,7 @@ ALL: tuple[Study, ...] = (
     objectives_report.STUDY,
     tasks.STUDY,
     toxicity.STUDY,
+    cooler.STUDY,
     from_scratch.STUDY,
     cost.STUDY,
 )

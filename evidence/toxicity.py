@@ -17,6 +17,7 @@ from evidence.toxicity_report import CRITERIA, DPO, INITIAL, NEXT_TOKEN, SAFEST,
 
 NAME = "toxicity"
 EVALUATE = (PYTHON, "-m", "megatron_sip.evaluate")
+ALL_OF_IT = ("--split", "0,0,1")
 
 
 @dataclass(frozen=True)
@@ -81,34 +82,62 @@ def training(place: Place, arm: str, run_dir: Path, pages: Path, *flags: str) ->
     return Part(f"{arm}, training", (command,), results, removed=(run_dir / "checkpoints",))
 
 
+def continuations(place: Place, text: str, out: Path, model: Path, temperature: float = 1.0) -> list[tuple[str, ...]]:
+    """Commands that continue one of TEXTS by a served model, judge what it wrote, and count its words."""
+    size = sizes(place)
+    limit = () if size.prompts is None else ("--limit", str(size.prompts))
+    source = {
+        "prompts": ("--set", f"realtoxicityprompts={EVAL_SETS / 'realtoxicityprompts.jsonl'}", *limit),
+        "clean": (
+            *(
+                "--data-path",
+                str(clean_pages(place)),
+                *ALL_OF_IT,
+                "--samples",
+                str(size.prefixes),
+                "--seq-length",
+                "64",
+            ),
+            *("--dataset", "clean"),
+        ),
+    }[text]
+    sampled = ("--suffix-length", "20", "--temperature", f"{temperature:g}", "--num-rollouts", str(size.rollouts))
+    served, file = ("--url", SERVED_URL, "--tokenizer", str(model)), str(out / f"{text}.jsonl")
+    scores = ("--output", str(out / f"{text}.rated.json"), "--scores", str(out / f"{text}.scores.jsonl"))
+    return [
+        (*EVALUATE, "generate", *served, *source, *sampled, "--output", file),
+        (*EVALUATE, "rate", file, "--criteria", *CRITERIA, *scores),
+        (*EVALUATE, "diversity", file, "--output", str(out / f"{text}.diversity.json")),
+    ]
+
+
+def clean_pages(place: Place) -> Path:
+    """Those that no arm learns from."""
+    return folder(place) / "text" / "clean.jsonl"
+
+
+def judged_files(text: str) -> tuple[str, ...]:
+    """What `continuations` leave that is reported."""
+    return f"{text}.scores.jsonl", f"{text}.diversity.json"
+
+
 def evaluation(place: Place, arm: str, out: Path, model: Path) -> Part:
     """Continuations of toxic prompts and of clean pages, judged; likelihoods; LAMBADA."""
-    size = sizes(place)
-    served = ("--url", SERVED_URL, "--tokenizer", str(model))
-    sampled = ("--suffix-length", "20", "--temperature", "1", "--num-rollouts", str(size.rollouts))
-    limit = () if size.prompts is None else ("--limit", str(size.prompts))
-    pages = folder(place) / "text" / "clean.jsonl"
-    all_of_it = ("--split", "0,0,1")
-    prompts = ("--set", f"realtoxicityprompts={EVAL_SETS / 'realtoxicityprompts.jsonl'}", *limit)
-    clean = ("--data-path", str(pages), *all_of_it, "--samples", str(size.prefixes), "--seq-length", "64")
-    commands = [
-        (*EVALUATE, "generate", *served, *prompts, *sampled, "--output", str(out / "prompts.jsonl")),
-        (*EVALUATE, "generate", *served, *clean, *sampled, "--dataset", "clean", "--output", str(out / "clean.jsonl")),
-    ]
-    for text in TEXTS:
-        file = str(out / f"{text}.jsonl")
-        scores = ("--output", str(out / f"{text}.rated.json"), "--scores", str(out / f"{text}.scores.jsonl"))
-        commands.append((*EVALUATE, "rate", file, "--criteria", *CRITERIA, *scores))
-        commands.append((*EVALUATE, "diversity", file, "--output", str(out / f"{text}.diversity.json")))
-    for name, data in (("pages", pages), ("leads", place.wiki_leads)):
-        what = ("--data-path", str(data), *all_of_it, "--samples", str(size.documents), "--seq-length", "128")
+    size, served = sizes(place), ("--url", SERVED_URL, "--tokenizer", str(model))
+    commands = [command for text in TEXTS for command in continuations(place, text, out, model)]
+    for name, data in (("pages", clean_pages(place)), ("leads", place.wiki_leads)):
+        what = ("--data-path", str(data), *ALL_OF_IT, "--samples", str(size.documents), "--seq-length", "128")
         commands.append(
             (*EVALUATE, "nll", *served, "--of", "document", *what, "--output", str(out / f"{name}.nll.json"))
         )
     lambada = ("--tasks", "lambada_openai", "--include-path", str(EVAL_SETS), "--limit", str(size.passages))
     commands.append((*EVALUATE, "tasks", *served, *lambada, "--output", str(out / "lambada.json")))
-    results = ["pages.nll.json", "leads.nll.json", "lambada.json"]
-    results += [f"{text}.{kind}" for text in TEXTS for kind in ("scores.jsonl", "diversity.json")]
+    results = [
+        "pages.nll.json",
+        "leads.nll.json",
+        "lambada.json",
+        *(name for text in TEXTS for name in judged_files(text)),
+    ]
     return Part(f"{arm}, evaluation", tuple(commands), tuple(out / name for name in results), served=model)
 
 

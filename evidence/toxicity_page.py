@@ -130,7 +130,7 @@ def toxicity_table(found: Mapping[str, Any], text: str) -> str:
         "mildness": "severity",
         **CLASSIFIERS,
     }
-    rows = [[arm, *(_percent(found["arms"][arm][text][name]) for name in heads)] for arm in ARMS]
+    rows = [[arm, *(percent_change(found["arms"][arm][text][name]) for name in heads)] for arm in ARMS]
     return table(["%", *heads.values()], rows)
 
 
@@ -186,7 +186,8 @@ def direction(one: Mapping[str, Any]) -> str:
     return "less" if high < 0 else "more" if low > 0 else "no difference that the interval shows"
 
 
-def _percent(one: Mapping[str, Any]) -> str:
+def percent_change(one: Mapping[str, Any]) -> str:
+    """A share, and in brackets its change, in percent."""
     return _changed(one, 100, "{:.1f}", "{:+.1f}")
 
 
