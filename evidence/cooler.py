@@ -99,8 +99,8 @@ def section(found: Mapping[str, Any]) -> str:
         [
             paragraph(
                 "The initial model of the study of toxicity, behind the same prompts, judged alike, in percent; in brackets",
-                "the change from temperature 1 with its 95% interval over prompts. What DPO changed there has to be seen beside",
-                "it: a policy that only became surer of itself writes as cooler sampling does.",
+                "the change from temperature 1 with its 95% interval over prompts. What DPO changed there has to be seen",
+                "beside it: a policy that only became surer of itself writes as cooler sampling does.",
             ),
             table(["temperature", *heads.values(), "distinct-2", "repetition, %", "words"], rows),
             "What it does not show: DPO's policy at other temperatures; it is one draw of the initial model's at each.",
