@@ -97,6 +97,8 @@ def run(words: Sequence[str]) -> None:
         engines=needs.engines and not flags.rollout_url,
         teacher=flags.teacher_model is not None and needs.teacher,
         rewriter=flags.rewriter_model is not None and needs.rewriter,
+        own_engines=flags.rollout_local if "--rollout-local" in request.flags else 0,
+        own_teachers=flags.teacher_replicas if "--teacher-replicas" in request.flags else 0,
     )
     layout, on_gpus = lay_out(demand)
     say(f"layout: {layout}" + ("" if on_gpus else ", on the CPU"))

@@ -27,7 +27,7 @@ class LayoutError(UserError, ValueError):
 class Demand:
     """What a run asks of its node. policy_bytes, teacher_bytes: of the bf16 weights, of the largest teacher. prompts: a step's.
 
-    engines, teacher, rewriter: what is to be started here.
+    engines, teacher, rewriter: what is to be started here. own_engines, own_teachers: how many the user wants, 0: not said.
     """
 
     policy_bytes: int
@@ -36,6 +36,8 @@ class Demand:
     engines: bool = True
     teacher: bool = True
     rewriter: bool = False
+    own_engines: int = 0
+    own_teachers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +88,23 @@ def plan_layout(gpus: Sequence[int], demand: Demand) -> Layout:
     _require_server(demand, memory)
     tensor_parallel = _tensor_parallel(_power_of_two(len(gpus) - servers), memory, demand)
     others = len(gpus) - rewriters
-    trainers = max(tensor_parallel, _power_of_two(others // (1 + ENGINES * engines + TEACHERS * teachers) or 1))
+    own = (demand.own_engines or engines) * engines + (demand.own_teachers or teachers) * teachers
+    share = _power_of_two(others // (1 + ENGINES * engines + TEACHERS * teachers) or 1)
+    trainers = max(tensor_parallel, min(share, _power_of_two(max(1, others - own))))
     while demand.prompts % (trainers // tensor_parallel):
         trainers //= 2
     spare = others - trainers
-    if engines and teachers:
-        engines = max(1, spare * ENGINES // (ENGINES + TEACHERS))
-        return Layout(trainers, tensor_parallel, engines, spare - engines, rewriters)
-    return Layout(trainers, tensor_parallel, spare * engines, spare * teachers, rewriters)
+    if spare < own:
+        raise LayoutError(
+            f"{len(gpus)} GPUs do not hold {trainers} of the trainer and {own + rewriters} servers: lower --rollout-local or "
+            "--teacher-replicas, or leave them out"
+        )
+    if engines:
+        divided = max(1, spare * ENGINES // (ENGINES + TEACHERS)) if teachers else spare
+        engines = demand.own_engines or min(divided, spare - (demand.own_teachers or teachers) * teachers)
+    if teachers:
+        teachers = demand.own_teachers or spare - engines
+    return Layout(trainers, tensor_parallel, engines, teachers, rewriters)
 
 
 def _power_of_two(most: int) -> int:

@@ -38,6 +38,10 @@ def test_usual_nodes(gpus: int, layout: Layout) -> None:
         (Demand(10**9, 0, 256, engines=False, teacher=False), 8, Layout(8, 1, 0, 0)),
         (Demand(10**9, 0, 6, teacher=False), 8, Layout(2, 1, 6, 0)),  # 6 prompts do not divide among 4 replicas
         (Demand(10**9, 10**9, 256, rewriter=True), 8, Layout(1, 1, 2, 4, 1)),  # a judge and a rewriter
+        (Demand(10**9, 10**9, 256, own_engines=1, own_teachers=6), 8, Layout(1, 1, 1, 6)),
+        (Demand(10**9, 10**9, 256, own_engines=4), 8, Layout(2, 1, 4, 2)),
+        (Demand(10**9, 10**9, 256, own_teachers=1), 8, Layout(2, 1, 2, 1)),
+        (Demand(10**9, 10**9, 256, own_teachers=5), 8, Layout(2, 1, 1, 5)),
         (Demand(10**9, 10**9, 256, engines=False), 1, Layout(1, 1, 0, 1, server_memory=0.5)),
         (Demand(10**9, 10**9, 256, rewriter=True), 3, Layout(1, 1, 1, 1, 1, server_memory=0.3)),
     ],
@@ -70,6 +74,12 @@ def test_a_step_takes_at_most_twice_what_it_does_by_the_planner_s_best_division(
         (Demand(10**9, 140 * 10**9, 256), 8, "the teacher's weights .140.0 GB.*--teacher-url"),
         (Demand(16 * 10**9, 10**9, 256), 2, "training takes about 160.0 GB"),
         (Demand(30 * 10**9, 10**9, 256), 1, "the policy's weights"),
+        (
+            Demand(10**9, 10**9, 256, own_engines=8),
+            8,
+            "8 GPUs do not hold 1 of the trainer and 9 servers: lower --rollout",
+        ),
+        (Demand(16 * 10**9, 10**9, 256, own_teachers=4), 8, "8 GPUs do not hold 4 of the trainer and 5 servers"),
     ],
 )
 def test_a_model_that_does_not_fit_is_named(demand: Demand, gpus: int, named: str) -> None:
