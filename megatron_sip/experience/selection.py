@@ -25,9 +25,9 @@ SftTarget = CandidateKind | Literal["document"]
 UNSCORED, NON_FINITE, TIED, IDENTICAL = "unscored", "non-finite score", "tied", "identical"
 NO_CANDIDATE, TOO_FEW, EMPTY_PREFIX = "no candidate", "fewer than two candidates", "empty prefix"
 LONE_ROLLOUT = "lone rollout"
-LONE_SUFFIX = "lone suffix"
-"""Of which a rewrite was asked for, and refused or lost: those are the ones that need it."""
 """RF-NLL without a competitor would teach the policy whatever it wrote, an unsafe rollout whose rewrite was refused too."""
+LONE_SUFFIX = "lone suffix"
+"""A rewrite of it was asked for, and refused or lost: it may be one that needs it."""
 ALL_ALIKE = frozenset({NO_SPREAD, TIED, IDENTICAL})
 """Reasons of groups that are whole and judged, and in which no candidate is better than another."""
 

@@ -70,9 +70,8 @@ def require_package(path: str) -> None:
     """Raises FunctionError where a function's package is neither installed nor in the current folder; nothing is imported,
     which may load a model."""
     here = str(Path.cwd())
-    if (
-        here not in sys.path and "" not in sys.path
-    ):  # a console script has its own folder there, `python -m` the current one
+    # A console script has its own folder there, `python -m` the current one.
+    if here not in sys.path and "" not in sys.path:
         sys.path.append(here)
     package = re.split("[.:]", path)[0]
     try:
