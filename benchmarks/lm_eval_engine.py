@@ -84,7 +84,7 @@ def evaluated(kind: str, url: str, folder: Path, tasks: Tasks, limit: int) -> Ru
     call(url, "POST", "/flush_cache", timeout_s=60)
     started = time.perf_counter()
     with model(kind, url, folder) as (lm, counts):
-        found = run_tasks(lm, tasks, limit, log_samples=True)
+        found = run_tasks(lm, tasks, limit)
     seconds = time.perf_counter() - started
     scores = {name: (found["results"].get(name) or found["groups"][name])["acc,none"] for name in tasks.groups}
     answers = {

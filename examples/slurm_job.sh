@@ -289,7 +289,7 @@ check_trainer() {
     ((ENGINE_NODES == 0)) || words+=(--rollout-url http://engine)
     ((TEACHER_NODES == 0)) || words+=(--teacher-url http://teacher)
     ((REWRITER_NODES == 0)) || words+=(--rewriter-url http://rewriter)
-    WORLD_SIZE=$((TRAINER_NODES * GPUS_PER_NODE)) "$VENV/bin/python" -m megatron_sip.train "${words[@]}" \
+    WORLD_SIZE=$((TRAINER_NODES * GPUS_PER_NODE)) CUDA_DEVICE_MAX_CONNECTIONS=1 "$VENV/bin/python" -m megatron_sip.train "${words[@]}" \
         "${trainer_flags[@]}" --dry-run > "$report" || fail "the trainer refuses these flags"
 }
 

@@ -92,6 +92,8 @@ class Run:
     watch: StepWatch = field(default_factory=lambda: StepWatch(0.0, ""))
     unsaved_reference: int | None = None
     """Iteration at which the reference was updated, when no checkpoint has kept it since."""
+    copied: tuple[int, int] | None = None
+    """What the reference was last updated at, as `RunState.trained`."""
     served: int = 0
     """Iteration whose weights the engines have."""
     ahead: StepExperience | None = None
@@ -152,17 +154,18 @@ class Run:
         assert leader.judge is not None
         return leader.judged(self.validation.measure(engines, leader.judge, version), stop, leader.judge)
 
-    def refresh_reference(self) -> bool:
+    def refresh_reference(self) -> None:
         """Copy the policy into the reference when --ref-update-interval says so; the next checkpoint keeps it.
 
-        Returns whether it did.
+        Not where it has not changed since the last copy, in steps without examples: these can be forgotten.
         """
-        interval = self.settings.reference.update_interval
-        if self.reference is None or not interval or self.state.iteration % interval:
-            return False
+        interval, state = self.settings.reference.update_interval, self.state
+        if self.reference is None or not interval or state.iteration % interval or state.trained == self.copied:
+            return
         self.reference.copy_policy()
-        self.unsaved_reference = self.state.iteration
-        return True
+        self.unsaved_reference = state.iteration
+        state.note_trained()
+        self.copied = state.trained
 
     def push_weights(self, *, require_all: bool = False) -> Metrics:
         """Give the engines the policy's weights; the version they then report is the run's name and the iteration.

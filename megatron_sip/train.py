@@ -153,8 +153,9 @@ def run_steps(run: Run, stop: StopSignal) -> bool:
         state.non_finite_steps = in_a_row(state.non_finite_steps, metrics, trained=bool(examples))
         state.iteration += 1
         state.consumed_samples += made.rounds * settings.prompts
-        if run.refresh_reference() or examples:
+        if examples:
             state.note_trained()
+        run.refresh_reference()
         if under_way is not None:
             metrics |= timed("seconds/waiting", partial(finish_ahead, run, stop, under_way))
         stopping = exchange.any_rank(stop.requested)  # then the engines may be stopping as well: do not push to them

@@ -328,7 +328,7 @@ def _check_megatron(args: argparse.Namespace) -> Iterator[str]:
             "--use-checkpoint-opt-param-scheduler: a run that continues takes the schedule of its flags; remove it",
         ),
         (
-            args.rollout_timeout >= 60 * args.distributed_timeout_minutes,
+            Needs.from_args(args).engines and args.rollout_timeout >= 60 * args.distributed_timeout_minutes,
             f"--rollout-timeout {args.rollout_timeout:g}: an engine that hangs must be given up before the ranks give each "
             f"other up, --distributed-timeout-minutes {args.distributed_timeout_minutes}: lower the one or raise the other",
         ),

@@ -59,9 +59,19 @@ class Needs:
         )
 
     @property
+    def judges(self) -> bool:
+        """Whether a step's candidates are scored."""
+        return self.scores and not self.replays
+
+    @property
+    def samples(self) -> bool:
+        """Whether a step has rollouts."""
+        return "rollout" in self.kinds and not self.replays
+
+    @property
     def judge(self) -> bool:
         """Whether anything is scored in this run, the held-out comparison included, unless that has a judge of its own."""
-        return (self.scores and not self.replays) or (self.compares and not self.own_eval_judge)
+        return self.judges or (self.compares and not self.own_eval_judge)
 
     @property
     def eval_judge(self) -> bool:
@@ -92,7 +102,7 @@ class Needs:
     @property
     def engines(self) -> bool:
         """Whether the policy is sampled or measured."""
-        return (not self.replays and "rollout" in self.kinds) or self.compares or self.measures
+        return self.samples or self.compares or self.measures
 
 
 def criteria_of(args: argparse.Namespace) -> list[str]:

@@ -257,8 +257,10 @@ class ExperienceMaker:
         return ahead.rewrites
 
     def forget_counts(self) -> None:
-        """Leave what the clients have counted since the last step out of the next one's metrics."""
+        """Leave what engines and judge have counted since the last step out of the next one's metrics, whose rewrites stay."""
+        rewriter = {name: value for name, value in self._seen_counters.items() if name.startswith("rewriter/")}
         self._counters()
+        self._seen_counters |= rewriter
 
     def _counters(self) -> Metrics:
         """What the clients counted in this step; shares and percentiles are those since the start."""

@@ -32,11 +32,14 @@ def is_enough(rounds: Sequence[Sequence[Experience]], prompts: int, most: int) -
 
 
 def lost_groups(metrics: Metrics) -> dict[str, float]:
-    """A step's groups that did not come back whole and judged, by reason: not those of which selection has no use."""
+    """A step's groups that did not come back whole and judged, by reason: not those of which selection has no use.
+
+    Rewrites that failed, where they are more than all others: a group may be lost in both ways.
+    """
     dropped = {name.removeprefix("dropped/"): value for name, value in metrics.items() if name.startswith("dropped/")}
-    reasons = {why: n for why, n in dropped.items() if why.startswith(LOST)}
-    reasons["rewrite failed"] = metrics.get(FAILED_REWRITES, 0.0)
-    return {why: n for why, n in reasons.items() if isinstance(n, float) and n}
+    lost = {why: n for why, n in dropped.items() if why.startswith(LOST) and isinstance(n, float) and n}
+    failed = metrics.get(FAILED_REWRITES, 0.0)
+    return {"rewrite failed": failed} if isinstance(failed, float) and failed > sum(lost.values()) else lost
 
 
 def is_representative(metrics: Metrics, least: float) -> bool:

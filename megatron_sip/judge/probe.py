@@ -87,6 +87,6 @@ def read_facts(kind: EndpointKind, model: str, report: Any, models: Any) -> Endp
 
 
 def _weights_of(folder: str | None) -> str | None:
-    files = sorted(Path(folder).glob("*.safetensors")) if folder and Path(folder).is_absolute() else []
+    files = sorted(Path(folder).glob("*.safetensors")) if folder else []  # a hub's name is no folder here
     stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
     return str(stats) if stats else None

@@ -362,9 +362,7 @@ def _only(answers: list[Answer] | None) -> Any:
 
 def _server(endpoint: Endpoint, replicas: int) -> Server:
     base = endpoint.url.rstrip("/").removesuffix("/v1")  # clients of this protocol are often given the URL with it
-    server = Server(base, endpoint.api_key(), proxy=endpoint.proxy())
-    server.bucket = _bucket(base, endpoint.requests_per_s / replicas)
-    return server
+    return Server(base, endpoint.api_key(), endpoint.proxy(), _bucket(base, endpoint.requests_per_s / replicas))
 
 
 @cache

@@ -97,8 +97,13 @@ def run(words: Sequence[str]) -> None:
         engines=needs.engines and not flags.rollout_url,
         teacher=flags.teacher_model is not None and needs.teacher,
         rewriter=flags.rewriter_model is not None and needs.rewriter,
+        samples=needs.samples,
+        judges=needs.judges or needs.rewriter,
         own_engines=flags.rollout_local if "--rollout-local" in request.flags else 0,
         own_teachers=flags.teacher_replicas if "--teacher-replicas" in request.flags else 0,
+        own_tensor=flags.tensor_model_parallel_size if "--tensor-model-parallel-size" in request.flags else 0,
+        own_pipeline=flags.pipeline_model_parallel_size if "--pipeline-model-parallel-size" in request.flags else 0,
+        shares=flags.local_server_memory is not None,
     )
     layout, on_gpus = lay_out(demand)
     say(f"layout: {layout}" + ("" if on_gpus else ", on the CPU"))

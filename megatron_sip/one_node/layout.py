@@ -27,7 +27,8 @@ class LayoutError(UserError, ValueError):
 class Demand:
     """What a run asks of its node. policy_bytes, teacher_bytes: of the bf16 weights, of the largest teacher. prompts: a step's.
 
-    engines, teacher, rewriter: what is to be started here. own_engines, own_teachers: how many the user wants, 0: not said.
+    engines, teacher, rewriter: what is to be started here. samples, judges: whether engines and teacher work in every step, or
+    at the end alone. own_*: what the user says, 0: nothing. shares: whether servers may share GPUs however many there are.
     """
 
     policy_bytes: int
@@ -36,8 +37,19 @@ class Demand:
     engines: bool = True
     teacher: bool = True
     rewriter: bool = False
+    samples: bool = True
+    judges: bool = True
     own_engines: int = 0
     own_teachers: int = 0
+    own_tensor: int = 0
+    own_pipeline: int = 0
+    shares: bool = False
+
+    @property
+    def servers(self) -> tuple[int, int, int]:
+        """The fewest engines, teachers and rewriters."""
+        engines = (self.own_engines or 1) * self.engines
+        return engines, (self.own_teachers or 1) * self.teacher, int(self.rewriter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,37 +86,44 @@ def plan_layout(gpus: Sequence[int], demand: Demand) -> Layout:
     Raises:
         LayoutError: a model is too large for this, or the prompts of a step do not divide among the replicas.
     """
-    engines, teachers, rewriters = int(demand.engines), int(demand.teacher), int(demand.rewriter)
-    servers = engines + teachers + rewriters
+    engines, teachers, rewriters = demand.servers
+    servers, kinds = engines + teachers + rewriters, demand.engines + demand.teacher + demand.rewriter
     if not gpus:
         return Layout(1, 1, engines, teachers, rewriters)
     memory = min(gpus)
-    if len(gpus) <= servers:
+    if len(gpus) <= kinds:
         alone = len(gpus) == 1
         share = round((0.5 if alone else 0.9) / servers, 2)
         _require_server(demand, share * memory)
         _tensor_parallel(1, memory * (1 - share * servers if alone else 1), demand)
         return Layout(1, 1, engines, teachers, rewriters, share)
     _require_server(demand, memory)
-    tensor_parallel = _tensor_parallel(_power_of_two(len(gpus) - servers), memory, demand)
-    others = len(gpus) - rewriters
-    own = (demand.own_engines or engines) * engines + (demand.own_teachers or teachers) * teachers
-    share = _power_of_two(others // (1 + ENGINES * engines + TEACHERS * teachers) or 1)
-    trainers = max(tensor_parallel, min(share, _power_of_two(max(1, others - own))))
-    while demand.prompts % (trainers // tensor_parallel):
-        trainers //= 2
-    spare = others - trainers
-    if spare < own:
+    tensor_parallel = demand.own_tensor or _tensor_parallel(_power_of_two(len(gpus) - kinds), memory, demand)
+    replica = tensor_parallel * (demand.own_pipeline or 1)
+    weights = 1 + ENGINES * (demand.engines and demand.samples) + TEACHERS * (demand.teacher and demand.judges)
+    most = max(1, min((len(gpus) - rewriters) // weights, len(gpus) - servers))
+    replicas = max(1, _power_of_two(most) // replica)
+    while demand.prompts % replicas:
+        replicas //= 2
+    trainers = replicas * replica
+    if trainers + servers > len(gpus) and not demand.shares:
         raise LayoutError(
-            f"{len(gpus)} GPUs do not hold {trainers} of the trainer and {own + rewriters} servers: lower --rollout-local or "
-            "--teacher-replicas, or leave them out"
+            f"{len(gpus)} GPUs do not hold {trainers} of the trainer and {servers} servers: lower --rollout-local, "
+            "--teacher-replicas or what the trainer's model is split into, or let servers share GPUs (--local-server-memory)"
         )
-    if engines:
-        divided = max(1, spare * ENGINES // (ENGINES + TEACHERS)) if teachers else spare
-        engines = demand.own_engines or min(divided, spare - (demand.own_teachers or teachers) * teachers)
-    if teachers:
-        teachers = demand.own_teachers or spare - engines
+    engines, teachers = _divided(len(gpus) - rewriters - trainers, demand)
     return Layout(trainers, tensor_parallel, engines, teachers, rewriters)
+
+
+def _divided(spare: int, demand: Demand) -> tuple[int, int]:
+    """(engines, teachers) on so many GPUs."""
+    if not (demand.engines and demand.teacher):
+        return (demand.own_engines or spare) * demand.engines, (demand.own_teachers or spare) * demand.teacher
+    wanted = spare  # a teacher that works at the end alone needs one GPU
+    if demand.judges:
+        wanted = spare * ENGINES // (ENGINES + TEACHERS) if demand.samples else 1
+    engines = demand.own_engines or max(1, min(wanted, spare - (demand.own_teachers or 1)))
+    return engines, demand.own_teachers or max(1, spare - engines)
 
 
 def _power_of_two(most: int) -> int:
@@ -112,7 +131,7 @@ def _power_of_two(most: int) -> int:
 
 
 def _tensor_parallel(trainers: int, memory: float, demand: Demand) -> int:
-    needed = TRAINING_COPIES * demand.policy_bytes
+    needed = TRAINING_COPIES * demand.policy_bytes / (demand.own_pipeline or 1)
     size = 1
     while needed / size > TRAINING_SHARE * memory:
         size *= 2

@@ -64,12 +64,11 @@ class Server:
 
     url: str
     key: str | None = field(default=None, repr=False)
-    requests_per_s: float = 0.0
     proxy: Proxy = DIRECT
+    bucket: TokenBucket = field(default_factory=lambda: TokenBucket(0.0))
     in_flight: int = field(init=False, default=0)
     calls: int = field(init=False, default=0)
     seconds: float = field(init=False, default=0.0)
-    bucket: TokenBucket = field(init=False)
     failures_in_a_row: int = field(init=False, default=0)
     openings: int = field(init=False, default=0)
     open_until: float = field(init=False, default=0.0)
@@ -82,7 +81,6 @@ class Server:
 
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/")
-        self.bucket = TokenBucket(self.requests_per_s)
 
     @property
     def headers(self) -> dict[str, str]:

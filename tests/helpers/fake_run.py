@@ -80,8 +80,8 @@ class FakeRun(Run):
         reason = self._reasons[len(self._usable) % len(self._reasons)]
         return Experience([EXAMPLE] if usable else [], {reason: 0.0 if usable else 1.0})
 
-    def refresh_reference(self) -> bool:
-        return False
+    def refresh_reference(self) -> None:
+        pass
 
     def push_weights(self, *, require_all: bool = False) -> Metrics:
         return {}

@@ -58,6 +58,7 @@ def test_readme_s_commands_for_one_node_are_understood(tmp_path: Path, monkeypat
             (tmp_path / model).mkdir(parents=True, exist_ok=True)
             (tmp_path / model / "config.json").write_text("{}")
         request = understand(words)
+        assert "--criteria" in request.flags or "judgements" in words[1]  # else the likelihood would judge
         if words[1] == "corpus":  # which is read
             continue
         args = check_flags(

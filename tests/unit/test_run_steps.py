@@ -72,11 +72,15 @@ def test_a_run_whose_last_steps_are_empty_is_done_with_them() -> None:
 
 
 def test_a_reference_that_an_empty_step_made_is_kept() -> None:
+    """Once: the policy does not change in the steps behind it, and their tasks are asked again."""
     run = FakeRun([True, *[False] * 20], save_interval=100)
-    run.refresh_reference = lambda: run.state.iteration == 5  # type: ignore[method-assign]
-    with pytest.raises(TrainingError, match="Step 5 is saved"):
+    copies: list[int] = []
+    run.reference = SimpleNamespace(copy_policy=lambda: copies.append(run.state.iteration))  # type: ignore[assignment]
+    run.settings = replace(run.settings, reference=replace(run.settings.reference, update_interval=3))
+    run.refresh_reference = MethodType(Run.refresh_reference, run)  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="Step 3 is saved"):
         run_steps(run, StopSignal())
-    assert run.saved == [5]
+    assert (run.saved, copies, run.unsaved_reference) == ([3], [3], 3)
 
 
 def test_a_run_with_nothing_left_to_learn_ends_as_a_finished_one_and_the_same_command_trains_no_more(

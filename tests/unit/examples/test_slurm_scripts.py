@@ -294,6 +294,14 @@ def test_flags_that_the_trainer_refuses_are_told_before_anything_is_started(tmp_
     assert (wrong.returncode, "srun" in wrong.stdout) == (1, False)
     assert "is --num-rollouts meant?" in wrong.stderr
     assert "error: the trainer refuses these flags" in wrong.stderr
+    fake = tmp_path / "venv" / "bin" / "python"
+    fake.parent.mkdir(parents=True)
+    fake.write_text('#!/bin/sh\necho "$CUDA_DEVICE_MAX_CONNECTIONS $WORLD_SIZE" > ' + f"{tmp_path}/environment\n")
+    fake.chmod(0o755)
+    assert "srun" in bash(*words, f"VENV={tmp_path}/venv").stdout
+    assert (
+        tmp_path / "environment"
+    ).read_text() == "1 8\n"  # as the trainer's own: Megatron wants the one, counts by the other
     parts = ("TENSOR_PARALLEL=3", "TRAINER_NODES=1")
     assert "world size (8) is not divisible" in bash(*words, *parts).stderr
 

@@ -47,6 +47,7 @@ def test_without_oversampling_nothing_is_cut_or_logged() -> None:
         ({"tied": 4.0, "judge-quality-timeout": 6.0}, False),
         ({"no rewrite": 9.0, "rewriter/dropped/refused": 9.0}, True),  # an answer
         ({"no rewrite": 9.0, FAILED_REWRITES: 6.0}, False),
+        ({"judge-quality-timeout": 4.0, FAILED_REWRITES: 4.0}, True),  # they may be the same groups
         ({FAILED_REWRITES: 6.0}, False),  # RF-NLL would learn the suffixes that are left
     ],
 )

@@ -70,9 +70,17 @@ def test_what_servers_report(kind: str, report: object, models: object, expected
     assert (facts.model, facts.tokenizer, facts.context_tokens) == expected
 
 
-def test_a_model_that_is_trained_into_the_same_folder_is_another_one(tmp_path: Path) -> None:
+def test_a_model_that_is_trained_into_the_same_folder_is_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path.parent)
+
     def weights() -> str | None:
-        return read_facts("sglang", "m", {"model_path": str(tmp_path)}, None).weights
+        relative, absolute = (
+            read_facts("sglang", "m", {"model_path": path}, None).weights for path in (tmp_path.name, str(tmp_path))
+        )
+        assert relative == absolute
+        return absolute
 
     assert weights() is None
     (tmp_path / "model.safetensors").write_bytes(b"old")

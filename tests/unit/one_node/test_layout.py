@@ -38,6 +38,14 @@ def test_usual_nodes(gpus: int, layout: Layout) -> None:
         (Demand(10**9, 0, 256, engines=False, teacher=False), 8, Layout(8, 1, 0, 0)),
         (Demand(10**9, 0, 6, teacher=False), 8, Layout(2, 1, 6, 0)),  # 6 prompts do not divide among 4 replicas
         (Demand(10**9, 10**9, 256, rewriter=True), 8, Layout(1, 1, 2, 4, 1)),  # a judge and a rewriter
+        (Demand(10**9, 10**9, 256, samples=False, judges=False), 8, Layout(4, 1, 3, 1)),  # they work at the end alone
+        (Demand(10**9, 10**9, 256, judges=False), 8, Layout(4, 1, 3, 1)),  # a pair by kinds
+        (Demand(10**9, 10**9, 256, samples=False), 8, Layout(2, 1, 1, 5)),  # rewrites
+        (Demand(10**9, 10**9, 256, own_tensor=4), 8, Layout(4, 4, 1, 3)),
+        (Demand(10**9, 10**9, 256, own_pipeline=4), 8, Layout(4, 1, 1, 3)),
+        (Demand(10**9, 10**9, 256, own_tensor=2, own_pipeline=2), 16, Layout(4, 2, 4, 8)),
+        (Demand(10**9, 10**9, 256, own_engines=6, shares=True), 4, Layout(1, 1, 6, 1)),
+        (Demand(10**9, 10**9, 256, own_engines=3), 2, Layout(1, 1, 3, 1, server_memory=0.23)),
         (Demand(10**9, 10**9, 256, own_engines=1, own_teachers=6), 8, Layout(1, 1, 1, 6)),
         (Demand(10**9, 10**9, 256, own_engines=4), 8, Layout(2, 1, 4, 2)),
         (Demand(10**9, 10**9, 256, own_teachers=1), 8, Layout(2, 1, 2, 1)),

@@ -341,7 +341,7 @@ async def test_a_server_that_takes_no_connection_any_more_costs_no_more_than_its
 
 async def test_the_rate_limit_holds() -> None:
     async with Loopback(fine) as server:
-        async with HttpPool([Server(server.url, requests_per_s=20)], concurrency=50) as pool:
+        async with HttpPool([Server(server.url, bucket=TokenBucket(20))], concurrency=50) as pool:
             begin = time.monotonic()
             await asyncio.gather(*(send(pool, ask()) for _ in range(40)))
         assert time.monotonic() - begin >= 0.9  # 20 at once, 20 more in the following second
