@@ -51,7 +51,16 @@ def _asked(place: Place, name: str, model: Path) -> Part:
     answered = _questions(place, name)
     output = answered.with_name(answered.name.removesuffix(".questions.jsonl"))
     words = (
-        *(PYTHON, "-m", "megatron_sip.evaluate", "tasks", "--model", str(model), "--dtype", "float32"),
+        *(
+            PYTHON,
+            "-m",
+            "megatron_sip.evaluate",
+            "tasks",
+            "--model",
+            str(model),
+            "--dtype",
+            "bfloat16",
+        ),  # the weights' own
         *("--tasks", "standard", "--include-path", str(EVAL_SETS), "--output", str(output)),
         *("--limit", str(QUICK_LIMIT if place.quick else LIMIT)),
     )
@@ -153,7 +162,7 @@ def section(found: Mapping[str, Any]) -> str:
         [
             paragraph(
                 "The first questions of each of the paper's eight tasks, as lm-eval asks them (MMLU with 5 examples, as many",
-                "of each subject), in float32: percent right with Wilson's intervals; changes in points, of paired answers to",
+                "of each subject), in bfloat16: percent right with Wilson's intervals; changes in points, of paired answers to",
                 "the same questions, with Newcombe's intervals and how many answers were gained and lost.",
             ),
             table(head, rows),
