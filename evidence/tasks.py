@@ -51,16 +51,8 @@ def _asked(place: Place, name: str, model: Path) -> Part:
     answered = _questions(place, name)
     output = answered.with_name(answered.name.removesuffix(".questions.jsonl"))
     words = (
-        *(
-            PYTHON,
-            "-m",
-            "megatron_sip.evaluate",
-            "tasks",
-            "--model",
-            str(model),
-            "--dtype",
-            "bfloat16",
-        ),  # the weights' own
+        *(PYTHON, "-m", "megatron_sip.evaluate", "tasks", "--model", str(model)),
+        *("--dtype", "bfloat16"),  # the weights' own
         *("--tasks", "standard", "--include-path", str(EVAL_SETS), "--output", str(output)),
         *("--limit", str(QUICK_LIMIT if place.quick else LIMIT)),
     )
