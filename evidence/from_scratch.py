@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from evidence.study import PYTHON, Part, Place, Report, Study, paragraph, table
+from megatron_sip.evaluation.diversity import diversity
 from megatron_sip.evaluation.plots import moving_average
 from megatron_sip.evaluation.win_rate import wilson_interval
+from megatron_sip.files import read_json_lines
 from megatron_sip.training.metrics_writer import read_metrics
 
 NAME = "from_scratch"
@@ -141,8 +143,18 @@ def stage(run_dir: Path, steps: int, same: int) -> Report:
         found["chance"] = round(float(np.mean([step[CHANCE] for step in judged])), 4)
         by_step = {kind: [round(step[name], 3) for step in judged] for kind, name in SCORES.items()}
         found["scores_by_step"] = by_step
+        found["repetition"] = round(repetition(run_dir / "samples.jsonl"), 4)
         found["scores"] = {kind: round(float(np.mean(values[:same])), 3) for kind, values in by_step.items()}
     return found
+
+
+def repetition(samples: Path) -> float:
+    """The share of 4-grams that repeat an earlier one of the same rollout, in the later half of a run's samples."""
+    lines = read_json_lines(samples, "samples of a run")
+    later = lines[len(lines) // 2 :]
+    return diversity([one["text"] for line in later for one in line["candidates"] if one["kind"] == "rollout"])[
+        "repetition"
+    ]
 
 
 def draw(found: Mapping[str, Any], png: Path) -> None:
@@ -187,6 +199,7 @@ def section(found: Mapping[str, Any]) -> str:
             f"{one['groups']}",
             f"{one['scores']['rollout']:.2f}",
             f"{one['scores']['suffix']:.2f}",
+            f"{100 * one['repetition']:.0f}",
         ]
         for one in found[RF_NLL]
     ]
@@ -200,6 +213,7 @@ def section(found: Mapping[str, Any]) -> str:
         "groups",
         "likelihood of rollouts",
         "of suffixes",
+        "repetition of rollouts, %",
     ]
     stages = {one: [stage for stage in found[RF_NLL] if stage["temperature"] == one] for one in TEMPERATURES}
     last, plain = stages[1.0][-1], found[SFT]
@@ -207,7 +221,9 @@ def section(found: Mapping[str, Any]) -> str:
         "A model of 7 million weights learns Wikipedia leads plainly, 16 pieces of up to 128 tokens a step. From three stages "
         "it goes on by RF-NLL of the suffix (16 tokens behind up to 48) against one rollout, 16 groups a step, chosen by their "
         f"likelihood under SmolLM2-135M-Instruct (nats a token, means of the first {same} steps). By chance a rollout is "
-        f"chosen in {100 * last['chance']:.0f}% of the groups.",
+        f"chosen in {100 * last['chance']:.0f}% of the groups. Repetition is the share of a rollout's 4-grams that it wrote "
+        "before, late in the run: where it is high the model has learnt from its surest rollouts to say the same again and "
+        "again, which a likelihood takes for better than text.",
         table(head, rows),
         *(f"At temperature {one:g}: {told(of_it)}" for one, of_it in stages.items()),
         f"Next-token loss on suffixes alone, from the last stage and for as many steps, ends at {plain['nll'][-1][1]:.3f} nats "

@@ -81,6 +81,9 @@ def write_run(run_dir: Path, chosen: Sequence[float], nats: Sequence[float]) -> 
     steps += [{"step": i, CHOSEN: one, SCORES["rollout"]: one - 9, **judged} for i, one in enumerate(chosen, start=1)]
     steps.append({"step": 20, NLL: nats[1]})
     run_dir.mkdir(parents=True)
+    texts = ["a b c d e f"] * 2 + ["the " * 8] * 2  # the later half loops
+    lines = [{"candidates": [{"kind": kind, "text": text} for kind in ("suffix", "rollout")]} for text in texts]
+    (run_dir / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
 
 
@@ -101,7 +104,7 @@ def test_report_page_and_figure_are_of_what_the_runs_logged(place: Place, tmp_pa
     )
     assert "RF-NLL at 5.500, with surer rollouts at 9.000; one run" in text
     assert f"| {stages[-1]} | 1 | 6.000 | 5.500 after 20 | 30.0% (" in text
-    assert "| 32 | -8.70 | -3.00 |" in text
+    assert "| 32 | -8.70 | -3.00 | 80 |" in text
     assert "ends at 5.250 nats" in text
     STUDY.draw(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
