@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 
-from megatron_sip.experience.leader import EngineSettings, Leader, rotated_urls
+from megatron_sip.experience.leader import ClientsSettings, EngineSettings, Leader, rotated_urls
 from megatron_sip.rollout.pool import PoolSettings, SGLangPool
 from megatron_sip.rollout.sampling import SamplingSettings
 from megatron_sip.serving.launch import (
@@ -132,7 +132,7 @@ async def test_a_run_opens_engines_that_a_killed_run_left_paused_and_in_an_updat
         async with AsyncExitStack() as clients:
             pool = PoolSettings(call_timeout_s=5.0, max_concurrency=4, vocab_size=32)
             settings = EngineSettings((engine.url,), pool, context_length=10)
-            leader: Any = SimpleNamespace(_replica=0, _clients=clients)
+            leader: Any = SimpleNamespace(_replica=0, _clients=clients, _servers=ClientsSettings())
             await asyncio.wait_for(Leader._open_engines(leader, settings, tokenizer), 30)
         assert not engine.paused
         assert not engine.updating
