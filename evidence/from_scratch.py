@@ -178,8 +178,8 @@ def draw(found: Mapping[str, Any], png: Path) -> None:
     suffixes = float(np.mean([one["scores"]["suffix"] for one in found[RF_NLL]]))
     middle.axhline(suffixes, color="#59636e", linewidth=0.8, linestyle=":", label="suffixes")
     left.set_ylim(-0.02, 1)
-    left.set_ylabel(f"share of rollouts chosen, mean of {WINDOW} steps")
-    middle.set_ylabel("likelihood of rollouts by the judge, nats a token")
+    left.set_ylabel(f"rollouts chosen, mean of {WINDOW} steps")
+    middle.set_ylabel("likelihood of rollouts, nats a token")
     right.set_ylabel("held-out nats a token of the suffix")
     for axis in (left, middle, right):
         axis.set_xlabel("step")
