@@ -287,6 +287,20 @@ def test_readme_tells_of_the_study_of_objectives_what_holds_and_what_does_not() 
     assert f"{held} of {len(claims)} claims hold over {len(found['seeds'])} seeds" in text
 
 
+def test_readme_tells_of_the_studies_from_scratch_and_of_cost_what_they_found() -> None:
+    text, results = page_text("README.md"), REPO / "docs" / "results"
+    scratch = json.loads((results / "evidence_from_scratch.json").read_text())["report"]["RF-NLL"]
+    plain = [one for one in scratch if one["temperature"] == 1]
+    sure = [one for one in scratch if one["temperature"] == 0.3]
+    assert "hardly ever writes what a likelihood prefers to the text until it is sampled at a temperature of 0.3" in text
+    assert max(one["chosen_interval"][1] for one in plain) < 0.01
+    assert all(max(one["chosen_by_step"]) > 0.5 and one["repetition"] > 0.3 for one in sure)
+    protocols = json.loads((results / "evidence_cost.json").read_text())["report"]["protocols"]
+    few, all_pairs = protocols["default"], protocols["all pairs"]
+    assert all_pairs["calls"] / few["calls"] == pytest.approx(5, abs=0.3)
+    assert f"a fifth of the calls of all pairs keeps {few['recovered']['value']:.0%} of what they select" in text
+
+
 def test_training_md_s_figures_of_one_step_ahead_are_those_that_were_measured() -> None:
     report, page = measured("staleness_cpu.json"), page_text("docs/training.md")
     for part, told in (
