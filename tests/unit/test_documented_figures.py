@@ -292,7 +292,9 @@ def test_readme_tells_of_the_studies_from_scratch_and_of_cost_what_they_found() 
     scratch = json.loads((results / "evidence_from_scratch.json").read_text())["report"]["RF-NLL"]
     plain = [one for one in scratch if one["temperature"] == 1]
     sure = [one for one in scratch if one["temperature"] == 0.3]
-    assert "hardly ever writes what a likelihood prefers to the text until it is sampled at a temperature of 0.3" in text
+    assert (
+        "hardly ever writes what a likelihood prefers to the text until it is sampled at a temperature of 0.3" in text
+    )
     assert max(one["chosen_interval"][1] for one in plain) < 0.01
     assert all(max(one["chosen_by_step"]) > 0.5 and one["repetition"] > 0.3 for one in sure)
     protocols = json.loads((results / "evidence_cost.json").read_text())["report"]["protocols"]
