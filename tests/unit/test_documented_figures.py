@@ -303,6 +303,17 @@ def test_readme_tells_of_the_studies_from_scratch_and_of_cost_what_they_found() 
     assert f"a fifth of the calls of all pairs keeps {few['recovered']['value']:.0%} of what they select" in text
 
 
+def test_readme_tells_of_the_standard_tasks_that_nothing_changed() -> None:
+    report = json.loads((REPO / "docs" / "results" / "evidence_tasks.json").read_text())["report"]
+    assert f"On {sum(report['questions'].values()):,} questions of the paper's eight standard tasks" in page_text(
+        "README.md"
+    )
+    assert len(report["questions"]) == 8
+    assert min(report["questions"].values()) >= 300
+    changes = [*report["changes"].values(), report["main_less_baseline"]]
+    assert all(one["low"] < 0 < one["high"] for each in changes for one in each.values())
+
+
 def test_training_md_s_figures_of_one_step_ahead_are_those_that_were_measured() -> None:
     report, page = measured("staleness_cpu.json"), page_text("docs/training.md")
     for part, told in (
