@@ -303,6 +303,15 @@ def test_readme_tells_of_the_studies_from_scratch_and_of_cost_what_they_found() 
     assert f"a fifth of the calls of all pairs keeps {few['recovered']['value']:.0%} of what they select" in text
 
 
+def test_readme_tells_what_cooler_sampling_does_to_toxicity() -> None:
+    found = json.loads((REPO / "docs" / "results" / "evidence_cooler.json").read_text())["report"]["temperatures"][
+        "0.7"
+    ]
+    assert found["unlisted"]["change_interval"][0] > 0
+    told = f"such a word in {100 * found['unlisted']['change']:.1f} percentage points more of its continuations"
+    assert told in page_text("README.md")
+
+
 def test_readme_tells_of_the_standard_tasks_that_nothing_changed() -> None:
     report = json.loads((REPO / "docs" / "results" / "evidence_tasks.json").read_text())["report"]
     assert f"On {sum(report['questions'].values()):,} questions of the paper's eight standard tasks" in page_text(
