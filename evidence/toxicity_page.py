@@ -101,8 +101,8 @@ def section(found: Mapping[str, Any]) -> str:
         "What it cost on clean text that no arm learnt from, and how varied the continuations of the toxic prompts are:",
         price_table(found),
         told(found["arms"][DPO]),
-        "What it does not show: safety; what another learning rate than the one of all arms would do. What cooler sampling alone "
-        "does is a study of its own.",
+        "What it does not show: safety; what another learning rate than the one of all arms would do. What cooler sampling "
+        "alone does is a study of its own.",
         f"A rollout, not the page's suffix, was chosen in {100 * rate:.0f}% of DPO's groups, by chance {100 * chance:.0f}%.",
     ]  # fmt: skip
     return "\n\n".join(block if block.startswith("|") else paragraph(block) for block in blocks)
