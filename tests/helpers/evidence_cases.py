@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from tiny_tokenizer import byte_level_tokenizer
+from transformers import LlamaConfig
+
 from evidence.asking import command_line as asking_command_line
-from evidence.study import PYTHON, ROOT, SERVED_URL, Part
+from evidence.study import PYTHON, ROOT, SERVED_URL, Part, Place
 from megatron_sip.config.early_checks import check_flags
 from megatron_sip.evaluate import command_line as evaluate_command_line
 from megatron_sip.judge.__main__ import command_line as judge_command_line
@@ -20,6 +24,16 @@ COMMAND_LINES = {
     "megatron_sip.judge": judge_command_line,
     "megatron_sip.prepare": prepare_command_line,
 }
+
+
+def small_place(folder: Path, seeds: tuple[int, ...] = (1, 2, 3)) -> Place:
+    """Where a study would work, with a model's folder without weights and one lead."""
+    model = folder / "model"
+    byte_level_tokenizer().save_pretrained(model)
+    LlamaConfig(vocab_size=320).save_pretrained(model)
+    (model / "model.safetensors").write_bytes(b"")
+    (folder / "leads.jsonl").write_text(json.dumps({"text": "A lead."}) + "\n")
+    return Place(folder / "run", seeds, smollm2=model, wiki_leads=folder / "leads.jsonl")
 
 
 def understood(parts: Iterable[Part], model: Path, texts: Path) -> list[str]:

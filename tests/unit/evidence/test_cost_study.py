@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evidence_cases import understood
+from evidence_cases import small_place, understood
 from fake_judge import FakeJudge
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_cases import make_group, make_settings
-from tiny_tokenizer import byte_level_tokenizer
-from transformers import LlamaConfig
 
 from evidence.asking import EVERYTHING, LIKELIHOOD, PROTOCOLS, asked, settings, unjudged
 from evidence.cost import PAPER, STUDY, VOTES, best_and_worst, cut, paper_scores, parts, report_of, selection
@@ -32,12 +30,7 @@ CALLS = {EVERYTHING: 240, "default, both orders": 96, "default": 48, "32 calls":
 
 @pytest.fixture(name="place")
 def place_of(tmp_path: Path) -> Place:
-    model = tmp_path / "model"
-    byte_level_tokenizer().save_pretrained(model)
-    LlamaConfig(vocab_size=320).save_pretrained(model)
-    (model / "model.safetensors").write_bytes(b"")
-    (tmp_path / "leads.jsonl").write_text(json.dumps({"text": "A lead."}) + "\n")
-    return Place(tmp_path / "run", smollm2=model, wiki_leads=tmp_path / "leads.jsonl")
+    return small_place(tmp_path)
 
 
 @pytest.mark.parametrize("quick", [False, True])

@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from evidence_cases import understood
-from tiny_tokenizer import byte_level_tokenizer
-from transformers import LlamaConfig
+from evidence_cases import small_place, understood
 
 from evidence.objectives import BASELINE, MAIN
 from evidence.results import refuse_paths
@@ -20,12 +18,7 @@ from evidence.tasks import ALL, INITIAL, STUDY, changes, parts
 
 @pytest.fixture(name="place")
 def place_of(tmp_path: Path) -> Place:
-    model = tmp_path / "model"
-    byte_level_tokenizer().save_pretrained(model)
-    LlamaConfig(vocab_size=320).save_pretrained(model)
-    (model / "model.safetensors").write_bytes(b"")
-    (tmp_path / "leads.jsonl").write_text(json.dumps({"text": "A lead."}) + "\n")
-    return Place(tmp_path / "run", seeds=(3, 4), smollm2=model, wiki_leads=tmp_path / "leads.jsonl")
+    return small_place(tmp_path, (3, 4))
 
 
 @pytest.mark.parametrize("quick", [False, True])
