@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
 from megatron_sip.serving.guard import kill_with_parent
-from megatron_sip.serving.launch import free_port
+from megatron_sip.serving.launch import reserve_port
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 POLL_SECONDS = 0.2
@@ -26,6 +26,7 @@ class LocalRanks:
     """`count` processes of one command, with the environment that torch.distributed reads."""
 
     def __init__(self, command: Sequence[str], count: int = 1, environment: Mapping[str, str] | None = None) -> None:
+        self._store_port = reserve_port()
         # In sessions of their own: a Ctrl-C of the terminal comes to them once, through us.
         self._processes = [
             subprocess.Popen(
@@ -34,12 +35,12 @@ class LocalRanks:
                 start_new_session=True,
                 preexec_fn=kill_with_parent,
             )
-            for variables in rank_variables(count)
+            for variables in rank_variables(count, self._store_port.getsockname()[1])
         ]
 
     def wait(self) -> int:
         """The first status that is not 0, or 0 when all have ended well; signals go on to the processes meanwhile."""
-        with self._signals_forwarded():
+        with self._store_port, self._signals_forwarded():
             while True:
                 statuses = [process.poll() for process in self._processes]
                 failed = next((status for status in statuses if status), 0)
@@ -73,10 +74,10 @@ class LocalRanks:
                 signal.signal(number, handler)
 
 
-def rank_variables(count: int) -> list[dict[str, str]]:
-    """What tells each of `count` processes which one it is; nothing for a single one."""
+def rank_variables(count: int, store_port: int) -> list[dict[str, str]]:
+    """What tells each of `count` processes which one it is and where their store is; nothing for a single one."""
     if count == 1:
         return [{}]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store_port)}
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]

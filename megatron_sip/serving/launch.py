@@ -10,7 +10,6 @@ machines are started by the user's own scheduler and given to the trainer as URL
 from __future__ import annotations
 
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -36,8 +35,6 @@ HOST = "127.0.0.1"
 LOG_TAIL_LINES = 30
 STOP_S = 5.0
 """Seconds between SIGTERM and SIGKILL."""
-PORT_ATTEMPTS = 3
-PORT_TAKEN = re.compile(r"address already in use|EADDRINUSE|port \d+ is (not available|already in use)", re.IGNORECASE)
 
 CPU_MODULE = "megatron_sip.platform.sglang_server_cpu"
 # Of requests that come at once and begin alike, as a group's do at the judge, one goes first and the others reuse what it has
@@ -155,11 +152,21 @@ def visible_devices(devices: Sequence[int], ours: str | None) -> str:
     return ",".join(names[device] for device in devices)
 
 
-def free_port() -> int:
-    """A TCP port that is free now. Another process may still take it first: callers retry."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+def reserve_port(port: int = 0) -> socket.socket:
+    """A TCP port of this machine, 0 for a free one, kept from all who ask for any port until this socket is closed.
+
+    A server loads for longer than a port that was found free stays so. The socket is bound and does not listen: with
+    SO_REUSEADDR, which asyncio's servers and torch's store set too, another may listen at the port meanwhile, once.
+    Raises OSError for a port at which somebody listens.
+    """
+    reserved = socket.socket()
+    try:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind((HOST, port))
+    except OSError:
+        reserved.close()
+        raise
+    return reserved
 
 
 class ServerProcess(ABC):
@@ -267,27 +274,32 @@ class LocalServer(ServerProcess):
             raise RuntimeError(f"the server at {self.url} is already running")
         _check_model_path(self.settings.model_path)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        attempts = 1 if again else PORT_ATTEMPTS
-        for attempt in range(attempts):
-            if attempt or not self._port:
-                self._port = free_port()
+        with self._reserve_port(again):
             try:
                 with self.log_file.open("ab" if again else "wb") as log:
                     self._spawn(self._command(), server_environment(self.settings), log)
                 self._wait_until_healthy()
-                return self
-            except BaseException as error:
+            except BaseException:
                 self.stop()
-                lost_port = isinstance(error, ServerStartError) and PORT_TAKEN.search(str(error)) is not None
-                if not lost_port or attempt == attempts - 1:
-                    raise
-        raise AssertionError("unreachable")
+                raise
+        return self
 
     def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def _reserve_port(self, again: bool) -> socket.socket:
+        try:
+            reserved = reserve_port(self._port)
+        except OSError as error:
+            if again:
+                what = f"cannot be started: its port is taken ({error.strerror})"
+                raise ServerStartError(f"{self._name} at {self.url} {what}", what) from None
+            reserved = reserve_port()
+        self._port = int(reserved.getsockname()[1])
+        return reserved
 
     def _command(self) -> list[str]:
         # With torch, which checking flags does without.
@@ -298,7 +310,7 @@ class LocalServer(ServerProcess):
         return server_command(replace(settings, dtype=dtype), self._port, on_cpu)
 
     def _answers(self) -> bool:
-        """Healthy, and really our server: on a lost port race another server could be the one that answers."""
+        """Healthy, and really our server: one that was given our port by number could be the one that answers."""
         try:
             call(self.url, "GET", "/health", timeout_s=25)
             info = call(self.url, "GET", "/model_info", timeout_s=10)

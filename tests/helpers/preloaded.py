@@ -25,7 +25,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_sip.serving.launch import HOST, free_port
+from ports import free_port
+
+from megatron_sip.serving.launch import HOST
 
 IMPORTED = (
     *("megatron_sip.run", "megatron_sip.config.parse", "megatron_sip.config.settings"),

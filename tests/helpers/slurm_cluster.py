@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from megatron_sip.serving.launch import free_port
+from ports import free_port
 
 NODES = 4
 GPUS = 8

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from ports import free_port
 from safetensors.torch import load_file
 from training import (
     kill_when,
@@ -37,7 +38,7 @@ from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.data.tokenization import TokenizeSettings
 from megatron_sip.experience.leader import CONNECT_SECONDS
 from megatron_sip.serving.blocking_call import call
-from megatron_sip.serving.launch import LocalServer, free_port
+from megatron_sip.serving.launch import LocalServer
 
 pytestmark = pytest.mark.slow
 

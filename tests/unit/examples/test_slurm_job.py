@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from megatron_sip.serving.launch import free_port
+from ports import free_port
 
 REPO = Path(__file__).parents[3]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
+from ports import free_port
 
 from megatron_sip.experience.leader import ClientsSettings, EngineSettings, Leader, rotated_urls
 from megatron_sip.rollout.pool import PoolSettings, SGLangPool
@@ -19,7 +20,6 @@ from megatron_sip.rollout.sampling import SamplingSettings
 from megatron_sip.serving.launch import (
     LocalServer,
     ServerSettings,
-    free_port,
     numbered,
     server_command,
     server_environment,

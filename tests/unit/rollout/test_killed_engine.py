@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from fake_engine import FakeEngine, digests, serve
 from forks import forks
+from ports import free_port
 
 from megatron_sip.rollout import weight_group
 from megatron_sip.rollout.sync_distributed import DistributedWeightSync
 from megatron_sip.rollout.weight_group import SyncSettings, backend_group
 from megatron_sip.rollout.weight_sync import SyncRank, WeightSyncError
-from megatron_sip.serving.launch import free_port
 
 KILLS = 20
 

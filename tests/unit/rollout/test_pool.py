@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 from app_server import AppServer
+from ports import free_port
 
 from megatron_sip.rollout.pool import PoolSettings, SGLangPool, counted_as
 from megatron_sip.rollout.sampling import Failure, SamplingSettings, read_completions
 from megatron_sip.serving.failures import RequestError
-from megatron_sip.serving.launch import free_port
 
 FAST = PoolSettings(call_timeout_s=0.5, connect_timeout_s=0.5, backoff_s=0.01, max_backoff_s=0.02, down_s=0.3)
 TWO_TOKENS = SamplingSettings(max_new_tokens=2)

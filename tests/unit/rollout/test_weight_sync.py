@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from fake_engine import FakeEngine
+from ports import free_port
 from thread_exchange import ThreadExchange
 
 from megatron_sip.hf.shards import write_parts
@@ -29,7 +30,6 @@ from megatron_sip.rollout.weight_group import EngineGroup, SyncSettings, make_bu
 from megatron_sip.rollout.weight_sync import SyncRank, WeightSyncError
 from megatron_sip.serving import blocking_call as http
 from megatron_sip.serving.failures import RequestError
-from megatron_sip.serving.launch import free_port
 
 QUICK = SyncSettings(timeout_s=3.0, control_timeout_s=3.0)
 CPU = torch.device("cpu")

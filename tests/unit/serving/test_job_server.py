@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from megatron_sip.serving import node
-from megatron_sip.serving.launch import free_port
 from megatron_sip.serving.node import SOCKETS, interface_towards, node_variables
 
 KEEPER = (sys.executable, "-m", "megatron_sip.serving.job_server")

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import pytest
 from fake_judge import FakeJudge, reply, truthful_answer
 from judge_cases import make_group, make_settings
+from ports import free_port
 from raw_server import RawServer, reply_of
 
 from megatron_sip.judge import Endpoint, Judge, SettingsError
 from megatron_sip.judge.probe import EndpointError
 from megatron_sip.serving.blocking_call import call
-from megatron_sip.serving.launch import free_port
 from megatron_sip.serving.proxy import DIRECT, Proxy, is_public, proxy_for
 
 
