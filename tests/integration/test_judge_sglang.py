@@ -92,8 +92,7 @@ async def test_likelihood_is_the_models_mean_token_logprob(
         ids = encoder.text(text) + ([encoder.document_end()] if text in (early, "") else [])
         logprobs = next_logprobs(reference, prefix + ids)
         expected = [float(logprobs[len(prefix) + k - 1, token]) for k, token in enumerate(ids)]
-        # The server computes in bfloat16, of whose values neighbours differ by up to 2^-7 of their size.
-        assert value == pytest.approx(sum(expected) / len(expected), rel=2**-7, abs=0.05)
+        assert value == pytest.approx(sum(expected) / len(expected), abs=1e-3)
     assert judged.scores[0] > max(judged.scores[1], judged.scores[3], judged.scores[4])
 
 
@@ -121,8 +120,8 @@ async def test_soft_verdicts_are_the_models_probabilities(
     second = expected("quality", option_1=texts[1], option_2=texts[0])
     quality = [(first + 1 - second) / 2, (second + 1 - first) / 2]
     safety = [expected("safety", candidate=text) for text in texts]
-    assert judged.criterion_scores["quality"] == pytest.approx(quality, abs=0.03)
-    assert judged.criterion_scores["safety"] == pytest.approx(safety, abs=0.03)
+    assert judged.criterion_scores["quality"] == pytest.approx(quality, abs=1e-3)
+    assert judged.criterion_scores["safety"] == pytest.approx(safety, abs=1e-3)
 
     openai = make_settings(
         smollm2_server,
@@ -131,6 +130,7 @@ async def test_soft_verdicts_are_the_models_probabilities(
         endpoint=Endpoint(smollm2_server.url, "openai", prefill=True),
     )
     again, _ = await score(openai, make_group(texts))
+    # There all listed spellings of a label count, behind a start without its space.
     assert again.criterion_scores["quality"] == pytest.approx(quality, abs=0.06)
     assert again.criterion_scores["safety"] == pytest.approx(safety, abs=0.06)
 
@@ -288,8 +288,8 @@ def test_accuracy_of_a_real_judge_is_that_of_its_probabilities(
         leanings.append((first - second, record["verdict"] == "1"))
     gaps = torch.tensor([gap for gap, _ in leanings])
     assert figures["records"] == figures["verdicts"] == len(gaps) == 6
-    assert figures["first_option_lean"] == pytest.approx(float(gaps.sigmoid().mean()), abs=0.03)
-    clear = [(gap > 0, is_first) for gap, is_first in leanings if abs(gap) > 0.1]  # the server computes in bfloat16
+    assert figures["first_option_lean"] == pytest.approx(float(gaps.sigmoid().mean()), abs=1e-3)
+    clear = [(gap > 0, is_first) for gap, is_first in leanings if abs(gap) > 1e-3]
     unclear = len(leanings) - len(clear)
     assert abs(6 * figures["first_option"] - sum(first for first, _ in clear)) <= unclear
     assert abs(6 * figures["accuracy"] - sum(first == is_first for first, is_first in clear)) <= unclear
