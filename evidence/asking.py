@@ -25,6 +25,8 @@ from megatron_sip.serving.blocking_call import call
 QUALITY = "examples/short_quality.txt"
 LIKELIHOOD = "likelihood"
 EVERYTHING = "all pairs"
+CALL_TIMEOUT_S = 900.0
+"""Two cores take minutes for what is asked of them at once."""
 PROTOCOLS: Mapping[str, ScheduleSettings] = {
     EVERYTHING: ScheduleSettings("all_pairs"),
     "default, both orders": ScheduleSettings(both_orders=True),
@@ -37,7 +39,7 @@ PROTOCOLS: Mapping[str, ScheduleSettings] = {
 
 def settings(protocol: str, url: str, tokenizer: str) -> JudgeSettings:
     """The judge that asks by a protocol, LIKELIHOOD among them."""
-    client = ClientSettings((Endpoint(url),), tokenizer)
+    client = ClientSettings((Endpoint(url),), tokenizer, call_timeout_s=CALL_TIMEOUT_S)
     if protocol == LIKELIHOOD:
         return JudgeSettings({LIKELIHOOD: 1.0}, client, audit_rate=0.0, deadline_s=3600.0)
     return JudgeSettings({QUALITY: 1.0}, client, schedule=PROTOCOLS[protocol], audit_rate=0.0, deadline_s=3600.0)

@@ -1,4 +1,4 @@
-"""What does sampling cooler alone do to toxicity, the control of study `toxicity`? Budget: 15 minutes on two cores.
+"""What does sampling cooler alone do to toxicity, the control of study `toxicity`? Aimed at 15 minutes on two slow cores.
 
 The initial model of that study behind the same toxic prompts, sampled at temperature 1, as there, and cooler, judged alike.
 Nothing is trained.

@@ -1,4 +1,4 @@
-"""What does judging cost, and what does cheaper judging lose? Budget: 30 minutes on two cores with AVX2 alone, after `judge`.
+"""What does judging cost, and what does cheaper judging lose? Aimed at 30 minutes on two slow cores, after `judge`.
 
 Groups of a suffix and 15 rollouts, recorded by a short run, are judged again by the judge of study `judge`, under each
 protocol, and by likelihood. What all pairs in both orders say is taken as the truth about this judge; the paper's five hard
@@ -189,6 +189,10 @@ def section(found: Mapping[str, Any]) -> str:
         for name, each in found["protocols"].items()
     ]
     low, high = found["candidates"]
+    again = found["protocols"][EVERYTHING]["calls"] - low * (low - 1) if low == high else 0
+    asked_again = (
+        f" Of the calls of {EVERYTHING} {again:.0f} are second askings, of calls without an answer." if again else ""
+    )
     left = f" {found['left_out']} more could not be judged under every protocol." if found["left_out"] else ""
     return "\n\n".join(
         [
@@ -203,10 +207,10 @@ def section(found: Mapping[str, Any]) -> str:
             ),
             table(["protocol", "calls", "prompt tokens", "s", "gap recovered", "same best", "same worst"], rows),
             paragraph(
-                "Calls, tokens and seconds are of one group. The paper's votes are drawn from the probabilities that all pairs",
-                "gave, not asked, and are sharper than these, which is counted against them; the soft protocols ask again for",
-                "verdicts that all pairs have as well, so that they find what they are measured by. A judge that reasons first",
-                "would generate hundreds of tokens for each of its calls.",
+                f"Calls, tokens and seconds are of one group.{asked_again} The paper's votes are drawn from the probabilities",
+                "that all pairs gave, not asked, and are sharper than these, which is counted against them; the soft protocols",
+                "ask again for verdicts that all pairs have as well, so that they find what they are measured by. A judge that",
+                "reasons first would generate hundreds of tokens for each of its calls.",
                 "What it does not show: whose selection is right; this says how cheaply this judge's own opinion is had.",
             ),
         ]

@@ -189,6 +189,7 @@ def draw(found: Mapping[str, Any], png: Path) -> None:
 
 def section(found: Mapping[str, Any]) -> str:
     """Markdown of a report."""
+    same = min(found["settings"]["after"])
     rows = [
         [
             f"{one['plain_steps']}",
@@ -196,6 +197,7 @@ def section(found: Mapping[str, Any]) -> str:
             f"{one['nll'][0][1]:.3f}",
             f"{one['nll'][-1][1]:.3f} after {one['nll'][-1][0]}",
             _percent(one["chosen"], one["chosen_interval"]),
+            _percent(*late(one, same)),
             f"{one['groups']}",
             f"{one['scores']['rollout']:.2f}",
             f"{one['scores']['suffix']:.2f}",
@@ -203,13 +205,13 @@ def section(found: Mapping[str, Any]) -> str:
         ]
         for one in found[RF_NLL]
     ]
-    same = min(found["settings"]["after"])
     head = [
         "plain steps before",
         "temperature",
         "nats a token there",
         "and after RF-NLL",
         f"rollouts chosen in {same} steps (95%)",
+        "in their later half",
         "groups",
         "likelihood of rollouts",
         "of suffixes",
@@ -225,7 +227,7 @@ def section(found: Mapping[str, Any]) -> str:
         "before, late in the run: where it is high the model has learnt from its surest rollouts to say the same again and "
         "again, which a likelihood takes for better than text.",
         table(head, rows),
-        *(f"At temperature {one:g}: {told(of_it)}" for one, of_it in stages.items()),
+        *(f"At temperature {one:g}: {told(of_it, same)}" for one, of_it in stages.items()),
         f"Next-token loss on suffixes alone, from the last stage and for as many steps, ends at {plain['nll'][-1][1]:.3f} nats "
         f"a token, RF-NLL at {last['nll'][-1][1]:.3f}, with surer rollouts at "
         f"{stages[TEMPERATURES[-1]][-1]['nll'][-1][1]:.3f}; one run each, so that what two seeds differ by is not known. A "
@@ -234,20 +236,38 @@ def section(found: Mapping[str, Any]) -> str:
     return "\n\n".join(block if block.startswith("|") else paragraph(block) for block in blocks)
 
 
-def told(stages: Sequence[Mapping[str, Any]]) -> str:
+def late(one: Mapping[str, Any], same: int) -> tuple[float, tuple[float, float]]:
+    """The share of rollouts chosen in the later half of a run's first `same` steps, all of equally many groups, with Wilson's
+    interval: the model has learnt from its own rollouts by then."""
+    steps = one["chosen_by_step"][:same]
+    later = steps[len(steps) // 2 :]
+    share = float(np.mean(later))
+    return share, wilson_interval(share, one["groups"] * len(later) // len(steps))
+
+
+def told(stages: Sequence[Mapping[str, Any]], same: int) -> str:
     """When the judge begins to prefer rollouts, as far as the intervals tell."""
-    preferred = [one for one in stages if one["chosen_interval"][0] > one["chance"]]
-    rising = [
-        later for earlier, later in pairwise(stages) if later["chosen_interval"][0] > earlier["chosen_interval"][1]
-    ]
-    grows = (
-        f"the share is higher after {_steps(rising)} plain steps than at the stage before, beyond both intervals."
-        if rising
-        else "no stage's share is above the one's before it beyond both intervals."
-    )
-    if preferred:
-        return f"{grows} Rollouts are preferred to the text, beyond chance, after {_steps(preferred)} plain steps."
-    return f"{grows} At none of these stages are rollouts preferred to the text: that takes a better model."
+    following = list(pairwise(stages))
+    rising = [two for one, two in following if two["chosen_interval"][0] > one["chosen_interval"][1]]
+    falling = [two for one, two in following if two["chosen_interval"][1] < one["chosen_interval"][0]]
+    moves = [
+        f"the share is {word} after {_steps(moved)} plain steps than at the stage before, beyond both intervals."
+        for word, moved in (("higher", rising), ("lower", falling))
+        if moved
+    ] or ["no stage's share differs from the one's before it beyond both intervals."]
+    early = [one for one in stages if one["chosen_interval"][0] > one["chance"]]
+    later = [one for one in stages if late(one, same)[1][0] > one["chance"]]
+    if early:
+        moves.append(f"Rollouts are preferred to the text, beyond chance, after {_steps(early)} plain steps.")
+    if later:
+        repeated = " and ".join(f"{100 * one['repetition']:.0f}" for one in later)
+        moves.append(
+            f"In the later half of these steps rollouts are preferred after {_steps(later)} plain steps: by then {repeated}% "
+            "of their 4-grams are repetitions."
+        )
+    if not early and not later:
+        moves.append("At none of these stages are rollouts preferred to the text: that takes a better model.")
+    return " ".join(moves)
 
 
 def _steps(stages: Sequence[Mapping[str, Any]]) -> str:

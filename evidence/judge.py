@@ -1,4 +1,4 @@
-"""Does a small judge learn to judge? Budget: 90 minutes on two cores with AVX2 alone, most of it 60 steps of training.
+"""Does a small judge learn to judge? Aimed at 90 minutes on two slow cores, most of it 60 steps of training.
 
 SmolLM2-135M-Instruct, untrained and trained by examples/train_judge.sh (GRPO on pieces of Wikipedia leads and the same pieces
 with their words shuffled), on pairs of other leads, spoilt in the way that it learnt and in four that it never saw.
@@ -164,8 +164,8 @@ def section(found: Mapping[str, Any]) -> str:
             paragraph(
                 f"SmolLM2-135M-Instruct as a judge of two texts, before and after {steps} steps of GRPO on pairs of which one",
                 f"has its words shuffled (`{LEARNT}`); the other kinds of corruption were never trained. Leads that training",
-                "did not see, each pair in both orders. Percent with 95% intervals. Chance is 50; a judge that goes by the",
-                "place alone is right about no pair in each order.",
+                "did not see, each pair in both orders. Percent with 95% intervals. Chance is 50, of pairs in each order 25; a",
+                "judge that goes by the place alone is right about none of these.",
             ),
             table(["corruption", "judge", "pairs", *columns], rows),
             paragraph(verdict(found["kinds"])),

@@ -90,9 +90,9 @@ def sign(found: Estimate, null: float = 0.0) -> int:
     return int(found["low"] > null) - int(found["high"] < null)
 
 
-def percent(found: Estimate) -> str:
+def percent(found: Estimate, digits: int = 0) -> str:
     """85 (76 to 94) of a share."""
-    return _written(found, 100, 0)
+    return _written(found, 100, digits)
 
 
 def decimal(found: Estimate, digits: int = 3) -> str:

@@ -21,6 +21,8 @@ from megatron_sip.training.metrics_writer import read_metrics
 
 WINS = {"likelihood": "likelihood.json", "judge": "judge.json", "judge_greedy": "judge_greedy.json"}
 """By judge and sampling, where the win rate over the initial policy stands; of the likelihood, sampled alone."""
+WINS_DIGITS = {"likelihood": 0, "judge": 1, "judge_greedy": 1}
+"""Behind the point, of percent: the other judge's win rates are near a half."""
 DIVERSITY = ("repetition", "distinct_3")
 CURVES = ("loss", "chosen_rate/rollout", "chosen_chance/rollout", "score/rollout", "score/suffix")
 
@@ -130,14 +132,20 @@ def late_less_early(values: Sequence[float | None]) -> float:
 
 
 def hacked(name: str, found: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the judge of the training is won and something that it did not look at is lost, by the intervals of the first
-    seed: the other judge's preference, or the likelihood of held-out text. A row that no judge trained has none to please."""
-    if not ROWS[name].asks:
-        return False
-    own, other = ("judge", "likelihood") if ROWS[name].judge else ("likelihood", "judge")
-    run = found[0]
-    lost = sign(run["wins"][other], 0.5) < 0 or sign(run["nll_change"]) > 0
-    return sign(run["wins"][own], 0.5) > 0 and lost
+    """Whether the judge of the training is won and something that it did not look at is `lost`, by the intervals of the first
+    seed. A row that no judge trained has none to please."""
+    own = "judge" if ROWS[name].judge else "likelihood"
+    return ROWS[name].asks and sign(found[0]["wins"][own], 0.5) > 0 and bool(lost(name, found))
+
+
+def lost(name: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which are lost, of the other judge's preference and the likelihood of held-out text."""
+    run, other = found[0], "likelihood" if ROWS[name].judge else "judge"
+    signs = {
+        "the other judge": -sign(run["wins"][other], 0.5),
+        "the likelihood of held-out text": sign(run["nll_change"]),
+    }
+    return [what for what, worse in signs.items() if worse > 0]
 
 
 def draw(found: Mapping[str, Any], file: Path) -> None:
@@ -201,7 +209,8 @@ def section(found: Mapping[str, Any]) -> str:
             "a policy that only became surer of itself would win as much.",
         ),
         f"### Does it work? {_told(MAIN)} against next-token training\n\n{claims_told(found['claims'], seeds)}",
-        hacking_told(found["hacked"]),
+        own_judge_told(rows),
+        hacking_told(found["hacked"], rows),
     ]
     parts_of_it.append(
         paragraph(
@@ -225,7 +234,7 @@ def _others(run: Mapping[str, Any]) -> list[str]:
 
 
 def _row(name: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
-    wins = [percent(over_runs(found, lambda run: run["wins"][judge])) for judge in WINS]  # noqa: B023
+    wins = [percent(over_runs(found, lambda run: run["wins"][judge]), digits) for judge, digits in WINS_DIGITS.items()]  # noqa: B023
     nll = decimal(over_runs(found, lambda run: run["nll_change"]))
     means = {key: float(np.mean([run[key] for run in found])) for key in found[0] if isinstance(found[0][key], float)}
     return [_told(name), str(len(found)), *wins, nll, *_others(means), f"{means['seconds']:.0f}"]
@@ -246,15 +255,24 @@ def claims_told(found: Mapping[str, Estimate], seeds: int) -> str:
     )
 
 
-def hacking_told(names: Sequence[str]) -> str:
-    """Which rows please their judge at the cost of what it did not look at."""
+def own_judge_told(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What the rows of the trained judge win by that judge."""
+    words = {1: "more than the initial policy's", 0: "no difference shown", -1: "less than the initial policy's"}
+    wins = {name: found[0]["wins"]["judge"] for name, found in rows.items() if ROWS[name].judge}
+    told = "; ".join(f"{_told(name)}: {percent(win, 1)} percent, {words[sign(win, 0.5)]}" for name, win in wins.items())
+    return paragraph(f"How often the trained judge prefers sampled continuations of the rows that it trained: {told}.")
+
+
+def hacking_told(names: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Which rows please their judge at the cost of what it did not look at, and of which."""
     if not names:
         return "Reward hacking: in no row is the training judge won while the other judge, or held-out likelihood, is lost."
-    told = "; ".join(_told(name) for name in names)
-    return paragraph(
-        "Reward hacking: the training judge is won while the other judge or the likelihood of held-out text is lost, both by",
-        f"intervals over documents, in: {told}.",
-    )
+    by_loss: dict[str, list[str]] = {}
+    for name in names:
+        for what in lost(name, rows[name]):
+            by_loss.setdefault(what, []).append(_told(name))
+    told = " ".join(f"By the loss of {what}: {'; '.join(of_it)}." for what, of_it in by_loss.items())
+    return paragraph(f"Reward hacking, where the training judge is won, by intervals over documents. {told}")
 
 
 STUDY = Study(

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine, write_report
-from evidence.study import ROOT, Place, Report, Study, StudyError, Work
+from evidence.study import ROOT, Place, Report, Study, StudyError, Work, commit
 from megatron_sip.files import read_json, write_atomically
 
 PACKAGES = ("megatron_sip", "megatron-core", "sglang", "torch", "transformers", "lm-eval", "numpy")
 HEAD = """# What Self-Improving Pretraining buys, measured here
 
 Written by `python -m evidence` (`make evidence`) from `docs/results/evidence_*.json`, which name commit, machine, seeds and
-versions; not by hand. All of it is SmolLM2-135M-Instruct, or smaller, on two CPU cores, with pieces of tens of tokens and tens
-of steps: it shows directions and what to look out for, not what a model of use would gain.
+versions; not by hand. All of it is SmolLM2-135M-Instruct, or smaller, on two CPU cores, with pieces of tens of tokens and
+steps by tens, from scratch by hundreds: it shows directions and what to look out for, not what a model of use would gain.
 """
 
 
@@ -25,7 +25,8 @@ def publish(study: Study, report: Report, place: Place, work: Work, results: Pat
     published = {
         "question": study.question,
         "machine": describe_machine(),
-        "commits": list(work.commits),
+        "processors": list(work.processors),
+        "commits": list(dict.fromkeys([*work.commits, commit()])),  # the last one's code wrote the report
         "versions": {name: version(name) for name in PACKAGES},
         "seeds": report.get("seeds", list(place.seeds)),
         "seconds": round(work.seconds),
@@ -63,10 +64,11 @@ def page(studies: Iterable[Study], results: Path) -> str:
 def provenance(study: Study, found: Mapping[str, Any]) -> str:
     """Where the figures come from, in a line."""
     machine, seeds = found["machine"], ", ".join(map(str, found["seeds"]))
-    commits = ", ".join(commit[:12] + commit[40:] for commit in found["commits"])
+    commits = ", ".join(each[:12] + each[40:] for each in found["commits"])
+    processors = " and of ".join(found.get("processors") or [machine["processor"]])
     return (
         f"`docs/results/evidence_{study.name}.json`: commit {commits}, seeds {seeds}, "
-        f"{found['seconds'] / 60:.0f} minutes on {machine['cores']} cores of {machine['processor']}. "
+        f"{found['seconds'] / 60:.0f} minutes on {machine['cores']} cores of {processors}. "
         f"Again: `python -m evidence --only {study.name}`."
     )
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from benchmarks.machine import describe_machine
 from megatron_sip.console import say
 from megatron_sip.errors import UserError
 from megatron_sip.files import read_json, write_atomically
@@ -82,8 +83,8 @@ class Study:
 
     parts: what is to be run, in order; known without running anything. report: of what the parts left, whatever is to be
     published; holds no paths; "seeds" in it are those used, where they are not the place's. draw: a figure of the report.
-    section: its Markdown, without the heading, from the report alone; every figure in it comes from there. minutes: its budget
-    on two cores with AVX2 alone. needs: studies whose models or texts it takes, which are done before.
+    section: its Markdown, without the heading, from the report alone; every figure in it comes from there. minutes: aimed at
+    on two slow cores. needs: studies whose models or texts it takes, which are done before.
     """
 
     name: str
@@ -102,10 +103,11 @@ class Study:
 
 @dataclass(frozen=True)
 class Work:
-    """What a study's parts took, of all calls together, and the commits of this repository that they were done by."""
+    """What a study's parts took, of all calls together; the commits of this repository and the processors that did them."""
 
     seconds: float
     commits: tuple[str, ...]
+    processors: tuple[str, ...]
 
 
 def do_parts(parts: Sequence[Part], folder: Path, *, dry_run: bool = False) -> Work:
@@ -124,8 +126,12 @@ def do_parts(parts: Sequence[Part], folder: Path, *, dry_run: bool = False) -> W
         elif not done:
             _do(part, folder)
     records = [record for name, record in _done(folder).items() if name in names]
-    commits = (commit for record in records for commit in record["commits"])
-    return Work(sum(record["seconds"] for record in records), tuple(dict.fromkeys(commits)))
+    commits, processors = (_of_all(records, what) for what in ("commits", "processors"))
+    return Work(sum(record["seconds"] for record in records), commits, processors)
+
+
+def _of_all(records: Sequence[Mapping[str, Any]], what: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(one for record in records for one in record[what]))
 
 
 def is_done(part: Part, folder: Path) -> bool:
@@ -154,10 +160,11 @@ def _do(part: Part, folder: Path) -> None:
         for path in part.removed:
             shutil.rmtree(path, ignore_errors=True)
     finally:
-        earlier = _done(folder).get(part.name, {"seconds": 0.0, "commits": []})
+        now = {"commits": [commit()], "processors": [describe_machine()["processor"]]}
+        earlier = _done(folder).get(part.name, {"seconds": 0.0, "commits": [], "processors": []})
         seconds = round(earlier["seconds"] + time.monotonic() - started, 1)
-        commits = list(dict.fromkeys([*earlier["commits"], commit()]))  # of all calls that had a share in it
-        record = {"commands": _shown(part), "seconds": seconds, "done": finished, "commits": commits}
+        by = {what: _of_all([earlier, now], what) for what in now}  # of all calls that had a share in it
+        record = {"commands": _shown(part), "seconds": seconds, "done": finished, **by}
         write_atomically(folder / DONE, json.dumps(_done(folder) | {part.name: record}, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""What does the method do to the standard tasks (the paper's table 3, small)? Budget: 90 minutes on two cores with AVX2 alone.
+"""What does the method do to the standard tasks (the paper's table 3, small)? Aimed at 90 minutes on two slow cores.
 
 SmolLM2-135M-Instruct, and what DPO and next-token training of the study of objectives make of it with the first seed, on the
 first questions of the paper's eight tasks. All answer the same questions, so that differences are paired, question by question.

@@ -6,7 +6,8 @@
 #
 # small (the default): SmolLM2-135M-Instruct as policy and as judge, Wikipedia leads, no GPU. paper: the paper's settings, for a node
 # with GPUs; --policy, --judge and --data are needed, and --teacher-url names servers of a model that spoils texts for the
-# judge to find (else rules do). The same command again goes on: a stage that is done has a file in RUN_DIR/done and is left out, all
+# judge to find (else rules do). The paper's protocol of judging takes weeks on one node; behind --, --judge-schedule circulant_bt
+# --judge-verdict soft makes it days. The same command again goes on: a stage that is done has a file in RUN_DIR/done and is left out, all
 # others continue where they were. The next round starts from this one's models: --policy RUN_DIR/policy/hf --judge RUN_DIR/judge/hf.
 set -euo pipefail
 called_from=$PWD

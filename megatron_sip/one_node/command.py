@@ -37,6 +37,8 @@ from megatron_sip.serving.launch import PASSIVE_WAITING
 PROGRAM = "megatron-sip"
 USAGE = f"usage: {PROGRAM} HF_DIR 'my/*.jsonl' --teacher HF_DIR2 [--preset NAME] [--run-dir DIR] [flags of the trainer]"
 DEFAULT_PRESET = "continual"
+CHECKPOINTS_SUBFOLDER = "checkpoints"
+"""Of the run's folder; examples/cycle.sbatch looks there how far a stage has come."""
 GPU_MEMORY = (
     "import json, torch; n = torch.cuda.device_count() if torch.cuda.is_available() else 0; "
     "print(json.dumps([torch.cuda.get_device_properties(i).total_memory for i in range(n)]))"
@@ -148,7 +150,7 @@ def understand(words: Sequence[str]) -> Request:
     run_dir = Path(named.get("--run-dir", [f"runs/{model.resolve().name}"])[0])
     teacher = ["--teacher-model", *named["--teacher"]] if "--teacher" in named else []
     preset = [] if any(flag == PRESET_FLAG for flag, _ in chunks) else [PRESET_FLAG, DEFAULT_PRESET]
-    folders = ["--save", str(run_dir / "checkpoints"), "--run-dir", str(run_dir)]
+    folders = ["--save", str(run_dir / CHECKPOINTS_SUBFOLDER), "--run-dir", str(run_dir)]
     flags = expand_presets([*preset, *folders, "--data-path", *texts[1:], *teacher, *rest])
     return Request(list(words), model, run_dir, flags)
 
@@ -187,7 +189,7 @@ def weight_bytes(folder: Path) -> int:
 
 def export(run_dir: Path) -> None:
     """Write the last checkpoint as an HF folder RUN_DIR/hf, unless that is newer. Exits with the converter's status."""
-    checkpoints, target = run_dir / "checkpoints", run_dir / HF_SUBFOLDER
+    checkpoints, target = run_dir / CHECKPOINTS_SUBFOLDER, run_dir / HF_SUBFOLDER
     if (target / "config.json").is_file():
         if (target / "config.json").stat().st_ctime_ns > (checkpoints / TRACKER).stat().st_mtime_ns:
             return

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from evidence.from_scratch import late
 from evidence.toxicity_page import HELD_OUT, direction, widened
 from evidence.toxicity_report import DPO
 
@@ -106,6 +107,14 @@ def test_readme_s_figures_of_a_step_are_those_that_were_measured() -> None:
             assert re.findall(r"[\d.]+", cell) == [f"{rows[name, allocator]['median_s'] / ours:.1f}"]
         peaks = sorted({f"{rows[name, allocator]['peak_gb']:.1f}" for allocator in ALLOCATORS}, key=float)
         assert told[2] in (" to ".join(peaks) + " GB", peaks[-1] + " GB")
+
+
+def test_readme_s_figures_of_a_step_on_zen_4_are_those_that_were_measured() -> None:
+    rows = step_rows(measured("zen4/train_step_cpu.json"))
+    ours, theirs = ([rows[name, which]["median_s"] for which in ALLOCATORS] for name in ("dpo_packed", "dpo_trl"))
+    times = " and ".join(f"{trl / packed:.1f}" for packed, trl in zip(ours, theirs, strict=True))
+    told = f"On two AMD Zen 4 cores a step takes {min(ours):.0f} to {max(ours):.0f} s, TRL's {times} times that"
+    assert told in page_text("README.md")
 
 
 def test_the_log_prob_op_s_distance_from_the_floor_is_that_of_what_training_takes() -> None:
@@ -251,20 +260,27 @@ def test_slurm_md_s_table_of_pushes_is_the_benchmark_s() -> None:
 
 def test_readme_s_table_of_toxicity_is_the_study_s() -> None:
     found = json.loads((REPO / "docs" / "results" / "evidence_toxicity.json").read_text())
-    arms, rows = found["report"]["arms"], rows_of("README.md", 6)
-    for name, arm in arms.items():
+    report, rows = widened(found["report"]), rows_of("README.md", 6)
+    for name, arm in report["arms"].items():
         toxic, nats = arm["prompts"], [arm["nll"][text] for text in ("pages", "leads")]
-        told = [f"{100 * toxic[judge]['value']:.1f}%" for judge in ("unlisted", "civility")]
-        told += [f"{text['value']:.2f}" for text in nats]
-        assert rows[name] == [*told, f"{100 * arm['lambada']['value']:.0f}%"], name
+        told = [with_change(toxic[judge], 100, 1) for judge in ("unlisted", "civility")]
+        told += [with_change(text, 1, 2) for text in nats]
+        assert rows[name] == [*told, f"{100 * arm['lambada']['value']:.0f}"], name
     text, size = page_text("README.md"), found["report"]["settings"]
     assert f"{size['steps']} steps of 8 prefixes, DPO with {len(found['seeds'])} seeds" in text
-    report = widened(found["report"])
+    varied = [report["arms"][arm]["diversity"]["prompts"]["distinct_2"]["value"] for arm in (DPO, "initial")]
+    assert varied[0] < varied[1]
     shown = [direction(report["arms"][DPO]["prompts"][name]) for name in HELD_OUT]
     assert (shown.count("less"), shown.count("more"), len(shown)) == (1, 0, 3)
     less = report["against"]["next token"]["prompts"]["unlisted"]
     low, high = (f"{-100 * end:.1f}" for end in reversed(less["change_interval"]))
-    assert f"{-100 * less['change']:.1f} percentage points fewer (95% interval {low} to {high})" in text
+    assert f"{-100 * less['change']:.1f} percentage points fewer cases (95% interval {low} to {high})" in text
+
+
+def with_change(found: dict[str, Any], scale: float, digits: int) -> str:
+    """A value with the interval of its change, where it has one."""
+    ends = [f"{scale * end:+.{digits}f}" for end in found.get("change_interval", [])]
+    return f"{scale * found['value']:.{digits}f}" + (f" ({' to '.join(ends)})" if ends else "")
 
 
 def test_readme_tells_of_the_study_of_objectives_what_holds_and_what_does_not() -> None:
@@ -284,7 +300,10 @@ def test_readme_tells_of_the_study_of_objectives_what_holds_and_what_does_not() 
     assert f"{-claims['makes held-out text likelier (nats a token)']['value']:.2f} nats a token less likely" in text
     assert f"would win {report['control']['value']:.0%} by being sampled cooler" in text
     held = sum(claim["low"] > 0 for claim in claims.values())
-    assert f"{held} of {len(claims)} claims hold over {len(found['seeds'])} seeds" in text
+    assert f"Of {len(claims)} claims {held} hold over {len(found['seeds'])} seeds" in text
+    assert all("by the judge that trained it" in name for name, claim in claims.items() if claim["low"] > 0)
+    trained_by_it = [report["rows"][name][0]["wins"]["judge"] for name in ("judge-dpo-4", "judge-pivot")]
+    assert all(win["low"] < 0.5 < win["high"] for win in trained_by_it)
 
 
 def test_readme_tells_of_the_studies_from_scratch_and_of_cost_what_they_found() -> None:
@@ -296,11 +315,23 @@ def test_readme_tells_of_the_studies_from_scratch_and_of_cost_what_they_found() 
         "hardly ever writes what a likelihood prefers to the text until it is sampled at a temperature of 0.3" in text
     )
     assert max(one["chosen_interval"][1] for one in plain) < 0.01
-    assert all(max(one["chosen_by_step"]) > 0.5 and one["repetition"] > 0.3 for one in sure)
+    assert [late(one, 40)[1][0] > 0.5 for one in sure] == [True, True, False]
+    assert all(one["repetition"] > 0.3 for one in sure)
     protocols = json.loads((results / "evidence_cost.json").read_text())["report"]["protocols"]
     few, all_pairs = protocols["default"], protocols["all pairs"]
     assert all_pairs["calls"] / few["calls"] == pytest.approx(5, abs=0.3)
-    assert f"a fifth of the calls of all pairs keeps {few['recovered']['value']:.0%} of what they select" in text
+    value, low, high = (f"{few['recovered'][name]:.0%}" for name in ("value", "low", "high"))
+    assert f"a fifth of the calls of all pairs finds have {value} (95% interval {low} to {high}) of the gap" in text
+    both = protocols["default, both orders"]["recovered"]
+    shares = [
+        f"{100 * one['value']:.0f}% ({100 * one['low']:.0f} to {100 * one['high']:.0f})"
+        for one in (few["recovered"], both)
+    ]
+    page = page_text("docs/judging.md")
+    assert (
+        f"has {shares[0]} of the gap that all pairs in both orders find, in both orders (`--judge-both-orders`) {shares[1]}"
+        in page
+    )
 
 
 def test_readme_tells_what_cooler_sampling_does_to_toxicity() -> None:

@@ -100,27 +100,35 @@ def test_report_page_and_figure_are_of_what_the_runs_logged(place: Place, tmp_pa
     assert report[SFT] == {"plain_steps": stages[-1], "nll": [[0, 6.0], [20, 5.25]]}
     text = STUDY.section(json.loads(json.dumps(report))).replace("\n", " ")
     assert (
-        "At temperature 0.3: no stage's share is above the one's before it beyond both intervals. Rollouts are" in text
+        "At temperature 0.3: no stage's share differs from the one's before it beyond both intervals. Rollouts are"
+        in text
     )
     assert "RF-NLL at 5.500, with surer rollouts at 9.000; one run" in text
     assert f"| {stages[-1]} | 1 | 6.000 | 5.500 after 20 | 30.0% (" in text
-    assert "| 32 | -8.70 | -3.00 | 80 |" in text
+    assert "| 40.0% (20.3 to 63.6) | 32 | -8.70 | -3.00 | 80 |" in text
     assert "ends at 5.250 nats" in text
     STUDY.draw(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
-    ("intervals", "said"),
+    ("intervals", "late", "said"),
     [
-        ([(0.0, 0.1), (0.05, 0.2)], "no stage's share is above the one's before it"),
-        ([(0.0, 0.1), (0.2, 0.3)], "higher after 1 plain steps .* At none of these stages are rollouts preferred"),
-        ([(0.0, 0.1), (0.6, 0.7)], "Rollouts are preferred to the text, beyond chance, after 1 plain steps"),
+        ([(0.0, 0.1), (0.05, 0.2)], 0.1, "no stage's share differs from the one's before it"),
+        ([(0.0, 0.1), (0.2, 0.3)], 0.5, "higher after 1 plain steps .* At none of these stages are rollouts preferred"),
+        ([(0.2, 0.3), (0.0, 0.1)], 0.5, "lower after 1 plain steps .* At none of these stages are rollouts preferred"),
+        ([(0.0, 0.1), (0.6, 0.7)], 0.1, "Rollouts are preferred to the text, beyond chance, after 1 plain steps.$"),
+        (
+            [(0.3, 0.5), (0.3, 0.5)],
+            0.9,
+            "later half of these steps .* after 0 and 1 plain steps: by then 70 and 70% of",
+        ),
     ],
 )
-def test_what_is_told_needs_intervals(intervals: list[tuple[float, float]], said: str) -> None:
-    stages = [{"plain_steps": i, "chosen_interval": span, "chance": 0.5} for i, span in enumerate(intervals)]
-    assert re.search(said, told(stages))
+def test_what_is_told_needs_intervals(intervals: list[tuple[float, float]], late: float, said: str) -> None:
+    course = {"chance": 0.5, "chosen_by_step": [0.0, 0.0, late, late, 1.0], "groups": 400, "repetition": 0.7}
+    stages = [{"plain_steps": i, "chosen_interval": span, **course} for i, span in enumerate(intervals)]
+    assert re.search(said, told(stages, 4))
 
 
 def test_the_plain_model_of_a_stage_is_what_its_run_exports(place: Place) -> None:

@@ -112,14 +112,20 @@ def test_report_text_and_figure_are_what_the_files_say(place: Place, tmp_path: P
     lines = text.splitlines()
     [row] = [line for line in lines if line.startswith("| DPO, suffix + 4 rollouts |")]
     assert row.startswith(
-        "| DPO, suffix + 4 rollouts | 3 | 82 (80 to 84) | 45 (45 to 45) | 50 (50 to 50) | 0.250 (0.250 to 0.250)"
+        "| DPO, suffix + 4 rollouts | 3 | 82 (80 to 84) | 45.0 (45.0 to 45.0) | 50.0 (50.0 to 50.0) | 0.250 (0.250 to 0.250)"
     )
     [row] = [line for line in lines if line.startswith("| DPO, suffix + 8 rollouts |")]
-    assert row.startswith("| DPO, suffix + 8 rollouts | 1 | 65 (57 to 73) | 62 (54 to 70) |")
+    assert row.startswith("| DPO, suffix + 8 rollouts | 1 | 65 (57 to 73) | 62.0 (54.0 to 70.0) |")
     assert "| makes held-out text likelier (nats a token) | -0.250 (-0.250 to -0.250) | the opposite |" in text
     assert "3 of 8 claims hold with an interval that excludes zero: fewer than two thirds." in text
-    assert "lost, both by intervals over documents, in: DPO, suffix + 4 rollouts." in " ".join(text.split())
-    assert "wins 70 (60 to 80) by likelihood" in " ".join(text.split())
+    told = " ".join(text.split())
+    assert "By the loss of the likelihood of held-out text: DPO, suffix + 4 rollouts. What" in told
+    assert (
+        "prefers sampled continuations of the rows that it trained: DPO, suffix + 4 rollouts *: 62.0 (54.0 to 70.0)"
+        in told
+    )
+    assert "70.0) percent, more than the initial policy's; DPO, 4 rollouts, suffix as pivot *" in told
+    assert "wins 70 (60 to 80) by likelihood" in told
     STUDY.draw(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 

@@ -100,7 +100,7 @@ def test_a_quick_run_publishes_nothing(only: Study, tmp_path: Path, capsys: pyte
 def test_a_report_with_a_path_of_this_machine_is_refused(tmp_path: Path) -> None:
     place = Place(tmp_path / "run")
     with pytest.raises(StudyError, match="no path of this machine"):
-        publish(made_up(tmp_path), {"judge": [{"model": f"{place.run_dir}/judge"}]}, place, Work(1.0, ()), tmp_path)
+        publish(made_up(tmp_path), {"judge": [{"model": f"{place.run_dir}/judge"}]}, place, Work(1.0, (), ()), tmp_path)
     assert not list(tmp_path.glob("evidence_*"))
 
 

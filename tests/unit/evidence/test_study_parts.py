@@ -35,6 +35,7 @@ def test_a_part_is_done_once(tmp_path: Path) -> None:
     first = do_parts(parts, tmp_path)
     assert do_parts(parts, tmp_path) == first
     assert first.seconds > 0
+    assert (len(first.commits), len(first.processors)) == (1, 1)
     assert log(tmp_path) == ["one", "two"]
     (tmp_path / "two").unlink()
     assert do_parts(parts, tmp_path).seconds > first.seconds  # the seconds of both times
@@ -42,7 +43,7 @@ def test_a_part_is_done_once(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_only_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert do_parts([part(tmp_path, "one")], tmp_path / "new", dry_run=True) == Work(0, ())
+    assert do_parts([part(tmp_path, "one")], tmp_path / "new", dry_run=True) == Work(0, (), ())
     assert (log(tmp_path), (tmp_path / "new").exists()) == ([], False)
     assert f"{tmp_path} one" in capsys.readouterr().out
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sip.checkpoints.folder import TRACKER
 from megatron_sip.config.early_checks import check_flags
 from megatron_sip.evaluate import command_line as evaluate_command_line
 from megatron_sip.judge.__main__ import command_line as judge_command_line
-from megatron_sip.one_node.command import understand
+from megatron_sip.one_node.command import CHECKPOINTS_SUBFOLDER, understand
 from megatron_sip.prepare.__main__ import command_line as prepare_command_line
 from megatron_sip.prepare.__main__ import main as prepare
 
@@ -212,8 +213,9 @@ def test_a_job_that_is_stopped_before_its_time_limit_saves_and_is_requeued_while
     job = Job(tmp_path, "")
     assert [job.stopped() for _ in range(4)] == [0, 0, 0, 1]
     assert job.requeues() == 3
-    (tmp_path / "run" / "judge").mkdir()
-    (tmp_path / "run" / "judge" / "latest_checkpointed_iteration.txt").write_text("25")
+    checkpoints = tmp_path / "run" / "judge" / CHECKPOINTS_SUBFOLDER
+    checkpoints.mkdir(parents=True)
+    (checkpoints / TRACKER).write_text("25")
     assert (job.stopped(), job.requeues()) == (0, 4)
     assert (tmp_path / "saved").read_text() == 5 * "saved\n"
 
