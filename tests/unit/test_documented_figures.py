@@ -325,7 +325,9 @@ def test_readme_tells_of_the_studies_from_scratch_and_of_cost_what_they_found() 
     kept = [protocols[name]["recovered"] for name in ("default", "default, both orders")]
     once, twice = (f"{100 * one['value']:.0f}% ({100 * one['low']:.0f} to {100 * one['high']:.0f})" for one in kept)
     page = page_text("docs/judging.md")
-    assert f"has {once} of the gap that all pairs in both orders find, in both orders (`--judge-both-orders`) {twice}" in page
+    assert (
+        f"has {once} of the gap that all pairs in both orders find, in both orders (`--judge-both-orders`) {twice}"
+        in page
     )
 
 
