@@ -152,20 +152,15 @@ def visible_devices(devices: Sequence[int], ours: str | None) -> str:
     return ",".join(names[device] for device in devices)
 
 
-def reserve_port(port: int = 0) -> socket.socket:
-    """A TCP port of this machine, 0 for a free one, kept from all who ask for any port until this socket is closed.
+def reserve_port() -> socket.socket:
+    """A free TCP port of this machine, kept from all who ask for any port until this socket is closed.
 
     A server loads for longer than a port that was found free stays so. The socket is bound and does not listen: with
-    SO_REUSEADDR, which asyncio's servers and torch's store set too, another may listen at the port meanwhile, once.
-    Raises OSError for a port at which somebody listens.
+    SO_REUSEADDR, which asyncio's servers and torch's store set too, another may listen at the port meanwhile.
     """
     reserved = socket.socket()
-    try:
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserved.bind((HOST, port))
-    except OSError:
-        reserved.close()
-        raise
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind((HOST, 0))
     return reserved
 
 
@@ -257,7 +252,7 @@ class LocalServer(ServerProcess):
         log_file = settings.log_file or Path(tempfile.mkdtemp(prefix="sglang-")) / "server.log"
         super().__init__(f"SGLang for {settings.model_path}", log_file, settings.start_timeout_s)
         self.settings = settings
-        self._port = 0
+        self._reserved: socket.socket | None = None
 
     @property
     def url(self) -> str:
@@ -265,23 +260,23 @@ class LocalServer(ServerProcess):
         return f"http://{HOST}:{self._port}"
 
     def start(self, *, again: bool = False) -> Self:
-        """Start, on the port of the last time if it is free, and wait until healthy.
+        """Start and wait until healthy, at a free port that stays its own for as long as this object lives.
 
-        again: on that port or not at all, since clients know it, and behind what the log holds.
-        Raises ServerStartError (with the log's tail) or FileNotFoundError.
+        again: behind what the log holds. Raises ServerStartError (with the log's tail) or FileNotFoundError.
         """
         if self.alive():
             raise RuntimeError(f"the server at {self.url} is already running")
         _check_model_path(self.settings.model_path)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self._reserve_port(again):
-            try:
-                with self.log_file.open("ab" if again else "wb") as log:
-                    self._spawn(self._command(), server_environment(self.settings), log)
-                self._wait_until_healthy()
-            except BaseException:
-                self.stop()
-                raise
+        if self._reserved is None:
+            self._reserved = reserve_port()
+        try:
+            with self.log_file.open("ab" if again else "wb") as log:
+                self._spawn(self._command(), server_environment(self.settings), log)
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __enter__(self) -> Self:
@@ -290,16 +285,9 @@ class LocalServer(ServerProcess):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _reserve_port(self, again: bool) -> socket.socket:
-        try:
-            reserved = reserve_port(self._port)
-        except OSError as error:
-            if again:
-                what = f"cannot be started: its port is taken ({error.strerror})"
-                raise ServerStartError(f"{self._name} at {self.url} {what}", what) from None
-            reserved = reserve_port()
-        self._port = int(reserved.getsockname()[1])
-        return reserved
+    @property
+    def _port(self) -> int:
+        return 0 if self._reserved is None else int(self._reserved.getsockname()[1])
 
     def _command(self) -> list[str]:
         # With torch, which checking flags does without.

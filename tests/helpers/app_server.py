@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Self
 
 from aiohttp import web
+
+from megatron_sip.serving.launch import HOST, reserve_port
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -15,12 +18,16 @@ class AppServer:
 
     def __init__(self, routes: dict[str, Handler]) -> None:
         self._routes = routes
-        self._port = 0
+        self._reserved: socket.socket | None = None  # between a stop and a start too
         self._runner: web.AppRunner | None = None
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://{HOST}:{self._port}"
+
+    @property
+    def _port(self) -> int:
+        return 0 if self._reserved is None else int(self._reserved.getsockname()[1])
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -30,13 +37,14 @@ class AppServer:
 
     async def start(self) -> Self:
         """Listen, on the port of the last time if there was one."""
+        if self._reserved is None:
+            self._reserved = reserve_port()
         app = web.Application()
         for route, handler in self._routes.items():
             app.router.add_route(*route.split(), handler)
         self._runner = web.AppRunner(app, shutdown_timeout=0.01)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True).start()
-        self._port = self._runner.addresses[0][1]
+        await web.TCPSite(self._runner, HOST, self._port, reuse_address=True).start()
         return self
 
     async def stop(self) -> None:

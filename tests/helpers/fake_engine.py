@@ -15,6 +15,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from megatron_sip.serving.launch import reserve_port
+
 WAIT = timedelta(seconds=10)
 Answer = tuple[int, Any]
 
@@ -35,7 +37,8 @@ class FakeEngine:
         self.key: str | None = None
         self._released = threading.Event()
         self._server: ThreadingHTTPServer | None = None
-        self._port = port
+        self._reserved = None if port else reserve_port()  # while it is dead too
+        self._port = port if self._reserved is None else int(self._reserved.getsockname()[1])
         self.start()
 
     @property
@@ -49,7 +52,6 @@ class FakeEngine:
         self.groups: dict[str, Any] = {}
         self.paused = self.updating = False
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler())
-        self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def die(self) -> None:

@@ -1,11 +1,15 @@
-"""Ports at which nobody listens."""
+"""Ports of a test's own."""
 
 from __future__ import annotations
 
+import socket
+
 from megatron_sip.serving.launch import reserve_port
+
+KEPT: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """Free now: for something that listens at once, or for nobody."""
-    with reserve_port() as reserved:
-        return int(reserved.getsockname()[1])
+    """At which nobody listens but who is told of it, for as long as this process lives."""
+    KEPT.append(reserve_port())
+    return int(KEPT[-1].getsockname()[1])

@@ -54,6 +54,14 @@ def kill_server(server: LocalServer) -> None:
     server.stop()
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def group_members(process_group: int) -> list[int]:
     """Pids in a process group that are not zombies."""
     members = []

@@ -60,6 +60,7 @@ async def test_after_a_kill_at_any_moment_of_a_push_the_next_client_pushes_and_t
     processes = forks()
     moments = random.Random(kind)
     sampling = SamplingSettings(max_new_tokens=2, temperature=0)
+    inside = 0  # kills that came in the middle of a push
     seconds = None  # of an undisturbed connection and push
     for number in range(KILLS[kind]):
         ours, theirs = processes.Pipe(duplex=False)
@@ -80,6 +81,7 @@ async def test_after_a_kill_at_any_moment_of_a_push_the_next_client_pushes_and_t
         with suppress(EOFError):
             while ours.poll():
                 said.append(ours.recv())
+        inside += said == ["joined"]
         with closing(open_sync(kind, url, tiny_llama_dir, tmp_path)) as sync:
             if not connected(sync):
                 assert kind == "distributed"
@@ -90,3 +92,4 @@ async def test_after_a_kill_at_any_moment_of_a_push_the_next_client_pushes_and_t
         async with SGLangPool([url]) as pool:
             (found,) = await pool.generate([[1, 504, 3575]], sampling, weight_version=f"{kind} {number}")
         assert not isinstance(found, Failure), found
+    assert inside or kind == "disk"  # where joining takes no time

@@ -60,8 +60,8 @@ LAYOUTS = {
 CHECKPOINT_FORMATS = {"same-size": [], "reshardable": ["--dist-ckpt-optim-fully-reshardable"]}
 ROW_LENGTH = 160
 # Layouts of three processes (the others have four), and how far their logits may be from transformers', which themselves
-# reach 44 and are 9e-5 from float64's: sums in three parts are rounded in other places.
-OF_THREE = {"dp3": 1e-4, "tp3": 2e-4}
+# reach 44 and are 9e-5 from float64's: so far off are both, in other places, and on another processor in others again.
+OF_THREE = {"dp3": 3e-4, "tp3": 3e-4}
 ONE_KV_LAYOUTS = ("tp4", "tp2", "tp2sp")
 RUNS = [(m, layout) for m in TINY_MODELS if m != "one-kv" for layout in LAYOUTS if layout not in (*OF_THREE, "tp4")]
 RUNS += [("qwen3", "tp4"), *(("one-kv", layout) for layout in ONE_KV_LAYOUTS)]

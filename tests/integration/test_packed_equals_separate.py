@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).parent / "packing_worker.py"
 RELATIVE = 1e-5
-BF16_RELATIVE = 0.03
-"""Of a gradient's norm. Separate rows in bfloat16 are off by up to 0.02 themselves."""
+BF16_RELATIVE = 0.04
+"""Of a gradient's norm. Separate rows in bfloat16 are off by up to 0.02 themselves, and packed ones as much."""
 TIMEOUT_S = 400
 
 TP2 = ("--tensor-model-parallel-size", "2")

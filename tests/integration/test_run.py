@@ -111,7 +111,7 @@ def test_before_the_first_step_a_run_shows_fewer_than_20_lines_of_its_own(uninte
     assert shown[0] == f"log: {uninterrupted / 'logs' / 'output.log'} (--verbose shows it here)"
     assert not [line for line in shown if MODEL_BUILT in line or "Warning" in line]
     assert "left" not in shown[first]  # nobody knows after one step, which holds what every first step holds
-    assert re.search(r"\d+ s left$", shown[first + 1])
+    assert re.search(r"\d+ (s|min) left$", shown[first + 1])
 
 
 def test_another_model_in_the_run_folder_is_refused_at_once(
@@ -264,7 +264,7 @@ def test_sigterm_saves_the_last_step_and_exits_0_and_no_other_run_gets_the_folde
     wait_until(lambda: last_step(run) >= 2, run, process)
     assert f"{run} is in use by process {process.pid} on " in refused(run, *flags)
     os.killpg(process.pid, signal.SIGTERM)  # as SLURM and `timeout` do: to the helper processes too
-    assert process.wait(60) == 0
+    assert process.wait(180) == 0
     saved = int((run / "latest_checkpointed_iteration.txt").read_text())
     assert saved == steps(run)[-1]["step"] >= 2
 

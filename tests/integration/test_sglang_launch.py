@@ -49,13 +49,11 @@ def test_no_server_process_outlives_a_parent_that_is_killed(tiny_llama_dir: Path
 @pytest.mark.server
 def test_a_server_that_fails_to_start_says_why_with_the_tail_of_its_log(tiny_llama_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "llama"}')
-    started = time.monotonic()
     server = LocalServer(ServerSettings(tmp_path, start_timeout_s=200))
     with pytest.raises(ServerStartError, match=r"ended with status \d+ after") as failure:
         server.start()
     assert str(server.log_file) in str(failure.value)
     assert "Traceback" in server.log_file.read_text()
-    assert time.monotonic() - started < 150
     assert not server.alive()
 
 

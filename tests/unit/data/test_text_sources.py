@@ -172,13 +172,17 @@ def test_an_archive_that_ends_early_or_goes_on_with_something_else(
 
 def test_well_compressed_zstd_is_read_in_linear_time(tmp_path: Path) -> None:
     line = lines("x" * 1000)
-    seconds = []
+
+    def seconds(megabytes: int) -> float:
+        started = time.process_time()
+        assert sum(len(batch.texts) for batch in read_texts(tmp_path / "a.jsonl.zst", "text")) == megabytes * 1000
+        return time.process_time() - started
+
+    least = []
     for megabytes in (8, 64):
         (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(line * (megabytes * 1000)))
-        started = time.perf_counter()
-        assert sum(len(batch.texts) for batch in read_texts(tmp_path / "a.jsonl.zst", "text")) == megabytes * 1000
-        seconds.append(time.perf_counter() - started)
-    assert seconds[1] < 8 * 4 * seconds[0]
+        least.append(min(seconds(megabytes) for _ in range(3)))
+    assert least[1] < 8 * 4 * least[0]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])

@@ -114,16 +114,16 @@ async def test_while_nobody_answers_it_is_said_again_and_again_for_how_long(
 async def test_at_the_start_those_that_are_missing_are_named_in_one_line(
     tells: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_sip.judge.teacher.FIRST_REPORT_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_sip.judge.teacher.FIRST_REPORT_SECONDS", 0.6)
     async with FakeJudge() as server:
         client = make_settings(server.url).client
         assert client is not None
         missing = [f"http://127.0.0.1:{port}" for port in range(1, 6)]
         async with TeacherClient(replace(client.at([server.url, *missing]), tells=tells)) as teacher:
             with pytest.raises(EndpointError, match="gave no good answer"):
-                await teacher.check(0.5)
+                await teacher.check(1.4)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("waiting")]
-    told = f"waiting for the teacher at {', '.join(missing[:3])} and 2 others: 0 s of 0"
+    told = f"waiting for the teacher at {', '.join(missing[:3])} and 2 others: 1 s of 1"
     assert lines == ([told] if tells else [])
 
 

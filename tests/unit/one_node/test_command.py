@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from workers import is_running
 
 from megatron_sip.config.early_checks import check_flags
 from megatron_sip.errors import ArgumentError
@@ -176,6 +177,6 @@ def test_the_child_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     pid = int((tmp_path / "pid").read_text())
-    while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z":
+    while is_running(pid):
         assert time.monotonic() < deadline
         time.sleep(0.02)

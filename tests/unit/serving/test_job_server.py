@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from ports import free_port
+from workers import is_running
 
 from megatron_sip.serving import node
 from megatron_sip.serving.node import SOCKETS, interface_towards, node_variables
@@ -90,13 +91,6 @@ def wait_until(reached: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def test_a_server_gets_its_key_by_a_file_and_shows_it_nowhere(kept: Kept) -> None:
     [pid] = kept.starts(1)
     assert 'args api-key: "***" mode 0o600' in kept.shown()
@@ -105,7 +99,7 @@ def test_a_server_gets_its_key_by_a_file_and_shows_it_nowhere(kept: Kept) -> Non
         assert KEY not in Path(f"/proc/{process}/cmdline").read_text()
     kept.process.send_signal(signal.SIGUSR1)
     assert kept.process.wait(20) == 0
-    assert not is_alive(pid)
+    assert not is_running(pid)
     assert kept.leftovers() == []
 
 
@@ -123,13 +117,13 @@ def test_a_server_that_ends_or_hangs_is_started_again(
         wait_until(lambda: kept.shown().count("asked") >= 2)  # so the first answer is known: what loads is given time
     os.kill(first, number)
     second = kept.starts(2)[1]
-    assert not is_alive(first)
+    assert not is_running(first)
     kept.process.terminate()
     told = kept.process.communicate(timeout=20)[0]
     assert re.search(
         rf"servers: log at http://127.0.0.1:{kept.port} {why} and is started again, log {kept.log}\n", told
     )
-    assert not is_alive(second)
+    assert not is_running(second)
 
 
 def test_a_server_that_ends_while_starting_is_not_started_again_and_later_is_given_up(tmp_path: Path) -> None:
@@ -153,13 +147,13 @@ def test_a_server_that_never_gets_well_is_ended(tmp_path: Path) -> None:
     first = kept.starts(2)[0]
     kept.process.terminate()
     assert "was not healthy within 2 s and is started again" in kept.process.communicate(timeout=20)[0]
-    assert not is_alive(first)
+    assert not is_running(first)
 
 
 def test_a_killed_keeper_leaves_no_server(kept: Kept) -> None:
     [pid] = kept.starts(1)
     kept.process.kill()
-    wait_until(lambda: not is_alive(pid))
+    wait_until(lambda: not is_running(pid))
 
 
 TRAINER = """\

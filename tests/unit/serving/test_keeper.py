@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from stub_server import StubServer
+from workers import is_running
 
 from megatron_sip.serving.blocking_call import call
 from megatron_sip.serving.keeper import Keeper, KeepSettings, any_answers
@@ -51,14 +52,6 @@ def wait_until(reached: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def exists(pid: int) -> bool:
-    """Whether a process is there, and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def test_a_server_that_is_killed_is_back_at_its_url_and_its_log_goes_on(
     server: StubServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,7 +59,7 @@ def test_a_server_that_is_killed_is_back_at_its_url_and_its_log_goes_on(
     given_up: list[str] = []
     keeper = Keeper("the teacher", server, given_up.append, QUICK)
     os.kill(server.pids()[0], signal.SIGKILL)
-    wait_until(lambda: not exists(server.pids()[0]))
+    wait_until(lambda: not is_running(server.pids()[0]))
     assert any_answers([keeper])
     assert server.url == url
     assert call(url, "GET", "/health", timeout_s=5)
@@ -77,7 +70,7 @@ def test_a_server_that_is_killed_is_back_at_its_url_and_its_log_goes_on(
     keeper.close()
     assert not given_up
     assert len(server.pids()) == 2
-    assert not any(map(exists, server.pids()))
+    assert not any(map(is_running, server.pids()))
 
 
 def test_a_server_that_answers_its_health_and_generates_nothing_is_started_again(server: StubServer) -> None:
@@ -86,7 +79,7 @@ def test_a_server_that_answers_its_health_and_generates_nothing_is_started_again
     wait_until(lambda: len(server.pids()) >= 2)
     (server.folder / "hangs").unlink()
     assert any_answers([keeper])
-    assert not exists(server.pids()[0])
+    assert not is_running(server.pids()[0])
     keeper.close()
 
 
@@ -119,7 +112,7 @@ def test_a_stopped_process_is_ended_and_started_again(server: StubServer) -> Non
     assert any_answers([keeper])
     keeper.close()
     assert len(server.pids()) >= 2
-    assert not exists(server.pids()[0])
+    assert not is_running(server.pids()[0])
 
 
 def test_one_that_ends_again_and_again_is_given_up_with_the_reason(server: StubServer) -> None:
@@ -230,7 +223,7 @@ def test_close_ends_a_start_under_way(server: StubServer) -> None:
     wait_until(lambda: len(server.pids()) == 2 or not server.alive())
     keeper.close()
     assert not server.alive()
-    wait_until(lambda: not any(map(exists, server.pids())))
+    wait_until(lambda: not any(map(is_running, server.pids())))
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.1, 0.3])
