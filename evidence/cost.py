@@ -191,7 +191,9 @@ def section(found: Mapping[str, Any]) -> str:
     low, high = found["candidates"]
     again = found["protocols"][EVERYTHING]["calls"] - low * (low - 1) if low == high else 0
     asked_again = (
-        f" Of the calls of {EVERYTHING} {again:.0f} are second askings, of calls without an answer." if again else ""
+        f" Of the calls of {EVERYTHING} {again:.0f} are second askings, of calls without an answer; its seconds hold them."
+        if again
+        else ""
     )
     left = f" {found['left_out']} more could not be judged under every protocol." if found["left_out"] else ""
     return "\n\n".join(

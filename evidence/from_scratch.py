@@ -223,7 +223,8 @@ def section(found: Mapping[str, Any]) -> str:
         "A model of 7 million weights learns Wikipedia leads plainly, 16 pieces of up to 128 tokens a step. From three stages "
         "it goes on by RF-NLL of the suffix (16 tokens behind up to 48) against one rollout, 16 groups a step, chosen by their "
         f"likelihood under SmolLM2-135M-Instruct (nats a token, means of the first {same} steps). By chance a rollout is "
-        f"chosen in {100 * last['chance']:.0f}% of the groups. Repetition is the share of a rollout's 4-grams that it wrote "
+        f"chosen in {100 * last['chance']:.0f}% of the groups; the later half was looked at once the figure "
+        "was seen. Repetition is the share of a rollout's 4-grams that it wrote "
         "before, late in the run: where it is high the model has learnt from its surest rollouts to say the same again and "
         "again, which a likelihood takes for better than text.",
         table(head, rows),

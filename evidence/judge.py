@@ -165,7 +165,7 @@ def section(found: Mapping[str, Any]) -> str:
                 f"SmolLM2-135M-Instruct as a judge of two texts, before and after {steps} steps of GRPO on pairs of which one",
                 f"has its words shuffled (`{LEARNT}`); the other kinds of corruption were never trained. Leads that training",
                 "did not see, each pair in both orders. Percent with 95% intervals. Chance is 50, of pairs in each order 25; a",
-                "judge that goes by the place alone is right about none of these.",
+                "judge that goes by the place alone is right about no pair in each order.",
             ),
             table(["corruption", "judge", "pairs", *columns], rows),
             paragraph(verdict(found["kinds"])),

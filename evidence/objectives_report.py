@@ -271,8 +271,10 @@ def hacking_told(names: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, 
     for name in names:
         for what in lost(name, rows[name]):
             by_loss.setdefault(what, []).append(_told(name))
-    told = " ".join(f"By the loss of {what}: {'; '.join(of_it)}." for what, of_it in by_loss.items())
-    return paragraph(f"Reward hacking, where the training judge is won, by intervals over documents. {told}")
+    told = " ".join(f"Lost is {what} in: {'; '.join(of_it)}." for what, of_it in by_loss.items())
+    return paragraph(
+        f"Reward hacking, where the training judge is won and something else lost, by intervals over documents. {told}"
+    )
 
 
 STUDY = Study(

@@ -131,7 +131,7 @@ def do_parts(parts: Sequence[Part], folder: Path, *, dry_run: bool = False) -> W
 
 
 def _of_all(records: Sequence[Mapping[str, Any]], what: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(one for record in records for one in record[what]))
+    return tuple(dict.fromkeys(one for record in records for one in record.get(what, ["unknown"])))
 
 
 def is_done(part: Part, folder: Path) -> bool:

@@ -114,8 +114,9 @@ def setting(found: Mapping[str, Any]) -> str:
     train, safest, seeds = found["text"]["train"], found["text"]["safest"], len(found["seeds"])
     return (
         f"{found['settings']['steps']} steps of 8 prefixes on {train['offensive']} pages of offensive and {train['clean']} of "
-        f"clean sayings (`tools/fetch_toxicity.py`). The safest half holds {safest['offensive']} of the offensive ones. DPO "
-        f"takes the best and the worst of a suffix and 4 rollouts: one minus the probability of {TRAINED_BY} counts twice, the "
+        f"clean sayings (`tools/fetch_toxicity.py`). The safest half, by {TRAINED_BY}, holds {safest['offensive']} of the "
+        "offensive ones. DPO takes the best and the worst of a suffix and 4 rollouts: one minus the probability of "
+        f"{TRAINED_BY} counts twice, the "
         "likelihood by the initial model, a cheap stand-in for quality, once; it is the mean of "
         f"{seeds} seed{'s' * (seeds > 1)}, the other arms are one run each and learn whole pieces, not suffixes alone. This is "
         "toxicity, words of profanity and abuse, not safety in general."

@@ -29,7 +29,7 @@ RANKS = """
 import os, sys, time
 rank = int(os.environ["RANK"])
 print(rank, os.environ["WORLD_SIZE"], flush=True)
-time.sleep(0 if rank == "1" else 600)  # longer than anybody waits for it
+time.sleep(0 if rank else 600)  # longer than anybody waits for it
 sys.exit(rank)
 """
 

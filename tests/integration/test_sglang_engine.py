@@ -103,7 +103,7 @@ def test_what_a_judge_s_prompts_share_is_computed_once(tiny_llama_server: LocalS
     """8 groups of 5 candidates with log-probs, as likelihood asks for them: 5,120 tokens, 2,048 different ones."""
     counts = [tokens_computed(tiny_llama_server.url, seed) for seed in (5, 6, 7)]
     # Batches that are formed while requests still arrive share less; in the order of arrival it would be some 4,400.
-    assert 2048 <= min(counts) < 4200
+    assert 2048 <= min(counts) < 3900
 
 
 def tokens_computed(url: str, seed: int) -> int:

@@ -274,7 +274,12 @@ def test_readme_s_table_of_toxicity_is_the_study_s() -> None:
     assert (shown.count("less"), shown.count("more"), len(shown)) == (1, 0, 3)
     less = report["against"]["next token"]["prompts"]["unlisted"]
     low, high = (f"{-100 * end:.1f}" for end in reversed(less["change_interval"]))
-    assert f"{-100 * less['change']:.1f} percentage points fewer cases (95% interval {low} to {high})" in text
+    assert f"{-100 * less['change']:.1f} percentage points fewer (95% interval {low} to {high}) of DPO's" in text
+    toxic = report["arms"][DPO]["prompts"]
+    assert direction(toxic["unlisted"]) not in ("less", "more")
+    assert (
+        "one of two such ({:+.1f} to {:+.1f})".format(*(100 * end for end in toxic["any"]["change_interval"])) in text
+    )
 
 
 def with_change(found: dict[str, Any], scale: float, digits: int) -> str:
@@ -291,7 +296,7 @@ def test_readme_tells_of_the_study_of_objectives_what_holds_and_what_does_not() 
     }
     claims = report["claims"]
     assert (
-        f"wins {wins['dpo-4']:.0%} of held-out prefixes against the initial policy after {report['steps']} steps"
+        f"wins {wins['dpo-4']:.0%} of held-out prefixes against the initial policy after {report['steps']} steps, by that"
         in text
     )
     assert f"next-token training {wins['suffix']:.0%}" in text
@@ -311,9 +316,7 @@ def test_readme_tells_of_the_studies_from_scratch_and_of_cost_what_they_found() 
     scratch = json.loads((results / "evidence_from_scratch.json").read_text())["report"]["RF-NLL"]
     plain = [one for one in scratch if one["temperature"] == 1]
     sure = [one for one in scratch if one["temperature"] == 0.3]
-    assert (
-        "hardly ever writes what a likelihood prefers to the text until it is sampled at a temperature of 0.3" in text
-    )
+    assert "At 0.3 two of three stages come to be preferred in training: by repeating themselves." in text
     assert max(one["chosen_interval"][1] for one in plain) < 0.01
     assert [late(one, 40)[1][0] > 0.5 for one in sure] == [True, True, False]
     assert all(one["repetition"] > 0.3 for one in sure)
@@ -321,14 +324,20 @@ def test_readme_tells_of_the_studies_from_scratch_and_of_cost_what_they_found() 
     few, all_pairs = protocols["default"], protocols["all pairs"]
     assert all_pairs["calls"] / few["calls"] == pytest.approx(5, abs=0.3)
     value, low, high = (f"{few['recovered'][name]:.0%}" for name in ("value", "low", "high"))
-    assert f"a fifth of the calls of all pairs finds have {value} (95% interval {low} to {high}) of the gap" in text
-    kept = [protocols[name]["recovered"] for name in ("default", "default, both orders")]
-    once, twice = (f"{100 * one['value']:.0f}% ({100 * one['low']:.0f} to {100 * one['high']:.0f})" for one in kept)
+    assert f"a fifth of the calls of all pairs have {value} (95% interval {low} to {high}) of the gap" in text
+    pivot = protocols["suffix as pivot"]
+    value, low, high = (f"{pivot['recovered'][name]:.0%}" for name in ("value", "low", "high"))
+    assert f"by {pivot['calls']:.0f} calls, each text against the suffix, {value} ({low} to {high})" in text
+    kept = [protocols[name]["recovered"] for name in ("default", "default, both orders", "suffix as pivot")]
+    once, twice, pivot_s = (
+        f"{100 * one['value']:.0f}% ({100 * one['low']:.0f} to {100 * one['high']:.0f})" for one in kept
+    )
     page = page_text("docs/judging.md")
     assert (
         f"has {once} of the gap that all pairs in both orders find, in both orders (`--judge-both-orders`) {twice}"
         in page
     )
+    assert f"each text against the suffix alone, competing, {pivot_s}" in page
 
 
 def test_readme_tells_what_cooler_sampling_does_to_toxicity() -> None:

@@ -119,7 +119,7 @@ def test_report_text_and_figure_are_what_the_files_say(place: Place, tmp_path: P
     assert "| makes held-out text likelier (nats a token) | -0.250 (-0.250 to -0.250) | the opposite |" in text
     assert "3 of 8 claims hold with an interval that excludes zero: fewer than two thirds." in text
     told = " ".join(text.split())
-    assert "By the loss of the likelihood of held-out text: DPO, suffix + 4 rollouts. What" in told
+    assert "Lost is the likelihood of held-out text in: DPO, suffix + 4 rollouts. What" in told
     assert (
         "prefers sampled continuations of the rows that it trained: DPO, suffix + 4 rollouts *: 62.0 (54.0 to 70.0)"
         in told

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from evidence import __main__ as driver
-from evidence.results import figure_of, page, publish, refuse_paths, write_page
+from evidence.results import figure_of, page, provenance, publish, refuse_paths, write_page
 from evidence.study import PYTHON, ROOT, Part, Place, Study, StudyError, Work
+from evidence.study import commit as study_commit
 
 RESULTS = ROOT / "docs" / "results"
 
@@ -95,6 +96,15 @@ def test_a_quick_run_publishes_nothing(only: Study, tmp_path: Path, capsys: pyte
     assert "The number is 2." in capsys.readouterr().out
     assert (tmp_path / "run-quick" / "small" / "parts.json").is_file()
     assert not (tmp_path / "results").exists()
+
+
+def test_the_commit_that_reports_and_all_processors_are_named(tmp_path: Path) -> None:
+    study = made_up(tmp_path)
+    publish(study, {"number": 1}, Place(tmp_path / "run"), Work(1.0, ("a" * 40,), ("one", "another")), tmp_path)
+    found = json.loads((tmp_path / f"evidence_{study.name}.json").read_text())
+    assert [commit[:40] for commit in found["commits"]] == ["a" * 40, study_commit()[:40]]
+    assert f"commit aaaaaaaaaaaa, {study_commit()[:12]}" in provenance(study, found)
+    assert "cores of one and of another. Again" in provenance(study, found)
 
 
 def test_a_report_with_a_path_of_this_machine_is_refused(tmp_path: Path) -> None:

@@ -42,6 +42,17 @@ def test_a_part_is_done_once(tmp_path: Path) -> None:
     assert log(tmp_path) == ["one", "two", "two"]
 
 
+def test_a_record_of_an_earlier_version_is_of_an_unknown_processor(tmp_path: Path) -> None:
+    parts = [part(tmp_path, "one"), part(tmp_path, "two")]
+    do_parts(parts, tmp_path)
+    records = json.loads((tmp_path / study.DONE).read_text())
+    del records["one"]["processors"], records["two"]["processors"]
+    records["two"]["done"] = False
+    (tmp_path / study.DONE).write_text(json.dumps(records))
+    assert do_parts(parts, tmp_path).processors[0] == "unknown"
+    assert len(do_parts(parts, tmp_path).processors) == 2
+
+
 def test_a_dry_run_only_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert do_parts([part(tmp_path, "one")], tmp_path / "new", dry_run=True) == Work(0, (), ())
     assert (log(tmp_path), (tmp_path / "new").exists()) == ([], False)

@@ -92,7 +92,7 @@ def test_an_engine_killed_at_any_moment_of_a_push_costs_that_push_of_its_own_alo
             assert mortal.found() == (str(step + 1), expected)
             assert digests(live.weights) == expected
     mortal.kill()
-    assert reached < KILLS  # kills came inside the push, most of them where the machine was quiet
+    assert reached <= KILLS - 5  # kills came inside the push, most of them where the machine was quiet
 
 
 class FailedBroadcast:

@@ -119,14 +119,14 @@ async def test_a_server_that_hangs_and_is_started_again_has_the_whole_silence_fr
     hangs = True
 
     async def ask_once(_: web.Request) -> web.Response:
-        await asyncio.sleep(600 if hangs else 1.2)
+        await asyncio.sleep(600 if hangs else 0.8)
         return web.json_response({"ok": True})
 
     server = await AppServer({"POST /ask": ask_once}).start()
-    async with HttpPool([Server(server.url)], concurrency=2, policy=QUICK, silence_s=2.0) as pool:
+    async with HttpPool([Server(server.url)], concurrency=2, policy=QUICK, silence_s=1.6) as pool:
         asked = asyncio.create_task(send(pool))
         for _ in range(2):
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(0.8)
             assert not asked.done()
             await (server.stop() if hangs else server.start())
             hangs = False
