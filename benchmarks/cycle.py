@@ -3,8 +3,9 @@
     examples/cycle.sh --run-dir runs/cycle
     python benchmarks/cycle.py runs/cycle [--json FILE]
 
-Reads the cycle's folder: done/, whose files' times are when the stages ended (of a cycle that was stopped with its pauses); the
-judge's validations and its accuracy on held-out records; the policy's comparison at its end, and what the evaluation measured.
+Reads the folder of a cycle that trained its judge, on the machine that ran it: done/, whose files' times are when the stages ended (of
+a cycle that was stopped, with its pauses); the judge's validations and its accuracy on held-out records; the policy's comparison at
+its end, and what the evaluation measured.
 """
 
 from __future__ import annotations
@@ -15,24 +16,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from judge_training import validations
 from machine import describe_machine, format_table, write_report
 
 from megatron_sip.evaluation.results import read_results
 from megatron_sip.files import read_json
 from megatron_sip.training.metrics_writer import read_metrics
 
-VALIDATION = "validation/"
 MODELS = ("base", "trained")
 MEASURES = ("diversity", "nll")
 
 
 def report_of(run_dir: Path) -> dict[str, Any]:
     """Seconds by stage, the judge's first and last validation and its accuracy, the policy's comparison, its measures."""
+    held_out = validations(read_metrics(run_dir / "judge" / "metrics.jsonl"))
     policy = read_json(run_dir / "policy" / "summary.json", "a run's summary")
     return {
         "stage_seconds": stage_seconds(run_dir),
         "judge": {
-            "validations": validations(run_dir / "judge"),
+            "validations": [held_out[0], held_out[-1]],
             "accuracy": read_json(run_dir / "judge" / "accuracy.json", "a judge's accuracy")["all"],
         },
         "policy": {name: value for name, value in policy.items() if name != "initial_weights"},
@@ -45,16 +47,6 @@ def stage_seconds(run_dir: Path) -> dict[str, float]:
     ends = sorted((path.stat().st_mtime, path.name) for path in (run_dir / "done").iterdir())
     begun = ((run_dir / "cycle.txt").stat().st_mtime, "")
     return {name: round(end - start, 1) for (start, _), (end, name) in pairwise([begun, *ends])}
-
-
-def validations(run_dir: Path) -> list[dict[str, float]]:
-    """A run's first and last."""
-    found = [
-        {name: round(value, 4) for name, value in step.items() if name == "step" or name.startswith(VALIDATION)}
-        for step in read_metrics(run_dir / "metrics.jsonl")
-        if any(name.startswith(VALIDATION) for name in step)
-    ]
-    return [found[0], found[-1]]
 
 
 def measures(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -48,14 +48,19 @@ def report_of(run_dir: Path) -> dict[str, Any]:
             phase: round(statistics.median(step.get(f"seconds/{phase}", 0.0) for step in trained), 2)
             for phase in PHASES
         },
-        "validations": [
-            {name: round(value, 4) for name, value in step.items() if name == "step" or name.startswith("validation/")}
-            for step in steps
-            if any(name.startswith("validation/") for name in step)
-        ],
+        "validations": validations(steps),
         "served": {path.stem: json.loads(path.read_text()) for path in sorted(run_dir.glob("accuracy_*.json"))},
         "curves": {name: [round(step.get(name, float("nan")), 4) for step in trained] for name in curve_names(trained)},
     }
+
+
+def validations(steps: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """What a run measured on held-out records, by step."""
+    return [
+        {name: round(value, 4) for name, value in step.items() if name == "step" or name.startswith("validation/")}
+        for step in steps
+        if any(name.startswith("validation/") for name in step)
+    ]
 
 
 def curve_names(trained: Sequence[dict[str, float]]) -> list[str]:
