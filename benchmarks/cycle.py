@@ -3,9 +3,9 @@
     examples/cycle.sh --run-dir runs/cycle
     python benchmarks/cycle.py runs/cycle [--json FILE]
 
-Reads the folder of a cycle that trained its judge, on the machine that ran it: done/, whose files' times are when the stages ended (of
-a cycle that was stopped, with its pauses); the judge's validations and its accuracy on held-out records; the policy's comparison at
-its end, and what the evaluation measured.
+Reads the folder of a cycle that trained its judge, on the machine that ran it: done/, whose files' times are when the stages
+ended (of a cycle that was stopped, with its pauses); the judge's validations and its accuracy on held-out records; the policy's
+comparison at its end, and what the evaluation measured.
 """
 
 from __future__ import annotations
