@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ class LocalRanks:
     """`count` processes of one command, with the environment that torch.distributed reads."""
 
     def __init__(self, command: Sequence[str], count: int = 1, environment: Mapping[str, str] | None = None) -> None:
-        self._store_port = reserve_port()
+        self._reserved = reserve_port() if count > 1 else None  # where their store listens
         # In sessions of their own: a Ctrl-C of the terminal comes to them once, through us.
         self._processes = [
             subprocess.Popen(
@@ -35,12 +36,12 @@ class LocalRanks:
                 start_new_session=True,
                 preexec_fn=kill_with_parent,
             )
-            for variables in rank_variables(count, self._store_port.getsockname()[1])
+            for variables in rank_variables(count, self._reserved)
         ]
 
     def wait(self) -> int:
         """The first status that is not 0, or 0 when all have ended well; signals go on to the processes meanwhile."""
-        with self._store_port, self._signals_forwarded():
+        with self._reserved or contextlib.nullcontext(), self._signals_forwarded():
             while True:
                 statuses = [process.poll() for process in self._processes]
                 failed = next((status for status in statuses if status), 0)
@@ -74,10 +75,10 @@ class LocalRanks:
                 signal.signal(number, handler)
 
 
-def rank_variables(count: int, store_port: int) -> list[dict[str, str]]:
-    """What tells each of `count` processes which one it is and where their store is; nothing for a single one."""
-    if count == 1:
+def rank_variables(count: int, store: socket.socket | None) -> list[dict[str, str]]:
+    """What tells each of `count` processes which one it is and at which port their store is; nothing for a single one."""
+    if store is None:
         return [{}]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store_port)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1])}
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]

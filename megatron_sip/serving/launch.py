@@ -91,7 +91,7 @@ class ServerSettings:
     start_timeout_s: float = 1800.0
 
 
-def server_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[str]:
+def server_command(settings: ServerSettings, port: int, store_port: int, on_cpu: bool) -> list[str]:
     """The command line of `python -m sglang.launch_server`, or its like without a GPU, for these settings."""
     mem_fraction, max_total_tokens = settings.mem_fraction, settings.max_total_tokens
     if on_cpu:
@@ -110,6 +110,7 @@ def server_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[st
         f"--model-path={settings.model_path}",
         f"--host={HOST}",
         f"--port={port}",
+        f"--nccl-port={store_port}",  # which SGLang would find free, and bind later
         f"--dtype={settings.dtype}",
         "--skip-server-warmup",
         "--log-level-http=warning",  # no line for each of the millions of requests of a run
@@ -252,7 +253,8 @@ class LocalServer(ServerProcess):
         log_file = settings.log_file or Path(tempfile.mkdtemp(prefix="sglang-")) / "server.log"
         super().__init__(f"SGLang for {settings.model_path}", log_file, settings.start_timeout_s)
         self.settings = settings
-        self._reserved: socket.socket | None = None
+        self._reserved: list[socket.socket] = []
+        """Its port, and that of the store in which its processes meet."""
 
     @property
     def url(self) -> str:
@@ -260,7 +262,7 @@ class LocalServer(ServerProcess):
         return f"http://{HOST}:{self._port}"
 
     def start(self, *, again: bool = False) -> Self:
-        """Start and wait until healthy, at a free port that stays its own for as long as this object lives.
+        """Start and wait until healthy, at a free port that stays its own until this is left as a context, or ends.
 
         again: behind what the log holds. Raises ServerStartError (with the log's tail) or FileNotFoundError.
         """
@@ -268,8 +270,7 @@ class LocalServer(ServerProcess):
             raise RuntimeError(f"the server at {self.url} is already running")
         _check_model_path(self.settings.model_path)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        if self._reserved is None:
-            self._reserved = reserve_port()
+        self._reserved = self._reserved or [reserve_port(), reserve_port()]
         try:
             with self.log_file.open("ab" if again else "wb") as log:
                 self._spawn(self._command(), server_environment(self.settings), log)
@@ -284,10 +285,12 @@ class LocalServer(ServerProcess):
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        while self._reserved:
+            self._reserved.pop().close()
 
     @property
     def _port(self) -> int:
-        return 0 if self._reserved is None else int(self._reserved.getsockname()[1])
+        return int(self._reserved[0].getsockname()[1]) if self._reserved else 0
 
     def _command(self) -> list[str]:
         # With torch, which checking flags does without.
@@ -295,7 +298,8 @@ class LocalServer(ServerProcess):
 
         settings, on_cpu = self.settings, not has_accelerator()
         dtype = served_dtype(settings.model_path, settings.dtype)
-        return server_command(replace(settings, dtype=dtype), self._port, on_cpu)
+        store_port = int(self._reserved[1].getsockname()[1])
+        return server_command(replace(settings, dtype=dtype), self._port, store_port, on_cpu)
 
     def _answers(self) -> bool:
         """Healthy, and really our server: one that was given our port by number could be the one that answers."""

@@ -9,7 +9,7 @@ from megatron_sip.serving.launch import reserve_port
 KEPT: list[socket.socket] = []
 
 
-def free_port() -> int:
+def kept_port() -> int:
     """At which nobody listens but who is told of it, for as long as this process lives."""
     KEPT.append(reserve_port())
     return int(KEPT[-1].getsockname()[1])

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ports import free_port
+from ports import kept_port
 
 from megatron_sip.serving.launch import HOST
 
@@ -124,8 +124,7 @@ class _Preloaded:
             )
 
     def start(self, program: Sequence[str], output: IO[Any], processes: int) -> Started:
-        port = free_port()
-        ranks = [_rank(rank, processes, port) for rank in range(processes)] if processes > 1 else [{}]
+        ranks = _ranks(processes, kept_port()) if processes > 1 else [{}]
         report, theirs = os.pipe()
         request = {"program": list(program), "folder": str(Path.cwd()), "ranks": ranks}
         try:
@@ -137,11 +136,11 @@ class _Preloaded:
             raise RuntimeError(f"it has ended:\n{self._shown.read().decode(errors='replace')[-6000:]}") from None
 
 
-def _rank(rank: int, processes: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank on one node, but that the first rank has the store."""
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    common = {"MASTER_ADDR": HOST, "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "preloaded"}
-    return {name: str(value) for name, value in {**ranks, **common}.items()}
+def _ranks(processes: int, port: int) -> list[dict[str, str]]:
+    """What torchrun tells each rank on one node, but that the first rank has the store."""
+    common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": HOST, "MASTER_PORT": port}
+    common = {name: str(value) for name, value in common.items()} | {"TORCHELASTIC_RUN_ID": "preloaded"}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in range(processes)]
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from ports import free_port
+from ports import kept_port
 
 NODES = 4
 GPUS = 8
@@ -151,9 +151,9 @@ class SlurmCluster:
         (folder / "munge.key").write_bytes(os.urandom(1024))
         (folder / "munge.key").chmod(0o400)
         folder.chmod(0o755)
-        nodes = "\n".join(NODE.format(name=name, port=free_port(), gpus=GPUS) for name in self.nodes)
+        nodes = "\n".join(NODE.format(name=name, port=kept_port(), gpus=GPUS) for name in self.nodes)
         first_job = 1 + os.getpid() % 1_000_000
-        values = {"port": free_port(), "user": getpass.getuser(), "folder": folder, "nodes": nodes}
+        values = {"port": kept_port(), "user": getpass.getuser(), "folder": folder, "nodes": nodes}
         (folder / "slurm.conf").write_text(CONFIG.format(first_job=first_job, **values))
         for number in range(GPUS):
             (folder / f"gpu{number}").touch()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from ports import free_port
+from ports import kept_port
 from safetensors.torch import load_file
 from training import (
     kill_when,
@@ -366,7 +366,7 @@ def test_a_server_that_is_down_is_named_before_anything_slow(flags: tuple[str, .
     """An engine and a teacher, of two runs beside each other: each waits for an answer as long as it does."""
     text = tmp_path / "new.jsonl"  # not among the token files that are kept from other runs
     text.write_text(json.dumps({"text": "One text that nobody has tokenised yet. " * 100}) + "\n")
-    urls = {server: f"http://127.0.0.1:{free_port()}" for server in ("--rollout-url", "--teacher-url")}
+    urls = {server: f"http://127.0.0.1:{kept_port()}" for server in ("--rollout-url", "--teacher-url")}
     started = {
         server: start(tmp_path / server, *flags, server, url, "--data-path", str(text)) for server, url in urls.items()
     }

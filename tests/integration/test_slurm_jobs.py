@@ -191,8 +191,8 @@ def test_a_job_that_an_operator_requeues_continues(cluster: SlurmCluster, tmp_pa
 
 
 def test_before_its_time_limit_a_job_saves_and_requeues_itself(cluster: SlurmCluster, tmp_path: Path) -> None:
-    """SLURM looks for such jobs every half a minute: the warning comes up to so much earlier, half a minute to a minute in."""
-    limit = ("--time=2", "--signal=B:TERM@60")
+    """SLURM looks for such jobs every half a minute: the warning comes up to so much earlier, 15 to 45 s in."""
+    limit = ("--time=2", "--signal=B:TERM@75")
     job = Job(cluster, tmp_path, CONTINUAL, "SAVE_SECONDS=20", options=limit)
     job.is_held()
     job.wait_until(lambda: "stopped before the end; requeueing" in job.output)

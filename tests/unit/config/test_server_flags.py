@@ -144,8 +144,8 @@ def test_engines_beside_the_trainer_take_a_part_of_its_gpus_and_can_free_it(monk
     assert made.rollouts.colocate
     assert servers.engine is not None
     assert (servers.engine.mem_fraction, servers.engine.memory_saver, servers.share_gpus) == (0.4, True, True)
-    assert "--enable-memory-saver" in server_command(servers.engine, 1, on_cpu=False)
-    assert "--enable-memory-saver" not in server_command(servers.engine, 1, on_cpu=True)
+    assert "--enable-memory-saver" in server_command(servers.engine, 1, 2, on_cpu=False)
+    assert "--enable-memory-saver" not in server_command(servers.engine, 1, 2, on_cpu=True)
     own = settings("--colocate", "--rollout-local", "1", "--local-server-memory", "0.3", rollout_url=None)
     assert own.local_servers.engine is not None
     assert own.local_servers.engine.mem_fraction == 0.3

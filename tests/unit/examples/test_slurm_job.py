@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ports import free_port
+from ports import kept_port
 
 REPO = Path(__file__).parents[3]
 
@@ -135,7 +135,7 @@ class Job:
         for name, source in stand_ins.items():
             (tools / name).write_text(f"#!{sys.executable}\n{source}")
             (tools / name).chmod(0o755)
-        self.ports = [free_port(), free_port()]
+        self.ports = [kept_port(), kept_port()]
         self._environment = os.environ | {
             "PATH": f"{tools}:{os.environ['PATH']}",
             "FAKE_RUN": str(self.run_dir),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
-from ports import free_port
+from ports import kept_port
 
 from megatron_sip.experience.leader import ClientsSettings, EngineSettings, Leader, rotated_urls
 from megatron_sip.rollout.pool import PoolSettings, SGLangPool
@@ -73,17 +73,17 @@ def test_servers_of_one_node_have_log_devices_and_seed_of_their_own() -> None:
 
 
 def test_a_server_writes_no_line_for_each_request() -> None:
-    assert "--log-level-http=warning" in server_command(ServerSettings("model"), 30000, on_cpu=False)
+    assert "--log-level-http=warning" in server_command(ServerSettings("model"), 30000, 29500, on_cpu=False)
 
 
 def test_a_server_is_found_healthy_past_a_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{kept_port()}")
     monkeypatch.delenv("no_proxy", raising=False)
     with FakeEngine() as engine:
         engine.answers["/model_info"] = 200, {"model_path": "org/model"}
         for model, found in (("org/model", True), ("org/other", False)):
             server = LocalServer(ServerSettings(model))
-            server._reserved = engine._reserved
+            server._reserved = [engine.reserved]
             assert server._answers() is found
 
 

@@ -14,8 +14,8 @@ def module_of(command: list[str]) -> str:
 
 
 def test_only_without_a_gpu() -> None:
-    assert module_of(server_command(ServerSettings("model"), 30000, on_cpu=True)) == CPU_MODULE
-    assert module_of(server_command(ServerSettings("model"), 30000, on_cpu=False)) == "sglang.launch_server"
+    assert module_of(server_command(ServerSettings("model"), 30000, 29500, on_cpu=True)) == CPU_MODULE
+    assert module_of(server_command(ServerSettings("model"), 30000, 29500, on_cpu=False)) == "sglang.launch_server"
 
 
 def run(program: str) -> str:

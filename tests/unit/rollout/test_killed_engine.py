@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from fake_engine import FakeEngine, digests, serve
 from forks import forks
-from ports import free_port
+from ports import kept_port
 
 from megatron_sip.rollout import weight_group
 from megatron_sip.rollout.sync_distributed import DistributedWeightSync
@@ -31,7 +31,7 @@ class MortalEngine:
     """A fake engine in a process, always at the same port."""
 
     def __init__(self) -> None:
-        self._port = free_port()
+        self._port = kept_port()
         self._context = forks()
         self.start()
 

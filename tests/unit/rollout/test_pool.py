@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from app_server import AppServer
-from ports import free_port
+from ports import kept_port
 
 from megatron_sip.rollout.pool import PoolSettings, SGLangPool, counted_as
 from megatron_sip.rollout.sampling import Failure, SamplingSettings, read_completions
@@ -186,7 +186,7 @@ async def test_a_request_s_own_deadline_does_not_close_an_engine() -> None:
 
 
 async def test_an_engine_whose_port_is_closed_is_a_connection_failure() -> None:
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://127.0.0.1:{kept_port()}"
     settings = PoolSettings(attempts=2, backoff_s=0.01, max_backoff_s=0.02, down_s=0.05, deadline_s=0.5)
     async with SGLangPool([url], settings) as pool:
         (lost,) = await pool.generate([[1]], TWO_TOKENS)

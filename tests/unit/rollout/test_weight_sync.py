@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from fake_engine import FakeEngine
-from ports import free_port
+from ports import kept_port
 from thread_exchange import ThreadExchange
 
 from megatron_sip.hf.shards import write_parts
@@ -405,7 +405,7 @@ def silent_port() -> Iterator[int]:
 
 
 def test_calls_ignore_a_proxy_of_the_environment(engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
-    dead = f"http://127.0.0.1:{free_port()}"
+    dead = f"http://127.0.0.1:{kept_port()}"
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, dead)
     for name in ("no_proxy", "NO_PROXY"):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ports import free_port
+from ports import kept_port
 from workers import is_running
 
 from megatron_sip.serving import node
@@ -78,7 +78,7 @@ class Kept:
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Iterator[Kept]:
-    made = Kept(tmp_path, free_port())
+    made = Kept(tmp_path, kept_port())
     yield made
     made.process.kill()
     made.process.communicate()
@@ -110,7 +110,7 @@ def test_a_server_gets_its_key_by_a_file_and_shows_it_nowhere(kept: Kept) -> Non
 def test_a_server_that_ends_or_hangs_is_started_again(
     tmp_path: Path, number: signal.Signals, hang_s: float, why: str
 ) -> None:
-    kept = Kept(tmp_path, free_port(), hang_s=hang_s)
+    kept = Kept(tmp_path, kept_port(), hang_s=hang_s)
     [first] = kept.starts(1)
     kept.ready.touch()
     if number is signal.SIGSTOP:
@@ -142,7 +142,7 @@ def test_a_server_that_ends_while_starting_is_not_started_again_and_later_is_giv
 
 
 def test_a_server_that_never_gets_well_is_ended(tmp_path: Path) -> None:
-    kept = Kept(tmp_path, free_port(), SERVER.replace("send_response(200)", "send_response(503)"), load_s=2.0)
+    kept = Kept(tmp_path, kept_port(), SERVER.replace("send_response(200)", "send_response(503)"), load_s=2.0)
     kept.ready.touch()
     first = kept.starts(2)[0]
     kept.process.terminate()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from fake_judge import FakeJudge, reply, truthful_answer
 from judge_cases import make_group, make_settings
-from ports import free_port
+from ports import kept_port
 from raw_server import RawServer, reply_of
 
 from megatron_sip.judge import Endpoint, Judge, SettingsError
@@ -74,7 +74,7 @@ def test_blocking_calls_of_engines_are_direct(monkeypatch: pytest.MonkeyPatch) -
     from fake_engine import FakeEngine
 
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+        monkeypatch.setenv(name, f"http://127.0.0.1:{kept_port()}")
     with FakeEngine() as engine:
         assert call(engine.url, "GET", "/model_info", timeout_s=5.0)["weight_version"] == "default"
 
