@@ -247,14 +247,17 @@ class ServerProcess(ABC):
 
 
 class LocalServer(ServerProcess):
-    """One SGLang server process of this machine. A context manager; `start` and `stop` also work alone, and again."""
+    """One SGLang server process of this machine, at free ports that stay its own for as long as this object lives.
+
+    A context manager; `start` and `stop` also work alone, and again.
+    """
 
     def __init__(self, settings: ServerSettings) -> None:
         log_file = settings.log_file or Path(tempfile.mkdtemp(prefix="sglang-")) / "server.log"
         super().__init__(f"SGLang for {settings.model_path}", log_file, settings.start_timeout_s)
         self.settings = settings
-        self._reserved: list[socket.socket] = []
-        """Its port, and that of the store in which its processes meet."""
+        self._reserved = [reserve_port(), reserve_port()]
+        self._port, self._store_port = (int(one.getsockname()[1]) for one in self._reserved)
 
     @property
     def url(self) -> str:
@@ -262,15 +265,14 @@ class LocalServer(ServerProcess):
         return f"http://{HOST}:{self._port}"
 
     def start(self, *, again: bool = False) -> Self:
-        """Start and wait until healthy, at a free port that stays its own until this is left as a context, or ends.
+        """Start and wait until healthy; again: behind what the log holds.
 
-        again: behind what the log holds. Raises ServerStartError (with the log's tail) or FileNotFoundError.
+        Raises ServerStartError (with the log's tail) or FileNotFoundError.
         """
         if self.alive():
             raise RuntimeError(f"the server at {self.url} is already running")
         _check_model_path(self.settings.model_path)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        self._reserved = self._reserved or [reserve_port(), reserve_port()]
         try:
             with self.log_file.open("ab" if again else "wb") as log:
                 self._spawn(self._command(), server_environment(self.settings), log)
@@ -285,12 +287,6 @@ class LocalServer(ServerProcess):
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        while self._reserved:
-            self._reserved.pop().close()
-
-    @property
-    def _port(self) -> int:
-        return int(self._reserved[0].getsockname()[1]) if self._reserved else 0
 
     def _command(self) -> list[str]:
         # With torch, which checking flags does without.
@@ -298,8 +294,7 @@ class LocalServer(ServerProcess):
 
         settings, on_cpu = self.settings, not has_accelerator()
         dtype = served_dtype(settings.model_path, settings.dtype)
-        store_port = int(self._reserved[1].getsockname()[1])
-        return server_command(replace(settings, dtype=dtype), self._port, store_port, on_cpu)
+        return server_command(replace(settings, dtype=dtype), self._port, self._store_port, on_cpu)
 
     def _answers(self) -> bool:
         """Healthy, and really our server: one that was given our port by number could be the one that answers."""

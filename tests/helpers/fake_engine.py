@@ -37,8 +37,8 @@ class FakeEngine:
         self.key: str | None = None
         self._released = threading.Event()
         self._server: ThreadingHTTPServer | None = None
-        self.reserved = reserve_port()  # while it is dead too
-        self._port = port or int(self.reserved.getsockname()[1])
+        self._reserved = reserve_port()  # while it is dead too
+        self._port = port or int(self._reserved.getsockname()[1])
         self.start()
 
     @property

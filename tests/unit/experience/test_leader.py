@@ -83,7 +83,7 @@ def test_a_server_is_found_healthy_past_a_proxy_of_the_environment(monkeypatch: 
         engine.answers["/model_info"] = 200, {"model_path": "org/model"}
         for model, found in (("org/model", True), ("org/other", False)):
             server = LocalServer(ServerSettings(model))
-            server._reserved = [engine.reserved]
+            server._port = int(engine.url.rpartition(":")[2])
             assert server._answers() is found
 
 
