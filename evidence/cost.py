@@ -189,6 +189,7 @@ def section(found: Mapping[str, Any]) -> str:
         for name, each in found["protocols"].items()
     ]
     low, high = found["candidates"]
+    texts = f"{low}" if low == high else f"{low} to {high}"
     again = found["protocols"][EVERYTHING]["calls"] - low * (low - 1) if low == high else 0
     asked_again = (
         f" Of the calls of {EVERYTHING} {again:.0f} are second askings, of calls without an answer; its seconds hold them."
@@ -199,7 +200,7 @@ def section(found: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             paragraph(
-                f"{found['groups']} groups of {low} to {high} different texts (a suffix and {ROLLOUTS} rollouts of 20 tokens),",
+                f"{found['groups']} groups of {texts} different texts (a suffix and {ROLLOUTS} rollouts of 20 tokens),",
                 "judged again by a judge trained as in the first study with soft verdicts, each of one generated token, under",
                 f"each protocol, with the server's cache empty at first.{left} The judge, by the mean of both orders, is right",
                 f"about {percent(found['judge'])} percent of held-out pairs of the kind that it learnt. By all pairs in both",

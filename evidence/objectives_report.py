@@ -192,7 +192,7 @@ def section(found: Mapping[str, Any]) -> str:
     told = paragraph(
         f"SmolLM2-135M-Instruct is continued on Wikipedia leads for {found['steps']} steps of 8 prefixes of up to 44",
         "tokens and suffixes of 20, in each of these ways. The frozen initial model is the teacher, whose likelihood judges;",
-        f"rows with * are judged by the judge of the first study. Rows with {seeds} seeds have intervals over seeds, the",
+        f"rows with * learn from the judge of the first study. Rows with {seeds} seeds have intervals over seeds, the",
         "others over documents (95%). All continue the same held-out prefixes; win rates in percent are over the initial",
         "policy, sampled at T=1 as in training, and greedily; NLL (nats a token) is of the held-out text's own suffixes, less",
         "that by the initial policy; s is the training's seconds. A row learns from the tokens that its objective has, on",

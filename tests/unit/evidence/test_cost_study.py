@@ -110,7 +110,7 @@ def test_report_text_and_figure_are_what_the_answers_say(tmp_path: Path) -> None
     text = STUDY.section(report)
     assert f"| {PAPER} | 15 | not asked |  | 100 (100 to 100) | 100 (" in text
     assert "| default | 3 | 300 | 2.0 | 100 (100 to 100) |" in text
-    assert "3 groups of 3 to 3 different texts" in text
+    assert "3 groups of 3 different texts" in text
     assert "is right about 95 (90 to 98) percent of held-out pairs" in " ".join(text.split())
     assert "1 more could not be judged under every protocol." in " ".join(text.split())
     STUDY.draw(report, tmp_path / "figure.png")

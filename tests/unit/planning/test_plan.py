@@ -294,9 +294,9 @@ def test_plan_md_s_command_and_figures_of_runs_are_the_planner_s() -> None:
     readme = " ".join((REPO / "README.md").read_text().split())
     assert f"on 8 H100 the first command takes {days[0]:.1f} days by the planner" in readme
     assert f"without the two `--judge` flags, {days[1]:.0f}." in readme
-    cycle = ["--policy", "llama-1.4b", "--judge", "llama-3.1-8b", "--gpus", "8", "--preset", "quality-16"]
-    cycle += ["--teacher-reasoning-tokens", "0"]  # as examples/cycle.sh --size paper has it
-    days = [planner.plan([*cycle, *flags])["best"]["days"]["on arrival"] for flags in ([], cheaply)]
+    cycle = ["--policy", "llama-1.4b", "--judge", "llama-3.1-8b", "--gpus", "8", "--roles", "2", "2", "4"]
+    cycle += ["--preset", "quality-16", "--teacher-reasoning-tokens", "0"]  # as examples/cycle.sh --size paper has it
+    days = [planner.plan([*cycle, *flags])["given"]["days"]["on arrival"] for flags in ([], cheaply)]
     told = f"a policy of 1.4B by a judge of 8B in {days[0]:.0f} days so, and in {days[1]:.1f} with"
     assert told in " ".join((REPO / "docs/training-a-judge.md").read_text().split())
     words = ("--policy", "llama-1.4b", "--judge", "gpt-oss-120b", "--preset", "quality", "--use-distributed-optimizer")
