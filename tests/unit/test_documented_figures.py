@@ -217,6 +217,35 @@ def test_the_judge_in_the_docs_is_the_one_that_was_trained() -> None:
     assert f"in {shown[0]} of held-out records, and in {shown[1]} after {report['steps']} steps" in readme
 
 
+def test_the_whole_cycle_in_the_docs_is_the_one_that_was_run() -> None:
+    report, page = measured("cycle_cpu.json"), page_text("docs/training-a-judge.md")
+    minutes = {stage: seconds / 60 for stage, seconds in report["stage_seconds"].items()}
+    parts = f"of which training the judge {minutes['judge']:.0f} and the policy {minutes['policy']:.0f}."
+    assert f"it took {sum(minutes.values()):.0f} minutes, {parts}" in page
+    before, after = (found["validation/accuracy/short-quality"] for found in report["judge"]["validations"])
+    both = report["judge"]["accuracy"]["both_orders"]
+    assert f"right in {before:.0%} of the held-out records before and in {after:.0%} after" in page
+    assert f"by the mean of both orders in {both:.0%} of the test pairs" in page
+    won, (low, high) = report["policy"]["win_rate"], report["policy"]["win_rate_ci95"]
+    told = f"wins {won:.0%} (95% interval {low:.0%} to {high:.0%}) of {report['policy']['prompts']} held-out prefixes"
+    assert told in page
+    assert low < 0.5
+    nats = [suffix_nats(report["evaluation"][model]["nll"]) for model in ("trained", "base")]
+    assert "costs it {:.2f} nats a token, not {:.2f}".format(*nats) in page
+
+
+def suffix_nats(results: list[dict[str, Any]]) -> float:
+    """Of the results of one model's nll."""
+    return next(float(result["value"]) for result in results if result["dataset"] == "suffix")
+
+
+def test_make_evidence_takes_the_hours_that_the_readme_says() -> None:
+    files = (REPO / "docs" / "results").glob("evidence_*.json")
+    hours = sum(json.loads(file.read_text())["seconds"] for file in files) / 3600
+    assert round(hours) == 5
+    assert "`make evidence` repeats them in five hours." in page_text("README.md")
+
+
 def test_the_reasoning_judge_in_the_docs_is_the_one_that_was_trained() -> None:
     report = json.loads((REPO / "docs" / "results" / "judge_reasoning.json").read_text())
     curves, rows = report["curves"], rows_of("docs/training-a-judge.md", 5)
