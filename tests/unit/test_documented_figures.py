@@ -222,6 +222,7 @@ def test_the_whole_cycle_in_the_docs_is_the_one_that_was_run() -> None:
     minutes = {stage: seconds / 60 for stage, seconds in report["stage_seconds"].items()}
     parts = f"of which training the judge {minutes['judge']:.0f} and the policy {minutes['policy']:.0f}."
     assert f"it took {sum(minutes.values()):.0f} minutes, {parts}" in page
+    assert f"in {sum(minutes.values()):.0f} minutes on two cores with AMX, resumable" in page_text("README.md")
     before, after = (found["validation/accuracy/short-quality"] for found in report["judge"]["validations"])
     both = report["judge"]["accuracy"]["both_orders"]
     assert f"right in {before:.0%} of the held-out records before and in {after:.0%} after" in page
