@@ -15,26 +15,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evidence.hard_votes import voted
 from megatron_sip.evaluation.served_model import load_tokenizer
 from megatron_sip.experience.recording import group_files, groups_in
 from megatron_sip.files import write_atomically
 from megatron_sip.judge import ClientSettings, Endpoint, Judge, JudgeSettings, ScheduleSettings
+from megatron_sip.judge.settings import VerdictMode
 from megatron_sip.records import Group
 from megatron_sip.serving.blocking_call import call
 
 QUALITY = "examples/short_quality.txt"
 LIKELIHOOD = "likelihood"
 EVERYTHING = "all pairs"
+PAPER = "all pairs, 5 hard votes (paper)"
 CALL_TIMEOUT_S = 900.0
 """Two cores take minutes for what is asked of them at once."""
 PROTOCOLS: Mapping[str, ScheduleSettings] = {
+    PAPER: ScheduleSettings("all_pairs"),
     EVERYTHING: ScheduleSettings("all_pairs"),
     "default, both orders": ScheduleSettings(both_orders=True),
     "default": ScheduleSettings(),
     "32 calls": ScheduleSettings("two_ended_bt", budget=32),
     "suffix as pivot": ScheduleSettings("pivot", pivot_competes=True),
 }
-"""Of the pairwise judge, whose verdicts are soft: of all pairs and of the pivot they are read in both orders."""
+"""Of the pairwise judge; its verdicts are soft but for the PAPER's, and of all pairs and the pivot in both orders."""
 
 
 def settings(protocol: str, url: str, tokenizer: str) -> JudgeSettings:
@@ -42,7 +46,17 @@ def settings(protocol: str, url: str, tokenizer: str) -> JudgeSettings:
     client = ClientSettings((Endpoint(url),), tokenizer, call_timeout_s=CALL_TIMEOUT_S)
     if protocol == LIKELIHOOD:
         return JudgeSettings({LIKELIHOOD: 1.0}, client, audit_rate=0.0, deadline_s=3600.0)
-    return JudgeSettings({QUALITY: 1.0}, client, schedule=PROTOCOLS[protocol], audit_rate=0.0, deadline_s=3600.0)
+    mode: VerdictMode = (
+        "hard" if protocol == PAPER else "soft"
+    )  # votes, temperature and nucleus by default are the paper's
+    return JudgeSettings(
+        {QUALITY: 1.0},
+        client,
+        schedule=PROTOCOLS[protocol],
+        default_verdict=mode,
+        audit_rate=0.0,
+        deadline_s=3600.0,
+    )
 
 
 def unjudged(groups: Sequence[Group]) -> list[Group]:
@@ -70,6 +84,7 @@ async def asked(groups: Sequence[Group], how: JudgeSettings, document_end: int |
             "calls": counters["calls"],
             "prompt_tokens": counters.get("prompt-tokens", 0),
             "seconds": round(seconds, 2),
+            "counters": counters,
         }
 
 
@@ -89,7 +104,8 @@ def main() -> None:
     recorded = [group for path in group_files(given.groups) for group in groups_in(path) if group.dropped is None]
     call(given.url, "POST", "/flush_cache", timeout_s=60)
     end = load_tokenizer(given.tokenizer).eos_token_id
-    found = asyncio.run(asked(unjudged(recorded), settings(given.protocol, given.url, given.tokenizer), end))
+    groups, how = unjudged(recorded), settings(given.protocol, given.url, given.tokenizer)
+    found = asyncio.run(voted(groups, how) if given.protocol == PAPER else asked(groups, how, end))
     given.save.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(given.save, json.dumps(found) + "\n")
 

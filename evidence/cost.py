@@ -1,8 +1,7 @@
 """What does judging cost, and what does cheaper judging lose? Aimed at 30 minutes on two slow cores, after `judge`.
 
 Groups of a suffix and 15 rollouts, recorded by a short run, are judged again by the judge of study `judge`, under each
-protocol, and by likelihood. What all pairs in both orders say is taken as the truth about this judge; the paper's five hard
-votes a pair are drawn from these verdicts' probabilities, as a judge that writes nothing else would vote (T=1, top-p 0.6).
+protocol, and by likelihood. What all pairs say by soft verdicts in both orders is taken as the truth about this judge.
 """
 
 from __future__ import annotations
@@ -21,11 +20,8 @@ from evidence.numbers import Estimate, estimate, percent, share
 from evidence.objectives import PRESET
 from evidence.study import PYTHON, SERVED_URL, Part, Place, Report, Study, paragraph, table
 from megatron_sip.files import read_json
-from megatron_sip.judge.schedules import Comparisons, balanced_pairs, measured_win_rates
 
 NAME = "cost"
-PAPER = "all pairs, 5 hard votes (paper)"
-VOTES, TOP_P = 5, 0.6
 ROLLOUTS, STEPS = 15, 3
 QUICK = ("--train-iters", "1", "--global-batch-size", "2")
 SEED = 1234
@@ -103,21 +99,18 @@ def report_of(answers: Mapping[str, Mapping[str, Any]]) -> Report:
             "calls": round(found["calls"] / count, 1),
             "tokens": round(found["prompt_tokens"] / count),
             "seconds": round(found["seconds"] / count, 2),
+            "failed": {kind: number for kind, number in found["counters"].items() if "fail" in kind and number},
             **selection([np.array(scores[name][i], float) for i in whole], truth),
         }
         for name, found in answers.items()
     }
-    draws = np.random.default_rng(SEED)
-    votes = [paper_scores(len(true), verdicts[i], draws) for i, true in zip(whole, truth, strict=True)]
-    pairs = np.mean([len(each) * (len(each) - 1) / 2 for each in truth])
-    paper = {"calls": round(VOTES * float(pairs), 1), **selection(votes, truth)}
     judged = [sizes[group] for group in whole]
     return {
         "seeds": [SEED],
         "groups": len(whole),
         "left_out": count - len(whole),
         "candidates": [min(judged), max(judged)],
-        "protocols": {PAPER: paper, **asked},
+        "protocols": asked,
     }
 
 
@@ -143,24 +136,6 @@ def best_and_worst(scores: np.ndarray, draws: np.random.Generator) -> tuple[int,
     return int(order[-1]), int(order[0])
 
 
-def paper_scores(count: int, verdicts: Sequence[Sequence[float]], rng: np.random.Generator) -> np.ndarray:
-    """Win rates [count] of VOTES votes a pair, in turns of order, drawn from the verdicts' probabilities cut at TOP_P."""
-    preferred = {(int(first), int(second)): value for first, second, value in verdicts}
-    drawn = []
-    for pair in balanced_pairs(count, rng):
-        for vote in range(VOTES):
-            shown = pair if vote % 2 == 0 else (pair[1], pair[0])
-            drawn.append((*shown, float(rng.random() < cut(preferred[shown]))))
-    return measured_win_rates(count, Comparisons.empty().plus(drawn))
-
-
-def cut(probability: float) -> float:
-    """The first option's probability when one of two is sampled from a nucleus of TOP_P."""
-    if probability >= TOP_P:
-        return 1.0
-    return 0.0 if 1 - probability >= TOP_P else probability
-
-
 def draw(found: Mapping[str, Any], file: Path) -> None:
     """Calls against the share of the gap that is recovered."""
     figure = Figure(figsize=(7.4, 3.4), dpi=150, layout="constrained")
@@ -182,20 +157,15 @@ def section(found: Mapping[str, Any]) -> str:
         [
             name,
             f"{each['calls']:.0f}",
-            f"{each['tokens']:,}" if "tokens" in each else "not asked",
-            f"{each['seconds']:.1f}" if "seconds" in each else "",
+            f"{each['tokens']:,}",
+            f"{each['seconds']:.1f}",
             *(percent(each[key]) for key in ("recovered", "same_best", "same_worst")),
         ]
         for name, each in found["protocols"].items()
     ]
     low, high = found["candidates"]
     texts = f"{low}" if low == high else f"{low} to {high}"
-    again = found["protocols"][EVERYTHING]["calls"] - low * (low - 1) if low == high else 0
-    asked_again = (
-        f" Of the calls of {EVERYTHING} {again:.0f} are second askings, of calls without an answer; its seconds hold them."
-        if again
-        else ""
-    )
+    asked_again = second_askings(found["protocols"][EVERYTHING], low * (low - 1)) if low == high else ""
     left = f" {found['left_out']} more could not be judged under every protocol." if found["left_out"] else ""
     return "\n\n".join(
         [
@@ -210,13 +180,24 @@ def section(found: Mapping[str, Any]) -> str:
             ),
             table(["protocol", "calls", "prompt tokens", "s", "gap recovered", "same best", "same worst"], rows),
             paragraph(
-                f"Calls, tokens and seconds are of one group.{asked_again} The paper's votes are drawn from the probabilities",
-                "that all pairs gave, not asked, and are sharper than these, which is counted against them; the soft protocols",
-                "ask again for verdicts that all pairs have as well, so that they find what they are measured by. A judge that",
-                "reasons first would generate hundreds of tokens for each of its calls.",
+                f"Calls, each a verdict, tokens and seconds are of one group.{asked_again} The paper's votes are sampled",
+                "from answers that are begun as in this judge's training, up to three to a question, whose prompt is counted",
+                "once. They are sharper than probabilities, which is counted against them; and the soft protocols ask again",
+                "for verdicts that all pairs have as well, so that they find what they are measured by. A judge that reasons",
+                "first, as the paper's does, would generate hundreds of tokens for each of its votes.",
                 "What it does not show: whose selection is right; this says how cheaply this judge's own opinion is had.",
             ),
         ]
+    )
+
+
+def second_askings(everything: Mapping[str, Any], planned: int) -> str:
+    """A sentence about the calls of a group that were made again, and why; nothing where there were none."""
+    again = everything["calls"] - planned
+    kinds = ", ".join(f"{kind.removeprefix('failed/')} {number:g}" for kind, number in everything["failed"].items())
+    why = f"of calls that failed (in all groups: {kinds})" if kinds else "of answers without a verdict"
+    return (
+        f" Of the calls of {EVERYTHING} {again:.1f} are second askings, {why}; its seconds hold them." if again else ""
     )
 
 

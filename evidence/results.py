@@ -29,7 +29,8 @@ def publish(study: Study, report: Report, place: Place, work: Work, results: Pat
         "commits": list(dict.fromkeys([*work.commits, commit()])),  # the last one's code wrote the report
         "versions": {name: version(name) for name in PACKAGES},
         "seeds": report.get("seeds", list(place.seeds)),
-        "seconds": round(work.seconds),
+        "seconds": round(sum(work.seconds.values())),
+        "part_seconds": {name: round(seconds) for name, seconds in work.seconds.items()},
         "report": report,
     }
     refuse_paths(published, (str(place.run_dir), str(ROOT), str(Path.home())))

@@ -103,9 +103,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Work:
-    """What a study's parts took, of all calls together; the commits of this repository and the processors that did them."""
+    """The seconds that each of a study's parts took, of all calls together; the commits of this repository and the processors
+    that did them."""
 
-    seconds: float
+    seconds: Mapping[str, float]
     commits: tuple[str, ...]
     processors: tuple[str, ...]
 
@@ -127,7 +128,8 @@ def do_parts(parts: Sequence[Part], folder: Path, *, dry_run: bool = False) -> W
             _do(part, folder)
     records = [record for name, record in _done(folder).items() if name in names]
     commits, processors = (_of_all(records, what) for what in ("commits", "processors"))
-    return Work(sum(record["seconds"] for record in records), commits, processors)
+    seconds = {name: record["seconds"] for name, record in _done(folder).items() if name in names}
+    return Work(seconds, commits, processors)
 
 
 def _of_all(records: Sequence[Mapping[str, Any]], what: str) -> tuple[str, ...]:

@@ -100,17 +100,19 @@ def test_a_quick_run_publishes_nothing(only: Study, tmp_path: Path, capsys: pyte
 
 def test_the_commit_that_reports_and_all_processors_are_named(tmp_path: Path) -> None:
     study = made_up(tmp_path)
-    publish(study, {"number": 1}, Place(tmp_path / "run"), Work(1.0, ("a" * 40,), ("one", "another")), tmp_path)
+    work = Work({"a": 1.2, "b": 2.4}, ("a" * 40,), ("one", "another"))
+    publish(study, {"number": 1}, Place(tmp_path / "run"), work, tmp_path)
     found = json.loads((tmp_path / f"evidence_{study.name}.json").read_text())
     assert [commit[:40] for commit in found["commits"]] == ["a" * 40, study_commit()[:40]]
     assert f"commit aaaaaaaaaaaa, {study_commit()[:12]}" in provenance(study, found)
     assert "cores of one and of another. Again" in provenance(study, found)
+    assert (found["seconds"], found["part_seconds"]) == (4, {"a": 1, "b": 2})
 
 
 def test_a_report_with_a_path_of_this_machine_is_refused(tmp_path: Path) -> None:
     place = Place(tmp_path / "run")
     with pytest.raises(StudyError, match="no path of this machine"):
-        publish(made_up(tmp_path), {"judge": [{"model": f"{place.run_dir}/judge"}]}, place, Work(1.0, (), ()), tmp_path)
+        publish(made_up(tmp_path), {"judge": [{"model": f"{place.run_dir}/judge"}]}, place, Work({}, (), ()), tmp_path)
     assert not list(tmp_path.glob("evidence_*"))
 
 
