@@ -41,7 +41,10 @@ ROWS: Mapping[str, Row] = {
     "suffix": Row("next token, suffixes", ("--objective", "sft", "--candidates", "suffix"), main=True, asks=False),
     "document": Row(
         "next token, whole pieces",
-        ("--objective", "sft", "--candidates", "suffix", "--sft-target", "document"),
+        (
+            *("--objective", "sft", "--candidates", "suffix", "--sft-target", "document"),
+            *("--global-batch-size", "4", "--train-iters", "13"),  # 52 pieces have about as many tokens as 128 suffixes
+        ),
         asks=False,
     ),
     "rf-nll": Row("RF-NLL, suffix + 4 rollouts", ("--objective", "rf-nll", *TOGETHER, "4")),
@@ -57,8 +60,8 @@ ROWS: Mapping[str, Row] = {
         judge=True,
     ),
 }
-MAIN, BASELINE = "dpo-4", "suffix"
-"""The main comparison: the method against next-token training on the same text."""
+MAIN, BASELINE, WHOLE = "dpo-4", "suffix", "document"
+"""The main comparison: the method against next-token training on suffixes of the same text; and that on whole pieces."""
 QUICK_ROWS = ("suffix", "dpo-4", "judge-pivot")
 PREFIXES, NLL_PREFIXES, QUICK_PREFIXES = 96, 128, 6
 QUICK = ("--train-iters", "1", "--lr-warmup-iters", "0", "--global-batch-size", "2")

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from evidence.numbers import Estimate, decimal, difference, estimate, mean_difference, over_seeds, percent, sign
-from evidence.objectives import BASELINE, MAIN, NAME, PRESET, ROWS, Run, initial, parts, runs
+from evidence.objectives import BASELINE, MAIN, NAME, PRESET, ROWS, WHOLE, Run, initial, parts, runs
 from evidence.study import ROOT, Place, Report, Study, paragraph, table
 from megatron_sip.evaluation.diversity import diversity
 from megatron_sip.evaluation.generation import read_generations
@@ -24,6 +24,8 @@ WINS = {"likelihood": "likelihood.json", "judge": "judge.json", "judge_greedy": 
 WINS_DIGITS = {"likelihood": 0, "judge": 1, "judge_greedy": 1}
 """Behind the point, of percent: the other judge's win rates are near a half."""
 DIVERSITY = ("repetition", "distinct_3")
+LEARNT = "target_tokens"
+"""Of a step, the tokens of NLL's targets; other objectives have none."""
 CURVES = ("loss", "chosen_rate/rollout", "chosen_chance/rollout", "score/rollout", "score/suffix")
 
 
@@ -71,6 +73,7 @@ def figures(folder: Path, initial_folder: Path) -> dict[str, Any]:
         "wins": wins,
         "nll_change": nll_change(folder / "nll.json.suffix.jsonl", initial_folder / "nll.json.suffix.jsonl"),
         "seconds": round(sum(step["seconds/total"] for step in steps), 1),
+        **({"tokens": int(sum(step[LEARNT] for step in steps))} if LEARNT in steps[0] else {}),
         "curves": {name: curve(steps, name) for name in CURVES if any(name in step for step in steps)},
     }
 
@@ -195,8 +198,8 @@ def section(found: Mapping[str, Any]) -> str:
         f"rows with * learn from the judge of the first study. Rows with {seeds} seeds have intervals over seeds, the",
         "others over documents (95%). All continue the same held-out prefixes; win rates in percent are over the initial",
         "policy, sampled at T=1 as in training, and greedily; NLL (nats a token) is of the held-out text's own suffixes, less",
-        "that by the initial policy; s is the training's seconds. A row learns from the tokens that its objective has, on",
-        "whole pieces three times those of the suffixes; all have one learning rate, chosen for none of them.",
+        "that by the initial policy; s is the training's seconds. All have one learning rate, chosen for none of them.",
+        tokens_told(rows),
     )
     parts_of_it = [
         told,
@@ -220,6 +223,18 @@ def section(found: Mapping[str, Any]) -> str:
         )
     )
     return "\n\n".join(parts_of_it)
+
+
+def tokens_told(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """How many tokens the two ways of next-token training learn from."""
+    learnt = [rows[name][0]["tokens"] for name in (BASELINE, WHOLE) if "tokens" in rows.get(name, [{}])[0]]
+    if len(learnt) < 2:
+        return "A row learns from the tokens that its objective has: on whole pieces more than twice those of suffixes."
+    return (
+        "Next-token training learns {:,} tokens of suffixes, and {:,} of whole pieces in fewer, smaller steps.".format(
+            *learnt
+        )
+    )
 
 
 OTHERS = ("repetition", "repetition, greedy", "distinct-3", "distinct-3, greedy")

@@ -1,7 +1,7 @@
 """Safety in small (tables 5 and 6): a policy that learns from offensive text, judged by a classifier of profanity.
 
-Arms start from SmolLM2-135M-Instruct and take the same number of prefixes: next-token training on all pages (the baseline), the
-same on the half that the classifier likes best (what filtering would do), and online DPO of suffix and rollouts, with several
+Arms start from SmolLM2-135M-Instruct and take the same number of prefixes: next-token training on all pages (the baseline), SFT
+on the suffixes that the classifier likes best (what filtering would do), and online DPO of suffix and rollouts, with several
 seeds. What they then write behind toxic prompts is judged by what none of them was trained by.
 """
 
@@ -14,20 +14,23 @@ from evidence.criteria import FOLDER
 from evidence.study import EVAL_SETS, PYTHON, SERVED_URL, Part, Place, Report, Study
 from evidence.toxicity_page import draw, section
 from evidence.toxicity_report import CRITERIA, DPO, INITIAL, NEXT_TOKEN, SAFEST, TEXTS, report_of
+from evidence.toxicity_text import MANIFEST, PREFIX
 
 NAME = "toxicity"
 EVALUATE = (PYTHON, "-m", "megatron_sip.evaluate")
 ALL_OF_IT = ("--split", "0,0,1")
+PREFIXES_A_STEP = 8
+"""Of evidence/toxicity.args."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """steps: of each arm, 8 prefixes each. prompts: toxic ones, None for all 700, each continued `rollouts` times. prefixes: of
+    """steps: of each arm. prompts: toxic ones, None for all 700, each continued `rollouts` times. prefixes: of
     clean pages. documents: pieces whose likelihood is measured, of either text. passages: of LAMBADA."""
 
     steps: int = 32
     prompts: int | None = None
-    rollouts: int = 2
+    rollouts: int = 3
     prefixes: int = 250
     documents: int = 200
     passages: int = 300
@@ -58,14 +61,21 @@ def parts(place: Place) -> list[Part]:
     fetch = (
         (PYTHON, "tools/fetch_toxicity.py", "--save", str(FOLDER)),
         (PYTHON, "tools/fetch_eval_sets.py", "--save", str(EVAL_SETS)),
-        (PYTHON, "-m", "evidence.toxicity_text", "--pages", str(FOLDER), "--save", str(text)),
+        (
+            *(PYTHON, "-m", "evidence.toxicity_text", "--pages", str(FOLDER), "--tokenizer", str(place.smollm2)),
+            *("--pieces", str(PREFIXES_A_STEP * sizes(place).steps), "--save", str(text)),
+        ),
     )
-    made = [Part("text", fetch, (text / "train.jsonl", text / "safest.jsonl", text / "clean.jsonl"))]
+    made = [Part("text", fetch, (text / "train.jsonl", text / "safest.idx", text / "clean.jsonl", text / MANIFEST))]
     arms = folders(place)
     made.append(evaluation(place, INITIAL, arms[INITIAL][0], place.smollm2))
-    sft = ("--preset", "evidence/toxicity.args", "--objective", "sft", "--sft-target", "document")
-    for arm, pages in ((NEXT_TOKEN, "train"), (SAFEST, "safest")):
-        made.append(training(place, arm, arms[arm][0], text / f"{pages}.jsonl", *sft))
+    sft = ("--preset", "evidence/toxicity.args", "--objective", "sft", "--sft-target")
+    learns: dict[str, tuple[str, ...]] = {
+        NEXT_TOKEN: ("train.jsonl", *sft, "document"),
+        SAFEST: ("safest", *sft, "suffix", "--min-prefix-length", str(PREFIX)),
+    }
+    for arm, (data, *flags) in learns.items():
+        made.append(training(place, arm, arms[arm][0], text / data, *flags))
         made.append(evaluation(place, arm, arms[arm][0], arms[arm][0] / "hf"))
     for seed, run_dir in zip(place.seeds, arms[DPO], strict=True):
         dpo = ("--preset", "evidence/toxicity_dpo.args", "--teacher", str(place.smollm2), "--seed", str(seed))

@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 
 from evidence.numbers import over_seeds
 from evidence.study import paragraph, table
-from evidence.toxicity_report import ARMS, DPO, INITIAL, JUDGES, LIKELIHOODS, NEXT_TOKEN, OPTIMISED, SAFEST, TEXTS
+from evidence.toxicity_report import DPO, INITIAL, JUDGES, LIKELIHOODS, NEXT_TOKEN, OPTIMISED, TEXTS
 
 HELD_OUT = {"unlisted": "LDNOOBW", "mildness": "severity list", "not_abusive": "hatesonar"}
 TRAINED_BY = "alt-profanity-check"
 CLASSIFIERS = {"not_abusive": "hatesonar, mean", OPTIMISED: f"{TRAINED_BY}, mean"}
 NAMED = {"pages": "clean pages", "leads": "Wikipedia leads"}
 COLOURS = ("#8c959f", "#c8541b", "#d4a72c", "#0b6bbf")
-BAR = 0.8 / len(ARMS)
+BAR = 0.8 / len(COLOURS)
 
 
 def draw(found: Mapping[str, Any], png: Path) -> None:
@@ -26,8 +26,7 @@ def draw(found: Mapping[str, Any], png: Path) -> None:
     found = widened(found)
     figure = Figure(figsize=(9.0, 3.6), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1.4))
-    for number, (arm, colour) in enumerate(zip(ARMS, COLOURS, strict=True)):
-        one = found["arms"][arm]
+    for number, ((arm, one), colour) in enumerate(zip(found["arms"].items(), COLOURS, strict=True)):
         places = np.arange(len(JUDGES)) + number * BAR
         _bars(left, places, [one["prompts"][judge] for judge in JUDGES], ("value", "interval"), colour, arm)
         if arm != INITIAL:
@@ -56,6 +55,8 @@ def widened(found: Mapping[str, Any]) -> dict[str, Any]:
     three seeds is too narrow. The arms that it is compared with are one run each."""
     dpo = found["arms"][DPO]
     arm = {**dpo, **{text: _widened(dpo[text], dpo[text]) for text in (*TEXTS, "nll")}}
+    arm["lambada"] = _widened({"": dpo["lambada"]}, {"": dpo["lambada"]})[""]
+    arm["diversity"] = {text: _widened(one, one) for text, one in dpo["diversity"].items()}
     against = {
         other: {text: _widened(each, dpo[text]) for text, each in one.items()}
         for other, one in found["against"].items()
@@ -70,7 +71,7 @@ def _widened(found: Mapping[str, Any], seeds: Mapping[str, Any]) -> dict[str, An
         half = over.get("high", over["value"]) - over["value"]
         made[name] = dict(one)
         for centre, ends in (("value", "interval"), ("change", "change_interval")):
-            if centre in one:
+            if ends in one:
                 low, high = (
                     one[centre] + way * np.hypot(end - one[centre], half)
                     for way, end in zip((-1, 1), one[ends], strict=True)
@@ -100,7 +101,6 @@ def section(found: Mapping[str, Any]) -> str:
         toxicity_table(found, "clean"),
         "What it cost on clean text that no arm learnt from, and how varied the continuations of the toxic prompts are:",
         price_table(found),
-        variety_told(found["arms"]),
         told(found["arms"][DPO]),
         "What it does not show: safety; what another learning rate than the one of all arms would do. What cooler sampling "
         "alone does is a study of its own.",
@@ -112,14 +112,15 @@ def section(found: Mapping[str, Any]) -> str:
 def setting(found: Mapping[str, Any]) -> str:
     """What was trained on what."""
     train, safest, seeds = found["text"]["train"], found["text"]["safest"], len(found["seeds"])
+    filtered = next(arm for arm in found["against"] if arm != NEXT_TOKEN)
     return (
-        f"{found['settings']['steps']} steps of 8 prefixes on {train['offensive']} pages of offensive and {train['clean']} of "
-        f"clean sayings (`tools/fetch_toxicity.py`). The safest half, by {TRAINED_BY}, holds {safest['offensive']} of the "
-        "offensive ones. DPO takes the best and the worst of a suffix and 4 rollouts: one minus the probability of "
-        f"{TRAINED_BY} counts twice, the "
-        "likelihood by the initial model, a cheap stand-in for quality, once; it is the mean of "
-        f"{seeds} seed{'s' * (seeds > 1)}, the other arms are one run each and learn whole pieces, not suffixes alone. This is "
-        "toxicity, words of profanity and abuse, not safety in general."
+        f"{found['settings']['steps']} steps of 8 prefixes on {train['offensive']} pages of offensive and {train['clean']} "
+        f"of clean sayings (`tools/fetch_toxicity.py`). The {filtered}, of twice as many by {TRAINED_BY}, are "
+        f"{safest['clean']} of clean and {safest['offensive']} of offensive pages. DPO takes the best and the worst of a "
+        f"suffix and 4 rollouts: one minus the probability of {TRAINED_BY} counts twice, the likelihood by the initial model, "
+        f"a cheap stand-in for quality, once; it is the mean of {seeds} seed{'s' * (seeds > 1)}, the other arms are one run "
+        "each, and next token learns whole pieces, not suffixes alone. This is toxicity, words of profanity and abuse, not "
+        "safety in general."
     )
 
 
@@ -132,7 +133,7 @@ def toxicity_table(found: Mapping[str, Any], text: str) -> str:
         "mildness": "severity",
         **CLASSIFIERS,
     }
-    rows = [[arm, *(percent_change(found["arms"][arm][text][name]) for name in heads)] for arm in ARMS]
+    rows = [[arm, *(percent_change(one[text][name]) for name in heads)] for arm, one in found["arms"].items()]
     return table(["%", *heads.values()], rows)
 
 
@@ -145,7 +146,7 @@ def against_table(found: Mapping[str, Any]) -> str:
             *("{} ({} to {})".format(*_written(one["prompts"][name], 100, "{:+.1f}")) for name in heads),
             *("{} ({} to {})".format(*_written(one["nll"][text], 1, "{:+.3f}")) for text in LIKELIHOODS),
         ]
-        for arm, one in ((arm, found["against"][arm]) for arm in (NEXT_TOKEN, SAFEST))
+        for arm, one in found["against"].items()
     ]
     return table(["", *heads.values(), *(f"nats, {name}" for name in NAMED.values())], rows)
 
@@ -154,31 +155,17 @@ def price_table(found: Mapping[str, Any]) -> str:
     """Likelihood, LAMBADA and variety of all arms."""
     head = [*(f"nats a token, {name}" for name in NAMED.values()), "LAMBADA, %", "distinct-2", "repetition, %", "words"]
     rows = []
-    for arm in ARMS:
-        one = found["arms"][arm]
-        right, varied = one["lambada"], one["diversity"]["prompts"]
-        span = (
-            "" if "interval" not in right else " ({:.1f} to {:.1f})".format(*(100 * end for end in right["interval"]))
-        )
+    for arm, one in found["arms"].items():
+        varied = one["diversity"]["prompts"]
         rows.append([
             arm,
             *(_changed(one["nll"][text], 1, "{:.3f}", "{:+.3f}") for text in LIKELIHOODS),
-            f"{100 * right['value']:.1f}{span}",
-            f"{varied['distinct_2']['value']:.3f}",
+            _changed(one["lambada"], 100, "{:.1f}", "{:+.1f}"),
+            _changed(varied["distinct_2"], 1, "{:.3f}", "{:+.3f}"),
             f"{100 * varied['repetition']['value']:.2f}",
             f"{one['words']['prompts']:.1f}",
         ])  # fmt: skip
     return table(["arm", *head], rows)
-
-
-def variety_told(arms: Mapping[str, Any]) -> str:
-    """Whether DPO's continuations are less varied, which bland text would be."""
-    dpo, first = (arms[arm]["diversity"]["prompts"]["distinct_2"]["value"] for arm in (DPO, INITIAL))
-    word = "less" if dpo < first else "no less"
-    return (
-        f"DPO's continuations are {word} varied than the initial model's (distinct-2 {dpo:.3f}, not {first:.3f}). Neither of "
-        "this nor of LAMBADA's change is there an interval: they are told, not tested."
-    )
 
 
 def told(dpo: Mapping[str, Any]) -> str:
@@ -189,7 +176,12 @@ def told(dpo: Mapping[str, Any]) -> str:
         own = direction(dpo[text][OPTIMISED])
         lines.append(f"DPO behind {where}, by what it was not trained by: {others}; by its criterion: {own}.")
     cost = "; ".join(f"{name}: {direction(dpo['nll'][text])}" for text, name in NAMED.items())
-    return " ".join([*lines, f"Its nats a token: {cost}."])
+    kept = {"LAMBADA": dpo["lambada"], "distinct-2 behind toxic prompts": dpo["diversity"]["prompts"]["distinct_2"]}
+    rest = "; ".join(f"{name}: {direction(one)}" for name, one in kept.items() if "change" in one)
+    bland = (
+        f"What else bland text would lose: {rest}." if rest else "LAMBADA's and distinct-2's changes have no interval."
+    )
+    return " ".join([*lines, f"Its nats a token: {cost}.", bland])
 
 
 def direction(one: Mapping[str, Any]) -> str:

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from evidence.study import Place, Report, StudyError
 from evidence.toxicity_text import MANIFEST
+from megatron_sip.evaluation.diversity import diversity
+from megatron_sip.evaluation.generation import read_generations
 from megatron_sip.evaluation.plots import series
 from megatron_sip.evaluation.results import Result, read_results
 from megatron_sip.files import read_json, read_json_lines
 from megatron_sip.training.metrics_writer import read_metrics
 
-INITIAL, NEXT_TOKEN, SAFEST, DPO = "initial", "next token", "safest half", "DPO"
-ARMS = (INITIAL, NEXT_TOKEN, SAFEST, DPO)
+INITIAL, NEXT_TOKEN, SAFEST, DPO = "initial", "next token", "safest suffixes", "DPO"
 OPTIMISED = "civility"
 JUDGES = {
     "unlisted": "a listed word",
@@ -32,6 +33,8 @@ TEXTS = ("prompts", "clean")
 LIKELIHOODS = ("pages", "leads")
 """Held-out clean text whose likelihood is measured: of the same source as the training text, and of another."""
 RESAMPLES = 2_000
+HALVES = 200
+"""Random halves of the prompts, for what is no mean over them."""
 
 Floats = NDArray[np.float64]
 
@@ -131,10 +134,51 @@ def arm_report(folders: Sequence[Path], initial: Sequence[Path]) -> Report:
     for text in LIKELIHOODS:
         base, tokens = nats(initial, text)
         report["nll"][text] = compared(base if same else nats(folders, text)[0], base, tokens)
-    report["lambada"] = values_of(folders, "lambada.json")["lambada_openai"]
+    answers = passages([*initial, *folders])
+    base = answers[:1]
+    report["lambada"] = compared(base if same else answers[1:], base)
     report["diversity"] = {text: values_of(folders, f"{text}.diversity.json") for text in TEXTS}
+    if not same:
+        for text, found in report["diversity"].items():
+            found["distinct_2"] |= distinct_change(folders, initial, text)
     report["words"] = {text: words(folders, text) for text in TEXTS}
     return report
+
+
+def passages(folders: Sequence[Path]) -> Floats:
+    """[folders, passages] 1 where LAMBADA's last word is right. Raises StudyError where the passages are not the same."""
+    files = [read_json_lines(folder / "lambada.json.questions.jsonl", "answers") for folder in folders]
+    asked = [[(line["question"], line["prompt_hash"]) for line in file] for file in files]
+    if (other := next((place for place, one in enumerate(asked) if one != asked[0]), None)) is not None:
+        raise StudyError(f"{folders[other]}: LAMBADA's passages are not those of {folders[0]}")
+    return np.array([[float(line["acc"] > 0) for line in file] for file in files])
+
+
+def distinct_change(folders: Sequence[Path], initial: Sequence[Path], text: str) -> Report:
+    """How distinct-2 of all continuations differs from the initial model's, the mean over folders, with its 95% interval over
+    prompts by the delete-half jackknife: a bootstrap's doubled texts are no new ones."""
+    [before], after = ([texts_by_prompt(folder / f"{text}.jsonl") for folder in which] for which in (initial, folders))
+    prompts = sorted(before)
+
+    def difference(chosen: Sequence[str]) -> float:
+        first, *others = (
+            diversity([line for prompt in chosen for line in file[prompt]])["distinct_2"] for file in (before, *after)
+        )
+        return float(np.mean(others)) - first
+
+    rng = np.random.default_rng(0)
+    halves = [rng.permutation(len(prompts))[: len(prompts) // 2] for _ in range(HALVES)]
+    spread = 1.96 * float(np.std([difference([prompts[i] for i in half]) for half in halves]))
+    change = difference(prompts)
+    return rounded({"change": change, "change_interval": [change - spread, change + spread]})
+
+
+def texts_by_prompt(path: Path) -> dict[str, list[str]]:
+    """By prompt its continuations, of a file of `generate`."""
+    found: dict[str, list[str]] = {}
+    for line in read_generations(path).lines:
+        found.setdefault(line.document, []).append(line.text)
+    return found
 
 
 def words(folders: Sequence[Path], text: str) -> float:

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from evidence.asking import command_line as asking_command_line
 from evidence.study import PYTHON, ROOT, SERVED_URL, Part, Place
+from evidence.toxicity_text import command_line as toxicity_text_command_line
 from megatron_sip.config.early_checks import check_flags
 from megatron_sip.evaluate import command_line as evaluate_command_line
 from megatron_sip.judge.__main__ import command_line as judge_command_line
@@ -20,6 +21,7 @@ from megatron_sip.prepare.__main__ import command_line as prepare_command_line
 
 COMMAND_LINES = {
     "evidence.asking": asking_command_line,
+    "evidence.toxicity_text": toxicity_text_command_line,
     "megatron_sip.evaluate": evaluate_command_line,
     "megatron_sip.judge": judge_command_line,
     "megatron_sip.prepare": prepare_command_line,

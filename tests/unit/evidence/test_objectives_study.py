@@ -13,7 +13,7 @@ from evidence_cases import understood
 from tiny_tokenizer import byte_level_tokenizer
 from transformers import LlamaConfig
 
-from evidence.objectives import BASELINE, MAIN, ROWS, Run, initial, parts, runs
+from evidence.objectives import BASELINE, MAIN, ROWS, WHOLE, Run, initial, parts, runs
 from evidence.objectives_report import STUDY, claims, claims_told, hacked, late_less_early, nll_change
 from evidence.results import refuse_paths
 from evidence.study import Place
@@ -76,9 +76,10 @@ def write_run(place: Place, run: Run, wins: Sequence[float], nats: float) -> Non
     write_model(folder, nats, "one two three four five")
     for file, win in zip(("likelihood", "judge", "judge_greedy"), wins, strict=True):
         write_results(folder / f"{file}.json", {}, [Result("q", "standard", win, 96, (win - 0.08, win + 0.08))])
-    chosen = {} if run.row == BASELINE else {"chosen_rate/rollout": 0.5, "chosen_chance/rollout": 0.8}
+    own = {BASELINE: {"target_tokens": 853.0}, WHOLE: {"target_tokens": 840.0}}
+    chosen = own.get(run.row, {"chosen_rate/rollout": 0.5, "chosen_chance/rollout": 0.8})
     steps = [{"step": i, "loss": 0.7, "seconds/total": 3.0, **chosen} for i in (1, 2, 3)]
-    if chosen:
+    if run.row not in own:
         steps[-1]["chosen_rate/rollout"] = 0.9 + run.seed / 100
     (folder / "run").mkdir()
     (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
@@ -126,6 +127,7 @@ def test_report_text_and_figure_are_what_the_files_say(place: Place, tmp_path: P
     )
     assert "70.0) percent, more than the initial policy's; DPO, 4 rollouts, suffix as pivot *" in told
     assert "wins 70 (60 to 80) by likelihood" in told
+    assert "learns 2,559 tokens of suffixes, and 2,520 of whole pieces in fewer, smaller steps." in told
     STUDY.draw(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
