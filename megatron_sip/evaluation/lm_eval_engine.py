@@ -1,7 +1,8 @@
 """SGLang engines as a model of lm-eval: log-likelihoods and greedy texts for its tasks, in the way that costs least.
 
 Only the continuation's log-probs are asked for (`logprob_start_len` is the context's last token), so that a context which
-others share, as few-shot examples are, comes from the engine's prefix cache. Texts become tokens, and long ones are cut, as
+others share, as few-shot examples are, comes from the engine's prefix cache: one request puts it there before the others are
+sent, which would all compute it in one batch. Texts become tokens, and long ones are cut, as
 lm-eval's own `hf` model does it: its scores are the same numbers. What was answered is kept on disk at once; an answer that
 cannot be had ends the evaluation, and is never a score.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -29,6 +30,8 @@ from megatron_sip.serving.http import HttpPool, Request
 from megatron_sip.serving.server import Server
 from megatron_sip.serving.sglang_wire import GENERATE_PATH, Result, generate_body, logprob, read_results
 
+SHARED_CHARACTERS = 256
+"""Of the beginnings of two contexts that are worth waiting for."""
 ANSWER_TOKENS = 256
 """Of a text whose task names no limit, as lm-eval's own models have it."""
 
@@ -51,7 +54,6 @@ class EngineLM(LM):
         identity: bytes,
     ) -> None:
         super().__init__()
-        self._contexts: dict[bytes, int] = {}  # their numbers, in the order of their first requests
         self.counts: Counter[str] = Counter(asked=0, kept=0, prompt_tokens=0, cached_tokens=0)
         self._urls, self._tokenizer, self._max_length = list(urls), tokenizer, max_length
         self._settings, self._kept, self._identity = settings, answers, identity
@@ -84,19 +86,33 @@ class EngineLM(LM):
         found: dict[bytes, Any] = dict(self._kept.get_many(keys))
         new = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
         self.counts["kept"] += len(set(keys)) - len(new)
-        # Neighbours share most: few-shot examples, then the context itself.
-        ordered = iter(sorted(new.items(), key=lambda item: item[1].args[0]))
+        of_context: dict[str, list[bytes]] = {}
+        for key, request in new.items():
+            of_context.setdefault(request.args[0], []).append(key)
         settings = self._settings
         concurrency = settings.max_concurrency * len(self._urls)
+        groups_open, contexts_open = asyncio.Semaphore(concurrency), asyncio.Semaphore(concurrency)
 
-        async def work(pool: HttpPool, bar: Any) -> None:
-            for key, request in ordered:
-                try:
-                    found[key] = await ask(pool, *request.args)
-                except DataError as error:
-                    raise DataError(f"{request.task_name}, question {request.doc_id}: {error}") from error
-                self._kept.put_many([(key, found[key])])
-                bar.update()
+        async def work(pool: HttpPool, bar: Any, number: int, key: bytes) -> None:
+            request = new[key]
+            try:
+                found[key] = await ask(pool, number, *request.args)
+            except DataError as error:
+                raise DataError(f"{request.task_name}, question {request.doc_id}: {error}") from error
+            self._kept.put_many([(key, found[key])])
+            bar.update()
+
+        async def work_context(pool: HttpPool, bar: Any, number: int, context: str) -> None:
+            first, *others = of_context[context]
+            async with contexts_open:
+                await work(pool, bar, number, first)
+                await asyncio.gather(*(work(pool, bar, number, key) for key in others))
+
+        async def work_group(pool: HttpPool, bar: Any, number: int, contexts: list[str]) -> None:
+            first, *others = contexts
+            async with groups_open:
+                await work_context(pool, bar, number, first)
+                await asyncio.gather(*(work_context(pool, bar, number, context) for context in others))
 
         async def work_all() -> None:
             pool = HttpPool(
@@ -108,7 +124,8 @@ class EngineLM(LM):
             )
             async with pool:
                 with tqdm(total=len(set(keys)), initial=len(found), desc=kind, unit="request", file=bars()) as bar:
-                    await asyncio.gather(*(work(pool, bar) for _ in range(concurrency)))
+                    groups = enumerate(by_beginning(of_context))
+                    await asyncio.gather(*(work_group(pool, bar, number, contexts) for number, contexts in groups))
 
         try:
             asyncio.run(work_all())
@@ -116,10 +133,8 @@ class EngineLM(LM):
             self._kept.flush()
         return [found[key] for key in keys]
 
-    async def _ask[T](
-        self, pool: HttpPool, context: Sequence[int], body: dict[str, Any], read: Callable[[Result], T]
-    ) -> T:
-        """What `read` finds in the engine's result. Contexts go to the engine that has seen them."""
+    async def _ask[T](self, pool: HttpPool, number: int, body: dict[str, Any], read: Callable[[Result], T]) -> T:
+        """What `read` finds in the engine's result. Requests of one number, of a group, go to one engine."""
 
         def parse(reply: Any) -> tuple[T, tuple[int, int, int]]:
             with readable():
@@ -128,13 +143,12 @@ class EngineLM(LM):
                 return read(result), result.token_counts()
 
         data = orjson.dumps(body)
-        number = self._contexts.setdefault(cache_key(orjson.dumps(list(context))), len(self._contexts))
         deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
         answer, (prompt, cached, _) = await pool.send(Request(number, GENERATE_PATH, lambda _: data, parse), deadline)
         self.counts.update(asked=1, prompt_tokens=prompt, cached_tokens=cached)
         return answer
 
-    async def _score(self, pool: HttpPool, context: list[int], continuation: list[int]) -> list[float]:
+    async def _score(self, pool: HttpPool, number: int, context: list[int], continuation: list[int]) -> list[float]:
         """[log-prob of the continuation behind the context, 1.0 if it is what greedy decoding writes]."""
         if not 0 < len(continuation) <= self._max_length:
             raise DataError(
@@ -149,19 +163,19 @@ class EngineLM(LM):
         sampling = {"max_new_tokens": 0, "temperature": 0.0}
         start = len(ids) - len(continuation) - 1
         body = generate_body(ids, sampling, logprobs_from=start, top_logprobs=1)
-        return await self._ask(pool, context, body, read)
+        return await self._ask(pool, number, body, read)
 
     # ---- the three kinds -------------------------------------------------------------------------------------------
 
-    async def _loglikelihood(self, pool: HttpPool, context: str, continuation: str) -> list[float]:
-        return await self._score(pool, *self._encode_pair(context, continuation))
+    async def _loglikelihood(self, pool: HttpPool, number: int, context: str, continuation: str) -> list[float]:
+        return await self._score(pool, number, *self._encode_pair(context, continuation))
 
-    async def _rolling(self, pool: HttpPool, text: str) -> list[float]:
+    async def _rolling(self, pool: HttpPool, number: int, text: str) -> list[float]:
         windows = get_rolling_token_windows(self._encode(text), self._start, self._max_length, context_len=1)
-        parts = [await self._score(pool, *make_disjoint_window(window)) for window in windows]
+        parts = [await self._score(pool, number, *make_disjoint_window(window)) for window in windows]
         return [sum(total for total, _ in parts)]
 
-    async def _generate(self, pool: HttpPool, context: str, how: dict[str, Any]) -> list[str]:
+    async def _generate(self, pool: HttpPool, number: int, context: str, how: dict[str, Any]) -> list[str]:
         wanted: Any = normalize_gen_kwargs(how, ANSWER_TOKENS)
         if wanted.get("temperature"):
             raise DataError(f"a task that samples, at temperature {wanted['temperature']}: only greedy texts are made")
@@ -178,7 +192,7 @@ class EngineLM(LM):
             return [text]
 
         body = generate_body(ids, {"max_new_tokens": limit, "temperature": 0.0, "stop": stops})
-        return await self._ask(pool, ids, body, read)
+        return await self._ask(pool, number, body, read)
 
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
@@ -196,3 +210,12 @@ class EngineLM(LM):
             return ids, self._encode(stripped + continuation)[len(ids) :]
         ids = list(self._tokenizer.encode(continuation, add_special_tokens=False))
         return (ids[:1], ids[1:]) if ids[:1] == [self._start] else ([self._start], ids)
+
+
+def by_beginning(contexts: Iterable[str]) -> list[list[str]]:
+    """Different contexts in order, in groups that begin with the same SHARED_CHARACTERS; shorter ones are alone."""
+    groups: dict[str, list[str]] = {}
+    for context in sorted(contexts):
+        beginning = context[:SHARED_CHARACTERS] if len(context) >= SHARED_CHARACTERS else context
+        groups.setdefault(beginning, []).append(context)
+    return list(groups.values())

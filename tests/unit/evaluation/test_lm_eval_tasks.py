@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,15 @@ from typing import Any
 import pytest
 from aiohttp import web
 from app_server import AppServer
+from hypothesis import given
+from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval_cases import CHOICE, SCORED, WRITTEN, write_tasks
 from tiny_tokenizer import byte_level_tokenizer
 
 from megatron_sip.errors import DataError
 from megatron_sip.evaluate import main
-from megatron_sip.evaluation.lm_eval_engine import EngineLM
+from megatron_sip.evaluation.lm_eval_engine import SHARED_CHARACTERS, EngineLM, by_beginning
 from megatron_sip.evaluation.lm_eval_tasks import FEW_SHOT, PRESETS, Tasks, as_results, first_questions, load_tasks
 from megatron_sip.evaluation.results import Result
 from megatron_sip.evaluation.tables import WEIGHTS
@@ -102,6 +105,60 @@ def test_an_error_ends_it_and_keeps_what_was_answered(tmp_path: Path, answer: An
     assert again[0] == first[0]
     assert again[1][0] < 0
     assert len(bodies) == 1
+
+
+def test_what_contexts_share_is_computed_once_before_others_are_asked(tmp_path: Path) -> None:
+    """Until a context's first request is answered none other with it is sent, and none of its group until the group's first."""
+    examples = "The examples that all questions of a subject stand behind. " * 8
+    contexts = [f"{subject} {examples} {question}" for subject in ("One", "Two") for question in "abc"] + [
+        "Short",
+        "brief",
+    ]
+    beginnings = {
+        text: TOKENIZER.encode(text, add_special_tokens=False)
+        for text in (*contexts, f"One {examples}", f"Two {examples}")
+    }
+    flying: list[list[int]] = []
+    answered: list[list[int]] = []
+    most = 0
+
+    async def generate(request: web.Request) -> web.Response:
+        nonlocal most
+        body = await request.json()
+        ids = body["input_ids"]
+        own = [text for text, start in beginnings.items() if ids[: len(start)] == start]
+        for start in map(beginnings.__getitem__, own):
+            together = [other for other in flying if other[: len(start)] == start]
+            assert not together or any(done[: len(start)] == start for done in answered), "computed twice"
+        flying.append(ids)
+        most = max(most, len(flying))
+        await asyncio.sleep(0.02)
+        flying.remove(ids)
+        answered.append(ids)
+        return web.json_response(scored(body))
+
+    async def work() -> None:
+        async with AppServer({"POST /generate": generate}) as server:
+            with contextlib.closing(AnswerCache(tmp_path / "kept.sqlite")) as kept:
+                settings = replace(PATIENCE, max_concurrency=16)
+                model = EngineLM([server.url], TOKENIZER, 1024, settings, kept, b"model")
+                pairs = [(context, f" {choice}") for choice in "wxyz" for context in contexts]
+                requests = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(pairs)]
+                assert len(await asyncio.to_thread(model.loglikelihood, requests)) == len(pairs)
+
+    asyncio.run(work())
+    assert len(answered) == 4 * len(contexts)
+    assert most > 4
+
+
+@given(st.lists(st.text("ab", max_size=4).map(lambda text: text * 100), unique=True))
+def test_contexts_of_one_beginning_are_a_group(contexts: list[str]) -> None:
+    groups = by_beginning(contexts)
+    assert sorted(context for group in groups for context in group) == sorted(contexts)
+    for group in groups:
+        assert len({context[:SHARED_CHARACTERS] for context in group}) == 1
+        assert len(group) == 1 or min(map(len, group)) >= SHARED_CHARACTERS
+    assert len({group[0][:SHARED_CHARACTERS] for group in groups}) == len(groups)
 
 
 def test_presets_are_the_paper_s_tasks_and_mmlu_has_five_examples() -> None:
