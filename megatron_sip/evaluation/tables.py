@@ -67,11 +67,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Columns and rows under a title."""
+    """Columns and rows under a title, and notes below."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Row]
+    notes: Sequence[str] = ()
 
 
 def average(measure: str, values: Values) -> float | None:
@@ -137,7 +138,7 @@ def make_tables(runs: Mapping[str, Values], numbers: Sequence[str] | None = None
             rows = [Row(row["model"], row["values"], [None] * len(columns), published=True) for row in part["rows"]]
             own = [_row(name, values, columns) for name, values in runs.items()]
             rows += [row for row in own if any(value is not None for value in row.values)]
-            found.append(Table(title, columns, rows))
+            found.append(Table(title, columns, rows, other_samples(runs, columns)))
     return found if numbers is not None else found + _other_tables(runs, published["tables"])
 
 
@@ -153,8 +154,20 @@ def _other_tables(runs: Mapping[str, Values], published: Sequence[Mapping[str, A
     for measure, columns in measures.items():
         rows = [_row(name, values, list(columns)) for name, values in runs.items() if values.keys() & columns.keys()]
         unit = "nats a token" if measure == NATS else "per cent"
-        tables.append(Table(f"Other numbers: {measure}, {unit}", list(columns), rows))
+        title, notes = f"Other numbers: {measure}, {unit}", other_samples(runs, list(columns))
+        tables.append(Table(title, list(columns), rows, notes))
     return tables
+
+
+def other_samples(runs: Mapping[str, Values], columns: Sequence[str]) -> list[str]:
+    """For each column whose numbers are of another many samples in some runs than in others, who has how many."""
+    notes = []
+    for column in columns:
+        counts = {name: values[column].samples for name, values in runs.items() if column in values}
+        if len(set(counts.values())) > 1:
+            told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+            notes.append(f"{heading(column)}: not the same samples: {told}.")
+    return notes
 
 
 def _row(name: str, values: Values, columns: Sequence[str]) -> Row:
@@ -199,7 +212,7 @@ def markdown(tables: Sequence[Table]) -> str:
         for row in table.rows:
             name = row.model if row.published else f"**{row.model}**"
             lines.append(_line([name, *_cells(row, table)]))
-        blocks.append("\n".join(lines))
+        blocks.append("\n\n".join(["\n".join(lines), *table.notes]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -223,6 +236,7 @@ def html(tables: Sequence[Table]) -> str:
             cells = "".join(f"<td>{escape(text)}</td>" for text in _cells(row, table))
             rows.append(f"<tr><td>{name}</td>{cells}</tr>")
         parts.append(f"<h2>{escape(table.title)}</h2>\n<table><tr>{head}</tr>\n" + "\n".join(rows) + "\n</table>")
+        parts += [f"<p>{escape(note)}</p>" for note in table.notes]
     body = "\n".join(parts)
     head = (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Evaluation</title>\n<style>{style}</style>'

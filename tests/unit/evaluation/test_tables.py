@@ -141,6 +141,21 @@ def test_what_those_tables_do_not_show_has_tables_of_its_own(
     assert "<td>2.5000 [2.0000, 3.0000]</td>" in (tmp_path / "t.html").read_text()
 
 
+def test_rows_of_other_samples_are_told_below_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One run with --limit 300 and one of all questions are not to be compared, though they stand under each other."""
+    for name, samples in (("base", 300), ("trained", 3270)):
+        found = [Result("standard", "boolq", 0.5, samples), Result("standard", "piqa", 0.5, 300)]
+        write_results(tmp_path / name / "tasks.json", {"model": name}, found)
+    words = ["table", str(tmp_path / "base"), str(tmp_path / "trained"), "--tables", "3"]
+    main(words)
+    shown = capsys.readouterr().out
+    note = "boolq: not the same samples: base 300, trained 3,270."
+    assert shown.rstrip().endswith("|\n\n" + note)
+    assert "piqa: not" not in shown
+    main([*words, "--output", str(tmp_path / "t.html")])
+    assert f"</table>\n<p>{note}</p>" in (tmp_path / "t.html").read_text()
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     write_results(tmp_path / "r" / "a.json", {}, [Result("nll", "suffix", 3.0, 1)])
     (tmp_path / "empty").mkdir()
