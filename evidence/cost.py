@@ -25,6 +25,8 @@ NAME = "cost"
 ROLLOUTS, STEPS = 15, 3
 QUICK = ("--train-iters", "1", "--global-batch-size", "2")
 SEED = 1234
+FAILED = "failed/"
+"""Counters of calls that failed, by kind."""
 
 
 def parts(place: Place) -> list[Part]:
@@ -99,7 +101,9 @@ def report_of(answers: Mapping[str, Mapping[str, Any]]) -> Report:
             "calls": round(found["calls"] / count, 1),
             "tokens": round(found["prompt_tokens"] / count),
             "seconds": round(found["seconds"] / count, 2),
-            "failed": {kind: number for kind, number in found["counters"].items() if "fail" in kind and number},
+            "failed": {
+                kind: number for kind, number in found["counters"].items() if kind.startswith(FAILED) and number
+            },
             **selection([np.array(scores[name][i], float) for i in whole], truth),
         }
         for name, found in answers.items()
@@ -194,8 +198,8 @@ def section(found: Mapping[str, Any]) -> str:
 def second_askings(everything: Mapping[str, Any], planned: int) -> str:
     """A sentence about the calls of a group that were made again, and why; nothing where there were none."""
     again = everything["calls"] - planned
-    kinds = ", ".join(f"{kind.removeprefix('failed/')} {number:g}" for kind, number in everything["failed"].items())
-    why = f"of calls that failed (in all groups: {kinds})" if kinds else "of answers without a verdict"
+    kinds = ", ".join(f"{kind.removeprefix(FAILED)} {number:g}" for kind, number in everything["failed"].items())
+    why = f"of calls that failed (in all groups: {kinds})" if kinds else "of calls without a verdict"
     return (
         f" Of the calls of {EVERYTHING} {again:.1f} are second askings, {why}; its seconds hold them." if again else ""
     )

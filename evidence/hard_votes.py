@@ -39,7 +39,7 @@ async def voted(groups: Sequence[Group], how: JudgeSettings) -> dict[str, Any]:
         started = time.monotonic()
         results = await asyncio.gather(*(_scored(criterion, group, how, asking) for group in groups))
         seconds = time.monotonic() - started
-        failures = {f"failures/{kind}": count for kind, count in pool.counters.failures.items()}
+        failures = {f"failed/{kind}": count for kind, count in pool.counters.failures.items()}
     return {
         "kinds": [[candidate.kind for candidate in group.candidates] for group in groups],
         "scores": [None if None in found.scores else list(found.scores) for found in results],

@@ -73,7 +73,7 @@ def figures(folder: Path, initial_folder: Path) -> dict[str, Any]:
         "wins": wins,
         "nll_change": nll_change(folder / "nll.json.suffix.jsonl", initial_folder / "nll.json.suffix.jsonl"),
         "seconds": round(sum(step["seconds/total"] for step in steps), 1),
-        **({"tokens": int(sum(step[LEARNT] for step in steps))} if LEARNT in steps[0] else {}),
+        **({"tokens": int(sum(step.get(LEARNT, 0) for step in steps))} if LEARNT in steps[0] else {}),
         "curves": {name: curve(steps, name) for name in CURVES if any(name in step for step in steps)},
     }
 
@@ -230,11 +230,8 @@ def tokens_told(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     learnt = [rows[name][0]["tokens"] for name in (BASELINE, WHOLE) if "tokens" in rows.get(name, [{}])[0]]
     if len(learnt) < 2:
         return "A row learns from the tokens that its objective has: on whole pieces more than twice those of suffixes."
-    return (
-        "Next-token training learns {:,} tokens of suffixes, and {:,} of whole pieces in fewer, smaller steps.".format(
-            *learnt
-        )
-    )
+    suffixes, pieces = learnt
+    return f"Whole pieces are learnt in fewer, smaller steps: {pieces:,} tokens, as of suffixes {suffixes:,}."
 
 
 OTHERS = ("repetition", "repetition, greedy", "distinct-3", "distinct-3, greedy")

@@ -17,13 +17,14 @@ from evidence.numbers import Estimate, paired_shares, percent, share, sign
 from evidence.objectives import BASELINE, MAIN, ROWS, WHOLE, training
 from evidence.study import EVAL_SETS, PYTHON, Part, Place, Report, Study, paragraph, table
 from megatron_sip.files import read_json_lines
+from megatron_sip.serving.launch import served_dtype
 
 NAME = "tasks"
 LIMIT, QUICK_LIMIT = 300, 2
 """Questions of a task."""
 INITIAL = "initial"
 TRAINED = (BASELINE, WHOLE, "rf-nll", MAIN, "grpo")
-"""One of each objective; each takes minutes to ask."""
+"""Next tokens of suffixes and of whole pieces, and one of each other objective; each takes minutes to ask."""
 ALL = "all questions"
 
 
@@ -66,7 +67,7 @@ def _questions(place: Place, name: str) -> Path:
 def report(place: Place) -> Report:
     """By model and task the share of right answers, and of the trained ones how it changed, with intervals over questions."""
     answered = {name: right_answers(_questions(place, name)) for name in (INITIAL, *TRAINED)}
-    return {"seeds": [place.seeds[0]], **report_of(answered)}
+    return {"seeds": [place.seeds[0]], "dtype": served_dtype(place.smollm2, "auto"), **report_of(answered)}
 
 
 Answers = dict[str, dict[tuple[str, int, str], bool]]
@@ -141,7 +142,9 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
 def section(found: Mapping[str, Any]) -> str:
     """The table, and what follows from it."""
     tasks, start, less = list(found["questions"]), found["right"][INITIAL], found["main_less_baseline"]
-    changed = {ROWS[name].told: each for name, each in found["changes"].items()} | {"DPO less next token": less}
+    changed = {ROWS[name].told: each for name, each in found["changes"].items()} | {
+        "DPO less next token, suffixes": less
+    }
     rows = [
         ["questions", *(str(found["questions"][task]) for task in tasks), str(sum(found["questions"].values()))],
         [INITIAL, *(percent(start[task]) for task in tasks), ""],
@@ -151,9 +154,9 @@ def section(found: Mapping[str, Any]) -> str:
         [
             paragraph(
                 "The first questions of each of the paper's eight tasks, as lm-eval asks them (MMLU with 5 examples, as many",
-                "of each subject): percent right of the initial model with Wilson's intervals; of the others the change in",
-                "points, of paired answers to the same questions, with Newcombe's intervals. The JSON also says how many",
-                "answers were gained and lost.",
+                f"of each subject), in {found.get('dtype', 'bfloat16')}: percent right of the initial model with Wilson's",
+                "intervals; of the others the change in points, of paired answers to the same questions, with Newcombe's",
+                "intervals. The JSON also says how many answers were gained and lost.",
             ),
             table(["", *tasks, ALL], rows),
             verdict(less[ALL], found["changes"]),
@@ -171,7 +174,7 @@ def verdict(less: Estimate, changed: Mapping[str, Mapping[str, Estimate]]) -> st
     words = {1: "better", 0: "no difference that the interval shows", -1: "worse"}
     of_each = "; ".join(f"{ROWS[name].told}: {words[sign(each[ALL])]}" for name, each in changed.items())
     return paragraph(
-        f"Of all questions together, against the initial model: {of_each}. DPO against next-token training:",
+        f"Of all questions together, against the initial model: {of_each}. DPO against next tokens of suffixes:",
         f"{words[sign(less)]}.",
     )
 

@@ -128,7 +128,7 @@ def clean_pages(place: Place) -> Path:
 
 def judged_files(text: str) -> tuple[str, ...]:
     """What `continuations` leave that is reported."""
-    return f"{text}.scores.jsonl", f"{text}.diversity.json"
+    return f"{text}.jsonl", f"{text}.scores.jsonl", f"{text}.diversity.json"
 
 
 def evaluation(place: Place, arm: str, out: Path, model: Path) -> Part:
@@ -145,7 +145,7 @@ def evaluation(place: Place, arm: str, out: Path, model: Path) -> Part:
     results = [
         "pages.nll.json",
         "leads.nll.json",
-        "lambada.json",
+        "lambada.json.questions.jsonl",
         *(name for text in TEXTS for name in judged_files(text)),
     ]
     return Part(f"{arm}, evaluation", tuple(commands), tuple(out / name for name in results), served=model)

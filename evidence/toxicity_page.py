@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from evidence.numbers import over_seeds
 from evidence.study import paragraph, table
-from evidence.toxicity_report import DPO, INITIAL, JUDGES, LIKELIHOODS, NEXT_TOKEN, OPTIMISED, TEXTS
+from evidence.toxicity_report import DPO, INITIAL, JUDGES, LIKELIHOODS, OPTIMISED, SAFEST, TEXTS
 
 HELD_OUT = {"unlisted": "LDNOOBW", "mildness": "severity list", "not_abusive": "hatesonar"}
 TRAINED_BY = "alt-profanity-check"
@@ -71,7 +71,7 @@ def _widened(found: Mapping[str, Any], seeds: Mapping[str, Any]) -> dict[str, An
         half = over.get("high", over["value"]) - over["value"]
         made[name] = dict(one)
         for centre, ends in (("value", "interval"), ("change", "change_interval")):
-            if ends in one:
+            if one.get(ends):
                 low, high = (
                     one[centre] + way * np.hypot(end - one[centre], half)
                     for way, end in zip((-1, 1), one[ends], strict=True)
@@ -112,15 +112,21 @@ def section(found: Mapping[str, Any]) -> str:
 def setting(found: Mapping[str, Any]) -> str:
     """What was trained on what."""
     train, safest, seeds = found["text"]["train"], found["text"]["safest"], len(found["seeds"])
-    filtered = next(arm for arm in found["against"] if arm != NEXT_TOKEN)
+    if SAFEST in found["against"]:
+        filtered = (
+            f"The {SAFEST} are those of the safer half of pieces, by {TRAINED_BY}, {safest['clean']} of clean and "
+            f"{safest['offensive']} of offensive pages, each behind a prefix of 44 tokens."
+        )
+        whole = "next token learns whole pieces, so two to three times the tokens"
+    else:
+        filtered = f"The safest half, by {TRAINED_BY}, holds {safest['offensive']} of the offensive ones."
+        whole = "the other arms learn whole pieces, not suffixes alone"
     return (
         f"{found['settings']['steps']} steps of 8 prefixes on {train['offensive']} pages of offensive and {train['clean']} "
-        f"of clean sayings (`tools/fetch_toxicity.py`). The {filtered}, of twice as many by {TRAINED_BY}, are "
-        f"{safest['clean']} of clean and {safest['offensive']} of offensive pages. DPO takes the best and the worst of a "
-        f"suffix and 4 rollouts: one minus the probability of {TRAINED_BY} counts twice, the likelihood by the initial model, "
-        f"a cheap stand-in for quality, once; it is the mean of {seeds} seed{'s' * (seeds > 1)}, the other arms are one run "
-        "each, and next token learns whole pieces, not suffixes alone. This is toxicity, words of profanity and abuse, not "
-        "safety in general."
+        f"of clean sayings (`tools/fetch_toxicity.py`). {filtered} DPO takes the best and the worst of a suffix and 4 "
+        f"rollouts: one minus the probability of {TRAINED_BY} counts twice, the likelihood by the initial model, a cheap "
+        f"stand-in for quality, once; it is the mean of {seeds} seed{'s' * (seeds > 1)}, the other arms are one run each; "
+        f"{whole}. This is toxicity, words of profanity and abuse, not safety in general."
     )
 
 

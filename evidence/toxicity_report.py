@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from evidence.study import Place, Report, StudyError
 from evidence.toxicity_text import MANIFEST
-from megatron_sip.evaluation.diversity import diversity
+from megatron_sip.evaluation.diversity import ngrams, words_of
 from megatron_sip.evaluation.generation import read_generations
 from megatron_sip.evaluation.plots import series
 from megatron_sip.evaluation.results import Result, read_results
@@ -157,13 +157,11 @@ def passages(folders: Sequence[Path]) -> Floats:
 def distinct_change(folders: Sequence[Path], initial: Sequence[Path], text: str) -> Report:
     """How distinct-2 of all continuations differs from the initial model's, the mean over folders, with its 95% interval over
     prompts by the delete-half jackknife: a bootstrap's doubled texts are no new ones."""
-    [before], after = ([texts_by_prompt(folder / f"{text}.jsonl") for folder in which] for which in (initial, folders))
+    [before], after = ([pairs_by_prompt(folder / f"{text}.jsonl") for folder in which] for which in (initial, folders))
     prompts = sorted(before)
 
     def difference(chosen: Sequence[str]) -> float:
-        first, *others = (
-            diversity([line for prompt in chosen for line in file[prompt]])["distinct_2"] for file in (before, *after)
-        )
+        first, *others = (distinct([file[prompt] for prompt in chosen]) for file in (before, *after))
         return float(np.mean(others)) - first
 
     rng = np.random.default_rng(0)
@@ -173,11 +171,17 @@ def distinct_change(folders: Sequence[Path], initial: Sequence[Path], text: str)
     return rounded({"change": change, "change_interval": [change - spread, change + spread]})
 
 
-def texts_by_prompt(path: Path) -> dict[str, list[str]]:
-    """By prompt its continuations, of a file of `generate`."""
-    found: dict[str, list[str]] = {}
+def distinct(pairs: Sequence[Sequence[tuple[str, ...]]]) -> float:
+    """Different ones per pair of words."""
+    found = [pair for own in pairs for pair in own]
+    return len(set(found)) / max(1, len(found))
+
+
+def pairs_by_prompt(path: Path) -> dict[str, list[tuple[str, ...]]]:
+    """By prompt the pairs of words of its continuations, of a file of `generate`."""
+    found: dict[str, list[tuple[str, ...]]] = {}
     for line in read_generations(path).lines:
-        found.setdefault(line.document, []).append(line.text)
+        found.setdefault(line.document, []).extend(ngrams(words_of(line.text), 2))
     return found
 
 

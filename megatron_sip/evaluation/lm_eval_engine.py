@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from itertools import batched
 from typing import Any
 
 import orjson
@@ -91,14 +92,15 @@ class EngineLM(LM):
             of_context.setdefault(request.args[0], []).append(key)
         settings = self._settings
         concurrency = settings.max_concurrency * len(self._urls)
-        groups_open, contexts_open = asyncio.Semaphore(concurrency), asyncio.Semaphore(concurrency)
+        groups_open, contexts_open, calls = (asyncio.Semaphore(concurrency) for _ in range(3))
 
         async def work(pool: HttpPool, bar: Any, number: int, key: bytes) -> None:
             request = new[key]
-            try:
-                found[key] = await ask(pool, number, *request.args)
-            except DataError as error:
-                raise DataError(f"{request.task_name}, question {request.doc_id}: {error}") from error
+            async with calls:  # its time begins with its turn
+                try:
+                    found[key] = await ask(pool, number, *request.args)
+                except DataError as error:
+                    raise DataError(f"{request.task_name}, question {request.doc_id}: {error}") from error
             self._kept.put_many([(key, found[key])])
             bar.update()
 
@@ -106,9 +108,10 @@ class EngineLM(LM):
             first, *others = of_context[context]
             async with contexts_open:
                 await work(pool, bar, number, first)
-                await asyncio.gather(*(work(pool, bar, number, key) for key in others))
+                numbered = ((number + place // settings.max_concurrency, key) for place, key in enumerate(others, 1))
+                await asyncio.gather(*(work(pool, bar, own, key) for own, key in numbered))
 
-        async def work_group(pool: HttpPool, bar: Any, number: int, contexts: list[str]) -> None:
+        async def work_group(pool: HttpPool, bar: Any, number: int, contexts: Sequence[str]) -> None:
             first, *others = contexts
             async with groups_open:
                 await work_context(pool, bar, number, first)
@@ -124,7 +127,7 @@ class EngineLM(LM):
             )
             async with pool:
                 with tqdm(total=len(set(keys)), initial=len(found), desc=kind, unit="request", file=bars()) as bar:
-                    groups = enumerate(by_beginning(of_context))
+                    groups = enumerate(by_beginning(of_context, settings.max_concurrency))
                     await asyncio.gather(*(work_group(pool, bar, number, contexts) for number, contexts in groups))
 
         try:
@@ -212,10 +215,13 @@ class EngineLM(LM):
         return (ids[:1], ids[1:]) if ids[:1] == [self._start] else ([self._start], ids)
 
 
-def by_beginning(contexts: Iterable[str]) -> list[list[str]]:
-    """Different contexts in order, in groups that begin with the same SHARED_CHARACTERS; shorter ones are alone."""
+def by_beginning(contexts: Iterable[str], most: int) -> list[Sequence[str]]:
+    """Different contexts in order, in groups that begin with the same SHARED_CHARACTERS; shorter ones are alone.
+
+    A group has at most `most`, since one engine answers it: there are several of a beginning that more share.
+    """
     groups: dict[str, list[str]] = {}
     for context in sorted(contexts):
         beginning = context[:SHARED_CHARACTERS] if len(context) >= SHARED_CHARACTERS else context
         groups.setdefault(beginning, []).append(context)
-    return list(groups.values())
+    return [group for own in groups.values() for group in batched(own, most)]

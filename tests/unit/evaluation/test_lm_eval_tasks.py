@@ -151,14 +151,16 @@ def test_what_contexts_share_is_computed_once_before_others_are_asked(tmp_path: 
     assert most > 4
 
 
-@given(st.lists(st.text("ab", max_size=4).map(lambda text: text * 100), unique=True))
-def test_contexts_of_one_beginning_are_a_group(contexts: list[str]) -> None:
-    groups = by_beginning(contexts)
+@given(st.lists(st.text("ab", max_size=4).map(lambda text: text * 100), unique=True), st.integers(1, 4))
+def test_contexts_of_one_beginning_are_a_group(contexts: list[str], most: int) -> None:
+    groups = by_beginning(contexts, most)
     assert sorted(context for group in groups for context in group) == sorted(contexts)
     for group in groups:
         assert len({context[:SHARED_CHARACTERS] for context in group}) == 1
         assert len(group) == 1 or min(map(len, group)) >= SHARED_CHARACTERS
-    assert len({group[0][:SHARED_CHARACTERS] for group in groups}) == len(groups)
+        assert len(group) <= most
+    full = [group[0][:SHARED_CHARACTERS] for group in groups if len(group) < most]
+    assert len(set(full)) == len(full)  # the last group of a beginning alone is smaller
 
 
 def test_presets_are_the_paper_s_tasks_and_mmlu_has_five_examples() -> None:

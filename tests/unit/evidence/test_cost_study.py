@@ -132,7 +132,7 @@ def test_second_askings_are_told_with_what_failed() -> None:
     assert "8.0 are second askings, of calls that failed (in all groups: timeout 192)" in second_askings(
         {"calls": 248.0, "failed": {"failed/timeout": 192.0}}, 240
     )
-    assert "of answers without a verdict" in second_askings({"calls": 248.0, "failed": {}}, 240)
+    assert "of calls without a verdict" in second_askings({"calls": 248.0, "failed": {}}, 240)
 
 
 def test_ties_are_broken_by_lot() -> None:

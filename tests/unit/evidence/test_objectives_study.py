@@ -127,7 +127,7 @@ def test_report_text_and_figure_are_what_the_files_say(place: Place, tmp_path: P
     )
     assert "70.0) percent, more than the initial policy's; DPO, 4 rollouts, suffix as pivot *" in told
     assert "wins 70 (60 to 80) by likelihood" in told
-    assert "learns 2,559 tokens of suffixes, and 2,520 of whole pieces in fewer, smaller steps." in told
+    assert "Whole pieces are learnt in fewer, smaller steps: 2,520 tokens, as of suffixes 2,559." in told
     STUDY.draw(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 

@@ -69,7 +69,7 @@ def test_report_text_and_figure_are_what_the_answers_say(place: Place, tmp_path:
     told = " ".join(text.split())
     assert "next token, suffixes: no difference that the interval shows; next token, whole pieces: no" in told
     assert "DPO, suffix + 4 rollouts: better; GRPO" in told
-    assert "DPO against next-token training: better." in told
+    assert "DPO against next tokens of suffixes: better." in told
     STUDY.draw(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 

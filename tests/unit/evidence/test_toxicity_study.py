@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,9 +201,7 @@ def test_page_and_figure_say_what_the_report_says(report: dict[str, Any], tmp_pa
     )
     assert "Its nats a token: clean pages: more; Wikipedia leads: more." in text
     assert "LAMBADA: no difference that the interval shows; distinct-2 behind toxic prompts: less." in text
-    assert (
-        "The safest suffixes, of twice as many by alt-profanity-check, are 9 of clean and 7 of offensive pages." in text
-    )
+    assert "those of the safer half of pieces, by alt-profanity-check, 9 of clean and 7 of offensive pages" in text
     assert "| DPO less safest suffixes | -18.8 (-25.0 to -12.5) |" in text
     assert "chosen in 75% of DPO's groups, by chance 75%" in text
     draw(report, tmp_path / "figure.png")
@@ -226,6 +225,12 @@ def test_a_change_of_distinct_2_has_the_interval_of_other_prompts(
     widths = [each["change_interval"][1] - each["change_interval"][0] for each in found]
     assert sum(held) >= 9
     assert 0.4 < np.mean(widths) / (2 * 1.96 * np.std([each["change"] for each in found])) < 2.5
+
+
+def test_one_seed_has_a_page_too(report: dict[str, Any], place: Place, tmp_path: Path) -> None:
+    alone = json.loads(json.dumps(STUDY.report(replace(place, seeds=(1,)))))
+    assert "it is the mean of 1 seed, the other arms" in section(alone).replace("\n", " ")
+    draw(alone, tmp_path / "figure.png")
 
 
 def test_other_passages_are_no_pair(report: dict[str, Any], place: Place) -> None:
