@@ -78,10 +78,12 @@ def run(given: argparse.Namespace) -> None:
     if not given.dry_run:
         place = replace(place, smollm2=fetched("fetch_smollm2.py"), wiki_leads=fetched("fetch_wiki_leads.py"))
     os.chdir(ROOT)  # which the commands' paths start from
-    for study in chosen(given.only):
-        say(f"# {study.name}: {study.question} (about {study.minutes} minutes on two cores)")
-        work = do_parts(study.parts(place), study.folder(place), dry_run=given.dry_run)
-        if given.dry_run:
+    for study, needed in chosen(given.only):
+        if needed is None:
+            say(f"# {study.name}: {study.question} (about {study.minutes} minutes on two cores)")
+        parts = [part for part in study.parts(place) if needed is None or part.name in needed]
+        work = do_parts(parts, study.folder(place), dry_run=given.dry_run)
+        if given.dry_run or needed is not None:
             continue
         report = study.report(place)
         say(study.section(report))
@@ -90,10 +92,14 @@ def run(given: argparse.Namespace) -> None:
             write_page(STUDIES.values(), results)
 
 
-def chosen(names: Sequence[str]) -> list[Study]:
-    """Those of these names and what they need, in the order of the page."""
-    wanted = {*names, *(needed for name in names for needed in STUDIES[name].needs)}
-    return [study for name, study in STUDIES.items() if name in wanted]
+def chosen(names: Sequence[str]) -> list[tuple[Study, set[str] | None]]:
+    """Those of these names, and of the studies that they need the parts that they need, in the order of the page."""
+    needed: dict[str, set[str]] = {}
+    for name in names:
+        for other, parts in STUDIES[name].needs.items():
+            needed.setdefault(other, set()).update(parts)
+    found = [(study, None if name in names else needed.get(name)) for name, study in STUDIES.items()]
+    return [(study, parts) for study, parts in found if study.name in names or parts]
 
 
 if __name__ == "__main__":

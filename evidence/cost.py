@@ -14,8 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from evidence.asking import EVERYTHING, LIKELIHOOD, PROTOCOLS
-from evidence.judge import LEARNT, later_leads, trained_judge
-from evidence.judge import report as judge_report
+from evidence.judge import LEADS, TEXTS, TRAINING, later_leads, right_about_learnt, trained_judge
 from evidence.numbers import Estimate, estimate, percent, share
 from evidence.objectives import PRESET
 from evidence.study import PYTHON, SERVED_URL, Part, Place, Report, Study, paragraph, table
@@ -79,8 +78,7 @@ def report(place: Place) -> Report:
     are by all pairs."""
     folder = place.run_dir / NAME
     answers = {name: read_json(_answers(folder, name), "answers of a judge") for name in (*PROTOCOLS, LIKELIHOOD)}
-    judge = judge_report(place)["kinds"][LEARNT]["trained"]["mean_of_orders"]
-    return {"judge": judge, **report_of(answers)}
+    return {"judge": right_about_learnt(place), **report_of(answers)}
 
 
 def report_of(answers: Mapping[str, Mapping[str, Any]]) -> Report:
@@ -213,5 +211,5 @@ STUDY = Study(
     report=report,
     draw=draw,
     section=section,
-    needs=("judge",),
+    needs={"judge": (TRAINING, LEADS, TEXTS, "trained judge")},
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from evidence.numbers import estimate, percent, share, sign
+from evidence.numbers import Estimate, estimate, percent, share, sign
 from evidence.study import PYTHON, SERVED_URL, Part, Place, Report, Study, paragraph, table
 from megatron_sip.files import read_json
 
@@ -23,6 +23,8 @@ DOCUMENTS = {LEARNT: 130, "repeat": 130, "swap-sentences": 260, "swap-entities":
 QUICK_DOCUMENTS = 12
 QUICK = ("--train-iters", "1", "--lr-warmup-iters", "0", "--global-batch-size", "4", "--eval-records", "8")
 MODELS = ("untrained", "trained")
+TRAINING, LEADS, TEXTS = "training", "leads", "texts"
+"""Parts that leave the trained judge, and what it is asked about; NAME judge, of MODELS, the answers."""
 SEED = 1234
 """The trainer's own: the study has one training run."""
 CURVES = {"right": "score/rollout", "option 1": "judge/label/first-shown-preferred"}
@@ -49,8 +51,9 @@ def parts(place: Place) -> list[Part]:
     spoil = [_spoil(place, kind, QUICK_DOCUMENTS if place.quick else count) for kind, count in DOCUMENTS.items()]
     models = dict(zip(MODELS, (place.smollm2, trained_judge(place)), strict=True))
     return [
-        Part("training", (train,), (training / "judge_training.json", trained_judge(place) / "config.json")),
-        Part("texts", (take, *spoil), tuple(_records(folder, kind) for kind in DOCUMENTS)),
+        Part(TRAINING, (train,), (training / "judge_training.json", trained_judge(place) / "config.json")),
+        Part(LEADS, (take,), (leads,)),
+        Part(TEXTS, tuple(spoil), tuple(_records(folder, kind) for kind in DOCUMENTS)),
         *(_asked(folder, name, model) for name, model in models.items()),
     ]
 
@@ -83,6 +86,12 @@ def _records(folder: Path, kind: str) -> Path:
 
 def _answers(folder: Path, name: str, kind: str) -> Path:
     return folder / kind / f"{name}.json"
+
+
+def right_about_learnt(place: Place) -> Estimate:
+    """How often the trained judge, by the mean of both orders, is right about pairs of the kind that it learnt."""
+    accuracy = read_json(_answers(place.run_dir / NAME, "trained", LEARNT), "a judge's accuracy")
+    return figures(accuracy)["mean_of_orders"]
 
 
 def report(place: Place) -> Report:

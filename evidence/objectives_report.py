@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from evidence.judge import LEADS, TRAINING
 from evidence.numbers import Estimate, decimal, difference, estimate, mean_difference, over_seeds, percent, sign
 from evidence.objectives import BASELINE, MAIN, NAME, PRESET, ROWS, WHOLE, Run, initial, parts, runs
 from evidence.study import ROOT, Place, Report, Study, paragraph, table
@@ -297,5 +298,5 @@ STUDY = Study(
     report=report,
     draw=draw,
     section=section,
-    needs=("judge",),
+    needs={"judge": (TRAINING, LEADS)},
 )

@@ -18,7 +18,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -84,7 +84,7 @@ class Study:
     parts: what is to be run, in order; known without running anything. report: of what the parts left, whatever is to be
     published; holds no paths; "seeds" in it are those used, where they are not the place's. draw: a figure of the report.
     section: its Markdown, without the heading, from the report alone; every figure in it comes from there. minutes: aimed at
-    on two slow cores. needs: studies whose models or texts it takes, which are done before.
+    on two slow cores. needs: by study whose models or texts it takes the parts that leave them, which are done before.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Study:
     report: Callable[[Place], Report]
     draw: Callable[[Mapping[str, Any], Path], None]
     section: Callable[[Mapping[str, Any]], str]
-    needs: tuple[str, ...] = ()
+    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def folder(self, place: Place) -> Path:
         """Where its parts work."""

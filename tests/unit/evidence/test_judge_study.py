@@ -30,10 +30,11 @@ def test_commands_are_understood_by_their_programs(place: Place) -> None:
 
 
 def test_judges_are_asked_about_texts_that_were_not_trained_on(place: Place) -> None:
-    training, texts, *asked = parts(place)
+    training, leads, texts, *asked = parts(place)
     assert [part.served for part in asked] == [place.smollm2, trained_judge(place)]
     assert trained_judge(place) / "config.json" in training.results
-    for words in texts.commands[1:]:
+    assert leads.results == (later_leads(place),)
+    for words in texts.commands:
         assert words[words.index("--data-path") + 1] == str(later_leads(place))
     lines = [b"%d\n" % number for number in range(TAKEN + 2)]
     assert later(b"".join(lines)) == b"%d\n%d\n" % (TAKEN, TAKEN + 1)

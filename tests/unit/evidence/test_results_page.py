@@ -52,7 +52,7 @@ def made_up(tmp_path: Path, name: str = "small") -> Study:
 def only_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     """The driver with a made-up study and one that needs it, and tools that fetch nothing."""
     study = made_up(tmp_path)
-    needing = replace(study, name="needing", question="Does it need it?", needs=("small",))
+    needing = replace(study, name="needing", question="Does it need it?", needs={"small": ("count",)})
     monkeypatch.setattr(driver, "STUDIES", {study.name: study, needing.name: needing})
     monkeypatch.setattr(driver, "fetched", lambda tool: tmp_path / tool)
     monkeypatch.chdir(ROOT)
@@ -85,8 +85,27 @@ def test_a_study_is_run_published_and_stands_on_the_page(only: Study, tmp_path: 
 def test_what_a_study_needs_is_done_before_it(only: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     driver.main(["--dry-run", "--only", "needing", "--run-dir", str(tmp_path / "run")])
     told = capsys.readouterr().out
-    assert told.index("# small:") < told.index("# needing:")
+    assert told.index("# small, part 1 of 1: count") < told.index("# needing:")
     assert not (tmp_path / "number.json").exists()
+    results = tmp_path / "results"
+    driver.main(["--only", "needing", "--run-dir", str(tmp_path / "run"), "--results", str(results)])
+    assert [path.name for path in results.glob("*.json")] == [
+        "evidence_needing.json"
+    ]  # what is only needed is no study run
+
+
+def test_of_a_needed_study_the_needed_parts_are_done() -> None:
+    """Those that other studies name are there, and are all of it only where the study itself is asked for."""
+    place = Place(Path("run"))
+    for study in driver.STUDIES.values():
+        for name, parts in study.needs.items():
+            assert set(parts) <= {part.name for part in driver.STUDIES[name].parts(place)}
+    [(first, parts), (second, all_of_it)] = driver.chosen(["objectives"])
+    assert (first.name, parts, second.name, all_of_it) == ("judge", {"training", "leads"}, "objectives", None)
+    assert [(study.name, parts) for study, parts in driver.chosen(["cost", "judge"])] == [
+        ("judge", None),
+        ("cost", None),
+    ]
 
 
 def test_a_quick_run_publishes_nothing(only: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
