@@ -1,4 +1,4 @@
-"""What does judging cost, and what does cheaper judging lose? Aimed at 30 minutes on two slow cores, after `judge`.
+"""What does judging cost, and what does cheaper judging lose? Aimed at 90 minutes on two slow cores, after `judge`.
 
 Groups of a suffix and 15 rollouts, recorded by a short run, are judged again by the judge of study `judge`, under each
 protocol, and by likelihood. What all pairs say by soft verdicts in both orders is taken as the truth about this judge.
@@ -21,7 +21,7 @@ from evidence.study import PYTHON, SERVED_URL, Part, Place, Report, Study, parag
 from megatron_sip.files import read_json
 
 NAME = "cost"
-ROLLOUTS, STEPS = 15, 3
+ROLLOUTS, STEPS, PREFIXES = 15, 2, 10
 QUICK = ("--train-iters", "1", "--global-batch-size", "2")
 SEED = 1234
 FAILED = "failed/"
@@ -46,6 +46,7 @@ def parts(place: Place) -> list[Part]:
             "rollout",
         ),
         *("--num-rollouts", str(ROLLOUTS), "--train-iters", str(STEPS), "--lr-warmup-iters", "0"),
+        *("--global-batch-size", str(PREFIXES)),
         *("--save-groups", str(groups), *(QUICK if place.quick else ())),
     )
     return [
@@ -206,7 +207,7 @@ def second_askings(everything: Mapping[str, Any], planned: int) -> str:
 STUDY = Study(
     name=NAME,
     question="What does judging cost, and what does cheaper judging lose?",
-    minutes=30,
+    minutes=90,
     parts=parts,
     report=report,
     draw=draw,
