@@ -1,18 +1,16 @@
 """SGLang engines as a model of lm-eval: log-likelihoods and greedy texts for its tasks, in the way that costs least.
 
 Only the continuation's log-probs are asked for (`logprob_start_len` is the context's last token), so that a context which
-others share, as few-shot examples are, comes from the engine's prefix cache: one request puts it there before the others are
-sent, which would all compute it in one batch. Texts become tokens, and long ones are cut, as
-lm-eval's own `hf` model does it: its scores are the same numbers. What was answered is kept on disk at once; an answer that
-cannot be had ends the evaluation, and is never a score.
+others share, as few-shot examples are, comes from the engine's prefix cache (`shared_contexts`). Texts become tokens, and long
+ones are cut, as lm-eval's own `hf` model does it: its scores are the same numbers. What was answered is kept on disk at once;
+an answer that cannot be had ends the evaluation, and is never a score.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from itertools import batched
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import orjson
@@ -24,6 +22,7 @@ from tqdm import tqdm
 
 from megatron_sip.console import bars
 from megatron_sip.errors import DataError
+from megatron_sip.evaluation.shared_contexts import send_sharing
 from megatron_sip.judge.cache import AnswerCache, cache_key
 from megatron_sip.rollout.pool import PoolSettings
 from megatron_sip.serving.failures import readable
@@ -31,8 +30,6 @@ from megatron_sip.serving.http import HttpPool, Request
 from megatron_sip.serving.server import Server
 from megatron_sip.serving.sglang_wire import GENERATE_PATH, Result, generate_body, logprob, read_results
 
-SHARED_CHARACTERS = 256
-"""Of the beginnings of two contexts that are worth waiting for."""
 ANSWER_TOKENS = 256
 """Of a text whose task names no limit, as lm-eval's own models have it."""
 
@@ -90,45 +87,29 @@ class EngineLM(LM):
         of_context: dict[str, list[bytes]] = {}
         for key, request in new.items():
             of_context.setdefault(request.args[0], []).append(key)
-        settings = self._settings
-        concurrency = settings.max_concurrency * len(self._urls)
-        groups_open, contexts_open, calls = (asyncio.Semaphore(concurrency) for _ in range(3))
-
-        async def work(pool: HttpPool, bar: Any, number: int, key: bytes) -> None:
-            request = new[key]
-            async with calls:  # its time begins with its turn
-                try:
-                    found[key] = await ask(pool, number, *request.args)
-                except DataError as error:
-                    raise DataError(f"{request.task_name}, question {request.doc_id}: {error}") from error
-            self._kept.put_many([(key, found[key])])
-            bar.update()
-
-        async def work_context(pool: HttpPool, bar: Any, number: int, context: str) -> None:
-            first, *others = of_context[context]
-            async with contexts_open:
-                await work(pool, bar, number, first)
-                numbered = ((number + place // settings.max_concurrency, key) for place, key in enumerate(others, 1))
-                await asyncio.gather(*(work(pool, bar, own, key) for own, key in numbered))
-
-        async def work_group(pool: HttpPool, bar: Any, number: int, contexts: Sequence[str]) -> None:
-            first, *others = contexts
-            async with groups_open:
-                await work_context(pool, bar, number, first)
-                await asyncio.gather(*(work_context(pool, bar, number, context) for context in others))
+        settings, engines = self._settings, len(self._urls)
 
         async def work_all() -> None:
             pool = HttpPool(
                 [Server(url, settings.key) for url in self._urls],
-                concurrency=concurrency,
+                concurrency=settings.max_concurrency * engines,
                 call_timeout_s=settings.call_timeout_s,
                 connect_timeout_s=settings.connect_timeout_s,
                 policy=settings.policy,
             )
+
+            async def work(number: int, key: bytes) -> None:
+                request = new[key]
+                try:
+                    found[key] = await ask(pool, number, *request.args)
+                except DataError as error:
+                    raise DataError(f"{request.task_name}, question {request.doc_id}: {error}") from error
+                self._kept.put_many([(key, found[key])])
+                bar.update()
+
             async with pool:
                 with tqdm(total=len(set(keys)), initial=len(found), desc=kind, unit="request", file=bars()) as bar:
-                    groups = enumerate(by_beginning(of_context, settings.max_concurrency))
-                    await asyncio.gather(*(work_group(pool, bar, number, contexts) for number, contexts in groups))
+                    await send_sharing(of_context, work, settings.max_concurrency, engines)
 
         try:
             asyncio.run(work_all())
@@ -213,15 +194,3 @@ class EngineLM(LM):
             return ids, self._encode(stripped + continuation)[len(ids) :]
         ids = list(self._tokenizer.encode(continuation, add_special_tokens=False))
         return (ids[:1], ids[1:]) if ids[:1] == [self._start] else ([self._start], ids)
-
-
-def by_beginning(contexts: Iterable[str], most: int) -> list[Sequence[str]]:
-    """Different contexts in order, in groups that begin with the same SHARED_CHARACTERS; shorter ones are alone.
-
-    A group has at most `most`, since one engine answers it: there are several of a beginning that more share.
-    """
-    groups: dict[str, list[str]] = {}
-    for context in sorted(contexts):
-        beginning = context[:SHARED_CHARACTERS] if len(context) >= SHARED_CHARACTERS else context
-        groups.setdefault(beginning, []).append(context)
-    return [group for own in groups.values() for group in batched(own, most)]

@@ -14,15 +14,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 from app_server import AppServer
-from hypothesis import given
-from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval_cases import CHOICE, SCORED, WRITTEN, write_tasks
 from tiny_tokenizer import byte_level_tokenizer
 
 from megatron_sip.errors import DataError
 from megatron_sip.evaluate import main
-from megatron_sip.evaluation.lm_eval_engine import SHARED_CHARACTERS, EngineLM, by_beginning
+from megatron_sip.evaluation.lm_eval_engine import EngineLM
 from megatron_sip.evaluation.lm_eval_tasks import FEW_SHOT, PRESETS, Tasks, as_results, first_questions, load_tasks
 from megatron_sip.evaluation.results import Result
 from megatron_sip.evaluation.tables import WEIGHTS
@@ -149,18 +147,6 @@ def test_what_contexts_share_is_computed_once_before_others_are_asked(tmp_path: 
     asyncio.run(work())
     assert len(answered) == 4 * len(contexts)
     assert most > 4
-
-
-@given(st.lists(st.text("ab", max_size=4).map(lambda text: text * 100), unique=True), st.integers(1, 4))
-def test_contexts_of_one_beginning_are_a_group(contexts: list[str], most: int) -> None:
-    groups = by_beginning(contexts, most)
-    assert sorted(context for group in groups for context in group) == sorted(contexts)
-    for group in groups:
-        assert len({context[:SHARED_CHARACTERS] for context in group}) == 1
-        assert len(group) == 1 or min(map(len, group)) >= SHARED_CHARACTERS
-        assert len(group) <= most
-    full = [group[0][:SHARED_CHARACTERS] for group in groups if len(group) < most]
-    assert len(set(full)) == len(full)  # the last group of a beginning alone is smaller
 
 
 def test_presets_are_the_paper_s_tasks_and_mmlu_has_five_examples() -> None:
