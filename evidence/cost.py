@@ -188,7 +188,8 @@ def section(found: Mapping[str, Any]) -> str:
                 "once. They are sharper than probabilities, which is counted against them; and the soft protocols ask again",
                 "for verdicts that all pairs have as well, so that they find what they are measured by. A judge that reasons",
                 "first, as the paper's does, would generate hundreds of tokens for each of its votes.",
-                "What it does not show: whose selection is right; this says how cheaply this judge's own opinion is had.",
+                "What it does not show: whose selection is right; this says how cheaply this judge's own opinion is had. What",
+                "another training of the judge would give is in no interval.",
             ),
         ]
     )
