@@ -180,13 +180,14 @@ def test_evaluation_md_s_figures_of_the_adapter_are_those_that_were_measured() -
     few, none = report["5-shot"], report["0-shot"]
     text = page_text("docs/evaluation.md")
     assert f"{few['times_as_fast']:.1f} times as many questions a second" in text
+    assert f"HellaSwag and ARC without examples {none['times_as_fast']:.1f} times as many" in text
     assert (
         f"with {few['megatron_sip']['cached_share']:.0%} of the prompts' tokens from the cache in place of none" in text
     )
     assert few["sglang-generate"]["cached_share"] == 0.0
     for part in (few, none):
         assert part["megatron_sip"]["scores"] == part["sglang-generate"]["scores"]
-        assert part["largest_log_likelihood_gap"] < 1e-5
+        assert part["largest_log_likelihood_gap"] < 2e-5
 
 
 def test_the_judge_in_the_docs_is_the_one_that_was_trained() -> None:
