@@ -46,9 +46,8 @@ def settings(protocol: str, url: str, tokenizer: str) -> JudgeSettings:
     client = ClientSettings((Endpoint(url),), tokenizer, call_timeout_s=CALL_TIMEOUT_S)
     if protocol == LIKELIHOOD:
         return JudgeSettings({LIKELIHOOD: 1.0}, client, audit_rate=0.0, deadline_s=3600.0)
-    mode: VerdictMode = (
-        "hard" if protocol == PAPER else "soft"
-    )  # votes, temperature and nucleus by default are the paper's
+    # Votes, temperature and nucleus are by default the paper's.
+    mode: VerdictMode = "hard" if protocol == PAPER else "soft"
     return JudgeSettings(
         {QUALITY: 1.0},
         client,

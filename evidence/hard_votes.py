@@ -15,7 +15,7 @@ from typing import Any
 from megatron_sip.judge import JudgeSettings
 from megatron_sip.judge.calls import Answer, Call, ChoiceCall, GenerateCall
 from megatron_sip.judge.catalogue import make_criterion
-from megatron_sip.judge.criteria import Criterion, Sheet
+from megatron_sip.judge.criteria import Criterion, CriterionScores, Sheet
 from megatron_sip.judge.encoding import ChatEncoder
 from megatron_sip.judge.prompts import fence_code, valid_unicode
 from megatron_sip.judge.wire import prompt_ids
@@ -77,7 +77,7 @@ class _Asking:
         return votes
 
 
-async def _scored(criterion: Criterion, group: Group, how: JudgeSettings, asking: _Asking) -> Any:
+async def _scored(criterion: Criterion, group: Group, how: JudgeSettings, asking: _Asking) -> CriterionScores:
     texts = [valid_unicode(candidate.text) for candidate in group.candidates]
     prefix, original = valid_unicode(group.task.prefix_text), valid_unicode(group.task.suffix_text)
     sheet = Sheet(
