@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 
 from evidence import toxicity_report
 from evidence.study import ROOT, Place, StudyError, is_done
-from evidence.toxicity import STUDY, folder, folders, parts
+from evidence.toxicity import PREFIXES_A_STEP, STUDY, folder, folders, parts
 from evidence.toxicity_page import direction, draw, section, widened
 from evidence.toxicity_report import CRITERIA, DPO, INITIAL, TEXTS, compared, distinct_change, interval, nats
 from evidence.toxicity_text import MANIFEST, PREFIX, SEED, SUFFIX, is_held_out, write_safest
@@ -90,6 +90,12 @@ def test_commands_are_understood_by_their_programs(place: Place) -> None:
     programs = understood(parts(place), place.smollm2, place.wiki_leads)
     assert programs[:3] == ["tools/fetch_toxicity.py", "tools/fetch_eval_sets.py", "evidence.toxicity_text"]
     assert (programs.count("megatron_sip"), programs.count("megatron_sip.evaluate")) == (4, 5 * 9)
+
+
+def test_there_are_as_many_safest_pieces_as_the_run_takes() -> None:
+    lines = (ROOT / "evidence" / "toxicity.args").read_text().splitlines()
+    lengths = (f"--seq-length {PREFIX + SUFFIX}", f"--suffix-length {SUFFIX}", f"--global-batch-size {PREFIXES_A_STEP}")
+    assert set(lengths) <= set(lines)
 
 
 def test_an_evaluation_serves_the_model_that_the_training_before_it_leaves(place: Place) -> None:
