@@ -149,7 +149,6 @@ class Example:
     task_index: int
     prefix_ids: list[int]
     branches: list[Branch]
-    weight: float = 1.0
     head: int = 0
 
     def __post_init__(self) -> None:

@@ -30,16 +30,15 @@ ROW_MULTIPLE = {"cpu": 16, "cuda": 128}
 
 @dataclass(frozen=True, slots=True)
 class BranchFacts:
-    """A row's roles, weights and log-probs for its loss, laid out with the row so that a GPU is handed them in one copy.
+    """A row's roles, advantages and log-probs for its loss, laid out with the row so that a GPU is handed them in one copy.
 
     pairs: int64 [P, 2], the chosen and the rejected branch of each example that is such a pair.
-    weights, advantages: float64 [B], a branch's weight (its example's) and its advantage, NaN for one without.
+    advantages: float64 [B], a branch's advantage, NaN for one without.
     engine_logprobs: float64 [L], what the engine thought of the targets, NaN for those that it did not sample.
     engine_entries, rollout_entries: int64 [K] and [R], which of the L targets have an engine log-prob, and which are rollouts'.
     """
 
     pairs: Tensor
-    weights: Tensor
     advantages: Tensor
     engine_logprobs: Tensor
     engine_entries: Tensor
@@ -233,11 +232,10 @@ def branch_facts(examples: Sequence[Example]) -> BranchFacts:
             rollout_entries += entries if branch.kind == "rollout" else ()
             engine_entries += entries if branch.engine_logprobs is not None else ()
             engine_logprobs += branch.engine_logprobs or [math.nan] * len(branch.ids)
-    branches = [(example.weight, branch.advantage) for example in examples for branch in example.branches]
+    advantages = [branch.advantage for example in examples for branch in example.branches]
     return BranchFacts(
         pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
-        weights=torch.tensor([weight for weight, _ in branches], dtype=torch.float64),
-        advantages=torch.tensor([math.nan if a is None else a for _, a in branches], dtype=torch.float64),
+        advantages=torch.tensor([math.nan if a is None else a for a in advantages], dtype=torch.float64),
         engine_logprobs=torch.tensor(engine_logprobs, dtype=torch.float64),
         engine_entries=torch.tensor(engine_entries, dtype=torch.int64),
         rollout_entries=torch.tensor(rollout_entries, dtype=torch.int64),

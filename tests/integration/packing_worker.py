@@ -61,7 +61,7 @@ def make_problem(name: str) -> Problem:
     for task, (low, high, shortest, longest, count) in enumerate(shapes[name]):
         roles: list[Role] = ["sampled"] * count if name == "grpo" else ["chosen", "rejected"]
         branches = [made(role, ids(shortest, longest)) for role in roles]
-        examples.append(Example(task, ids(low, high), branches, weight=rng.uniform(0.5, 2)))
+        examples.append(Example(task, ids(low, high), branches))
     # Near the log-probs of the random model under test, so that neither the sigmoid nor the KL term is saturated.
     reference = {
         (example.task_index, tuple(branch.ids)): torch.tensor([rng.uniform(-6, -4) for _ in branch.ids])

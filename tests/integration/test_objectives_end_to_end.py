@@ -23,8 +23,7 @@ ROW_LENGTH = 160
 
 
 def make_examples(roles: list[str], seed: int) -> list[dict]:
-    """Examples of unequal weight, and with them: a prefix longer than a row, branches of one token, one twice in a group, and
-    an example twice in a step."""
+    """With a prefix longer than a row, branches of one token, one twice in a group, and an example twice in a step."""
     rng = random.Random(seed)
 
     def ids(low: int, high: int) -> list[int]:
@@ -35,7 +34,6 @@ def make_examples(roles: list[str], seed: int) -> list[dict]:
             "task_index": task,
             "prefix_ids": ids(5, 60),
             "branches": [{"ids": ids(3, 25), "role": role, "kind": "suffix"} for role in roles],
-            "weight": 0.25 + 0.5 * task,
         }
         for task in range(6)
     ]
@@ -75,7 +73,6 @@ def make_documents(seed: int) -> list[dict]:
             "task_index": task,
             "prefix_ids": ids[:1],
             "branches": [{"ids": ids[1:], "role": "target", "kind": "suffix"}],
-            "weight": 1.0,
         }
         for task, ids in enumerate(texts)
     ]
@@ -120,8 +117,7 @@ def branch_logprobs(model: LlamaForCausalLM, prefix: list[int], branch: list[int
 
 def nll_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: list[dict]) -> Tensor:
     logprobs = [branch_logprobs(policy, prefix_in_a_row(e), e["branches"][0]["ids"]) for e in examples]
-    weighted = sum(e["weight"] * part.sum() for e, part in zip(examples, logprobs, strict=True))
-    return -weighted / sum(len(part) for part in logprobs)
+    return -torch.cat(logprobs).mean()
 
 
 def next_token_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: list[dict]) -> Tensor:
@@ -140,7 +136,7 @@ def dpo_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, examples: li
             base = [branch_logprobs(reference, prefix, branch).sum() for branch in branches]
         margin = (chosen.sum() - base[0]) - (rejected.sum() - base[1])
         loss = -torch.nn.functional.logsigmoid(BETA * margin) - NLL_COEF * chosen.mean()
-        losses.append(example["weight"] * loss)
+        losses.append(loss)
     return torch.stack(losses).mean()
 
 
@@ -174,7 +170,7 @@ def grpo_loss(
                 base = branch_logprobs(reference, prefix, branch["ids"])
             terms = terms + kl_coef * ((base - logprobs).exp() - (base - logprobs) - 1)
             divisor = {"token": 1, "sequence": len(gaps), "constant": grpo_constant}[grpo_length]
-            losses.append(example["weight"] * terms.sum() / divisor)
+            losses.append(terms.sum() / divisor)
             tokens += len(gaps)
     return torch.stack(losses).sum() / (tokens if grpo_length == "token" else len(losses))
 

@@ -31,7 +31,6 @@ def dpo(
     reference_chosen: Tensor,
     reference_rejected: Tensor,
     chosen_tokens: Tensor,
-    weights: Tensor,
     *,
     beta: float = 0.1,
     nll_coef: float = 0.0,
@@ -45,7 +44,7 @@ def dpo(
       ipo: (h - 1 / (2 beta))^2 (Azar et al. 2023, eq. 17);
     plus nll_coef times the chosen branch's mean token NLL.
 
-    Args: all [N]; policy_*, reference_*: log-prob sums; chosen_tokens: chosen branch lengths; weights: pair weights.
+    Args: all [N]; policy_*, reference_*: log-prob sums; chosen_tokens: chosen branch lengths.
     Metrics: rewards are beta (policy - reference); accuracy counts a tie, h within TIE_NATS of 0 as before the first update,
     as a half. dpo_loss is without the NLL term, and chosen_nll a mean over tokens, not over branches.
     """
@@ -71,7 +70,7 @@ def dpo(
         "chosen_nll": -policy_chosen.detach().sum(),
         "chosen_tokens": chosen_tokens.sum(),
     }
-    return LossTerms((total * weights).sum(), pairs, metrics)
+    return LossTerms(total.sum(), pairs, metrics)
 
 
 def dpo_row(
@@ -92,7 +91,6 @@ def dpo_row(
         reference[chosen],
         reference[rejected],
         row.branch_offsets.diff()[chosen].to(policy.dtype),
-        row.facts.weights[chosen].to(policy.dtype),
         beta=settings.beta,
         nll_coef=settings.nll_coef,
         label_smoothing=settings.label_smoothing,

@@ -21,7 +21,6 @@ def grpo(
     corrections: Tensor,
     advantages: Tensor,
     branch_tokens: Tensor,
-    weights: Tensor,
 ) -> LossTerms:
     """Group relative policy optimisation: clipped policy gradient with a KL penalty (Shao et al. 2024, eq. 3 and 4).
 
@@ -30,8 +29,7 @@ def grpo(
 
     Args:
         token_logprobs, old_logprobs, reference_logprobs, corrections: [L]; the reference may be None when kl_coef is 0.
-        advantages, branch_tokens, weights: [B]; a branch's advantage in its group, its length (they sum to L) and the
-            weight of its loss.
+        advantages, branch_tokens: [B]; a branch's advantage in its group and its length (they sum to L).
 
     Metrics: grpo/kl is the penalty's mean over tokens, an estimate of KL(policy || reference). grpo/sampled_nll is the mean
     of -log-prob over the sampled tokens: an estimate of the policy's entropy, without bias, only where they were sampled at
@@ -57,11 +55,11 @@ def grpo(
         losses = losses + settings.kl_coef * penalty
         metrics["grpo/kl"] = penalty.detach().sum()
     if settings.grpo_length == "token":
-        shares, count = weights, tokens
-    else:
-        per_branch = settings.grpo_constant if settings.grpo_length == "constant" else branch_tokens
-        shares, count = weights / per_branch, branches
-    return LossTerms((losses * shares.repeat_interleave(branch_tokens, output_size=tokens)).sum(), count, metrics)
+        return LossTerms(losses.sum(), tokens, metrics)
+    if settings.grpo_length == "constant":
+        return LossTerms(losses.sum() / settings.grpo_constant, branches, metrics)
+    shares = (1 / branch_tokens.to(losses.dtype)).repeat_interleave(branch_tokens, output_size=tokens)
+    return LossTerms((losses * shares).sum(), branches, metrics)
 
 
 def grpo_row(
@@ -86,7 +84,6 @@ def grpo_row(
         corrections,
         facts.advantages.to(dtype),
         row.branch_offsets.diff(),
-        facts.weights.to(dtype),
     )
     return LossTerms(terms.sum, terms.count, terms.metrics | metrics)
 

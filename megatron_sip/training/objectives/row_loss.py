@@ -25,7 +25,7 @@ METRIC_COUNTS = {
     **mismatch.METRIC_COUNTS,
     "rollout_logratio": "rollout_tokens",
 }
-"""Every metric is a sum without the examples' weights, over what is trained on; this names the metric that holds its count."""
+"""Every metric is a sum over what is trained on; this names the metric that holds its count."""
 
 
 def row_loss(

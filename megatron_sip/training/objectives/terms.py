@@ -12,8 +12,7 @@ class LossTerms:
     """What adds up over rows and ranks.
 
     sum: scalar, differentiable, to be divided by the global count.
-    count: pairs (dpo), predicted tokens (sft, rf-nll, grpo by token) or branches (grpo otherwise); weights are in
-        the sum only.
+    count: pairs (dpo), predicted tokens (sft, rf-nll, grpo by token) or branches (grpo otherwise).
     metrics: detached sums and their counts, see row_loss.METRIC_COUNTS.
     """
 

@@ -57,7 +57,6 @@ def test_all_rollouts_are_trained_on_equal_ones_too_and_other_kinds_are_only_com
     assert {(branch.role, branch.kind) for branch in example.branches} == {("sampled", "rollout")}
     assert [branch.advantage for branch in example.branches] == pytest.approx([0.5, -0.5, 0.0, 0.0])
     assert [len(branch.engine_logprobs or []) for branch in example.branches] == [1, 2, 3, 1]
-    assert example.weight == 1.0
 
 
 @pytest.mark.parametrize(

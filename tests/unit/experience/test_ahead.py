@@ -27,7 +27,7 @@ BRANCHES = IDS.flatmap(
         engine_logprobs=st.none() | st.lists(NUMBERS, min_size=len(ids), max_size=len(ids)),
     )
 )
-EXAMPLES = st.builds(Example, st.integers(0), IDS, st.lists(BRANCHES, max_size=3), NUMBERS, st.integers(0, 9))
+EXAMPLES = st.builds(Example, st.integers(0), IDS, st.lists(BRANCHES, max_size=3), st.integers(0, 9))
 METRICS = st.dictionaries(st.text(), NUMBERS | st.builds(Mean, NUMBERS, NUMBERS))
 MADE = st.builds(StepExperience, st.lists(EXAMPLES, max_size=3), METRICS, st.integers(1, 4), st.just([]))
 PURPOSE = made_for(SelectionSettings(), 4, 1)

@@ -95,7 +95,7 @@ def test_every_row_of_table_6(row: str) -> None:
 
 def test_the_example_carries_what_training_needs() -> None:
     (example,) = select([group(4, ABOUT_ONE_PROMPT[:3], [1.0, 0.5, 0.0])], SelectionSettings("dpo")).examples
-    assert (example.task_index, example.prefix_ids, example.weight) == (4, [1, 2, 3], 1.0)
+    assert (example.task_index, example.prefix_ids) == (4, [1, 2, 3])
     assert [branch.ids for branch in example.branches] == [[9, 9], [10, 7]]
     assert [branch.engine_logprobs for branch in example.branches] == [None, [-0.5, -0.5]]
 

@@ -259,15 +259,14 @@ def test_what_is_moved_together_arrives_unchanged(lengths):
 
 def test_facts_are_those_of_the_branches_in_order():
     made = [
-        Example(0, [1], [Branch([2, 3], "rejected", "suffix"), Branch([4], "chosen", "rollout", 0.5, [-1.0])], 2.0),
+        Example(0, [1], [Branch([2, 3], "rejected", "suffix"), Branch([4], "chosen", "rollout", 0.5, [-1.0])]),
         Example(
             1, [1], [Branch([5], "target", "rollout", -0.5), Branch([6, 7], "target", "rewrite", None, [-2.0, -3.0])]
         ),
-        Example(2, [1], [Branch([8], "chosen", "rollout"), Branch([9], "rejected", "suffix")], 0.25),
+        Example(2, [1], [Branch([8], "chosen", "rollout"), Branch([9], "rejected", "suffix")]),
     ]
     facts = build_row(made, [2, 0, 1], 20, PAD).facts
     assert facts.pairs.tolist() == [[0, 1], [3, 2]]
-    assert facts.weights.tolist() == [0.25, 0.25, 2.0, 2.0, 1.0, 1.0]
     assert facts.advantages.nan_to_num(9.0).tolist() == [9.0, 9.0, 9.0, 0.5, -0.5, 9.0]
     assert facts.engine_logprobs.nan_to_num(9.0).tolist() == [9.0, 9.0, 9.0, 9.0, -1.0, 9.0, -2.0, -3.0]
     assert facts.engine_entries.tolist() == [4, 6, 7]

@@ -36,7 +36,7 @@ def make_examples(roles: list[str], kinds: list[str], seed: int, count: int = 3)
             Branch(b, r, k, engine_logprobs=[-0.5 - 0.1 * i for i in range(len(b))] if k == "rollout" else None)  # type: ignore[arg-type]
             for b, r, k in zip(made, roles, kinds, strict=True)
         ]
-        examples.append(Example(task, ids(1, 9), branches, weight=0.5 + task))
+        examples.append(Example(task, ids(1, 9), branches))
     return examples
 
 
@@ -102,8 +102,7 @@ def test_nll_equals_cross_entropy(objective, groups):
     examples = make_examples(["target"], ["rollout"], seed=1)
     logits = branch_logits(examples, seed=2)
     expected = sum(
-        example.weight
-        * torch.nn.functional.cross_entropy(logits[e, 0], torch.tensor(example.branches[0].ids), reduction="sum")
+        torch.nn.functional.cross_entropy(logits[e, 0], torch.tensor(example.branches[0].ids), reduction="sum")
         for e, example in enumerate(examples)
     )
     terms = over_rows(ObjectiveSettings(objective), examples, groups, policy=logits)
@@ -123,7 +122,7 @@ def plain_dpo(example: Example, policy: list[Tensor], reference: list[Tensor], s
     else:
         p = torch.sigmoid(settings.beta * h)
         loss = -(1 - settings.label_smoothing) * p.log() - settings.label_smoothing * (1 - p).log()
-    return example.weight * (loss - settings.nll_coef * sums[0][best] / len(example.branches[best].ids))
+    return loss - settings.nll_coef * sums[0][best] / len(example.branches[best].ids)
 
 
 @pytest.mark.parametrize("groups", PACKINGS)
@@ -189,7 +188,7 @@ def test_dpo_metrics_are_sums_that_their_counts_divide():
 
 def test_dpo_accuracy_counts_the_untrained_policy_as_a_half():
     same = torch.tensor([-3.0, -4.0])
-    terms = dpo(same, same - 1, same, same - 1, torch.ones(2), torch.ones(2))
+    terms = dpo(same, same - 1, same, same - 1, torch.ones(2))
     assert float(terms.metrics["reward_accuracy"]) == 1.0
     assert float(terms.sum) == pytest.approx(2 * math.log(2))
 
@@ -199,7 +198,7 @@ def test_dpo_accuracy_is_the_same_whatever_the_order_of_addition(noise):
     """Log-probs of 512 tokens in float32 are off by this much under another parallel layout."""
     reference = torch.tensor([-1500.0, -300.0, -2.0])
     policy = reference + noise + torch.tensor([0.0, 0.0, 0.01])
-    terms = dpo(policy, reference, reference, reference, torch.ones(3), torch.ones(3), beta=5.0)
+    terms = dpo(policy, reference, reference, reference, torch.ones(3), beta=5.0)
     assert float(terms.metrics["reward_accuracy"]) == 0.5 + 0.5 + 1.0
 
 
@@ -232,7 +231,7 @@ def plain_grpo(examples, policy, old, reference, settings) -> tuple[Tensor, int]
             gap = reference[e, b][t].detach().log_softmax(-1)[token] - logp
             branch = branch - gain + settings.kl_coef * (gap.exp() - gap - 1)
         length = {"token": 1, "sequence": len(made.ids), "constant": settings.grpo_constant}[settings.grpo_length]
-        total = total + examples[e].weight * branch / length
+        total = total + branch / length
         branches, tokens = branches + 1, tokens + len(made.ids)
     return total, tokens if settings.grpo_length == "token" else branches
 
@@ -315,10 +314,7 @@ def test_grpo_without_old_logprobs_is_the_plain_policy_gradient():
     examples = with_advantages(make_examples(["sampled"] * 2, ["suffix"] * 2, seed=13, count=1), [[1.5, -0.5]])
     policy = branch_logits(examples, seed=14)
     terms = over_rows(ObjectiveSettings("grpo"), examples, [[0]], policy=policy)
-    plain = (
-        -sum(a * selected(policy[0, b], examples[0].branches[b].ids).sum() for b, a in enumerate((1.5, -0.5)))
-        * examples[0].weight
-    )
+    plain = -sum(a * selected(policy[0, b], examples[0].branches[b].ids).sum() for b, a in enumerate((1.5, -0.5)))
     for ours, theirs in zip(gradients(terms.sum, policy), gradients(plain, policy), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12)
 
@@ -331,7 +327,7 @@ def test_grpo_stays_finite_where_policy_and_old_or_reference_are_far_apart(polic
     one = torch.ones(1)
     corrections, metrics = correction("truncate", others, torch.arange(2), logprobs)
     settings = ObjectiveSettings("grpo", kl_coef=0.1)
-    terms = grpo(settings, logprobs, others, others, corrections, advantage * one, torch.tensor([2]), one)
+    terms = grpo(settings, logprobs, others, others, corrections, advantage * one, torch.tensor([2]))
     terms.sum.backward()
     assert torch.isfinite(terms.sum)
     assert torch.isfinite(logprobs.grad).all()
@@ -341,7 +337,7 @@ def test_grpo_stays_finite_where_policy_and_old_or_reference_are_far_apart(polic
 def test_grpo_pulls_back_to_the_reference_from_far_above_it():
     logprobs, one = torch.tensor([-1.0], requires_grad=True), torch.ones(1)
     settings = ObjectiveSettings("grpo", kl_coef=0.5)
-    grpo(settings, logprobs, logprobs, torch.tensor([-60.0]), one, 0 * one, torch.tensor([1]), one).sum.backward()
+    grpo(settings, logprobs, logprobs, torch.tensor([-60.0]), one, 0 * one, torch.tensor([1])).sum.backward()
     assert logprobs.grad.item() == pytest.approx(0.5)
 
 
@@ -383,7 +379,7 @@ def test_every_mean_has_its_count():
 
 def test_non_finite_log_probs_stay_visible():
     nan = torch.tensor([float("nan")])
-    terms = dpo(nan, nan, nan, nan, torch.ones(1), torch.ones(1))
+    terms = dpo(nan, nan, nan, nan, torch.ones(1))
     assert torch.isnan(terms.sum)
 
 
