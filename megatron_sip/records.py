@@ -126,7 +126,8 @@ class Branch:
     """A completion of an example's prefix, and what it is trained as.
 
     `advantage` is GRPO's, already normalised over the group; other objectives need none. `kind` says where the branch came
-    from, and `engine_logprobs` what the engine thought of its tokens (None unless it is a rollout); both only feed metrics.
+    from, for metrics. `engine_logprobs` is what the engine thought of its tokens (None unless it is a rollout), for a metric
+    and by which GRPO weighs its tokens.
     """
 
     ids: list[int]
@@ -138,7 +139,8 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What the trainer learns from: branches of one prefix, a chosen and a rejected one (DPO) or targets.
+    """What the trainer learns from: branches of one prefix, a chosen and a rejected one (DPO), samples (GRPO) or
+    targets.
 
     head: tokens at the prefix's left, such as a control text, that stay when a prefix is too long for its row.
 

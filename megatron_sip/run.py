@@ -328,7 +328,7 @@ def set_up(settings: Settings, stack: contextlib.ExitStack) -> Run:
     if run.comparison is not None and leader is not None and leader.engines is not None:
         if state.iteration == 0:
             say(f"comparison: sampling {settings.held_out.prompts} held-out continuations of the initial policy")
-            leader.run(run.comparison.record_initial(leader.engines))
+            leader.apart(run.comparison.record_initial(leader.engines))
         run.comparison.check_initial()
     if isinstance(run.validation, SuiteValidation) and state.iteration:
         run.validation.check_initial()

@@ -36,6 +36,7 @@ from megatron_sip.console import quiet, say
 from megatron_sip.errors import ArgumentError, UserError
 from megatron_sip.evaluation.held_out import HeldOutOutcome
 from megatron_sip.evaluation.run_record import run_record, write_run_record
+from megatron_sip.experience.rounds import lost_groups
 from megatron_sip.experience.selection import ALL_ALIKE
 from megatron_sip.files import DiskError
 from megatron_sip.gathering import begin_ahead, finish_ahead, take_experience
@@ -115,6 +116,7 @@ def run_command(given: Sequence[str], flags: argparse.Namespace) -> None:
             if run.servers is not None:
                 run.servers.keep(stop)
             with run.watch:
+                forget_outcome(run)
                 if run_steps(run, stop):
                     conclude(run, stop)
         except UserError as error:
@@ -130,6 +132,14 @@ def lock_folders(flags: argparse.Namespace, stack: contextlib.ExitStack) -> None
             stack.enter_context(RunLock(folder))
     except (UserError, OSError) as error:
         raise ArgumentError(f"--save, --run-dir: {error}") from error
+
+
+def forget_outcome(run: Run) -> None:
+    """Remove what an earlier end of a run that goes on has written: it is of other weights, and says that the run has ended."""
+    state, settings = run.state, run.settings.run
+    if settings.rank == 0 and state.iteration < settings.steps and not state.learnt:
+        for name in ("summary.json", "comparisons.jsonl"):
+            (settings.run_dir / name).unlink(missing_ok=True)
 
 
 def run_steps(run: Run, stop: StopSignal) -> bool:
@@ -264,8 +274,12 @@ def end_without_examples(run: Run, empty: Sequence[Metrics]) -> None:
         TrainingError: on rank 0 it has the reasons.
     """
     state, rank = run.state, run.settings.run.rank
-    dropped = merge({name: n for name, n in step.items() if name.startswith("dropped/") and n} for step in empty)
-    alike = dropped != {} and set(dropped) <= {f"dropped/{reason}" for reason in ALL_ALIKE}
+    dropped = merge(
+        {name.removeprefix("dropped/"): n for name, n in step.items() if name.startswith("dropped/") and n}
+        for step in empty
+    )
+    lost = merge(map(lost_groups, empty))
+    alike = dropped != {} and not lost and set(dropped) <= ALL_ALIKE
     state.learnt = alike and state.iteration > MAX_EMPTY_STEPS
     ways = "take other tasks, a higher --rollout-temperature or more --num-rollouts"
     if state.learnt:
@@ -278,12 +292,12 @@ def end_without_examples(run: Run, empty: Sequence[Metrics]) -> None:
     trained = state.trained[0]
     if trained:
         run.save_what_was_trained()
-    told = f"no group was usable in {MAX_EMPTY_STEPS} steps in a row; reasons: {dropped}. "
+    told = f"no group was usable in {MAX_EMPTY_STEPS} steps in a row; reasons: {dropped | lost}. "
     if alike:
         told += f"All rollouts of a task score the same from the first step on, they always succeed or never do: {ways}"
     else:
-        told += f"Step {trained} is saved: " if trained else ""
-        told += "once judge and engines answer, the same command tries their tasks again"
+        told += f"Step {trained} is saved: once" if trained else "Once"
+        told += " judge, rewriter and engines answer, the same command tries their tasks again"
     raise TrainingError(told if rank == 0 else 1)
 
 

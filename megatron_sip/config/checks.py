@@ -17,6 +17,7 @@ from megatron_sip.config.candidate_checks import check_candidates
 from megatron_sip.config.flags import ROLES
 from megatron_sip.config.held_out import held_out_sampling
 from megatron_sip.config.needs import Needs, contender_count
+from megatron_sip.config.number_checks import check_numbers
 from megatron_sip.config.objective_checks import check_objective, check_row_length
 from megatron_sip.config.settings import (
     URL_ROLES,
@@ -100,6 +101,7 @@ def flag_of(role: str, name: str) -> str:
 def problems_of_ours(args: argparse.Namespace) -> list[str]:
     """What is wrong with our own flags, and with those of Megatron's that `early_checks` reads as well."""
     checks = (
+        check_numbers,
         _check_settings,
         check_row_length,
         check_objective,

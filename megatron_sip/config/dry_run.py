@@ -271,7 +271,6 @@ def _grpo(settings: Settings) -> str:
     facts = [
         "GRPO: score minus mean of its group" + (", divided by its spread" if selection.spread_normalization else ""),
         lengths[objective.grpo_length],
-        f"clip {objective.clip_low:g} and {objective.clip_high:g}",
         f"KL {objective.kl_coef:g}, reference {_reference(settings)}" if objective.needs_reference else "no KL",
         f"mismatch correction {objective.mismatch_correction}",
         f"rollouts cut at {settings.experience.sampling.max_new_tokens} tokens: {selection.truncated}",

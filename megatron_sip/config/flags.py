@@ -168,8 +168,12 @@ OBJECTIVE_FLAGS: Flags = {
         "What GRPO's loss is a mean over. token: all tokens of the step (DAPO). sequence: each rollout's tokens, then rollouts "
         "(the first GRPO). constant: rollouts, each one's sum divided by --suffix-length (Dr. GRPO).",
     ),
-    "--grpo-clip-low": ({"type": float, "default": 0.2}, "GRPO's probability ratio counts down to 1 minus this."),
-    "--grpo-clip-high": ({"type": float, "default": 0.28}, "And up to 1 plus this."),
+    "--grpo-clip-low": (
+        {"type": float, "default": 0.2},
+        "GRPO's probability ratio counts down to 1 minus this; of no effect "
+        "while a step makes a single update, as it does.",
+    ),
+    "--grpo-clip-high": ({"type": float, "default": 0.28}, "And up to 1 plus this; of no effect likewise."),
     "--grpo-kl-coef": (
         {"type": float, "default": 0.0},
         "Weight of GRPO's KL penalty towards the reference; 0: none, and no reference model.",

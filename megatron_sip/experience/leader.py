@@ -152,14 +152,16 @@ class Leader:
         """Run a coroutine on this leader's loop."""
         return self._loop.run(work)
 
-    def judged[T](self, work: Coroutine[Any, Any, T], stop: StopSignal, *judges: AsksTeacher | None) -> T | None:
-        """What comes of work that `judges` are asked for; None when a stop was requested, by us if one of them is gone.
-
-        Its calls are no step's: they are not among the counts of the next one.
-        """
-        result = self.run(stop.run(_unless_gone(work, stop, judges)))
+    def apart[T](self, work: Coroutine[Any, Any, T]) -> T:
+        """`run` for calls that are no step's: they are not among the counts of the next one."""
+        result = self.run(work)
         self._maker.forget_counts()
         return result
+
+    def judged[T](self, work: Coroutine[Any, Any, T], stop: StopSignal, *judges: AsksTeacher | None) -> T | None:
+        """What comes of work, apart from steps, that `judges` are asked for; None when a stop was requested, by us if one of
+        them is gone."""
+        return self.apart(stop.run(_unless_gone(work, stop, judges)))
 
     def begin_experience(
         self,

@@ -190,14 +190,14 @@ def weight_bytes(folder: Path) -> int:
 def export(run_dir: Path) -> None:
     """Write the last checkpoint as an HF folder RUN_DIR/hf, unless that is newer. Exits with the converter's status."""
     checkpoints, target = run_dir / CHECKPOINTS_SUBFOLDER, run_dir / HF_SUBFOLDER
-    if (target / "config.json").is_file():
-        if (target / "config.json").stat().st_ctime_ns > (checkpoints / TRACKER).stat().st_mtime_ns:
-            return
-        shutil.rmtree(target)
+    exported = target / "config.json"
+    if exported.is_file() and exported.stat().st_ctime_ns > (checkpoints / TRACKER).stat().st_mtime_ns:
+        return
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     say(f"exporting the trained model to {target}")
     run_converter(checkpoints, partial)
+    shutil.rmtree(target, ignore_errors=True)
     move_into_place(partial, target)
     say(f"the trained model is in {target}")
 

@@ -80,8 +80,8 @@ def plan_layout(gpus: Sequence[int], demand: Demand) -> Layout:
     """A layout for GPUs with these bytes of memory each; no GPUs mean one process on the CPU.
 
     Where there are enough every process has a GPU of its own, of the rewriter's servers there is one, and the other GPUs are
-    divided as ENGINES and TEACHERS say, once the trainer has those that the policy needs. On fewer the servers share the last
-    one, on a single one all share it.
+    divided as ENGINES and TEACHERS say, once the trainer has those that the policy needs. On fewer the servers share all but
+    the first one (see `server_gpus`), on a single one all share it.
 
     Raises:
         LayoutError: a model is too large for this, or the prompts of a step do not divide among the replicas.
@@ -93,9 +93,10 @@ def plan_layout(gpus: Sequence[int], demand: Demand) -> Layout:
     memory = min(gpus)
     if len(gpus) <= kinds:
         alone = len(gpus) == 1
-        share = round((0.5 if alone else 0.9) / servers, 2)
+        together = -(-servers // max(1, len(gpus) - 1))
+        share = round((0.5 if alone else 0.9) / together, 2)
         _require_server(demand, share * memory)
-        _tensor_parallel(1, memory * (1 - share * servers if alone else 1), demand)
+        _tensor_parallel(1, memory * (1 - share * together if alone else 1), demand)
         return Layout(1, 1, engines, teachers, rewriters, share)
     _require_server(demand, memory)
     tensor_parallel = demand.own_tensor or _tensor_parallel(_power_of_two(len(gpus) - kinds), memory, demand)

@@ -45,18 +45,21 @@ def require_whole_checkpoint(save: Path, ranks: Ranks, rank: int, *, last_whole:
         DataError: on all ranks, when a file is missing, cut short or changed; it names the file and the way out.
     """
     while (step := ranks.all_gather_from_leaders(tracked_iteration(save))[0]) is not None:
-        complete = complete_checkpoints(save)
-        folders = [folder for folder in (complete.get(step), reference_folder(save, step)) if folder]
-        parts = len(ranks.all_gather(None))
-        found = [
-            line for part in ranks.all_gather([d for f in folders for d in damages(f, rank, parts)]) for line in part
-        ]
+        complete, reference = complete_checkpoints(save), reference_folder(save, step)
+        found = _damages(complete.get(step), ranks, rank)
+        of_reference = _damages(reference, ranks, rank)
         if step not in complete:
             found.append(f"{weights_folder(save)} is missing, or its metadata say nothing")
+        earlier = max((iteration for iteration in complete if iteration < step), default=None)
+        if of_reference and earlier is not None and reference_folder(save, earlier) == reference:
+            raise DataError(
+                f"the reference of step {step} is damaged, and those before it have the same: {_told(of_reference)}. Restore "
+                f"it from a copy, or start a new run from the weights with --pretrained-checkpoint {save} and another --save"
+            )
+        found += of_reference
         if not found:
             return
-        earlier = max((iteration for iteration in complete if iteration < step), default=None)
-        told = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+        told = _told(found)
         if earlier is None:
             raise DataError(f"the checkpoint of step {step} is damaged, and there is none before it: {told}")
         if not last_whole:
@@ -74,11 +77,20 @@ def require_whole_checkpoint(save: Path, ranks: Ranks, rank: int, *, last_whole:
 def require_whole_weights(folder: Path, ranks: Ranks, rank: int) -> None:
     """The same of the checkpoint that --pretrained-checkpoint names. Collective. Raises DataError."""
     source = weights_folder(folder)
+    if found := _damages(source if source.is_dir() else None, ranks, rank):
+        raise DataError(f"--pretrained-checkpoint {folder} is damaged: {_told(found)}")
+
+
+def _damages(folder: Path | None, ranks: Ranks, rank: int) -> list[str]:
+    """What is damaged in it, found by all ranks together, for all of them. Collective, unless there is no folder."""
+    if folder is None:
+        return []
     parts = len(ranks.all_gather(None))
-    mine = damages(source, rank, parts) if source.is_dir() else []
-    found = [line for part in ranks.all_gather(mine) for line in part]
-    if found:
-        raise DataError(f"--pretrained-checkpoint {folder} is damaged: {'; '.join(found[:SHOWN])}")
+    return [line for part in ranks.all_gather(damages(folder, rank, parts)) for line in part]
+
+
+def _told(found: list[str]) -> str:
+    return "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 
 @contextlib.contextmanager

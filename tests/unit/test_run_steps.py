@@ -23,7 +23,7 @@ from megatron_sip.records import Example
 from megatron_sip.rollout.handshake import WeightSyncError
 from megatron_sip.run import Run, RunState
 from megatron_sip.stop_signal import StopSignal
-from megatron_sip.train import MAX_EMPTY_STEPS, TrainingError, run_steps
+from megatron_sip.train import MAX_EMPTY_STEPS, TrainingError, forget_outcome, run_steps
 from megatron_sip.training.checkpoints import saving_explained
 
 
@@ -39,7 +39,7 @@ def test_checkpoints_come_at_every_interval_and_at_the_end() -> None:
 @pytest.mark.parametrize("interval", [2, 100])
 def test_a_run_without_any_usable_group_ends_and_saves_what_was_trained_before(interval: int) -> None:
     run = FakeRun([True, True, *[False] * 20], save_interval=interval)
-    with pytest.raises(TrainingError, match=rf"in {MAX_EMPTY_STEPS} steps in a row; .*'dropped/no verdict': 10.0"):
+    with pytest.raises(TrainingError, match=rf"in {MAX_EMPTY_STEPS} steps in a row; .*'no verdict': 10.0"):
         run_steps(run, StopSignal())
     assert (run.state.iteration, run.state.consumed_samples) == (2, 2)
     assert run.saved == [2]  # the same command tries the tasks after step 2 again
@@ -103,9 +103,38 @@ def test_a_run_with_nothing_left_to_learn_ends_as_a_finished_one_and_the_same_co
 def test_an_outage_among_steps_without_spread_is_an_outage(reasons: list[str], trained: int) -> None:
     """Whatever the last of them says."""
     run = FakeRun([True] * trained + [False] * 20, save_interval=2, empty=reasons)
-    with pytest.raises(TrainingError, match=r"reasons: \{.*'dropped/no spread': \d.*Step 2 is saved: once judge"):
+    with pytest.raises(TrainingError, match=r"reasons: \{.*'no spread': \d.*Step 2 is saved: once judge"):
         run_steps(run, StopSignal())
     assert run.saved == [2]
+
+
+def with_metrics(made: Experience, more: Metrics) -> Experience:
+    return replace(made, metrics=made.metrics | more)
+
+
+def test_a_rewriter_that_refuses_every_call_among_ties_is_an_outage() -> None:
+    run = FakeRun([False] * 20, save_interval=2, iteration=20, empty="tied")
+    made = run.make_experience
+    lost = {"rewriter/dropped/failed": 5.0}
+    run.make_experience = lambda stop, number: with_metrics(made(stop), lost)  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"'tied': .*'rewrite failed': .*Step 20 is saved: once judge, rewriter"):
+        run_steps(run, StopSignal())
+    assert not run.state.learnt
+
+
+@pytest.mark.parametrize(("iteration", "learnt", "goes_on"), [(0, False, True), (3, False, False), (0, True, False)])
+def test_a_run_that_goes_on_forgets_that_it_had_ended(
+    tmp_path: Path, iteration: int, learnt: bool, goes_on: bool
+) -> None:
+    """Else a stop of the continued run would pass for its end, and its weights for the trained ones."""
+    run = FakeRun([True] * 3, save_interval=2)
+    run.settings = replace(run.settings, run=replace(run.settings.run, run_dir=tmp_path))
+    run.state.iteration, run.state.learnt = iteration, learnt
+    for name in ("summary.json", "comparisons.jsonl", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    forget_outcome(run)
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {"metrics.jsonl"} | (set() if goes_on else {"summary.json", "comparisons.jsonl"})
 
 
 def test_a_run_that_never_learnt_anything_is_no_finished_one() -> None:

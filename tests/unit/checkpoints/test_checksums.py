@@ -125,8 +125,22 @@ def test_load_last_whole_goes_back_to_the_newest_whole_one_and_loses_nothing(run
 def test_a_damaged_reference_is_found_with_the_checkpoint_that_goes_with_it(run: Path) -> None:
     path = run / "reference/iter_0000000" / SHARD
     flip(path)
-    with pytest.raises(DataError, match=f"step 15 is damaged: {path}"):
+    for last_whole in (False, True):  # which would move one checkpoint after the other aside, for nothing
+        with pytest.raises(
+            DataError, match=f"reference of step 15 is damaged, and those before it have the same: {path}"
+        ):
+            require_whole_checkpoint(run, Alone(), 0, last_whole=last_whole)
+    assert (run / TRACKER).read_text() == "15"
+    assert not list(run.glob("set_aside*"))
+
+
+def test_a_damaged_reference_that_earlier_steps_do_without_goes_aside_with_its_checkpoints(run: Path) -> None:
+    shutil.copytree(run / "reference/iter_0000000", run / "reference/iter_0000012")
+    flip(run / "reference/iter_0000012" / SHARD)
+    with pytest.raises(DataError, match=r"step 15 is damaged: .*reference/iter_0000012.*--load-last-whole"):
         require_whole_checkpoint(run, Alone(), 0, last_whole=False)
+    require_whole_checkpoint(run, Alone(), 0, last_whole=True)
+    assert (run / TRACKER).read_text() == "10"
 
 
 @pytest.mark.parametrize("name", ["metadata.json", ".metadata"])

@@ -261,6 +261,14 @@ def test_candidates_may_end_where_enough_others_are_left() -> None:
         (("--teacher-prefill",), "--teacher-prefill"),
         (("--rewrite-temperature", "-1", "--candidates", "rewrite", "rollout"), "--rewrite-temperature"),
         (("--replay-groups", "absent"), "--replay-groups"),
+        (("--ref-update-interval", "-1"), "--ref-update-interval -1: must be at least 0"),
+        (("--win-rate-prompts", "-1"), "--win-rate-prompts -1: must be at least 0"),
+        (("--rollout-start-step", "-1"), "--rollout-start-step -1: must be at least 0"),
+        (("--rollout-local", "-1"), "--rollout-local -1: must be at least 0"),
+        (("--local-engine-tokens", "0"), "--local-engine-tokens 0: must be at least 1"),
+        (("--weight-sync-bucket-mb", "0"), "--weight-sync-bucket-mb 0: must be at least 1"),
+        (("--rollout-timeout", "0"), "--rollout-timeout 0: seconds are needed"),
+        (("--rollout-temperature", "nan"), "--rollout-temperature nan: a number is needed"),
     ],
 )
 def test_contradictions(flags: tuple[str, ...], named: str) -> None:

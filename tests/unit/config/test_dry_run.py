@@ -195,7 +195,7 @@ def test_grpo_is_described_and_counted_with_its_splits_and_rounds() -> None:
     assert step["rollout tokens, generated"] == 3 * 256 * 16 * 128
     lines = describe(run).splitlines()
     assert (
-        "  objective   GRPO: score minus mean of its group; mean over all tokens; clip 0.2 and 0.28; no KL; mismatch "
+        "  objective   GRPO: score minus mean of its group; mean over all tokens; no KL; mismatch "
         "correction truncate; rollouts cut at 128 tokens: score; up to 3 rounds of tasks a step until all groups have a spread"
     ) in lines
     assert (

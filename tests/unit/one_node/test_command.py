@@ -117,6 +117,11 @@ def test_the_trained_model_is_exported_once_a_checkpoint(tmp_path: Path, monkeyp
     os.utime(tracker, (later, later))
     one_node.export(tmp_path)
     assert (tmp_path / "hf" / "config.json").read_text() == "2"
+    os.utime(tracker, (later + 10, later + 10))
+    monkeypatch.setattr(one_node, "run_converter", lambda *_: sys.exit(1))
+    with pytest.raises(SystemExit):
+        one_node.export(tmp_path)
+    assert (tmp_path / "hf" / "config.json").read_text() == "2", "the model of before stays until another is whole"
 
 
 def test_servers_get_gpus_of_their_own_or_share_what_the_trainer_leaves() -> None:

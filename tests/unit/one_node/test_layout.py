@@ -51,7 +51,7 @@ def test_usual_nodes(gpus: int, layout: Layout) -> None:
         (Demand(10**9, 10**9, 256, own_teachers=1), 8, Layout(2, 1, 2, 1)),
         (Demand(10**9, 10**9, 256, own_teachers=5), 8, Layout(2, 1, 1, 5)),
         (Demand(10**9, 10**9, 256, engines=False), 1, Layout(1, 1, 0, 1, server_memory=0.5)),
-        (Demand(10**9, 10**9, 256, rewriter=True), 3, Layout(1, 1, 1, 1, 1, server_memory=0.3)),
+        (Demand(10**9, 10**9, 256, rewriter=True), 3, Layout(1, 1, 1, 1, 1, server_memory=0.45)),
     ],
 )
 def test_other_demands(demand: Demand, gpus: int, layout: Layout) -> None:
