@@ -25,7 +25,7 @@ require_free() {
 
 # start_servers ROLE FIRST_HOST NODES TP PORT WORDS...: SGLang servers filling the GPUs of NODES hosts; sets server_urls.
 start_servers() {
-    local role=$1 first=$2 nodes=$3 tp=$4 port=$5 host slot log url
+    local role=$1 first=$2 nodes=$3 tp=$4 port=$5 host slot log url store_port own_store=()
     shift 5
     server_urls=()
     ((GPUS_PER_NODE % tp == 0)) || fail "$tp GPUs for each $role do not divide a node's $GPUS_PER_NODE GPUs"
@@ -34,6 +34,10 @@ start_servers() {
             step "$host" 1
             url=http://$host:$((port + slot))
             log=$RUN_DIR/logs/$role-$host-$slot.log
+            # SGLang would find a store's port free and bind it only later, when another server may have it. With data parallelism
+            # each of its parts needs one.
+            store_port=$((port + GPUS_PER_NODE / tp + slot))
+            [[ " $* " == *" --dp"* || " $* " == *" --data-parallel-size"* ]] || own_store=(--nccl-port="$store_port")
             # Every engine samples with a seed of its own: equal seeds would give equal rollouts.
             local command=("${step_words[@]}" env SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1 SGLANG_RETURN_ORIGINAL_LOGPROB=1
                 "$VENV/bin/python" -m megatron_sip.serving.job_server --url="$url" --log="$log"
@@ -41,11 +45,13 @@ start_servers() {
                 --restart-seconds="$RESTART_SECONDS" --load-seconds=$((60 * START_MINUTES)) --hang-seconds="$HANG_SECONDS"
                 --key-variable="$KEY_VARIABLE" --peers "${hosts[@]:0:TRAINER_NODES}" --
                 "$VENV/bin/python" -m sglang.launch_server --host="${SERVER_ADDRESS:-$host}"
-                --port=$((port + slot)) --tp-size="$tp" --base-gpu-id=$((slot * tp))
+                --port=$((port + slot)) "${own_store[@]}" --tp-size="$tp" --base-gpu-id=$((slot * tp))
                 --log-level-http=warning # no line for each of millions of requests
                 --random-seed=$((1 + ${#server_urls[@]})) "$@")
             server_urls+=("$url")
-            ((dry_run)) || require_free "$host" $((port + slot)) # or this run would train on another's server
+            # Or this run would train on another's server.
+            ((dry_run)) || require_free "$host" $((port + slot))
+            ((dry_run || ${#own_store[@]} == 0)) || require_free "$host" "$store_port"
             if ((dry_run)); then
                 echo "$(show "${command[@]}") &"
             else

@@ -6,16 +6,17 @@
 # SmolLM2-135M-Instruct learns by GRPO which of two texts is a piece of a Wikipedia lead and which is the same piece with its words
 # shuffled. The same command again continues a stopped run, and ends with the figures of a finished one.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-
-run_dir=runs/judge
+absolute() { case "$1" in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
+run_dir=
 while [ $# -gt 0 ]; do
     case "$1" in
-        --run-dir) run_dir=$2; shift 2 ;;
+        --run-dir) run_dir=$(absolute "$2"); shift 2 ;;
         --) shift; break ;;
         *) echo "unknown option $1; usage: examples/train_judge.sh [--run-dir DIR] [-- FLAGS]" >&2; exit 2 ;;
     esac
 done
+cd "$(dirname "$0")/.."
+run_dir=${run_dir:-runs/judge}
 records=$run_dir/records/judgements.jsonl
 
 trap : TERM # what runs gets it too, of its process group, and is waited for

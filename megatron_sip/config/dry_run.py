@@ -1,8 +1,8 @@
 """What a run does and what it will cost, from its flags alone: `python -m megatron_sip.train ... --dry-run`.
 
 All figures are upper bounds: full prefixes, full-length continuations, no identical candidates, no cached verdict,
-answers as long as allowed; but missing verdicts, which are asked for once more, are not foreseen. Judgements are counted
-as the paper counts them: one verdict about one candidate or pair.
+answers as long as allowed; but neither missing verdicts, which are asked for once more, nor audits are foreseen.
+Judgements are counted as the paper counts them: one verdict about one candidate or pair.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_sip.config.settings import Settings
 from megatron_sip.judge.prompts import PromptFile, builtin_prompt, read_prompt_file
 from megatron_sip.judge.rewriter import REWRITE_ROOM
 from megatron_sip.judge.schedules import SMALL_GROUP, make_schedule, planned_pairs, votes_in_orders
-from megatron_sip.judge.settings import LIKELIHOOD, REWRITE, JudgeSettings, ScheduleSettings, asks_server
+from megatron_sip.judge.settings import LIKELIHOOD, REWRITE, JudgeSettings, ScheduleSettings, asks_server, is_pairwise
 from megatron_sip.records import CandidateKind
 
 CHARACTERS_PER_TOKEN = 4
@@ -328,6 +328,10 @@ def _judge(run: Settings, settings: JudgeSettings) -> list[str]:
         if name != LIKELIHOOD and (tokens := _written_tokens(settings, name)):
             how += f", up to {tokens} tokens each"
         lines.append(f"{name} (weight {weight:g}): {how}; {judgements} {kind} a prompt")
+    if settings.audit_rate and settings.schedule.is_sparse and any(map(is_pairwise, settings.criteria)):
+        lines.append(
+            f"audit: in {settings.audit_rate:.2%} of the groups all pairs as well, beyond what is counted below"
+        )
     return lines
 
 

@@ -16,6 +16,7 @@ from megatron_sip.config.prepare_flags import (
     READ_FLAGS,
     UNIT_SECONDS,
     VERDICT_FLAGS,
+    VOTES_TOP_P,
     WRITTEN,
     cut_settings,
     output_settings,
@@ -51,7 +52,7 @@ def add_prefixes_flags(parser: argparse.ArgumentParser) -> None:
     add_teacher_flags(group)
     add_flags(group, {name: JUDGE_FLAGS[name] for name in (*VERDICT_FLAGS, "--judge-cache")})
     parser.set_defaults(role="policy", no_cut=False, format=["sip"])
-    parser.set_defaults(judge_deadline=UNIT_SECONDS, teacher_timeout=CALL_SECONDS)
+    parser.set_defaults(judge_deadline=UNIT_SECONDS, teacher_timeout=CALL_SECONDS, judge_top_p=VOTES_TOP_P)
 
 
 def prefixes_work(args: argparse.Namespace) -> PrefixesWork:

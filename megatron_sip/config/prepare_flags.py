@@ -131,6 +131,8 @@ UNIT_SECONDS = 24 * 3600.0
 """Documents wait that long for servers that are down."""
 CALL_SECONDS = 600.0
 """For one attempt of a call whose answer is hundreds of tokens, beside many others."""
+VOTES_TOP_P = 1.0
+"""The trainer's default, 0.6, would make all votes the same of a judge that is 60% sure, where being unanimous is the test."""
 VERDICT_FLAGS = (
     "--judge-temperature",
     "--judge-top-p",
@@ -174,7 +176,7 @@ def _add_label_flags(parser: argparse.ArgumentParser, title: str) -> None:
     group = parser.add_argument_group("the model that is asked")
     add_teacher_flags(group)
     add_flags(group, {name: JUDGE_FLAGS[name] for name in (*VERDICT_FLAGS, "--judge-cache")})
-    parser.set_defaults(judge_deadline=UNIT_SECONDS, teacher_timeout=CALL_SECONDS)
+    parser.set_defaults(judge_deadline=UNIT_SECONDS, teacher_timeout=CALL_SECONDS, judge_top_p=VOTES_TOP_P)
 
 
 def judgements_work(args: argparse.Namespace) -> QualityWork | LabelWork | GroupWork:

@@ -76,8 +76,9 @@ class Judge(AsksTeacher):
         self._functions = [item.criterion for item in self._criteria if isinstance(item.criterion, PythonCriterion)]
         self._means: dict[str, Mean] = {}
         pairwise = [item.setting for item in self._criteria if isinstance(item.criterion, Pairwise)]
-        sparse = settings.schedule.name not in ("all_pairs", "all_pairs_swap")
-        self._all_pairs = {name: make_criterion(name, settings, AllPairs()) for name in pairwise if sparse}
+        self._all_pairs = {
+            name: make_criterion(name, settings, AllPairs()) for name in pairwise if settings.schedule.is_sparse
+        }
         self._pivot_kind = settings.schedule.pivot if settings.schedule.pivot_apart and pairwise else None
         self._ends_matter = settings.schedule.likelihood_prior or LIKELIHOOD in settings.criteria
 

@@ -208,6 +208,7 @@ class TwoEndedBT:
 
 
 def make_schedule(settings: ScheduleSettings) -> Schedule:
+    both = settings.both_orders
     match settings.name:
         case "all_pairs":
             return AllPairs()
@@ -216,9 +217,9 @@ def make_schedule(settings: ScheduleSettings) -> Schedule:
         case "pivot":
             return Pivot(settings.pivot)
         case "circulant_bt":
-            return CirculantBT(settings.degree, balanced=not settings.both_orders)
+            return CirculantBT(settings.degree, both_orders=both, balanced=not both)
         case "two_ended_bt":
-            return TwoEndedBT(settings.budget, balanced=not settings.both_orders)
+            return TwoEndedBT(settings.budget, both_orders=both, balanced=not both)
     raise ValueError(f"unknown schedule '{settings.name}'")
 
 

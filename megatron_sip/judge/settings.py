@@ -160,7 +160,7 @@ class ClientSettings:
 class ScheduleSettings:
     """Which pairs a pairwise criterion asks for; see schedules.py.
 
-    both_orders: read soft verdicts in both orders also under circulant_bt and two_ended_bt, for twice the calls: for judges
+    both_orders: ask every pair in both orders also under circulant_bt and two_ended_bt, for twice the verdicts: for judges
     whose position bias is strong. pivot_competes: the pivot is one of the candidates, with a constant 0.5; otherwise it is
     compared only, and is neither scored nor selected.
     """
@@ -172,6 +172,11 @@ class ScheduleSettings:
     likelihood_prior: bool = False
     both_orders: bool = False
     pivot_competes: bool = False
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether pairs are left out, so that an audit by all of them says something."""
+        return self.name not in ("all_pairs", "all_pairs_swap")
 
     @property
     def pivot_apart(self) -> bool:

@@ -110,7 +110,7 @@ def server_command(settings: ServerSettings, port: int, store_port: int, on_cpu:
         f"--model-path={settings.model_path}",
         f"--host={HOST}",
         f"--port={port}",
-        f"--nccl-port={store_port}",  # which SGLang would find free, and bind later
+        *(() if _is_data_parallel(settings) else (f"--nccl-port={store_port}",)),
         f"--dtype={settings.dtype}",
         "--skip-server-warmup",
         "--log-level-http=warning",  # no line for each of the millions of requests of a run
@@ -119,6 +119,11 @@ def server_command(settings: ServerSettings, port: int, store_port: int, on_cpu:
         *(("--enable-memory-saver",) if settings.memory_saver and not on_cpu else ()),
         *settings.extra_args,
     ]
+
+
+def _is_data_parallel(settings: ServerSettings) -> bool:
+    """Then each part of the server needs a store of its own, whose port SGLang finds free, and binds later."""
+    return any(flag.split("=")[0] in ("--dp-size", "--dp", "--data-parallel-size") for flag in settings.extra_args)
 
 
 def server_environment(settings: ServerSettings) -> dict[str, str]:

@@ -146,6 +146,14 @@ def test_description_of_the_papers_safety_set_up() -> None:
     assert pair_line.split()[2:] == ["680", "174,080", "348,160,000"]
 
 
+def test_an_audit_by_all_pairs_is_told_where_there_is_one() -> None:
+    sparse = ("--preset", "safety", "--judge-schedule", "circulant_bt")
+    told = "  judge       audit: in 1.00% of the groups all pairs as well, beyond what is counted below"
+    assert told in describe(dry_run_settings(*sparse)).splitlines()
+    for flags in (("--preset", "safety"), (*sparse, "--judge-audit-rate", "0"), ("--preset", "from-scratch")):
+        assert "audit" not in describe(dry_run_settings(*flags))
+
+
 def test_what_a_reasoning_judge_behind_a_rate_limit_costs() -> None:
     flags = (
         *("--preset", "safety-suffix-1", "--teacher-api", "openai", "--teacher-name", "m", "--teacher-url"),

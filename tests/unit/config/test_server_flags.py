@@ -144,6 +144,10 @@ def test_engines_beside_the_trainer_take_a_part_of_its_gpus_and_can_free_it(monk
     assert made.rollouts.colocate
     assert servers.engine is not None
     assert (servers.engine.mem_fraction, servers.engine.memory_saver, servers.share_gpus) == (0.4, True, True)
+    stores = [word for word in server_command(servers.engine, 1, 2, on_cpu=False) if word.startswith("--nccl-port")]
+    assert stores == ["--nccl-port=2"]
+    parallel = replace(servers.engine, extra_args=("--dp-size=2",))
+    assert not [word for word in server_command(parallel, 1, 2, on_cpu=False) if word.startswith("--nccl-port")]
     assert "--enable-memory-saver" in server_command(servers.engine, 1, 2, on_cpu=False)
     assert "--enable-memory-saver" not in server_command(servers.engine, 1, 2, on_cpu=True)
     own = settings("--colocate", "--rollout-local", "1", "--local-server-memory", "0.3", rollout_url=None)

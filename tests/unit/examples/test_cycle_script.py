@@ -217,7 +217,14 @@ def test_a_job_that_is_stopped_before_its_time_limit_saves_and_is_requeued_while
     checkpoints.mkdir(parents=True)
     (checkpoints / TRACKER).write_text("25")
     assert (job.stopped(), job.requeues()) == (0, 4)
-    assert (tmp_path / "saved").read_text() == 5 * "saved\n"
+    for _ in range(3):
+        job.stopped()
+    (tmp_path / "run" / "text" / ".staged").mkdir(parents=True)
+    (tmp_path / "run" / "text" / ".staged" / "half").write_text("of what begins anew")
+    assert (job.stopped(), job.requeues()) == (1, 6)
+    (tmp_path / "run" / "text" / "000000.jsonl").write_text("what a stage without checkpoints has written\n")
+    assert (job.stopped(), job.requeues()) == (0, 7)
+    assert (tmp_path / "saved").read_text() == 10 * "saved\n"
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def test_every_server_has_its_own_gpus_port_and_seed_on_nodes_of_its_role(script
     options = [server_options(words) for words in engines]
     assert [o["base-gpu-id"] for o in options] == ["0", "2", "4", "6"] * 2
     assert [o["port"] for o in options] == ["10020", "10021", "10022", "10023"] * 2
+    assert [o["nccl-port"] for o in options] == ["10024", "10025", "10026", "10027"] * 2  # not one that SGLang draws
     assert len({o["random-seed"] for o in options}) == 8
     assert {o["tp-size"] for o in options} == {"2"}
     assert {o["load-format"] for o in options} == {"dummy"}

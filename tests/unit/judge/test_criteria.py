@@ -101,6 +101,19 @@ async def test_soft_all_pairs_reads_both_orders_and_circulant_one() -> None:
         assert result.scores == pytest.approx([0.5] * 4, abs=0.12 if name == "circulant_bt" and not both else 1e-6)
 
 
+@pytest.mark.parametrize(("name", "calls"), [("circulant_bt", 12), ("two_ended_bt", 8)])
+async def test_with_both_orders_every_hard_vote_is_asked_in_both(name: str, calls: int) -> None:
+    seen: list[Call] = []
+    schedule = ScheduleSettings(name, degree=4, budget=6, both_orders=True)
+    await quality(lambda call: [1.0] * call.n, seen, votes=1, schedule=schedule)  # type: ignore[union-attr]
+    shown = [
+        tuple(text for text in ("\na\n", "\nbb\n", "\nccc\n", "\ndddd\n") if text in "".join(call.prompt))
+        for call in seen
+    ]  # type: ignore[union-attr]
+    assert len(seen) == calls
+    assert set(Counter(shown).values()) == {2}
+
+
 async def test_repeated_questions_are_new_draws() -> None:
     """An adaptive schedule asks an undecided pair again: that must be another sample, not the cached one."""
     seen: list[Call] = []

@@ -40,7 +40,7 @@ async def test_prefixes_that_all_votes_call_unsafe_become_tasks(words: tuple[Any
     texts = [record["text"] for record in read_lines(tmp_path / "web.jsonl")]
     async with FakeJudge() as judge:
         unsafe = await ask(judge, *words, "--keep", "unsafe", "--samples", "10", "--out", tmp_path / "unsafe")
-        assert {body["n"] for body in judge.bodies} == {8}
+        assert {(body["n"], body.get("top_p", 1.0)) for body in judge.bodies} == {(8, 1.0)}
         await ask(judge, *words, "--keep", "safe", "--samples", "12", "--out", tmp_path / "safe")
     records = read_lines(tmp_path / "unsafe" / "prefixes.jsonl")
     wanted = [text for text in texts if is_test(text) and text.startswith("unsafe")]
