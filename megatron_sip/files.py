@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +25,12 @@ def staged_beside(path: Path) -> Path:
 
 def sweep_staged(folder: Path, whole: bool = False) -> None:
     """Remove what processes of this machine that are dead left half-written below `folder`; with `whole` what any left."""
-    for path in folder.rglob(".*.partial"):
+    for path in list(folder.rglob(".*.partial")):
         of, _, process = path.name.removesuffix(".partial").rpartition(".")
         dead = of.endswith(f".{socket.gethostname()}") and process.isdigit() and not Path("/proc", process).exists()
-        if whole or dead:
+        if (whole or dead) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif whole or dead:
             path.unlink(missing_ok=True)
 
 

@@ -186,6 +186,7 @@ def plan(words: Sequence[str]) -> dict[str, Any]:
             raise ArgumentError(f"--roles {shown}: a model does not fit, or the prompts do not divide")
         report["given"] = figures(request, split)
     if own.json:
+        own.json.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(own.json, json.dumps(report, indent=1) + "\n")
     return report
 

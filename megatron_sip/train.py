@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sip.checkpoints.folder import TRACKER
+from megatron_sip.child_processes import kill_with_parent
 from megatron_sip.config.checks import explained
 from megatron_sip.config.dry_run import describe
 from megatron_sip.config.early_checks import check_flags
@@ -41,7 +42,6 @@ from megatron_sip.experience.selection import ALL_ALIKE
 from megatron_sip.files import DiskError
 from megatron_sip.gathering import begin_ahead, finish_ahead, take_experience
 from megatron_sip.metrics import Metrics, merge
-from megatron_sip.serving.guard import kill_with_parent
 from megatron_sip.stop_signal import StopSignal
 from megatron_sip.training.non_finite import MAX_NON_FINITE_STEPS, in_a_row
 from megatron_sip.training.run_lock import RunLock
@@ -332,7 +332,7 @@ def timed(name: str, *actions: Callable[[], Metrics | None]) -> Metrics:
     return metrics | {name: time.monotonic() - started}
 
 
-if __name__ == "__mp_main__":  # a tokeniser's process or a judge function's, which import this module too
+if __name__ == "__mp_main__":  # a judge function's process, which imports this module too
     kill_with_parent()
 if __name__ == "__main__":
     main()

@@ -20,11 +20,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_sip.config.flags import REWRITE_FLAGS, add_flags, add_teacher_flags
+from megatron_sip.config.settings import tokenize_settings
 from megatron_sip.config.teacher_settings import rewriter_settings
 from megatron_sip.data.documents import DEFAULT_SPLIT, open_splits
 from megatron_sip.data.roles import ROLES
 from megatron_sip.data.tasks import TaskSettings, TaskSource
-from megatron_sip.data.tokenization import TokenizeSettings
 from megatron_sip.errors import UserError
 from megatron_sip.judge import Rewriter
 
@@ -42,6 +42,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="begin documents with BOS, as the trainer does",
     )
+    parser.add_argument("--data-cache-path", help="folder in which tokens of text are kept, as the trainer's")
     parser.add_argument("--split", help=f"train,valid,test shares; the train part is rewritten; {DEFAULT_SPLIT}")
     parser.add_argument(
         "--subset", choices=ROLES, help="of corpora with roles and splits of their own, as the trainer's"
@@ -74,8 +75,9 @@ async def rewrite_corpus(args: argparse.Namespace) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    how = TokenizeSettings(text_field=args.text_field, prepend_bos=args.prepend_bos)
-    corpus = open_splits(["train"], args.data_path, args.split, args.subset, tokenizer, how)["train"]
+    corpus = open_splits(["train"], args.data_path, args.split, args.subset, tokenizer, tokenize_settings(args))[
+        "train"
+    ]
     settings = TaskSettings(args.seq_length, args.suffix_length, args.task_mode, args.seed, args.min_prefix_length)
     tasks = TaskSource(corpus, tokenizer, settings)
     async with Rewriter(rewriter_settings(args), tokenizer, args.suffix_length) as rewriter:

@@ -13,9 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_sip.child_processes import kill_with_parent
 from megatron_sip.console import bars
 from megatron_sip.corpus.folder import CorpusError
-from megatron_sip.serving.guard import kill_with_parent
 
 _POLL_S = 0.2
 _BYTES_PER_PROCESS = 1 << 22

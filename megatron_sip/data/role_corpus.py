@@ -24,7 +24,7 @@ MADE_BY = "megatron-sip-prepare roles"
 NO_CORPUS = "--data-path {entry}: {problem}: with {flag} name folders that {made_by} finished"
 
 
-def role_paths(data_path: Sequence[str], role: DocumentRole, split: Split, flag: str = "--subset") -> list[str]:
+def role_paths(data_path: Sequence[str], role: DocumentRole, split: Split) -> list[str]:
     """Entries of --data-path, weights among them, with each folder replaced by a pattern of its files of the role and split.
 
     A folder without a held-out document is left out with its weight, and that is said, unless none has one.
@@ -40,7 +40,7 @@ def role_paths(data_path: Sequence[str], role: DocumentRole, split: Split, flag:
             weight.append(entry)
             continue
         folder = Path(entry).expanduser()
-        counts = _manifest(folder, flag)[1]
+        counts = _manifest(folder, "--subset")[1]
         if counts.get(f"{role}/{split}"):
             listed_files(folder, read_json(folder / MANIFEST, "the manifest of a corpus"), f"{role}/{split}")
             entries += [*weight, str(Path(glob.escape(str(folder))) / DOCUMENTS / role / split / "*.jsonl.zst")]

@@ -64,9 +64,11 @@ def hash_documents(documents: Iterable[npt.NDArray[np.generic]]) -> Hashes:
 
 
 def count_shared_texts(train: Corpus, test: Corpus, around: tuple[int | None, int | None], cache: Path) -> SharedTexts:
-    """Compare two splits of one corpus. `around`: the tokenizer's BOS and EOS, which are no text; `cache`: where the hashes
-    of token stores that have none are kept."""
-    prefixes = [prefix for source in train.sources for prefix in source.prefixes]
+    """Compare two splits, of one corpus or each of files of its own.
+
+    `around`: the tokenizer's BOS and EOS, which are no text; `cache`: where the hashes of token stores that have none are kept.
+    """
+    prefixes = list(dict.fromkeys(prefix for source in (*train.sources, *test.sources) for prefix in source.prefixes))
     files = {prefix: file for prefix in prefixes if (file := _hash_file(prefix, around, cache)) is not None}
     held = np.concatenate([np.zeros(0, np.uint64), *_split_hashes(test, files)])
     held = held[held != hash_documents([np.zeros(0)])]

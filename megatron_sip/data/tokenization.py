@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -29,12 +28,13 @@ import numpy.typing as npt
 import tokenizers
 from tqdm import tqdm
 
+from megatron_sip.child_processes import kill_with_parent
 from megatron_sip.console import bars
 from megatron_sip.data.shared_texts import hash_documents, hash_path
 from megatron_sip.data.text_sources import TextBatch, read_texts, source_suffix
 from megatron_sip.data.token_store import TokenStore, TokenStoreWriter, token_dtype
 from megatron_sip.errors import DataError, UserError
-from megatron_sip.files import move_into_place
+from megatron_sip.files import move_into_place, staged_beside, sweep_staged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,6 +160,7 @@ class _Worker:
 
     @classmethod
     def start(cls, encoder: DocumentEncoder) -> None:
+        kill_with_parent()
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool is the parallelism
         cls.encoder, cls.backend = encoder, encoder.backend()
 
@@ -272,8 +273,9 @@ def _finished(entry: Path) -> TokenizeReport | None:
 
 
 def _fill(entry: Path, source: Path, encoder: DocumentEncoder, settings: TokenizeSettings) -> TokenizeReport:
-    with tempfile.TemporaryDirectory(prefix=f".{entry.name}-", dir=entry.parent, ignore_cleanup_errors=True) as work:
-        staged = Path(work) / "entry"
+    sweep_staged(entry.parent)
+    staged = staged_beside(entry)
+    try:
         staged.mkdir()
         report = tokenize_file(source, staged / "tokens", encoder, settings, hash_path(staged / "tokens"))
         (staged / "report.json").write_text(json.dumps(asdict(report), indent=1))
@@ -283,4 +285,6 @@ def _fill(entry: Path, source: Path, encoder: DocumentEncoder, settings: Tokeniz
         if _finished(entry) is None:
             shutil.rmtree(entry, ignore_errors=True)  # a damaged entry, e.g. emptied by hand
             move_into_place(staged, entry)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
     return report

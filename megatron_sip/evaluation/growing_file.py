@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from megatron_sip.errors import DataError
 from megatron_sip.files import described
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Meanwhile no other process of this machine adds to `path`. Raises DataError where one does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
+            yield
+    except filelock.Timeout as error:
+        raise DataError(f"{path}: another process is adding to it; wait for it, or name another file") from error
 
 
 def begin(path: Path, header: Mapping[str, Any], what: str) -> int:

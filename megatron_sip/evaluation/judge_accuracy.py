@@ -22,6 +22,8 @@ from megatron_sip.judge.exam import Question, Reply
 from megatron_sip.judge.labelled_tasks import judge_prompt
 
 ALL = "all"
+FIELDS = ("model", ALL, "failed", "subsets")
+"""Of a report."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from megatron_sip.judge.labelled_tasks import judge_prompt
 
 UNREAD = "unread"
 FAILED = "no answer"
+FIELDS = ("model", "continuations", "criteria")
+"""Of a report."""
 
 
 def read_continuations(path: Path, candidate_field: str | None, limit: int | None = None) -> list[dict[str, str]]:
@@ -62,7 +64,7 @@ def label_run(
     labels = {name: [_label(name, next(given)) for _ in continuations] for name in criteria}
     return {
         "model": model,
-        "continuations": [_digest(texts) for texts in continuations],
+        "continuations": _digests(continuations),
         "criteria": {
             name: {"counts": dict(Counter(own)), "order": list(_labels(name)), "labels": own}
             for name, own in labels.items()
@@ -86,16 +88,24 @@ def _labels(criterion: str) -> Mapping[str, float]:
     return rule.values
 
 
+def require_same(continuations: Sequence[Mapping[str, str]], report: Mapping[str, Any], name: str) -> None:
+    """Raises DataError for a report about other continuations, with which nothing can be compared."""
+    if report["continuations"] != _digests(continuations):
+        raise DataError(f"--beside {name}: {report['model']} was asked about other continuations: use the same file")
+
+
+def _digests(continuations: Sequence[Mapping[str, str]]) -> list[str]:
+    return [_digest(texts) for texts in continuations]
+
+
 def _digest(texts: Mapping[str, str]) -> str:
     content = "\0".join(texts[name] for name in sorted(texts))
     return hashlib.blake2b(content.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def agreement(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
-    """Share of the continuations to which both runs gave the same label, by criterion that both asked; of those that both
-    gave one to. Raises DataError for runs about other continuations."""
-    if one["continuations"] != other["continuations"]:
-        raise DataError(f"{one['model']} and {other['model']} were asked about other continuations: use the same file")
+    """Share of the same continuations (see `require_same`) to which both runs gave the same label, by criterion that both
+    asked; of those that both gave one to."""
     shares = {}
     for name in one["criteria"]:
         if name in other["criteria"]:

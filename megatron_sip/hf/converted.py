@@ -23,11 +23,12 @@ from pathlib import Path
 import filelock
 
 from megatron_sip.checkpoints.folder import TRACKER, weights_folder
+from megatron_sip.child_processes import kill_with_parent
 from megatron_sip.console import say
 from megatron_sip.errors import UserError
 from megatron_sip.files import move_into_place
 from megatron_sip.hf.folder import HF_SUBFOLDER
-from megatron_sip.serving.guard import kill_with_parent, own_environment
+from megatron_sip.serving.guard import own_environment
 
 DEFAULT_CACHE = Path("~/.cache/megatron_sip/checkpoints")  # expanded where it is used: a container may have no home
 EXPORTS = Path("~/.cache/megatron_sip/exports")

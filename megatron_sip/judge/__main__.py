@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron_sip.config.judge_flags import add_accuracy_flags, add_labels_flags, exam_settings
 from megatron_sip.console import bars
-from megatron_sip.errors import UserError
+from megatron_sip.errors import DataError, UserError
 from megatron_sip.evaluation import judge_accuracy, judge_labels
 from megatron_sip.files import read_json, write_atomically
 from megatron_sip.judge.exam import Exam, ExamSettings, Question, Reply
@@ -57,7 +57,8 @@ def list_prompts() -> str:
 def run_accuracy(given: argparse.Namespace) -> str:
     """Table 8 as Markdown; the figures as JSON where --save says."""
     labelled = judge_accuracy.read_labelled(given.records, given.split)
-    earlier = [read_json(Path(name), "a report of `accuracy --save`") for name in given.beside]
+    earlier = [read_report(Path(name), "a report of `accuracy --save`", judge_accuracy.FIELDS) for name in given.beside]
+    make_room(given.save)
     with examined(given) as settings:
         replies, model = ask(settings, [one.question for one in labelled])
     report = judge_accuracy.accuracy(labelled, replies, model, given.seed)
@@ -69,7 +70,10 @@ def run_labels(given: argparse.Namespace) -> str:
     """Tables 10 to 13 as Markdown; the labels as JSON where --save says."""
     continuations = judge_labels.read_continuations(given.prefixes, given.candidate_field, given.limit)
     questions = judge_labels.questions(continuations, given.criteria)
-    earlier = [read_json(Path(name), "a report of `labels --save`") for name in given.beside]
+    earlier = [read_report(Path(name), "a report of `labels --save`", judge_labels.FIELDS) for name in given.beside]
+    for name, report in zip(given.beside, earlier, strict=True):
+        judge_labels.require_same(continuations, report, name)
+    make_room(given.save)
     with examined(given) as settings:
         replies, model = ask(settings, questions)
     report = judge_labels.label_run(continuations, given.criteria, replies, model)
@@ -97,6 +101,20 @@ def ask(settings: ExamSettings, questions: Sequence[Question]) -> tuple[list[Rep
                 return await exam.ask(questions, bar.update), Path(exam.model).name
 
     return asyncio.run(asked())
+
+
+def read_report(path: Path, what: str, fields: Sequence[str]) -> dict[str, Any]:
+    """What --beside names: looked at before anything is asked. Raises DataError."""
+    report = read_json(path, what)
+    if not isinstance(report, dict) or not set(fields) <= report.keys():
+        raise DataError(f"--beside {path}: it is not {what}, which has {', '.join(fields)}")
+    return report
+
+
+def make_room(path: str | None) -> None:
+    """The folder of --save, before anything is asked. Raises OSError."""
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def save(path: str | None, report: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
-from megatron_sip.serving.guard import kill_with_parent
+from megatron_sip.child_processes import kill_with_parent
 from megatron_sip.serving.launch import reserve_port
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

@@ -10,7 +10,6 @@ what PR_SET_PDEATHSIG is good for here: the guard has one thread). Linux only, s
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import signal
@@ -18,15 +17,10 @@ import subprocess
 import sys
 import time
 
+from megatron_sip.child_processes import kill_with_parent
+
 GRACE_S = 10.0
 """Seconds between SIGTERM and SIGKILL for the command after its parent has gone."""
-
-PR_SET_PDEATHSIG = 1
-
-
-def kill_with_parent() -> None:
-    """From now on the kernel kills this process when the thread that started it ends, however that comes about."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def own_environment() -> dict[str, str]:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from megatron_sip.serving.guard import kill_with_parent
+from megatron_sip.child_processes import kill_with_parent
 from megatron_sip.serving.node import node_variables, private_folder
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_sip"
 
 ROOMS = [
-    *("errors", "console", "files", "step_watch", "stop_signal", "records", "metrics"),
+    *("errors", "console", "files", "child_processes", "step_watch", "stop_signal", "records", "metrics"),
     *("checkpoints", "kernels", "data", "platform", "model", "serving", "hf", "judge", "rollout"),
     *(
         "experience",

@@ -12,23 +12,26 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_sip.config.settings import task_settings
+from megatron_sip.config.settings import task_settings, tokenize_settings
 from megatron_sip.config.unused_flags import refuse_unused
 from megatron_sip.console import bars
 from megatron_sip.data.documents import DEFAULT_SPLIT, Corpus, open_splits
 from megatron_sip.data.roles import ROLES, SPLITS
 from megatron_sip.data.tasks import TaskSource
-from megatron_sip.data.tokenization import TokenizeSettings
 from megatron_sip.errors import DataError
 from megatron_sip.evaluation.diversity import diversity
 from megatron_sip.evaluation.generation import DrawsTasks, Generations, Repeated, generate
+from megatron_sip.evaluation.growing_file import alone
 from megatron_sip.evaluation.served_model import add_model_flags, engines_of, open_model, pool_settings
 from megatron_sip.evaluation.suites.prompt_tasks import set_tasks
 from megatron_sip.rollout.pool import SGLangPool
 from megatron_sip.rollout.sampling import SamplingSettings
 
 ABOUT = "continue held-out prefixes, or prompts of a public set"
-OF_DOCUMENTS = ("--text-field", "--split", "--subset", "--part", "--min-prefix-length", "--task-mode")
+OF_DOCUMENTS = (
+    *("--text-field", "--data-cache-path", "--split", "--subset", "--part"),
+    *("--min-prefix-length", "--task-mode"),
+)
 BATCHES_IN_FLIGHT = 4
 """Tasks of a batch, which is written when it is done, for each call in flight: few engines wait for a batch's last ones."""
 
@@ -52,6 +55,7 @@ def add_task_flags(parser: argparse.ArgumentParser, source: Any) -> None:
     source.add_argument("--data-path", nargs="+", required=source is parser, help="sources, as the trainer takes them")
     parser.add_argument("--text-field", default="text", help="field of jsonl and parquet records that holds the text")
     parser.add_argument("--prepend-bos", choices=("auto", "on", "off"), default="auto", help="as the trainer's")
+    parser.add_argument("--data-cache-path", help="folder in which tokens of text are kept, as the trainer's")
     parser.add_argument("--split", help=f"shares of train, valid and test, as the trainer was told; {DEFAULT_SPLIT}")
     parser.add_argument(
         "--subset", choices=ROLES, help="of corpora with roles and splits of their own, as the trainer's"
@@ -91,6 +95,7 @@ def run(given: argparse.Namespace) -> None:
     drawn = drawn.repeated(given.num_rollouts)
     pool = pool_settings(given, drawn.vocab_size)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(alone(given.output))
         urls = stack.enter_context(engines_of(model, given, given.output, given.seq_length))
         bar = stack.enter_context(tqdm(total=drawn.samples, desc="prefixes", unit="prefix", file=bars()))
 
@@ -141,8 +146,7 @@ def check_samples(given: argparse.Namespace) -> None:
 
 def open_split(given: argparse.Namespace, tokenizer: Any) -> Corpus:
     """The documents that the flags name. Raises DataError."""
-    how = TokenizeSettings(text_field=given.text_field, prepend_bos=given.prepend_bos)
-    splits = open_splits([given.part], given.data_path, given.split, given.subset, tokenizer, how)
+    splits = open_splits([given.part], given.data_path, given.split, given.subset, tokenizer, tokenize_settings(given))
     return splits[given.part]
 
 

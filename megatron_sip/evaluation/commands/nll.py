@@ -17,6 +17,7 @@ from megatron_sip.console import bars
 from megatron_sip.data.tasks import TaskSettings, TaskSource
 from megatron_sip.errors import DataError
 from megatron_sip.evaluation.commands.generate import BATCHES_IN_FLIGHT, add_task_flags, check_samples, open_split
+from megatron_sip.evaluation.growing_file import alone
 from megatron_sip.evaluation.nll import Measured, measure, nll_result
 from megatron_sip.evaluation.results import write_results
 from megatron_sip.evaluation.served_model import Model, add_model_flags, engines_of, open_model, pool_settings
@@ -52,7 +53,7 @@ def run(given: argparse.Namespace) -> None:
     model = open_model(given)
     corpus = open_split(given, model.tokenizer)
     sources = {of: TaskSource(corpus, model.tokenizer, how) for of, how in settings.items()}
-    with engines_of(model, given, given.output, given.seq_length) as urls:
+    with alone(given.output), engines_of(model, given, given.output, given.seq_length) as urls:
         pool = pool_settings(given, corpus.vocab_size)
         found = {of: asyncio.run(measured(given, model, of, tasks, urls, pool)) for of, tasks in sources.items()}
     results = [nll_result(lines, of, given.seed) for of, lines in found.items()]

@@ -44,4 +44,5 @@ def run(given: argparse.Namespace) -> None:
     if given.output is None:
         print(markdown(tables), end="")
     else:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(given.output, html(tables) if given.output.suffix == ".html" else markdown(tables))

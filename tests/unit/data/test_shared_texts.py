@@ -55,6 +55,17 @@ def test_what_is_counted(tmp_path_factory: pytest.TempPathFactory, files: list[l
     count(weighted, folder / "cache", "2,0,1")
 
 
+def test_splits_in_files_of_their_own_are_compared_too(tmp_path: Path) -> None:
+    """As --subset has them."""
+    how = TokenizeSettings(cache_dir=tmp_path / "cache")
+    train, test = (
+        open_corpus([write_texts(tmp_path / name, texts)], TOKENIZER, how, len(TOKENIZER)).split("1,0,0")["train"]
+        for name, texts in (("train.jsonl", ["a", "b", "c"]), ("test.jsonl", ["c", "d", "a", "e"]))
+    )
+    found = count_shared_texts(train, test, (BOS, EOS), tmp_path / "cache")
+    assert (found.documents, found.shared, found.uncounted) == (4, 2, ())
+
+
 def test_text_and_token_files_are_compared_whatever_their_bos_eos_and_type(tmp_path: Path) -> None:
     texts = [f"{text} {i}" for i, text in enumerate(MULTILINGUAL * 4)]
     data = [write_texts(tmp_path / "a.jsonl", texts)]

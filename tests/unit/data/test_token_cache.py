@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import socket
 from pathlib import Path
 
 import filelock
@@ -51,6 +52,17 @@ def test_truncation_set_on_the_callers_tokenizer_is_neither_used_nor_changed(
     corpus = open_corpus([str(write_jsonl(tmp_path / "a.jsonl", [TEXTS[0]]))], tokenizer, settings)
     assert len(stored(corpus)[0]) > 3
     assert tokenizer.backend_tokenizer.truncation["max_length"] == 2
+
+
+def test_what_a_killed_process_left_half_made_is_removed(tmp_path: Path, settings: TokenizeSettings) -> None:
+    dead, other = (
+        settings.cache_dir / f".a.jsonl-key.{host}.4194304.partial" for host in (socket.gethostname(), "other")
+    )
+    for folder in (dead, other):  # no Linux process has that number
+        folder.mkdir(parents=True)
+        (folder / "tokens.bin").write_bytes(b"half")
+    open_corpus([str(write_jsonl(tmp_path / "a.jsonl", TEXTS))], TOKENIZER, settings)
+    assert [path.name for path in settings.cache_dir.glob(".*.partial")] == [other.name]
 
 
 def test_a_failed_source_leaves_no_cache_entry(tmp_path: Path, settings: TokenizeSettings) -> None:

@@ -18,6 +18,7 @@ from megatron_sip.evaluation.judge_labels import (
     markdown,
     questions,
     read_continuations,
+    require_same,
 )
 from megatron_sip.judge.__main__ import main
 from megatron_sip.judge.exam import Reply
@@ -45,8 +46,9 @@ def test_labels_and_agreement_are_counted() -> None:
     shown = markdown(one, [two])
     assert "| factuality:v1 | 2 (50.0%) | 1 (25.0%) | 1 (25.0%) |" in shown
     assert "66.67% - 100.00% (83.33%)" in shown
-    with pytest.raises(DataError, match="other continuations"):
-        agreement(one, label_run(TEXTS[:1], CRITERIA, [Reply((1.0,))] * 2, "three"))
+    require_same(TEXTS, one, "one.json")
+    with pytest.raises(DataError, match=r"--beside one\.json: one was asked about other continuations"):
+        require_same(TEXTS[:1], one, "one.json")
 
 
 def test_only_single_texts_have_labels() -> None:
@@ -79,12 +81,22 @@ async def test_the_command_asks_each_criterion_about_each_continuation(
         "--candidate-field",
         "rollout",
         "--save",
-        str(tmp_path / "a.json"),
+        str(tmp_path / "new" / "a.json"),
     ]
     async with FakeJudge(answer=answer) as judge:
         client = ["--teacher-url", judge.url, "--teacher-api", "openai", "--teacher-name", "truth"]
         await asyncio.to_thread(main, [*words, *client])
         assert judge.requests == 10
-        await asyncio.to_thread(main, [*words[:-2], *client, "--limit", "5", "--beside", str(tmp_path / "a.json")])
+        beside = ["--beside", str(tmp_path / "new" / "a.json")]
+        await asyncio.to_thread(main, [*words[:-2], *client, "--limit", "5", *beside])
+        asked = judge.requests
+        (tmp_path / "other.json").write_text('{"model": "m", "all": {}, "failed": 0, "subsets": {}}')
+        for wrong, told in (
+            (["--limit", "3", *beside], "was asked about other continuations"),
+            (["--beside", str(tmp_path / "other.json")], "it is not a report of `labels --save`, which has model"),
+        ):
+            with pytest.raises(SystemExit, match=told):
+                await asyncio.to_thread(main, [*words, *client, *wrong])
+        assert judge.requests == asked, "nothing is asked for what could not be compared"
     assert "4 (80.0%) | 0 (0.0%) | 1 (20.0%)" in (out := capsys.readouterr().out)
     assert "100.00% - 100.00% (100.00%)" in out
