@@ -76,8 +76,7 @@ async def prepare_quality(work: QualityWork) -> dict[str, Any]:
         if quality.corruptor is not None:
             made_by["teacher"] = asked(asdict(quality.corruptor))
         make = QualityMaker(cutter, quality, corruptor)
-        check = None if corruptor is None else corruptor.check
-        return await prepare(document_source(work.reading), work.output, "judgements", make, made_by, check)
+        return await prepare(document_source(work.reading), work.output, "judgements", make, made_by, corruptor)
 
 
 async def prepare_labels(work: LabelWork) -> dict[str, Any]:
@@ -93,8 +92,7 @@ async def prepare_labels(work: LabelWork) -> dict[str, Any]:
             labeller = UnanimousVotes(judge, work.votes.judge.votes, seed)
             made_by["judge"] = asked(asdict(work.votes.judge))
         make = LabelMaker(cutter, labeller, to_record, seed)
-        check = None if judge is None else judge.check
-        return await prepare(document_source(work.reading), work.output, work.task, make, made_by, check)
+        return await prepare(document_source(work.reading), work.output, work.task, make, made_by, judge)
 
 
 async def prepare_groups(work: GroupWork) -> dict[str, Any]:
@@ -106,8 +104,8 @@ async def prepare_groups(work: GroupWork) -> dict[str, Any]:
         if work.votes is not None:
             judge = await opened_judge(stack, work.votes, work.output)
             made_by["judge"] = asked(asdict(work.votes.judge))
-        make, check = GroupMaker(work.groups, work.task, judge), None if judge is None else judge.check
-        return await prepare(source, work.output, "judgements", make, made_by, check)
+        make = GroupMaker(work.groups, work.task, judge)
+        return await prepare(source, work.output, "judgements", make, made_by, judge)
 
 
 async def opened_judge(stack: AsyncExitStack, votes: VoteSettings, output: OutputSettings) -> Judge:

@@ -34,6 +34,7 @@ class Journal:
         self.identity = orjson.loads(orjson.dumps(identity))
         self.counts: Counter[str] = Counter()
         self.position: Place = (0, 0)
+        self.teacher: str | None = None
         self._bytes = 0
         self._records = folder / ".made.jsonl"
         self._progress = folder / "progress.json"
@@ -68,6 +69,7 @@ class Journal:
             self._check(state, self._progress, besides=WRITTEN_LAST)
             self.counts = Counter(state["counts"])
             self.position = (state["position"][0], state["position"][1])
+            self.teacher = state.get("teacher")
             self._bytes = state["bytes"]
             if not self._records.exists() or self._records.stat().st_size < self._bytes:
                 raise DataError(f"{self._records} is shorter than {self._progress} says: begin anew in an empty folder")
@@ -92,6 +94,15 @@ class Journal:
                 "it, or name another --out"
             )
 
+    def made_by(self, teacher: str | None) -> None:
+        """Note the model that answers, by its name or folder. Raises PrepareError where another one made the records so far."""
+        if self.teacher not in (None, teacher):
+            raise PrepareError(
+                f"--out {self.folder}: its records so far were made by {self.teacher}, and {teacher} would go on: serve the "
+                "one that began, or name another --out"
+            )
+        self.teacher = teacher
+
     def commit(self, records: Sequence[Mapping[str, Any]], position: Place, counts: Mapping[str, int]) -> None:
         """Keep the records of a unit of documents; all before `position` is then never read again."""
         content = b"".join(orjson.dumps(record) + b"\n" for record in records)
@@ -102,6 +113,7 @@ class Journal:
         self._bytes += len(content)
         self.position, self.counts = position, Counter(counts)
         state = {"identity": self.identity, "position": position, "bytes": self._bytes, "counts": dict(counts)}
+        state |= {"teacher": self.teacher}
         write_atomically(self._progress, orjson.dumps(state, option=orjson.OPT_INDENT_2))
 
     def manifest(self) -> dict[str, Any]:
@@ -117,6 +129,7 @@ class Journal:
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest, the last of all files, and remove what only the work needed."""
-        content = orjson.dumps({**manifest, "identity": self.identity}, option=orjson.OPT_INDENT_2)
+        told = {} if self.teacher is None else {"teacher": self.teacher}
+        content = orjson.dumps({**manifest, **told, "identity": self.identity}, option=orjson.OPT_INDENT_2)
         write_atomically(self.folder / MANIFEST, content + b"\n")
         self._clean()

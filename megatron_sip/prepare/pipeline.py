@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from megatron_sip.console import bars
 from megatron_sip.data.corpus_files import digest
+from megatron_sip.judge.base import AsksTeacher
 from megatron_sip.prepare.documents import Document, DocumentReader, Place
 from megatron_sip.prepare.journal import Journal
 from megatron_sip.prepare.output import write_records
@@ -75,19 +76,20 @@ async def prepare[T](
     task: str,
     make: Make[T],
     settings: Mapping[str, Any],
-    check: Callable[[], Awaitable[None]] | None = None,
+    teacher: AsksTeacher | None = None,
     enough: int | None = None,
 ) -> dict[str, Any]:
     """The manifest of the records in `output.folder`, which are made first as far as they are not there.
 
-    task: judgements, rewrites, ...; names the files. settings: what else the records depend on. check: called before anything
-    is made, as whether a server answers; finished work needs none. enough: stop when there are so many records.
+    task: judgements, rewrites, ...; names the files. settings: what else the records depend on. teacher: who is asked, checked
+    before anything is made; finished work needs none. enough: stop when there are so many records.
     Raises PrepareError, DataError.
     """
     with Journal.open(output.folder, identity_of(source, output, task, settings)) as journal:
         if not journal.finished:
-            if check is not None:
-                await check()
+            if teacher is not None:
+                await teacher.check()
+                journal.made_by(teacher.model)
             await _make_all(source, journal, make, enough)
             kept = write_records(journal, output, task)
             journal.finish(_manifest(source, journal, kept))
@@ -144,8 +146,10 @@ def _manifest[T](source: Source[T], journal: Journal, kept: Mapping[str, Any]) -
     if not kept["total"]:
         dropped = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()) if count) or "no document"
         raise PrepareError(f"no record was made ({dropped}): {source.advice}")
+    read = source.files[: journal.position[0] + 1]  # the others may be terabytes, of which nothing was needed
+    bar = tqdm(read, desc="digests of the inputs", unit="file", file=bars(), disable=len(read) < 2)
     return {
-        "inputs": [{"path": str(path), "sha256": digest(path)} for path in source.files],
+        "inputs": [{"path": str(path), "sha256": digest(path)} for path in bar],
         "versions": {name: version(name) for name in VERSIONED},
         "documents": nested(counts, "documents"),
         "dropped": nested(counts, "dropped"),

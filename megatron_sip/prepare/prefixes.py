@@ -42,15 +42,14 @@ async def prepare_prefixes(work: PrefixesWork) -> dict[str, Any]:
     cutter, seed = Cutter(work.cutting), work.reading.seed
     made_by = {"cutting": asdict(work.cutting), "seed": seed, "keep": work.keep, "samples": work.samples}
     async with AsyncExitStack() as stack:
-        voters = None
-        check = None
+        judge = voters = None
         if work.votes is not None:
             judge = await opened_judge(stack, work.votes, work.output)
-            voters, check = UnanimousVotes(judge, work.votes.judge.votes, seed), judge.check
+            voters = UnanimousVotes(judge, work.votes.judge.votes, seed)
             made_by["judge"] = asked(asdict(work.votes.judge))
         make = PrefixMaker(cutter, voters, work.keep, seed)
         source = document_source(work.reading)
-        manifest = await prepare(source, work.output, "prefixes", make, made_by, check, enough=work.samples)
+        manifest = await prepare(source, work.output, "prefixes", make, made_by, judge, enough=work.samples)
     if (count := manifest["records"]["total"]) < work.samples:
         log.warning("--samples %d: only %d such prefixes in the %s part", work.samples, count, work.reading.split)
     return manifest

@@ -90,7 +90,7 @@ async def prepare_thoughts(work: ThoughtsWork) -> dict[str, Any]:
             output = replace(work.output, folder=work.output.folder / half)
             make = ThoughtMaker(chunker, work.thinking, writer, half)
             manifests[half] = await prepare(
-                document_source(work.reading), output, task, make, made_by | {"half": half}, writer.check
+                document_source(work.reading), output, task, make, made_by | {"half": half}, writer
             )
     return {
         name: {half: manifest[name] for half, manifest in manifests.items()}

@@ -155,3 +155,14 @@ def test_flags_that_cannot_be_are_named(
 ) -> None:
     with pytest.raises(UserError, match=says):
         run(*words, *flags, "--out", tmp_path / "out")
+
+
+def test_files_that_were_not_needed_are_not_read_for_their_digests(
+    words: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = write_records(tmp_path / "zzz.jsonl", [{"text": prose(i, 2)} for i in range(90)])
+    place = words.index("--data-path") + 2
+    words = (*words[:place], later, *words[place:], "--keep", "any", "--out")
+    for samples, files in (("15", ["web.jsonl"]), ("80", ["web.jsonl", "zzz.jsonl"])):
+        manifest = run(*words, tmp_path / samples, "--samples", samples)
+        assert [Path(one["path"]).name for one in manifest["inputs"]] == files

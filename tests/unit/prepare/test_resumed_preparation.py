@@ -12,6 +12,7 @@ from forks import forks
 from prepare_cases import files_below, run, write_documents, write_records
 
 from megatron_sip.prepare import journal, output, pipeline
+from megatron_sip.prepare.settings import PrepareError
 
 
 def command(folder: Path, out: str) -> tuple[str | Path, ...]:
@@ -104,3 +105,16 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytes
         tracemalloc.stop()
     assert peaks[1] < 1.3 * peaks[0]
     assert peaks[1] < (tmp_path / "1200.jsonl").stat().st_size
+
+
+def test_records_are_one_teacher_s(tmp_path: Path) -> None:
+    with journal.Journal.open(tmp_path, {"task": "x"}) as first:
+        first.made_by("/models/judge-8b")
+        first.commit([{"a": 1}], (0, 5), {})
+    with journal.Journal.open(tmp_path, {"task": "x"}) as other:
+        with pytest.raises(PrepareError, match="were made by /models/judge-8b, and /models/judge-70b would go on"):
+            other.made_by("/models/judge-70b")
+        other.made_by("/models/judge-8b")
+        other.finish({"records": {}})
+    with journal.Journal.open(tmp_path, {"task": "x"}) as done:
+        assert done.manifest()["teacher"] == "/models/judge-8b"
