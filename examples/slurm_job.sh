@@ -289,6 +289,9 @@ check_trainer() {
     ((ENGINE_NODES == 0)) || words+=(--rollout-url http://engine)
     ((TEACHER_NODES == 0)) || words+=(--teacher-url http://teacher)
     ((REWRITER_NODES == 0)) || words+=(--rewriter-url http://rewriter)
+    # The dry run says what the run costs, whether or not servers and texts are there.
+    ((dry_run)) || "$VENV/bin/python" -m megatron_sip.config "${words[@]}" "${trainer_flags[@]}" ||
+        fail "the trainer refuses these flags"
     WORLD_SIZE=$((TRAINER_NODES * GPUS_PER_NODE)) CUDA_DEVICE_MAX_CONNECTIONS=1 "$VENV/bin/python" -m megatron_sip.train "${words[@]}" \
         "${trainer_flags[@]}" --dry-run > "$report" || fail "the trainer refuses these flags"
 }

@@ -157,13 +157,6 @@ def _check_settings(args: argparse.Namespace) -> Iterator[str]:
 def _check_servers(args: argparse.Namespace) -> Iterator[str]:
     if args.local_server_memory is not None and not 0 < args.local_server_memory < 1:
         yield f"--local-server-memory {args.local_server_memory}: a share of a GPU's memory is between 0 and 1"
-    if args.dry_run:  # it asks no server
-        return
-    if args.replay_groups and not Path(args.replay_groups).is_dir():
-        yield f"--replay-groups {args.replay_groups}: no such folder; --save-groups of a run makes one"
-    needs = Needs.from_args(args)
-    if needs.engines and not args.rollout_url and not args.rollout_local:
-        yield ("rollouts need engines: give --rollout-url URL ..., or --rollout-local N to start them here")
     if args.rollout_url and args.rollout_local:
         yield "--rollout-url and --rollout-local exclude each other: use one"
     if args.colocate and not args.rollout_local:
@@ -173,8 +166,6 @@ def _check_servers(args: argparse.Namespace) -> Iterator[str]:
         )
     if args.colocate and args.max_staleness:
         yield "--colocate and --max-staleness 1 exclude each other: engines would sample while the trainer has their memory"
-    if needs.teacher and not args.teacher_url and not args.teacher_model:
-        yield "the judge or rewriter needs a server: give --teacher-url URL ..., or --teacher-model DIR"
     if args.teacher_replicas < 1:
         yield f"--teacher-replicas {args.teacher_replicas}: at least 1 server of --teacher-model"
     if args.teacher_replicas > 1 and not args.teacher_model:
@@ -183,11 +174,26 @@ def _check_servers(args: argparse.Namespace) -> Iterator[str]:
         url, model = getattr(args, f"{role}_url"), getattr(args, f"{role}_model")
         if url and model:
             yield f"--{role}-url and --{role}-model exclude each other: use one"
-        if model and not (Path(model) / "config.json").is_file():
-            yield f"--{role}-model {model}: no config.json there; give an HF model folder"
     for role in ROLES:
         if getattr(args, f"{role}_api") == "openai" and not getattr(args, f"{role}_name"):
             yield f"{flag_of(role, 'api')} openai needs {flag_of(role, 'name')}, the model name that the server expects"
+    if not args.dry_run:  # which asks no server and reads no file
+        yield from _missing_servers(args)
+
+
+def _missing_servers(args: argparse.Namespace) -> Iterator[str]:
+    """Who is asked, and what is read, but is not named or not there."""
+    needs = Needs.from_args(args)
+    if args.replay_groups and not Path(args.replay_groups).is_dir():
+        yield f"--replay-groups {args.replay_groups}: no such folder; --save-groups of a run makes one"
+    if needs.engines and not args.rollout_url and not args.rollout_local:
+        yield "rollouts need engines: give --rollout-url URL ..., or --rollout-local N to start them here"
+    if needs.teacher and not args.teacher_url and not args.teacher_model:
+        yield "the judge or rewriter needs a server: give --teacher-url URL ..., or --teacher-model DIR"
+    for role in ("teacher", "rewriter"):
+        model = getattr(args, f"{role}_model")
+        if model and not (Path(model) / "config.json").is_file():
+            yield f"--{role}-model {model}: no config.json there; give an HF model folder"
     for role in URL_ROLES:
         if variable := getattr(args, f"{role}_key_variable"):
             try:

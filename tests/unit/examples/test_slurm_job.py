@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 from ports import kept_port
+from tiny_tokenizer import byte_level_tokenizer
+from transformers import LlamaConfig
 
 REPO = Path(__file__).parents[3]
 
@@ -386,3 +388,19 @@ def test_job_with_too_few_nodes_says_what_to_ask_for(job: Job) -> None:
     assert process.returncode == 1
     sum_of_roles = "TRAINER_NODES + ENGINE_NODES + TEACHER_NODES + REWRITER_NODES = 3"
     assert f"the job has 2 nodes, but {sum_of_roles}: add --nodes=3 to sbatch" in output
+
+
+def test_a_judge_that_nobody_serves_is_told_before_anything_is_started(job: Job, tmp_path: Path) -> None:
+    """A dry run, which says what a run costs, does without one."""
+    policy = tmp_path / "policy"
+    byte_level_tokenizer().save_pretrained(policy / "hf")
+    LlamaConfig(vocab_size=320, num_attention_heads=4, num_key_value_heads=4).save_pretrained(policy / "hf")
+    (policy / "iter_0000000").mkdir()
+    (policy / "iter_0000000" / "metadata.json").write_text("{}")
+    (policy / "latest_checkpointed_iteration.txt").write_text("0")
+    process = job.start("finish", f"POLICY={policy}", f"VENV={sys.prefix}", "TEACHER_NODES=0", "ENGINE_NODES=2")
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the judge or rewriter needs a server: give --teacher-url URL" in told
+    assert "error: the trainer refuses these flags" in told
+    assert job.events() == []
