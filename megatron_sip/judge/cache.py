@@ -44,7 +44,7 @@ def cache_key(material: bytes) -> bytes:
 
 
 class AnswerCache:
-    """A persistent dict of answers. `max_entries` bounds the file: the oldest entries go when it is opened.
+    """A persistent dict of answers. `max_entries` bounds the file: beyond it the oldest go, a few with each commit.
 
     A `path` that is a folder, or has no suffix, gets a file `answers.sqlite` inside. Where the file cannot be used for now
     (a full disk, another process that keeps it locked) the cache steps aside for ASIDE_SECONDS: nothing is found and what
@@ -120,7 +120,7 @@ class AnswerCache:
         self._db.close()
 
     def _open(self) -> None:
-        """Make or check the table, and remove what is too much. Raises sqlite3.Error, CacheError."""
+        """Make or check the table. Raises sqlite3.Error, CacheError."""
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.execute(
             "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, value BLOB NOT NULL, made INTEGER NOT NULL)"
@@ -131,13 +131,13 @@ class AnswerCache:
                 f"judge cache {self._path} has a table of answers with the columns {', '.join(columns)}, not "
                 f"{', '.join(COLUMNS)}: it is of another program or version; move the file away or name another one"
             )
-        self._prune(self._max_entries)
         self._opened = True
 
     def _write(self, rows: Sequence[tuple[bytes, bytes, int]]) -> None:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", rows)
+            self._prune(2 * len(rows))
             self._db.execute("COMMIT")
         except sqlite3.Error:
             if self._db.in_transaction:
@@ -175,13 +175,14 @@ class AnswerCache:
         if self.counts[name] == 1:  # the first of its kind is worth a line, not a flood
             log.warning("judge cache %s %s", self._path, told)
 
-    def _prune(self, max_entries: int) -> None:
-        (count,) = self._db.execute("SELECT COUNT(*) FROM answers").fetchone()
-        if count > max_entries:
-            self._db.execute(
-                "DELETE FROM answers WHERE key IN (SELECT key FROM answers ORDER BY made, key LIMIT ?)",
-                (count - max_entries,),
-            )
+    def _prune(self, most: int) -> None:
+        """Remove the oldest rows beyond the bound, at most so many: all the work waits meanwhile. Row numbers grow as rows are
+        written, and say without a scan how many there are at most."""
+        (first,) = self._db.execute("SELECT MIN(rowid) FROM answers").fetchone()
+        (last,) = self._db.execute("SELECT MAX(rowid) FROM answers").fetchone()
+        beyond = last - first + 1 - self._max_entries
+        if beyond > 0:
+            self._db.execute("DELETE FROM answers WHERE rowid < ?", (first + min(beyond, most),))
 
 
 def _primary_code(error: sqlite3.Error) -> int:

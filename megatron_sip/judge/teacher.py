@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import PurePath
 from typing import Any, Self
 
 import orjson
@@ -25,7 +26,7 @@ from megatron_sip.judge.calls import Answer, Call, GenerateCall, LikelihoodCall,
 from megatron_sip.judge.dialect import Dialect, Dialects, DialectTrial
 from megatron_sip.judge.encoding import ChatEncoder, EncodingError
 from megatron_sip.judge.prefix_window import PrefixWindow, estimated_tokens
-from megatron_sip.judge.probe import EndpointFacts, probe
+from megatron_sip.judge.probe import EndpointError, EndpointFacts, probe
 from megatron_sip.judge.reasoning import UNKNOWN, ReasoningStyle
 from megatron_sip.judge.settings import DEFAULT_MODEL, ClientSettings, Endpoint, SettingsError
 from megatron_sip.judge.wire import (
@@ -116,6 +117,8 @@ class TeacherClient:
             telling.cancel()
         for server, facts in zip(self.settings.endpoints, found, strict=True):
             self._facts[server.url] = facts
+        self._require_one_model()
+        for facts in found:
             if endpoint.kind == "sglang" and self._encoder is None and facts.tokenizer:
                 try:
                     self._encoder = ChatEncoder.load(facts.tokenizer)
@@ -133,6 +136,20 @@ class TeacherClient:
                 f"endpoint {endpoint.url}: prefill would begin answers inside the reasoning that the model's template "
                 f"opens: leave out {endpoint.flag('prefill')}, or use {endpoint.flag('api')} sglang, which closes it first"
             )
+
+    def _require_one_model(self) -> None:
+        """Servers share prompts, as token ids, and what is kept of their answers. A model that is named in the settings is not
+        looked at: the same one may lie in folders of other names. Raises EndpointError."""
+        endpoint = self.settings.endpoint
+        served = {url: facts.model for url, facts in self._facts.items() if facts.model is not None}
+        if endpoint.model != DEFAULT_MODEL or len({PurePath(model).name for model in served.values()}) < 2:
+            return
+        (url, model), *others = served.items()
+        other = next((url, name) for url, name in others if PurePath(name).name != PurePath(model).name)
+        raise EndpointError(
+            f"judge endpoint {shown_url(url)} serves {model}, {shown_url(other[0])} serves {other[1]}: name servers of one "
+            f"model, or give its name with {endpoint.flag('name')} where these are the same"
+        )
 
     def servers_shown(self, servers: Sequence[Server] | None = None) -> str:
         """Whose servers these are, or some of them, and where, for people."""

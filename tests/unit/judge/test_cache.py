@@ -59,12 +59,20 @@ def test_many_keys_at_once(tmp_path: Path) -> None:
     cache.close()
 
 
-def test_the_oldest_entries_go_when_the_file_is_full(tmp_path: Path) -> None:
+def test_the_oldest_entries_go_when_the_file_is_full_a_few_at_a_time(tmp_path: Path) -> None:
+    keys = [cache_key(str(i).encode()) for i in range(200)]
     cache = AnswerCache(tmp_path / "cache.sqlite")
-    cache.put_many((cache_key(str(i).encode()), float(i)) for i in range(100))
+    cache.put_many((key, float(i)) for i, key in enumerate(keys[:100]))
     cache.close()
     smaller = AnswerCache(tmp_path / "cache.sqlite", max_entries=40)
-    assert len(smaller.get_many([cache_key(str(i).encode()) for i in range(100)])) == 40
+    kept = []
+    for begin in range(100, 200, 10):
+        smaller.put_many((key, float(begin + i)) for i, key in enumerate(keys[begin : begin + 10]))
+        smaller.flush()
+        found = sorted(smaller.get_many(keys).values())
+        assert found == list(range(begin + 10 - len(found), begin + 10)), "the newest are there"
+        kept.append(len(found))
+    assert kept == [90, 80, 70, 60, 50, 40, 40, 40, 40, 40]
     smaller.close()
 
 

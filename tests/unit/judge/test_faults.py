@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from fake_judge import FakeJudge, Fault, FaultPlan, quality_of, truthful_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_cases import make_group, make_settings, score
+from tiny_tokenizer import byte_level_tokenizer
 
-from megatron_sip.judge import Judge
+from megatron_sip.judge import Endpoint, Judge
 from megatron_sip.judge.probe import EndpointError
 from megatron_sip.records import Candidate, Group
 
@@ -167,3 +169,25 @@ async def test_an_endpoint_that_is_down_is_named_within_the_time_limit() -> None
         with pytest.raises(EndpointError, match=r"http://127\.0\.0\.1:9 "):
             await judge.check(1.0)
         assert loop.time() - begin < 20.0
+
+
+@pytest.mark.parametrize("name", ["default", "judge"])
+async def test_servers_of_two_models_are_refused_unless_their_one_model_is_named(tmp_path: Path, name: str) -> None:
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    served = ("/node1/judge-8b", "/node2/judge-8b", "/node2/judge-70b")
+    async with AsyncExitStack() as stack:
+        urls = [(await stack.enter_async_context(FakeJudge(model=model))).url for model in served]
+
+        async def check(*urls: str) -> None:
+            endpoints = tuple(Endpoint(url, model=name) for url in urls)
+            how = make_settings(endpoints=endpoints, criteria={"likelihood": 1.0}, tokenizer=str(tmp_path))
+            async with Judge(how) as judge:
+                await judge.check(5.0)
+
+        await check(*urls[:2])
+        if name == "judge":
+            await check(*urls)
+        else:
+            told = "serves /node1/judge-8b, .* serves /node2/judge-70b: .*--teacher-name"
+            with pytest.raises(EndpointError, match=told):
+                await check(*urls)
