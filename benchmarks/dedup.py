@@ -107,9 +107,7 @@ def indexes() -> dict[str, dict[str, float]]:
     def by_sorting() -> Any:
         keys = band_keys(signatures, settings.rows)
         everyone = np.ones(INDEXED, bool)
-        return keys, originals(
-            keys.T, everyone, lambda i, others: similarity(signatures[i], signatures[others]) >= BOUND
-        )
+        return keys, originals(keys, everyone, lambda i, others: similarity(signatures[i], signatures[others]) >= BOUND)
 
     def by_datasketch() -> Any:
         index = MinHashLSH(num_perm=PLACES, params=(PLACES // settings.rows, settings.rows))

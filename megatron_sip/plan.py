@@ -116,11 +116,10 @@ def run_factors(own: argparse.Namespace, machine: Machine) -> Factors:
     """How a run's phases compare with the formulas for its own settings and GPUs. Raises ArgumentError."""
     run, processes = read_run(own.from_run)
     tensor, pipeline = run.tensor or 1, run.pipeline or 1
-    trainers, engines, judges = own.run_roles or (processes, run.engines, run.judges)
+    engine_tp, judge_tp = own.engine_tp or 1, own.judge_tp or 1
+    trainers, engines, judges = own.run_roles or (processes, run.engines * engine_tp, run.judges * judge_tp)
     parallel = replace(run.parallel, tensor=tensor, pipeline=pipeline, data=max(1, trainers // (tensor * pipeline)))
-    cluster = Cluster(
-        DEVICES[own.gpu], parallel, Servers(engines, own.engine_tp or 1), Servers(judges, own.judge_tp or 1)
-    )
+    cluster = Cluster(DEVICES[own.gpu], parallel, Servers(engines, engine_tp), Servers(judges, judge_tp))
     metrics = own.from_run / "metrics.jsonl"
     with explained("--from-run"):
         steps = read_metrics(metrics) if metrics.is_file() else []

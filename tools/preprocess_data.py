@@ -4,7 +4,8 @@
 
 Reads .jsonl, .ndjson, .json (one object per line; also .gz and .zst) and .parquet. A single file becomes PREFIX.bin/.idx,
 several become PREFIX_<name>.bin/.idx, one pair per file; where two have the same name, their folders become part of it
-(a/x.jsonl b/x.jsonl: PREFIX_a_x, PREFIX_b_x). Training reads either with `--data-path PREFIX`; it would also
+(a/x.jsonl b/x.jsonl: PREFIX_a_x, PREFIX_b_x). The same command after a kill leaves out the files that are done: what each pair
+was made of stands beside it in .made_of. Training reads either with `--data-path PREFIX`; it would also
 tokenise the text by itself, once, into its cache. Megatron reads the pairs too.
 """
 
@@ -15,13 +16,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_sip.data.source_files import parse_data_path
 from megatron_sip.data.text_sources import is_text_source, source_suffix
 from megatron_sip.data.token_store import bin_path, idx_path
 from megatron_sip.data.tokenization import DocumentEncoder, TokenizeSettings, tokenize_file
 from megatron_sip.errors import DataError
-from megatron_sip.files import move_into_place
+from megatron_sip.files import move_into_place, read_json, write_atomically
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -60,18 +62,44 @@ def preprocess(arguments: argparse.Namespace) -> None:
         if not is_text_source(source):
             raise DataError(f"{source} is tokenised already; --input takes text")
     outputs = output_prefixes(arguments.output_prefix, sources)
-    for prefix in outputs:
-        if idx_path(prefix).exists() and not arguments.overwrite:
-            raise DataError(f"{idx_path(prefix)} exists; pass --overwrite, or choose another --output-prefix")
     encoder = DocumentEncoder.of(AutoTokenizer.from_pretrained(arguments.tokenizer), settings)
+    wanted = [made_of(source, encoder, settings) for source in sources]
+    done = [not arguments.overwrite and is_done(prefix, what) for prefix, what in zip(outputs, wanted, strict=True)]
+    for prefix, is_there in zip(outputs, done, strict=True):
+        if idx_path(prefix).exists() and not (is_there or arguments.overwrite):
+            raise DataError(
+                f"{idx_path(prefix)} exists, made of something else; pass --overwrite, or choose another --output-prefix"
+            )
     arguments.output_prefix.parent.mkdir(parents=True, exist_ok=True)
-    for source, prefix in zip(sources, outputs, strict=True):
+    for source, prefix, what, is_there in zip(sources, outputs, wanted, done, strict=True):
+        if is_there:
+            print(f"{source}: its tokens are in {prefix} already", file=sys.stderr)
+            continue
         staged = prefix.with_name(prefix.name + ".partial")
         report = tokenize_file(source, staged, encoder, settings)
         idx_path(prefix).unlink(missing_ok=True)  # a kill between the two renames must not leave an old one
         move_into_place(bin_path(staged), bin_path(prefix))
+        write_atomically(record_path(prefix), json.dumps(what) + "\n")
         move_into_place(idx_path(staged), idx_path(prefix))
         print(json.dumps(asdict(replace(report, source=str(source))) | {"prefix": str(prefix)}))
+
+
+def made_of(source: Path, encoder: DocumentEncoder, settings: TokenizeSettings) -> dict[str, Any]:
+    """What a pair depends on."""
+    stat = source.stat()
+    content = {"source": str(source.resolve()), "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+    return content | {"tokenizer": encoder.fingerprint(), "text_field": settings.text_field}
+
+
+def is_done(prefix: Path, what: dict[str, Any]) -> bool:
+    """Whether the pair is there, and made of this. Raises DataError for a record that is none."""
+    record = record_path(prefix)
+    return idx_path(prefix).exists() and record.exists() and read_json(record, "what a token store was made of") == what
+
+
+def record_path(prefix: Path) -> Path:
+    """Where that is written: before the pair has its names, so that no pair stands with another one's record."""
+    return prefix.with_name(prefix.name + ".made_of")
 
 
 def output_prefixes(prefix: Path, sources: Sequence[Path]) -> list[Path]:

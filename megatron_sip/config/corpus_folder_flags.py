@@ -39,8 +39,9 @@ DEDUP_FLAGS: Flags = {
     ),
 }
 MEMORY = (
-    "Memory: 100 bytes a document, 200 for each band that it shares with another, and 300 MB a process; with --signatures 100 "
-    "bytes a row of those files more. Disk, until it is finished: 0.8 KB a document."
+    "Memory: 100 bytes a document, 200 for each band that it shares with another, and for each process 300 MB and 0.8 KB a "
+    "document of its shard, which is a file; with --signatures 100 bytes a row of those files more. Disk, until it is "
+    "finished: 0.8 KB a document."
 )
 
 

@@ -30,7 +30,13 @@ from megatron_sip.corpus.folder import (
 from megatron_sip.corpus.minhash import PLACES, DedupError, NearSettings, Signer, band_keys, similarity
 from megatron_sip.corpus.near_duplicates import Documents, originals
 from megatron_sip.corpus.ngrams import Hashes, normalised_words, words_digest
-from megatron_sip.corpus.redpajama_signatures import SignatureTable, column_of, id_hash, read_signatures
+from megatron_sip.corpus.redpajama_signatures import (
+    SignatureTable,
+    check_signatures,
+    column_of,
+    id_hash,
+    read_signatures,
+)
 from megatron_sip.corpus.workers import Tick, work_on
 from megatron_sip.data.corpus_files import CorpusFile, digest
 from megatron_sip.files import move_into_place
@@ -60,6 +66,8 @@ class DedupWork:
 def dedup(work: DedupWork) -> dict[str, Any]:
     """The manifest of the corpus without repetitions. Raises CorpusError, DedupError, DataError."""
     shards = shards_of(work.corpus)
+    if work.near is not None:
+        check_signatures(work.signatures, work.near.similarity)
     settings = {
         "near": None if work.near is None else asdict(work.near),
         "signatures": [{"path": str(path), "sha256": digest(path)} for path in work.signatures],
@@ -127,7 +135,7 @@ def make_sketch(near: NearSettings | None, shard: tuple[CorpusFile, Sketch], tic
     }
     if near is not None:
         arrays["signatures"] = np.frombuffer(signatures, np.uint32).reshape(-1, PLACES)
-        arrays["keys"] = np.ascontiguousarray(band_keys(arrays["signatures"], near.rows).T)
+        arrays["keys"] = band_keys(arrays["signatures"], near.rows)
     sketch.write(arrays)
 
 

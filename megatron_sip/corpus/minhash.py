@@ -20,6 +20,8 @@ PLACES = 128
 _FOUND = 0.99
 _LOW_BITS = np.uint64((1 << 32) - 1)
 _SEED = 1
+_BLOCK = 1 << 14
+"""Documents whose keys are made at once."""
 Signature = npt.NDArray[np.uint32]
 
 
@@ -68,7 +70,15 @@ class Signer:
 
 
 def band_keys(signatures: npt.NDArray[np.uint32], rows: int) -> Hashes:
-    """uint64 [documents, bands] of uint32 [documents, PLACES]: texts that agree in a band have the same key there."""
+    """uint64 [bands, documents] of uint32 [documents, PLACES]: texts that agree in a band have the same key there."""
+    keys = np.empty((signatures.shape[1] // rows, len(signatures)), np.uint64)
+    for begin in range(0, len(signatures), _BLOCK):  # what a key is made of takes more room than the signatures
+        keys[:, begin : begin + _BLOCK] = _block_keys(signatures[begin : begin + _BLOCK], rows).T
+    return keys
+
+
+def _block_keys(signatures: npt.NDArray[np.uint32], rows: int) -> Hashes:
+    """uint64 [documents, bands]"""
     bands = signatures.shape[1] // rows
     places = signatures[:, : bands * rows].astype(np.uint64).reshape(len(signatures), bands, rows)
     keys = np.zeros((len(signatures), bands), np.uint64)

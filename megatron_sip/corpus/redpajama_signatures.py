@@ -6,6 +6,7 @@ that were too short for it have null.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,15 @@ def read_signatures(paths: Sequence[Path], similarity: float) -> SignatureTable:
     return SignatureTable(np.concatenate(ids)[order], np.ascontiguousarray(keys[order].T), has[order])
 
 
-def _batches(path: Path, column: str) -> Iterator[pa.RecordBatch]:
+def check_signatures(paths: Sequence[Path], similarity: float) -> None:
+    """What can be known before hours of sketches. Raises DedupError, DataError for files that are none of RedPajama's."""
+    for path in paths:
+        with _opened(path, column_of(similarity)):
+            pass
+
+
+@contextlib.contextmanager
+def _opened(path: Path, column: str) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
             missing = [name for name in ("id", column) if name not in table.schema_arrow.names]
@@ -100,6 +109,11 @@ def _batches(path: Path, column: str) -> Iterator[pa.RecordBatch]:
                 raise DataError(
                     f"{path}: no column {missing[0]!r}; it has {found}. Name RedPajama-V2's minhash/*.parquet"
                 )
-            yield from table.iter_batches(batch_size=_ROWS, columns=["id", column])
+            yield table
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as parquet ({error})") from error
+
+
+def _batches(path: Path, column: str) -> Iterator[pa.RecordBatch]:
+    with _opened(path, column) as table:
+        yield from table.iter_batches(batch_size=_ROWS, columns=["id", column])

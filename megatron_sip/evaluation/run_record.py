@@ -24,11 +24,13 @@ RANDOM = "random"
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """command: continues the run. settings: flag -> its values in a line. initial_weights: a checkpoint, or RANDOM."""
+    """command: continues the run. settings: flag -> its values in a line. initial_weights: a checkpoint, or RANDOM. processes:
+    of the trainer, on all nodes; None in records of earlier versions."""
 
     command: str
     settings: dict[str, str]
     initial_weights: str
+    processes: int | None = None
 
 
 def run_record(given: Sequence[str], flags: argparse.Namespace, environment: Mapping[str, str]) -> RunRecord:
@@ -37,6 +39,7 @@ def run_record(given: Sequence[str], flags: argparse.Namespace, environment: Map
         command=flags.started_as or continuing_command(given, environment),
         settings=changed_settings(given, flags),
         initial_weights=flags.pretrained_checkpoint or RANDOM,
+        processes=int(environment.get("WORLD_SIZE", "1")),
     )
 
 

@@ -84,6 +84,8 @@ def read_run(run_dir: Path) -> tuple[Planable, int]:
     if record is None:
         raise ArgumentError(f"--from-run {run_dir}: no {FILE} of a run there")
     words = [word for flag, value in record.settings.items() for word in (flag, *shlex.split(value))]
+    if record.processes is not None:
+        return read_command(words), record.processes
     command = shlex.split(record.command)
     started = (int(command[command.index(flag) + 1]) for flag in ("--nnodes", "--nproc-per-node") if flag in command)
     return read_command(words), math.prod(started)

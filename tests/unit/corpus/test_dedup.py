@@ -138,6 +138,7 @@ def test_signatures_that_are_no_answer_are_refused(tmp_path: Path) -> None:
     refused(DedupError, "no row for 1 of the 2 documents of a, as for number 2", write_signatures(tmp_path / "1", rows))
     refused(DataError, "differ in length", write_signatures(tmp_path / "2", rows | {"a/1": [b"1"]}))
     refused(DataError, "no column 'signature_sim0.8'; it has id, sim", write_signatures(tmp_path / "3", rows, "sim"))
+    assert not (tmp_path / "out-3").exists(), "told before hours of sketches"
     null = pa.table({"id": ["a/0"], "signature_sim0.8": pa.array([[b"1", None]], pa.list_(pa.binary()))})
     pq.write_table(null, tmp_path / "6")
     refused(DataError, r"6: 0 ids and 1 bands of rows 1 to 1 are null", tmp_path / "6")

@@ -9,6 +9,7 @@ from duplicate_cases import jaccard, planted_pair, vocabulary
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sip.corpus import minhash
 from megatron_sip.corpus.minhash import PLACES, DedupError, NearSettings, Signer, band_keys, similarity
 from megatron_sip.corpus.near_duplicates import originals
 from megatron_sip.corpus.ngrams import ngram_hashes, normalised_words
@@ -20,7 +21,7 @@ def near(signatures: np.ndarray, bound: float, rows: int) -> list[int]:
     keys = band_keys(signatures, rows)
     everyone = np.ones(len(signatures), bool)
     return originals(
-        keys.T, everyone, lambda one, others: similarity(signatures[one], signatures[others]) >= bound
+        keys, everyone, lambda one, others: similarity(signatures[one], signatures[others]) >= bound
     ).tolist()
 
 
@@ -101,3 +102,11 @@ def test_what_is_not_seen_does_not_count() -> None:
 def test_a_bar_counts_what_is_compared(capfd: pytest.CaptureFixture[str]) -> None:
     originals([np.zeros(40, np.uint64)], np.ones(40, bool), lambda _, others: np.zeros(len(others), bool))
     assert "40/40" in capfd.readouterr().err
+
+
+def test_keys_are_the_same_however_many_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    signatures = np.random.default_rng(0).integers(0, 1 << 32, (100, PLACES), np.uint32)
+    whole = band_keys(signatures, 13)
+    monkeypatch.setattr(minhash, "_BLOCK", 7)
+    assert np.array_equal(band_keys(signatures, 13), whole)
+    assert whole.shape == (PLACES // 13, 100)

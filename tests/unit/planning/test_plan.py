@@ -177,6 +177,13 @@ def test_from_run_reads_a_folder_and_its_own_step_comes_out(tmp_path: Path) -> N
     assert report["given"]["seconds"] == pytest.approx(seconds)
     assert report["given"]["step"]["in turn"] == pytest.approx(26.0)
     assert json.loads((tmp_path / "a.json").read_text()) == report
+    # The same run by its own record: URLs are of servers, each of as many GPUs as --engine-tp and --judge-tp say.
+    urls = {f"--{role}-url": " ".join(f"http://{role}:{port}" for port in (1, 2)) for role in ("rollout", "teacher")}
+    (run / "run.json").write_text(
+        json.dumps(record | {"command": "megatron-sip model text", "processes": 2, "settings": settings | urls})
+    )
+    parallel = ("--judge-tp", "2", "--engine-tp", "1")
+    assert planner.plan([*flags, *parallel, "--from-run", str(run)])["given"]["seconds"] == pytest.approx(seconds)
     (run / "metrics.jsonl").write_text("no step\n")
     with pytest.raises(ArgumentError, match=r"--from-run.*no line is a step"):
         planner.plan([*flags, "--from-run", str(run)])

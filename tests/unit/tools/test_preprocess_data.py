@@ -63,11 +63,26 @@ def test_an_output_that_exists_is_found_before_anything_is_tokenised(tmp_path: P
     inputs = [write(tmp_path / f"{name}.jsonl", name) for name in "ab"]
     run(tokenizer, tmp_path / "out", *inputs)
     idx_path(tmp_path / "out_a").unlink()
-    with pytest.raises(DataError, match=r"out_b\.idx exists; pass --overwrite"):
+    write(tmp_path / "b.jsonl", "another b")
+    with pytest.raises(DataError, match=r"out_b\.idx exists, made of something else; pass --overwrite"):
         run(tokenizer, tmp_path / "out", *inputs)
     assert not idx_path(tmp_path / "out_a").exists()
     run(tokenizer, tmp_path / "out", *inputs, "--overwrite")
     assert texts(tmp_path / "out_a") == ["a"]
+
+
+def test_the_same_command_after_a_kill_does_what_is_left(tmp_path: Path, tokenizer: str) -> None:
+    inputs = [write(tmp_path / f"{name}.jsonl", name) for name in "abc"]
+    run(tokenizer, tmp_path / "out", *inputs)
+    for name in "bc":
+        idx_path(tmp_path / f"out_{name}").unlink()
+    before = idx_path(tmp_path / "out_a").stat().st_mtime_ns
+    run(tokenizer, tmp_path / "out", *inputs)
+    assert [texts(tmp_path / f"out_{name}") for name in "abc"] == [["a"], ["b"], ["c"]]
+    assert idx_path(tmp_path / "out_a").stat().st_mtime_ns == before
+    for other in (("--no-append-eos",), ("--text-field", "body"), ("--prepend-bos", "on")):
+        with pytest.raises(DataError, match="made of something else"):
+            run(tokenizer, tmp_path / "out", *inputs, *other)
 
 
 def test_a_broken_input_leaves_nothing_but_the_outputs_before_it(tmp_path: Path, tokenizer: str) -> None:
@@ -75,7 +90,7 @@ def test_a_broken_input_leaves_nothing_but_the_outputs_before_it(tmp_path: Path,
     bad.write_text('{"text": "text"}\n{"text": 5}\n')
     with pytest.raises(DataError, match=r"b\.jsonl:2"):
         run(tokenizer, tmp_path / "out" / "t", good, str(bad))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"t_a.bin", "t_a.idx"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"t_a.bin", "t_a.idx", "t_a.made_of"}
 
 
 def test_a_linked_blob_takes_the_name_of_its_link(tmp_path: Path, tokenizer: str) -> None:
@@ -108,5 +123,8 @@ def test_the_command_writes_a_line_for_each_input(
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (line["documents"], line["empty_documents"]) == (2, 1)
     assert line["prefix"] == str(tmp_path / "out" / "train")
-    with pytest.raises(SystemExit, match=r"error: .*train\.idx exists; pass --overwrite"):
+    main()
+    assert "its tokens are in" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *arguments, "--no-append-eos"])
+    with pytest.raises(SystemExit, match=r"error: .*train\.idx exists, made of something else; pass --overwrite"):
         main()
