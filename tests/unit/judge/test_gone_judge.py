@@ -20,7 +20,7 @@ from megatron_sip.judge import Judge
 from megatron_sip.judge.calls import GenerateCall
 from megatron_sip.judge.probe import EndpointError
 from megatron_sip.judge.teacher import TeacherClient
-from megatron_sip.records import Task
+from megatron_sip.records import Candidate, Group, Task
 from megatron_sip.rollout.sampling import SamplingSettings
 from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.loop_thread import LoopThread
@@ -159,7 +159,11 @@ def test_a_leader_whose_judge_is_gone_asks_the_run_to_stop_and_makes_no_experien
     leader = Leader(ClientsSettings(judge=judge), experience, tokenizer)
     try:
         stop = StopSignal()
-        assert leader.wait(leader.begin_experience(0, "0", tasks, [], stop)) is not None
+        group = Group(tasks[0], [Candidate("suffix", [4], " goes on"), Candidate("rollout", [5], " ends")])
+        leader.apart(leader.judge.score([group]))
+        made = leader.wait(leader.begin_experience(0, "0", tasks, [], stop))
+        assert made is not None
+        assert made.metrics["judge/calls"] == 1.0, "of the step's own suffix alone"
         assert not stop.requested
         assert leader.judged(asyncio.sleep(0, "numbers"), stop, leader.judge, None) == "numbers"
         loop.run(server.stop())
