@@ -83,9 +83,9 @@ bench: install-bench
 	for script in logprob_op linear_logprob attention; do \
 		$(BIN)/python benchmarks/$$script.py --json $(RESULTS)/$${script}_cpu.json; \
 	done; \
-	for script in judge_schedules judge_client; do \
-		$(BIN)/python benchmarks/$$script.py --json $(RESULTS)/$$script.json; \
-	done; \
+	$(BIN)/python benchmarks/judge_schedules.py --json $(RESULTS)/judge_schedules.json; \
+	$(BIN)/python benchmarks/judge_client.py --json $(RESULTS)/judge_client.json \
+		--tokenizer "$$($(BIN)/python tools/fetch_smollm2.py)"; \
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 $(BIN)/python benchmarks/train_step_profile.py dpo_packed \
 		--json $(RESULTS)/train_step_profile_cpu.json; \
 	$(BIN)/python benchmarks/train_step.py --repeats 1 --json $(RESULTS)/train_step_cpu.json \

@@ -321,7 +321,7 @@ def plot(settings: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=RESULTS / "judge_schedules.json", help="report file")
-    parser.add_argument("--plot", type=Path, default=DOCS / "judge_schedules.png", help="picture file")
+    parser.add_argument("--plot", type=Path, help="picture file; docs/judge_schedules.png is the published one")
     parser.add_argument("--groups", type=int, default=500, help="simulated groups a judge and seed")
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -350,7 +350,8 @@ def main() -> None:
     report = {"machine": describe_machine("cpu"), "seeds": args.seeds, "candidates": args.candidates}
     report |= {"judges": {name: vars(judge) for name, judge in JUDGES.items()}, "settings": settings, "claims": claims}
     write_report(args.json, report)
-    plot(settings, args.plot)
+    if args.plot is not None:
+        plot(settings, args.plot)
 
 
 if __name__ == "__main__":

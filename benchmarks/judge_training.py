@@ -50,7 +50,9 @@ def report_of(run_dir: Path) -> dict[str, Any]:
         },
         "validations": validations(steps),
         "served": {path.stem: json.loads(path.read_text()) for path in sorted(run_dir.glob("accuracy_*.json"))},
-        "curves": {name: [round(step.get(name, float("nan")), 4) for step in trained] for name in curve_names(trained)},
+        "curves": {
+            name: [round(step[name], 4) if name in step else None for step in trained] for name in curve_names(trained)
+        },
     }
 
 

@@ -121,9 +121,9 @@ def compare(runs: dict[str, Sequence[Run]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--include-path", type=Path, required=True, help="what tools/fetch_eval_sets.py wrote")
-    parser.add_argument("--tasks", nargs="+", default=["mmlu_anatomy", "mmlu_astronomy"])
-    parser.add_argument("--zero-shot", nargs="+", default=["arc_easy"])
-    parser.add_argument("--limit", type=int, default=12, help="questions of each task")
+    parser.add_argument("--tasks", nargs="+", default=["mmlu_anatomy"])
+    parser.add_argument("--zero-shot", nargs="+", default=["hellaswag", "arc_easy"])
+    parser.add_argument("--limit", type=int, default=6, help="questions of each task")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, default=RESULTS)
     given = parser.parse_args()

@@ -58,8 +58,9 @@ def _processor_name() -> str:
 
 
 def heap_reuse_environment() -> dict[str, str]:
-    """glibc settings under which freed blocks stay in the process, so that big tensors do not page-fault each time."""
-    return {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 << 20)}
+    """glibc settings under which freed blocks stay in the process, so that big tensors do not page-fault each time; those of
+    `megatron-sip`."""
+    return {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 
 
 def heap_reuse_active() -> bool:

@@ -12,8 +12,11 @@ from megatron_sip.evaluation.win_rate import bootstrap_interval, wilson_interval
 Estimate = dict[str, float]
 """value, low, high: a number with its 95% interval, or value alone."""
 
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t at 97.5%, by degrees of freedom."""
+T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+"""Student's t at 97.5%, of 1 to 30 degrees of freedom; of more it is a little less."""
 
 
 def estimate(value: float, low: float, high: float) -> Estimate:
@@ -31,7 +34,7 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     mean, count = float(np.mean(values)), len(values)
     if count == 1:
         return {"value": round(mean, 5)}
-    half = T95.get(count - 1, 1.96) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    half = T95[min(count - 1, len(T95)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(count)
     return estimate(mean, mean - half, mean + half)
 
 

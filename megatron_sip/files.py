@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,17 +19,20 @@ class DiskError(UserError, RuntimeError):
 
 def staged_beside(path: Path) -> Path:
     """Where this process writes what becomes `path`; the name tells its machine, too, since nodes share folders."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    return path.with_name(f"{of_this_machine(path)}{os.getpid()}.partial")
+
+
+def of_this_machine(path: Path) -> str:
+    """How the names begin of what processes of this machine write in place of `path`."""
+    return f".{path.name}.{socket.gethostname()}."
 
 
 def sweep_staged(folder: Path, whole: bool = False) -> None:
     """Remove what processes of this machine that are dead left half-written below `folder`; with `whole` what any left."""
-    for path in list(folder.rglob(".*.partial")):
+    for path in folder.rglob(".*.partial"):
         of, _, process = path.name.removesuffix(".partial").rpartition(".")
         dead = of.endswith(f".{socket.gethostname()}") and process.isdigit() and not Path("/proc", process).exists()
-        if (whole or dead) and path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif whole or dead:
+        if whole or dead:
             path.unlink(missing_ok=True)
 
 

@@ -37,3 +37,4 @@ class TimeSharing:
         if self._servers is not None:
             self._engines.resume()
             self._servers.expect_silent_engines(False)
+        self._exchange.barrier()  # no replica may send weights to an engine that has no memory yet

@@ -37,7 +37,7 @@ from megatron_sip.console import quiet, say
 from megatron_sip.errors import ArgumentError, UserError
 from megatron_sip.evaluation.held_out import HeldOutOutcome
 from megatron_sip.evaluation.run_record import run_record, write_run_record
-from megatron_sip.experience.rounds import lost_groups
+from megatron_sip.experience.rounds import is_representative, lost_groups
 from megatron_sip.experience.selection import ALL_ALIKE
 from megatron_sip.files import DiskError
 from megatron_sip.gathering import begin_ahead, finish_ahead, take_experience
@@ -138,7 +138,7 @@ def forget_outcome(run: Run) -> None:
     """Remove what an earlier end of a run that goes on has written: it is of other weights, and says that the run has ended."""
     state, settings = run.state, run.settings.run
     if settings.rank == 0 and state.iteration < settings.steps and not state.learnt:
-        for name in ("summary.json", "comparisons.jsonl"):
+        for name in ("summary.json", "comparisons.jsonl", "report.html"):
             (settings.run_dir / name).unlink(missing_ok=True)
 
 
@@ -279,7 +279,9 @@ def end_without_examples(run: Run, empty: Sequence[Metrics]) -> None:
         for step in empty
     )
     lost = merge(map(lost_groups, empty))
-    alike = dropped != {} and not lost and set(dropped) <= ALL_ALIKE
+    # A single rewrite that failed says nothing of a rewriter; one that refuses all of them is an outage.
+    whole = all(is_representative(step, run.settings.run.min_usable_share) for step in empty)
+    alike = dropped != {} and whole and set(dropped) <= ALL_ALIKE
     state.learnt = alike and state.iteration > MAX_EMPTY_STEPS
     ways = "take other tasks, a higher --rollout-temperature or more --num-rollouts"
     if state.learnt:

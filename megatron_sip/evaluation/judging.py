@@ -197,11 +197,16 @@ def how_asked(settings: JudgeSettings, criterion: str, model: str | None) -> dic
 def told(counters: Mapping[str, float], criterion: str) -> dict[str, float]:
     """What came back: judgements, those that are missing and why, how much the place decides, prefixes cut to fit."""
     shown = {f"verdicts/{criterion}": "judgements", f"verdicts-missing/{criterion}": "judgements missing"}
-    shown |= {f"first-shown-preferred/{criterion}": "first shown preferred"}
+    first = f"first-shown-preferred/{criterion}"  # a share, of which 0 says as much as 1
+    shown |= {first: "first shown preferred"}
     shown |= {"cached": "answers kept from before", "prefixes-cut": "prefixes cut"}
     reasons = ("groups/dropped/", "unreadable/", "failed/")
     shown |= {name: name.removeprefix("groups/") for name in counters if name.startswith(reasons)}
-    return {word: round(counters[name], 4) for name, word in shown.items() if counters.get(name)}
+    return {
+        word: round(counters[name], 4)
+        for name, word in shown.items()
+        if counters.get(name) or name == first in counters
+    }
 
 
 def report(output: Path | None, about: Mapping[str, Any], judged: Sequence[Judged], results: Sequence[Result]) -> None:

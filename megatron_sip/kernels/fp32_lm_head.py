@@ -31,7 +31,9 @@ def fp32_lm_head(hidden: Tensor, weight: Tensor, tp_group: dist.ProcessGroup | N
 def project(hidden: Tensor, weight: Tensor) -> Tensor:
     """`fp32_lm_head` without autograd and on one rank."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    if hidden.is_cuda and hidden.dtype != wide and len(hidden):
+    if not len(hidden):  # a filler row's: no float32 copy of the weight for it
+        return hidden.new_empty((0, len(weight)), dtype=wide)
+    if hidden.is_cuda and hidden.dtype != wide:
         return torch.mm(hidden, weight.T, out_dtype=wide)
     if hidden.dtype == torch.bfloat16 and bf16_kernels_apply(weight, hidden.shape[1]):
         return bf16_gemm(hidden, weight)

@@ -202,6 +202,24 @@ def block_submodules(config: TransformerConfig, vp_stage: int | None = None) -> 
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)
 
 
+OTHER_MATHEMATICS = (
+    ("--rotary-percent", "rotary_percent", 1.0),
+    ("--rotary-interleaved", "rotary_interleaved", None),
+    ("--rotary-seq-len-interpolation-factor", "rotary_seq_len_interpolation_factor", None),
+    ("--no-rope-freq", "no_rope_freq", None),
+    ("--apply-layernorm-1p", "layernorm_zero_centered_gamma", None),
+    ("--apply-residual-connection-post-layernorm", "apply_residual_connection_post_layernorm", None),
+    ("--qk-l2-norm", "qk_l2_norm", None),
+    ("--attention-output-gate", "attention_output_gate", None),
+    ("--glu-linear-offset", "glu_linear_offset", 0.0),
+    ("--activation-func-clamp-value", "activation_func_clamp_value", None),
+    ("--mtp-num-layers", "mtp_num_layers", None),
+    ("--multi-latent-attention", "multi_latent_attention", None),
+)
+"""Flags, and their values in all policies. Most others change no weight's shape: nothing would tell that the trainer learns
+another function than the engines, and the export, compute."""
+
+
 def check_arguments(args: Any) -> None:
     """Raise ValueError, naming flag and mend, when Megatron's arguments ask for what packed rows cannot do."""
     wrong = [
@@ -212,6 +230,16 @@ def check_arguments(args: Any) -> None:
         (args.use_mup, "--use-mup is not supported: the suffix-only output layer does not scale logits"),
         (args.num_experts is not None, "--num-experts is not supported: the policy is a dense model"),
         (args.vocab_size is None, "--vocab-size is needed: entries that Megatron adds as padding are masked"),
+        (args.attention_dropout != 0, "--attention-dropout must be 0: prefix-tree attention has none"),
+        (args.window_size is not None, "--window-size is not supported: prefix-tree attention has no sliding window"),
+        (args.softmax_type != "vanilla", "--softmax-type must be vanilla with prefix-tree attention"),
+    ]
+    wrong += [
+        (
+            getattr(args, name) not in (None, False, usual),
+            f"{flag} is not supported: no policy of ours has it; leave it out",
+        )
+        for flag, name, usual in OTHER_MATHEMATICS
     ]
     attention = AttentionShape(
         heads=args.num_attention_heads,

@@ -70,14 +70,19 @@ def roles_with_work(work: Work) -> int:
 
 
 def splits(work: Work, search: Search) -> Iterator[tuple[int, int, int]]:
-    """(trainer, engines, judge) in GPUs: whole nodes where there are several; none for a role without work."""
-    unit = NODE if search.gpus > FEW else 1
+    """(trainer, engines, judge) in GPUs: whole nodes where there are several, but for the last role's; none without work."""
+    unit, gpus = NODE if search.gpus > FEW else 1, search.gpus
     engines, judges = bool(work.rollouts.prefilled), bool(work.judge.prefilled or work.rewrites.prefilled)
-    for trainer in range(unit, search.gpus + 1, unit):
-        for sampling in range(unit if engines else 0, search.gpus - trainer + 1 if engines else 1, unit):
-            judging = search.gpus - trainer - sampling
-            if judging >= unit if judges else judging == 0:
-                yield trainer, sampling, judging
+    if not (engines or judges):
+        yield gpus, 0, 0
+        return
+    for trainer in range(unit, gpus - unit + 1, unit):
+        rest = gpus - trainer  # what is no whole node, too
+        if not (engines and judges):
+            yield trainer, rest * engines, rest * judges
+            continue
+        for sampling in range(unit, rest - unit + 1, unit):
+            yield trainer, sampling, rest - sampling
 
 
 def plan_split(

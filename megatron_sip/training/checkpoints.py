@@ -82,11 +82,10 @@ def require_whole_weights(folder: Path, ranks: Ranks, rank: int) -> None:
 
 
 def _damages(folder: Path | None, ranks: Ranks, rank: int) -> list[str]:
-    """What is damaged in it, found by all ranks together, for all of them. Collective, unless there is no folder."""
-    if folder is None:
-        return []
+    """What is damaged in it, found by all ranks together, for all of them. Collective, also where a rank sees no folder."""
     parts = len(ranks.all_gather(None))
-    return [line for part in ranks.all_gather(damages(folder, rank, parts)) for line in part]
+    mine = [] if folder is None else damages(folder, rank, parts)
+    return [line for part in ranks.all_gather(mine) for line in part]
 
 
 def _told(found: list[str]) -> str:

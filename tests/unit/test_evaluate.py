@@ -20,7 +20,7 @@ from megatron_sip.evaluation import judging
 from megatron_sip.evaluation.commands.compare import compare_settings, compared
 from megatron_sip.evaluation.commands.rate import rate_settings, rated
 from megatron_sip.evaluation.generation import ENDED, FORMAT, Generation, read_generations
-from megatron_sip.evaluation.judging import Judged, JudgingError
+from megatron_sip.evaluation.judging import Judged, JudgingError, told
 from megatron_sip.evaluation.majority import majority
 from megatron_sip.evaluation.results import Result, read_results
 from megatron_sip.records import Group
@@ -101,6 +101,11 @@ def test_the_better_model_wins_all(tmp_path: Path, criterion: str, verdict: str)
     if criterion != "quality":
         tie = FakeJudge(answer=lambda _: verdict.format("TIE"))
         assert compare_files(base, model, tie, "--criteria", criterion).value == 0.5
+
+
+def test_a_judge_that_never_prefers_the_first_is_told_as_one_that_always_does() -> None:
+    counters = {"verdicts/quality": 8.0, "first-shown-preferred/quality": 0.0, "cached": 0.0}
+    assert told(counters, "quality") == {"judgements": 8.0, "first shown preferred": 0.0}
 
 
 def test_a_pair_judged_in_one_order_alone_is_no_preference(tmp_path: Path) -> None:

@@ -130,11 +130,11 @@ def test_a_run_that_goes_on_forgets_that_it_had_ended(
     run = FakeRun([True] * 3, save_interval=2)
     run.settings = replace(run.settings, run=replace(run.settings.run, run_dir=tmp_path))
     run.state.iteration, run.state.learnt = iteration, learnt
-    for name in ("summary.json", "comparisons.jsonl", "metrics.jsonl"):
+    outcome = {"summary.json", "comparisons.jsonl", "report.html"}
+    for name in (*outcome, "metrics.jsonl"):
         (tmp_path / name).touch()
     forget_outcome(run)
-    kept = {path.name for path in tmp_path.iterdir()}
-    assert kept == {"metrics.jsonl"} | (set() if goes_on else {"summary.json", "comparisons.jsonl"})
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"} | (set() if goes_on else outcome)
 
 
 def test_a_run_that_never_learnt_anything_is_no_finished_one() -> None:

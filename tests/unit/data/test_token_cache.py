@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -54,14 +55,21 @@ def test_truncation_set_on_the_callers_tokenizer_is_neither_used_nor_changed(
     assert tokenizer.backend_tokenizer.truncation["max_length"] == 2
 
 
-def test_what_a_killed_process_left_half_made_is_removed(tmp_path: Path, settings: TokenizeSettings) -> None:
-    dead, other = (
-        settings.cache_dir / f".a.jsonl-key.{host}.4194304.partial" for host in (socket.gethostname(), "other")
+def test_what_a_killed_process_left_half_made_of_an_entry_is_removed(
+    tmp_path: Path, settings: TokenizeSettings
+) -> None:
+    """In a container that is started again its number may be this process's; on another machine one may live."""
+    source, encoder = write_jsonl(tmp_path / "a.jsonl", TEXTS), DocumentEncoder.of(TOKENIZER, settings)
+    entry = cached_tokens(source, encoder, settings)[0].parent
+    shutil.rmtree(entry)
+    dead, own, other = (
+        entry.with_name(f".{entry.name}.{process}.partial")
+        for process in (f"{socket.gethostname()}.4194304", f"{socket.gethostname()}.{os.getpid()}", "other.4194304")
     )
-    for folder in (dead, other):  # no Linux process has that number
-        folder.mkdir(parents=True)
+    for folder in (dead, own, other):
+        folder.mkdir()
         (folder / "tokens.bin").write_bytes(b"half")
-    open_corpus([str(write_jsonl(tmp_path / "a.jsonl", TEXTS))], TOKENIZER, settings)
+    cached_tokens(source, encoder, settings)
     assert [path.name for path in settings.cache_dir.glob(".*.partial")] == [other.name]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+
 import pytest
 
-from evidence.numbers import paired_shares
+from evidence.numbers import over_seeds, paired_shares
 
 
 def answers(both: int, gained: int, lost: int, none: int) -> tuple[list[bool], list[bool]]:
@@ -32,3 +35,12 @@ def test_few_changes_are_no_certain_difference(gained: int, lost: int) -> None:
 def test_gains_and_losses_are_mirrored() -> None:
     one, other = (paired_shares(*answers(100, *pair, 90)) for pair in ((20, 5), (5, 20)))
     assert (one["value"], one["low"]) == (-other["value"], -other["high"])
+
+
+@pytest.mark.parametrize(("count", "student"), [(2, 12.706), (3, 4.303), (11, 2.228), (31, 2.042), (60, 2.001)])
+def test_intervals_over_seeds_are_student_s_and_no_narrower_for_many(count: int, student: float) -> None:
+    values = [float(seed % 2) for seed in range(count)]
+    found = over_seeds(values)
+    half = student * statistics.stdev(values) / math.sqrt(count)
+    assert found["high"] - found["value"] == pytest.approx(half, rel=0.025)
+    assert found["high"] - found["value"] > 0.999 * half

@@ -219,12 +219,24 @@ def test_a_job_that_is_stopped_before_its_time_limit_saves_and_is_requeued_while
     assert (job.stopped(), job.requeues()) == (0, 4)
     for _ in range(3):
         job.stopped()
-    (tmp_path / "run" / "text" / ".staged").mkdir(parents=True)
-    (tmp_path / "run" / "text" / ".staged" / "half").write_text("of what begins anew")
+    for no_progress in (
+        "text/.staged/half",
+        "text/.a.staged",
+        "text/.a.host.7.partial",
+        "base/standard.jsonl.server.log",
+    ):
+        path = tmp_path / "run" / no_progress
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("of what begins anew, or is longer at each start")
     assert (job.stopped(), job.requeues()) == (1, 6)
-    (tmp_path / "run" / "text" / "000000.jsonl").write_text("what a stage without checkpoints has written\n")
-    assert (job.stopped(), job.requeues()) == (0, 7)
-    assert (tmp_path / "saved").read_text() == 10 * "saved\n"
+    for requeues, written in enumerate(
+        ("judgements/.made.jsonl", "corpus/documents/policy/train/0.jsonl.zst"), start=7
+    ):
+        path = tmp_path / "run" / written
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("what a stage without checkpoints has written\n")
+        assert (job.stopped(), job.requeues()) == (0, requeues)
+    assert (tmp_path / "saved").read_text() == 11 * "saved\n"
 
 
 @pytest.mark.parametrize(

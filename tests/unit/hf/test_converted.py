@@ -159,6 +159,20 @@ def test_the_converter_is_one_process_whatever_the_launcher_says(
     assert str(caught.value).startswith(f" -m megatron_sip.hf.convert hf-to-megatron --load {model} --save ")
 
 
+@pytest.mark.parametrize(
+    "end", ["echo Traceback '(most recent call last)'; echo OutOfMemoryError; exit 1", "kill -9 $$"]
+)
+def test_a_note_before_a_crash_is_not_taken_for_its_reason(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho 'megatron-sip-convert: rounds 3 tensors'\n{end}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(ConversionFailedError, match=r"^the converter failed:\nmegatron-sip-convert: rounds 3 tensors"):
+        converted_checkpoint(model, tmp_path / "cache")
+
+
 def test_a_hugging_face_folder_is_told_from_a_checkpoint(model: Path, tmp_path: Path) -> None:
     assert is_hf_folder(model)
     assert not is_hf_folder(tmp_path)

@@ -25,7 +25,7 @@ from megatron_sip.planning.shapes import MODELS, read_shape, shape_of
 from megatron_sip.planning.split import Search, best_split, plan_split, splits
 from megatron_sip.planning.tables import describe
 from megatron_sip.planning.timing import ORDERS, Cluster, Machine, Phases, Servers, phases
-from megatron_sip.planning.work import Work, step_work
+from megatron_sip.planning.work import Serving, Work, step_work
 from megatron_sip.training.metrics_writer import read_metrics
 
 REPO = Path(__file__).parents[3]
@@ -235,6 +235,12 @@ def test_the_best_split_is_the_best_of_all() -> None:
     search = Search(7, DEVICES["H100"], planable.parallel)
     all_splits = [(t, e, 7 - t - e) for t in range(1, 6) for e in range(1, 7 - t)]
     assert sorted(splits(work, search)) == sorted(all_splits)
+    for gpus in (36, 100):  # which are no whole nodes
+        assert all(sum(split) == gpus for split in splits(work, replace(search, gpus=gpus)))
+        alone = replace(work, rollouts=Serving(), judge=Serving(), rewrites=Serving())
+        assert list(splits(alone, replace(search, gpus=gpus))) == [(gpus, 0, 0)]
+        sampled = list(splits(replace(alone, rollouts=work.rollouts), replace(search, gpus=gpus)))
+        assert sampled[0] == (8, gpus - 8, 0)
     for order in ORDERS:
         steps = [found.phases.step(order) for s in all_splits if (found := plan_split(work, machine, search, s, order))]
         assert len(steps) > 5

@@ -114,7 +114,7 @@ def test_records_are_one_teacher_s(tmp_path: Path) -> None:
     with journal.Journal.open(tmp_path, {"task": "x"}) as other:
         with pytest.raises(PrepareError, match="were made by /models/judge-8b, and /models/judge-70b would go on"):
             other.made_by("/models/judge-70b")
-        other.made_by("/models/judge-8b")
+        other.made_by("/scratch/job2/judge-8b")  # a copy of it
         other.finish({"records": {}})
     with journal.Journal.open(tmp_path, {"task": "x"}) as done:
-        assert done.manifest()["teacher"] == "/models/judge-8b"
+        assert done.manifest()["teacher"] == "/scratch/job2/judge-8b"

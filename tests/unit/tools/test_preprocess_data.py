@@ -64,7 +64,7 @@ def test_an_output_that_exists_is_found_before_anything_is_tokenised(tmp_path: P
     run(tokenizer, tmp_path / "out", *inputs)
     idx_path(tmp_path / "out_a").unlink()
     write(tmp_path / "b.jsonl", "another b")
-    with pytest.raises(DataError, match=r"out_b\.idx exists, made of something else; pass --overwrite"):
+    with pytest.raises(DataError, match=r"out_b\.idx exists, and is not known to be made of this; pass --overwrite"):
         run(tokenizer, tmp_path / "out", *inputs)
     assert not idx_path(tmp_path / "out_a").exists()
     run(tokenizer, tmp_path / "out", *inputs, "--overwrite")
@@ -81,7 +81,7 @@ def test_the_same_command_after_a_kill_does_what_is_left(tmp_path: Path, tokeniz
     assert [texts(tmp_path / f"out_{name}") for name in "abc"] == [["a"], ["b"], ["c"]]
     assert idx_path(tmp_path / "out_a").stat().st_mtime_ns == before
     for other in (("--no-append-eos",), ("--text-field", "body"), ("--prepend-bos", "on")):
-        with pytest.raises(DataError, match="made of something else"):
+        with pytest.raises(DataError, match="is not known to be made of this"):
             run(tokenizer, tmp_path / "out", *inputs, *other)
 
 
@@ -126,5 +126,7 @@ def test_the_command_writes_a_line_for_each_input(
     main()
     assert "its tokens are in" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *arguments, "--no-append-eos"])
-    with pytest.raises(SystemExit, match=r"error: .*train\.idx exists, made of something else; pass --overwrite"):
+    with pytest.raises(
+        SystemExit, match=r"error: .*train\.idx exists, and is not known to be made of this; pass --overwrite"
+    ):
         main()
