@@ -48,7 +48,6 @@ from megatron_sip.judge.schedules import (
 from megatron_sip.judge.settings import ScheduleSettings
 
 RESULTS = Path(__file__).parent / "results"
-DOCS = Path(__file__).parents[1] / "docs"
 Array = NDArray[np.float64]
 DEFAULT = ScheduleSettings()
 

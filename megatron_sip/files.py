@@ -19,12 +19,7 @@ class DiskError(UserError, RuntimeError):
 
 def staged_beside(path: Path) -> Path:
     """Where this process writes what becomes `path`; the name tells its machine, too, since nodes share folders."""
-    return path.with_name(f"{of_this_machine(path)}{os.getpid()}.partial")
-
-
-def of_this_machine(path: Path) -> str:
-    """How the names begin of what processes of this machine write in place of `path`."""
-    return f".{path.name}.{socket.gethostname()}."
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
 
 
 def sweep_staged(folder: Path, whole: bool = False) -> None:

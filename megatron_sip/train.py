@@ -37,7 +37,7 @@ from megatron_sip.console import quiet, say
 from megatron_sip.errors import ArgumentError, UserError
 from megatron_sip.evaluation.held_out import HeldOutOutcome
 from megatron_sip.evaluation.run_record import run_record, write_run_record
-from megatron_sip.experience.rounds import is_representative, lost_groups
+from megatron_sip.experience.rounds import FAILED_REWRITES, is_representative, lost_groups
 from megatron_sip.experience.selection import ALL_ALIKE
 from megatron_sip.files import DiskError
 from megatron_sip.gathering import begin_ahead, finish_ahead, take_experience
@@ -279,9 +279,10 @@ def end_without_examples(run: Run, empty: Sequence[Metrics]) -> None:
         for step in empty
     )
     lost = merge(map(lost_groups, empty))
-    # A single rewrite that failed says nothing of a rewriter; one that refuses all of them is an outage.
+    # A single rewrite that failed says nothing of a rewriter; one that refuses all of a step's is an outage.
     whole = all(is_representative(step, run.settings.run.min_usable_share) for step in empty)
-    alike = dropped != {} and whole and set(dropped) <= ALL_ALIKE
+    outage = any(step.get("groups") and step.get(FAILED_REWRITES) == step.get("groups") for step in empty)
+    alike = dropped != {} and whole and not outage and set(dropped) <= ALL_ALIKE
     state.learnt = alike and state.iteration > MAX_EMPTY_STEPS
     ways = "take other tasks, a higher --rollout-temperature or more --num-rollouts"
     if state.learnt:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -35,7 +36,7 @@ from megatron_sip.data.shared_texts import hash_documents, hash_path
 from megatron_sip.data.text_sources import TextBatch, read_texts, source_suffix
 from megatron_sip.data.token_store import TokenStore, TokenStoreWriter, token_dtype
 from megatron_sip.errors import DataError, UserError
-from megatron_sip.files import move_into_place, of_this_machine, staged_beside
+from megatron_sip.files import move_into_place, staged_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -273,11 +274,24 @@ def _finished(entry: Path) -> TokenizeReport | None:
     return report if whole else None
 
 
+def _sweep(entry: Path) -> None:
+    """Remove what killed processes of this machine left half-made of `entry`, whose lock is held, and of all that nobody holds.
+
+    Not by the process's number: in a container that is started again it may be this one's.
+    """
+    host = f".{socket.gethostname()}."
+    for left in entry.parent.glob(f".*{glob.escape(host)}*.partial"):
+        name = left.name[1:].rpartition(host)[0]
+        if name == entry.name:
+            shutil.rmtree(left, ignore_errors=True)
+            continue
+        with suppress(filelock.Timeout), filelock.FileLock(entry.with_name(f"{name}.lock"), timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _fill(entry: Path, source: Path, encoder: DocumentEncoder, settings: TokenizeSettings) -> TokenizeReport:
     staged = staged_beside(entry)
-    # What killed processes of this machine left of this entry, whose lock is held; in a container a number may be one's own.
-    for left in entry.parent.glob(f"{glob.escape(of_this_machine(entry))}*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
+    _sweep(entry)
     try:
         staged.mkdir()
         report = tokenize_file(source, staged / "tokens", encoder, settings, hash_path(staged / "tokens"))

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from megatron_sip.errors import UserError
+from megatron_sip.hf.folder import HF_SUBFOLDER
 from megatron_sip.judge.settings import Endpoint, EndpointKind
 from megatron_sip.serving.failures import RequestError
 from megatron_sip.serving.http import HttpPool
@@ -84,6 +85,12 @@ def read_facts(kind: EndpointKind, model: str, report: Any, models: Any) -> Endp
         for name in ("served_model_name", "model_path", "tokenizer_path")
     )
     return EndpointFacts(served or path, tokenizer or path, length, _weights_of(path))
+
+
+def model_name(served: str) -> str:
+    """What tells a model from others, wherever its folder lies: of an export, RUN/hf, the folders above it belong to it."""
+    path = PurePath(served)
+    return "/".join(path.parts[-3:]) if path.name == HF_SUBFOLDER else path.name
 
 
 def _weights_of(folder: str | None) -> str | None:

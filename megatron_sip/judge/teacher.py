@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import PurePath
 from typing import Any, Self
 
 import orjson
@@ -26,7 +25,7 @@ from megatron_sip.judge.calls import Answer, Call, GenerateCall, LikelihoodCall,
 from megatron_sip.judge.dialect import Dialect, Dialects, DialectTrial
 from megatron_sip.judge.encoding import ChatEncoder, EncodingError
 from megatron_sip.judge.prefix_window import PrefixWindow, estimated_tokens
-from megatron_sip.judge.probe import EndpointError, EndpointFacts, probe
+from megatron_sip.judge.probe import EndpointError, EndpointFacts, model_name, probe
 from megatron_sip.judge.reasoning import UNKNOWN, ReasoningStyle
 from megatron_sip.judge.settings import DEFAULT_MODEL, ClientSettings, Endpoint, SettingsError
 from megatron_sip.judge.wire import (
@@ -142,10 +141,10 @@ class TeacherClient:
         looked at: the same one may lie in folders of other names. Raises EndpointError."""
         endpoint = self.settings.endpoint
         served = {url: facts.model for url, facts in self._facts.items() if facts.model is not None}
-        if endpoint.model != DEFAULT_MODEL or len({PurePath(model).name for model in served.values()}) < 2:
+        if endpoint.model != DEFAULT_MODEL or len({model_name(model) for model in served.values()}) < 2:
             return
         (url, model), *others = served.items()
-        other = next((url, name) for url, name in others if PurePath(name).name != PurePath(model).name)
+        other = next((url, name) for url, name in others if model_name(name) != model_name(model))
         raise EndpointError(
             f"judge endpoint {shown_url(url)} serves {model}, {shown_url(other[0])} serves {other[1]}: name servers of one "
             f"model, or give its name with {endpoint.flag('name')} where these are the same"

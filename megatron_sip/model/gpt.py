@@ -234,13 +234,10 @@ def check_arguments(args: Any) -> None:
         (args.window_size is not None, "--window-size is not supported: prefix-tree attention has no sliding window"),
         (args.softmax_type != "vanilla", "--softmax-type must be vanilla with prefix-tree attention"),
     ]
-    wrong += [
-        (
-            getattr(args, name) not in (None, False, usual),
-            f"{flag} is not supported: no policy of ours has it; leave it out",
-        )
-        for flag, name, usual in OTHER_MATHEMATICS
-    ]
+    for flag, name, usual in OTHER_MATHEMATICS:
+        value = getattr(args, name)
+        differs = value is not None and value is not False and value != usual
+        wrong.append((differs, f"{flag} is not supported: no policy of ours has it; leave it out"))
     attention = AttentionShape(
         heads=args.num_attention_heads,
         groups=args.num_query_groups or args.num_attention_heads,

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Self
 
 import filelock
@@ -18,6 +18,7 @@ import orjson
 
 from megatron_sip.errors import DataError
 from megatron_sip.files import read_json, write_atomically
+from megatron_sip.judge.probe import model_name
 from megatron_sip.judge.settings import DEFAULT_MODEL
 from megatron_sip.prepare.documents import Place
 from megatron_sip.prepare.settings import PrepareError
@@ -100,9 +101,7 @@ class Journal:
 
         Raises PrepareError where another one made the records so far.
         """
-        known, name = (
-            None if each in (None, DEFAULT_MODEL) else PurePath(each).name for each in (self.teacher, teacher)
-        )
+        known, name = (None if each in (None, DEFAULT_MODEL) else model_name(each) for each in (self.teacher, teacher))
         if known is not None and name != known:
             raise PrepareError(
                 f"--out {self.folder}: its records so far were made by {self.teacher}, and {teacher} would go on: serve the "

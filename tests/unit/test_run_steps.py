@@ -112,14 +112,25 @@ def with_metrics(made: Experience, more: Metrics) -> Experience:
     return replace(made, metrics=made.metrics | more)
 
 
-def test_a_rewriter_that_refuses_every_call_among_ties_is_an_outage() -> None:
+@pytest.mark.parametrize("least", [0.0, 0.5])
+def test_a_rewriter_that_refuses_every_call_among_ties_is_an_outage(least: float) -> None:
     run = FakeRun([False] * 20, save_interval=2, iteration=20, empty="tied")
+    run.settings = replace(run.settings, run=replace(run.settings.run, min_usable_share=least))
     made = run.make_experience
-    lost = {"rewriter/dropped/failed": 5.0}
+    lost = {"rewriter/dropped/failed": 5.0, "groups": 5.0}
     run.make_experience = lambda stop, number: with_metrics(made(stop), lost)  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match=r"'tied': .*'rewrite failed': .*Step 20 is saved: once judge, rewriter"):
         run_steps(run, StopSignal())
     assert not run.state.learnt
+
+
+def test_a_single_rewrite_that_failed_is_none() -> None:
+    run = FakeRun([False] * 20, save_interval=2, iteration=20, empty="tied")
+    made = run.make_experience
+    lost = {"rewriter/dropped/failed": 1.0, "groups": 5.0}
+    run.make_experience = lambda stop, number: with_metrics(made(stop), lost)  # type: ignore[method-assign]
+    assert run_steps(run, StopSignal())
+    assert run.state.learnt
 
 
 @pytest.mark.parametrize(("iteration", "learnt", "goes_on"), [(0, False, True), (3, False, False), (0, True, False)])

@@ -137,6 +137,7 @@ def test_a_required_flag_is_named(parse: Parse, flag: str) -> None:
         (("--window-size", "64,0"), "--window-size is not supported"),
         (("--softmax-type", "learnable"), "--softmax-type must be vanilla"),
         (("--rotary-percent", "0.5"), "--rotary-percent is not supported"),
+        (("--rotary-percent", "0"), "--rotary-percent is not supported"),
         (("--rotary-interleaved",), "--rotary-interleaved is not supported"),
         (("--no-rope-freq", "4"), "--no-rope-freq is not supported"),
         (("--apply-layernorm-1p",), "--apply-layernorm-1p is not supported"),

@@ -69,8 +69,12 @@ def test_what_a_killed_process_left_half_made_of_an_entry_is_removed(
     for folder in (dead, own, other):
         folder.mkdir()
         (folder / "tokens.bin").write_bytes(b"half")
-    cached_tokens(source, encoder, settings)
-    assert [path.name for path in settings.cache_dir.glob(".*.partial")] == [other.name]
+    held, free = (entry.with_name(f".{name}.{socket.gethostname()}.4194304.partial") for name in ("held", "free"))
+    held.mkdir()
+    free.mkdir()
+    with filelock.FileLock(entry.with_name("held.lock")):
+        cached_tokens(source, encoder, settings)
+    assert {path.name for path in settings.cache_dir.glob(".*.partial")} == {other.name, held.name}
 
 
 def test_a_failed_source_leaves_no_cache_entry(tmp_path: Path, settings: TokenizeSettings) -> None:

@@ -107,6 +107,15 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytes
     assert peaks[1] < (tmp_path / "1200.jsonl").stat().st_size
 
 
+def test_exports_of_two_runs_are_two_teachers(tmp_path: Path) -> None:
+    with journal.Journal.open(tmp_path, {"task": "x"}) as first:
+        first.made_by("runs/cycle/judge/hf")
+        first.made_by("/elsewhere/cycle/judge/hf")
+        for other in ("runs/cycle2/judge/hf", "runs/cycle/policy/hf"):
+            with pytest.raises(PrepareError, match=f"and {other} would go on"):
+                first.made_by(other)
+
+
 def test_records_are_one_teacher_s(tmp_path: Path) -> None:
     with journal.Journal.open(tmp_path, {"task": "x"}) as first:
         first.made_by("/models/judge-8b")
