@@ -80,7 +80,7 @@ def run(given: argparse.Namespace) -> None:
     os.chdir(ROOT)  # which the commands' paths start from
     for study, needed in chosen(given.only):
         if needed is None:
-            say(f"# {study.name}: {study.question} (about {study.minutes} minutes on two cores)")
+            say(f"# {study.name}: {study.question} (about {study.minutes} minutes on two cores with AVX2 alone)")
         parts = [part for part in study.parts(place) if needed is None or part.name in needed]
         work = do_parts(parts, study.folder(place), dry_run=given.dry_run)
         if given.dry_run or needed is not None:

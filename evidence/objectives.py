@@ -1,4 +1,4 @@
-"""Which objective buys what (the paper's table 6, small)? Aimed at 90 minutes on two slow cores, after study `judge`.
+"""Which objective buys what (the paper's table 6, small)? About 155 minutes on two cores with AVX2 alone, after study `judge`.
 
 Ten ways to continue SmolLM2-135M-Instruct, most for 16 steps of 8 prefixes; the main ones with every seed, the others with the
 first. The teacher's likelihood judges all but the two that show what the pairwise judge of study `judge` makes of it. All

@@ -293,7 +293,7 @@ def hacking_told(names: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, 
 STUDY = Study(
     name=NAME,
     question="What does each objective buy, and by whose judgement?",
-    minutes=90,
+    minutes=155,
     parts=parts,
     report=report,
     draw=draw,

@@ -83,8 +83,8 @@ class Study:
 
     parts: what is to be run, in order; known without running anything. report: of what the parts left, whatever is to be
     published; holds no paths; "seeds" in it are those used, where they are not the place's. draw: a figure of the report.
-    section: its Markdown, without the heading, from the report alone; every figure in it comes from there. minutes: aimed at
-    on two slow cores. needs: by study whose models or texts it takes the parts that leave them, which are done before.
+    section: its Markdown, without the heading, from the report alone; every figure in it comes from there. minutes: about,
+    on two cores with AVX2 alone. needs: by study whose models or texts it takes the parts that leave them, done before.
     """
 
     name: str

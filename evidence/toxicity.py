@@ -158,7 +158,7 @@ def report(place: Place) -> Report:
 STUDY = Study(
     name=NAME,
     question="Does a criterion make continuations less toxic, and at what price?",
-    minutes=90,
+    minutes=155,
     parts=parts,
     report=report,
     draw=draw,
