@@ -205,9 +205,8 @@ def _convert(source: Path, target: Path, direction: str) -> None:
     )
     from_converter = _own_lines(done.stdout.splitlines())
     if done.returncode:
-        crashed = (
-            done.returncode < 0 or "Traceback (most recent call last)" in done.stdout
-        )  # with a note before it, maybe
+        # Then the converter's last line is a note, not the reason.
+        crashed = done.returncode < 0 or "Traceback (most recent call last)" in done.stdout
         told = from_converter and not crashed
         raise ConversionFailedError(from_converter[-1] if told else f"the converter failed:\n{done.stdout[-3000:]}")
     for line in from_converter[:-1]:  # the last one names the folder that is moved now
